@@ -1,0 +1,216 @@
+"""What a checkpoint's config.json says, as a dataclass; refuses by name what no published checkpoint uses."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_rae.dit import DiTConfig
+from scale_rae.errors import ConfigError
+
+MODEL_TYPE = "cambrian_qwen"
+_REQUIRED = object()
+
+
+@dataclass(frozen=True)
+class ScaleRAEConfig:
+    """A checkpoint's sizes and parts. `language` is the Qwen2 part as transformers reads it."""
+
+    language: dict[str, Any]
+    hidden_size: int
+    vocab_size: int
+    tokens: int  # L, image tokens
+    channels: int  # C, latent channels
+    projector_depth: int  # Linears of an mlpNx_gelu mm_projector; 0 is a single Linear of its own
+    image_markers: bool  # <im_start> and <im_end> around an image in a message
+    encoder_name: str
+    encoder_layer: int  # which hidden state of a SigLIP encoder is the latent
+    dit: DiTConfig
+    condition_projector: bool  # diff_head_projector is there
+    base_dim: int
+    tied_embeddings: bool
+    max_length: int  # tokens of one conversation
+    flux_vae: bool  # latents are folded FLUX-VAE latents (generation_alignment_tower)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ConfigError: naming the file, when it is missing, not JSON, or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError(f"{path}: no such file") from e
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"{path}: cannot be read ({e})") from e
+    except json.JSONDecodeError as e:
+        raise ConfigError(f"{path}: not valid JSON ({e})") from e
+    if not isinstance(value, dict):
+        raise ConfigError(f"{path}: must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+class _Fields:
+    """Typed access to a config's fields, with errors that name file and field."""
+
+    def __init__(self, raw: dict[str, Any], path: Path) -> None:
+        self.raw, self.path = raw, path
+
+    def fail(self, field: str, problem: str) -> ConfigError:
+        return ConfigError(f"{self.path}: {field} {problem}")
+
+    def get(self, field: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+        value = self.raw.get(field)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.fail(field, "is missing")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.fail(field, f"is {value!r}, not {_kind_name(kind)}")
+        return value
+
+    def count(self, field: str, default: Any = _REQUIRED, least: int = 1) -> int:
+        value: int = self.get(field, int, default)
+        if value < least:
+            raise self.fail(field, f"is {value}; must be at least {least}")
+        return value
+
+    def choice(self, field: str, allowed: tuple[str, ...], default: Any = _REQUIRED) -> str:
+        value: str = self.get(field, str, default)
+        if value not in allowed:
+            raise self.fail(field, f"{value!r} is not supported (supported: {', '.join(allowed)})")
+        return value
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    return " or ".join({int: "a whole number", str: "a text", bool: "true or false", list: "a list"}[k] for k in kinds)
+
+
+def load_config(folder: Path) -> ScaleRAEConfig:
+    """Reads and checks `folder`/config.json.
+
+    Raises:
+        ConfigError: naming the file and the field that is missing, of the wrong type, or unsupported.
+    """
+    path = folder / "config.json"
+    return parse_config(read_json(path), path)
+
+
+def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
+    """`load_config` on an object already read; `path` is only for error messages."""
+    fields = _Fields(raw, path)
+    model_type = fields.get("model_type", str)
+    if model_type != MODEL_TYPE:
+        raise fields.fail("model_type", f"is {model_type!r}: not a Scale-RAE checkpoint, which has {MODEL_TYPE!r}")
+    loss = fields.choice("vision_loss", ("diffusion-loss", "ddt-loss"))
+    fields.choice("vision_loss_mode", ("query",))
+    fields.choice("dit_cls", ("DiT",), "DiT")
+    fields.choice("mm_vision_select_feature", ("patch",), "patch")
+
+    hidden = fields.count("hidden_size")
+    lengths = fields.get("vision_tower_aux_token_len_list", list, [256])
+    if len(lengths) != 1 or not isinstance(lengths[0], int) or lengths[0] < 1:
+        raise fields.fail("vision_tower_aux_token_len_list", f"is {lengths}; must hold one positive whole number")
+    tokens = lengths[0]
+    if math.isqrt(tokens) ** 2 != tokens:
+        raise fields.fail("vision_tower_aux_token_len_list", f"is {lengths}; must be a square number of tokens")
+    towers = fields.get("mm_vision_tower_aux_list", list)
+    if len(towers) != 1 or not isinstance(towers[0], str):
+        raise fields.fail("mm_vision_tower_aux_list", f"is {towers}; must name one encoder")
+    projector = fields.get("mm_projector_type", str, "linear")
+    match = re.fullmatch(r"linear|mlp([1-9]\d?)x_gelu", projector)
+    if not match:
+        raise fields.fail("mm_projector_type", f"{projector!r} is not supported (supported: linear, mlpNx_gelu)")
+    channels = fields.count("diffusion_model_channels", 1152)
+    z_channels = fields.count("diffusion_model_z_channels", 0, least=0)
+    dropout = fields.get("diffusion_class_dropout_prob", (int, float), 0.1)
+
+    return ScaleRAEConfig(
+        language=_language_config(raw),
+        hidden_size=hidden,
+        vocab_size=fields.count("vocab_size"),
+        tokens=tokens,
+        channels=channels,
+        projector_depth=int(match[1] or 0),
+        image_markers=fields.get("mm_use_im_start_end", bool, False),
+        encoder_name=towers[0],
+        encoder_layer=fields.get("mm_vision_select_layer", int, -1),
+        dit=_dit_config(fields, loss, channels, tokens, z_channels or hidden, null_condition=dropout > 0),
+        condition_projector=z_channels > 0,
+        base_dim=fields.count("diffusion_base_dim", 4096),
+        tied_embeddings=fields.get("tie_word_embeddings", bool, False),
+        max_length=fields.count("tokenizer_model_max_length", fields.count("max_position_embeddings", 32768)),
+        flux_vae=fields.get("generation_alignment_tower", str, None) is not None,
+    )
+
+
+def _dit_config(
+    fields: _Fields, loss: str, channels: int, tokens: int, condition_width: int, null_condition: bool
+) -> DiTConfig:
+    sizes = {}
+    names = ("diffusion_model_hidden_size", "diffusion_model_depth", "diffusion_model_heads")
+    for name in names:
+        value = fields.get(name, (int, list))
+        values = value if isinstance(value, list) else [value]
+        if len(values) not in (1, 2) or not all(isinstance(v, int) and v > 0 for v in values):
+            raise fields.fail(name, f"is {value}; must be a positive whole number or a list of two")
+        sizes[name] = values
+    widths, depths, heads = (sizes[name] for name in names)
+    wide = len(widths) == 2
+    if not len(widths) == len(depths) == len(heads):
+        raise fields.fail("diffusion_model_hidden_size, _depth, _heads", "must all be numbers or all lists of two")
+    if wide and loss != "ddt-loss":
+        raise fields.fail("diffusion_model_hidden_size", f"is a list, which needs vision_loss 'ddt-loss', not {loss!r}")
+    for width, head_count in zip(widths, heads, strict=True):
+        if width % head_count or (width // head_count) % 4:
+            raise fields.fail(
+                "diffusion_model_heads", f"is {head_count}: width {width} must divide into heads of a multiple of 4"
+            )
+    encoder_depth = None
+    if loss == "ddt-loss":
+        encoder_depth = depths[0] if wide else fields.count("ddt_encoder_depth")
+        if encoder_depth >= sum(depths):
+            raise fields.fail("ddt_encoder_depth", f"is {encoder_depth}; must be below the depth {sum(depths)}")
+    return DiTConfig(
+        channels=channels,
+        tokens=tokens,
+        condition_width=condition_width,
+        width=widths[0],
+        depth=sum(depths),
+        heads=heads[0],
+        encoder_depth=encoder_depth,
+        decoder_width=widths[-1],
+        decoder_heads=heads[-1],
+        wide=wide,
+        null_condition=null_condition,
+    )
+
+
+def _language_config(raw: dict[str, Any]) -> dict[str, Any]:
+    """The Qwen2 fields; the published rope_scaling is ignored, as the official code ignores it."""
+    names = [
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "vocab_size",
+        "max_position_embeddings",
+        "rope_theta",
+        "rms_norm_eps",
+        "hidden_act",
+        "attention_dropout",
+        "initializer_range",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+    ]
+    return {name: raw[name] for name in names if raw.get(name) is not None} | {"use_sliding_window": False}

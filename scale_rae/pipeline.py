@@ -1,0 +1,558 @@
+"""The public object: one Scale-RAE checkpoint that draws, looks, and judges."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import overload
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scale_rae import flow
+from scale_rae.checkpoint import Source, TensorReader, fill, find, weight_files
+from scale_rae.config import ScaleRAEConfig, load_config
+from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
+from scale_rae.dit import DiT
+from scale_rae.encoder import Encoder
+from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError
+from scale_rae.images import to_rgb
+from scale_rae.language import Conversation, LanguageModel, Reply
+from scale_rae.prompt import ChatTokenizer
+from scale_rae.scores import QUESTION, Score, score_latents
+
+DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
+PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+LoadProgress = Callable[[str, int, int], None]
+
+
+@dataclass
+class GeneratedImage:
+    """One drawn image: its latent [L, C] float32 on the CPU, its pixels unless decoding was skipped, its own seed."""
+
+    latent: Tensor
+    image: Image.Image | None
+    seed: int
+
+
+@dataclass
+class Generation:
+    """What one prompt gave: the model's text, its drawings (none when the reply asked for none), seconds per stage."""
+
+    prompt: str
+    text: str
+    reply: Reply
+    images: list[GeneratedImage]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model's answer to a question: text, and for each of its tokens the id, logit and confidence."""
+
+    text: str
+    reply: Reply
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How a latent is sampled. `guidance` 1 is no guidance; `interval` limits where in t it acts."""
+
+    steps: int = flow.DEFAULT_STEPS
+    solver: str = "euler"
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    def check(self) -> None:
+        """Raises InputError for values no sampler can use."""
+        flow.check_options(self.guidance, self.steps, self.solver, self.interval)
+
+
+def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
+    """The seed of one image's noise. The first image of the first prompt uses `seed` as it is."""
+    if prompt_index == 0 and sample_index == 0:
+        return seed
+    digest = hashlib.sha256(f"{seed}/{prompt_index}/{sample_index}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1  # a non-negative 63-bit number, as torch's generators take
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
+
+    Raises:
+        DeviceError: when the named device does not exist here.
+    """
+    if name is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        device = torch.device(name)
+    except RuntimeError as e:
+        raise DeviceError(f"device {name!r}: not a device name; use cpu, cuda, cuda:N or mps") from e
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"device {name}: torch finds no MPS here; use --device cpu")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DeviceError(f"device {name}: not supported; use cpu, cuda, cuda:N or mps")
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called `name`, or float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        InputError: for a name that is none of DTYPES.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if name not in DTYPES:
+        raise InputError(f"dtype {name!r}: use one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+class ScaleRAE:
+    """A loaded checkpoint. Make one with `ScaleRAE.from_pretrained` or `scale_rae.load`.
+
+    Latents are [L, C] float32 CPU tensors, whether encoded from an image or drawn: everything that takes a latent takes
+    both. Sampling keeps its state in float32 whatever the networks' dtype.
+    """
+
+    def __init__(
+        self,
+        config: ScaleRAEConfig,
+        tokenizer: ChatTokenizer,
+        language: LanguageModel,
+        dit: DiT,
+        norm_stats: tuple[Tensor, Tensor] | None,
+        source: Source,
+        decoder_name: str | None,
+        revision: str | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: LoadProgress | None = None,
+    ) -> None:
+        self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
+        self.norm_stats = norm_stats  # (mean, std), each float32 broadcastable to [L, C]
+        self.source, self.dtype, self.device = source, dtype, device
+        self._decoder_name, self._revision, self._progress = decoder_name, revision, progress
+        self._encoder: Encoder | None = None
+        self._decoder: PixelDecoder | None = None
+        self.encoder_source: Source | None = None
+        self.decoder_source: Source | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str = DEFAULT_MODEL,
+        decoder: str | None = None,
+        device: str | None = None,
+        dtype: str | None = None,
+        revision: str | None = None,
+        progress: LoadProgress | None = None,
+    ) -> ScaleRAE:
+        """Loads "shapes" (bundled), a folder in the published layout, or a hub id.
+
+        The encoder and the pixel decoder load when first used. `decoder` None means: a folder `decoder` inside or
+        beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
+        `progress(what, done, total)` counts bytes of weights.
+
+        Raises:
+            ConfigError, CheckpointError, HubError, DeviceError, InputError: each saying what to do.
+        """
+        torch_device = pick_device(device)
+        torch_dtype = pick_dtype(dtype, torch_device)
+        source = find(name, "model", revision=revision)
+        config = load_config(source.folder)
+        tokenizer = ChatTokenizer(source.folder, config.image_markers)
+        reader = TensorReader(weight_files(source.folder))
+        with torch.device("meta"):
+            language, dit = LanguageModel(config), DiT(config.dit)
+        if config.tied_embeddings:
+            language.lm_head.weight = language.model.embed_tokens.weight
+        norm_stats = _read_norm_stats(reader, config, torch_device)
+        fill(
+            {"": language, "diff_head.model.": dit},
+            reader,
+            torch_dtype,
+            torch_device,
+            keep_float32=_keeps_float32,
+            ignore=_is_computed,
+            progress=(lambda done, total: progress("model", done, total)) if progress else None,
+        )
+        return cls(
+            config, tokenizer, language, dit, norm_stats, source, decoder, revision, torch_dtype, torch_device, progress
+        )
+
+    # --- parts that load when first used -------------------------------------------------------------------------
+
+    @property
+    def encoder(self) -> Encoder:
+        """The representation encoder; also knows the pixel normalisation the decoder undoes."""
+        if self._encoder is None:
+            self.encoder_source = find(self.config.encoder_name, "encoder", self.source.folder)
+            self._encoder = Encoder(
+                self.encoder_source.folder, self.config.tokens, self.config.encoder_layer, self.dtype, self.device
+            )
+            if self._encoder.channels != self.config.channels:
+                raise ConfigError(
+                    f"{self.encoder_source.folder}: the encoder's hidden_size is {self._encoder.channels}, but the "
+                    f"model's latents have {self.config.channels} channels (diffusion_model_channels)"
+                )
+        return self._encoder
+
+    @property
+    def decoder(self) -> PixelDecoder:
+        """The pixel decoder."""
+        if self._decoder is None:
+            name = self._decoder_name or self._default_decoder()
+            self.decoder_source = find(name, "decoder", self.source.folder)
+            folder = self.decoder_source.folder
+            reader = TensorReader([folder / "model.pt"])
+            embed = reader.tensors.get("decoder_embed.weight")
+            channels = embed.shape[-1] if embed and embed.shape else self.config.channels
+            if channels != self.config.channels:
+                raise CheckpointError(
+                    f"{folder / 'model.pt'}: this decoder is for another encoder: it takes latents of {channels} "
+                    f"channels (decoder_embed.weight), the model's have {self.config.channels}"
+                )
+            decoder_config = load_decoder_config(folder, channels)
+            with torch.device("meta"):
+                decoder = PixelDecoder(decoder_config)
+            fill({"": decoder}, reader, self.dtype, self.device)
+            self._decoder = decoder
+        return self._decoder
+
+    def _default_decoder(self) -> str:
+        for folder in (self.source.folder / "decoder", self.source.folder.parent / "decoder"):
+            if folder.is_dir():
+                return str(folder)
+        if self.encoder.kind == "dinov2":
+            return PUBLISHED_DECODERS["dinov2"]
+        return PUBLISHED_DECODERS["siglip"]
+
+    # --- drawing -------------------------------------------------------------------------------------------------
+
+    @overload
+    def generate(self, prompts: str, **options: object) -> Generation: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **options: object) -> list[Generation]: ...
+    def generate(  # type: ignore[misc]
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_images: int = 1,
+        seed: int = 42,
+        guidance: float = 1.0,
+        guidance_interval: tuple[float, float] | None = None,
+        steps: int = flow.DEFAULT_STEPS,
+        solver: str = "euler",
+        max_new_tokens: int = 512,
+        latents: Sequence[Tensor] | None = None,
+        image_seeds: Sequence[Sequence[int]] | None = None,
+        batch_size: int | None = None,
+        decode: bool = True,
+        callback: flow.StepCallback | None = None,
+    ) -> Generation | list[Generation]:
+        """Replies to messages and draws what the replies ask for.
+
+        Args:
+            prompts: one message or several; the result is one Generation or a list in the same order.
+            num_images: drawings of each prompt. Image j of prompt i is made from noise seeded by
+                `image_seed(seed, i, j)`, so it does not depend on the batch it is drawn in.
+            guidance: classifier-free guidance scale, 1 for none; `guidance_interval` (lo, hi) limits it in t.
+            latents: one latent [L, C] for each prompt, shown to the model before the message.
+            image_seeds: the noise seeds themselves, a list for each prompt, instead of `num_images` and `seed`.
+            batch_size: images sampled at once (default 8 on the CPU, 32 elsewhere).
+            decode: make pixels; without it `GeneratedImage.image` is None.
+            callback: `callback(evaluation, evaluations, t, x, v)` after each network evaluation of a batch.
+
+        Raises:
+            InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.
+            DeviceError: out of GPU memory, saying what would fit.
+        """
+        options = SamplingOptions(steps, solver, guidance, guidance_interval)
+        options.check()
+        self._check_guidance(guidance)
+        messages = [prompts] if isinstance(prompts, str) else list(prompts)
+        if image_seeds is None:
+            if num_images < 1:
+                raise InputError(f"number of images {num_images}: must be at least 1")
+            image_seeds = [[image_seed(seed, i, j) for j in range(num_images)] for i in range(len(messages))]
+        start = time.perf_counter()
+        replies = self.reply(messages, latents=latents, max_new_tokens=max_new_tokens)
+        results = [
+            Generation(message, self.tokenizer.decode(reply.ids), reply, [])
+            for message, reply in zip(messages, replies, strict=True)
+        ]
+        seconds = {"reply": time.perf_counter() - start}
+        jobs = [
+            (result, result.reply.condition, s)
+            for result, seeds in zip(results, image_seeds, strict=True)
+            if result.reply.condition is not None
+            for s in seeds
+        ]
+        start = time.perf_counter()
+        sampled = self.sample([c for _, c, _ in jobs], [s for _, _, s in jobs], options, batch_size, callback)
+        seconds["sampling"] = time.perf_counter() - start
+        start = time.perf_counter()
+        pixels: Sequence[Image.Image | None] = self.decode(sampled) if decode else [None] * len(sampled)
+        seconds["decoding"] = time.perf_counter() - start
+        for (result, _, s), latent, image in zip(jobs, sampled, pixels, strict=True):
+            result.images.append(GeneratedImage(latent, image, s))
+        for result in results:
+            result.seconds = seconds
+        return results[0] if isinstance(prompts, str) else results
+
+    def _check_guidance(self, guidance: float) -> None:
+        if guidance != 1.0 and not self.config.dit.null_condition:
+            raise InputError(
+                f"guidance level {guidance}: this checkpoint was trained without condition dropout "
+                "(diffusion_class_dropout_prob 0) and has no null embedding; only 1.0 works"
+            )
+
+    def reply(
+        self, messages: Sequence[str], latents: Sequence[Tensor] | None = None, max_new_tokens: int = 512
+    ) -> list[Reply]:
+        """Greedy replies to a batch of messages; a reply that asks for an image carries its condition [L, Z]."""
+        if max_new_tokens < 1:
+            raise InputError(f"max new tokens {max_new_tokens}: must be at least 1")
+        if latents is None:
+            conversations = [Conversation(self.tokenizer.chat(m)) for m in messages]
+        else:
+            if len(latents) != len(messages):
+                raise InputError(f"{len(messages)} messages but {len(latents)} latents: give one each")
+            conversations = [
+                Conversation(self.tokenizer.chat(m, image=True), self.check_latent(latent))
+                for m, latent in zip(messages, latents, strict=True)
+            ]
+        if not conversations:
+            return []
+        room = self.config.max_length - max_new_tokens
+        for conversation in conversations:
+            length = len(conversation.ids) + (self.config.tokens - 1 if conversation.latent is not None else 0)
+            if length + self.config.tokens > self.config.max_length:
+                raise InputError(
+                    f"the prompt is {length} tokens long; with {self.config.tokens} image tokens the model reads at "
+                    f"most {self.config.max_length} (tokenizer_model_max_length)"
+                )
+            room = min(room, self.config.max_length - length - self.config.tokens)
+        limit = min(max_new_tokens, max(room, 1))
+        with self._memory_errors(f"answering {len(conversations)} messages at once"):
+            return self.language.reply(conversations, limit, self.tokenizer.chat_end, self.tokenizer.image_start)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        conditions: Sequence[Tensor],
+        seeds: Sequence[int],
+        options: SamplingOptions | None = None,
+        batch_size: int | None = None,
+        callback: flow.StepCallback | None = None,
+    ) -> list[Tensor]:
+        """Latents [L, C] of conditions [L, Z], one noise seed each (REFERENCE §6)."""
+        options = options or SamplingOptions()
+        options.check()
+        self._check_guidance(options.guidance)
+        size = batch_size or (8 if self.device.type == "cpu" else 32)
+        if size < 1:
+            raise InputError(f"batch size {size}: must be at least 1")
+        latents: list[Tensor] = []
+        for i in range(0, len(seeds), size):
+            batch = torch.stack(list(conditions[i : i + size]))
+            with self._memory_errors(f"drawing {len(batch)} images at once", "a smaller --batch-size"):
+                latents += self._sample_batch(batch, seeds[i : i + size], options, callback).unbind()
+        for latent, s in zip(latents, seeds, strict=True):
+            if not latent.isfinite().all():
+                raise ScaleRAEError(
+                    f"the image of seed {s} came out with values that are not finite; try --dtype float32"
+                )
+        return latents
+
+    def _sample_batch(
+        self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
+    ) -> Tensor:
+        config = self.config
+        side = config.dit.side
+        noise = torch.stack([_noise(s, config.channels, side) for s in seeds]).to(self.device)  # [B, C, S, S]
+        null = self.dit.null_condition
+
+        def velocity(condition: Tensor) -> flow.Velocity:
+            return lambda x, t: self.dit(x, torch.full((len(x),), t, device=x.device), condition)
+
+        unconditional = velocity(null.expand_as(condition)) if null is not None else velocity(condition)
+        f = flow.guided(velocity(condition), unconditional, options.guidance, options.interval or (0.0, 1.0))
+        shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
+        x = flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback)
+        latents = x.flatten(2).transpose(1, 2)  # [B, L, C]
+        if self.norm_stats is not None:
+            mean, std = self.norm_stats
+            latents = latents * std + mean
+        return latents.float().cpu()
+
+    @torch.inference_mode()
+    def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
+        """Pictures of latents [L, C]."""
+        checked = [self.check_latent(latent) for latent in latents]
+        images: list[Image.Image] = []
+        for i in range(0, len(checked), batch_size):
+            batch = torch.stack(checked[i : i + batch_size]).to(self.device, self.dtype)
+            with self._memory_errors(f"decoding {len(batch)} latents at once"):
+                pixels = to_uint8(self.decoder(batch), self.encoder.image_mean, self.encoder.image_std)
+            images += [Image.fromarray(array) for array in pixels.cpu().numpy()]
+        return images
+
+    # --- looking -------------------------------------------------------------------------------------------------
+
+    def encode(self, images: Sequence[Image.Image], batch_size: int = 32) -> list[Tensor]:
+        """Latents [L, C] of pictures."""
+        latents: list[Tensor] = []
+        for i in range(0, len(images), batch_size):
+            pixels = self.encoder.preprocess([to_rgb(image) for image in images[i : i + batch_size]])
+            latents += self.encoder.encode(pixels).cpu().unbind()
+        return latents
+
+    def answer(
+        self,
+        questions: str | Sequence[str],
+        *,
+        images: Image.Image | Sequence[Image.Image] | None = None,
+        latents: Tensor | Sequence[Tensor] | None = None,
+        max_new_tokens: int = 512,
+    ) -> list[Answer]:
+        """Answers, one for each question and its picture or latent (one picture or latent serves all questions).
+
+        Raises:
+            InputError: when neither or both of `images` and `latents` are given, or their number does not fit.
+        """
+        asked = [questions] if isinstance(questions, str) else list(questions)
+        if (images is None) == (latents is None):
+            raise InputError("give either images or latents to ask about")
+        if images is not None:
+            latents = self.encode([images] if isinstance(images, Image.Image) else images)
+        elif isinstance(latents, Tensor) and latents.dim() == 2:
+            latents = [latents]
+        assert latents is not None
+        shown = list(latents)
+        if len(shown) == 1:
+            shown *= len(asked)
+        elif len(asked) == 1:
+            asked *= len(shown)
+        replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens)
+        return [Answer(self.tokenizer.decode(reply.ids), reply) for reply in replies]
+
+    def score(
+        self,
+        latents: Sequence[Tensor],
+        prompt: str,
+        *,
+        request: str | None = None,
+        request_reply: Reply | None = None,
+        question: str = QUESTION,
+        max_new_tokens: int = 64,
+    ) -> list[Score]:
+        """How well latents match a prompt, by the model's own judgement (REFERENCE §10).
+
+        `request` is the message that asks for the drawing (default: the prompt itself), `request_reply` the model's
+        reply to it if it is known already; `question` a template with `{prompt}`.
+        """
+        checked = [self.check_latent(latent) for latent in latents]
+        request = request or prompt
+        reply = request_reply or self.reply([request])[0]
+        with self._memory_errors(f"scoring {len(checked)} latents at once"):
+            return score_latents(
+                self.language, self.tokenizer, checked, prompt, request, reply, question, max_new_tokens
+            )
+
+    def check_latent(self, latent: Tensor) -> Tensor:
+        """The latent as [L, C] float32 on the CPU; a leading batch dimension of 1 is dropped.
+
+        Raises:
+            InputError: for a wrong type or shape, or values that are not finite.
+        """
+        expected = [self.config.tokens, self.config.channels]
+        if not isinstance(latent, Tensor):
+            raise InputError(f"a latent must be a tensor {expected}, not {type(latent).__name__}")
+        if latent.dim() == 3 and latent.shape[0] == 1:
+            latent = latent[0]
+        if list(latent.shape) != expected or not latent.is_floating_point():
+            raise InputError(
+                f"the latent is {list(latent.shape)} {latent.dtype}; this model's latents are {expected} floats"
+            )
+        latent = latent.detach().float().cpu()
+        if not latent.isfinite().all():
+            raise InputError("the latent holds values that are not finite (NaN or infinity)")
+        return latent
+
+    def _memory_errors(self, what: str, remedy: str = "fewer at once") -> _MemoryErrors:
+        return _MemoryErrors(self.device, what, remedy)
+
+
+class _MemoryErrors:
+    """Turns CUDA's out-of-memory error into one that says what would help."""
+
+    def __init__(self, device: torch.device, what: str, remedy: str) -> None:
+        self.device, self.what, self.remedy = device, what, remedy
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if not isinstance(error, torch.cuda.OutOfMemoryError):
+            return
+        free = ""
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            left, total = torch.cuda.mem_get_info(self.device)
+            free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+        raise DeviceError(
+            f"{self.device}: out of GPU memory{free} while {self.what}; try {self.remedy}, --dtype bfloat16, or --device cpu"
+        ) from error
+
+
+def _noise(seed: int, channels: int, side: int) -> Tensor:
+    """Standard normal [C, S, S] float32, drawn on the CPU so that a seed means one picture on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.randn(1, channels, side, side, generator=generator)[0]
+
+
+def _read_norm_stats(
+    reader: TensorReader, config: ScaleRAEConfig, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """diff_head.data_mean and data_std, when the checkpoint has them."""
+    names = ("diff_head.data_mean", "diff_head.data_std")
+    present = [name in reader.tensors for name in names]
+    if not any(present):
+        return None
+    if not all(present):
+        file = next(reader.tensors[n].file for n in names if n in reader.tensors)
+        raise CheckpointError(f"{file}: has only one of {names[0]} and {names[1]}")
+    stats = []
+    for name in names:
+        value = reader.read(name).to(device, torch.float32, copy=True)
+        try:
+            torch.broadcast_to(value, (config.tokens, config.channels))
+        except RuntimeError as e:
+            raise CheckpointError(
+                f"{reader.tensors[name].file}: {name} is {list(value.shape)}, which does not broadcast to "
+                f"[{config.tokens}, {config.channels}]"
+            ) from e
+        stats.append(value)
+    return stats[0], stats[1]
+
+
+def _keeps_float32(name: str) -> bool:
+    """The time embedding and the DiT's norm gains stay float32 (Qwen2's norms compute in float32 by themselves)."""
+    return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)
+
+
+def _is_computed(name: str) -> bool:
+    """Stored constants that this package computes, and norm stats, which are read apart."""
+    constants = ("freqs_cos", "freqs_sin", "rotary_emb.inv_freq", "diff_head.data_mean", "diff_head.data_std")
+    return name.endswith(constants)

@@ -1,0 +1,103 @@
+"""Chat layout and tokens. User text is text: no prompt can forge a control token.
+
+A conversation is a list of token ids in which IMAGE stands for the L projected latents of one image.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from scale_rae.errors import CheckpointError, InputError
+
+IMAGE = -200  # not a token: the place of an image's latents among token ids
+SYSTEM = "You are a helpful assistant."
+CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+IMAGE_PLACEHOLDER = "<image-placeholder>"  # the official code removes it from prompts
+
+
+class ChatTokenizer:
+    """A checkpoint's Qwen2 tokenizer, split in two: `plain` for people's text, control tokens by name.
+
+    Raises:
+        CheckpointError: naming the folder, when tokenizer files are missing or damaged or lack a control token.
+    """
+
+    def __init__(self, folder: Path, image_markers: bool) -> None:
+        from tokenizers import Tokenizer
+        from transformers import Qwen2Tokenizer
+
+        # Without this check transformers quietly makes an empty tokenizer.
+        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
+            raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
+        try:
+            tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+        except Exception as e:  # the many ways a damaged file fails inside the library
+            raise CheckpointError(f"{folder}: the tokenizer cannot be read ({e})") from e
+        self.image_markers = image_markers
+        self._backend: Any = tokenizer.backend_tokenizer
+        settings = json.loads(self._backend.to_str())
+        settings["added_tokens"] = []  # what people write goes through a tokenizer that knows no control tokens
+        self._plain = Tokenizer.from_str(json.dumps(settings))
+        self._special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self.chat_start, self.chat_end, self.image_start, self.image_end = (
+            self._control(folder, token) for token in (CHAT_START, CHAT_END, IMAGE_START, IMAGE_END)
+        )
+
+    def _control(self, folder: Path, token: str) -> int:
+        index: int | None = self._backend.token_to_id(token)
+        if index is None:
+            raise CheckpointError(f"{folder}: the tokenizer has no token {token}; this is not a Scale-RAE tokenizer")
+        return index
+
+    def plain(self, text: str) -> list[int]:
+        """Token ids of text; anything in it that looks like a control token is spelt out."""
+        return list(self._plain.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of token ids, without special tokens and without ids beyond the vocabulary."""
+        known = [i for i in ids if i not in self._special and i < self._backend.get_vocab_size()]
+        return str(self._backend.decode(known, skip_special_tokens=True))
+
+    def image(self) -> list[int]:
+        """Ids of an image as it stands at the beginning of a message or in a reply."""
+        return [self.image_start, IMAGE, self.image_end] if self.image_markers else [IMAGE]
+
+    def chat(self, message: str, image: bool = False) -> list[int]:
+        """Ids of system and user turns with the assistant's turn open, the image (if any) before the text.
+
+        Raises:
+            InputError: when the message is empty.
+        """
+        message = clean_message(message)
+        # A run of text between control tokens is tokenized as one, so "user\n" goes with the text that follows it.
+        user = (
+            [*self.plain("user\n"), *self.image(), *self.plain("\n" + message)]
+            if image
+            else self.plain("user\n" + message)
+        )
+        newline = self.plain("\n")
+        return [
+            *(self.chat_start, *self.plain(f"system\n{SYSTEM}"), self.chat_end, *newline),
+            *(self.chat_start, *user, self.chat_end, *newline),
+            *(self.chat_start, *self.plain("assistant\n")),
+        ]
+
+
+def clean_message(text: str) -> str:
+    """The text a person meant: without the image placeholder of the official code.
+
+    Raises:
+        InputError: when nothing is left, or it holds half of a surrogate pair (not Unicode text).
+    """
+    text = text.replace(IMAGE_PLACEHOLDER, "")
+    if not text.strip():
+        raise InputError("the prompt is empty")
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"the prompt is not valid Unicode text (character {e.start})") from e
+    return text

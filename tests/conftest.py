@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from scale_rae.pipeline import ScaleRAE
+from tests.made_checkpoints import golden_case, write_checkpoint
+
+GOLDEN_CASES = ("siglip", "webssl", "ddt", "wide")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # Workers run in parallel; more threads than cores make each other slow.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Model folders of the golden checkpoints, encoder and decoder beside them."""
+    return {name: write_checkpoint(golden_case(name), tmp_path_factory.mktemp(name)) for name in GOLDEN_CASES}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints: dict[str, Path]) -> dict[str, ScaleRAE]:
+    return {name: ScaleRAE.from_pretrained(str(folder), device="cpu") for name, folder in checkpoints.items()}
+
+
+@pytest.fixture(scope="session", params=GOLDEN_CASES)
+def golden_model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) -> Iterator[tuple[str, ScaleRAE]]:
+    yield request.param, models[request.param]
