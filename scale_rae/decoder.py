@@ -126,7 +126,7 @@ class PixelDecoder(nn.Module):
         x = torch.cat([self.trainable_cls_token.expand(len(x), -1, -1), x], dim=1) + self.decoder_pos_embed
         for layer in self.decoder_layers:
             x = layer(x)
-        patches = self.decoder_pred(self.decoder_norm(x))[:, 1:]  # [B, side², patch² · 3]
+        patches: Tensor = self.decoder_pred(self.decoder_norm(x))[:, 1:]  # [B, side², patch² · 3]
         pixels = patches.view(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
         return pixels.reshape(-1, 3, side * patch, side * patch)
 

@@ -77,7 +77,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-6).to(x.dtype)
+        normed: Tensor = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-6)
+        return normed.to(x.dtype)
 
 
 class Attention(nn.Module):

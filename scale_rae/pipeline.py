@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import overload
+from typing import Any, overload
 
 import torch
 from PIL import Image
@@ -242,9 +242,9 @@ class ScaleRAE:
     # --- drawing -------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompts: str, **options: object) -> Generation: ...
+    def generate(self, prompts: str, **options: Any) -> Generation: ...  # type: ignore[overload-overlap]
     @overload
-    def generate(self, prompts: Sequence[str], **options: object) -> list[Generation]: ...
+    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]: ...
     def generate(  # type: ignore[misc]
         self,
         prompts: str | Sequence[str],

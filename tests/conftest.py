@@ -32,3 +32,11 @@ def models(checkpoints: dict[str, Path]) -> dict[str, ScaleRAE]:
 @pytest.fixture(scope="session", params=GOLDEN_CASES)
 def golden_model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) -> Iterator[tuple[str, ScaleRAE]]:
     yield request.param, models[request.param]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

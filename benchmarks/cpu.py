@@ -1,0 +1,111 @@
+"""Speed and memory of a model on this machine's CPU: a table, and JSON with --json FILE.
+
+    python benchmarks/cpu.py                     # the bundled model
+    python benchmarks/cpu.py --model-path DIR
+
+Every figure is the median of --repeat runs after one that is not counted, with the number of threads torch chooses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PROMPT = "Can you generate a photo of a blue cross and a pink square?"
+QUESTION = "Describe this image."
+
+
+def median_seconds(run: Callable[[], object], repeat: int) -> float:
+    """Median wall seconds of `run` over `repeat` calls after one that is not counted."""
+    run()
+    times = []
+    for _ in range(repeat):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def process_seconds(arguments: list[str]) -> float:
+    """Wall seconds of a fresh Python process."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    return time.perf_counter() - start
+
+
+def measure(model_path: str, repeat: int) -> dict[str, Any]:
+    """All figures of one model, seconds unless the name says otherwise."""
+    bare = statistics.median(process_seconds(["-c", "pass"]) for _ in range(repeat))
+    help_page = statistics.median(process_seconds(["-m", "scale_rae.cli", "--help"]) for _ in range(repeat))
+    start = time.perf_counter()
+    import torch
+
+    import scale_rae
+
+    imported = time.perf_counter() - start
+    start = time.perf_counter()
+    model = scale_rae.load(model_path, device="cpu")
+    _ = model.encoder, model.decoder
+    loaded = time.perf_counter() - start
+    figures: dict[str, Any] = {
+        "model": model_path,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "import": imported,
+        "load": loaded,
+        "help_over_bare_python": help_page - bare,
+    }
+    reply = model.reply([PROMPT])[0]
+    if reply.condition is None:
+        raise SystemExit(f"{model_path} answers the benchmark's prompt without drawing; nothing to measure")
+    condition = reply.condition
+    latent = model.sample([condition], [0])[0]
+    figures["reply"] = median_seconds(lambda: model.reply([PROMPT]), repeat)
+    for count in (1, 8):
+        conditions, seeds = [condition] * count, list(range(count))
+        seconds = median_seconds(lambda c=conditions, s=seeds: model.sample(c, s), repeat)  # type: ignore[misc]
+        figures[f"sampling_per_image_batch_{count}"] = seconds / count
+    figures["decode"] = median_seconds(lambda: model.decode([latent]), repeat)
+    picture = model.decode([latent])[0]
+    figures["encode"] = median_seconds(lambda: model.encode([picture]), repeat)
+    figures["generate_end_to_end"] = median_seconds(lambda: model.generate(PROMPT), repeat)
+    tokens = 32
+    for count in (1, 8):
+        asked = [QUESTION] * count
+        seconds = median_seconds(
+            lambda a=asked: model.answer(a, latents=[latent] * len(a), max_new_tokens=tokens),  # type: ignore[misc]
+            repeat,
+        )
+        answers = model.answer(asked, latents=[latent] * count, max_new_tokens=tokens)
+        figures[f"answer_tokens_per_second_batch_{count}"] = sum(len(a.reply.ids) for a in answers) / seconds
+    figures["score_per_image_batch_8"] = median_seconds(lambda: model.score([latent] * 8, PROMPT), repeat) / 8
+    figures["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return figures
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", default="shapes")
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    figures = measure(args.model_path, args.repeat)
+    for name, value in figures.items():
+        print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,296 @@
+"""How well a model does in the world of shapes: drawing judged from pixels, reading judged by what was drawn.
+
+    python -m scale_rae.shapes.evaluate draw --guidance 1 --guidance 3 --output-dir runs/evaluation
+    python -m scale_rae.shapes.evaluate read
+    python -m scale_rae.shapes.evaluate reconstruct
+
+Prompts and scenes are held out of training (`world.HELD_OUT_…`) unless --scenes says otherwise. Shares come with 95 % Wilson
+intervals.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+from PIL import Image
+
+import scale_rae
+from scale_rae.shapes import world
+from scale_rae.shapes.judge import judge
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+
+HeldOut = Literal["only", "exclude", "any"]
+WORDINGS = {
+    "default": ("Can you generate {prompt}",),  # what the scaling experiment says
+    "training": world.REQUEST_WORDINGS,
+    "held-out": world.HELD_OUT_WORDINGS,
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """`right` of `total`, with its 95 % Wilson interval."""
+
+    right: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """right / total, 0 for none of none."""
+        return self.right / self.total if self.total else 0.0
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % Wilson score interval."""
+        if not self.total:
+            return 0.0, 1.0
+        z2 = 1.96**2
+        centre = self.value + z2 / (2 * self.total)
+        spread = 1.96 * math.sqrt(self.value * (1 - self.value) / self.total + z2 / (4 * self.total**2))
+        scale = 1 + z2 / self.total
+        return (centre - spread) / scale, (centre + spread) / scale
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.right}/{self.total})"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One judged drawing."""
+
+    metadata: dict[str, Any]
+    latent: Any  # Tensor [L, C]
+    image: Image.Image
+    correct: bool
+    reason: str
+
+
+def draw_prompts(
+    model: scale_rae.ScaleRAE,
+    prompts: Sequence[dict[str, Any]],
+    seed: int = 0,
+    wordings: Sequence[str] = WORDINGS["default"],
+    batch: int = 50,
+    progress: Callable[[int], None] = lambda done: None,
+    **options: Any,
+) -> list[Drawn]:
+    """One judged drawing of each prompt (GenEval metadata). `options` go to `ScaleRAE.generate`.
+
+    The noise of prompt i is seeded by `image_seed(seed, i)`, whatever the batch. A reply without a drawing counts as wrong, with
+    a white picture.
+    """
+    from scale_rae.pipeline import image_seed
+
+    results: list[Drawn] = []
+    for start in range(0, len(prompts), batch):
+        part = prompts[start : start + batch]
+        indices = range(start, start + len(part))
+        requests = [world.request(wordings[i % len(wordings)], p["prompt"]) for i, p in zip(indices, part, strict=True)]
+        seeds = [[image_seed(seed, i)] for i in indices]
+        for metadata, generation in zip(
+            part, model.generate(requests, image_seeds=seeds, batch_size=batch, **options), strict=True
+        ):
+            if not generation.images:
+                blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
+                results.append(Drawn(metadata, None, blank, False, f"answered without drawing: {generation.text!r}"))
+                continue
+            image = generation.images[0].image
+            assert image is not None
+            verdict = judge(image, metadata)
+            results.append(Drawn(metadata, generation.images[0].latent, image, verdict.correct, verdict.reason))
+        progress(len(results))
+    return results
+
+
+def by_kind(drawn: Sequence[Drawn]) -> dict[str, Share]:
+    """The share of correct drawings of each kind of prompt, and of all as "overall"."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for item in drawn:
+        groups[item.metadata["tag"]].append(item.correct)
+        groups["overall"].append(item.correct)
+    order = [*(kind for kind in world.KINDS if kind in groups), "overall"]
+    return {kind: Share(sum(groups[kind]), len(groups[kind])) for kind in order}
+
+
+def agreement(model: scale_rae.ScaleRAE, drawn: Sequence[Drawn]) -> dict[str, Share]:
+    """How often the model's yes or no about its own latents is the judge's verdict, apart for right and wrong drawings."""
+    shown = [item for item in drawn if item.latent is not None]
+    said_yes = align(model, [item.latent for item in shown], [item.metadata["prompt"] for item in shown])
+    agreed = [yes == item.correct for yes, item in zip(said_yes, shown, strict=True)]
+    right = [a for a, item in zip(agreed, shown, strict=True) if item.correct]
+    wrong = [a for a, item in zip(agreed, shown, strict=True) if not item.correct]
+    return {
+        "all": Share(sum(agreed), len(agreed)),
+        "judged correct": Share(sum(right), len(right)),
+        "judged wrong": Share(sum(wrong), len(wrong)),
+    }
+
+
+def align(model: scale_rae.ScaleRAE, latents: Sequence[Any], prompts: Sequence[str], batch: int = 100) -> list[bool]:
+    """Whether the model says yes to "Does this image align with the prompt: …?"; anything but yes is no."""
+    answers: list[bool] = []
+    for start in range(0, len(latents), batch):
+        asked = [world.ALIGN.format(prompt=prompt) for prompt in prompts[start : start + batch]]
+        replies = model.answer(asked, latents=latents[start : start + batch], max_new_tokens=8)
+        answers += [answer.text.strip().lower().startswith("yes") for answer in replies]
+    return answers
+
+
+def pictures(scenes: world.SceneBatch) -> list[Image.Image]:
+    """Drawn scenes as images."""
+    from scale_rae.shapes.draw import draw
+
+    return [Image.fromarray(array) for array in draw(scenes).permute(0, 2, 3, 1).numpy()]
+
+
+def alignment(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> dict[str, Share]:
+    """Yes/no accuracy on drawn scenes, balanced between true prompts and prompts with one thing changed, by kind."""
+    rng = random.Random(seed)
+    scenes = world.sample(np.random.default_rng(seed), count // 2, world.KINDS, held_out)
+    told = [next(p for p in world.true_prompts(scene) if p.tag == scene.kind) for scene in scenes]
+    latents = model.encode(pictures(scenes))
+    false = [world.changed(rng, prompt, "any") for prompt in told]
+    yes = align(model, [*latents, *latents], [prompt.text for prompt in (*told, *false)])
+    truth = [True] * len(told) + [False] * len(false)
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for prompt, said, is_true in zip((*told, *false), yes, truth, strict=True):
+        for group in (prompt.tag, "true prompts" if is_true else "false prompts", "overall"):
+            groups[group].append(said == is_true)
+    order = [*world.KINDS, "true prompts", "false prompts", "overall"]
+    return {name: Share(sum(groups[name]), len(groups[name])) for name in order if name in groups}
+
+
+def description(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> Share:
+    """How often "Describe this image." names every object of a drawn scene with its colour, in order, and nothing else."""
+    scenes = world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out)
+    latents = model.encode(pictures(scenes))
+    right = 0
+    for start in range(0, count, 100):
+        answers = model.answer(world.DESCRIBE, latents=latents[start : start + 100], max_new_tokens=48)
+        for answer, scene in zip(answers, scenes[slice(start, start + 100)], strict=True):
+            said = world.parse_description(answer.text)
+            right += said is not None and said == world.parse_description(world.describe(scene))
+    return Share(right, count)
+
+
+def reconstruction(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> float:
+    """Mean PSNR, dB, of encode → decode of drawn scenes."""
+    images = pictures(world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out))
+    values = []
+    for image, back in zip(images, model.decode(model.encode(images)), strict=True):
+        error = np.mean((np.asarray(image, np.float64) - np.asarray(back, np.float64)) ** 2)
+        values.append(10 * math.log10(255**2 / error))
+    return float(np.mean(values))
+
+
+# Commands ------------------------------------------------------------------------------------------------------------
+
+Model = Annotated[str, typer.Option("--model-path", help="checkpoint to evaluate")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, … (default: the best there is)")]
+Scenes = Annotated[str, typer.Option("--scenes", help="only (held out), exclude (as in training), any")]
+Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
+
+
+def _table(title: str, rows: dict[str, Share]) -> None:
+    print(title)
+    for name, share in rows.items():
+        print(f"  {name:15} {share}")
+
+
+@app.command("draw")
+def draw_command(
+    guidance: Annotated[list[float], typer.Option(help="guidance levels, each evaluated")] = [1.0],  # noqa: B006
+    model_path: Model = "shapes",
+    per_kind: Annotated[int, typer.Option(help="prompts of each kind")] = 100,
+    steps: int = 49,
+    solver: str = "euler",
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    wordings: Annotated[str, typer.Option(help="default, training or held-out")] = "default",
+    scenes: Scenes = "only",
+    seed: Seed = 0,
+    device: Device = None,
+    output_dir: Annotated[Path | None, typer.Option(help="keep pictures and results.jsonl here")] = None,
+    self_judge: Annotated[bool, typer.Option(help="also ask the model about its own latents")] = True,
+) -> None:
+    """Draw prompts, judge the pictures; ask the model about its own latents."""
+    model = scale_rae.load(model_path, device=device)
+    prompts = world.prompts(per_kind, scenes, seed)  # type: ignore[arg-type]
+    for level in guidance:
+        start = time.perf_counter()
+        drawn = draw_prompts(
+            model,
+            prompts,
+            seed,
+            WORDINGS[wordings],
+            guidance=level,
+            steps=steps,
+            solver=solver,
+            guidance_interval=guidance_interval,
+        )
+        seconds = time.perf_counter() - start
+        name = f"guidance {level:g}, {solver} {steps} steps, wordings {wordings}, scenes {scenes}, seed {seed}"
+        _table(f"{name}: correct, judged from pixels ({seconds:.0f} s)", by_kind(drawn))
+        if self_judge:
+            _table("  agreement of the model's yes/no about its own latents with the judge", agreement(model, drawn))
+        if output_dir is not None:
+            write_results(output_dir / f"guidance_{level:g}", drawn)
+
+
+def write_results(folder: Path, drawn: Sequence[Drawn]) -> None:
+    """Pictures and results.jsonl in GenEval's result format: filename, tag, prompt, correct, reason, metadata."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i, item in enumerate(drawn):
+        file = folder / f"{i:05}.png"
+        item.image.save(file)
+        lines.append(
+            {
+                "filename": str(file),
+                "tag": item.metadata["tag"],
+                "prompt": item.metadata["prompt"],
+                "correct": item.correct,
+                "reason": item.reason,
+                "metadata": json.dumps(item.metadata),
+            }
+        )
+    (folder / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@app.command("read")
+def read_command(
+    model_path: Model = "shapes",
+    count: int = 1000,
+    scenes: Scenes = "only",
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Yes/no alignment and descriptions of drawn scenes."""
+    model = scale_rae.load(model_path, device=device)
+    _table(f"alignment, scenes {scenes}, seed {seed}", alignment(model, count, seed, scenes))  # type: ignore[arg-type]
+    described = description(model, count, seed + 1, scenes)  # type: ignore[arg-type]
+    print(f"Describe this image., fully right, scenes {scenes}: {described}")
+
+
+@app.command("reconstruct")
+def reconstruct_command(
+    model_path: Model = "shapes", count: int = 500, scenes: Scenes = "any", seed: Seed = 0, device: Device = None
+) -> None:
+    """PSNR of encode → decode of drawn scenes."""
+    model = scale_rae.load(model_path, device=device)
+    print(f"encode -> decode, {count} scenes: {reconstruction(model, count, seed, scenes):.2f} dB PSNR")  # type: ignore[arg-type]
+
+
+if __name__ == "__main__":
+    app()
