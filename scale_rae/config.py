@@ -14,6 +14,8 @@ from scale_rae.errors import ConfigError
 
 MODEL_TYPE = "cambrian_qwen"
 _REQUIRED = object()
+# No checkpoint comes near these; a damaged file beyond them would have us build for hours before it fails.
+_WIDEST, _DEEPEST, _MOST_TOKENS = 1 << 20, 1 << 10, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: no such file") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})") from e
-    except json.JSONDecodeError as e:
+    except (ValueError, RecursionError) as e:
         raise ConfigError(f"{path}: not valid JSON ({e})") from e
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: must hold a JSON object, not {type(value).__name__}")
@@ -75,11 +77,17 @@ class _Fields:
             raise self.fail(field, f"is {value!r}, not {_kind_name(kind)}")
         return value
 
-    def count(self, field: str, default: Any = _REQUIRED, least: int = 1) -> int:
+    def count(self, field: str, default: Any = _REQUIRED, least: int = 1, most: int = _WIDEST) -> int:
         value: int = self.get(field, int, default)
-        if value < least:
-            raise self.fail(field, f"is {value}; must be at least {least}")
+        if not least <= value <= most:
+            raise self.fail(field, f"is {value}; must be {least} to {most}")
         return value
+
+    def positive(self, field: str, default: float) -> float:
+        value = self.get(field, (int, float), default)
+        if not 0 < value < 1e300:  # neither NaN nor infinity nor a whole number beyond floats
+            raise self.fail(field, f"is {value}; must be a positive number")
+        return float(value)
 
     def choice(self, field: str, allowed: tuple[str, ...], default: Any = _REQUIRED) -> str:
         value: str = self.get(field, str, default)
@@ -89,8 +97,14 @@ class _Fields:
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    return " or ".join({int: "a whole number", str: "a text", bool: "true or false", list: "a list"}[k] for k in kinds)
+    if kind == (int, float):
+        return "a number"
+    names = {int: "a whole number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
+    return " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
+
+
+def _is_count(value: object, most: int = _WIDEST) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
 def load_config(folder: Path) -> ScaleRAEConfig:
@@ -116,13 +130,13 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
 
     hidden = fields.count("hidden_size")
     lengths = fields.get("vision_tower_aux_token_len_list", list, [256])
-    if len(lengths) != 1 or not isinstance(lengths[0], int) or lengths[0] < 1:
-        raise fields.fail("vision_tower_aux_token_len_list", f"is {lengths}; must hold one positive whole number")
-    tokens = lengths[0]
+    if len(lengths) != 1 or not _is_count(lengths[0], _MOST_TOKENS):
+        raise fields.fail("vision_tower_aux_token_len_list", f"is {lengths}; must hold one whole number of tokens")
+    tokens: int = lengths[0]
     if math.isqrt(tokens) ** 2 != tokens:
         raise fields.fail("vision_tower_aux_token_len_list", f"is {lengths}; must be a square number of tokens")
     towers = fields.get("mm_vision_tower_aux_list", list)
-    if len(towers) != 1 or not isinstance(towers[0], str):
+    if len(towers) != 1 or not isinstance(towers[0], str) or not towers[0]:
         raise fields.fail("mm_vision_tower_aux_list", f"is {towers}; must name one encoder")
     projector = fields.get("mm_projector_type", str, "linear")
     match = re.fullmatch(r"linear|mlp([1-9]\d?)x_gelu", projector)
@@ -131,11 +145,13 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
     channels = fields.count("diffusion_model_channels", 1152)
     z_channels = fields.count("diffusion_model_z_channels", 0, least=0)
     dropout = fields.get("diffusion_class_dropout_prob", (int, float), 0.1)
+    if not 0 <= dropout <= 1:
+        raise fields.fail("diffusion_class_dropout_prob", f"is {dropout}; must be 0 to 1")
 
     return ScaleRAEConfig(
-        language=_language_config(raw),
+        language=_language_config(fields),
         hidden_size=hidden,
-        vocab_size=fields.count("vocab_size"),
+        vocab_size=fields.count("vocab_size", most=1 << 24),
         tokens=tokens,
         channels=channels,
         projector_depth=int(match[1] or 0),
@@ -146,7 +162,10 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
         condition_projector=z_channels > 0,
         base_dim=fields.count("diffusion_base_dim", 4096),
         tied_embeddings=fields.get("tie_word_embeddings", bool, False),
-        max_length=fields.count("tokenizer_model_max_length", fields.count("max_position_embeddings", 32768)),
+        max_length=min(
+            fields.count("max_position_embeddings", 32768, most=1 << 30),
+            fields.count("tokenizer_model_max_length", 1 << 30, most=1 << 200),  # transformers writes 1e30 for "any"
+        ),
         flux_vae=fields.get("generation_alignment_tower", str, None) is not None,
     )
 
@@ -159,8 +178,9 @@ def _dit_config(
     for name in names:
         value = fields.get(name, (int, list))
         values = value if isinstance(value, list) else [value]
-        if len(values) not in (1, 2) or not all(isinstance(v, int) and v > 0 for v in values):
-            raise fields.fail(name, f"is {value}; must be a positive whole number or a list of two")
+        most = _DEEPEST if name.endswith("depth") else _WIDEST
+        if len(values) not in (1, 2) or not all(_is_count(v, most) for v in values):
+            raise fields.fail(name, f"is {value}; must be a positive whole number (at most {most}) or a list of two")
         sizes[name] = values
     widths, depths, heads = (sizes[name] for name in names)
     wide = len(widths) == 2
@@ -193,24 +213,29 @@ def _dit_config(
     )
 
 
-def _language_config(raw: dict[str, Any]) -> dict[str, Any]:
+def _language_config(fields: _Fields) -> dict[str, Any]:
     """The Qwen2 fields; the published rope_scaling is ignored, as the official code ignores it."""
-    names = [
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "vocab_size",
-        "max_position_embeddings",
-        "rope_theta",
-        "rms_norm_eps",
-        "hidden_act",
-        "attention_dropout",
-        "initializer_range",
-        "bos_token_id",
-        "eos_token_id",
-        "pad_token_id",
-        "tie_word_embeddings",
-    ]
-    return {name: raw[name] for name in names if raw.get(name) is not None} | {"use_sliding_window": False}
+    hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
+    groups = fields.count("num_key_value_heads", heads)
+    if hidden % heads or (hidden // heads) % 2:
+        raise fields.fail("num_attention_heads", f"is {heads}: hidden_size {hidden} must divide into even heads")
+    if heads % groups:
+        raise fields.fail("num_key_value_heads", f"is {groups}; must divide num_attention_heads {heads}")
+    rope = fields.get("rope_parameters", dict, {})  # where transformers 5 writes rope_theta
+    theta = _Fields(rope, fields.path).positive("rope_theta", 10000.0)
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+        "intermediate_size": fields.count("intermediate_size"),
+        "num_hidden_layers": fields.count("num_hidden_layers", most=_DEEPEST),
+        "vocab_size": fields.count("vocab_size", most=1 << 24),
+        "max_position_embeddings": fields.count("max_position_embeddings", 32768, most=1 << 30),
+        "rope_theta": fields.positive("rope_theta", theta),
+        "rms_norm_eps": fields.positive("rms_norm_eps", 1e-6),
+        "hidden_act": fields.choice("hidden_act", ("silu",), "silu"),
+        "tie_word_embeddings": fields.get("tie_word_embeddings", bool, False),
+        "use_sliding_window": False,
+        "bos_token_id": None,
+        "eos_token_id": None,
+    }

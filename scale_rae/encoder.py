@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
+from scale_rae.checkpoint import TensorReader, weight_files
 from scale_rae.config import read_json
 from scale_rae.errors import CheckpointError, ConfigError
 
 SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")
+_NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
 
 
 def resize_tokens(tokens: Tensor, count: int) -> Tensor:
@@ -23,7 +25,7 @@ def resize_tokens(tokens: Tensor, count: int) -> Tensor:
     if tokens.shape[1] == count:
         return tokens
     side, new_side = math.isqrt(tokens.shape[1]), math.isqrt(count)
-    grid = tokens.transpose(1, 2).unflatten(2, (side, side))  # [B, W, side, side]
+    grid = tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)  # [B, W, side, side]
     grid = F.interpolate(grid.float(), size=(new_side, new_side), mode="bilinear", align_corners=False)
     return grid.flatten(2).transpose(1, 2).to(tokens.dtype)
 
@@ -40,22 +42,28 @@ class Encoder:
         Raises:
             ConfigError, CheckpointError: naming the file and what is wrong with it.
         """
-        from transformers import AutoImageProcessor
-
         self.tokens, self.select_layer = tokens, select_layer
         self.dtype, self.device = dtype, device
-        self.kind = read_json(folder / "config.json").get("model_type")
+        path = folder / "config.json"
+        self.kind = read_json(path).get("model_type")
         if self.kind not in SUPPORTED:
             raise ConfigError(
-                f"{folder / 'config.json'}: model_type {self.kind!r} is not a supported encoder ({', '.join(SUPPORTED)})"
+                f"{path}: model_type {self.kind!r} is not a supported encoder (supported: {', '.join(SUPPORTED)})"
             )
-        read_json(folder / "preprocessor_config.json")  # a clear error before the library's
-        self.model = _load_vision_model(folder, self.kind, dtype).to(device)
-        # Pillow's resize on every machine, with or without torchvision, so that an image means one latent.
-        self.processor: Any = AutoImageProcessor.from_pretrained(str(folder), backend="pil", local_files_only=True)
-        self.image_mean: list[float] = list(self.processor.image_mean)
-        self.image_std: list[float] = list(self.processor.image_std)
-        self.channels: int = self.model.config.hidden_size
+        self.processor, side = _load_processor(folder / "preprocessor_config.json", self.kind)
+        self.image_mean: list[float] = [float(x) for x in self.processor.image_mean]
+        self.image_std: list[float] = [float(x) for x in self.processor.image_std]
+        model = _load_vision_model(folder, self.kind, dtype)
+        config: Any = model.config
+        self.channels: int = config.hidden_size
+        layers = config.num_hidden_layers
+        if self.kind != "dinov2" and not -layers - 1 <= select_layer <= layers:
+            raise ConfigError(f"{path}: mm_vision_select_layer {select_layer} of an encoder with {layers} layers")
+        if self.kind == "dinov2" and side % config.patch_size:
+            raise ConfigError(f"{path}: patch_size {config.patch_size} does not divide the {side} pixels of an image")
+        if self.kind != "dinov2" and side != config.image_size:
+            raise ConfigError(f"{path}: image_size is {config.image_size}, but preprocessor_config.json makes {side}")
+        self.model: Any = model.to(device)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels [N, 3, H, W] float32 of RGB images."""
@@ -73,29 +81,101 @@ class Encoder:
         return F.layer_norm(features, features.shape[-1:], eps=1e-6)
 
 
+def _load_processor(path: Path, kind: str) -> tuple[Any, int]:
+    """The image processor a preprocessor_config.json describes, on Pillow, and the side of the images it makes.
+
+    Pillow's resize on every machine, with or without torchvision, so that an image means one latent. The classes are
+    asked for by name: transformers' AutoImageProcessor wants torchvision in some versions even for these.
+    """
+    from transformers import BitImageProcessorPil, SiglipImageProcessorPil
+
+    raw = read_json(path)
+    classes: dict[str, Any] = {
+        "SiglipImageProcessor": SiglipImageProcessorPil,
+        "BitImageProcessor": BitImageProcessorPil,
+    }
+    default = "BitImageProcessor" if kind == "dinov2" else "SiglipImageProcessor"
+    name = raw.pop("image_processor_type", None) or default
+    cls = classes.get(name.removesuffix("Fast")) if isinstance(name, str) else None
+    if cls is None:
+        raise ConfigError(f"{path}: image_processor_type {name!r} is not supported (supported: {', '.join(classes)})")
+    for field in ("image_mean", "image_std"):
+        value = raw.get(field)
+        if (
+            not isinstance(value, list)
+            or len(value) != 3
+            or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
+            or (field == "image_std" and min(value) <= 0)
+        ):
+            raise ConfigError(f"{path}: {field} is {value!r}; must be three numbers")
+    try:
+        processor = cls(**raw)
+        size = processor(images=[Image.new("RGB", (8, 6))], return_tensors="pt")["pixel_values"].shape[-2:]
+    except Exception as e:  # the library's many ways to refuse a value
+        raise ConfigError(f"{path}: not a usable image processor config ({_last_line(e)})") from e
+    if size[0] != size[1]:
+        raise ConfigError(f"{path}: makes images of {size[1]} x {size[0]} pixels; they must be square")
+    return processor, int(size[0])
+
+
 def _load_vision_model(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
-    from transformers import Dinov2Model, SiglipVisionModel
+    """Our reader reads the weights, so that what it refuses is refused here too; transformers knows where they go."""
+    from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
     from transformers.utils import logging
 
+    raw = read_json(folder / "config.json")
+    vision = raw.get("vision_config") if kind == "siglip" else raw
+    if not isinstance(vision, dict):
+        raise ConfigError(f"{folder / 'config.json'}: vision_config is missing")
     cls: Any = Dinov2Model if kind == "dinov2" else SiglipVisionModel
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # it lists the text tower's weights as unexpected; we check for ourselves
+    try:
+        config: Any = (Dinov2Config if kind == "dinov2" else SiglipVisionConfig)(**vision)
+    except Exception as e:  # the library's many ways to refuse a config
+        raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({_last_line(e)})") from e
+    reader = TensorReader(weight_files(folder))
+    tensors = {}
+    for name, stored in reader.tensors.items():
+        if not name.startswith(_NOT_VISION) and not name.endswith("position_ids"):
+            tensors[name] = torch.empty(stored.shape, dtype=dtype)
+            reader.read_into(name, tensors[name])
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # we say what is wrong with the weights ourselves
+    logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
-            str(folder), dtype=dtype, output_loading_info=True, local_files_only=True, attn_implementation="sdpa"
+            None,
+            config=config,
+            state_dict=tensors,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            attn_implementation="sdpa",
         )
-    except Exception as e:  # OSError, SafetensorError, RuntimeError on shapes: the library's many ways to fail
-        raise CheckpointError(f"{folder}: the encoder cannot be loaded ({_first_line(e)})") from e
+    except Exception as e:  # sizes that make no network
+        raise CheckpointError(f"{folder}: the encoder cannot be built ({_last_line(e)})") from e
     finally:
         logging.set_verbosity(verbosity)
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info.get(problem):
-            names = sorted(str(name) for name in info[problem])
-            raise CheckpointError(
-                f"{folder}: the encoder's weights have {problem.replace('_keys', '')} tensors: {names}"
-            )
-    return model.eval()  # type: ignore[no-any-return]
+        if bars:
+            logging.enable_progress_bar()
+    problems = []
+    for key, what in (
+        ("missing_keys", "missing tensors"),
+        ("unexpected_keys", "unexpected tensors"),
+        ("mismatched_keys", "wrong shapes"),
+    ):
+        if found := sorted(_describe(entry) for entry in info.get(key) or ()):
+            problems.append(f"{what}: {', '.join(found)}")
+    if problems:
+        raise CheckpointError(f"{folder}: the encoder's weights have {'; '.join(problems)}")
+    return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _describe(entry: object) -> str:
+    """A tensor's name or, of (name, stored shape, shape), what is wrong with it."""
+    if isinstance(entry, tuple) and len(entry) == 3:
+        return f"{entry[0]} is {list(entry[1])}, should be {list(entry[2])}"
+    return str(entry)
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

@@ -84,15 +84,16 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def reply(
-        self, conversations: Sequence[Conversation], max_new_tokens: int, stop: int, image_start: int
+        self, conversations: Sequence[Conversation], limits: Sequence[int], stop: int, image_start: int
     ) -> list[Reply]:
-        """Greedy replies to a batch of conversations, each ended by `stop` (left out), `image_start`, or the limit."""
+        """Greedy replies to a batch of conversations, each ended by `stop` (left out), `image_start`, or its limit of
+        tokens."""
         rows = [self.embed(c) for c in conversations]
         state = _Batch(self, rows)
         replies = [Reply() for _ in rows]
-        open_rows = list(range(len(rows))) if max_new_tokens > 0 else []
+        open_rows = [row for row, limit in enumerate(limits) if limit > 0]
         hidden = state.last
-        for step in range(max_new_tokens):
+        while open_rows:
             logits = self.lm_head(hidden).float()  # [B, V]
             best, token = logits.max(dim=-1)
             confidence = self_certainty(logits)
@@ -106,9 +107,9 @@ class LanguageModel(nn.Module):
                 reply.ids.append(chosen)
                 reply.logits.append(values[1][row])
                 reply.confidences.append(values[2][row])
-                if chosen == image_start:
+                if chosen == image_start or len(reply.ids) == limits[row]:
                     open_rows.remove(row)
-            if not open_rows or step + 1 == max_new_tokens:
+            if not open_rows:
                 break
             active = torch.zeros(len(rows), 1, dtype=torch.bool, device=self.device)
             active[open_rows] = True

@@ -173,21 +173,26 @@ class ScaleRAE:
         source = find(name, "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = ChatTokenizer(source.folder, config.image_markers)
+        if tokenizer.size > config.vocab_size:
+            raise CheckpointError(
+                f"{source.folder}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size} (vocab_size)"
+            )
         reader = TensorReader(weight_files(source.folder))
         with torch.device("meta"):
             language, dit = LanguageModel(config), DiT(config.dit)
         if config.tied_embeddings:
             language.lm_head.weight = language.model.embed_tokens.weight
         norm_stats = _read_norm_stats(reader, config, torch_device)
-        fill(
-            {"": language, "diff_head.model.": dit},
-            reader,
-            torch_dtype,
-            torch_device,
-            keep_float32=_keeps_float32,
-            ignore=_is_computed,
-            progress=(lambda done, total: progress("model", done, total)) if progress else None,
-        )
+        with _MemoryErrors(torch_device, "loading the weights", "a smaller checkpoint"):
+            fill(
+                {"": language, "diff_head.model.": dit},
+                reader,
+                torch_dtype,
+                torch_device,
+                keep_float32=_keeps_float32,
+                ignore=_is_computed,
+                progress=(lambda done, total: progress("model", done, total)) if progress else None,
+            )
         return cls(
             config, tokenizer, language, dit, norm_stats, source, decoder, revision, torch_dtype, torch_device, progress
         )
@@ -283,6 +288,8 @@ class ScaleRAE:
         options.check()
         self._check_guidance(guidance)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
+        if image_seeds is not None and len(image_seeds) != len(messages):
+            raise InputError(f"{len(messages)} messages but {len(image_seeds)} lists of image seeds: give one each")
         if image_seeds is None:
             if num_images < 1:
                 raise InputError(f"number of images {num_images}: must be at least 1")
@@ -336,18 +343,25 @@ class ScaleRAE:
             ]
         if not conversations:
             return []
-        room = self.config.max_length - max_new_tokens
-        for conversation in conversations:
-            length = len(conversation.ids) + (self.config.tokens - 1 if conversation.latent is not None else 0)
-            if length + self.config.tokens > self.config.max_length:
-                raise InputError(
-                    f"the prompt is {length} tokens long; with {self.config.tokens} image tokens the model reads at "
-                    f"most {self.config.max_length} (tokenizer_model_max_length)"
-                )
-            room = min(room, self.config.max_length - length - self.config.tokens)
-        limit = min(max_new_tokens, max(room, 1))
+        limits = [min(max_new_tokens, self._room(conversation)) for conversation in conversations]
         with self._memory_errors(f"answering {len(conversations)} messages at once"):
-            return self.language.reply(conversations, limit, self.tokenizer.chat_end, self.tokenizer.image_start)
+            return self.language.reply(conversations, limits, self.tokenizer.chat_end, self.tokenizer.image_start)
+
+    def _room(self, conversation: Conversation) -> int:
+        """Tokens a reply may have so that conversation, reply and an image fit what the model reads.
+
+        Raises:
+            InputError: when there is room for none.
+        """
+        image = self.config.tokens
+        length = len(conversation.ids) + (image - 1 if conversation.latent is not None else 0)
+        room = self.config.max_length - length - image
+        if room < 1:
+            raise InputError(
+                f"the prompt is {length} tokens long; with {image} image tokens the model reads at most "
+                f"{self.config.max_length} (tokenizer_model_max_length)"
+            )
+        return room
 
     @torch.inference_mode()
     def sample(
@@ -362,7 +376,10 @@ class ScaleRAE:
         options = options or SamplingOptions()
         options.check()
         self._check_guidance(options.guidance)
-        size = batch_size or (8 if self.device.type == "cpu" else 32)
+        for s in seeds:
+            if not -(2**63) <= s < 2**64:  # what torch's generators take
+                raise InputError(f"seed {s}: must be at least -2^63 and below 2^64")
+        size = (8 if self.device.type == "cpu" else 32) if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch size {size}: must be at least 1")
         latents: list[Tensor] = []
@@ -417,7 +434,8 @@ class ScaleRAE:
         latents: list[Tensor] = []
         for i in range(0, len(images), batch_size):
             pixels = self.encoder.preprocess([to_rgb(image) for image in images[i : i + batch_size]])
-            latents += self.encoder.encode(pixels).cpu().unbind()
+            with self._memory_errors(f"encoding {len(pixels)} images at once"):
+                latents += self.encoder.encode(pixels).cpu().unbind()
         return latents
 
     def answer(

@@ -16,6 +16,7 @@ IMAGE = -200  # not a token: the place of an image's latents among token ids
 SYSTEM = "You are a helpful assistant."
 CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+_PROBE = "A photo of 12 cats, é 猫!\n"
 IMAGE_PLACEHOLDER = "<image-placeholder>"  # the official code removes it from prompts
 
 
@@ -42,10 +43,14 @@ class ChatTokenizer:
         settings = json.loads(self._backend.to_str())
         settings["added_tokens"] = []  # what people write goes through a tokenizer that knows no control tokens
         self._plain = Tokenizer.from_str(json.dumps(settings))
+        self.size: int = self._backend.get_vocab_size()
         self._special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self.chat_start, self.chat_end, self.image_start, self.image_end = (
             self._control(folder, token) for token in (CHAT_START, CHAT_END, IMAGE_START, IMAGE_END)
         )
+        # transformers makes a tokenizer without a vocabulary, which drops all text, from some damaged files.
+        if self.decode(self.plain(_PROBE)) != _PROBE:
+            raise CheckpointError(f"{folder}: the tokenizer loses text; its vocabulary is damaged")
 
     def _control(self, folder: Path, token: str) -> int:
         index: int | None = self._backend.token_to_id(token)
@@ -59,7 +64,7 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens and without ids beyond the vocabulary."""
-        known = [i for i in ids if i not in self._special and i < self._backend.get_vocab_size()]
+        known = [i for i in ids if i not in self._special and i < self.size]
         return str(self._backend.decode(known, skip_special_tokens=True))
 
     def image(self) -> list[int]:

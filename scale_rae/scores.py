@@ -68,7 +68,10 @@ def score_latents(
     question = ask_question(question_template, prompt)
     asked = tokenizer.chat(question, image=True)
     answers = language.reply(
-        [Conversation(asked, latent) for latent in latents], max_new_tokens, tokenizer.chat_end, tokenizer.image_start
+        [Conversation(asked, latent) for latent in latents],
+        [max_new_tokens] * len(latents),
+        tokenizer.chat_end,
+        tokenizer.image_start,
     )
     prompt_ids = tokenizer.plain(prompt)
     described = [*tokenizer.chat(DESCRIBE, image=True), *prompt_ids]

@@ -26,7 +26,7 @@ MERGES = (
 def made(name: str, shape: list[int]) -> NDArray[np.float32]:
     """The golden checkpoints' tensor `name`: normal draws seeded by the name's CRC, scaled by its role."""
     seed = zlib.crc32(name.encode()) & 0x7FFF_FFFF
-    values = np.random.RandomState(seed).standard_normal(tuple(shape))  # noqa: NPY002 - the recorded generator
+    values = np.random.RandomState(seed).standard_normal(tuple(shape))  # the recorded generator
     role = name.split(".")[-1]
     if role == "weight" and len(shape) == 1:
         values = 1 + 0.1 * values

@@ -1,0 +1,116 @@
+"""Stage 4: the trained parts as one folder in the published layout.
+
+DIR/config.json, model-0000x-of-0000y.safetensors, model.safetensors.index.json, tokenizer files
+DIR/shapes/siglip-patch16-128/   the encoder with its image processor and tokenizer
+DIR/decoder/config.json, model.pt
+
+python -m recipes.shapes.export --out runs/shapes --export exported/shapes
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recipes.shapes import common, settings
+from recipes.shapes.loop import say
+from recipes.shapes.settings import FULL, TINY, Preset
+from recipes.shapes.tokenizer import write_tokenizer
+
+SHARD_BYTES = 14_500_000
+LIMIT_BYTES = 31_500_000
+
+
+def export(out: Path, target: Path, preset: Preset) -> int:
+    """Assembles `target` from the stages' weights under `out`; returns the bytes of all its files.
+
+    Raises:
+        SystemExit: when a stage's weights are missing.
+    """
+    parts = {
+        "model": out / "joint" / "model.safetensors",
+        "encoder": out / "encoder" / "encoder.safetensors",
+        "decoder": out / "decoder" / "decoder.safetensors",
+    }
+    weights = {name: common.load_weights(path) for name, path in parts.items()}
+    words = common.vocabulary(out)
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    write_tokenizer(fresh)
+    _write_json(fresh / "config.json", words.model_config(preset))
+    write_shards(fresh, weights["model"])
+
+    encoder = fresh / settings.ENCODER_NAME
+    write_tokenizer(encoder, settings.CAPTION_TOKENS, padding=True)
+    _write_json(encoder / "config.json", words.encoder_config(preset))
+    _write_json(encoder / "preprocessor_config.json", settings.preprocessor_config(preset))
+    common.save_weights(encoder / "model.safetensors", weights["encoder"])
+
+    decoder = fresh / "decoder"
+    decoder.mkdir()
+    _write_json(decoder / "config.json", settings.decoder_config(preset))
+    torch.save({name: tensor.clone() for name, tensor in weights["decoder"].items()}, decoder / "model.pt")
+
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.replace(target)
+    sizes = {str(path.relative_to(target)): path.stat().st_size for path in sorted(target.rglob("*")) if path.is_file()}
+    for name, size in sizes.items():
+        say(f"{size:12,d}  {name}")
+    total = sum(sizes.values())
+    say(f"{total:12,d}  bytes in all (limit {LIMIT_BYTES:,d})")
+    if total > LIMIT_BYTES:
+        raise SystemExit(f"{target}: {total:,d} bytes are more than {LIMIT_BYTES:,d}")
+    return total
+
+
+def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes model-0000x-of-0000y.safetensors of at most SHARD_BYTES each, and their index."""
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name in sorted(tensors):
+        size = tensors[name].nbytes
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensors[name]
+        filled += size
+    index: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        float32 = tuple(name for name, tensor in shard.items() if tensor.dtype == torch.float32)
+        common.save_weights(folder / file, shard, keep_float32=float32)
+        index |= dict.fromkeys(shard, file)
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    _write_json(
+        folder / "model.safetensors.index.json",
+        {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))},
+    )
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the stage."""
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the whole run")
+    parser.add_argument(
+        "--export", type=Path, required=True, metavar="DIR", help="folder to make; replaced if it is there"
+    )
+    parser.add_argument("--tiny", action="store_true")
+    args = parser.parse_args(argv)
+    export(args.out, args.export, TINY if args.tiny else FULL)
+
+
+if __name__ == "__main__":
+    main()

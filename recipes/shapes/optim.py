@@ -1,0 +1,256 @@
+"""Master weights in one buffer; Muon for hidden matrices, AdamW for the rest; moving average; all without the host.
+
+Every number that changes from step to step (step count, learning rate) is a tensor on the device, so that a whole training
+step can be one CUDA graph. `FlatModel` lays out all parameters in one float32 buffer:
+
+    [ hidden matrices, grouped by shape | other parameters | parameters that compute in float32 ]
+
+Modules compute with views of it (float32) or of a copy in the compute dtype (bfloat16). Optimizer state, gradients and the
+moving average have the same layout, so updates are few kernels and a checkpoint is a few tensors.
+
+Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest orthogonal matrix. Its step here is
+lr · sqrt(max(1, rows / columns)) · orthogonal matrix, lr about 0.02 (that convention, not the one that imitates Adam's step).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+ALIGN = 128  # elements: every tensor that is not a part of a stack begins at a multiple
+
+# How many square-ish matrices lie one below the other in a hidden weight, by the end of its name. A weight named by none
+# is AdamW's: embeddings, queries, patch and latent embedders, projectors, output layers.
+_PIECES: tuple[tuple[str, int], ...] = (
+    (r"dit_blocks\.\d+\.attn\.qkv\.weight", 3),
+    (r"dit_blocks\.\d+\.attn\.proj\.weight", 1),
+    (r"dit_blocks\.\d+\.mlp\.w12\.weight", 2),
+    (r"dit_blocks\.\d+\.mlp\.w3\.weight", 1),
+    (r"dit_blocks\.\d+\.adaLN_modulation\.1\.weight", 6),
+    (r"layers\.\d+\.self_attn\.(q|k|v|o|out)_proj\.weight", 1),
+    (r"layers\.\d+\.mlp\.(gate_proj|up_proj|down_proj|fc1|fc2)\.weight", 1),
+    (r"decoder_layers\.\d+\.attention\.attention\.(query|key|value)\.weight", 1),
+    (r"decoder_layers\.\d+\.(attention\.output|intermediate|output)\.dense\.weight", 1),
+)
+
+
+def matrices_in(name: str) -> int:
+    """How many matrices of its own Muon sees in the parameter `name`, 0 for AdamW's parameters."""
+    return next((pieces for pattern, pieces in _PIECES if re.search(pattern + "$", name)), 0)
+
+
+@dataclass(frozen=True)
+class OptimizerOptions:
+    """Learning rates are peak values; the schedule is linear warm-up, constant, linear to zero over the last `decay` share."""
+
+    kind: Literal["muon", "adamw"] = "muon"
+    lr: float = 1e-3  # AdamW
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = 0.95
+    weight_decay: float = 0.01  # hidden matrices only
+    warmup: int = 300
+    decay: float = 0.4
+    clip: float = 1.0  # gradient norm of the parameters that AdamW moves
+    ema: float = 0.9995
+
+
+@dataclass(frozen=True)
+class _Slot:
+    name: str
+    parameter: nn.Parameter
+    offset: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.offset + self.parameter.numel()].view(self.parameter.shape)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """n matrices [rows, columns] that lie one after the other from `offset`."""
+
+    offset: int
+    count: int
+    rows: int
+    columns: int
+
+    def view(self, buffer: Tensor) -> Tensor:
+        return buffer[self.offset : self.offset + self.count * self.rows * self.columns].view(
+            self.count, self.rows, self.columns
+        )
+
+
+class FlatModel:
+    """The parameters of several modules in one buffer, and their optimizer (module docstring).
+
+    `modules` maps name prefixes to modules; a parameter that appears twice (tied) is one. `keep_float32(name)` says which
+    parameters compute in float32 when the others compute in `dtype`.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        device: torch.device,
+        dtype: torch.dtype,
+        options: OptimizerOptions,
+        total_steps: int,
+        keep_float32: Callable[[str], bool] = lambda name: False,
+    ) -> None:
+        self.options, self.device, self.dtype = options, device, dtype
+        named: dict[str, nn.Parameter] = {}
+        seen: set[int] = set()
+        for prefix, module in modules.items():
+            module.to(device)
+            for name, parameter in module.named_parameters():
+                if id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    named[prefix + name] = parameter
+        self._lay_out(named, keep_float32)
+
+        size = self.size
+        self.master = torch.zeros(size, device=device)
+        for slot in self.slots:
+            slot.view(self.master).copy_(slot.parameter.detach())
+        self.ema = self.master.clone()
+        self.gradient = torch.zeros(size, device=device)
+        self.mean = torch.zeros(size, device=device)  # momentum; AdamW's first moment
+        self.adam_start = self.muon_end if options.kind == "muon" else 0
+        self.square = torch.zeros(size - self.adam_start, device=device)
+        self.step = torch.zeros((), device=device)
+        self.total_steps = torch.tensor(float(total_steps), device=device)
+        self.compute = torch.zeros(self.float32_start, device=device, dtype=dtype) if dtype != torch.float32 else None
+        for slot in self.slots:
+            in_float32 = self.compute is None or slot.offset >= self.float32_start
+            slot.parameter.data = slot.view(self.master if in_float32 else self.compute)  # type: ignore[arg-type]
+        self.refresh()
+        self.parameters = [slot.parameter for slot in self.slots]
+        self._gradients = [slot.view(self.gradient) for slot in self.slots]
+        self._float32_slots = sum(slot.offset < self.float32_start for slot in self.slots)
+
+    def _lay_out(self, named: Mapping[str, nn.Parameter], keep_float32: Callable[[str], bool]) -> None:
+        groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, int]]] = {}
+        others: list[tuple[str, nn.Parameter]] = []
+        last: list[tuple[str, nn.Parameter]] = []
+        for name, parameter in named.items():
+            pieces = matrices_in(name)
+            if keep_float32(name):
+                last.append((name, parameter))
+            elif pieces:
+                rows, columns = parameter.shape
+                groups.setdefault((rows // pieces, columns), []).append((name, parameter, pieces))
+            else:
+                others.append((name, parameter))
+        self.slots: list[_Slot] = []
+        self.stacks: list[_Stack] = []
+        offset = 0
+        for (rows, columns), members in sorted(groups.items()):
+            self.stacks.append(_Stack(offset, sum(pieces for _, _, pieces in members), rows, columns))
+            for name, parameter, _ in members:
+                self.slots.append(_Slot(name, parameter, offset))
+                offset += parameter.numel()
+            offset = _aligned(offset)
+        self.muon_end = offset
+        for name, parameter in others:
+            self.slots.append(_Slot(name, parameter, offset))
+            offset = _aligned(offset + parameter.numel())
+        self.float32_start = offset
+        for name, parameter in last:
+            self.slots.append(_Slot(name, parameter, offset))
+            offset = _aligned(offset + parameter.numel())
+        self.size = offset
+
+    def refresh(self) -> None:
+        """Brings the compute copy up to the master weights."""
+        if self.compute is not None:
+            self.compute.copy_(self.master[: self.float32_start])
+
+    def tensors(self, averaged: bool = True) -> dict[str, Tensor]:
+        """Each parameter by name, float32: the moving average, or the master weights."""
+        buffer = self.ema if averaged else self.master
+        return {slot.name: slot.view(buffer) for slot in self.slots}
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Starts from these weights (master and average)."""
+        for slot in self.slots:
+            slot.view(self.master).copy_(tensors[slot.name])
+        self.ema.copy_(self.master)
+        self.refresh()
+
+    @torch.no_grad()
+    def update(self, gradients: Sequence[Tensor]) -> Tensor:
+        """One optimizer step. Returns the gradient norm (before clipping) of AdamW's parameters, [] on the device."""
+        o = self.options
+        for part in (slice(0, self._float32_slots), slice(self._float32_slots, None)):  # one dtype each: few kernels
+            if self._gradients[part]:
+                torch._foreach_copy_(self._gradients[part], list(gradients[part]))
+        self.step.add_(1)
+        lr = self.learning_rate()
+        if o.weight_decay:
+            peak = o.muon_lr if o.kind == "muon" else o.lr
+            self.master[: self.muon_end].mul_(1 - lr * (peak * o.weight_decay))
+        if o.kind == "muon":
+            for stack in self.stacks:
+                gradient, momentum = stack.view(self.gradient), stack.view(self.mean)
+                momentum.lerp_(gradient, 1 - o.momentum)
+                direction = orthogonalised(gradient.lerp(momentum, o.momentum), self.dtype)
+                scale = o.muon_lr * math.sqrt(max(1.0, stack.rows / stack.columns))
+                stack.view(self.master).sub_(direction * (lr * scale))
+        norm = self._adamw(lr)
+        self.ema.lerp_(self.master, 1 - torch.clamp((1 + self.step) / (10 + self.step), max=o.ema))
+        self.refresh()
+        return norm
+
+    def _adamw(self, lr: Tensor) -> Tensor:
+        o, start = self.options, self.adam_start
+        beta1, beta2 = o.betas
+        gradient, mean = self.gradient[start:], self.mean[start:]
+        norm: Tensor = torch.linalg.vector_norm(gradient)
+        gradient.mul_((o.clip / (norm + 1e-6)).clamp(max=1))
+        mean.lerp_(gradient, 1 - beta1)
+        self.square.lerp_(gradient.square(), 1 - beta2)
+        bias1, bias2 = 1 - beta1**self.step, 1 - beta2**self.step
+        move = mean / ((self.square / bias2).sqrt_().add_(1e-8))
+        self.master[start:].sub_(move * (lr * o.lr / bias1))
+        return norm
+
+    def learning_rate(self) -> Tensor:
+        """The schedule's factor in 0..1 at `step`, [] on the device."""
+        rise = self.step / max(1, self.options.warmup)
+        fall = (self.total_steps - self.step + 1) / (self.total_steps * self.options.decay)
+        return torch.minimum(rise, fall).clamp(0, 1)
+
+    def state(self) -> dict[str, Tensor]:
+        """Everything that continues a run exactly, but for the random generator."""
+        names = ("master", "ema", "mean", "square", "step", "total_steps")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Continues from `state`."""
+        for name, tensor in self.state().items():
+            tensor.copy_(state[name])
+        self.refresh()
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGN) * ALIGN
+
+
+def orthogonalised(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
+    """About the nearest orthogonal matrix to each of [n, r, c], singular values within some 0.7 to 1.2; float32.
+
+    Newton-Schulz iteration with Muon's quintic: X <- a X + (b A + c A²) X, A = X X'.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    x = (x.mT if tall else x).to(dtype).contiguous()
+    for _ in range(iterations):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return (x.mT if tall else x).float()

@@ -1,0 +1,95 @@
+"""All stages in order: encoder, pixel decoder, joint training, export, a first look.
+
+    python -m recipes.shapes.train --out runs/shapes --export exported/shapes
+
+A stage that is finished is not repeated, one that was cut short goes on where it was. Every stage is a process of its own,
+since data is made in forked processes before CUDA starts. With `--stop-after S` the command ends by itself some S seconds
+after its start (export and look included); give the same command again to go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from recipes.shapes.loop import say
+
+EXPORT_SECONDS = 65  # kept of --stop-after for saving, export and look, and for a stage to start and stop
+LEAST_SECONDS = 60  # left of --stop-after, below which no stage is started
+
+TINY: dict[str, str] = {
+    "encoder": "--tiny --steps 60 --batch 48 --pool 1000 --workers 1 --log-every 10 --warmup 10 --no-compile",
+    "decoder": "--tiny --steps 20 --batch 48 --pool 500 --workers 1 --log-every 10 --warmup 5 --no-compile",
+    "joint": "--tiny --steps 60 --draw-batch 24 --read-batch 12 --chat-batch 4 --draw-pool 1000 --read-pool 500 "
+    "--workers 1 --log-every 10 --warmup 10 --no-compile",
+}
+WEIGHTS = {
+    "encoder": "encoder/encoder.safetensors",
+    "decoder": "decoder/decoder.safetensors",
+    "joint": "joint/finished",
+}
+
+
+def run(module: str, arguments: Sequence[str]) -> None:
+    """Runs a stage as a process; raises SystemExit when it fails."""
+    command = [sys.executable, "-m", f"recipes.shapes.{module}", *arguments]
+    say(f"$ python -m recipes.shapes.{module} {' '.join(arguments)}")
+    start = time.perf_counter()
+    code = subprocess.run(command, check=False).returncode
+    if code:
+        raise SystemExit(f"{module} failed with exit status {code}")
+    say(f"{module}: {time.perf_counter() - start:.1f} s in all\n")
+
+
+def main(argv: list[str] | None = None) -> bool:
+    """Runs what is not done yet; returns whether everything is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
+    parser.add_argument("--export", type=Path, default=Path("exported/shapes"), metavar="DIR")
+    parser.add_argument("--tiny", action="store_true", help="small sizes and few steps, on the CPU")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device")
+    parser.add_argument("--stop-after", type=float, metavar="S", help="seconds from the start of this command")
+    parser.add_argument("--prompts", type=int, default=300, help="held-out prompts of the look, 0 for none")
+    for stage in WEIGHTS:
+        parser.add_argument(
+            f"--{stage}", default="", metavar="ARGS", help=f"more arguments of the {stage} stage, quoted"
+        )
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+
+    def left() -> float | None:
+        if args.stop_after is None:
+            return None
+        return float(args.stop_after) - EXPORT_SECONDS - (time.perf_counter() - start)
+
+    for stage, marker in WEIGHTS.items():
+        if (args.out / marker).is_file():
+            continue
+        arguments = ["--out", str(args.out), "--seed", str(args.seed)]
+        arguments += TINY[stage].split() if args.tiny else []
+        arguments += ["--device", "cpu"] if args.tiny else ["--device", args.device] if args.device else []
+        seconds = left()
+        if seconds is not None:
+            if seconds < LEAST_SECONDS:
+                say(f"no time left for {stage}: give the command again")
+                return False
+            arguments += ["--stop-after", f"{seconds:.0f}"]
+        run(stage, [*arguments, *getattr(args, stage).split()])
+        if stage != "joint" and not (args.out / marker).is_file():
+            say(f"{stage} is not finished: give the command again")
+            return False
+    sizes = ["--tiny"] if args.tiny else []
+    run("export", ["--out", str(args.out), "--export", str(args.export), *sizes])
+    device = ["--device", "cpu"] if args.tiny else ["--device", args.device] if args.device else []
+    sheet = ["--sheet", str(args.export.with_name("sheet.png")), "--prompts", str(0 if args.tiny else args.prompts)]
+    run("sample", ["--model", str(args.export), *sheet, *device])
+    return bool((args.out / WEIGHTS["joint"]).is_file())
+
+
+if __name__ == "__main__":
+    main()

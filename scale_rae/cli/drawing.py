@@ -1,0 +1,259 @@
+"""What t2i, img and latent have in common: send messages to the model, save what it draws, print what it says."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
+
+from scale_rae import __version__
+from scale_rae.cli.options import Output, PostQA, Sampling
+from scale_rae.cli.progress import Bars
+from scale_rae.cli.session import Session
+from scale_rae.errors import InputError
+from scale_rae.outputs import Sample, dump_json, save_run, timestamp
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scale_rae.pipeline import Generation, ScaleRAE
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message to the model, a latent shown before it if any.
+
+    `index` is the prompt's in its file; `where` says where the prompt is from, for errors; `label` goes into file names
+    and `recorded` into the manifest.
+    """
+
+    prompt: str
+    latent: Tensor | None = None
+    index: int = 0
+    where: str = ""
+    label: str = ""
+    recorded: dict[str, Any] = field(default_factory=dict)
+
+
+class Outcome(NamedTuple):
+    """Whether a reply drew, had text, and was still going on when its limit of tokens was reached."""
+
+    drew: bool
+    spoke: bool
+    cut_off: bool
+
+
+def prepare(sampling: Sampling, bars: Bars) -> None:
+    """Imports what is heavy, and raises InputError, before a model is loaded, for values that no sampler can use."""
+    if sampling.num_images < 1:
+        raise InputError(f"number of images {sampling.num_images}: must be at least 1")
+    if sampling.batch_size is not None and sampling.batch_size < 1:
+        raise InputError(f"batch size {sampling.batch_size}: must be at least 1")
+    if sampling.max_new_tokens < 1:
+        raise InputError(f"max new tokens {sampling.max_new_tokens}: must be at least 1")
+    if not 0 <= sampling.seed < 2**63:
+        raise InputError(f"seed {sampling.seed}: must be at least 0 and less than 2^63")
+    with bars.waiting("starting"):
+        from scale_rae.flow import check_options
+        from scale_rae.pipeline import ScaleRAE  # noqa: F401
+    check_options(sampling.guidance_level, sampling.steps, sampling.solver, sampling.guidance_interval)
+
+
+def send(
+    session: Session,
+    mode: dict[str, Any],
+    messages: Sequence[Message],
+    sampling: Sampling,
+    output: Output,
+    bars: Bars,
+    post_qa: PostQA | None = None,
+) -> list[Outcome]:
+    """Sends messages in batches, and saves and prints each batch as it is done.
+
+    `mode` begins the manifests; `sampling.batch_size` images are drawn at once, of several messages where they are few.
+
+    Raises:
+        InputError: before anything is drawn, for messages longer than the model reads.
+    """
+    model = session.model
+    _check_lengths(model, messages)
+    seeds = [_seeds(message, sampling) for message in messages]
+    batch_size = sampling.batch_size or (8 if model.device.type == "cpu" else 32)
+    at_once = max(1, batch_size // max(len(s) for s in seeds))
+    bars.expect(sum(len(s) for s in seeds))
+    time_of_run, outcomes = timestamp(), []
+    for i in range(0, len(messages), at_once):
+        batch = messages[i : i + at_once]
+        try:
+            results, images, seconds = _draw(model, batch, seeds[i : i + at_once], sampling, output, batch_size, bars)
+        finally:
+            bars.stop()
+        answers: list[list[dict[str, str]]] | None = None
+        if post_qa is not None:
+            start = time.perf_counter()
+            answers = _ask_about(model, batch, results, images, post_qa, batch_size)
+            seconds["post_qa"] = round(time.perf_counter() - start, 3)
+        described = session.describe()
+        for j, (message, result) in enumerate(zip(batch, results, strict=True)):
+            manifest = {
+                **mode,
+                "prompt": message.prompt,
+                **message.recorded,
+                **described,
+                "seed": sampling.seed,
+                "image_seeds": [drawing.seed for drawing in result.images],
+                "guidance_level": sampling.guidance_level,
+                "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval else None,
+                "solver": sampling.solver,
+                "steps": sampling.steps,
+                "max_new_tokens": sampling.max_new_tokens,
+                "batch_size": batch_size,
+                "prompts_in_batch": len(batch),
+                "output_text": result.text,
+                "seconds": session.seconds | seconds,
+            }
+            if post_qa is not None and answers is not None:
+                manifest["post_qa"] = {
+                    "mode": post_qa.mode,
+                    "max_new_tokens": post_qa.max_new_tokens,
+                    "answers": answers[j],
+                }
+            samples = [
+                Sample(
+                    images[j][k],
+                    drawing.latent if output.save_latent or output.skip_decoder else None,
+                    png_text(manifest, drawing.seed),
+                )
+                for k, drawing in enumerate(result.images)
+            ]
+            print_results(save_run(output.folder, manifest, samples, time_of_run, message.label), output)
+            cut_off = not result.images and len(result.reply.ids) >= sampling.max_new_tokens
+            outcomes.append(Outcome(bool(result.images), bool(result.text.strip()), cut_off))
+    return outcomes
+
+
+def note_shortcomings(outcomes: Sequence[Outcome], limit: int, flag: str) -> None:
+    """Says on stderr that an answer may not be all of it, or is nothing at all."""
+    if any(not outcome.drew and not outcome.spoke for outcome in outcomes):
+        typer.echo("note: the model answered with nothing that can be printed", err=True)
+    if any(outcome.cut_off for outcome in outcomes):
+        typer.echo(f"note: the answer stops at {limit} tokens; {flag} allows more", err=True)
+
+
+def _check_lengths(model: ScaleRAE, messages: Sequence[Message]) -> None:
+    """The pipeline checks this too, but only knows the batch; here the prompt's place in its file is known."""
+    config, problems = model.config, []
+    for message in messages:
+        if message.where:
+            length = len(model.tokenizer.chat(message.prompt))
+            if length + config.tokens > config.max_length:
+                problems.append(
+                    f"{message.where}: {length} tokens long; with {config.tokens} image tokens the model reads at most "
+                    f"{config.max_length}"
+                )
+    if problems:
+        raise InputError("; ".join(problems))
+
+
+def _seeds(message: Message, sampling: Sampling) -> list[int]:
+    from scale_rae.pipeline import image_seed
+
+    if sampling.image_seeds is not None:
+        return list(sampling.image_seeds)
+    return [image_seed(sampling.seed, message.index, j) for j in range(sampling.num_images)]
+
+
+def _draw(
+    model: ScaleRAE,
+    batch: Sequence[Message],
+    seeds: list[list[int]],
+    sampling: Sampling,
+    output: Output,
+    batch_size: int,
+    bars: Bars,
+) -> tuple[list[Generation], list[list[Any]], dict[str, float]]:
+    """Replies and latents of a batch, the pixels of each reply's images (None when decoding is skipped), seconds."""
+    shown = [message.latent for message in batch if message.latent is not None]
+    results = model.generate(
+        [message.prompt for message in batch],
+        image_seeds=seeds,
+        guidance=sampling.guidance_level,
+        guidance_interval=sampling.guidance_interval,
+        steps=sampling.steps,
+        solver=sampling.solver,
+        max_new_tokens=sampling.max_new_tokens,
+        latents=shown or None,
+        batch_size=batch_size,
+        decode=False,
+        callback=bars.step,
+    )
+    seconds = {name: round(value, 3) for name, value in results[0].seconds.items()}
+    start = time.perf_counter()
+    latents = [drawing.latent for result in results for drawing in result.images]
+    skip = output.skip_decoder or not latents
+    pixels = iter([None] * len(latents) if skip else model.decode(latents, batch_size))
+    images = [[next(pixels) for _ in result.images] for result in results]
+    seconds["decoding"] = round(time.perf_counter() - start, 3)
+    return results, images, seconds
+
+
+def _ask_about(
+    model: ScaleRAE,
+    batch: Sequence[Message],
+    results: Sequence[Generation],
+    images: Sequence[Sequence[Any]],
+    post_qa: PostQA,
+    batch_size: int,
+) -> list[list[dict[str, str]]]:
+    """Question and answer for each image of each result."""
+    questions = [post_qa.question(m.prompt) for m, result in zip(batch, results, strict=True) for _ in result.images]
+    if post_qa.mode == "image":
+        latents = model.encode([image for row in images for image in row])
+    else:
+        latents = [drawing.latent for result in results for drawing in result.images]
+    answers: list[dict[str, str]] = []
+    for i in range(0, len(questions), batch_size):
+        asked, shown = questions[i : i + batch_size], latents[i : i + batch_size]
+        replies = model.answer(asked, latents=shown, max_new_tokens=post_qa.max_new_tokens)
+        answers += [{"question": q, "answer": a.text} for q, a in zip(asked, replies, strict=True)]
+    rest = iter(answers)
+    return [[next(rest) for _ in result.images] for result in results]
+
+
+def png_text(manifest: dict[str, Any], seed: int | None = None) -> dict[str, str]:
+    """What a PNG says of itself: the settings that drew it."""
+    keys = ("mode", "action", "prompt", "seed", "model_path", "guidance_level", "guidance_interval", "solver", "steps")
+    text = {"Software": f"scale_rae {__version__}"}
+    for key in (*keys, "max_new_tokens", "dtype"):
+        if manifest.get(key) is not None:
+            value = manifest[key]
+            text[key] = value if isinstance(value, str) else dump_json(value)
+    if seed is not None:
+        text["image_seed"] = str(seed)
+    return text
+
+
+def print_results(manifest: dict[str, Any], output: Output) -> None:
+    if output.json:
+        typer.echo(dump_json(manifest))
+        return
+    text = (manifest["output_text"] or "").strip()
+    if text:
+        typer.echo(text)
+    answers = manifest.get("post_qa", {}).get("answers", [])
+    images, latents = manifest["output_images"], manifest["latent_paths"]
+    for k in range(max(len(images), len(latents))):
+        for paths in (images, latents):
+            if paths:
+                typer.echo(paths[k])
+        if answers:
+            typer.echo(f"  {answers[k]['question']} {answers[k]['answer'].strip()}")
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether a value from JSON is a number (and not true or false)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

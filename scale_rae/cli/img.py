@@ -1,0 +1,62 @@
+"""scale-rae img: ask about an image."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scale_rae.cli import options as o
+from scale_rae.cli.drawing import Message, note_shortcomings, prepare, send
+from scale_rae.cli.progress import Bars
+from scale_rae.cli.session import Session
+from scale_rae.outputs import check_folder
+from scale_rae.prompt import clean_message
+
+
+def command(
+    image: Annotated[Path, typer.Option(help="The image file.")],
+    prompt: Annotated[str, typer.Option(help="A question, or what to draw after it.")],
+    model_path: o.ModelPath = o.DEFAULT_MODEL,
+    decoder_repo: o.DecoderRepo = None,
+    revision: o.Revision = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    num_images: o.NumImages = 1,
+    seed: o.Seed = 42,
+    guidance_level: o.GuidanceLevel = 1.0,
+    guidance_interval: o.GuidanceInterval = None,
+    steps: o.Steps = o.DEFAULT_STEPS,
+    solver: o.Solver = "euler",
+    max_new_tokens: o.MaxNewTokens = 512,
+    batch_size: o.BatchSize = None,
+    output_dir: o.OutputDir = Path("outputs"),
+    save_latent: o.SaveLatent = False,
+    skip_decoder: o.SkipDecoder = False,
+    json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Ask about an image, or have it changed.
+
+    Prints the model's answer; when the answer is an image, or has one, saves that too.
+    """
+    clean_message(prompt)
+    from scale_rae.images import load_image
+
+    picture = load_image(image)
+    digest = hashlib.sha256(image.read_bytes()).hexdigest()
+    check_folder(output_dir)
+    sampling = o.Sampling(
+        num_images, seed, guidance_level, guidance_interval, steps, solver, max_new_tokens, batch_size
+    )
+    bars = Bars()
+    prepare(sampling, bars)
+    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype)
+    output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
+    session = Session(choice, bars, encoder=True, debug=debug)
+    message = Message(prompt, session.model.encode([picture])[0])
+    mode = {"mode": "img", "image": str(image), "image_sha256": digest}
+    outcomes = send(session, mode, [message], sampling, output, bars)
+    note_shortcomings(outcomes, max_new_tokens, "--max-new-tokens")

@@ -1,0 +1,154 @@
+"""A loaded model with what a manifest says of it: where its files are from, what pins them, how long it took."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import threading
+import time
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scale_rae import __version__
+from scale_rae.cli.options import ModelChoice
+from scale_rae.cli.progress import Bars
+
+if TYPE_CHECKING:
+    from scale_rae.checkpoint import Source
+    from scale_rae.pipeline import ScaleRAE
+
+
+class Session:
+    """`Session(choice, bars)` loads the model; `decoder=True`, `encoder=True` load those at once as well."""
+
+    def __init__(
+        self, choice: ModelChoice, bars: Bars, *, decoder: bool = False, encoder: bool = False, debug: bool = False
+    ) -> None:
+        start = time.perf_counter()
+        if not debug:
+            silence_libraries()
+        from scale_rae.checkpoint import BUNDLED, find
+        from scale_rae.pipeline import ScaleRAE
+
+        self._identities: dict[str, _Identity] = {}
+        if choice.model_path in BUNDLED or Path(choice.model_path).expanduser().is_dir():
+            self._identify("model", find(choice.model_path, "model"))  # hashed while it loads
+        try:
+            self.model: ScaleRAE = ScaleRAE.from_pretrained(
+                choice.model_path,
+                decoder=choice.decoder_repo,
+                device=choice.device,
+                dtype=choice.dtype,
+                revision=choice.revision,
+                progress=bars.load,
+            )
+        finally:
+            bars.stop()
+        self._identify("model", self.model.source)
+        if encoder or decoder:
+            _ = self.model.encoder  # decoding undoes the encoder's pixel normalisation
+        if decoder:
+            _ = self.model.decoder
+        self._identify_loaded_parts()
+        self.seconds = {"load": round(time.perf_counter() - start, 3)}
+
+    def _identify(self, part: str, source: Source | None) -> None:
+        if source is not None and part not in self._identities:
+            self._identities[part] = _Identity(source)
+
+    def _identify_loaded_parts(self) -> None:
+        self._identify("encoder", self.model.encoder_source)
+        self._identify("decoder", self.model.decoder_source)
+
+    def describe(self) -> dict[str, Any]:
+        """The manifest's part on model, device and versions. Waits for the files' hashes if they are not done."""
+        import torch
+        import transformers
+
+        self._identify_loaded_parts()
+        parts = {part: self._identities[part].describe() if part in self._identities else None for part in _PARTS}
+        return {
+            "model_path": parts["model"]["name"] if parts["model"] else None,
+            **parts,
+            "dtype": str(self.model.dtype).removeprefix("torch."),
+            "device": str(self.model.device),
+            "versions": {
+                "scale_rae": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+        }
+
+
+_PARTS = ("model", "encoder", "decoder")
+
+
+class _Identity:
+    """What pins a source's files, worked out on a thread of its own: hashing gigabytes takes as long as reading them."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._result: dict[str, str] | None = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._hash, daemon=True)  # a daemon, so that Ctrl-C needn't wait for it
+        self._thread.start()
+
+    def _hash(self) -> None:
+        try:
+            self._result = self._source.identity()
+        except Exception as e:  # raised again where it is asked for
+            self._error = e
+
+    def describe(self) -> dict[str, Any]:
+        """{"name", "revision"} for files of the hub, else {"name", "files": {file: SHA-256}}."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        assert self._result is not None
+        if self._source.revision:
+            return {"name": self._source.name, "revision": self._source.revision}
+        return {"name": self._name(), "files": self._result}
+
+    def _name(self) -> str:
+        """A name that finds the files again from any folder."""
+        from scale_rae.checkpoint import BUNDLED
+
+        return self._source.name if self._source.name in BUNDLED else str(self._source.folder.absolute())
+
+
+def silence_libraries() -> None:
+    """Stops the warnings and load reports of transformers and the hub; its download bars stay on a terminal."""
+    warnings.simplefilter("ignore")
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import transformers.utils.logging as transformers_logging
+    from huggingface_hub.utils import logging as hub_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
+
+
+def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the model files that a manifest records and those loaded, in words."""
+    found = []
+    for part in _PARTS:
+        old, new = recorded.get(part), now.get(part)
+        if not isinstance(old, dict) or not isinstance(new, dict):
+            continue  # not used in that run, or not in this one
+        if "revision" in old and "revision" in new:
+            if old["revision"] != new["revision"]:
+                found.append(f"{part}: revision {new['revision']} here, {old['revision']} then")
+        elif isinstance(old.get("files"), dict) and "files" in new:
+            names = sorted(f for f in {*old["files"], *new["files"]} if old["files"].get(f) != new["files"].get(f))
+            if names:
+                found.append(f"{part}: {', '.join(names)} in {new['name']}")
+        else:
+            found.append(f"{part}: {_kind(new)} here, {_kind(old)} then")
+    return found
+
+
+def _kind(source: dict[str, Any]) -> str:
+    return f"hub revision {source['revision']}" if "revision" in source else f"folder {source.get('name')}"

@@ -1,0 +1,214 @@
+"""The files a run leaves: sample_<time>.png, …_latent.pt, …_manifest.json. Whole or not at all, and never over others.
+
+A run writes everything into a hidden folder beside its targets and then renames it all into place, the manifest last.
+The folder's name is the run's: making it is atomic, so it is also what keeps two processes from taking one name.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from scale_rae.errors import InputError, OutputError
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+
+@dataclass
+class Sample:
+    """One image to save: pixels with the text that goes into the PNG, a latent, or both."""
+
+    image: Image.Image | None = None
+    latent: Tensor | None = None
+    text: Mapping[str, str] | None = None
+
+
+def timestamp() -> str:
+    """The local time, to the second, as file names have it."""
+    return time.strftime("%Y%m%d-%H%M%S")
+
+
+def check_folder(folder: Path) -> None:
+    """Makes sure, before any work and without making anything, that results can be written to `folder`.
+
+    Raises:
+        OutputError: when it is a file, or it or the folder it would be made in cannot be written to.
+    """
+    for place in (folder, *folder.absolute().parents):
+        try:
+            place.lstat()
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as e:
+            raise OutputError(f"{folder}: cannot be an output folder ({e.strerror})") from e
+        if not place.is_dir():
+            raise OutputError(f"{folder}: cannot be an output folder, since {place} is not a folder")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"{folder}: not writable (no permission to write in {place}); choose another --output-dir"
+            )
+        return
+
+
+def save_run(
+    folder: Path, manifest: dict[str, Any], samples: Sequence[Sample], time_of_run: str, label: str = ""
+) -> dict[str, Any]:
+    """Writes one run and returns its manifest, completed by the paths and the seconds that writing took.
+
+    Names begin `sample_<time_of_run><label>`; several samples get _00, _01, …; a taken name is passed over by adding
+    -2, -3, ….
+
+    Raises:
+        OutputError: when something cannot be written; then nothing of the run is left.
+    """
+    start = time.perf_counter()
+    marks = [f"_{i:02}" for i in range(len(samples))] if len(samples) > 1 else ["" for _ in samples]
+    suffixes = [m + ".png" for m, s in zip(marks, samples, strict=True) if s.image is not None]
+    suffixes += [m + "_latent.pt" for m, s in zip(marks, samples, strict=True) if s.latent is not None]
+    suffixes.append("_manifest.json")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        stem, staging = _reserve(folder, f"sample_{time_of_run}{label}", suffixes)
+        placed: list[Path] = []
+        try:
+            images, latents = [], []
+            for mark, sample in zip(marks, samples, strict=True):
+                if sample.image is not None:
+                    images.append(stem + mark + ".png")
+                    _write(staging / images[-1], png_bytes(sample.image, sample.text or {}))
+                if sample.latent is not None:
+                    latents.append(stem + mark + "_latent.pt")
+                    _write(staging / latents[-1], latent_bytes(sample.latent))
+            paths = [str(folder / name) for name in latents]
+            complete = manifest | {
+                "output_images": [str(folder / name) for name in images],
+                "latent_path": paths[0] if paths else None,
+                "latent_paths": paths,
+                "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
+            }
+            last = f"{stem}_manifest.json"
+            _write(staging / last, (dump_json(complete, indent=2) + "\n").encode())
+            for name in (*images, *latents, last):
+                placed.append(folder / name)
+                (staging / name).rename(folder / name)
+        except BaseException:  # Ctrl-C too
+            for path in placed:
+                path.unlink(missing_ok=True)
+            raise
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+    except OSError as e:
+        raise OutputError(
+            f"{folder}: the results cannot be written ({e.strerror or e}); "
+            "make room or permission there, or choose another --output-dir"
+        ) from e
+    return complete
+
+
+def _reserve(folder: Path, stem: str, suffixes: Sequence[str]) -> tuple[str, Path]:
+    """The first of stem, stem-2, stem-3, … that no file and no other process has, and a folder that holds it."""
+    attempt, count = stem, 1
+    while True:
+        staging = folder / f".{attempt}.tmp"
+        try:
+            staging.mkdir()
+        except FileExistsError:
+            pass
+        else:
+            if not any(os.path.lexists(folder / (attempt + suffix)) for suffix in suffixes):
+                return attempt, staging
+            staging.rmdir()
+        count += 1
+        attempt = f"{stem}-{count}"
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # some file systems notice a full disk only here
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """Strict JSON in UTF-8's own letters."""
+    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
+    """A PNG with text chunks (iTXt where Latin-1 does not do)."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in text.items():
+        info.add_text(key, value)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def latent_bytes(latent: Tensor) -> bytes:
+    """A latent [L, C] as `torch.save` writes it, float32, and no more than itself (a view would take its base along)."""
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(latent.detach().to("cpu", torch.float32, copy=True).contiguous(), buffer)
+    return buffer.getvalue()
+
+
+def load_latent(path: Path) -> Tensor:
+    """The tensor in a file saved by `torch.save`; `ScaleRAE.check_latent` says whether it is a latent of a model.
+
+    Raises:
+        InputError: naming the file, when it is missing, no torch file, would run code when loaded, or holds no tensor.
+    """
+    import pickle
+
+    import torch
+
+    try:
+        value = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: no such latent file") from e
+    except IsADirectoryError as e:
+        raise InputError(f"{path}: is a folder, not a latent file") from e
+    except pickle.UnpicklingError as e:
+        if "Unsupported" in str(e) or "GLOBAL" in str(e):
+            raise InputError(f"{path}: refused, since loading it could run code; a latent is a plain tensor") from e
+        raise InputError(f"{path}: not a file that torch.save wrote") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
+    except Exception as e:  # damaged archives and pickles fail in many ways: RuntimeError, EOFError, KeyError, …
+        raise InputError(f"{path}: damaged, or not a file that torch.save wrote") from e
+    if not isinstance(value, torch.Tensor):
+        raise InputError(f"{path}: holds a {type(value).__name__}, not a tensor")
+    if value.layout is not torch.strided:
+        raise InputError(f"{path}: holds a sparse tensor; a latent is a plain one")
+    return value
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of an earlier run.
+
+    Raises:
+        InputError: naming the file, when it is missing or not a JSON object.
+    """
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"))
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: no such manifest") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
+    except (ValueError, RecursionError) as e:
+        raise InputError(f"{path}: not a manifest (not valid JSON: {e})") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: not a manifest (holds a {type(value).__name__}, not an object)")
+    return value

@@ -1,0 +1,375 @@
+"""The bundled model's recipe: what training computes is what inference computes, and a tiny run goes all the way."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recipes.shapes import common, data, encoder, joint, networks, settings, train
+from recipes.shapes.common import Vocabulary
+from recipes.shapes.loop import LoopOptions, Trainer
+from recipes.shapes.optim import FlatModel, OptimizerOptions, matrices_in, orthogonalised
+from recipes.shapes.settings import FULL, TINY
+from recipes.shapes.tokenizer import ANSWER_WORDS, words
+from scale_rae.language import Conversation, LanguageModel
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.prompt import ChatTokenizer
+from scale_rae.shapes import world
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
+    return common.vocabulary(tmp_path_factory.mktemp("run"))
+
+
+def small_pools(vocabulary: Vocabulary, device: torch.device = CPU) -> joint.Pools:
+    draws = data.make("draw", 64, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
+    reads = data.make("read", 64, 0, vocabulary.encoder, world.SCENE_KINDS, workers=1)
+    generator = torch.Generator().manual_seed(0)
+    shape = (64, TINY.tokens * TINY.channels)
+    latents = tuple(torch.randn(shape, generator=generator).bfloat16().to(device) for _ in range(2))
+    return joint.Pools(TINY, vocabulary, draws, reads, (latents[0], latents[1]), device)
+
+
+def small_trainer(vocabulary: Vocabulary, folder: Path, kind: str = "muon", steps: int = 8, **options: int) -> Trainer:
+    common.set_seed(0)
+    made = small_pools(vocabulary)
+    optimizer = OptimizerOptions(kind=kind, warmup=2)  # type: ignore[arg-type]
+    config, language, dit, model = joint.build(vocabulary, TINY, CPU, torch.float32, optimizer, steps)
+    loss = joint.Loss(config, language, dit, made, joint.Batch(8, 6, 2, 2), torch.float32)
+    return Trainer(model, loss, LoopOptions(steps=steps, log_every=4, **options), folder, "same")
+
+
+# Tokenizer and data -----------------------------------------------------------------------------------------------------------
+
+
+def test_every_word_is_one_token(vocabulary: Vocabulary) -> None:
+    for word in [*words(), *ANSWER_WORDS, *(f" {word}" for word in ANSWER_WORDS)]:
+        assert len(vocabulary.tokenizer.plain(word)) == 1, word
+    assert vocabulary.size < 800
+
+
+def test_word_table_is_the_tokenizer(vocabulary: Vocabulary) -> None:
+    encode, tokenizer = vocabulary.encoder, vocabulary.tokenizer
+    scenes = list(world.sample(np.random.default_rng(1), 300, data.DRAW_KINDS))
+    asked = world.questions(random.Random(1), scenes)
+    for message in [*data.requests(random.Random(2), scenes), *world.CHATS]:
+        assert [*encode.head, *encode(message), *encode.tail] == tokenizer.chat(message)
+    for question, answer in asked:
+        ids = tokenizer.chat(question, image=True)
+        following, place = encode.question(question, answer)
+        assert [*encode.image_head, -200, *following[:place]] == ids
+        assert following[place:] == [*tokenizer.plain(answer), tokenizer.chat_end]
+
+
+def test_data_is_the_same_for_any_number_of_workers(vocabulary: Vocabulary, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "CHUNK", 50)
+    one, two = (data.make("read", 120, 3, vocabulary.encoder, world.SCENE_KINDS, workers) for workers in (1, 2))
+    for a, b in ((one.scenes, two.scenes), (one.texts, two.texts)):
+        for field in dataclasses.fields(a):
+            assert np.array_equal(getattr(a, field.name), getattr(b, field.name))
+
+
+def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -> None:
+    color_shapes, pairs, counts = (
+        set(held) for held in (world.HELD_OUT_COLOR_SHAPES, world.HELD_OUT_SHAPE_PAIRS, world.HELD_OUT_COUNTS)
+    )
+    for stream, kinds in (("encode", world.SCENE_KINDS), ("draw", data.DRAW_KINDS), ("read", world.SCENE_KINDS)):
+        chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)  # type: ignore[arg-type]
+        for scene in chunk.scenes:
+            shapes = [thing.shape for thing in scene.objects]
+            assert color_shapes.isdisjoint((thing.color, thing.shape) for thing in scene.objects)
+            assert pairs.isdisjoint((a, b) for a in shapes for b in shapes)
+            assert counts.isdisjoint((shapes.count(shape), shape) for shape in shapes)
+        for ids, length in zip(chunk.texts.ids, chunk.texts.length, strict=True):
+            text = vocabulary.tokenizer.decode(ids[:length].tolist())
+            assert not any(f"{color} {shape}" in text for color, shape in color_shapes), text
+            assert not any(f"{world.NUMBERS[n]} {world.plural(shape)}" in text for n, shape in counts), text
+            assert not any(wording.partition("{")[0] in text for wording in world.HELD_OUT_WORDINGS), text
+
+
+# The same computation as inference --------------------------------------------------------------------------------------------
+
+
+class Scripted(nn.Module):
+    """An output layer that says the world's reply whatever the hidden state."""
+
+    def __init__(self, language: LanguageModel, reply: list[int]) -> None:
+        super().__init__()
+        self.weight, self.reply, self.said = language.lm_head.weight, reply, 0
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = torch.zeros(len(hidden), len(self.weight))
+        logits[:, self.reply[self.said]] = 1
+        self.said += 1
+        return logits
+
+
+def test_condition_in_training_is_the_condition_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    loss = small_trainer(vocabulary, tmp_path).loss
+    assert isinstance(loss, joint.Loss)
+    language, made = loss.language, loss.pools
+    for parameter in language.parameters():  # far from the small initial values
+        nn.init.normal_(parameter, std=0.2)
+    rows = torch.arange(6)
+    hidden = networks.hidden_states(language, loss.embed(made.draw.ids[rows].long()), loss.rotary)
+    trained = loss.queried(hidden, made.draw.length[rows])
+    language.lm_head = Scripted(language, vocabulary.encoder.reply)
+    count = len(vocabulary.encoder.reply)
+    messages = [Conversation(made.draw.ids[i, : made.draw.length[i] - count].tolist()) for i in rows]
+    replies = language.reply(messages, [20] * len(messages), vocabulary.end, vocabulary.tokenizer.image_start)
+    for reply, condition in zip(replies, trained, strict=True):
+        assert reply.ids == vocabulary.encoder.reply
+        assert reply.condition is not None
+        torch.testing.assert_close(reply.condition, condition, atol=1e-4, rtol=1e-4)
+
+
+def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    loss = small_trainer(vocabulary, tmp_path).loss
+    assert isinstance(loss, joint.Loss)
+    language, made = loss.language, loss.pools
+    for parameter in language.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    rows = torch.arange(6)
+    ids, place = made.read.ids[rows].long(), made.image_place
+    latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
+    embeds = loss.embed(ids)
+    embeds[:, place : place + made.tokens] = language.model.mm_projector(latents)
+    hidden = networks.hidden_states(language, embeds, loss.rotary)
+    talks = []
+    for i in rows:
+        sequence = ids[i, : made.read.length[i]].tolist()
+        talks.append(Conversation([*sequence[:place], -200, *sequence[place + made.tokens :]], latents[i]))
+    for ours, theirs in zip(hidden, language.read(talks), strict=True):
+        torch.testing.assert_close(ours[: len(theirs)], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_encoder_in_training_is_transformers_encoder(vocabulary: Vocabulary) -> None:
+    torch.manual_seed(0)
+    siglip, _ = encoder.build(vocabulary, TINY)
+    pixels = torch.randn(3, 3, TINY.image, TINY.image)
+    ids = torch.randint(vocabulary.size, (3, settings.CAPTION_TOKENS))
+    with torch.no_grad():
+        out = siglip(input_ids=ids, pixel_values=pixels)
+        vision = siglip.vision_model(pixels, output_hidden_states=True)
+        hidden = networks.image_tokens(siglip, pixels)
+        image, text = networks.pooled_image(siglip, hidden), networks.pooled_text(siglip, ids)
+        logits = torch.nn.functional.normalize(image) @ torch.nn.functional.normalize(text).T
+        logits = logits * siglip.logit_scale.exp() + siglip.logit_bias
+    torch.testing.assert_close(hidden, vision.hidden_states[-1])
+    torch.testing.assert_close(logits, out.logits_per_image, atol=1e-5, rtol=1e-5)
+
+
+def test_padded_swiglu_computes_the_same_and_stays_zero_outside(vocabulary: Vocabulary) -> None:
+    torch.manual_seed(0)
+    preset = dataclasses.replace(TINY, dit_width=40, dit_heads=2)  # inner width 106
+    _, _, dit = networks.build_joint(vocabulary.model_config(preset))
+    for parameter in dit.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    inner = int(2 / 3 * 4 * 40)
+    cropped = networks.crop_swiglu(dict(dit.named_parameters()), 40)
+    bare = type(dit)(dit.config)
+    bare.load_state_dict(cropped)
+    networks.pad_swiglu(bare)
+    assert bare.dit_blocks[0].mlp.w3.in_features == 112 != inner  # type: ignore[union-attr, index]
+    x, t, y = torch.randn(2, 32, 4, 4), torch.rand(2), torch.randn(2, 16, 32)
+    plain = type(dit)(dit.config)
+    plain.load_state_dict(cropped)
+    torch.testing.assert_close(bare(x, t, y), plain(x, t, y), atol=1e-5, rtol=1e-5)
+    options = OptimizerOptions(warmup=1)
+    model = FlatModel({"": bare}, CPU, torch.float32, options, 10)
+    for _ in range(3):
+        model.update(torch.autograd.grad(bare(x, t, y + bare.null_condition).square().mean(), model.parameters))
+    mlp = bare.dit_blocks[0].mlp
+    assert not mlp.w3.weight[:, inner:].any()  # type: ignore[union-attr, index]
+    assert not mlp.w12.weight.view(2, 112, 40)[:, inner:].any()  # type: ignore[union-attr, operator]
+
+
+# Optimizer --------------------------------------------------------------------------------------------------------------------
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 16, 16), (2, 24, 16), (2, 16, 24)):
+        values = torch.linalg.svdvals(orthogonalised(torch.randn(shape), torch.float32))
+        assert values.max() < 1.3
+        assert values.median() > 0.6
+
+
+def test_hidden_matrices_are_muons_and_the_rest_is_not(vocabulary: Vocabulary) -> None:
+    _, _, _, model = joint.build(vocabulary, TINY, CPU, torch.float32, OptimizerOptions(), 10)
+    split = {slot.name: slot.offset < model.muon_end for slot in model.slots}
+    assert split["model.layers.0.self_attn.q_proj.weight"]
+    assert split["diff_head.model.dit_blocks.1.adaLN_modulation.1.weight"]
+    for name in ("model.embed_tokens.weight", "model.latent_queries", "diff_head.model.final_layer.linear.weight"):
+        assert not split[name]
+    assert matrices_in("diff_head.model.dit_blocks.3.attn.qkv.weight") == 3
+    covered = sum(stack.count * stack.rows * stack.columns for stack in model.stacks)
+    assert covered == sum(s.parameter.numel() for s in model.slots if split[s.name])
+
+
+def test_update_follows_the_formulas() -> None:
+    """AdamW against torch's own, on parameters that Muon does not take."""
+    torch.manual_seed(0)
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    options = OptimizerOptions(kind="adamw", lr=0.01, warmup=1, decay=1e-6, clip=1e9, ema=0.0)
+    model = FlatModel({"": ours}, CPU, torch.float32, options, 10**9)
+    reference = torch.optim.AdamW(theirs.parameters(), lr=0.01, betas=options.betas, weight_decay=0.0)
+    for _ in range(5):
+        x = torch.randn(4, 5)
+        model.update(torch.autograd.grad(ours(x).square().sum(), model.parameters))
+        reference.zero_grad()
+        theirs(x).square().sum().backward()
+        reference.step()
+    torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(model.tensors()["weight"], ours.weight.detach())
+
+
+def test_compute_copy_follows_the_master_weights() -> None:
+    layer = nn.Linear(8, 8)
+    model = FlatModel({"": layer}, CPU, torch.bfloat16, OptimizerOptions(warmup=1), 10, lambda name: name == "bias")
+    assert layer.weight.dtype == torch.bfloat16
+    assert layer.bias.dtype == torch.float32
+    x = torch.ones(1, 8)
+    loss = (x.bfloat16() @ layer.weight.T).float().sum() + layer.bias.sum()
+    before = layer.weight.clone()
+    model.update(torch.autograd.grad(loss, model.parameters))
+    assert not torch.equal(before, layer.weight)
+    assert torch.equal(layer.weight, model.tensors(averaged=False)["weight"].bfloat16())
+
+
+# The loop ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_continued_run_is_bit_for_bit_the_same(vocabulary: Vocabulary, tmp_path: Path, kind: str) -> None:
+    whole = small_trainer(vocabulary, tmp_path / "whole", kind, steps=8)
+    assert whole.run() == "finished"
+    first = small_trainer(vocabulary, tmp_path / "parts", kind, steps=8, stop_at=4)
+    assert first.run() == "stopped"
+    torch.manual_seed(99)
+    second = small_trainer(vocabulary, tmp_path / "parts", kind, steps=8)
+    assert second.run() == "finished"
+    for name, tensor in whole.model.state().items():
+        assert torch.equal(tensor, second.model.state()[name]), name
+
+
+def test_a_compact_state_continues_nearly_the_same(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    first = small_trainer(vocabulary, tmp_path / "a", steps=8, stop_at=4)
+    first.run()
+    first.save_compact(tmp_path / "compact")
+    second = small_trainer(vocabulary, tmp_path / "b", steps=8)
+    second.load_compact(tmp_path / "compact")
+    torch.testing.assert_close(second.model.master, first.model.master, atol=1e-2, rtol=1e-2)
+    assert second.run() == "finished"
+    assert second.done == 8
+
+
+class OnlyDevice(TorchDispatchMode):
+    """Notes operations that make a CPU tensor, read a value, or have a result of a size that depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bad: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        name = str(func)
+        results = out if isinstance(out, (tuple, list)) else [out]
+        host = any(isinstance(t, Tensor) and t.device.type == "cpu" for t in results)
+        if host or any(word in name for word in ("local_scalar", "nonzero", "masked_select", "unique")):
+            self.bad.append(name)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["muon", "adamw"])
+def test_a_step_never_leaves_the_device(vocabulary: Vocabulary, tmp_path: Path, kind: str) -> None:
+    """On the meta device at full size in bfloat16: no value, no CPU tensor, no dtype that does not fit."""
+    meta = torch.device("meta")
+    optimizer = OptimizerOptions(kind=kind)  # type: ignore[arg-type]
+    config, language, dit, model = joint.build(vocabulary, FULL, meta, torch.bfloat16, optimizer, 100)
+    made = joint.Pools.__new__(joint.Pools)
+    made.__dict__.update(small_pools(vocabulary).__dict__)
+    made.tokens, made.channels, made.side, made.width = FULL.tokens, FULL.channels, FULL.side, 112
+    for name in ("draw", "read", "chat"):
+        size = len(getattr(made, name))
+        ids, number = torch.zeros(size, 112, dtype=torch.int16), torch.zeros(size, dtype=torch.long)
+        setattr(made, name, joint.Sequences(ids.to(meta), number.to(meta), number.to(meta)))
+    for name in ("draw_latents", "read_latents"):
+        setattr(made, name, torch.empty(64, FULL.tokens * FULL.channels, dtype=torch.bfloat16, device=meta))
+    made.reply, made.mean, made.std = (t.to(meta) for t in (made.reply, torch.zeros(96), torch.ones(96)))
+    made.attributes = made.attributes.to(meta)
+    loss = joint.Loss(config, language, dit, made, joint.Batch(), torch.bfloat16)
+    trainer = Trainer(model, loss, LoopOptions(steps=10), tmp_path, "")
+    trainer.step()
+    with OnlyDevice() as watch:
+        trainer.step()
+    assert not watch.bad
+    assert trainer.sums.device == meta
+
+
+def test_wrong_settings_are_refused(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    small_trainer(vocabulary, tmp_path, steps=4).run()
+    other = small_trainer(vocabulary, tmp_path, steps=8)
+    other.settings = "other"
+    with pytest.raises(ValueError, match="other settings"):
+        other.resume()
+
+
+# The whole recipe -------------------------------------------------------------------------------------------------------------
+
+
+def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
+    out, target = tmp_path / "run", tmp_path / "model"
+    assert train.main(["--tiny", "--out", str(out), "--export", str(target)])
+    for stage, name in (("encoder", "loss"), ("decoder", "loss"), ("joint", "flow"), ("joint", "answer")):
+        log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
+        assert log[-1][name] < log[0][name], (stage, name)
+    model = ScaleRAE.from_pretrained(str(target), device="cpu")
+    assert isinstance(model.tokenizer, ChatTokenizer)
+    image = world_picture()
+    latent = model.encode([image])[0]
+    assert latent.shape == (TINY.tokens, TINY.channels)
+    assert model.decode([latent])[0].size == (TINY.image, TINY.image)
+    assert model.norm_stats is not None
+    assert model.norm_stats[0].shape == (1, TINY.channels)
+    assert model.answer("Describe this image.", latents=latent, max_new_tokens=4)
+    conditions = [torch.zeros(TINY.tokens, TINY.z_channels)]
+    assert model.sample(conditions, [0])[0].shape == (TINY.tokens, TINY.channels)
+    assert (tmp_path / "sheet-g1.png").is_file()
+
+
+def world_picture():  # type: ignore[no-untyped-def]
+    from scale_rae.shapes import draw
+
+    return draw.to_pil(world.sample(np.random.default_rng(0), 1), TINY.image)[0]
+
+
+class Uncompilable(nn.Linear):
+    """Fails when it is traced."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            raise RuntimeError("no")
+        return super().forward(x)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_cannot_be_compiled_runs_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layer = Uncompilable(4, 4)
+    model = FlatModel({"": layer}, CPU, torch.float32, OptimizerOptions(), 4)
+    loss = lambda: (layer(torch.ones(2, 4)).square().mean(), {})  # noqa: E731
+    trainer = Trainer(model, loss, LoopOptions(steps=4, log_every=2), tmp_path, "", [layer])
+    assert trainer.run() == "finished"
+    assert "compilation failed" in capsys.readouterr().err

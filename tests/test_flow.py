@@ -1,0 +1,228 @@
+"""Solvers against flows whose solution is known, guidance as a formula, and options no sampler can use."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from scale_rae import flow
+from scale_rae.errors import InputError
+from scale_rae.flow import dpmpp_2m, euler, exact_grid, guided, heun, official_grid
+
+MEAN, SPREAD = 1.5, 0.3
+NOISE = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).view(1, 1, 1, 41)
+
+
+def gaussian(x: Tensor, t: float) -> Tensor:
+    """The velocity when data are N(MEAN, SPREAD²): the flow keeps x a fixed number of deviations from the mean."""
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2
+    slope = (t - (1 - t) * SPREAD**2) / variance  # d/dt of log deviation
+    return -MEAN + slope * (x - (1 - t) * MEAN)
+
+
+def mixture(x: Tensor, t: float) -> Tensor:
+    """The velocity when data are N(MEAN, SPREAD²) or N(-MEAN, SPREAD²), two to one."""
+    variance = (1 - t) ** 2 * SPREAD**2 + t**2
+    means = torch.tensor([MEAN, -MEAN], dtype=x.dtype)
+    logits = -((x[..., None] - (1 - t) * means) ** 2) / (2 * variance) + torch.tensor([2.0, 1.0], dtype=x.dtype).log()
+    slope = (t - (1 - t) * SPREAD**2) / variance
+    velocities = -means + slope * (x[..., None] - (1 - t) * means)
+    return (logits.softmax(-1) * velocities).sum(-1)
+
+
+def euler_exact(velocity: flow.Velocity, noise: Tensor, steps: int, shift: float) -> Tensor:
+    x = noise
+    for now, then in itertools.pairwise(exact_grid(steps, shift).tolist()):
+        x = x + (then - now) * velocity(x, now)
+    return x
+
+
+def order(solver: Any, velocity: flow.Velocity, exact: Tensor, shift: float) -> float:
+    """The slope of log error over log steps."""
+    steps = [256, 512, 1024, 2048]
+    errors = [float((solver(velocity, NOISE, n, shift) - exact).abs().max()) for n in steps]
+    return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
+
+
+# DPM-Solver++(2M) steps in log(alpha / sigma), which no grid in t makes small at both ends: n^-2 log n is its rate here.
+ORDERS = [(euler_exact, 0.95, 1.05), (heun, 1.9, 2.1), (dpmpp_2m, 1.5, 2.1)]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize(("solver", "least", "most"), ORDERS)
+def test_order_of_convergence(solver: Any, least: float, most: float, shift: float) -> None:
+    assert least <= order(solver, gaussian, MEAN + SPREAD * NOISE, shift) <= most
+
+
+@pytest.mark.parametrize(("solver", "least", "most"), ORDERS)
+def test_order_of_convergence_on_a_mixture(solver: Any, least: float, most: float) -> None:
+    exact = heun(mixture, NOISE, 8192, 3.0)
+    assert least <= order(solver, mixture, exact, 3.0) <= most
+
+
+@pytest.mark.parametrize("solver", [heun, dpmpp_2m])
+def test_second_order_pays(solver: flow.Solver) -> None:
+    exact = MEAN + SPREAD * NOISE
+    for steps in (32, 64, 256):
+        evaluations = 2 * steps - 1 if solver is heun else steps
+        error = (solver(gaussian, NOISE, steps, 3.0, None) - exact).abs().max()
+        assert error < (euler_exact(gaussian, NOISE, evaluations, 3.0) - exact).abs().max()
+
+
+def test_published_loop_comes_near() -> None:
+    """It stops short of t = 0 and ends with a step the wrong way, so it has a floor; it falls to it."""
+    exact = MEAN + SPREAD * NOISE
+    errors = [float((euler(gaussian, NOISE, n, 3.0) - exact).abs().max()) for n in (10, 49, 200, 1000)]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.05
+
+
+def test_published_loop_as_published() -> None:
+    """REFERENCE §6, written out."""
+    t = official_grid(49, 3.0)
+    seen: list[float] = []
+
+    def velocity(x: Tensor, time: float) -> Tensor:
+        seen.append(time)
+        return gaussian(x, time)
+
+    x = NOISE
+    for i in range(48, 0, -1):
+        x = x + (t[i - 1] - t[i]) * gaussian(x, float(t[i]))
+    x = x + (t[49] - t[48]) * gaussian(x, float(t[48]))
+    torch.testing.assert_close(euler(velocity, NOISE, 49, 3.0), x, rtol=1e-12, atol=1e-12)
+    assert len(seen) == 49
+    assert seen[0] == seen[-1] == float(t[48])
+
+
+@pytest.mark.parametrize("name", sorted(flow.SOLVERS))
+@pytest.mark.parametrize("steps", [2, 3, 7, 49])
+def test_callback_sees_every_evaluation(name: str, steps: int) -> None:
+    calls = 0
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return gaussian(x, t)
+
+    seen: list[tuple[int, int, float]] = []
+
+    def callback(i: int, n: int, t: float, x: Tensor, v: Tensor) -> None:
+        assert torch.equal(v, gaussian(x, t))
+        seen.append((i, n, t))
+
+    result = flow.SOLVERS[name](velocity, NOISE, steps, 2.0, callback)
+    expected = 2 * steps - 1 if name == "heun" else steps
+    assert calls == expected
+    assert [(i, n) for i, n, _ in seen] == [(i + 1, expected) for i in range(expected)]
+    assert all(0 < t <= 1 for *_, t in seen)
+    assert torch.equal(result, flow.SOLVERS[name](gaussian, NOISE, steps, 2.0, None))
+
+
+@pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
+def test_one_step(name: str) -> None:
+    """One evaluation at t = 1 and straight to the data estimate, which for pure noise is the mean of the data."""
+    result = flow.SOLVERS[name](gaussian, NOISE, 1, 3.0, None)
+    torch.testing.assert_close(result, torch.full_like(NOISE, MEAN))
+
+
+@settings(max_examples=50, deadline=None)
+@given(steps=st.integers(2, 1000), shift=st.floats(0.5, 20))
+def test_grids(steps: int, shift: float) -> None:
+    official, exact = official_grid(steps, shift), exact_grid(steps, shift)
+    assert len(official) == len(exact) == steps + 1
+    assert (official.diff() >= 0).all()  # 1000 steps want 1001 of the 1000 training times
+    assert steps == 1000 or (official.diff() > 0).all()
+    assert (exact.diff() < 0).all()
+    assert float(official[-1]) == pytest.approx(1)
+    assert (float(exact[0]), float(exact[-1])) == (1.0, 0.0)
+
+
+def test_shift() -> None:
+    assert flow.time_shift(1152, 256, 4096) == pytest.approx(math.sqrt(72))
+    t = flow.shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0)
+    assert t.tolist() == [0.0, 0.75, 1.0]
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+class Counted:
+    """A velocity that is `value` everywhere and counts its calls."""
+
+    def __init__(self, value: float) -> None:
+        self.value, self.times = value, list[float]()
+
+    def __call__(self, x: Tensor, t: float) -> Tensor:
+        self.times.append(t)
+        return torch.full_like(x, self.value)
+
+
+@given(guidance=st.floats(0, 20), conditional=st.floats(-5, 5), null=st.floats(-5, 5))
+def test_guidance_formula(guidance: float, conditional: float, null: float) -> None:
+    v = guided(Counted(conditional), Counted(null), guidance)(torch.zeros(1, dtype=torch.float64), 0.5)
+    assert v.item() == pytest.approx(null + guidance * (conditional - null), abs=1e-9)
+
+
+def test_guidance_costs_only_what_it_needs() -> None:
+    for guidance, calls in ((1.0, (1, 0)), (0.0, (0, 1)), (2.0, (1, 1)), (0.5, (1, 1))):
+        conditional, null = Counted(1.0), Counted(0.0)
+        guided(conditional, null, guidance)(torch.zeros(1), 0.5)
+        assert (len(conditional.times), len(null.times)) == calls
+
+
+def test_guidance_interval() -> None:
+    conditional, null = Counted(1.0), Counted(0.0)
+    velocity = guided(conditional, null, 3.0, (0.25, 0.5))
+    for t, expected in ((1.0, 1.0), (0.51, 1.0), (0.5, 3.0), (0.3, 3.0), (0.25, 3.0), (0.2, 1.0)):
+        assert velocity(torch.zeros(1), t).item() == expected
+    assert null.times == [0.5, 0.3, 0.25]
+    assert len(conditional.times) == 6
+
+
+@pytest.mark.parametrize("guidance", [-1.0, -1e-9, math.nan, math.inf, -math.inf])
+def test_bad_guidance(guidance: float) -> None:
+    with pytest.raises(InputError, match=r"guidance level .*: must be a finite number of at least 0"):
+        flow.check_options(guidance, 49, "euler", None)
+
+
+@pytest.mark.parametrize(("solver", "steps"), [("heun", 0), ("heun", -3), ("euler", 1), ("euler", 1001), ("euler", 0)])
+def test_bad_steps(solver: str, steps: int) -> None:
+    with pytest.raises(InputError, match=rf"steps {steps}: "):
+        flow.check_options(1.0, steps, solver, None)
+
+
+def test_unknown_solver() -> None:
+    with pytest.raises(InputError, match="solver 'rk4' is unknown; choose one of euler, heun, dpmpp_2m"):
+        flow.check_options(1.0, 10, "rk4", None)
+
+
+@pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1), (math.nan, 1), (0, math.nan)])
+def test_bad_interval(interval: tuple[float, float]) -> None:
+    with pytest.raises(InputError, match="guidance interval"):
+        flow.check_options(1.0, 10, "heun", interval)
+
+
+@settings(max_examples=200)
+@given(
+    guidance=st.floats(),
+    steps=st.integers(-5, 2000),
+    solver=st.sampled_from([*flow.SOLVERS, "x", ""]),
+    interval=st.none() | st.tuples(st.floats(), st.floats()),
+)
+def test_options_are_refused_or_work(guidance: float, steps: int, solver: str, interval: Any) -> None:
+    try:
+        flow.check_options(guidance, steps, solver, interval)
+    except InputError:
+        return
+    velocity = guided(Counted(1.0), Counted(0.0), min(guidance, 1e6), interval or (0.0, 1.0))
+    x = flow.SOLVERS[solver](velocity, torch.zeros(1, 1, 1, 1), min(steps, 20), 3.0, None)
+    assert x.isfinite().all()

@@ -1,0 +1,284 @@
+"""A picture depends on checkpoint, prompt, seed, guidance, solver and steps, and on nothing else."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scale_rae.errors import DeviceError, InputError, ScaleRAEError
+from scale_rae.language import Reply
+from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
+from tests.test_language import PROMPTS
+
+DRAW = PROMPTS[0]
+DRAWING = [DRAW, "Can you generate a photo of a cat?", "Can you generate it?"]
+
+
+@pytest.fixture(scope="module", params=["siglip", "wide"])
+def model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) -> ScaleRAE:
+    return models[request.param]
+
+
+@pytest.fixture(scope="module")
+def siglip(models: dict[str, ScaleRAE]) -> ScaleRAE:
+    return models["siglip"]
+
+
+@pytest.fixture
+def calls(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Batch sizes of the velocity network's evaluations."""
+    seen: list[int] = []
+    original = siglip.dit.forward
+
+    def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.append(len(x))
+        return original(x, t, y)
+
+    monkeypatch.setattr(siglip.dit, "forward", forward)
+    return seen
+
+
+def latents(model: ScaleRAE, prompts: Any = DRAW, **options: Any) -> list[Tensor]:
+    results = model.generate(prompts, decode=False, **{"steps": 4} | options)
+    return [image.latent for r in (results if isinstance(results, list) else [results]) for image in r.images]
+
+
+def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
+    assert a.shape == b.shape
+    assert float((a - b).abs().max()) <= tolerance * float(b.abs().max())
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpmpp_2m"])
+def test_image_5_of_8_is_the_one_drawn_alone(model: ScaleRAE, solver: str) -> None:
+    batch = latents(model, num_images=8, seed=7, solver=solver, guidance=1.5)
+    alone = latents(model, image_seeds=[[image_seed(7, 0, 5)]], solver=solver, guidance=1.5)
+    close(batch[5], alone[0])
+    assert float((batch[4] - batch[5]).abs().max()) > 0.1
+
+
+def test_image_5_of_8_through_the_whole_published_loop(siglip: ScaleRAE) -> None:
+    together = latents(siglip, num_images=6, steps=49, batch_size=6)
+    close(together[5], latents(siglip, image_seeds=[[image_seed(42, 0, 5)]], steps=49)[0])
+
+
+def test_batch_size_changes_nothing(model: ScaleRAE) -> None:
+    whole = latents(model, num_images=5, batch_size=5)
+    for size in (1, 2, 3):
+        for a, b in zip(latents(model, num_images=5, batch_size=size), whole, strict=True):
+            close(a, b)
+
+
+def test_many_prompts_at_once_are_each_alone(siglip: ScaleRAE) -> None:
+    together = siglip.generate(PROMPTS, steps=4, num_images=2, max_new_tokens=20, decode=False)
+    for i, (prompt, result) in enumerate(zip(PROMPTS, together, strict=True)):
+        seeds = [[image_seed(42, i, j) for j in range(2)]]
+        alone = siglip.generate(prompt, steps=4, image_seeds=seeds, max_new_tokens=20, decode=False)
+        assert (result.prompt, result.text, result.reply.ids) == (prompt, alone.text, alone.reply.ids)
+        assert [x.seed for x in result.images] == [x.seed for x in alone.images]
+        for a, b in zip(result.images, alone.images, strict=True):
+            close(a.latent, b.latent, 1e-4)
+    assert sum(len(r.images) for r in together) >= 2
+
+
+def test_order_changes_nothing(siglip: ScaleRAE) -> None:
+    seeds = [[1, 2], [3], [4]]
+    forward = latents(siglip, DRAWING, image_seeds=seeds)
+    backward = latents(siglip, DRAWING[::-1], image_seeds=seeds[::-1])
+    assert len(forward) == 4
+    for a, b in zip(forward, [*backward[2:], backward[1], backward[0]], strict=True):
+        close(a, b, 1e-4)
+
+
+def test_seeds() -> None:
+    assert image_seed(42) == 42
+    seeds = {image_seed(s, i, j) for s in (0, 1, 42) for i in range(20) for j in range(20)}
+    assert len(seeds) == 3 * 400
+    assert all(0 <= s < 2**63 for s in seeds)
+
+
+def test_same_seed_same_picture(siglip: ScaleRAE) -> None:
+    first, second = siglip.generate(DRAW, steps=3, seed=11), siglip.generate(DRAW, steps=3, seed=11)
+    assert torch.equal(first.images[0].latent, second.images[0].latent)
+    assert np.array_equal(np.asarray(first.images[0].image), np.asarray(second.images[0].image))
+    other = siglip.generate(DRAW, steps=3, seed=12)
+    assert not torch.equal(first.images[0].latent, other.images[0].latent)
+
+
+def test_does_not_touch_torchs_own_randomness(siglip: ScaleRAE) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    latents(siglip)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+# --- guidance ---------------------------------------------------------------------------------------------------------
+
+
+def test_guidance_is_the_meant_formula(siglip: ScaleRAE) -> None:
+    """v_null + g (v_cond - v_null) at the first evaluation, seen through the callback."""
+    seen: dict[float, Tensor] = {}
+    for g in (0.0, 1.0, 2.5):
+        latents(siglip, guidance=g, callback=lambda i, n, t, x, v, g=g: seen.setdefault(g, v))
+    close(seen[2.5], seen[0.0] + 2.5 * (seen[1.0] - seen[0.0]))
+
+
+def test_guidance_0_ignores_the_prompt(siglip: ScaleRAE) -> None:
+    a, b = latents(siglip, DRAWING[:2], guidance=0.0, image_seeds=[[1], [1]])
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"guidance": 1.0}, 6),
+        ({"guidance": 0.0}, 6),
+        ({"guidance": 2.0}, 12),
+        ({"guidance": 2.0, "guidance_interval": (0.0, 1.0)}, 12),
+        ({"guidance": 2.0, "guidance_interval": (0.0, 1e-6)}, 6),
+        ({"guidance": 1.0, "solver": "heun"}, 11),
+        ({"guidance": 3.0, "solver": "dpmpp_2m"}, 12),
+    ],
+)
+def test_network_calls(siglip: ScaleRAE, calls: list[int], options: dict[str, Any], expected: int) -> None:
+    latents(siglip, steps=6, **options)
+    assert len(calls) == expected
+
+
+def test_guidance_outside_its_interval_is_none(siglip: ScaleRAE) -> None:
+    assert torch.equal(latents(siglip, guidance=5.0, guidance_interval=(0.0, 1e-6))[0], latents(siglip)[0])
+    inside = latents(siglip, guidance=5.0, guidance_interval=(0.9, 1.0))[0]
+    assert not torch.equal(inside, latents(siglip)[0])
+    assert not torch.equal(inside, latents(siglip, guidance=5.0)[0])
+
+
+def test_callback_of_every_batch(siglip: ScaleRAE) -> None:
+    seen: list[tuple[int, int, int]] = []
+    latents(siglip, num_images=3, batch_size=2, steps=5, callback=lambda i, n, t, x, v: seen.append((i, n, len(x))))
+    assert seen == [(i, 5, 2) for i in range(1, 6)] + [(i, 5, 1) for i in range(1, 6)]
+
+
+# --- what cannot be used ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"guidance": -1.0},
+        {"guidance": float("nan")},
+        {"guidance": float("inf")},
+        {"steps": 0},
+        {"steps": 1},
+        {"steps": 1001},
+        {"solver": "magic"},
+        {"guidance_interval": (0.9, 0.1)},
+        {"num_images": 0},
+        {"num_images": -2},
+        {"max_new_tokens": 0},
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"seed": 2**64},
+        {"seed": -(2**63) - 1},
+        {"image_seeds": [[1], [2]]},
+    ],
+)
+def test_bad_options(siglip: ScaleRAE, options: dict[str, Any]) -> None:
+    with pytest.raises(InputError) as caught:
+        siglip.generate(DRAW, **{"steps": 2, "decode": False} | options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_empty_prompt(siglip: ScaleRAE, prompt: str) -> None:
+    with pytest.raises(InputError, match="empty"):
+        siglip.generate(prompt)
+
+
+def test_latents_that_are_not_finite_are_refused(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(siglip.dit, "forward", lambda x, t, y: torch.full_like(x, torch.nan))
+    with pytest.raises(ScaleRAEError, match=r"seed 5 .*not finite; try --dtype float32"):
+        latents(siglip, seed=5)
+
+
+def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> Tensor:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(siglip.dit, "forward", full)
+    with pytest.raises(
+        DeviceError, match=r"out of GPU memory.* while drawing 3 images at once; try a smaller --batch-size"
+    ):
+        latents(siglip, num_images=3)
+    monkeypatch.setattr(siglip.language.model, "forward", full)
+    with pytest.raises(DeviceError, match=r"out of GPU memory.* while answering 1 messages at once"):
+        siglip.reply([DRAW])
+    monkeypatch.setattr(siglip.encoder, "encode", full)
+    with pytest.raises(DeviceError, match=r"out of GPU memory.* while encoding 1 images at once"):
+        siglip.encode([Image.new("RGB", (9, 9))])
+    monkeypatch.setattr(siglip.decoder, "forward", full)
+    with pytest.raises(DeviceError, match=r"out of GPU memory.* while decoding 1 latents at once"):
+        siglip.decode([torch.zeros(256, 768)])
+    with pytest.raises(DeviceError, match=r"out of GPU memory.* while scoring 1 latents at once"):
+        siglip.score([torch.zeros(256, 768)], "a cat", request_reply=Reply([65]))
+
+
+# --- dtypes -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def halves(checkpoints: Any) -> dict[str, ScaleRAE]:
+    return {
+        n: ScaleRAE.from_pretrained(str(checkpoints[n]), device="cpu", dtype="bfloat16") for n in ("siglip", "wide")
+    }
+
+
+def test_bfloat16_is_near_float32(models: dict[str, ScaleRAE], halves: dict[str, ScaleRAE]) -> None:
+    for name, half in halves.items():
+        reply = models[name].reply([DRAW])[0]
+        assert reply.condition is not None
+        exact = models[name].sample([reply.condition], [42])[0]
+        rough = half.sample([reply.condition.to(torch.bfloat16)], [42])[0]
+        assert rough.dtype == torch.float32
+        assert float((rough - exact).norm() / exact.norm()) < 2e-2
+        assert half.reply([DRAW])[0].ids == reply.ids
+
+
+def test_what_stays_float32(halves: dict[str, ScaleRAE]) -> None:
+    half = halves["siglip"]
+    seen: set[torch.dtype] = set()
+    time: list[torch.dtype] = []
+    hook = half.dit.t_embedder.register_forward_hook(lambda module, inputs, output: time.append(output.dtype))
+    condition = half.reply([DRAW])[0].condition
+    assert condition is not None
+    assert condition.dtype == torch.bfloat16
+    half.sample(
+        [condition], [1], SamplingOptions(steps=2), callback=lambda i, n, t, x, v: seen.update((x.dtype, v.dtype))
+    )
+    hook.remove()
+    assert seen == {torch.float32}
+    assert set(time) == {torch.float32}
+    assert dict(half.dit.named_parameters())["dit_blocks.0.norm1.weight"].dtype == torch.float32
+
+
+# --- the package ------------------------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_loads_no_torch() -> None:
+    code = "import sys, scale_rae; print([m for m in ('torch', 'transformers', 'numpy') if m in sys.modules])"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+
+
+def test_out_of_memory_while_loading(checkpoints: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **options: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr("scale_rae.pipeline.fill", full)
+    with pytest.raises(DeviceError, match=r"out of GPU memory.* while loading the weights; try a smaller checkpoint"):
+        ScaleRAE.from_pretrained(str(checkpoints["siglip"]), device="cpu")

@@ -1,0 +1,265 @@
+"""Downloading checkpoints from a hub that answers, refuses, breaks off or is not there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants
+
+from scale_rae.checkpoint import find
+from scale_rae.errors import CheckpointError, HubError
+from scale_rae.pipeline import ScaleRAE
+from tests.fake_hub import FakeHub, Repo
+
+MODEL, ENCODER, DECODER = "some-lab/drawer", "google/siglip2-base-patch14-224", "nyu-visionx/siglip2_decoder"
+CONFIG = b'{"model_type": "x"}'
+PARTS = [  # a model with its encoder and decoder, and what training left behind
+    *("config.json", "model.safetensors", "decoder/config.json", "decoder/model.pt"),
+    *("eye/config.json", "eye/preprocessor_config.json", "eye/model.safetensors"),
+    *("checkpoint-9/config.json", "checkpoint-9/model.safetensors"),
+]
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that huggingface_hub talks to, with a cache of its own, no token, and no pauses between retries."""
+    with FakeHub() as hub:
+        point_at(hub.url, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        # Only these modules' sleep, not everyone's.
+        no_pause = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, monotonic=lambda: 0.0)
+        monkeypatch.setattr("huggingface_hub.file_download.time", no_pause)
+        monkeypatch.setattr("huggingface_hub.utils._http.time", no_pause)
+        yield hub
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+
+
+@pytest.fixture
+def small(hub: FakeHub) -> FakeHub:
+    """A hub with a repository that has every file but no real weights."""
+    files = {
+        "config.json": CONFIG,
+        "model.safetensors": bytes(range(256)) * 400,
+        "vocab.json": b"{}",
+        "README.md": b"x",
+    }
+    hub.repos[MODEL] = Repo({"main": files, "v1": {**files, "config.json": b'{"old": 1}'}})
+    return hub
+
+
+def test_draws_with_everything_from_the_hub(hub: FakeHub, checkpoints: dict[str, Path]) -> None:
+    folder = checkpoints["siglip"]
+    hub.add(MODEL, folder)
+    hub.add(ENCODER, folder.parent / ENCODER)
+    hub.add(DECODER, folder.parent / "decoder")
+    hub.repos[MODEL].revisions["main"]["pytorch_model.bin"] = b"the same again"
+    hub.repos[DECODER].revisions["main"]["optimizer.pt"] = b"nobody's business"
+
+    model = ScaleRAE.from_pretrained(MODEL, device="cpu")
+    drawn = model.generate("a cat", steps=2)
+    local = ScaleRAE.from_pretrained(str(folder), device="cpu").generate("a cat", steps=2)
+
+    assert torch.equal(drawn.images[0].latent, local.images[0].latent)
+    assert drawn.images[0].image is not None
+    assert drawn.images[0].image.tobytes() == local.images[0].image.tobytes()  # type: ignore[union-attr]
+    assert model.source.identity() == {"revision": hub.repos[MODEL].commit("main")}
+    assert model.encoder_source is not None
+    assert model.encoder_source.name == ENCODER
+    assert model.decoder_source is not None
+    assert model.decoder_source.revision == hub.repos[DECODER].commit("main")
+    assert {"pytorch_model.bin", "optimizer.pt"}.isdisjoint(hub.downloaded())
+    assert len(set(hub.downloaded())) <= 8
+
+    hub.requests.clear()
+    ScaleRAE.from_pretrained(MODEL, device="cpu")
+    assert hub.downloaded() == []  # all of it was in the cache
+
+
+@pytest.mark.parametrize(
+    ("names", "what", "expected"),
+    [
+        (["model.safetensors", "pytorch_model.bin", "config.json"], "model", ["config.json", "model.safetensors"]),
+        (["pytorch_model.bin", "config.json", "tf_model.h5"], "encoder", ["config.json", "pytorch_model.bin"]),
+        (
+            ["model.safetensors.index.json", "model-00001-of-00001.safetensors", "pytorch_model.bin.index.json"],
+            "model",
+            ["model-00001-of-00001.safetensors", "model.safetensors.index.json"],
+        ),
+        (["config.json", "model.pt", "model.safetensors"], "decoder", ["config.json", "model.pt"]),
+        (PARTS, "model", [name for name in PARTS if not name.startswith("checkpoint-9")]),
+    ],
+)
+def test_downloads_one_set_of_weights(hub: FakeHub, names: list[str], what: str, expected: list[str]) -> None:
+    hub.repos[MODEL] = Repo({"main": dict.fromkeys(names, CONFIG)})
+    source = find(MODEL, what)
+    assert sorted(p.relative_to(source.folder).as_posix() for p in source.folder.rglob("*.*")) == sorted(expected)
+
+
+def test_revision(small: FakeHub) -> None:
+    now, old = find(MODEL, "model"), find(MODEL, "model", revision="v1")
+    assert (now.folder / "config.json").read_bytes() == CONFIG
+    assert (old.folder / "config.json").read_bytes() == b'{"old": 1}'
+    assert old.identity() == {"revision": small.repos[MODEL].commit("v1")}
+    assert find(MODEL, "model", revision=old.revision).folder == old.folder
+
+
+def test_unknown_revision(small: FakeHub) -> None:
+    with pytest.raises(HubError, match=rf"model {MODEL} at revision v9: .*no such revision"):
+        find(MODEL, "model", revision="v9")
+
+
+def test_one_cut_connection_is_taken_up_where_it_broke(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # what is short of a chunk is not kept
+    small.cut["model.safetensors"] = 1
+    source = find(MODEL, "model")
+    content = small.repos[MODEL].revisions["main"]["model.safetensors"]
+    assert (source.folder / "model.safetensors").read_bytes() == content
+    ranges = [r.range for r in small.requests if r.method == "GET" and r.path.endswith("model.safetensors")]
+    assert ranges == [None, f"bytes={len(content) // 2}-"]
+
+
+def test_a_connection_that_keeps_breaking_off(small: FakeHub) -> None:
+    small.cut["model.safetensors"] = 10**6
+    with pytest.raises(HubError) as caught:
+        find(MODEL, "model")
+    assert "\n" not in str(caught.value)
+    assert f"model {MODEL}: the download broke off" in str(caught.value)
+    assert "run again" in str(caught.value)
+    small.cut.clear()
+    small.requests.clear()
+    source = find(MODEL, "model")
+    assert (source.folder / "model.safetensors").stat().st_size == 256 * 400
+    # huggingface_hub keeps whole files of a broken run, and throws partial ones away.
+    assert small.downloaded() == ["model.safetensors"]
+
+
+def test_no_such_repository(hub: FakeHub) -> None:
+    with pytest.raises(HubError, match=r"nobody/nothing: no such folder here, and the hub has no such repository"):
+        find("nobody/nothing", "encoder")
+
+
+def test_private_repository_needs_its_token(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.repos[MODEL].token = "hf_secret"
+    with pytest.raises(HubError, match=r"HF_TOKEN"):
+        find(MODEL, "model")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    find(MODEL, "model")
+    assert {r.authorization for r in small.requests[-4:]} == {"Bearer hf_secret"}
+
+
+def test_wrong_token(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    small.status = 401
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    with pytest.raises(HubError, match=r"401.*HF_TOKEN"):
+        find(MODEL, "model")
+
+
+def test_gated_repository(small: FakeHub) -> None:
+    small.repos[MODEL].gated = True
+    with pytest.raises(HubError, match=r"asks for permission; accept its terms there and set HF_TOKEN"):
+        find(MODEL, "model")
+
+
+@pytest.mark.parametrize("status", [403, 500, 503])
+def test_hub_in_trouble(small: FakeHub, status: int) -> None:
+    small.status = status
+    with pytest.raises(HubError, match=rf"status {status}.*--model-path shapes"):
+        find(MODEL, "model")
+
+
+def test_hub_in_trouble_does_not_matter_once_downloaded(small: FakeHub) -> None:
+    first = find(MODEL, "model")
+    small.status = 500
+    assert find(MODEL, "model") == first
+
+
+def test_repository_of_something_else(hub: FakeHub) -> None:
+    hub.repos[MODEL] = Repo({"main": {"README.md": b"x"}})
+    with pytest.raises(HubError, match=r"holds no model"):
+        find(MODEL, "model")
+
+
+@pytest.mark.parametrize("name", ["a/b--c", "a/b..c", "a/" + "b" * 100, "a/b.git"])
+def test_names_no_hub_takes(hub: FakeHub, name: str) -> None:
+    with pytest.raises((CheckpointError, HubError), match="no such"):
+        find(name, "model")
+
+
+def test_unreachable_hub_without_a_copy(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    point_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(HubError) as caught:
+        find(MODEL, "model")
+    assert "the hub cannot be reached" in str(caught.value)
+    assert "--model-path shapes" in str(caught.value)
+    assert "local folder" in str(caught.value)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(HubError) as caught:
+        find(ENCODER, "encoder")
+    assert "shapes" not in str(caught.value)
+
+
+def test_unreachable_hub_with_a_copy(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = find(MODEL, "model")
+    point_at("http://127.0.0.1:9", monkeypatch)
+    assert find(MODEL, "model") == first
+    assert find(MODEL, "model", revision=first.revision) == first
+
+
+def test_unreachable_hub_with_half_a_copy(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = find(MODEL, "model").folder
+    (folder / "model.safetensors").unlink()
+    point_at("http://127.0.0.1:9", monkeypatch)
+    with pytest.raises(HubError, match=r"only part of it was downloaded.*cannot be reached"):
+        find(MODEL, "model")
+
+
+def test_offline_mode(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = find(MODEL, "model")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    small.requests.clear()
+    assert find(MODEL, "model") == first
+    with pytest.raises(HubError, match=r"not downloaded yet, and HF_HUB_OFFLINE forbids it"):
+        find("some-lab/other", "model")
+    assert small.requests == []
+
+
+def test_folders_come_before_the_hub(small: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(find(MODEL, "model").folder, tmp_path / MODEL)
+    small.requests.clear()
+    monkeypatch.chdir(tmp_path)
+    assert find(MODEL, "model").folder == Path(MODEL)
+    assert small.requests == []
+
+
+def test_environment_variables(tmp_path: Path) -> None:
+    """HF_ENDPOINT, HF_HOME and HF_TOKEN, which the library reads when it is imported, so in a process of its own."""
+    with FakeHub() as hub:
+        hub.repos[MODEL] = Repo({"main": {"config.json": CONFIG, "model.safetensors": b"x"}}, token="hf_mine")
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))},
+            "HF_ENDPOINT": hub.url,
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_TOKEN": "hf_mine",
+        }
+        code = f"from scale_rae.checkpoint import find; print(find({MODEL!r}, 'model').folder)"
+        run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        assert Path(run.stdout.strip()).is_relative_to(tmp_path / "home")
+        assert run.stderr == ""
+        assert {r.authorization for r in hub.requests if MODEL in r.path} == {"Bearer hf_mine"}

@@ -1,0 +1,237 @@
+"""Replies do not depend on their company, stop where they should, and cost one pass a token."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scale_rae.errors import InputError
+from scale_rae.language import Conversation, self_certainty
+from scale_rae.pipeline import ScaleRAE
+
+PROMPTS = [
+    "Can you generate a photo of a cat on a windowsill?",
+    "A cat",
+    "I want a photo of three stars and a cross. " * 4,
+    "x",
+    "Show me a ring left of a heart",
+]
+
+
+@pytest.fixture(scope="module")
+def model(models: dict[str, ScaleRAE]) -> ScaleRAE:
+    return models["siglip"]
+
+
+@pytest.fixture(scope="module")
+def latents() -> list[Tensor]:
+    return list(torch.randn(len(PROMPTS), 256, 768, generator=torch.Generator().manual_seed(5)))
+
+
+def close(a: Tensor | list[float], b: Tensor | list[float], tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(torch.as_tensor(a), torch.as_tensor(b), rtol=tolerance, atol=tolerance)
+
+
+def test_replies_together_are_those_alone(model: ScaleRAE) -> None:
+    together = model.reply(PROMPTS, max_new_tokens=12)
+    for prompt, reply in zip(PROMPTS, together, strict=True):
+        alone = model.reply([prompt], max_new_tokens=12)[0]
+        assert reply.ids == alone.ids
+        close(reply.logits, alone.logits)
+        close(reply.confidences, alone.confidences)
+        assert (reply.condition is None) == (alone.condition is None)
+        if reply.condition is not None and alone.condition is not None:
+            close(reply.condition, alone.condition)
+    assert any(r.condition is not None for r in together)
+    assert len({len(r.ids) for r in together}) > 1
+
+
+def test_answers_together_are_those_alone(model: ScaleRAE, latents: list[Tensor]) -> None:
+    together = model.answer(PROMPTS, latents=latents, max_new_tokens=8)
+    for prompt, latent, answer in zip(PROMPTS, latents, together, strict=True):
+        alone = model.answer(prompt, latents=latent, max_new_tokens=8)[0]
+        assert answer.reply.ids == alone.reply.ids
+        assert answer.text == alone.text
+        close(answer.reply.logits, alone.reply.logits)
+
+
+def test_one_question_for_many_and_many_for_one(model: ScaleRAE, latents: list[Tensor]) -> None:
+    each = [model.answer("What is it?", latents=x, max_new_tokens=4)[0].reply.ids for x in latents]
+    assert [a.reply.ids for a in model.answer("What is it?", latents=latents, max_new_tokens=4)] == each
+    asked = [model.answer(p, latents=latents[0], max_new_tokens=4)[0].reply.ids for p in PROMPTS]
+    assert [a.reply.ids for a in model.answer(PROMPTS, latents=latents[0], max_new_tokens=4)] == asked
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_max_new_tokens_means_what_it_says(model: ScaleRAE, latents: list[Tensor], limit: int) -> None:
+    replies = [a.reply for a in model.answer(PROMPTS, latents=latents, max_new_tokens=limit)]
+    longest = [a.reply for a in model.answer(PROMPTS, latents=latents, max_new_tokens=9)]
+    for reply, long in zip(replies, longest, strict=True):
+        assert reply.ids == long.ids[:limit]
+        assert len(reply.logits) == len(reply.confidences) == len(reply.ids)
+    assert max(len(r.ids) for r in replies) == limit
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_max_new_tokens_out_of_range(model: ScaleRAE, limit: int) -> None:
+    with pytest.raises(InputError, match=rf"max new tokens {limit}: must be at least 1"):
+        model.reply(["A cat"], max_new_tokens=limit)
+
+
+@pytest.fixture
+def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Makes the model say given tokens, and counts its passes."""
+    passes: list[tuple[int, ...]] = []
+    original = model.language.model.forward
+
+    def forward(*args: Any, **options: Any) -> Any:
+        passes.append(tuple(options["inputs_embeds"].shape[:2]))
+        return original(*args, **options)
+
+    def start(*rows: list[int]) -> list[tuple[int, ...]]:
+        step = iter(range(1000))
+
+        def head(hidden: Tensor) -> Tensor:
+            now = next(step)
+            logits = torch.zeros(len(hidden), model.config.vocab_size)
+            for i, row in enumerate(rows):
+                logits[i, row[min(now, len(row) - 1)]] = 5.0
+            return logits
+
+        monkeypatch.setattr(model.language.lm_head, "forward", head)
+        passes.clear()
+        return passes
+
+    monkeypatch.setattr(model.language.model, "forward", forward)
+    return start
+
+
+def test_stops_at_the_end_of_a_reply(model: ScaleRAE, scripted: Any) -> None:
+    end = model.tokenizer.chat_end
+    passes = scripted([65, 66, end, 67], [70, end], [71, 72, 73, 74, end])
+    replies = model.reply(PROMPTS[:3], max_new_tokens=50)
+    assert [r.ids for r in replies] == [[65, 66], [70], [71, 72, 73, 74]]
+    assert all(r.condition is None for r in replies)
+    # The prompts once, then one token a step.
+    assert [width for _, width in passes[1:]] == [1] * 4
+
+
+def test_an_image_ends_a_reply(model: ScaleRAE, scripted: Any) -> None:
+    end, image = model.tokenizer.chat_end, model.tokenizer.image_start
+    passes = scripted([65, image, 66, 67], [70, 71, 72, image], [end])
+    replies = model.reply(PROMPTS[:3], max_new_tokens=50)
+    assert [r.ids for r in replies] == [[65, image], [70, 71, 72, image], []]
+    assert [r.condition is not None for r in replies] == [True, True, False]
+    assert [width for _, width in passes[1:]] == [1, 1, 1, 257]
+    alone: list[Any] = []
+    for row in ([65, image], [70, 71, 72, image]):
+        scripted(row)
+        alone.append(model.reply([PROMPTS[len(alone)]], max_new_tokens=50)[0])
+    for reply, one in zip(replies, alone, strict=False):
+        assert reply.condition is not None
+        assert one.condition is not None
+        close(reply.condition, one.condition)
+
+
+def test_an_empty_reply_draws_nothing(model: ScaleRAE, scripted: Any) -> None:
+    scripted([model.tokenizer.chat_end])
+    result = model.generate("A cat")
+    assert (result.text, result.images) == ("", [])
+
+
+def test_a_reply_that_is_cut_before_its_image_draws_nothing(model: ScaleRAE, scripted: Any) -> None:
+    scripted([65, 66, model.tokenizer.image_start])
+    assert model.generate("A cat", max_new_tokens=2).images == []
+    scripted([65, 66, model.tokenizer.image_start])
+    assert len(model.generate("A cat", max_new_tokens=3, steps=2, decode=False).images) == 1
+
+
+def test_condition_is_one_pass_over_the_whole(model: ScaleRAE) -> None:
+    """With a cache or without one: hidden states at the queries after the whole conversation (REFERENCE §4)."""
+    reply = model.reply([PROMPTS[0]])[0]
+    language = model.language
+    with torch.inference_mode():
+        ids = [*model.tokenizer.chat(PROMPTS[0]), *reply.ids]
+        embeds = torch.cat([language.embed(Conversation(ids)), language.model.latent_queries])
+        hidden = language.model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -256:]
+        assert reply.condition is not None
+        close(reply.condition, language.condition(hidden), 2e-5)
+
+
+def test_self_certainty() -> None:
+    """-mean log(V p): 0 for equal logits, and what the definition says for others."""
+    assert float(self_certainty(torch.zeros(1, 50))) == pytest.approx(0, abs=1e-6)
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0))
+    expected = -(logits.softmax(-1) * 50).log().mean(-1)
+    torch.testing.assert_close(self_certainty(logits), expected)
+    assert math.isfinite(float(self_certainty(torch.tensor([[1e4, 0.0, -1e4]]))))
+
+
+def test_no_conversations(model: ScaleRAE) -> None:
+    assert model.reply([]) == []
+    assert model.generate([]) == []
+
+
+def test_prompts_and_latents_must_pair(model: ScaleRAE, latents: list[Tensor]) -> None:
+    with pytest.raises(InputError, match="2 messages but 3 latents"):
+        model.reply(["a", "b"], latents=latents[:3])
+    with pytest.raises(InputError):
+        model.answer(["a", "b"], latents=latents[:3])
+    with pytest.raises(InputError, match="give either images or latents"):
+        model.answer("a")
+    with pytest.raises(InputError, match="give either images or latents"):
+        model.answer("a", images=[], latents=[])
+
+
+@pytest.mark.parametrize(
+    ("latent", "problem"),
+    [
+        ([[1.0]], "a latent must be a tensor [256, 768], not list"),
+        (torch.zeros(256, 767), "the latent is [256, 767] torch.float32; this model's latents are [256, 768] floats"),
+        (torch.zeros(2, 256, 768), "[2, 256, 768]"),
+        (torch.zeros(256, 768, dtype=torch.int64), "torch.int64"),
+        (torch.zeros(256, 768).index_fill(0, torch.tensor([3]), torch.nan), "not finite"),
+        (torch.zeros(256, 768).index_fill(1, torch.tensor([3]), torch.inf), "not finite"),
+    ],
+)
+def test_bad_latents(model: ScaleRAE, latent: Any, problem: str) -> None:
+    for action in (
+        lambda: model.decode([latent]),
+        lambda: model.score([latent], "a cat"),
+        lambda: model.check_latent(latent),
+    ):
+        with pytest.raises(InputError) as caught:
+            action()
+        assert problem in str(caught.value)
+
+
+def test_latents_of_any_float_dtype_with_a_batch_axis(model: ScaleRAE, latents: list[Tensor]) -> None:
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        checked = model.check_latent(latents[0][None].to(dtype))
+        assert checked.dtype == torch.float32
+        assert checked.shape == (256, 768)
+
+
+def test_room_for_the_reply(model: ScaleRAE) -> None:
+    """A long prompt leaves few tokens for the reply; one that leaves none is refused."""
+    length = len(model.tokenizer.chat("a"))
+    just = model.config.max_length - model.config.tokens - length
+    message = "a" + "zq" * (just // 2)
+    assert len(model.reply([message[: len(message) - 4]], max_new_tokens=40)[0].ids) <= 40
+    with pytest.raises(InputError, match="tokens long"):
+        model.reply([message + "zq" * 5])
+
+
+def test_a_long_prompt_leaves_its_neighbours_their_room(model: ScaleRAE) -> None:
+    """The limit of what the model reads cuts the reply of the row that meets it, and no other."""
+    room = model.config.max_length - model.config.tokens - len(model.tokenizer.chat("z"))
+    long = "z" + "q" * (room - 2)
+    short = next(p for p in PROMPTS if len(model.reply([p], max_new_tokens=10)[0].ids) > 4)
+    replies = model.reply([long, short], max_new_tokens=10)
+    assert replies[1].ids == model.reply([short], max_new_tokens=10)[0].ids
+    assert len(replies[0].ids) <= 2
