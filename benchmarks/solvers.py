@@ -25,6 +25,7 @@ STEPS = {
     "euler": (8, 12, 16, 24, 32, 49, 100, 200),
     "heun": (4, 6, 8, 12, 16, 25, 50),
     "dpmpp_2m": (8, 12, 16, 20, 24, 32, 49, 100),
+    "ab2": (8, 12, 16, 20, 24, 32, 49, 100),
 }
 
 
@@ -79,6 +80,8 @@ def plot(results: dict[str, list[tuple[int, float]]], file: Path) -> None:
         "exact_euler": "Euler from 1 to 0",
         "heun": "heun",
         "dpmpp_2m": "dpmpp_2m",
+        "ab2": "ab2",
+        "ab2": "ab2",
     }
     for solver, points in results.items():
         axes.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=labels[solver])

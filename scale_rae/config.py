@@ -36,7 +36,6 @@ class ScaleRAEConfig:
     base_dim: int
     tied_embeddings: bool
     max_length: int  # tokens of one conversation
-    flux_vae: bool  # latents are folded FLUX-VAE latents (generation_alignment_tower)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,6 +123,8 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
     if model_type != MODEL_TYPE:
         raise fields.fail("model_type", f"is {model_type!r}: not a Scale-RAE checkpoint, which has {MODEL_TYPE!r}")
     loss = fields.choice("vision_loss", ("diffusion-loss", "ddt-loss"))
+    if tower := fields.get("generation_alignment_tower", str, None):
+        raise fields.fail("generation_alignment_tower", f"is {tower!r}: FLUX-VAE-aligned models are not supported yet")
     fields.choice("vision_loss_mode", ("query",))
     fields.choice("dit_cls", ("DiT",), "DiT")
     fields.choice("mm_vision_select_feature", ("patch",), "patch")
@@ -166,7 +167,6 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
             fields.count("max_position_embeddings", 32768, most=1 << 30),
             fields.count("tokenizer_model_max_length", 1 << 30, most=1 << 200),  # transformers writes 1e30 for "any"
         ),
-        flux_vae=fields.get("generation_alignment_tower", str, None) is not None,
     )
 
 

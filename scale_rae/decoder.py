@@ -57,7 +57,10 @@ def load_decoder_config(folder: Path, channels: int) -> DecoderConfig:
         values[ours] = value
     if raw.get("hidden_act", "gelu") != "gelu":
         raise ConfigError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: gelu)")
-    config = DecoderConfig(channels=channels, **values, eps=float(raw.get("layer_norm_eps", 1e-12)))
+    eps = raw.get("layer_norm_eps", 1e-12)
+    if not isinstance(eps, float) or not 0 < eps < 1:
+        raise ConfigError(f"{path}: layer_norm_eps is {eps!r}; a pixel decoder needs a small positive number there")
+    config = DecoderConfig(channels=channels, **values, eps=eps)
     if config.image % config.patch:
         raise ConfigError(f"{path}: image_size {config.image} is not a multiple of patch_size {config.patch}")
     if config.width % config.heads:

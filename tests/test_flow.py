@@ -15,7 +15,7 @@ from torch import Tensor
 
 from scale_rae import flow
 from scale_rae.errors import InputError
-from scale_rae.flow import dpmpp_2m, euler, exact_grid, guided, heun, official_grid
+from scale_rae.flow import ab2, dpmpp_2m, euler, exact_grid, guided, heun, official_grid
 
 MEAN, SPREAD = 1.5, 0.3
 NOISE = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).view(1, 1, 1, 41)
@@ -53,7 +53,7 @@ def order(solver: Any, velocity: flow.Velocity, exact: Tensor, shift: float) -> 
 
 
 # DPM-Solver++(2M) steps in log(alpha / sigma), which no grid in t makes small at both ends: n^-2 log n is its rate here.
-ORDERS = [(euler_exact, 0.95, 1.05), (heun, 1.9, 2.1), (dpmpp_2m, 1.5, 2.1)]
+ORDERS = [(euler_exact, 0.95, 1.05), (heun, 1.9, 2.1), (dpmpp_2m, 1.5, 2.1), (ab2, 1.9, 2.2)]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -68,7 +68,7 @@ def test_order_of_convergence_on_a_mixture(solver: Any, least: float, most: floa
     assert least <= order(solver, mixture, exact, 3.0) <= most
 
 
-@pytest.mark.parametrize("solver", [heun, dpmpp_2m])
+@pytest.mark.parametrize("solver", [heun, dpmpp_2m, ab2])
 def test_second_order_pays(solver: flow.Solver) -> None:
     exact = MEAN + SPREAD * NOISE
     for steps in (32, 64, 256):

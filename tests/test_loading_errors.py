@@ -86,6 +86,11 @@ def test_unsupported_parts_are_named(copy: Path, field: str, value: str) -> None
     assert f"{field} {value!r} is not supported (supported: " in text
 
 
+def test_flux_vae_models_are_refused(copy: Path) -> None:
+    change_config(copy, generation_alignment_tower="black-forest-labs/FLUX.1-dev")
+    assert "generation_alignment_tower" in refusal(lambda: load(copy), ConfigError)
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +268,14 @@ def test_decoder_for_another_encoder(copy: Path, checkpoints: dict[str, Path]) -
     text = refusal(lambda: load(copy, decoder=str(other)).decoder)
     assert "this decoder is for another encoder: it takes latents of 96 channels" in text
     assert "the model's have 768" in text
+
+
+@pytest.mark.parametrize("eps", [None, "small", 0, -1.0, True])
+def test_bad_decoder_eps(copy: Path, eps: object) -> None:
+    config = copy.parent / "decoder" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"layer_norm_eps": eps}))
+    model = load(copy)
+    assert "layer_norm_eps" in refusal(lambda: model.decoder, ConfigError)
 
 
 def test_decoder_folder_without_weights(copy: Path) -> None:

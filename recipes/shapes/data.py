@@ -32,6 +32,7 @@ DRAW_KINDS = (
     *("two_object",) * 3,
     *("position",) * 4,
     *("color_attr",) * 4,
+    *("mixed",) * 12,
 )
 """Kinds of scene that are drawn, weighted: the hard ones more."""
 DEFAULT_WORDING = "Can you generate {prompt}"
@@ -114,14 +115,36 @@ def captions(encoder: WordEncoder, scenes: Iterable[Scene]) -> Ids:
     return np.array([row + [encoder.pad] * (CAPTION_TOKENS - len(row)) for row in rows], dtype=np.int16)
 
 
-def prompt_of(scene: Scene) -> world.Prompt:
-    """The prompt of the kind that the scene was sampled for."""
-    return next(prompt for prompt in world.true_prompts(scene) if prompt.tag == scene.kind)
+NAMED_COLOR = 0.6  # how often a mixed scene's prompt names an object's colour
+
+ATTRIBUTES = (*(len(world.SHAPES) + 1,) * world.MAX_OBJECTS, *(len(world.COLORS) + 1,) * world.MAX_OBJECTS, 5, 4)
+"""What a prompt says, taken apart: shapes and colours in the order it names them, the relation, the number of things; how many
+values each has, the last of a shape, colour or relation being "none"."""
 
 
-def requests(rng: random.Random, scenes: Iterable[Scene]) -> list[str]:
-    """A request for each scene in a random wording of the training ones."""
-    return [world.request(_wording(rng), prompt_of(scene).text) for scene in scenes]
+def prompt_of(rng: random.Random, scene: Scene) -> tuple[str, tuple[int, ...]]:
+    """A prompt for the scene ("a photo of …") and the class numbers of what it says, in the order of `ATTRIBUTES`.
+
+    It is of the kind that the scene was sampled for. A mixed scene's prompt names every object, in any order, and some of
+    their colours: conditions of that many combinations cannot be learnt one by one, as 25 pairs of shapes can, so that the
+    model has to learn what the words mean each for itself, and gets pairs right that it never saw.
+    """
+    if scene.kind == "mixed":
+        things = rng.sample(scene.objects, len(scene.objects))
+        colors = [thing.color if rng.random() < NAMED_COLOR else "" for thing in things]
+        shapes = [thing.shape for thing in things]
+        names = [world.with_article(f"{color} {shape}".strip()) for color, shape in zip(colors, shapes, strict=True)]
+        return f"a photo of {world.listed(names)}", _classes(shapes, colors, "", len(things))
+    prompt = next(prompt for prompt in world.true_prompts(scene) if prompt.tag == scene.kind)
+    return prompt.text, _classes(prompt.shapes, prompt.colors, prompt.relation, len(scene.objects))
+
+
+def _classes(shapes: Sequence[str], colors: Sequence[str], relation: str, number: int) -> tuple[int, ...]:
+    none_shape, none_color = len(world.SHAPES), len(world.COLORS)
+    shape = [*map(world.SHAPES.index, shapes), *(none_shape,) * world.MAX_OBJECTS][: world.MAX_OBJECTS]
+    color = [none_color if not name else world.COLORS.index(name) for name in colors]
+    color = [*color, *(none_color,) * world.MAX_OBJECTS][: world.MAX_OBJECTS]
+    return *shape, *color, world.RELATIONS.index(relation) if relation else len(world.RELATIONS), number - 1
 
 
 def _wording(rng: random.Random) -> str:
@@ -131,18 +154,6 @@ def _wording(rng: random.Random) -> str:
 def chats(encoder: WordEncoder) -> Texts:
     """All small talk with its answer."""
     return as_texts([encoder.chat(message, world.CHAT_REPLY) for message in world.CHATS], encoder.pad)
-
-
-ATTRIBUTES = {"shape": 8, "color": 9, "second shape": 9, "second color": 9, "relation": 5, "number": 4}
-"""What a prompt says, taken apart, and how many values each has; the last of a color, second shape or relation is "none"."""
-
-
-def attributes(prompt: world.Prompt) -> tuple[int, ...]:
-    """A prompt as class numbers, in the order of `ATTRIBUTES`."""
-    shapes = [*map(world.SHAPES.index, prompt.shapes), len(world.SHAPES)]
-    colors = [*map(world.COLORS.index, prompt.colors), len(world.COLORS), len(world.COLORS)]
-    relation = world.RELATIONS.index(prompt.relation) if prompt.relation else len(world.RELATIONS)
-    return shapes[0], colors[0], shapes[1], colors[1], relation, prompt.number - 1
 
 
 Stream = Literal["encode", "draw", "read"]
@@ -155,7 +166,7 @@ class Chunk:
     scenes: SceneBatch
     texts: Texts
     attributes: NDArray[np.int8]
-    """[N, 6] of the prompts ("draw"), else [N, 0]."""
+    """[N, 10] of the prompts ("draw"), else [N, 0]."""
 
 
 def make_chunk(
@@ -172,8 +183,9 @@ def make_chunk(
         return Chunk(scenes, texts, np.zeros((count, 0), np.int8))
     told = np.zeros((count, 0), np.int8)
     if stream == "draw":
-        told = np.array([attributes(prompt_of(scene)) for scene in listed], np.int8)
-        sequences = [(encoder.request(text), 0) for text in requests(rng, listed)]
+        prompts = [prompt_of(rng, scene) for scene in listed]
+        told = np.array([classes for _, classes in prompts], np.int8)
+        sequences = [(encoder.request(world.request(_wording(rng), text)), 0) for text, _ in prompts]
     else:
         sequences = [encoder.question(question, answer) for question, answer in world.questions(rng, listed, "exclude")]
     return Chunk(scenes, as_texts(sequences, encoder.pad), told)

@@ -122,7 +122,7 @@ class Pools:
         self.draw = Sequences.of(draws.texts, device, pad, self.width, tail=queries)
         head = (*encoder.image_head, *(pad,) * preset.tokens)
         self.read = Sequences.of(reads.texts, device, pad, self.width, head=head)
-        self.attributes = torch.from_numpy(draws.attributes).to(device).long()  # [N, 6]
+        self.attributes = torch.from_numpy(draws.attributes).to(device).long()  # [N, 10]
         self.chat = Sequences.of(data.chats(encoder), device, pad, self.width)
         self.answer_width = int((self.read.length - self.read.answer).max())
         self.chat_width = int((self.chat.length - self.chat.answer).max())
@@ -217,9 +217,9 @@ class Loss:
         return (velocity - (noise - latents)).square().mean()
 
     def _attributes(self, condition: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of what the prompt says [B, 6] at every token's condition [B, L, Z], and how often the last is all
+        """Cross-entropy of what the prompt says [B, 10] at every token's condition [B, L, Z], and how often the last is all
         right."""
-        logits = self.language.attribute_head(condition).float().split(list(data.ATTRIBUTES.values()), dim=-1)
+        logits = self.language.attribute_head(condition).float().split(list(data.ATTRIBUTES), dim=-1)
         losses, right = [], []
         for i, part in enumerate(logits):
             target = told[:, i : i + 1].expand(-1, part.shape[1])
@@ -312,7 +312,7 @@ def build(
 ) -> tuple[ScaleRAEConfig, LanguageModel, DiT, FlatModel]:
     """Fresh networks in a `FlatModel`."""
     config, language, dit = networks.build_joint(words.model_config(preset))
-    language.attribute_head = nn.Linear(config.dit.condition_width, sum(data.ATTRIBUTES.values()))  # training only
+    language.attribute_head = nn.Linear(config.dit.condition_width, sum(data.ATTRIBUTES))  # training only
     model = FlatModel({"": language, PREFIX: dit}, device, dtype, options, steps, networks.keeps_float32)
     return config, language, dit, model
 
@@ -321,6 +321,17 @@ def weights(model: FlatModel, preset: Preset, averaged: bool = True) -> dict[str
     """Parameters under their published names."""
     tensors = {name: t for name, t in model.tensors(averaged).items() if not name.startswith("attribute_head.")}
     return networks.crop_swiglu(tensors, preset.dit_width)
+
+
+def start_from(model: FlatModel, folder: Path) -> None:
+    """Takes the weights of an exported model; what it lacks (the attribute head) stays as initialised."""
+    stored: dict[str, Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        stored |= common.load_weights(file)
+    fresh = model.tensors(averaged=False)
+    model.set_tensors(
+        {name: networks.grown_swiglu(stored[name], t) if name in stored else t.clone() for name, t in fresh.items()}
+    )
 
 
 def finish(model: FlatModel, pools: Pools, preset: Preset, folder: Path) -> None:
@@ -339,6 +350,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--copies", type=int, default=default.copies, help="noisy latents for each condition")
     parser.add_argument("--draw-pool", type=int, default=1_500_000, help="scenes to draw")
     parser.add_argument("--read-pool", type=int, default=500_000, help="scenes to read")
+    parser.add_argument("--start-from", type=Path, metavar="DIR", help="begin with the weights of an exported model")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 on the CPU too")
     parser.add_argument("--compact", type=Path, metavar="DIR", help="also save a small state there, in files of 15 MB")
     parser.add_argument("--from-compact", type=Path, metavar="DIR", help="begin from such a state")
     parser.add_argument(
@@ -358,6 +371,7 @@ def main(argv: list[str] | None = None) -> bool:
     words = common.vocabulary(args.out)
     chunks = make_data(args, words)
     device, dtype = prepare_device(args.device)
+    dtype = torch.bfloat16 if args.bfloat16 else dtype
     common.set_seed(args.seed)
     made = make_pools(args, chunks, words, preset, device)
     if args.bench:
@@ -366,6 +380,8 @@ def main(argv: list[str] | None = None) -> bool:
     batch = Batch(args.draw_batch, args.read_batch, args.chat_batch, args.copies)
     common.set_seed(args.seed)  # the same start whatever the pools took
     config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
+    if args.start_from:
+        start_from(model, args.start_from)
     loss = Loss(config, language, dit, made, batch, dtype)
     settings = common.fingerprint(
         preset, model.options, batch=vars(batch), pools=[args.draw_pool, args.read_pool], seed=args.seed

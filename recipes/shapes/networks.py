@@ -198,6 +198,17 @@ def crop_swiglu(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     return cropped
 
 
+def grown_swiglu(tensor: Tensor, like: Tensor) -> Tensor:
+    """A parameter as published, with zeros added to the shape of its padded counterpart `like` (`pad_swiglu`)."""
+    if tensor.shape == like.shape:
+        return tensor
+    if tensor.shape[0] == like.shape[0]:  # w3 [D, M]
+        return F.pad(tensor, (0, like.shape[1] - tensor.shape[1]))
+    halves = tensor.unflatten(0, (2, -1))  # w12 [2 M, D] or its bias [2 M]
+    extra = like.shape[0] // 2 - halves.shape[1]
+    return F.pad(halves, (0, 0, 0, extra) if tensor.dim() == 2 else (0, extra)).flatten(0, 1)
+
+
 def keeps_float32(name: str) -> bool:
     """Parameters of the joint stage that compute in float32, as in inference: time embedding and the DiT's norm gains."""
     return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)

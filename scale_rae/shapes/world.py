@@ -573,10 +573,11 @@ def describe(scene: Scene) -> str:
     It opens like a prompt, so that a prompt's likelihood as an answer (the prompt-loss reward) means something.
     """
     names = [with_article(f"{t.color} {t.shape}") for t in sorted(scene.objects, key=lambda thing: thing.x)]
-    return "a photo of " + _listed(names) + "."
+    return "a photo of " + listed(names) + "."
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence lists them: "a, b and c"."""
     return " and ".join((", ".join(names[:-1]), names[-1])) if len(names) > 1 else names[0]
 
 
@@ -585,7 +586,7 @@ def parse_description(text: str) -> list[tuple[str, str]] | None:
     body = text.strip().removesuffix(".").removeprefix("a photo of ")
     matches = [_DESCRIBED.fullmatch(part) for part in re.split(r", | and ", body)]
     pairs = [(match[1], match[2]) for match in matches if match]
-    whole = _listed([with_article(f"{color} {shape}") for color, shape in pairs]) if pairs else None
+    whole = listed([with_article(f"{color} {shape}") for color, shape in pairs]) if pairs else None
     return pairs if whole == body else None
 
 

@@ -63,7 +63,7 @@ def test_word_table_is_the_tokenizer(vocabulary: Vocabulary) -> None:
     encode, tokenizer = vocabulary.encoder, vocabulary.tokenizer
     scenes = list(world.sample(np.random.default_rng(1), 300, data.DRAW_KINDS))
     asked = world.questions(random.Random(1), scenes)
-    for message in [*data.requests(random.Random(2), scenes), *world.CHATS]:
+    for message in [*(data.prompt_of(random.Random(2), scene)[0] for scene in scenes), *world.CHATS]:
         assert [*encode.head, *encode(message), *encode.tail] == tokenizer.chat(message)
     for question, answer in asked:
         ids = tokenizer.chat(question, image=True)

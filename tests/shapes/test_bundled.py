@@ -1,0 +1,100 @@
+"""The bundled model: what it is made of, and that it draws and reads. Figures on many prompts come from evaluate."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import scale_rae
+from scale_rae.checkpoint import BUNDLED
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.shapes import evaluate, world
+
+FOLDER = BUNDLED["shapes"]
+
+
+@pytest.fixture(scope="module")
+def model() -> ScaleRAE:
+    return scale_rae.load("shapes", device="cpu")
+
+
+def test_files_are_small_and_bfloat16() -> None:
+    files = [file for file in FOLDER.rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32_000_000
+    assert max(file.stat().st_size for file in files) < 15_000_000
+    for file in FOLDER.rglob("*.safetensors"):
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                assert stored.get_slice(name).get_dtype() == "BF16" or name.startswith("diff_head.data_")
+
+
+def test_config_has_the_published_keys() -> None:
+    published = json.loads((Path(__file__).parents[1] / "goldens" / "siglip.json").read_text())["model"]["config"]
+    assert set(published) <= set(json.loads((FOLDER / "config.json").read_text()))
+
+
+def test_draws_what_it_is_asked_for(model: ScaleRAE) -> None:
+    prompts = world.prompts(4, "exclude", seed=11)
+    drawn = evaluate.draw_prompts(model, prompts, seed=3, guidance=3.0, solver="dpmpp_2m", steps=16)
+    wrong = [f"{item.metadata['prompt']}: {item.reason}" for item in drawn if not item.correct]
+    assert len(wrong) <= 2, wrong  # 24 prompts of which it gets 99 % right
+
+
+def test_reads_pictures(model: ScaleRAE) -> None:
+    shares = evaluate.alignment(model, 60, seed=5, held_out="exclude")
+    assert shares["overall"].value >= 0.93
+    assert evaluate.description(model, 30, seed=6, held_out="exclude").value >= 0.85
+
+
+def test_judges_its_own_latents(model: ScaleRAE) -> None:
+    prompts = world.prompts(2, "exclude", seed=12)
+    drawn = evaluate.draw_prompts(model, prompts, seed=4, guidance=3.0, solver="dpmpp_2m", steps=16)
+    assert evaluate.agreement(model, drawn)["all"].value >= 0.75
+    others = [prompt["prompt"] for prompt in prompts[2:] + prompts[:2]]  # another kind's prompt is false
+    said_yes = evaluate.align(model, [item.latent for item in drawn], others)
+    assert sum(said_yes) <= 3
+
+
+def test_encode_decode(model: ScaleRAE) -> None:
+    assert evaluate.reconstruction(model, 12, seed=7, held_out="any") >= 27
+
+
+def test_small_talk(model: ScaleRAE) -> None:
+    generation = model.generate("Hello")
+    assert not generation.images
+    assert generation.text == world.CHAT_REPLY
+
+
+def test_share_interval() -> None:
+    share = evaluate.Share(90, 100)
+    low, high = share.interval
+    assert low == pytest.approx(0.8256, abs=1e-3)  # Wilson, from the literature's worked example
+    assert high == pytest.approx(0.9448, abs=1e-3)
+    assert evaluate.Share(0, 0).interval == (0.0, 1.0)
+
+
+def test_results_are_genevals(model: ScaleRAE, tmp_path: Path) -> None:
+    prompts = world.prompts(1, "exclude", seed=1)[:2]
+    drawn = evaluate.draw_prompts(model, prompts, solver="dpmpp_2m", steps=4)
+    evaluate.write_results(tmp_path, drawn)
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [set(line) for line in lines] == [{"filename", "tag", "prompt", "correct", "reason", "metadata"}] * 2
+    assert all(Path(line["filename"]).is_file() for line in lines)
+    assert json.loads(lines[0]["metadata"])["tag"] == lines[0]["tag"]
+
+
+def test_evaluate_prints_help() -> None:
+    command = [sys.executable, "-m", "scale_rae.shapes.evaluate", "--help"]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert all(name in shown for name in ("draw", "read", "reconstruct"))
+
+
+def test_pictures_are_the_drawn_scenes() -> None:
+    scenes = world.sample(np.random.default_rng(0), 2, held_out="any")
+    assert all(image.size == (world.SIZE, world.SIZE) for image in evaluate.pictures(scenes))
