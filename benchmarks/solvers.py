@@ -81,7 +81,6 @@ def plot(results: dict[str, list[tuple[int, float]]], file: Path) -> None:
         "heun": "heun",
         "dpmpp_2m": "dpmpp_2m",
         "ab2": "ab2",
-        "ab2": "ab2",
     }
     for solver, points in results.items():
         axes.loglog(*zip(*points, strict=True), marker="o", markersize=4, label=labels[solver])

@@ -43,12 +43,15 @@ class Source:
     name: str
     folder: Path
     revision: str | None = None
+    own: bool = False  # a part found inside or beside the model's folder, and so found again wherever that goes
 
     def identity(self) -> dict[str, str]:
         """What pins these files: the hub's commit, or a SHA-256 of each file."""
         if self.revision:
             return {"revision": self.revision}
-        files = sorted(p for p in self.folder.iterdir() if p.suffix in (*WEIGHT_SUFFIXES, ".json") and p.is_file())
+        files = sorted(
+            p for p in self.folder.iterdir() if p.suffix in (*WEIGHT_SUFFIXES, ".json", ".txt") and p.is_file()
+        )
         return {p.name: _sha256(p) for p in files}
 
 
@@ -57,8 +60,16 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def find(name: str, what: str, model_folder: Path | None = None, revision: str | None = None) -> Source:
-    """Files of the `what` ("model", "encoder", "decoder") called `name`; see the module docstring for the order.
+def find(
+    name: str,
+    what: str,
+    model_folder: Path | None = None,
+    revision: str | None = None,
+    files: tuple[str, ...] = (),
+) -> Source:
+    """Files of the `what` ("model", "encoder", "decoder", "reward", …) called `name`; see the module docstring for the order.
+
+    `files` are the only ones to fetch from the hub, where that isn't a config and weights; the first must be there.
 
     Raises:
         CheckpointError: when there is no such folder and the name cannot be a hub id.
@@ -66,21 +77,21 @@ def find(name: str, what: str, model_folder: Path | None = None, revision: str |
     """
     if model_folder is None and name in BUNDLED:
         return Source(name, BUNDLED[name])
-    places = [Path(os.path.expanduser(name))]  # noqa: PTH111 - pathlib's fails where there is no such user
+    places = [(Path(os.path.expanduser(name)), False)]  # noqa: PTH111 - pathlib's fails where there is no such user
     if model_folder is not None:
-        places += [model_folder / name, model_folder.parent / name]
-    for place in places if name else ():
+        places += [(model_folder / name, True), (model_folder.parent / name, True)]
+    for place, own in places if name else ():
         if os.path.isdir(place):  # noqa: PTH112 - pathlib's fails for names no file system takes
-            return Source(name, place)
+            return Source(name, place, own=own)
         if os.path.isfile(place):  # noqa: PTH113
             raise CheckpointError(f"{place}: is a file; the {what} must be a folder or a hub id")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        bundled = ' (the bundled model is "shapes")' if what == "model" else ""
-        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id (owner/name){bundled}")
-    return _download(name, what, revision)
+        bundled = '; the bundled model is "shapes"' if what == "model" else ""
+        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
+    return _download(name, what, revision, files)
 
 
-def _download(name: str, what: str, revision: str | None) -> Source:
+def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...]) -> Source:
     """The repository's files that a `what` needs, from the hub or, when it cannot be asked, from its cache.
 
     A cut connection is taken up where it broke, several times, by huggingface_hub itself (Range requests). When that
@@ -112,19 +123,26 @@ def _download(name: str, what: str, revision: str | None) -> Source:
     except (http_error, OSError) as e:
         try:
             folder = Path(
-                snapshot_download(name, revision=revision, local_files_only=True, allow_patterns="config.json")
+                snapshot_download(
+                    name, revision=revision, local_files_only=True, allow_patterns=wanted[:1] or "config.json"
+                )
             )
         except LocalEntryNotFoundError:
             raise HubError(f"{where}: {_hub_problem(e, instead)}") from e
         try:
-            weight_files(folder) if what != "decoder" else _existing(folder / "model.pt")
+            if wanted or what == "decoder":
+                _existing(folder / (wanted[0] if wanted else _DECODER_WEIGHTS))
+            else:
+                weight_files(folder)
         except CheckpointError as incomplete:
             raise HubError(f"{where}: only part of it was downloaded ({incomplete}); {_hub_problem(e, instead)}") from e
         return Source(name, folder, folder.name)
 
-    files = _needed([file.rfilename for file in listed], what)
-    if not files:
-        raise HubError(f"{where}: the hub's repository holds no {what} (config.json and weights); {instead}")
+    names = [file.rfilename for file in listed]
+    files = [name for name in names if name in wanted] if wanted else _needed(names, what)
+    if not files or (wanted and wanted[0] not in files):
+        content = wanted[0] if wanted else "config.json and weights"
+        raise HubError(f"{where}: the hub's repository holds no {what} ({content}); {instead}")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=Bar))
     except (http_error, OSError, RuntimeError) as e:  # RuntimeError: hf_xet's

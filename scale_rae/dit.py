@@ -123,9 +123,11 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(condition_width, width, 6)
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        chunks: tuple[Tensor, ...] = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, gate2 = chunks
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        out: Tensor = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
+        return out
 
 
 class FinalLayer(nn.Module):

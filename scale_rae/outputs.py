@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -181,7 +182,7 @@ def load_latent(path: Path) -> Tensor:
     except IsADirectoryError as e:
         raise InputError(f"{path}: is a folder, not a latent file") from e
     except pickle.UnpicklingError as e:
-        if "Unsupported" in str(e) or "GLOBAL" in str(e):
+        if re.search(r"GLOBAL \S+|Unsupported class \S+", str(e)):
             raise InputError(f"{path}: refused, since loading it could run code; a latent is a plain tensor") from e
         raise InputError(f"{path}: not a file that torch.save wrote") from e
     except OSError as e:

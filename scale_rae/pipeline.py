@@ -97,7 +97,7 @@ def pick_device(name: str | None) -> torch.device:
         raise DeviceError(f"device {name!r}: not a device name; use cpu, cuda, cuda:N or mps") from e
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"device {name}: this machine shows torch {torch.cuda.device_count()} CUDA devices; use --device cpu"
+            f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use --device cpu"
         )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"device {name}: torch finds no MPS here; use --device cpu")
@@ -218,9 +218,10 @@ class ScaleRAE:
     def decoder(self) -> PixelDecoder:
         """The pixel decoder."""
         if self._decoder is None:
-            name = self._decoder_name or self._default_decoder()
-            self.decoder_source = find(name, "decoder", self.source.folder)
+            self.decoder_source = self._find_decoder()
             folder = self.decoder_source.folder
+            if not (folder / "model.pt").is_file():
+                raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and model.pt")
             reader = TensorReader([folder / "model.pt"])
             embed = reader.tensors.get("decoder_embed.weight")
             channels = embed.shape[-1] if embed and embed.shape else self.config.channels
@@ -236,13 +237,13 @@ class ScaleRAE:
             self._decoder = decoder
         return self._decoder
 
-    def _default_decoder(self) -> str:
+    def _find_decoder(self) -> Source:
+        if self._decoder_name:
+            return find(self._decoder_name, "decoder", self.source.folder)
         for folder in (self.source.folder / "decoder", self.source.folder.parent / "decoder"):
             if folder.is_dir():
-                return str(folder)
-        if self.encoder.kind == "dinov2":
-            return PUBLISHED_DECODERS["dinov2"]
-        return PUBLISHED_DECODERS["siglip"]
+                return Source("decoder", folder, own=True)
+        return find(PUBLISHED_DECODERS["dinov2" if self.encoder.kind == "dinov2" else "siglip"], "decoder")
 
     # --- drawing -------------------------------------------------------------------------------------------------
 

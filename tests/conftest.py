@@ -31,7 +31,7 @@ def models(checkpoints: dict[str, Path]) -> dict[str, ScaleRAE]:
 
 @pytest.fixture(scope="session", params=GOLDEN_CASES)
 def golden_model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) -> Iterator[tuple[str, ScaleRAE]]:
-    yield request.param, models[request.param]
+    return request.param, models[request.param]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 GOLDENS = Path(__file__).parent / "goldens"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>")
 MERGES = (
-    ["t h", "i n", "a n", "r e", "o n", "e r", "a t", "th e", "Ġ a", "Ġ the", "Ġ o", "i s", "o f", "Ġ of"]
-    + ["g e", "m a", "ma ge", "i mage", "Ġ image", "an d"]
+    ["t h", "i n", "a n", "r e", "o n", "e r", "a t", "th e", "Ġ a", "Ġ the", "Ġ o", "i s", "o f", "Ġ of", "g e", "m a", "ma ge", "i mage", "Ġ image", "an d"]
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import typer
 # These repeat constants of modules that import torch, which --help must not; a test holds them equal.
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 DEFAULT_STEPS = 49
-SOLVERS = ("euler", "heun", "dpmpp_2m")
+SOLVERS = ("euler", "heun", "dpmpp_2m", "ab2")
 DTYPES = ("float32", "bfloat16", "float16")
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"

@@ -102,20 +102,22 @@ class _Identity:
             self._error = e
 
     def describe(self) -> dict[str, Any]:
-        """{"name", "revision"} for files of the hub, else {"name", "files": {file: SHA-256}}."""
+        """{"name", "revision"} for files of the hub, else {"name", "files": {file: SHA-256}} and, for a part found inside or
+        beside the model's folder, "with_model": true."""
         self._thread.join()
         if self._error is not None:
             raise self._error
         assert self._result is not None
         if self._source.revision:
             return {"name": self._source.name, "revision": self._source.revision}
-        return {"name": self._name(), "files": self._result}
+        return {"name": self._name(), "files": self._result} | ({"with_model": True} if self._source.own else {})
 
     def _name(self) -> str:
-        """A name that finds the files again from any folder."""
+        """A name that finds the files again from any folder, given the model."""
         from scale_rae.checkpoint import BUNDLED
 
-        return self._source.name if self._source.name in BUNDLED else str(self._source.folder.absolute())
+        by_name = self._source.own or self._source.name in BUNDLED
+        return self._source.name if by_name else str(self._source.folder.absolute())
 
 
 def silence_libraries() -> None:

@@ -212,8 +212,8 @@ def _from_manifest(
         changes["model_path"] = get("model_path", str)
         if "revision" not in given:
             changes["revision"] = model.get("revision")
-    if "decoder_repo" not in given and "model_path" not in given and decoder is not None:
-        changes["decoder_repo"] = decoder.get("name")
+    if not {"decoder_repo", "model_path"} & given and decoder is not None and not decoder.get("with_model"):
+        changes["decoder_repo"] = decoder.get("name")  # one that lies with the model is found with it
     for name in ("device", "dtype"):
         if name not in given:
             changes[name] = get(name, str)

@@ -28,9 +28,15 @@ import scale_rae
 from scale_rae.shapes import world
 from scale_rae.shapes.judge import judge
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__, rich_markup_mode=None)
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help=(__doc__ or "").replace("\n\n    python", "\n\n\b\n    python"),
+    rich_markup_mode=None,
+)
 
 HeldOut = Literal["only", "exclude", "any"]
+Wording = Literal["default", "training", "held-out"]
 WORDINGS = {
     "default": ("Can you generate {prompt}",),  # what the scaling experiment says
     "training": world.REQUEST_WORDINGS,
@@ -199,7 +205,8 @@ def reconstruction(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: H
 
 Model = Annotated[str, typer.Option("--model-path", help="checkpoint to evaluate")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … (default: the best there is)")]
-Scenes = Annotated[str, typer.Option("--scenes", help="only (held out), exclude (as in training), any")]
+Scenes = Annotated[HeldOut, typer.Option("--scenes", help="held out only, without what is held out, or any")]
+Count = Annotated[int, typer.Option(min=2, help="scenes")]
 Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
 
 
@@ -214,10 +221,10 @@ def draw_command(
     guidance: Annotated[list[float], typer.Option(help="guidance levels, each evaluated")] = [1.0],  # noqa: B006
     model_path: Model = "shapes",
     per_kind: Annotated[int, typer.Option(help="prompts of each kind")] = 100,
-    steps: int = 49,
-    solver: str = "euler",
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
-    wordings: Annotated[str, typer.Option(help="default, training or held-out")] = "default",
+    steps: Annotated[int, typer.Option(help="steps of the solver")] = 49,
+    solver: Annotated[str, typer.Option(help="solver")] = "euler",
+    guidance_interval: Annotated[tuple[float, float], typer.Option(help="where in t guidance acts")] = (0.0, 1.0),
+    wordings: Annotated[Wording, typer.Option(help="how requests are worded")] = "default",
     scenes: Scenes = "only",
     seed: Seed = 0,
     device: Device = None,
@@ -226,7 +233,7 @@ def draw_command(
 ) -> None:
     """Draw prompts, judge the pictures; ask the model about its own latents."""
     model = scale_rae.load(model_path, device=device)
-    prompts = world.prompts(per_kind, scenes, seed)  # type: ignore[arg-type]
+    prompts = world.prompts(per_kind, scenes, seed)
     for level in guidance:
         start = time.perf_counter()
         drawn = draw_prompts(
@@ -271,26 +278,34 @@ def write_results(folder: Path, drawn: Sequence[Drawn]) -> None:
 @app.command("read")
 def read_command(
     model_path: Model = "shapes",
-    count: int = 1000,
+    count: Count = 1000,
     scenes: Scenes = "only",
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Yes/no alignment and descriptions of drawn scenes."""
     model = scale_rae.load(model_path, device=device)
-    _table(f"alignment, scenes {scenes}, seed {seed}", alignment(model, count, seed, scenes))  # type: ignore[arg-type]
-    described = description(model, count, seed + 1, scenes)  # type: ignore[arg-type]
+    _table(f"alignment, scenes {scenes}, seed {seed}", alignment(model, count, seed, scenes))
+    described = description(model, count, seed + 1, scenes)
     print(f"Describe this image., fully right, scenes {scenes}: {described}")
 
 
 @app.command("reconstruct")
 def reconstruct_command(
-    model_path: Model = "shapes", count: int = 500, scenes: Scenes = "any", seed: Seed = 0, device: Device = None
+    model_path: Model = "shapes", count: Count = 500, scenes: Scenes = "any", seed: Seed = 0, device: Device = None
 ) -> None:
     """PSNR of encode → decode of drawn scenes."""
     model = scale_rae.load(model_path, device=device)
-    print(f"encode -> decode, {count} scenes: {reconstruction(model, count, seed, scenes):.2f} dB PSNR")  # type: ignore[arg-type]
+    print(f"encode -> decode, {count} scenes: {reconstruction(model, count, seed, scenes):.2f} dB PSNR")
+
+
+def main() -> None:
+    """The command line."""
+    try:
+        app()
+    except scale_rae.ScaleRAEError as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
-    app()
+    main()
