@@ -44,6 +44,9 @@ from scale_rae.shapes import world
 READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: generated ones are never clean
 TEXT_WEIGHT = 0.3
 ATTRIBUTE_WEIGHT = 0.1
+ATTRIBUTE_STEPS = (
+    1500  # over which its weight falls to zero: longer, it teaches that what training never shows cannot be said
+)
 PREFIX = "diff_head.model."
 
 
@@ -51,8 +54,8 @@ PREFIX = "diff_head.model."
 class Batch:
     """Rows of each kind in a step; `copies` noisy latents for each drawing condition."""
 
-    draw: int = 1024
-    read: int = 512
+    draw: int = 512
+    read: int = 320
     chat: int = 16
     copies: int = 2
 
@@ -138,8 +141,17 @@ class Loss:
     """Draws a batch from the pools and computes the stage's loss."""
 
     def __init__(
-        self, config: ScaleRAEConfig, language: LanguageModel, dit: DiT, pools: Pools, batch: Batch, dtype: torch.dtype
+        self,
+        config: ScaleRAEConfig,
+        language: LanguageModel,
+        dit: DiT,
+        pools: Pools,
+        batch: Batch,
+        dtype: torch.dtype,
+        step: Tensor,
     ) -> None:
+        """`step` [] counts training steps, on the device."""
+        self.step = step
         self.language, self.dit, self.pools, self.batch, self.dtype = language, dit, pools, batch, dtype
         self.rotary = networks.positions(language, pools.width, dtype)
         self.vocabulary = config.vocab_size
@@ -175,7 +187,8 @@ class Loss:
         text = replies + answers + 0.1 * talk
         metrics = {"flow": flow, "reply": replies, "answer": answers, "talk": talk, "yes_no": right}
         metrics |= {"attributes": told, "known": known}
-        return flow + TEXT_WEIGHT * text + ATTRIBUTE_WEIGHT * told, metrics
+        weight = ATTRIBUTE_WEIGHT * (1 - self.step / ATTRIBUTE_STEPS).clamp(min=0)
+        return flow + TEXT_WEIGHT * text + weight * told, metrics
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [B, T, H] of ids [B, T] that may stand for latent queries."""
@@ -219,7 +232,8 @@ class Loss:
     def _attributes(self, condition: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of what the prompt says [B, 10] at every token's condition [B, L, Z], and how often the last is all
         right."""
-        logits = self.language.attribute_head(condition).float().split(list(data.ATTRIBUTES), dim=-1)
+        head = self.language.get_submodule("attribute_head")
+        logits = head(condition).float().split(list(data.ATTRIBUTES), dim=-1)
         losses, right = [], []
         for i, part in enumerate(logits):
             target = told[:, i : i + 1].expand(-1, part.shape[1])
@@ -342,14 +356,14 @@ def finish(model: FlatModel, pools: Pools, preset: Preset, folder: Path) -> None
 
 def arguments() -> argparse.ArgumentParser:
     """The stage's arguments."""
-    parser = common.parser(__doc__, steps=30_000, seconds=1080, lr=1.5e-3, muon_lr=0.02, ema=0.9995, decay=0.4)
+    parser = common.parser(__doc__, steps=45_000, seconds=1055, lr=1.5e-3, muon_lr=0.02, ema=0.9995, decay=0.4)
     default = Batch()
     parser.add_argument("--draw-batch", type=int, default=default.draw)
     parser.add_argument("--read-batch", type=int, default=default.read)
     parser.add_argument("--chat-batch", type=int, default=default.chat)
     parser.add_argument("--copies", type=int, default=default.copies, help="noisy latents for each condition")
     parser.add_argument("--draw-pool", type=int, default=1_500_000, help="scenes to draw")
-    parser.add_argument("--read-pool", type=int, default=500_000, help="scenes to read")
+    parser.add_argument("--read-pool", type=int, default=800_000, help="scenes to read")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="begin with the weights of an exported model")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 on the CPU too")
     parser.add_argument("--compact", type=Path, metavar="DIR", help="also save a small state there, in files of 15 MB")
@@ -382,7 +396,7 @@ def main(argv: list[str] | None = None) -> bool:
     config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
     if args.start_from:
         start_from(model, args.start_from)
-    loss = Loss(config, language, dit, made, batch, dtype)
+    loss = Loss(config, language, dit, made, batch, dtype, model.step)
     settings = common.fingerprint(
         preset, model.options, batch=vars(batch), pools=[args.draw_pool, args.read_pool], seed=args.seed
     )
@@ -410,7 +424,7 @@ def bench(
         batch = Batch(int(draw), int(read), args.chat_batch, int(copies))
         args.optimizer = kind
         config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
-        loss = Loss(config, language, dit, made, batch, dtype)
+        loss = Loss(config, language, dit, made, batch, dtype, model.step)
         compiled = [] if args.no_compile else networks.compiled_parts(language, dit)
         trainer = Trainer(model, loss, loop_options(args), args.out / "bench", "", compiled)
         try:

@@ -204,7 +204,7 @@ def grown_swiglu(tensor: Tensor, like: Tensor) -> Tensor:
         return tensor
     if tensor.shape[0] == like.shape[0]:  # w3 [D, M]
         return F.pad(tensor, (0, like.shape[1] - tensor.shape[1]))
-    halves = tensor.unflatten(0, (2, -1))  # w12 [2 M, D] or its bias [2 M]
+    halves = tensor.reshape(2, -1, *tensor.shape[1:])  # w12 [2 M, D] or its bias [2 M]
     extra = like.shape[0] // 2 - halves.shape[1]
     return F.pad(halves, (0, 0, 0, extra) if tensor.dim() == 2 else (0, extra)).flatten(0, 1)
 

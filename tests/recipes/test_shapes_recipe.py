@@ -46,7 +46,7 @@ def small_trainer(vocabulary: Vocabulary, folder: Path, kind: str = "muon", step
     made = small_pools(vocabulary)
     optimizer = OptimizerOptions(kind=kind, warmup=2)  # type: ignore[arg-type]
     config, language, dit, model = joint.build(vocabulary, TINY, CPU, torch.float32, optimizer, steps)
-    loss = joint.Loss(config, language, dit, made, joint.Batch(8, 6, 2, 2), torch.float32)
+    loss = joint.Loss(config, language, dit, made, joint.Batch(8, 6, 2, 2), torch.float32, model.step)
     return Trainer(model, loss, LoopOptions(steps=steps, log_every=4, **options), folder, "same")
 
 
@@ -310,7 +310,7 @@ def test_a_step_never_leaves_the_device(vocabulary: Vocabulary, tmp_path: Path, 
         setattr(made, name, torch.empty(64, FULL.tokens * FULL.channels, dtype=torch.bfloat16, device=meta))
     made.reply, made.mean, made.std = (t.to(meta) for t in (made.reply, torch.zeros(96), torch.ones(96)))
     made.attributes = made.attributes.to(meta)
-    loss = joint.Loss(config, language, dit, made, joint.Batch(), torch.bfloat16)
+    loss = joint.Loss(config, language, dit, made, joint.Batch(), torch.bfloat16, model.step)
     trainer = Trainer(model, loss, LoopOptions(steps=10), tmp_path, "")
     trainer.step()
     with OnlyDevice() as watch:
