@@ -24,6 +24,10 @@ COMMANDS = {
     "t2i": ("scale_rae.cli.t2i", "Draw images from a prompt, or from every prompt of a file."),
     "img": ("scale_rae.cli.img", "Ask about an image, or have it changed."),
     "latent": ("scale_rae.cli.latent", "Decode saved latents, ask about them, or continue from them."),
+    "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
+    "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
+    "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
+    "sheet": ("scale_rae.cli.sheet", "Make a contact sheet of an experiment: one picture of its images."),
 }
 
 
