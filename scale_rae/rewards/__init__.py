@@ -1,0 +1,86 @@
+"""Reward models: how well pictures show what a prompt asks for. `load_reward` gives one by its name.
+
+    imagereward   ImageReward-v1.0, trained on people's choices (Xu et al. 2023, arXiv:2304.05977)
+    siglip        the similarity of picture and prompt in the checkpoint's own SigLIP
+    pickscore     PickScore-v1, trained on people's choices (Kirstain et al. 2023, arXiv:2305.01569)
+
+Higher is better. Scores of one reward compare pictures of one prompt; rewards have scales of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from PIL import Image
+
+from scale_rae.errors import InputError
+
+if TYPE_CHECKING:
+    from scale_rae.pipeline import ScaleRAE
+
+__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "load_reward"]
+
+DEFAULT_REWARD = "imagereward"
+
+
+class Reward(Protocol):
+    """What every reward model does."""
+
+    @property
+    def name(self) -> str:
+        """One of `REWARDS`."""
+
+    def identity(self) -> dict[str, Any]:
+        """{"name"} and what pins its files: for each part {"name", "revision"} or {"name", "files": {file: SHA-256}}."""
+
+    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+        """A score for each picture, higher for one that shows the prompt better; pictures may differ in size."""
+
+
+def load_reward(name: str, model: ScaleRAE, path: str | None = None) -> Reward:
+    """The reward called `name`, on the model's device and in its dtype.
+
+    `path` is a folder with the reward's weights, instead of those found by their hub id inside the model's folder,
+    beside it, or on the hub.
+
+    Raises:
+        InputError: for an unknown name, listing those there are.
+        ConfigError, CheckpointError, HubError: naming the file and what is wrong with it, or where missing weights come
+            from and what to use instead.
+        DeviceError: out of GPU memory.
+    """
+    if name not in REWARDS:
+        said = "stands for no reward; there is nothing to load" if name == "none" else "no such reward"
+        raise InputError(f"reward {name!r}: {said}; use one of {', '.join(REWARDS)}, or none")
+    with model._memory_errors(f"loading the reward {name}", "--reward none"):
+        return REWARDS[name](model, path)
+
+
+def _imagereward(model: ScaleRAE, path: str | None) -> Reward:
+    from scale_rae.rewards.imagereward import ImageReward
+
+    return ImageReward(model, path)
+
+
+def _siglip(model: ScaleRAE, path: str | None) -> Reward:
+    from scale_rae.rewards.siglip import SiglipReward
+
+    if path is not None:
+        raise InputError(f"reward path {path}: the reward siglip is the checkpoint's own encoder and takes no path")
+    return SiglipReward(model)
+
+
+def _pickscore(model: ScaleRAE, path: str | None) -> Reward:
+    from scale_rae.rewards.pickscore import PickScore
+
+    return PickScore(model, path)
+
+
+# Functions, so that a reward's part of transformers is imported only when it is asked for.
+REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = {
+    "imagereward": _imagereward,
+    "siglip": _siglip,
+    "pickscore": _pickscore,
+}
+"""The names that `load_reward` knows, and what loads them."""

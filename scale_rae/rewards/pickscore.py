@@ -1,0 +1,120 @@
+"""PickScore-v1 (Kirstain et al. 2023, arXiv:2305.01569): a CLIP ViT-H/14 trained on which picture people picked.
+
+Files, of yuvalkirstain/PickScore_v1: config.json and model*.safetensors or pytorch_model*.bin. Tokenizer and image processor
+are those beside them or in a folder `processor` there, else those of the CLIP it was trained from
+(laion/CLIP-ViT-H-14-laion2B-s32B-b79K), found as weights are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+
+from scale_rae.checkpoint import Source, TensorReader, fill, weight_files
+from scale_rae.config import read_json
+from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.rewards import parts
+
+if TYPE_CHECKING:
+    from scale_rae.pipeline import ScaleRAE
+
+REPO, PROCESSOR_REPO = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
+PROCESSOR = "preprocessor_config.json"
+
+
+class PickScore:
+    """CLIP's logit of a picture and a text: cosine · exp(logit_scale)."""
+
+    name = "pickscore"
+
+    def __init__(self, model: ScaleRAE, path: str | None = None) -> None:
+        """Finds and loads the weights.
+
+        Raises:
+            ConfigError, CheckpointError, HubError: as `load_reward` says.
+        """
+        from transformers import CLIPConfig, CLIPModel
+
+        self.source = parts.locate(model, self.name, REPO, "config.json and weights", path)
+        folder = self.source.folder
+        parts.require(folder, ("config.json",), self.name, REPO)
+        raw = read_json(folder / "config.json")
+        if raw.get("model_type") != "clip":
+            raise ConfigError(
+                f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not clip: not PickScore"
+            )
+        reader = TensorReader(weight_files(folder))
+        network = parts.build(lambda: CLIPModel(CLIPConfig(**raw)), folder / "config.json")
+        fill(
+            {"": network},
+            reader,
+            model.dtype,
+            model.device,
+            keep_float32=lambda name: name == "logit_scale",
+            ignore=lambda name: name.endswith("position_ids"),
+        )
+        self.network: Any = network
+        self.processor_source = _find_processor(model, folder)
+        side = self.network.config.vision_config.image_size
+        self._processor = _load_processor(self.processor_source.folder / PROCESSOR, side)
+        text = self.network.config.text_config
+        self._tokenizer: Any = parts.read_tokenizer(self.processor_source.folder, "clip")
+        if self._tokenizer.get_vocab_size() != text.vocab_size:
+            raise CheckpointError(
+                f"{self.processor_source.folder}: the tokenizer has {self._tokenizer.get_vocab_size()} tokens, the text "
+                f"tower {text.vocab_size}"
+            )
+        self._tokenizer.enable_truncation(text.max_position_embeddings)
+        self._device, self._dtype = model.device, model.dtype
+        self._memory_errors = model._memory_errors
+
+    def identity(self) -> dict[str, Any]:
+        """What pins weights, tokenizer and image processor."""
+        identity = {"name": self.name, "weights": parts.pinned(self.source)}
+        if self.processor_source.folder != self.source.folder:
+            identity["processor"] = parts.pinned(self.processor_source)
+        return identity
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+        """Logits, about 20 for most pictures; the prompt is cut after 77 tokens."""
+        ids = torch.tensor([self._tokenizer.encode(prompt).ids], device=self._device)  # [1, T], never padded
+        text = self.network.get_text_features(input_ids=ids).pooler_output  # [1, D]
+        scores: list[float] = []
+        for batch in parts.batches(images):
+            pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"].to(self._device, self._dtype)
+            with self._memory_errors(f"scoring {len(batch)} images at once"):
+                pictures = self.network.get_image_features(pixel_values=pixels).pooler_output  # [N, D]
+            scores += (parts.similarity(pictures, text) * self.network.logit_scale.exp()).tolist()
+        return parts.checked(scores, self.name)
+
+
+def _find_processor(model: ScaleRAE, folder: Path) -> Source:
+    for place in (folder, folder / "processor"):
+        has_tokenizer = any((place / file).is_file() for file in ("tokenizer.json", "vocab.json"))
+        if (place / PROCESSOR).is_file() and has_tokenizer:
+            return Source(place.name, place)
+    return parts.locate_part(model, PickScore.name, PROCESSOR_REPO, "processor", PROCESSOR)
+
+
+def _load_processor(path: Path, side: int) -> Any:
+    """CLIP's image processor on Pillow, and so the same with or without torchvision."""
+    from transformers import CLIPImageProcessorPil
+
+    raw = read_json(path)
+    for key in ("image_processor_type", "feature_extractor_type", "processor_class"):
+        raw.pop(key, None)
+    try:
+        processor = CLIPImageProcessorPil(**raw)
+        shape = processor(images=[Image.new("RGB", (8, 6))], return_tensors="pt")["pixel_values"].shape
+    except Exception as e:  # the library's many ways to refuse a value
+        raise ConfigError(f"{path}: not a usable image processor config ({parts.last_line(e)})") from e
+    if tuple(shape[-2:]) != (side, side):
+        raise ConfigError(
+            f"{path}: makes images of {shape[-1]} x {shape[-2]} pixels, but the model reads {side} x {side}"
+        )
+    return processor

@@ -1,0 +1,109 @@
+"""How alike the checkpoint's own SigLIP finds picture and prompt (Zhai et al. 2023, arXiv:2303.15343).
+
+The vision tower is the encoder that the model has anyway; the text tower lies in the same folder or hub repository.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from scale_rae.checkpoint import TensorReader, fill, weight_files
+from scale_rae.config import read_json
+from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.rewards import parts
+
+if TYPE_CHECKING:
+    from scale_rae.pipeline import ScaleRAE
+
+
+class SiglipReward:
+    """SigLIP's logit of a picture and a text: cosine · exp(logit_scale) + logit_bias."""
+
+    name = "siglip"
+
+    def __init__(self, model: ScaleRAE) -> None:
+        """Loads the text tower beside the model's encoder.
+
+        Raises:
+            ConfigError: when the encoder is a DINOv2, or a SigLIP without its text tower.
+            CheckpointError: naming the file and what is wrong with it.
+        """
+        from transformers import SiglipTextConfig, SiglipTextModel
+
+        self._encoder = encoder = model.encoder
+        assert model.encoder_source is not None
+        self.source = model.encoder_source
+        folder = self.source.folder
+        raw = read_json(folder / "config.json").get("text_config")
+        no_text = f"{folder}: the reward siglip needs an encoder with a text tower, and this"
+        instead = "use --reward imagereward, pickscore or none"
+        if encoder.kind != "siglip" or not isinstance(raw, dict):
+            kind = "DINOv2" if encoder.kind == "dinov2" else f"{encoder.kind} (config.json)"
+            raise ConfigError(f"{no_text} is a {kind} without one; {instead}")
+        reader = TensorReader(weight_files(folder))
+        if not any(name.startswith("text_model.") for name in reader.tensors):
+            raise CheckpointError(f"{no_text} one's weights hold none (text_model.*); {instead}")
+        if not getattr(encoder.model.config, "vision_use_head", True):
+            raise ConfigError(f"{no_text} one has no pooled image embedding (vision_use_head false); {instead}")
+        self._text: Any = parts.build(lambda: SiglipTextModel(SiglipTextConfig(**raw)), folder / "config.json")
+        self._logit = parts.build(_Logit, folder)
+        config = self._text.config
+        if config.projection_size != encoder.channels:
+            raise ConfigError(
+                f"{folder / 'config.json'}: text embeddings are {config.projection_size} wide (text_config.projection_size),"
+                f" image embeddings {encoder.channels}"
+            )
+        fill(
+            {"text_model.": self._text, "": self._logit},
+            reader,
+            model.dtype,
+            model.device,
+            keep_float32=lambda name: name.startswith("logit_"),
+            ignore=lambda name: name.startswith("vision_model.") or name.endswith("position_ids"),
+        )
+        self._tokenizer: Any = parts.read_tokenizer(folder, "qwen2")
+        if self._tokenizer.get_vocab_size() > config.vocab_size:
+            raise CheckpointError(
+                f"{folder}: the tokenizer has {self._tokenizer.get_vocab_size()} tokens, the text tower {config.vocab_size}"
+            )
+        length = config.max_position_embeddings
+        self._tokenizer.enable_truncation(length)
+        # SigLIP reads the last place, padding or not, and was trained on texts of full length.
+        self._tokenizer.enable_padding(length=length, pad_id=parts.pad_id(folder, self._tokenizer))
+        self._memory_errors = model._memory_errors
+
+    def identity(self) -> dict[str, Any]:
+        """What pins the encoder's folder."""
+        return {"name": self.name, "weights": parts.pinned(self.source)}
+
+    def text_embeds(self, text: str) -> Tensor:
+        """[1, D] of a text, lower-cased as SigLIP's training texts were."""
+        ids = torch.tensor([self._tokenizer.encode(text.lower()).ids], device=self._encoder.device)  # [1, T]
+        return self._text(input_ids=ids).pooler_output  # type: ignore[no-any-return]
+
+    @torch.inference_mode()
+    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+        """Logits: above 0 SigLIP finds that picture and prompt belong together."""
+        encoder, text = self._encoder, self.text_embeds(prompt)
+        scores: list[float] = []
+        for batch in parts.batches(images):
+            pixels = encoder.preprocess(batch).to(encoder.device, encoder.dtype)
+            with self._memory_errors(f"scoring {len(batch)} images at once"):
+                pictures = encoder.model(pixels).pooler_output  # [N, D]
+            logits = parts.similarity(pictures, text) * self._logit.logit_scale.exp() + self._logit.logit_bias
+            scores += logits.tolist()
+        return parts.checked(scores, self.name)
+
+
+class _Logit(nn.Module):
+    """SigLIP's scale (its logarithm) and bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(torch.empty(1))
+        self.logit_bias = nn.Parameter(torch.empty(1))
