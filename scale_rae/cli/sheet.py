@@ -1,0 +1,35 @@
+"""scale-rae sheet: a contact sheet of an experiment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scale_rae.cli.report import Folder
+from scale_rae.cli.select import METRICS_HELP, Debug, Keep, RewardWeight, check_metric
+
+
+def command(
+    folder: Folder,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: DIR_sheet.png.")] = None,
+    metric: Annotated[str, typer.Option(callback=check_metric, help=METRICS_HELP + ".")] = "combined",
+    keep: Keep = None,
+    reward_weight: RewardWeight = 0.5,
+    thumbnail: Annotated[int, typer.Option(min=16, max=1024, help="Longest side of an image, in pixels.")] = 128,
+    columns: Annotated[
+        int | None, typer.Option(min=1, help="Columns of prompts. Default: what makes the sheet about square.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Show the first prompts only.")] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a PNG with each prompt's images, best first: the kept ones framed, answer and score below each."""
+    from scale_rae.scaling.sheet import write_sheet
+
+    path, experiment, shown = write_sheet(folder, output, metric, keep, reward_weight, thumbnail, columns, limit)
+    for p in experiment.incomplete:
+        typer.echo(f"incomplete {p.folder.name}: {p.reason}", err=True)
+    if shown < len(experiment.prompts):
+        typer.echo(f"the first {shown} of {len(experiment.prompts)} prompts", err=True)
+    typer.echo(path)

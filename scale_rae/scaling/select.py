@@ -1,0 +1,710 @@
+"""Which of a prompt's drawings to keep: rank them by a metric, and write the best of them beside the experiment.
+
+An experiment is a folder of prompt folders 00000, 00001, …, each with samples/00000.png … and one JSON object in
+metadata.jsonl. `read_experiment` reads one and touches nothing; `rank` orders a prompt's images; `select` writes
+`<dir>_<metric>_verified` and `<dir>_ref`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scale_rae.errors import InputError, OutputError
+from scale_rae.outputs import dump_json
+
+METRICS = (
+    "combined",
+    "answer_conf",
+    "answer_logits",
+    "image_reward",
+    "prompt_loss",
+    "prompt_conf",
+    "image_conf",
+    "response_conf",
+)
+ALIASES = {"loss": "prompt_loss"}
+LOWER_IS_BETTER = frozenset({"prompt_loss"})
+ANSWERS = ("yes", "uncertain", "no")  # in the order of preference
+
+_RESPONSE_FIELD = {
+    "prompt_loss": "prompt_loss",
+    "prompt_conf": "prompt_conf_score",
+    "image_conf": "image_conf_score",
+    "response_conf": "response_conf_score",
+}
+_TOOL = "scale-rae select"
+_SELECTION = "selection.json"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A complete prompt folder: its metadata, and its images in the order they were drawn."""
+
+    folder: Path
+    metadata: dict[str, Any]
+    images: list[Path]
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def text(self) -> str:
+        return str(self.metadata["prompt"])
+
+    @property
+    def file(self) -> Path:
+        return self.folder / "metadata.jsonl"
+
+    def rewards(self) -> list[float | None] | None:
+        """The reward of each image; None when the experiment had no reward.
+
+        Raises:
+            InputError: naming file and field, when there are not as many as images, or one is not a number.
+        """
+        values = self.metadata.get("all_ir_scores")
+        if values is None:
+            return None
+        if not isinstance(values, list):
+            raise InputError(f"{self.file}: all_ir_scores is not a list")
+        if len(values) != len(self.images):
+            raise InputError(f"{self.file}: all_ir_scores has {len(values)} values for {len(self.images)} images")
+        return [self._number(value, f"all_ir_scores[{i}]") for i, value in enumerate(values)]
+
+    def response(self, image: int) -> Mapping[str, Any]:
+        """What the model said of an image; empty when it was not asked (the official code asks about some only)."""
+        responses = self.metadata.get("text_responses")
+        if responses is None:
+            return {}
+        if not isinstance(responses, dict):
+            raise InputError(f"{self.file}: text_responses is not an object")
+        value = responses.get(str(image))
+        if value is not None and not isinstance(value, dict):
+            raise InputError(f'{self.file}: text_responses["{image}"] is not an object')
+        return value or {}
+
+    def answer(self, image: int) -> str | None:
+        """yes, no or uncertain; None when the model was not asked about the image."""
+        value = self.response(image).get("answer")
+        if value is None:
+            return None
+        answer = value.strip().lower() if isinstance(value, str) else value
+        if answer not in ANSWERS:
+            raise InputError(
+                f'{self.file}: text_responses["{image}"].answer is {value!r}, not one of {", ".join(ANSWERS)}'
+            )
+        return str(answer)
+
+    def score(self, image: int, name: str) -> float | None:
+        """A number of the model's response to an image; None when there is none."""
+        return self._number(self.response(image).get(name), f'text_responses["{image}"].{name}')
+
+    def seed(self, image: int) -> Any:
+        """The seed of an image's noise, None when it is not known."""
+        seeds = self.metadata.get("image_seeds")
+        return seeds[image] if isinstance(seeds, list) and image < len(seeds) else None
+
+    def _number(self, value: Any, name: str) -> float | None:
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise InputError(f"{self.file}: {name} is {value!r}, not a number")
+        return float(value)
+
+
+@dataclass(frozen=True)
+class Incomplete:
+    """A prompt folder that cannot be chosen from, and why."""
+
+    folder: Path
+    reason: str
+    text: str | None = None  # the prompt, where it is known
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything below an experiment's folder. `n_samples` is None where experiment.json is missing or has none."""
+
+    folder: Path
+    n_samples: int | None
+    prompts: list[Prompt]
+    incomplete: list[Incomplete] = field(default_factory=list)
+    not_begun: int = 0  # prompts that experiment.json counts and that have no folder
+
+    def keep_of(self, prompt: Prompt, keep: int | None = None) -> int:
+        """How many of a prompt's images to keep: `keep`, else the experiment's n_samples; never more than it has.
+
+        Folders of the official code have no n_samples; their top_ir_indices are as long.
+
+        Raises:
+            InputError: when nothing says how many.
+        """
+        value: Any = keep if keep is not None else self.n_samples
+        if value is None:
+            value = prompt.metadata.get("n_samples")
+        if value is None and isinstance(prompt.metadata.get("top_ir_indices"), list):
+            value = len(prompt.metadata["top_ir_indices"]) or None
+        if value is None:
+            raise InputError(f"{prompt.file}: has no n_samples, nor has experiment.json; say how many with --keep N")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(f"{prompt.file}: n_samples is {value!r}, not a number of images")
+        return min(value, len(prompt.images))
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """A prompt's images, best first, and what each was given by the metric.
+
+    `scores` are in the order the images were drawn; None marks an image that lacks what the metric needs, and such
+    images come last.
+    """
+
+    order: list[int]
+    scores: list[float | None]
+    without_reward: bool = False  # `combined` went by confidence alone
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """Reads an experiment's folder; prompts that are not whole are set apart with the reason.
+
+    Raises:
+        InputError: when it is no experiment, or experiment.json is damaged.
+    """
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
+    if not folder.is_dir():
+        raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+    try:
+        names = sorted((p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), key=_by_number)
+        if not names:
+            inner = sorted(p.parent for p in folder.glob("*/[0-9]*") if p.name.isdecimal() and p.is_dir())
+            inner += sorted(p.parent for p in folder.glob("*/*/[0-9]*") if p.name.isdecimal() and p.is_dir())
+            hint = f"; did you mean {inner[0]}?" if inner else ""
+            raise InputError(f"{folder}: not an experiment, since it has no folders 00000, 00001, …{hint}")
+    except OSError as e:
+        raise InputError(f"{folder}: cannot be read ({e.strerror})") from e
+    prompts: list[Prompt] = []
+    incomplete: list[Incomplete] = []
+    for name in names:
+        result = _read_prompt(name)
+        if isinstance(result, Prompt):
+            prompts.append(result)
+        else:
+            incomplete.append(result)
+    n_samples, count = _settings(folder / "experiment.json")
+    return Experiment(folder, n_samples, prompts, incomplete, max(0, count - len(names)))
+
+
+def _by_number(path: Path) -> tuple[int, str]:
+    return int(path.name), path.name
+
+
+def _settings(path: Path) -> tuple[int | None, int]:
+    """n_samples, None when there is none, and the number of prompts, 0 when it is not known."""
+    try:
+        value = _read_object(path)
+    except FileNotFoundError:
+        return None, 0
+    except (OSError, ValueError) as e:
+        raise InputError(f"{path}: {_why(e)}") from e
+    settings = value.get("settings")
+    n_samples = settings.get("n_samples") if isinstance(settings, dict) else None
+    prompts = value.get("prompts")
+    count = prompts.get("count") if isinstance(prompts, dict) else None
+    if not isinstance(count, int):
+        count = 0
+    if n_samples is None:
+        return None, count
+    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
+        raise InputError(f"{path}: settings.n_samples is {n_samples!r}, not a number of images")
+    return n_samples, count
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    def refuse(name: str) -> None:
+        raise ValueError(f"holds {name}, which is not JSON")
+
+    try:
+        value = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
+    except RecursionError as e:
+        raise ValueError("nested too deeply") from e
+    if not isinstance(value, dict):
+        raise ValueError(f"holds a {type(value).__name__}, not an object")
+    return value
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+        return f"is not valid JSON ({error})"
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror or error})"
+    return str(error)
+
+
+def _read_prompt(folder: Path) -> Prompt | Incomplete:
+    file, error_file = folder / "metadata.jsonl", folder / "error.json"
+    if os.path.lexists(error_file):
+        return Incomplete(folder, *_read_error(error_file))
+    try:
+        metadata = _read_object(file)
+    except FileNotFoundError:
+        return Incomplete(folder, "has no metadata.jsonl")
+    except (OSError, ValueError) as e:
+        return Incomplete(folder, f"metadata.jsonl {_why(e)}")
+    text = metadata.get("prompt")
+    if not isinstance(text, str):
+        return Incomplete(folder, "metadata.jsonl has no prompt")
+    samples = folder / "samples"
+    try:
+        found = {
+            int(m[1]): p for p in samples.iterdir() if (m := re.fullmatch(r"([0-9]+)\.png", p.name)) and len(m[1]) >= 5
+        }
+    except OSError:
+        return Incomplete(folder, "has no samples folder", text)
+    count = _expected_images(metadata)
+    if count is None:
+        count = max(found, default=-1) + 1
+    if not count:
+        return Incomplete(folder, "has no images", text)
+    missing = [f"{i:05}.png" for i in range(count) if i not in found]
+    if missing:
+        return Incomplete(folder, f"samples lacks {_some(missing)}", text)
+    if len(found) > count:
+        return Incomplete(folder, f"samples holds {len(found)} images, metadata.jsonl tells of {count}", text)
+    images = [found[i] for i in range(count)]
+    for image in images:
+        if reason := _unreadable(image):
+            return Incomplete(folder, f"samples/{image.name} {reason}", text)
+    return Prompt(folder, metadata, images)
+
+
+def _read_error(path: Path) -> tuple[str, str | None]:
+    try:
+        value = _read_object(path)
+    except (OSError, ValueError):
+        return "failed (error.json)", None
+    message = next((value[key] for key in ("error", "message", "reason") if isinstance(value.get(key), str)), None)
+    prompt = value.get("prompt")
+    reason = f"failed: {' '.join(message.split())}" if message else "failed (error.json)"
+    return reason, prompt if isinstance(prompt, str) else None
+
+
+def _expected_images(metadata: dict[str, Any]) -> int | None:
+    """How many images the metadata tells of; None when it does not say."""
+    for name in ("original_indices", "image_seeds"):
+        if isinstance(metadata.get(name), list):
+            return len(metadata[name])
+    n_samples, rounds = metadata.get("n_samples"), metadata.get("scaling_rounds")
+    if isinstance(n_samples, int) and isinstance(rounds, int):
+        return n_samples * rounds
+    return None
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
+
+
+def _unreadable(path: Path) -> str | None:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except OSError as e:
+        return f"cannot be read ({e.strerror})" if e.strerror else "is damaged or not an image"
+    except Exception:  # Pillow's decoders raise SyntaxError, ValueError, struct.error, DecompressionBombError, …
+        return "is damaged or not an image"
+    return None
+
+
+def metric_named(name: str) -> str:
+    """The metric of that name; `loss` is `prompt_loss`, and dashes do for underscores.
+
+    Raises:
+        InputError: when there is none.
+    """
+    plain = name.strip().lower().replace("-", "_")
+    metric = ALIASES.get(plain, plain)
+    if metric not in METRICS:
+        raise InputError(f"{name!r} is not one of {', '.join((*METRICS, *ALIASES))}")
+    return metric
+
+
+def rank(prompt: Prompt, metric: str, reward_weight: float = 0.5, at_least: int = 1) -> Ranking:
+    """A prompt's images by a metric, best first; equal ones in the order they were drawn.
+
+    - `combined`: those the model says yes to, then uncertain ones, then those it denies; within each by
+      w · z(reward) + (1 - w) · z(yes_conf_score), z being standardised over the prompt's images (0 without spread).
+      Without rewards, as `answer_conf`.
+    - `answer_conf`, `answer_logits`: the answers in the same order; the surest yes first, the surest no last.
+    - `image_reward`, `prompt_conf`, `image_conf`, `response_conf`: higher is better; `prompt_loss`: lower.
+
+    Images that lack what the metric needs come last, in the order they were drawn.
+
+    Raises:
+        InputError: naming file and field, when fewer than `at_least` images have what the metric needs.
+    """
+    metric = metric_named(metric)
+    count = len(prompt.images)
+    without_reward = False
+    if metric == "image_reward":
+        rewards = prompt.rewards()
+        if rewards is None:
+            raise InputError(
+                f"{prompt.file}: all_ir_scores is {'null' if 'all_ir_scores' in prompt.metadata else 'missing'}; "
+                "--metric image_reward needs a reward of each image"
+            )
+        scores, tiers, needs = rewards, [0] * count, "all_ir_scores"
+    elif metric in _RESPONSE_FIELD:
+        needs = _RESPONSE_FIELD[metric]
+        scores, tiers = [prompt.score(i, needs) for i in range(count)], [0] * count
+    else:
+        answers = [prompt.answer(i) for i in range(count)]
+        tiers = [ANSWERS.index(answer) if answer is not None else len(ANSWERS) for answer in answers]
+        kind = "logit" if metric == "answer_logits" else "conf_score"
+        scores, needs = [_of_answer(prompt, i, answer, kind) for i, answer in enumerate(answers)], kind
+        if metric == "combined":
+            rewards = prompt.rewards()
+            without_reward = rewards is None
+            if rewards is not None:
+                needs = "conf_score"
+                sure = [prompt.score(i, "yes_conf_score") if a is not None else None for i, a in enumerate(answers)]
+                scores = _combine(rewards, sure, reward_weight)
+    scored = [i for i in range(count) if scores[i] is not None]
+    if len(scored) < at_least:
+        _complain(prompt, metric, needs, scores, at_least)
+    sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
+    order = sorted(scored, key=lambda i: (tiers[i], sign * (scores[i] or 0.0), i))
+    return Ranking(order + [i for i in range(count) if scores[i] is None], scores, without_reward)
+
+
+def _of_answer(prompt: Prompt, image: int, answer: str | None, kind: str) -> float | None:
+    """The number of the answer that was given; a no counts the other way round."""
+    if answer is None:
+        return None
+    if answer == "uncertain":
+        return 0.0
+    value = prompt.score(image, f"{answer}_{kind}")
+    return value if value is None or answer == "yes" else -value
+
+
+def _combine(
+    rewards: Sequence[float | None], confidences: Sequence[float | None], reward_weight: float
+) -> list[float | None]:
+    both = [
+        (i, reward, sure)
+        for i, (reward, sure) in enumerate(zip(rewards, confidences, strict=True))
+        if reward is not None and sure is not None
+    ]
+    z_reward, z_sure = standardised([r for _, r, _ in both]), standardised([c for _, _, c in both])
+    scores: list[float | None] = [None] * len(rewards)
+    for (i, _, _), r, c in zip(both, z_reward, z_sure, strict=True):
+        # Rounded, so that what is equal on paper is a tie, whatever the last bits say.
+        scores[i] = round(reward_weight * r + (1 - reward_weight) * c, 9) + 0.0
+    return scores
+
+
+def standardised(values: Sequence[float]) -> list[float]:
+    """Values less their mean, over their standard deviation (of the population); zeros when all are equal."""
+    if not values or min(values) == max(values):
+        return [0.0] * len(values)
+    mean = math.fsum(values) / len(values)
+    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    return [(v - mean) / spread for v in values] if spread else [0.0] * len(values)
+
+
+def _complain(prompt: Prompt, metric: str, needs: str, scores: Sequence[float | None], at_least: int) -> None:
+    have = sum(score is not None for score in scores)
+    image = next(i for i, score in enumerate(scores) if score is None)
+    if needs == "all_ir_scores":
+        name = f"all_ir_scores[{image}]"
+    elif not prompt.metadata.get("text_responses"):
+        name = "text_responses"
+    elif not prompt.response(image):
+        name = f'text_responses["{image}"]'
+    else:
+        response = prompt.response(image)
+        if needs in ("conf_score", "logit"):
+            given = "yes" if metric == "combined" and prompt.metadata.get("all_ir_scores") else prompt.answer(image)
+            needs = "answer" if prompt.answer(image) is None else f"{given}_{needs}"
+            if response.get(needs) is not None:  # then it is the reward of the image that is null
+                raise InputError(f"{prompt.file}: all_ir_scores[{image}] is null; --metric {metric} needs it")
+        name = f'text_responses["{image}"].{needs}'
+    images = "1 image" if at_least == 1 else f"{at_least} images"
+    raise InputError(
+        f"{prompt.file}: {name} is missing; --metric {metric} needs it of at least {images} ({have} have it)"
+    )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was kept of one prompt; `kept` and `ref` are numbers of images as they were drawn."""
+
+    prompt: Prompt
+    ranking: Ranking
+    kept: list[int]
+    ref: list[int]  # the first as many, unselected
+
+    def answers(self) -> list[str | None]:
+        return [self.prompt.answer(i) for i in range(len(self.prompt.images))]
+
+
+def choose(experiment: Experiment, metric: str, keep: int | None, reward_weight: float) -> list[Selection]:
+    """Ranks every complete prompt and takes the best of each.
+
+    Raises:
+        InputError: when there is no complete prompt, or one lacks what the metric needs.
+    """
+    if not experiment.prompts:
+        first = experiment.incomplete[0]
+        raise InputError(
+            f"{experiment.folder}: no prompt is complete; {first.folder.name} {first.reason}"
+            + (f", and {len(experiment.incomplete) - 1} more" if len(experiment.incomplete) > 1 else "")
+        )
+    selections = []
+    for prompt in experiment.prompts:
+        n = experiment.keep_of(prompt, keep)
+        ranking = rank(prompt, metric, reward_weight, at_least=n)
+        selections.append(Selection(prompt, ranking, ranking.order[:n], list(range(n))))
+    return selections
+
+
+def yes_share(selections: Sequence[Selection], images: Callable[[Selection], Sequence[int]]) -> tuple[int, int]:
+    """How many of the images the model says yes to, and how many of them it was asked about."""
+    answers = [selection.prompt.answer(i) for selection in selections for i in images(selection)]
+    return answers.count("yes"), len(answers) - answers.count(None)
+
+
+def select(
+    folder: Path, metric: str = "combined", keep: int | None = None, reward_weight: float = 0.5
+) -> tuple[Experiment, list[Selection], dict[str, Any]]:
+    """Keeps the best images of each prompt, in `<folder>_<metric>_verified`; the first as many go to `<folder>_ref`.
+
+    Both hold prompt folders as the experiment does, images renumbered (best first), and in metadata.jsonl
+    "original_indices" beside all that was there, renumbered too; selection.json tells how they were chosen. Folders
+    that are there from an earlier selection are replaced whole. The experiment's own folder is only read.
+
+    The two ratios in selection.json are the shares of images that the model itself says yes to: of the kept, and of
+    the unselected reference; of every image drawn there is a third.
+
+    Raises:
+        InputError: when the folder is no experiment or lacks what the metric needs.
+        OutputError: when a result cannot be written, or would replace what this tool did not write.
+    """
+    metric = metric_named(metric)
+    experiment = read_experiment(folder)
+    selections = choose(experiment, metric, keep, reward_weight)
+    source = experiment.folder
+    record: dict[str, Any] = {
+        "tool": _TOOL,
+        "source": str(source),
+        "metric": metric,
+        "reward_weight": reward_weight if metric == "combined" else None,
+        "keep": keep if keep is not None else experiment.n_samples,
+        "yes_ratios": {
+            "kept": _ratio(yes_share(selections, lambda s: s.kept)),
+            "ref": _ratio(yes_share(selections, lambda s: s.ref)),
+            "all": _ratio(yes_share(selections, lambda s: s.ranking.order)),
+        },
+        "verified": str(source.with_name(f"{source.name}_{metric}_verified")),
+        "ref": str(source.with_name(f"{source.name}_ref")),
+        "prompts": [
+            {
+                "folder": s.prompt.name,
+                "prompt": s.prompt.text,
+                "images": len(s.prompt.images),
+                "kept": s.kept,
+                "ref": s.ref,
+                "order": s.ranking.order,
+                "scores": s.ranking.scores,
+                "answers": s.answers(),
+            }
+            for s in selections
+        ],
+        "incomplete": [{"folder": p.folder.name, "reason": p.reason} for p in experiment.incomplete],
+        "not_begun": experiment.not_begun,
+    }
+    targets: list[tuple[Path, Callable[[Selection], list[int]]]] = [
+        (Path(record["verified"]), lambda s: s.kept),
+        (Path(record["ref"]), lambda s: s.ref),
+    ]
+    try:
+        with _alone_in(source.parent):
+            for target, _ in targets:
+                _recover(target)
+                _check_ours(target)
+            try:
+                for target, images in targets:
+                    _build(_new(target), selections, images, record | {"holds": _holds(selections, images)})
+                for target, _ in targets:
+                    _swap(target)
+            finally:
+                for target, _ in targets:
+                    shutil.rmtree(_new(target), ignore_errors=True)
+    except OSError as e:
+        raise OutputError(
+            f"{e.filename or source.parent}: the selection cannot be written ({e.strerror or e}); nothing is lost"
+        ) from e
+    return experiment, selections, record
+
+
+def _holds(selections: Sequence[Selection], images: Callable[[Selection], list[int]]) -> dict[str, int]:
+    return {s.prompt.name: len(images(s)) for s in selections}
+
+
+def _ratio(count: tuple[int, int]) -> dict[str, Any]:
+    yes, asked = count
+    return {"yes": yes, "asked": asked, "share": yes / asked if asked else None}
+
+
+def renumbered(metadata: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
+    """Metadata of a folder that holds only `images`, in that order. What is not about single images stays as it is."""
+    result = {name: value for name, value in metadata.items() if name != "original_indices"}
+    earlier = metadata.get("original_indices")  # of a selection from a selection
+    for name in ("image_seeds", "all_ir_scores"):
+        values = metadata.get(name)
+        if isinstance(values, list) and all(i < len(values) for i in images):
+            result[name] = [values[i] for i in images]
+    new = {old: i for i, old in enumerate(images)}
+    if isinstance(metadata.get("top_ir_indices"), list):
+        result["top_ir_indices"] = [new[i] for i in metadata["top_ir_indices"] if i in new]
+    responses = metadata.get("text_responses")
+    if isinstance(responses, dict):
+        result["text_responses"] = {str(new[i]): responses[str(i)] for i in images if str(i) in responses}
+    known = isinstance(earlier, list) and all(i < len(earlier) for i in images)
+    result["original_indices"] = [earlier[i] for i in images] if known and earlier else list(images)
+    return result
+
+
+def _new(target: Path) -> Path:
+    return target.with_name(f".{target.name}.scale-rae-new")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.scale-rae-old")
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Waits until no other selection writes beside this one; leaves no lock file, and none after a kill."""
+    try:
+        import fcntl
+
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):  # Windows has neither; its folders are then as safe as its users are careful
+        yield
+        return
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _recover(target: Path) -> None:
+    """Undoes what a killed selection left half done."""
+    shutil.rmtree(_new(target), ignore_errors=True)
+    if os.path.lexists(_old(target)):
+        if os.path.lexists(target):
+            shutil.rmtree(_old(target))
+        else:
+            _old(target).rename(target)
+
+
+def _check_ours(target: Path) -> None:
+    """Refuses to replace a folder that holds anything this tool did not write."""
+    if not os.path.lexists(target):
+        return
+    advice = "move it away, or rename the experiment's folder"
+    try:
+        if target.is_symlink():
+            raise ValueError
+        record = _read_object(target / _SELECTION)
+        holds = record["holds"]
+        if record.get("tool") != _TOOL:
+            raise ValueError
+        names = {p.name for p in target.iterdir()} - {_SELECTION}
+        strange = [target / n for n in names - holds.keys()]
+        for name in names & holds.keys():
+            expected = {f"{i:05}.png" for i in range(holds[name])}
+            strange += [p for p in (target / name).iterdir() if p.name not in ("samples", "metadata.jsonl")]
+            strange += [p for p in (target / name / "samples").iterdir() if p.name not in expected]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise OutputError(f"{target}: is there and was not written by scale-rae select; {advice}") from e
+    if strange:
+        raise OutputError(
+            f"{min(strange)}: was not written by scale-rae select, which would replace its folder; {advice}"
+        )
+
+
+def _build(
+    folder: Path,
+    selections: Sequence[Selection],
+    images: Callable[[Selection], list[int]],
+    record: Mapping[str, Any],
+) -> None:
+    folder.mkdir()
+    for selection in selections:
+        prompt, chosen = selection.prompt, images(selection)
+        samples = folder / prompt.name / "samples"
+        samples.mkdir(parents=True)
+        for i, image in enumerate(chosen):
+            shutil.copyfile(prompt.images[image], samples / f"{i:05}.png")
+        _write_json(folder / prompt.name / "metadata.jsonl", renumbered(prompt.metadata, chosen), None)
+    _write_json(folder / _SELECTION, record, 1)
+
+
+def _write_json(path: Path, value: Mapping[str, Any], indent: int | None) -> None:
+    text = dump_json(value, indent=indent)
+    try:
+        data = text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which only JSON's own escapes can carry
+        data = json.dumps(value, indent=indent, allow_nan=False).encode()
+    path.write_bytes(data + b"\n")
+
+
+def _swap(target: Path) -> None:
+    if os.path.lexists(target):
+        target.rename(_old(target))
+    try:
+        _new(target).rename(target)
+    except OSError:
+        if os.path.lexists(_old(target)):
+            _old(target).rename(target)
+        raise
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def write_file(path: Path, data: bytes, source: Path) -> None:
+    """Writes a report or sheet, whole or not at all, and never into the experiment it is about.
+
+    Raises:
+        OutputError: naming the file.
+    """
+    target = Path(os.path.abspath(path))  # noqa: PTH100
+    if source.resolve() in target.resolve().parents:
+        raise OutputError(f"{path}: is inside the experiment, which is only read; choose another -o")
+    if target.is_dir():
+        raise OutputError(f"{path}: is a folder; choose another -o")
+    staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with staging.open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            staging.replace(target)
+        finally:
+            staging.unlink(missing_ok=True)
+    except OSError as e:
+        raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from e
