@@ -1,0 +1,297 @@
+"""scale-rae scale t2i: draw many images of each prompt, judge them all, rank them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from scale_rae.cli import options as o
+from scale_rae.cli.app import fail
+from scale_rae.cli.progress import Bars
+from scale_rae.errors import InputError
+from scale_rae.outputs import check_folder
+from scale_rae.promptfile import read_prompts
+
+_TEMPLATE = Path(__file__).parent.parent / "assets" / "qa_prompt_template.txt"
+SCALING, JUDGING, WORKERS = "Scaling", "Judging", "Workers"
+
+
+def _batch_size(value: str) -> str:
+    if value != "auto" and not (value.isascii() and value.isdigit() and int(value) >= 1):
+        raise typer.BadParameter(f"{value!r} is not auto or a whole number of at least 1")
+    return value
+
+
+def command(
+    mode: Annotated[
+        str, typer.Argument(callback=o.one_of("t2i"), metavar="t2i", help="What is scaled: text to image.")
+    ],
+    metadata_file: Annotated[
+        Path,
+        typer.Option(
+            help='The prompts: {"prompt": …} a line (.jsonl), with "index" (else its place) and whatever else is to be '
+            "carried into the results; or a prompt a line (.txt).",
+            rich_help_panel=SCALING,
+        ),
+    ],
+    output_dir: Annotated[
+        Path, typer.Option(help="Folder for results; an experiment in it goes on.", rich_help_panel=SCALING)
+    ] = Path("scaling_outputs"),
+    n_samples: Annotated[int, typer.Option(help="Images to keep of each prompt.", rich_help_panel=SCALING)] = 4,
+    scaling_rounds: Annotated[
+        int, typer.Option(help="Rounds: n-samples times as many images are drawn.", rich_help_panel=SCALING)
+    ] = 2,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.", rich_help_panel=SCALING)] = None,
+    prompt_prefix: Annotated[
+        str,
+        typer.Option(help="Put before each prompt that is not a request already.", rich_help_panel=SCALING),
+    ] = "Can you generate ",
+    save_latents: Annotated[
+        bool, typer.Option("--save-latents", help="Also save each image's latent.", rich_help_panel=SCALING)
+    ] = False,
+    post_qa_template_path: Annotated[
+        Path | None,
+        typer.Option(
+            help="A file with the question the model is asked about each image, {prompt} in it replaced. "
+            "Default: ./assets/qa_prompt_template.txt.",
+            show_default=False,
+            rich_help_panel=JUDGING,
+        ),
+    ] = None,
+    post_qa_prompt: Annotated[
+        str | None, typer.Option(help="The question itself, instead of a file.", rich_help_panel=JUDGING)
+    ] = None,
+    post_qa_mode: Annotated[
+        str,
+        typer.Option(
+            callback=o.one_of("latent", "image"),
+            help="latent: the model looks at its latents; image: at the decoded images, encoded again.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = "latent",
+    post_qa_max_new_tokens: Annotated[
+        int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=JUDGING)
+    ] = 64,
+    reward: Annotated[
+        str,
+        typer.Option(
+            callback=o.one_of("imagereward", "siglip", "pickscore", "none"),
+            help="What ranks the pictures: imagereward, siglip, pickscore, or none (the model's own confidence only).",
+            rich_help_panel=JUDGING,
+        ),
+    ] = "imagereward",
+    reward_path: Annotated[
+        str | None, typer.Option(help="Folder with the reward's weights, instead of the hub.", rich_help_panel=JUDGING)
+    ] = None,
+    model_path: o.ModelPath = o.DEFAULT_MODEL,
+    decoder_repo: o.DecoderRepo = None,
+    revision: o.Revision = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            help="One worker each, as in cuda:0,cuda:1 or cpu,cpu. Default: every visible GPU, else one worker.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None,
+    seed: o.Seed = 42,
+    guidance_level: o.GuidanceLevel = 1.0,
+    guidance_interval: o.GuidanceInterval = None,
+    steps: o.Steps = o.DEFAULT_STEPS,
+    solver: o.Solver = "euler",
+    max_new_tokens: o.MaxNewTokens = 512,
+    batch_size: Annotated[
+        str,
+        typer.Option(
+            callback=_batch_size,
+            metavar="N|auto",
+            help="Images drawn at once. auto: 8 on the CPU, else what there is memory for.",
+            rich_help_panel=o.SAMPLING,
+        ),
+    ] = "auto",
+    debug: o.Debug = False,
+) -> None:
+    """Draw many images of each prompt, let the model judge and a reward rank them (test-time scaling).
+
+    Leaves <output-dir>/<model>/<rounds>_<template>_scale_<mode>/<index>/ with samples/*.png and metadata.jsonl. It can be
+    stopped at any moment, and goes on when started again with the same settings.
+    """
+    if devices is not None and device is not None:
+        raise typer.BadParameter("give one of them", param_hint=["--device", "--devices"])
+    if post_qa_prompt is not None and post_qa_template_path is not None:
+        raise typer.BadParameter("give one of them", param_hint=["--post-qa-prompt", "--post-qa-template-path"])
+    if limit is not None and limit < 1:
+        raise InputError(f"--limit {limit}: must be at least 1")
+    names = None if devices is None else [name.strip() for name in devices.split(",")]
+    if names is not None and not all(names):
+        raise InputError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
+    question, question_name = _question(post_qa_prompt, post_qa_template_path)
+    prompts = read_prompts(metadata_file)
+    check_folder(output_dir)
+
+    bars = Bars()
+    with bars.waiting("starting"):
+        from scale_rae.scaling.experiment import Settings
+        from scale_rae.scaling.launch import World, default_devices, run
+    if "{prompt}" not in question:
+        typer.echo(f"note: no {{prompt}} in the question {question!r}: the prompt is put at its end", err=True)
+    settings = Settings(
+        metadata_file=str(metadata_file),
+        model_path=model_path,
+        decoder_repo=decoder_repo,
+        revision=revision,
+        dtype=dtype,
+        n_samples=n_samples,
+        scaling_rounds=scaling_rounds,
+        question=question,
+        question_name=question_name,
+        post_qa_mode=post_qa_mode,
+        post_qa_max_new_tokens=post_qa_max_new_tokens,
+        prompt_prefix=prompt_prefix,
+        seed=seed,
+        guidance_level=guidance_level,
+        guidance_interval=guidance_interval,
+        steps=steps,
+        solver=solver,
+        max_new_tokens=max_new_tokens,
+        batch_size=None if batch_size == "auto" else int(batch_size),
+        reward=None if reward == "none" else reward,
+        reward_path=reward_path,
+        save_latents=save_latents,
+    )
+    display = _Display()
+    try:
+        outcome = run(
+            settings,
+            prompts,
+            output_dir,
+            names if names is not None else default_devices(device),
+            limit,
+            display,
+            World.from_environment(),
+            bars,
+            debug,
+        )
+    finally:
+        bars.stop()
+        display.stop()
+    typer.echo(str(outcome.folder))
+    done = outcome.prompts - len(outcome.failed) - len(outcome.unfinished)
+    rate = f" ({outcome.drawn / outcome.seconds:.2f} images/s)" if outcome.drawn else ""
+    typer.echo(
+        f"{done} of {outcome.prompts} prompts done; {outcome.drawn} images drawn in {outcome.seconds:.0f} s{rate}",
+        err=True,
+    )
+    if outcome.failed:
+        width = max(len(f"{index:05}") for index in outcome.failed)
+        typer.echo(f"{'prompt':{width}}  error", err=True)
+        for index, error in sorted(outcome.failed.items()):
+            typer.echo(f"{index:05}  {' '.join(error.split())}", err=True)
+    if outcome.failed or outcome.unfinished:
+        parts = [
+            f"{len(which)} of {outcome.prompts} prompts {how}"
+            for which, how in ((outcome.failed, "failed"), (outcome.unfinished, "are unfinished"))
+            if which
+        ]
+        fail(f"{' and '.join(parts)}; the same command tries only those again")
+
+
+def _question(prompt: str | None, path: Path | None) -> tuple[str, str]:
+    """The question's template and its name."""
+    if prompt is not None:
+        return prompt.strip(), "prompt"
+    path = path or _TEMPLATE
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: no such question template") from e
+    except OSError as e:
+        raise InputError(f"{path}: the question template cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: the question template is not valid UTF-8") from e
+    if not text:
+        raise InputError(f"{path}: the question template is empty")
+    return text, path.stem
+
+
+class _Display:
+    """One bar for all workers on a terminal, a line for each prompt in a pipe; all on stderr."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+        self._start: float | None = None
+        self._todo = self._finished = self._images = self._total = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "plan":
+            self._todo, self._total = event["todo"], event["todo"] * event["each"]
+            if event["finished"]:
+                self._line(f"{event['finished']} prompts are done already, {self._todo} to do")
+        elif kind == "loaded":
+            self._start = self._start or time.monotonic()
+            self._update()
+        elif kind == "images":
+            self._images += event["count"]
+            self._update()
+        elif kind == "say":
+            self._line(event["text"])
+        elif kind == "failed":
+            self._finished += 1
+            self._line(f"{event['index']:05} failed: {event['error']}")
+            self._update()
+        elif kind == "prompt":
+            self._finished += 1
+            self._update()
+            if not self._shown:
+                text = f"{event['index']:05} {event['prompt']}: {event['yes']} yes of {event['images']}"
+                self._line(f"{text} [{self._state()}]")
+
+    def _state(self) -> str:
+        text = f"{self._finished}/{self._todo} prompts"
+        seconds = time.monotonic() - self._start if self._start is not None else 0.0
+        if self._images and seconds > 0:
+            rate = self._images / seconds
+            # Failed prompts draw less than they should; prompts begun in earlier runs too.
+            left = max(0.0, (self._todo - self._finished) * self._total / max(1, self._todo) / rate)
+            text += f", {rate:.2f} images/s, {_duration(left)} left"
+        return text
+
+    def _update(self) -> None:
+        if not self._shown or not self._todo:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+            )
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        each = self._total // self._todo
+        self._bar.update(self._task, completed=max(self._images, self._finished * each), description=self._state())
+
+    def _line(self, text: str) -> None:
+        text = " ".join(text.split("\n"))
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            typer.echo(text, err=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"

@@ -1,0 +1,280 @@
+"""Runs an experiment: checks what is there, splits the prompts among workers, follows them to the end."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import scale_rae
+from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling.experiment import Settings, describe, setting_differences
+from scale_rae.scaling.store import RunLock, Store
+from scale_rae.scaling.worker import Listener, Order, encode_order, work
+
+if TYPE_CHECKING:
+    from scale_rae.cli.progress import Bars
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among those that a launcher (torchrun, SLURM, …) started; alone by default."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """From RANK, WORLD_SIZE and LOCAL_RANK, or those of SLURM for processes that srun started.
+
+        Raises:
+            InputError: when they are no numbers or do not fit.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        if "RANK" not in environment and "SLURM_STEP_ID" in environment and "SLURM_PROCID" in environment:
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+        if names[0] not in environment or names[1] not in environment:
+            return cls()
+        try:
+            rank, size = int(environment[names[0]]), int(environment[names[1]])
+            local_rank = int(environment.get(names[2], rank))
+        except ValueError as e:
+            raise InputError(f"{', '.join(names)}: not whole numbers ({e})") from e
+        if not 0 <= rank < size or local_rank < 0:
+            raise InputError(f"{names[0]} {rank} of {names[1]} {size}, {names[2]} {local_rank}: they do not fit")
+        return cls(rank, size, local_rank)
+
+
+@dataclass
+class Outcome:
+    """How a run ended. `failed` has the errors of all prompts that could not be drawn, `unfinished` what is left to do."""
+
+    folder: Path
+    prompts: int
+    drawn: int  # images, in this run
+    failed: dict[int, str]
+    unfinished: list[int]
+    seconds: float
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+def default_devices(device: str | None = None) -> list[str | None]:
+    """The device named, else every CUDA device that torch sees, else the best there is."""
+    import torch
+
+    if device is None and torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [device]
+
+
+def run(
+    settings: Settings,
+    prompts: Sequence[PromptRecord],
+    output_dir: Path,
+    devices: Sequence[str | None] = (None,),
+    limit: int | None = None,
+    listen: Listener = lambda event: None,
+    world: World | None = None,
+    bars: Bars | None = None,
+    debug: bool = False,
+) -> Outcome:
+    """Draws and judges whatever of an experiment is missing.
+
+    Args:
+        devices: one worker each; processes of a launcher take the one of their local rank.
+        limit: only the first so many prompts.
+        listen: called with events (dicts) as things happen: plan, loaded, images, prompt, failed, say.
+
+    Raises:
+        InputError: when the folder holds an experiment with other settings.
+        OutputError: when another run has the folder, or something cannot be written; what is finished is kept.
+        ScaleRAEError: when a model or reward cannot be loaded.
+    """
+    from scale_rae.flow import check_options
+    from scale_rae.pipeline import pick_device, pick_dtype
+
+    settings.check()
+    check_options(settings.guidance_level, settings.steps, settings.solver, settings.guidance_interval)
+    world = world or World()
+    if world.size > 1:
+        devices = [devices[world.local_rank % len(devices)]]
+    for device in devices:
+        pick_dtype(settings.dtype, pick_device(device))
+    start = time.perf_counter()
+    store = Store(settings.folder(output_dir), settings, f"r{world.rank}")
+    description = describe(settings, prompts)
+    lock = store.lock_run(world.rank, world.size)
+    try:
+        recorded = store.read_experiment()
+        if recorded is not None and (found := setting_differences(recorded, description)):
+            raise InputError(
+                f"{store.folder}: holds an experiment with other settings: {'; '.join(found)}; choose another "
+                "--output-dir, or give those settings to go on with it"
+            )
+        chosen = list(prompts[:limit])
+        todo = []
+        for prompt in chosen:
+            finished, problems = store.check(prompt)
+            if world.rank == 0:
+                for problem in problems:
+                    listen({"event": "say", "text": f"{problem}; made again"})
+            if not finished:
+                todo.append(prompt)
+        listen({"event": "plan", "todo": len(todo), "finished": len(chosen) - len(todo), "each": settings.total})
+        counter = _Counter(listen)
+        stages: dict[str, float] = {}
+        if todo:
+            failed_before = {p.index: f[0] for p in todo if (f := store.failure(p.index)) is not None}
+            if len(devices) > 1:
+                orders = [
+                    Order(
+                        rank,
+                        device,
+                        todo[rank :: len(devices)],
+                        [p for i, p in enumerate(todo) if i % len(devices) != rank],
+                        description,
+                        failed_before,
+                        debug,
+                    )
+                    for rank, device in enumerate(devices)
+                ]
+                stages = _spawn(store, settings, orders, counter, lock)
+            else:
+                left = {p.index for p in todo}
+                own = [p for p in chosen[world.rank :: world.size] if p.index in left]
+                mine = {p.index for p in own}
+                others = [p for p in todo if p.index not in mine]
+                order = Order(world.rank, devices[0], own, others, description, failed_before, debug)
+                stages = work(store, settings, order, counter, bars)
+        seconds = time.perf_counter() - start
+        outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], seconds, stages)
+        for prompt in todo:
+            failure = store.failure(prompt.index)
+            if failure is not None:
+                outcome.failed[prompt.index] = failure[1]
+            elif not (store.prompt_folder(prompt.index) / "metadata.jsonl").is_file():
+                outcome.unfinished.append(prompt.index)
+        if world.rank == 0 and todo:
+            before = (recorded or {}).get("seconds") or {}
+            now = {"total": seconds} | stages
+            store.update_experiment(
+                {
+                    "seconds": {k: round(before.get(k, 0.0) + now.get(k, 0.0), 3) for k in {**before, **now}},
+                    "failed": sorted(outcome.failed),
+                    "unfinished": outcome.unfinished,
+                }
+            )
+        return outcome
+    finally:
+        lock.close()
+
+
+class _Counter:
+    """Passes events on and counts images."""
+
+    def __init__(self, listen: Listener) -> None:
+        self._listen = listen
+        self.images = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if event["event"] == "images":
+            self.images += event["count"]
+        self._listen(event)
+
+
+def _spawn(
+    store: Store, settings: Settings, orders: Sequence[Order], listen: Listener, lock: RunLock
+) -> dict[str, float]:
+    """A process for each order, followed until all have ended; returns their seconds, summed by stage.
+
+    The processes share the run's lock, so that the folder stays locked until the last of them is gone.
+    """
+    events: queue.Queue[tuple[int, dict[str, Any] | None]] = queue.Queue()
+    workers: list[subprocess.Popen[str]] = []
+    stages: dict[str, float] = {}
+    done: set[int] = set()
+    try:
+        for order in orders:
+            workers.append(_start(store, settings, order, orders, lock))
+            threading.Thread(target=_listen_to, args=(order.rank, workers[-1], events), daemon=True).start()
+        open_workers = len(workers)
+        while open_workers:
+            rank, event = events.get()
+            if event is None:
+                open_workers -= 1
+                code = workers[rank].wait()
+                if rank not in done:
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    where = f"worker {rank} ({orders[rank].device}) died ({how}); its log is {store.log_file(rank)}"
+                    rest = "; the others take over its prompts" if open_workers else ""
+                    listen({"event": "say", "text": where + rest})
+            elif event["event"] == "done":
+                done.add(rank)
+                for stage, seconds in event["seconds"].items():
+                    stages[stage] = stages.get(stage, 0.0) + seconds
+            elif event["event"] == "fatal":
+                error = {"InputError": InputError, "OutputError": OutputError}.get(event["kind"], ScaleRAEError)
+                raise error(event["error"])
+            else:
+                listen(event)
+    finally:
+        for worker in workers:
+            if worker.poll() is None:
+                worker.kill()
+        for worker in workers:
+            worker.wait()
+            if worker.stdin is not None:
+                worker.stdin.close()
+    return stages
+
+
+def _start(
+    store: Store, settings: Settings, order: Order, orders: Sequence[Order], lock: RunLock
+) -> subprocess.Popen[str]:
+    environment = dict(os.environ)
+    root = str(Path(scale_rae.__file__).parent.parent)  # found also when it is not installed
+    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
+    environment["PYTHONUNBUFFERED"] = "1"
+    on_cpu = sum(o.device == "cpu" for o in orders)
+    if order.device == "cpu":
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // on_cpu)))
+    with store.log_file(order.rank).open("a") as log:
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "scale_rae.scaling.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            pass_fds=[file.fileno() for file in lock.files],
+        )
+    assert worker.stdin is not None
+    try:
+        worker.stdin.write(encode_order(store, settings, order) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at once, and is reported like any that dies
+    return worker
+
+
+def _listen_to(rank: int, worker: subprocess.Popen[str], events: Any) -> None:
+    import json
+
+    assert worker.stdout is not None
+    with worker.stdout:
+        for line in worker.stdout:
+            try:
+                events.put((rank, json.loads(line)))
+            except ValueError:
+                continue  # half a line of a worker that was killed
+    events.put((rank, None))

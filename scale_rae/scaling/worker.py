@@ -1,0 +1,460 @@
+"""One worker: a model on one device that draws and judges prompts until none is left.
+
+Run by launch.py in its own process, or as `python -m scale_rae.scaling.worker`: then its order comes as a line of JSON on
+stdin, which stays open as long as the launcher lives, and its events go out as lines of JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.outputs import dump_json, latent_bytes, png_bytes
+from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling.experiment import Settings, check_finite, judgement, png_text
+from scale_rae.scaling.store import Batch, Store
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from scale_rae.cli.progress import Bars
+    from scale_rae.language import Reply
+    from scale_rae.pipeline import ScaleRAE
+
+Listener = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Order:
+    """What a worker is to do: its own prompts, then those of the others that nobody has begun.
+
+    `failed_before` has the time of failure (ns) of prompts that failed in earlier runs: only those are tried again.
+    """
+
+    rank: int
+    device: str | None
+    own: list[PromptRecord]
+    others: list[PromptRecord]
+    description: dict[str, Any]
+    failed_before: dict[int, int] = field(default_factory=dict)
+    debug: bool = False
+
+
+def work(
+    store: Store, settings: Settings, order: Order, listen: Listener, bars: Bars | None = None
+) -> dict[str, float]:
+    """Loads model and reward, draws, and returns seconds spent in each stage.
+
+    Raises:
+        ScaleRAEError: when model or reward cannot be loaded or are not the experiment's, or a result not written.
+    """
+    from scale_rae.cli.options import ModelChoice
+    from scale_rae.cli.progress import Bars
+    from scale_rae.cli.session import Session
+
+    store.make_folders()
+    log = _Log(store, order.rank)
+    log(f"process {os.getpid()}, device {order.device or 'default'}, {len(order.own)} prompts")
+    start = time.perf_counter()
+    choice = ModelChoice(settings.model_path, settings.decoder_repo, settings.revision, order.device, settings.dtype)
+    session = Session(choice, bars or Bars(), decoder=True, encoder=True, debug=order.debug)
+    reward = None
+    if settings.reward is not None:
+        from scale_rae.rewards import load_reward
+
+        reward = load_reward(settings.reward, session.model, settings.reward_path)
+    batch_size = _join_experiment(store, settings, order, session, reward, listen)
+    worker = _Worker(store, settings, session.model, reward, batch_size, order, listen, log)
+    worker.seconds["loading"] = time.perf_counter() - start
+    log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {batch_size}")
+    listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
+    with ThreadPoolExecutor(4) as worker.encoders:
+        for prompt in (*order.own, *reversed(order.others)):
+            worker.attempt(prompt)
+    log("done")
+    return worker.seconds
+
+
+def _join_experiment(
+    store: Store, settings: Settings, order: Order, session: Any, reward: Any, listen: Listener
+) -> int:
+    """Makes sure this worker's models are the experiment's, writing experiment.json if it is the first.
+
+    Returns the experiment's batch size.
+    """
+    from scale_rae.cli.session import differences
+
+    model = session.model
+    recorded = store.read_experiment()
+    size = settings.batch_size or (recorded or {}).get("settings", {}).get("batch_size")
+    if size is None:
+        size = (
+            8
+            if model.device.type == "cpu"
+            else measure_batch_size(model, settings, [*order.own, *order.others][0].prompt)
+        )
+    described = session.describe()
+    now = {
+        **order.description,
+        "settings": order.description["settings"] | {"batch_size": size, "dtype": described["dtype"]},
+        **{part: described[part] for part in ("model", "encoder", "decoder")},
+        "reward": {"name": settings.reward, **reward.identity()} if reward is not None else None,
+        "device": model.device.type,
+        "versions": described["versions"],
+    }
+    now = json.loads(dump_json(now))
+    recorded = recorded or store.claim(now)
+    found = differences(recorded, now)
+    if _without_paths(recorded.get("reward")) != _without_paths(now["reward"]):
+        found.append("the reward's files")
+    if recorded.get("device") != now["device"]:
+        found.append(f"device {now['device']} here, {recorded.get('device')} there")
+    if recorded["settings"].get("dtype") != now["settings"]["dtype"]:
+        found.append(f"dtype {now['settings']['dtype']} here, {recorded['settings'].get('dtype')} there")
+    if found:
+        raise InputError(
+            f"{store.folder}: begun with others than these: {'; '.join(found)}; choose another --output-dir"
+        )
+    for name, version in now["versions"].items():
+        then = recorded.get("versions", {}).get(name)
+        if then != version and order.rank == 0:
+            listen({"event": "say", "text": f"note: {name} {version} here, {then} before: rounding may differ"})
+    return int(recorded["settings"]["batch_size"])
+
+
+def _without_paths(identity: Any) -> Any:
+    """A reward's identity without the names of its parts' folders, which may move."""
+    if not isinstance(identity, dict):
+        return identity
+    return {
+        name: {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
+        for name, value in identity.items()
+    }
+
+
+def measure_batch_size(model: ScaleRAE, settings: Settings, prompt: str) -> int:
+    """How many images at once, doubling up to a prompt's all, drawing and decoding have memory for, and to spare."""
+    from scale_rae.pipeline import SamplingOptions
+
+    reply = model.reply([settings.request(prompt)], max_new_tokens=settings.max_new_tokens)[0]
+    condition = reply.condition
+    if condition is None:
+        return min(8, settings.total)
+    options = SamplingOptions(2, "euler", settings.guidance_level, settings.guidance_interval)
+    fits, size = 1, 1
+    while fits < settings.total:
+        size = min(2 * size, settings.total)
+        try:
+            model.decode(model.sample([condition] * size, list(range(size)), options, batch_size=size), batch_size=size)
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            release_memory(model)
+            return max(1, fits // 2)  # judging needs room too
+        fits = size
+    return fits
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or was caused by, a lack of memory on whatever device."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
+            return True
+        error = error.__cause__
+    return False
+
+
+def release_memory(model: ScaleRAE) -> None:
+    """Gives what is cached back to the device."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+class _Log:
+    """A worker's log file, opened anew for each line, so that nothing is lost and a full disk does no more harm."""
+
+    def __init__(self, store: Store, rank: int) -> None:
+        self._path = store.log_file(rank)
+
+    def __call__(self, text: str) -> None:
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+class _Worker:
+    def __init__(
+        self,
+        store: Store,
+        settings: Settings,
+        model: ScaleRAE,
+        reward: Any,
+        batch_size: int,
+        order: Order,
+        listen: Listener,
+        log: _Log,
+    ) -> None:
+        from scale_rae.pipeline import SamplingOptions
+
+        self.store, self.settings, self.model, self.reward = store, settings, model, reward
+        self.order, self.listen, self.log = order, listen, log
+        self.batch_size, self.fits = batch_size, batch_size  # the experiment's; what this device has memory for
+        self.options = SamplingOptions(
+            settings.steps, settings.solver, settings.guidance_level, settings.guidance_interval
+        )
+        self.seconds: dict[str, float] = {}
+        self.encoders: ThreadPoolExecutor
+
+    def say(self, text: str) -> None:
+        self.log(text)
+        self.listen({"event": "say", "rank": self.order.rank, "text": text})
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def attempt(self, prompt: PromptRecord) -> None:
+        """Draws what is missing of a prompt, unless another worker has it or it failed in this run already."""
+        lock = self.store.lock_prompt(prompt.index)
+        if lock is None:
+            return
+        with lock:
+            if self.store.check(prompt)[0]:
+                return
+            failure = self.store.failure(prompt.index)
+            if failure is not None and failure[0] != self.order.failed_before.get(prompt.index):
+                return
+            tries, size = 0, self.batch_size
+            while True:
+                tries += 1
+                try:
+                    record = self._draw(prompt, size)
+                except OutputError:
+                    raise
+                except Exception as e:
+                    error = str(e) if isinstance(e, ScaleRAEError) else f"{type(e).__name__}: {e}"
+                    self.log(f"prompt {prompt.index} failed: {error}\n{traceback.format_exc()}")
+                else:
+                    break
+                release_memory(self.model)
+                if tries == 2:
+                    self.store.fail(prompt.index, error, tries)
+                    self.listen({"event": "failed", "rank": self.order.rank, "index": prompt.index, "error": error})
+                    return
+                size = max(1, size // 2)
+                self.say(f"prompt {prompt.index} failed ({error}); once more in batches of {size}")
+        answers = [entry["answer"] for entry in record["text_responses"].values()]
+        self.log(f"prompt {prompt.index} done: {prompt.prompt}")
+        self.listen(
+            {
+                "event": "prompt",
+                "rank": self.order.rank,
+                "index": prompt.index,
+                "prompt": prompt.prompt,
+                "images": len(answers),
+                "yes": answers.count("yes"),
+            }
+        )
+
+    def _draw(self, prompt: PromptRecord, size: int) -> dict[str, Any]:
+        there = {i for batch in self.store.batches(prompt.index)[0] for i in batch.samples}
+        self.store.reopen(prompt.index)
+        missing = [
+            run
+            for samples in self.settings.slices(self.batch_size)
+            for run in _runs([i for i in samples if i not in there])
+        ]
+        if missing:
+            request = self.settings.request(prompt.prompt)
+            with self.timed("reply"):
+                reply = self.model.reply([request], max_new_tokens=self.settings.max_new_tokens)[0]
+            if reply.condition is None:
+                text = self.model.tokenizer.decode(reply.ids).strip()
+                cut = len(reply.ids) >= self.settings.max_new_tokens
+                hint = f" within --max-new-tokens {self.settings.max_new_tokens}" if cut else ""
+                raise InputError(f"the model's reply asks for no image{hint}: {text[:200]!r}")
+            for samples in missing:
+                self._draw_samples(prompt, request, reply, samples, size)
+        with self.timed("writing"):
+            return self.store.finish(prompt)
+
+    def _draw_samples(
+        self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int], size: int
+    ) -> None:
+        """Draws samples in batches of `size`, or of less once memory has run out."""
+        left = list(samples)
+        while left:
+            batch = left[: min(size, self.fits)]
+            try:
+                self._draw_batch(prompt, request, reply, batch)
+            except Exception as e:
+                if not out_of_memory(e) or len(batch) == 1:
+                    raise
+                self.fits = len(batch) // 2
+                self.say(
+                    f"prompt {prompt.index}: out of memory with {len(batch)} images at once; going on with {self.fits}"
+                )
+                release_memory(self.model)
+                continue
+            left = left[len(batch) :]
+
+    def _draw_batch(self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int]) -> None:
+        from scale_rae.pipeline import image_seed
+
+        settings, model = self.settings, self.model
+        assert reply.condition is not None
+        seeds = [image_seed(settings.seed, prompt.index, i) for i in samples]
+        with self.timed("drawing"):
+            latents = model.sample([reply.condition] * len(seeds), seeds, self.options, batch_size=len(seeds))
+        with self.timed("decoding"):
+            images = model.decode(latents, batch_size=len(seeds))
+        pngs = [  # made while the model judges
+            self.encoders.submit(png_bytes, image, png_text(settings, request, seed))
+            for image, seed in zip(images, seeds, strict=True)
+        ]
+        with _one_thread(model), self.timed("judging"):
+            shown = model.encode(images, batch_size=len(seeds)) if settings.post_qa_mode == "image" else latents
+            scores = model.score(
+                shown,
+                prompt.prompt,
+                request=request,
+                request_reply=reply,
+                question=settings.question,
+                max_new_tokens=settings.post_qa_max_new_tokens,
+            )
+        judged = [judgement(score) for score in scores]
+        rewards = self._rewards(images, prompt.prompt)
+        check_finite(judged, rewards)
+        with self.timed("writing"):
+            files = {f"{i:05}.png": png.result() for i, png in zip(samples, pngs, strict=True)}
+            if settings.save_latents:
+                files |= {f"{i:05}_latent.pt": latent_bytes(x) for i, x in zip(samples, latents, strict=True)}
+            text = model.tokenizer.decode(reply.ids)
+            self.store.save_batch(prompt.index, Batch(samples[0], text, seeds, judged, rewards, {}), files)
+        self.listen({"event": "images", "rank": self.order.rank, "count": len(seeds)})
+
+    def _rewards(self, images: Sequence[Image.Image], prompt: str) -> list[float] | None:
+        if self.reward is None:
+            return None
+        with _one_thread(self.model), self.timed("reward"):
+            rewards = [float(value) for value in self.reward.score(images, prompt)]
+        if len(rewards) != len(images):
+            raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
+        return rewards
+
+
+@contextlib.contextmanager
+def _one_thread(model: ScaleRAE) -> Iterator[None]:
+    """On the CPU, sums over a vocabulary come out in other last digits with another number of threads: so it is one.
+
+    (What is drawn does not depend on it: its sums are short.) Scores are then the same with one worker or several.
+    """
+    import torch
+
+    if model.device.type != "cpu":
+        yield
+        return
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _runs(numbers: Sequence[int]) -> list[list[int]]:
+    """Splits rising numbers into runs without gaps."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][-1] == n - 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    return runs
+
+
+# --- a worker of its own process ---------------------------------------------------------------------------------
+
+
+def encode_order(store: Store, settings: Settings, order: Order) -> str:
+    """An order as the line of JSON that `main` reads."""
+    return dump_json(
+        {"folder": str(store.folder), "settings": dataclasses.asdict(settings), "order": dataclasses.asdict(order)}
+    )
+
+
+def _decode_order(line: str) -> tuple[Store, Settings, Order]:
+    from pathlib import Path
+
+    value = json.loads(line)
+    settings = value["settings"]
+    if settings["guidance_interval"] is not None:
+        settings["guidance_interval"] = tuple(settings["guidance_interval"])
+    order = value["order"]
+    order["failed_before"] = {int(k): v for k, v in order["failed_before"].items()}
+    for name in ("own", "others"):
+        order[name] = [PromptRecord(**p) for p in order[name]]
+    made = Settings(**settings)
+    return Store(Path(value["folder"]), made, f"w{order['rank']}"), made, Order(**order)
+
+
+def main() -> int:
+    """Reads an order from stdin and carries it out. Exit code: 0 done, 3 after an event "fatal"."""
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # whatever a library prints goes to the log
+    line = sys.stdin.readline()
+    threading.Thread(target=_die_with_launcher, daemon=True).start()
+
+    def listen(event: dict[str, Any]) -> None:
+        events.write(dump_json(event) + "\n")
+        events.flush()
+
+    store, settings, order = _decode_order(line)
+    try:
+        seconds = work(store, settings, order, listen)
+    except ScaleRAEError as e:
+        traceback.print_exc()
+        listen({"event": "fatal", "error": str(e), "kind": type(e).__name__})
+        return 3
+    except Exception as e:
+        traceback.print_exc()
+        listen({"event": "say", "text": f"worker {order.rank}: unexpected {type(e).__name__}: {e}"})
+        return 1
+    listen({"event": "done", "rank": order.rank, "seconds": seconds})
+    return 0
+
+
+def _die_with_launcher() -> None:
+    while os.read(0, 4096):  # not sys.stdin, whose lock a thread must not hold when Python ends
+        pass
+    os._exit(1)  # at once, as if killed: everything on disk is whole at any moment
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

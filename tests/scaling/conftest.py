@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from scale_rae.cli import main
+
+NAME = Path("shapes") / "2_qa_prompt_template_scale_latent"
+QUICK = ["--model-path", "shapes", "--steps", "2", "--solver", "dpmpp_2m", "--reward", "none"]
+QUICK += ["--n-samples", "2", "--scaling-rounds", "2", "--batch-size", "2"]
+PROMPTS = [
+    {"tag": "single_object", "include": [{"class": "circle", "count": 1}], "prompt": "a photo of a red circle"},
+    {"prompt": "a photo of a blue cross and a pink square", "index": 7},
+    {"prompt": "a photo of two green triangles"},
+]
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+class Scale:
+    """`scale(...)` runs `scale-rae scale t2i` with the three prompts, few steps, into `scale.folder`; later options win."""
+
+    def __init__(self, root: Path, capsys: pytest.CaptureFixture[str] | None = None) -> None:
+        self.prompts = write_prompts(root / "prompts.jsonl", PROMPTS)
+        self.out = root / "out"
+        self.folder = self.out / NAME
+        self._capsys = capsys
+
+    def __call__(self, *more: object, device: bool = True) -> Result:
+        own = ["--metadata-file", self.prompts, "--output-dir", self.out, *(["--device", "cpu"] if device else [])]
+        argv = [str(a) for a in ("scale", "t2i", *QUICK, *own, *more)]
+        if self._capsys is None:
+            return Result(main(argv), "", "")
+        self._capsys.readouterr()
+        code = main(argv)
+        return Result(code, *self._capsys.readouterr())
+
+
+def write_prompts(path: Path, records: Sequence[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    return path
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    """Every file of every prompt, and the batches' records."""
+    files = [*folder.glob("[0-9]*/**/*"), *folder.glob(".work/batches/**/*")]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in files if p.is_file()}
+
+
+def record(folder: Path, index: int = 0) -> dict[str, Any]:
+    (line,) = (folder / f"{index:05}" / "metadata.jsonl").read_text().splitlines()
+    return json.loads(line)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Scale:
+    return Scale(tmp_path, capsys)
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What one worker leaves that nobody disturbs."""
+    scale = Scale(tmp_path_factory.mktemp("reference"))
+    assert scale().code == 0
+    return snapshot(scale.folder)
+
+
+@pytest.fixture
+def reward(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
+    """Has load_reward give a reward that is a function of the first pixels, and is called imagereward."""
+
+    class Stub:
+        name = "imagereward"
+
+        def identity(self) -> dict[str, Any]:
+            return {"revision": "stub"}
+
+        def score(self, images: Sequence[Any], prompt: str) -> list[float]:
+            return [float(image.getpixel((5, 5))[0] // 64) for image in images]
+
+    monkeypatch.setattr("scale_rae.rewards.load_reward", lambda name, model, path=None: Stub())
+    return Stub

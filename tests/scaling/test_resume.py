@@ -1,0 +1,265 @@
+"""Left alone: killed, out of disk, out of memory, started twice; and gone on with, to the same bytes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scale_rae.errors import DeviceError, ScaleRAEError
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.scaling.store import Store
+from tests.scaling.conftest import Scale, record, snapshot
+
+
+def killed(run: Callable[[], object], seconds: float | None = None) -> bool:
+    """Forks, runs, and kills the child with signal 9 after so many seconds; whether that was before its end."""
+    child = os.fork()
+    if child == 0:
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            run()
+        finally:
+            os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+def test_killed_at_random_moments(scale: Scale, reference: dict[str, bytes]) -> None:
+    rng = random.Random(3)
+    kills = 0
+    for _ in range(12):
+        if not killed(scale, rng.uniform(0.1, 0.7)):
+            break
+        kills += 1
+    assert kills >= 2
+    assert scale().code == 0
+    assert snapshot(scale.folder) == reference
+
+
+def test_killed_in_the_middle_of_each_write(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Store.write
+    for n in range(2, 14, 2):
+        calls = [0]
+
+        def half(store: Store, path: Path, data: bytes, n: int = n, calls: list[int] = calls) -> None:
+            calls[0] += 1
+            if calls[0] == n:
+                store._temporary.write_bytes(data[: len(data) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(store, path, data)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Store, "write", half)
+            killed(scale)
+        # What was finished stays: a batch is two images and a record.
+        assert len(list(scale.folder.glob(".work/batches/*/*.json"))) >= 1 or n < 5
+    assert scale().code == 0
+    assert snapshot(scale.folder) == reference
+
+
+def test_killed_worker_and_killed_launcher(scale: Scale, reference: dict[str, bytes]) -> None:
+    launcher = os.fork()
+    if launcher == 0:
+        try:
+            scale("--devices", "cpu,cpu", device=False)
+        finally:
+            os._exit(0)
+
+    def wait(for_: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + 60
+        while not (found := for_()):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        return found
+
+    def process(rank: int) -> int | None:
+        log = scale.folder / "logs" / f"worker-{rank}.log"
+        found = re.search(r"process (\d+)", log.read_text()) if log.exists() else None
+        return int(found[1]) if found else None
+
+    os.kill(wait(lambda: process(1)), signal.SIGKILL)
+    wait(lambda: list(scale.folder.glob("0*/samples/*.png")))
+    os.kill(launcher, signal.SIGKILL)
+    os.waitpid(launcher, 0)
+    assert scale().code == 0  # once the lock, which the workers share, is free
+    assert not Path(f"/proc/{process(0)}/fd/0").exists() or process(0) == os.getpid()
+    assert snapshot(scale.folder) == reference
+
+
+def test_a_second_run_does_nothing(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert scale().code == 0
+    before = {p: p.stat().st_mtime_ns for p in scale.folder.glob("*/**/*.*")}
+    monkeypatch.setattr(ScaleRAE, "from_pretrained", None)
+    result = scale()
+    assert result.code == 0
+    assert "3 prompts are done already, 0 to do" in result.err
+    assert before == {p: p.stat().st_mtime_ns for p in scale.folder.glob("*/**/*.*")}
+
+
+def test_damaged_files_are_named_and_made_again(scale: Scale, reference: dict[str, bytes]) -> None:
+    assert scale().code == 0
+    samples = scale.folder / "00000" / "samples"
+    (samples / "00001.png").unlink()
+    data = (samples / "00002.png").read_bytes()
+    (samples / "00002.png").write_bytes(data[:100])
+    (scale.folder / "00007" / "metadata.jsonl").write_text("{")
+    (scale.folder / ".work" / "batches" / "00002" / "00000-00001.json").write_text('{"start"')
+    result = scale()
+    assert result.code == 0
+    assert f"{samples}/00001.png: missing; made again" in result.err
+    assert f"{samples}/00002.png: damaged (100 bytes); made again" in result.err
+    assert "00007/metadata.jsonl: damaged; made again" in result.err
+    assert "00000-00001.json: damaged; made again" in result.err
+    assert snapshot(scale.folder) == reference
+
+
+def test_other_settings_are_refused(scale: Scale, reference: dict[str, bytes], tmp_path: Path) -> None:
+    assert scale("--limit", 1).code == 0
+    before = snapshot(scale.folder)
+    result = scale("--steps", 3, "--seed", 1, "--batch-size", 1)
+    assert result.code == 1
+    for text in ("steps 3 here, 2 there", "seed 1 here, 42 there", "batch_size 1 here, 2 there"):
+        assert text in result.err
+    with scale.prompts.open("a") as file:
+        file.write('{"prompt": "one more"}\n')
+    result = scale()
+    assert result.code == 1
+    assert "the prompts (4 here)" in result.err
+    assert snapshot(scale.folder) == before
+
+
+def test_another_model_of_the_same_name_is_refused(scale: Scale, checkpoints: dict[str, Path]) -> None:
+    options = ["--limit", 1, "--model-path"]
+    scale(*options, checkpoints["siglip"])
+    result = scale("--model-path", checkpoints["webssl"])  # its folder is called "model" too
+    assert result.code == 1
+    assert "begun with others than these: model: config.json" in result.err
+
+
+def test_results_without_their_description_are_refused(scale: Scale) -> None:
+    assert scale("--limit", 1).code == 0
+    (scale.folder / "experiment.json").unlink()
+    result = scale()
+    assert result.code == 1
+    assert "experiment.json: missing" in result.err
+
+
+def test_a_second_start_is_refused_while_the_first_runs(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    from scale_rae.scaling.experiment import Settings
+
+    monkeypatch.setattr("scale_rae.scaling.store._LOCK_WAIT", 0.2)
+    store = Store(scale.folder, Settings("", "shapes"))
+    with store.lock_run():
+        result = scale()
+        assert result.code == 1
+        assert f"process {os.getpid()} on " in result.err
+        assert "is at work here" in result.err
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "1")
+        assert scale().code == 1
+    with store.lock_run(1, 2), pytest.raises(ScaleRAEError):  # its rank is taken
+        store.lock_run(1, 2)
+
+
+def test_a_full_disk_stops_and_loses_nothing(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync, left = os.fsync, [5]
+
+    def full(descriptor: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(descriptor)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        result = scale()
+    assert result.code == 1
+    assert "00000/samples/00002.png: cannot be written (No space left on device)" in result.err or left[0] < 0
+    assert "cannot be written (No space left on device)" in result.err
+    assert not list(scale.folder.glob(".work/tmp/*"))
+    assert len(list(scale.folder.glob(".work/batches/*/*.json"))) == 1
+    assert scale().code == 0
+    assert snapshot(scale.folder) == reference
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[int]], Exception | None]) -> list[int]:
+    """Has ScaleRAE.sample raise what `fails` returns for its seeds; the batch sizes it is called with."""
+    sample, sizes = ScaleRAE.sample, list[int]()
+
+    def patched(self: ScaleRAE, conditions: Any, seeds: Any, *args: Any, **options: Any) -> list[torch.Tensor]:
+        sizes.append(len(seeds))
+        error = fails(list(seeds))
+        if error is not None:
+            raise error
+        return sample(self, conditions, seeds, *args, **options)
+
+    monkeypatch.setattr(ScaleRAE, "sample", patched)
+    return sizes
+
+
+def test_a_failing_prompt_is_recorded_and_tried_again_by_the_rerun(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = json.loads(reference["00007/metadata.jsonl"])["image_seeds"][3]
+    with monkeypatch.context() as patch:
+        sizes = failing(patch, lambda seeds: ScaleRAEError("not finite") if bad in seeds else None)
+        result = scale()
+    assert result.code == 1
+    assert sizes == [2, 2, 2, 2, 1, 1, 2, 2]
+    assert "00007  not finite" in result.err
+    assert "error: 1 of 3 prompts failed" in result.err
+    assert json.loads((scale.folder / "00007" / "error.json").read_text()) == {"error": "not finite", "tries": 2}
+    assert not (scale.folder / "00007" / "metadata.jsonl").exists()
+    assert record(scale.folder, 2)
+    assert json.loads((scale.folder / "experiment.json").read_text())["failed"] == [7]
+
+    with monkeypatch.context() as patch:
+        sizes = failing(patch, lambda seeds: None)
+        assert scale().code == 0
+    assert sizes == [1]  # the one image that is missing
+    assert not (scale.folder / "00007" / "error.json").exists()
+    assert snapshot(scale.folder).keys() >= {n for n in reference if not n.startswith(".work")}
+
+
+def test_a_reply_without_an_image_fails(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = scale("--max-new-tokens", 2, "--limit", 1)
+    assert result.code == 1
+    assert "00000  the model's reply asks for no image within --max-new-tokens 2" in result.err
+    assert not list(scale.folder.glob("00000/samples/*"))
+
+
+def test_out_of_memory_halves_the_batch(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(seeds: list[int]) -> Exception | None:
+        error = DeviceError("cuda: out of GPU memory")
+        error.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
+        return error if len(seeds) > 1 else None
+
+    sizes = failing(monkeypatch, out_of_memory)
+    result = scale("--batch-size", 4, "--limit", 2)
+    assert result.code == 0
+    assert sizes == [4, 2, 1, 1, 1, 1, 1, 1, 1, 1]
+    assert "prompt 0: out of memory with 4 images at once; going on with 2" in result.err
+
+
+def test_scores_that_are_no_numbers_fail(scale: Scale, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward, "score", lambda self, images, prompt: [float("nan")] * len(images))
+    result = scale("--reward", "imagereward", "--limit", 1)
+    assert result.code == 1
+    assert "the reward came out as nan" in result.err

@@ -1,0 +1,249 @@
+"""What an experiment leaves: the tree, the records, the same whichever way it was run; bad input."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from scale_rae.pipeline import ScaleRAE, image_seed
+from scale_rae.scaling.experiment import Settings
+from tests.made_checkpoints import GOLDENS
+from tests.scaling.conftest import PROMPTS, QUICK, Scale, record, snapshot, write_prompts
+
+
+def test_tree_and_records(scale: Scale, reference: dict[str, bytes]) -> None:
+    samples = [f"samples/{i:05}.png" for i in range(4)]
+    names = [f"{index}/{name}" for index in ("00000", "00002", "00007") for name in ("metadata.jsonl", *samples)]
+    assert sorted(n for n in reference if not n.startswith(".work")) == sorted(names)
+    first = json.loads(reference["00000/metadata.jsonl"])
+    assert first["tag"] == "single_object"
+    assert first["include"] == [{"class": "circle", "count": 1}]
+    assert first["request"] == "Can you generate a photo of a red circle"
+    assert first["prompt"] == "a photo of a red circle"
+    assert (first["index"], first["n_samples"], first["scaling_rounds"]) == (0, 2, 2)
+    assert first["image_seeds"] == [image_seed(42, 0, i) for i in range(4)]
+    assert first["reward"] is first["all_ir_scores"] is first["top_ir_indices"] is None
+    assert list(first["text_responses"]) == ["0", "1", "2", "3"]
+    for entry in first["text_responses"].values():
+        assert entry["question"] == "Does this image align with the prompt: a photo of a red circle?"
+        sign = {"yes": entry["yes_conf_score"], "no": -entry["no_conf_score"], "uncertain": 0}
+        assert entry["score"] == sign[entry["answer"]]
+        assert {"reply", "prompt_loss", "prompt_conf_score", "image_conf_score", "response_conf_score"} < entry.keys()
+    assert json.loads(reference["00007/metadata.jsonl"])["image_seeds"][0] == image_seed(42, 7, 0)
+
+
+def test_underscores_and_the_guides_script(tmp_path: Path, scale: Scale) -> None:
+    root = Path(__file__).parents[2]
+    argv = [sys.executable, root / "scaling_experiment.py", "t2i", "--metadata_file", tmp_path / "none.jsonl", *QUICK]
+    ran = subprocess.run([str(a) for a in argv], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1
+    assert ran.stderr == f"error: {tmp_path}/none.jsonl: no such prompt file\n"
+
+
+def test_two_workers_leave_the_same_bytes(scale: Scale, reference: dict[str, bytes]) -> None:
+    assert scale("--devices", "cpu,cpu", device=False).code == 0
+    assert snapshot(scale.folder) == reference
+    for rank in range(2):
+        assert (scale.folder / "logs" / f"worker-{rank}.log").read_text().rstrip().endswith("done")
+
+
+def test_launched_ranks_leave_the_same_bytes(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setattr("scale_rae.scaling.worker.reversed", lambda others: [], raising=False)  # nothing taken over
+    assert scale().code == 1  # rank 0's prompts are not there
+    assert [p.name for p in sorted(scale.folder.glob("0*"))] == ["00007"]
+    monkeypatch.setenv("RANK", "0")
+    assert scale().code == 0
+    assert snapshot(scale.folder) == reference
+
+
+def test_a_worker_takes_over_what_others_leave(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("WORLD_SIZE", "3"), ("RANK", "2"), ("LOCAL_RANK", "2")):
+        monkeypatch.setenv(name, value)
+    assert scale().code == 0
+    assert snapshot(scale.folder) == reference
+
+
+def test_another_batch_size_differs_by_rounding(scale: Scale, reference: dict[str, bytes], tmp_path: Path) -> None:
+    assert scale("--batch-size", 3).code == 0
+    (tmp_path / "r").mkdir()
+    for index in (0, 2, 7):
+        mine, theirs = record(scale.folder, index), json.loads(reference[f"{index:05}/metadata.jsonl"])
+        for i in range(4):
+            name = f"{index:05}/samples/{i:05}.png"
+            (tmp_path / "r" / "x.png").write_bytes(reference[name])
+            a, b = (np.asarray(Image.open(p)).astype(int) for p in (scale.folder / name, tmp_path / "r" / "x.png"))
+            assert np.abs(a - b).max() <= 1
+            for key, value in theirs["text_responses"][str(i)].items():
+                other = mine["text_responses"][str(i)][key]
+                assert other == (pytest.approx(value, abs=1e-4) if isinstance(value, float) else value)
+
+
+def test_reward_ranks(scale: Scale, reward: object) -> None:
+    assert scale("--reward", "imagereward", "--save-latents", "--limit", 1).code == 0
+    found = record(scale.folder)
+    scores = found["all_ir_scores"]
+    assert found["reward"] == "imagereward"
+    assert len(scores) == 4
+    assert found["top_ir_indices"] == sorted(range(4), key=lambda i: (-scores[i], i))[:2]
+    latent = torch.load(scale.folder / "00000" / "samples" / "00003_latent.pt", weights_only=True)
+    assert latent.dim() == 2
+    described = json.loads((scale.folder / "experiment.json").read_text())
+    assert described["reward"] == {"name": "imagereward", "revision": "stub"}
+
+
+def test_image_mode_reads_the_decoded_image(scale: Scale, reference: dict[str, bytes]) -> None:
+    assert scale("--post-qa-mode", "image", "--limit", 1).code == 0
+    found = record(scale.folder.with_name("2_qa_prompt_template_scale_image"))
+    assert found["qa_mode"] == "image"
+    other = json.loads(reference["00000/metadata.jsonl"])
+    assert found["image_seeds"] == other["image_seeds"]
+    assert found["text_responses"]["0"]["prompt_loss"] != other["text_responses"]["0"]["prompt_loss"]
+
+
+@pytest.mark.parametrize("case", ["siglip", "webssl"])
+def test_goldens(
+    case: str, checkpoints: dict[str, Path], scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = dict(np.load(GOLDENS / f"{case}.npz", allow_pickle=False))
+    prompt = "a photo of a cat on a windowsill"
+    write_prompts(scale.prompts, [{"prompt": prompt}])
+    # The goldens' request has a question mark that the guide's prefix does not add.
+    monkeypatch.setattr(Settings, "request", lambda self, prompt: f"Can you generate {prompt}?")
+    options = ["--steps", 49, "--solver", "euler", "--n-samples", 1, "--scaling-rounds", 1]
+    options += ["--post-qa-max-new-tokens", 13, "--model-path", checkpoints[case], "--save-latents"]
+    assert scale(*options).code == 0
+    folder = scale.out / "model" / "1_qa_prompt_template_scale_latent"
+    entry = record(folder)["text_responses"]["0"]
+
+    def close(actual: Any, key: str) -> None:
+        expected = golden[key]
+        assert np.abs(np.asarray(actual) - expected).max() <= 2e-5 * np.abs(expected).max()
+
+    latent = torch.load(folder / "00000" / "samples" / "00000_latent.pt", weights_only=True).numpy()
+    close(latent if latent.shape == golden["t2i.latent"].shape else latent[::32], "t2i.latent")
+    assert record(folder)["output_text"] == str(golden["t2i.text"])
+    close(entry["prompt_loss"], "score.prompt_loss")
+    close(entry["prompt_conf_score"], "score.prompt_conf")
+    close(entry["image_conf_score"], "score.image_conf")
+    assert entry["response_conf_score"] == pytest.approx(golden["qa.conf"].mean(), rel=2e-5)
+    assert entry["answer"] == "uncertain"
+
+
+def test_a_question_of_ones_own(scale: Scale, tmp_path: Path) -> None:
+    result = scale("--post-qa-prompt", "Is this true:", "--limit", 1)
+    assert result.code == 0
+    assert "note: no {prompt} in the question 'Is this true:': the prompt is put at its end" in result.err
+    folder = scale.folder.with_name("2_prompt_scale_latent")
+    assert record(folder)["text_responses"]["0"]["question"] == "Is this true: a photo of a red circle"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "request_"),
+    [
+        ("a cat", "Can you generate a cat"),
+        ("Can you generate a cat?", "Can you generate a cat?"),
+        ("can you draw a cat", "can you draw a cat"),
+        ("Show me a cat", "Show me a cat"),
+        ("I want a cat", "I want a cat"),
+        ("paint brushes on a table", "Can you generate paint brushes on a table"),
+        ("candy on a plate", "Can you generate candy on a plate"),
+    ],
+)
+def test_prefix(prompt: str, request_: str) -> None:
+    assert Settings("p.jsonl", "m").request(prompt) == request_
+
+
+def test_prefix_of_ones_own() -> None:
+    assert Settings("p.jsonl", "m", prompt_prefix="").request("a cat") == "a cat"
+    assert Settings("p.jsonl", "m", prompt_prefix="Picture:").request("a cat") == "Picture: a cat"
+    assert Settings("p.jsonl", "m", prompt_prefix="Picture:").request("picture: a cat") == "picture: a cat"
+
+
+def test_folder_name(tmp_path: Path) -> None:
+    settings = Settings("p.jsonl", "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B")
+    assert settings.folder(tmp_path) == tmp_path / "Scale-RAE-Qwen1-5B_DiT2-4B" / "2_qa_prompt_template_scale_latent"
+
+
+@pytest.fixture
+def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(*args: object, **options: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(ScaleRAE, "from_pretrained", load)
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (["--n-samples", 0], "--n-samples 0: must be at least 1"),
+        (["--scaling-rounds", -1], "--scaling-rounds -1: must be at least 1"),
+        (["--post-qa-max-new-tokens", 0], "--post-qa-max-new-tokens 0: must be at least 1"),
+        (["--limit", 0], "--limit 0: must be at least 1"),
+        (["--seed", -1], "--seed -1: must be at least 0"),
+        (["--steps", 0], "steps"),
+        (["--guidance-interval", 1, 0], "interval"),
+        (["--post-qa-template-path", "nowhere.txt"], "nowhere.txt: no such question template"),
+        (["--device", "cuda:99"], "device cuda:99"),
+    ],
+)
+def test_bad_options(scale: Scale, options: list[object], error: str) -> None:
+    result = scale(*options)
+    assert result.code == 1
+    assert result.err.startswith("error: ")
+    assert error in result.err
+    assert not scale.out.exists()
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    "options", [["--batch-size", "x"], ["--batch-size", 0], ["--reward", "beauty"], ["--devices", "cpu"]]
+)
+def test_wrong_usage(scale: Scale, options: list[object]) -> None:
+    assert scale(*options).code == 2
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_bad_prompt_files_name_every_line(scale: Scale) -> None:
+    scale.prompts.write_text('{"prompt": "a"}\n{"prompt": 3}\nnonsense\n{"prompt": "b", "index": 0}\n')
+    result = scale()
+    assert result.code == 1
+    for text in ("line 2", "line 3", "line 4: index 0 is that of line 1 already"):
+        assert text in result.err
+
+
+def test_missing_reward_is_said_before_anything_is_drawn(scale: Scale) -> None:
+    result = scale("--reward", "imagereward", "--reward-path", "/nowhere/at/all")
+    assert result.code == 1
+    assert "/nowhere/at/all" in result.err
+    assert not list(scale.folder.glob("0*"))
+
+
+def test_extra_fields_do_not_decide(scale: Scale) -> None:
+    write_prompts(scale.prompts, [PROMPTS[0] | {"seed": 3, "n_samples": 99}])
+    assert scale().code == 0
+    assert record(scale.folder)["n_samples"] == 2
+    assert record(scale.folder)["seed"] == 3
+
+
+def test_latents_on_disk_are_deterministic(tmp_path: Path) -> None:
+    from scale_rae.outputs import latent_bytes
+
+    a, b = (hashlib.sha256(latent_bytes(torch.ones(3, 4))).hexdigest() for _ in range(2))
+    assert a == b
