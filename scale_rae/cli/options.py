@@ -70,7 +70,7 @@ Solver = Annotated[
     str,
     typer.Option(
         callback=one_of(*SOLVERS),
-        help="euler (the published schedule), heun or dpmpp_2m.",
+        help="euler (the published schedule), heun, dpmpp_2m or ab2.",
         rich_help_panel=SAMPLING,
     ),
 ]
