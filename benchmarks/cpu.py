@@ -45,7 +45,7 @@ def process_seconds(arguments: list[str]) -> float:
 def measure(model_path: str, repeat: int) -> dict[str, Any]:
     """All figures of one model, seconds unless the name says otherwise."""
     bare = statistics.median(process_seconds(["-c", "pass"]) for _ in range(repeat))
-    help_page = statistics.median(process_seconds(["-m", "scale_rae.cli", "--help"]) for _ in range(repeat))
+    help_page = statistics.median(process_seconds(["-m", "scale_rae", "--help"]) for _ in range(repeat))
     start = time.perf_counter()
     import torch
 
