@@ -45,6 +45,12 @@ class Source:
     revision: str | None = None
     own: bool = False  # a part found inside or beside the model's folder, and so found again wherever that goes
 
+    @property
+    def address(self) -> str:
+        """A name that finds the files again from any folder (a part that lies with its model: given the model)."""
+        by_name = self.own or self.revision is not None or self.name in BUNDLED
+        return self.name if by_name else str(self.folder.absolute())
+
     def identity(self) -> dict[str, str]:
         """What pins these files: the hub's commit, or a SHA-256 of each file."""
         if self.revision:

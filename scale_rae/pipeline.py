@@ -135,15 +135,13 @@ class ScaleRAE:
         norm_stats: tuple[Tensor, Tensor] | None,
         source: Source,
         decoder_name: str | None,
-        revision: str | None,
         dtype: torch.dtype,
         device: torch.device,
-        progress: LoadProgress | None = None,
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
         self.norm_stats = norm_stats  # (mean, std), each float32 broadcastable to [L, C]
         self.source, self.dtype, self.device = source, dtype, device
-        self._decoder_name, self._revision, self._progress = decoder_name, revision, progress
+        self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | None = None
         self.encoder_source: Source | None = None
@@ -193,9 +191,7 @@ class ScaleRAE:
                 ignore=_is_computed,
                 progress=(lambda done, total: progress("model", done, total)) if progress else None,
             )
-        return cls(
-            config, tokenizer, language, dit, norm_stats, source, decoder, revision, torch_dtype, torch_device, progress
-        )
+        return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device)
 
     # --- parts that load when first used -------------------------------------------------------------------------
 

@@ -95,3 +95,22 @@ def _parse_record(line: str, number: int, ordinal: int) -> PromptRecord:
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def read_template(path: Path) -> str:
+    """The text of a question template.
+
+    Raises:
+        InputError: naming the file, when it is missing, unreadable, not UTF-8, or empty.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig").strip()
+    except FileNotFoundError as e:
+        raise InputError(f"{path}: no such question template") from e
+    except OSError as e:
+        raise InputError(f"{path}: the question template cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: the question template is not valid UTF-8") from e
+    if not text:
+        raise InputError(f"{path}: the question template is empty")
+    return text

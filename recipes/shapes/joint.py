@@ -7,9 +7,9 @@ A step runs three groups of sequences through the language model at once:
 - reading: chat with a picture's latents and a question, and the answer, which is learnt.
 - small talk: text only.
 
-- An auxiliary loss holds the condition to what the prompt says: from each token's condition, one linear layer (dropped after
-  training) tells shapes, colours, relation and number. Without it the early velocity network, which cannot use the condition
-  yet, presses the differences between prompts out of it, and they take thousands of steps to come back.
+In the first steps an auxiliary loss holds the condition to what the prompt says: from each token's condition, one linear layer
+(dropped after training) tells shapes, colours, relation and number. Without it the early velocity network, which cannot use the
+condition yet, presses the differences between prompts out of it, and they take thousands of steps to come back.
 
 Flow loss: |v - (noise - data)|² at x_t = (1 - t) data + t noise, t = shift(sigmoid(normal)), on latents normalised channel by
 channel. A tenth of the conditions is replaced by the null embedding, for guidance.

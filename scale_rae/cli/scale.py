@@ -14,7 +14,7 @@ from scale_rae.cli.app import fail
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError
 from scale_rae.outputs import check_folder
-from scale_rae.promptfile import read_prompts
+from scale_rae.promptfile import read_prompts, read_template
 
 _TEMPLATE = Path(__file__).parent.parent / "assets" / "qa_prompt_template.txt"
 SCALING, JUDGING, WORKERS = "Scaling", "Judging", "Workers"
@@ -206,17 +206,7 @@ def _question(prompt: str | None, path: Path | None) -> tuple[str, str]:
     if prompt is not None:
         return prompt.strip(), "prompt"
     path = path or _TEMPLATE
-    try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such question template") from e
-    except OSError as e:
-        raise InputError(f"{path}: the question template cannot be read ({e.strerror})") from e
-    except UnicodeDecodeError as e:
-        raise InputError(f"{path}: the question template is not valid UTF-8") from e
-    if not text:
-        raise InputError(f"{path}: the question template is empty")
-    return text, path.stem
+    return read_template(path), path.stem
 
 
 class _Display:

@@ -110,14 +110,9 @@ class _Identity:
         assert self._result is not None
         if self._source.revision:
             return {"name": self._source.name, "revision": self._source.revision}
-        return {"name": self._name(), "files": self._result} | ({"with_model": True} if self._source.own else {})
-
-    def _name(self) -> str:
-        """A name that finds the files again from any folder, given the model."""
-        from scale_rae.checkpoint import BUNDLED
-
-        by_name = self._source.own or self._source.name in BUNDLED
-        return self._source.name if by_name else str(self._source.folder.absolute())
+        return {"name": self._source.address, "files": self._result} | (
+            {"with_model": True} if self._source.own else {}
+        )
 
 
 def silence_libraries() -> None:

@@ -16,7 +16,7 @@ from scale_rae.cli.session import Session, differences
 from scale_rae.errors import InputError
 from scale_rae.outputs import check_folder, read_manifest
 from scale_rae.prompt import clean_message
-from scale_rae.promptfile import read_prompts
+from scale_rae.promptfile import read_prompts, read_template
 
 # What a manifest decides, so that these options cannot go with --from-manifest.
 _RECORDED = ["num_images", "seed", "guidance_level", "guidance_interval", "steps", "solver", "max_new_tokens"]
@@ -155,18 +155,7 @@ def _post_qa(prompt: str | None, template_path: Path | None, mode: str, max_new_
         clean_message(prompt)
     if max_new_tokens < 1:
         raise InputError(f"max new tokens of an answer {max_new_tokens}: must be at least 1")
-    template = None
-    if template_path is not None:
-        try:
-            template = template_path.read_text(encoding="utf-8-sig").strip()
-        except FileNotFoundError as e:
-            raise InputError(f"{template_path}: no such question template") from e
-        except OSError as e:
-            raise InputError(f"{template_path}: the question template cannot be read ({e.strerror})") from e
-        except UnicodeDecodeError as e:
-            raise InputError(f"{template_path}: the question template is not valid UTF-8") from e
-        if not template:
-            raise InputError(f"{template_path}: the question template is empty")
+    template = read_template(template_path) if template_path is not None else None
     return o.PostQA(prompt, template, mode, max_new_tokens)
 
 

@@ -69,7 +69,7 @@ def pinned(source: Source) -> dict[str, Any]:
     """What pins a part's files: {"name", "revision"} for those of the hub, else {"name", "files": {file: SHA-256}}."""
     if source.revision:
         return {"name": source.name, "revision": source.revision}
-    return {"name": source.name if source.own else str(source.folder.absolute()), "files": source.identity()}
+    return {"name": source.address, "files": source.identity()}
 
 
 def build(make: Callable[[], Module], where: Path) -> Module:
