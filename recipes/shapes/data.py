@@ -109,15 +109,33 @@ def as_texts(sequences: Sequence[tuple[list[int], int]], pad: int) -> Texts:
     )
 
 
-def captions(encoder: WordEncoder, scenes: Iterable[Scene]) -> Ids:
-    """Descriptions of scenes as SigLIP's text tower reads them: [N, CAPTION_TOKENS], padded on the right."""
-    rows = [encoder(world.describe(scene)) for scene in scenes]
+def captions(encoder: WordEncoder, texts: Iterable[str]) -> Ids:
+    """Texts as SigLIP's text tower reads them: [N, CAPTION_TOKENS], padded on the right."""
+    rows = [encoder(text) for text in texts]
     return np.array([row + [encoder.pad] * (CAPTION_TOKENS - len(row)) for row in rows], dtype=np.int16)
 
 
 NAMED_COLOR = 0.6  # how often a mixed scene's prompt names an object's colour
+INVENTED = 0.5  # how often an invented prompt has a made-up name in a shape's or a colour's place
 
-ATTRIBUTES = (*(len(world.SHAPES) + 1,) * world.MAX_OBJECTS, *(len(world.COLORS) + 1,) * world.MAX_OBJECTS, 5, 4)
+
+def _other_words() -> list[str]:
+    """Words of small talk that are said neither in prompts nor in requests or questions, sorted."""
+    said = (*world.SHAPES, *map(world.plural, world.SHAPES), *world.COLORS, *world.NUMBERS, *world.RELATIONS)
+    said += (*world.REQUEST_WORDINGS, *world.HELD_OUT_WORDINGS, world.DESCRIBE, world.ALIGN, world.REPLY)
+    said += ("a", "an", "I", "and", "is", "there", "What", "color", "object", "objects")
+
+    def words(texts: Iterable[str]) -> set[str]:
+        return set(re.findall(r"[A-Za-z]+", " ".join(texts)))
+
+    return sorted(words((*world.CHATS, world.CHAT_REPLY)) - words(said))
+
+
+NAMES = _other_words()
+SHAPE_NAMES, COLOR_NAMES = (*world.SHAPES, *NAMES[::2]), (*world.COLORS, *NAMES[1::2])
+"""The world's words, then made-up names of shapes and colours: words that mean something else elsewhere ("a sky poem")."""
+
+ATTRIBUTES = (*(len(SHAPE_NAMES) + 1,) * world.MAX_OBJECTS, *(len(COLOR_NAMES) + 1,) * world.MAX_OBJECTS, 5, 4)
 """What a prompt says, taken apart: shapes and colours in the order it names them, the relation, the number of things; how many
 values each has, the last of a shape, colour or relation being "none"."""
 
@@ -139,12 +157,76 @@ def prompt_of(rng: random.Random, scene: Scene) -> tuple[str, tuple[int, ...]]:
     return prompt.text, _classes(prompt.shapes, prompt.colors, prompt.relation, len(scene.objects))
 
 
+def invented(rng: random.Random, scene: Scene) -> Scene:
+    """The scene with made-up names in the place of some shapes and colours, for a prompt that nothing is drawn for.
+
+    What a prompt means is learnt from pictures, of 25 pairs of shapes and 58 coloured shapes; that a prompt is made of names,
+    each of which counts for itself, is learnt from such prompts too, of some 700 pairs and 700 coloured names. Without them the
+    language model learns which of the few go together, and that the held-out ones never do.
+    """
+    if scene.kind == "counting":  # made-up names have no plural
+        return scene
+    count = len(scene.objects)
+    shapes, colors = (
+        rng.sample(SHAPE_NAMES[len(world.SHAPES) :], count),
+        rng.sample(COLOR_NAMES[len(world.COLORS) :], count),
+    )
+    things = [
+        thing._replace(
+            shape=shape if rng.random() < INVENTED else thing.shape,
+            color=color if rng.random() < INVENTED else thing.color,
+        )
+        for thing, shape, color in zip(scene.objects, shapes, colors, strict=True)
+    ]
+    return scene._replace(objects=tuple(things))
+
+
 def _classes(shapes: Sequence[str], colors: Sequence[str], relation: str, number: int) -> tuple[int, ...]:
-    none_shape, none_color = len(world.SHAPES), len(world.COLORS)
-    shape = [*map(world.SHAPES.index, shapes), *(none_shape,) * world.MAX_OBJECTS][: world.MAX_OBJECTS]
-    color = [none_color if not name else world.COLORS.index(name) for name in colors]
+    none_shape, none_color = len(SHAPE_NAMES), len(COLOR_NAMES)
+    shape = [*map(SHAPE_NAMES.index, shapes), *(none_shape,) * world.MAX_OBJECTS][: world.MAX_OBJECTS]
+    color = [none_color if not name else COLOR_NAMES.index(name) for name in colors]
     color = [*color, *(none_color,) * world.MAX_OBJECTS][: world.MAX_OBJECTS]
     return *shape, *color, world.RELATIONS.index(relation) if relation else len(world.RELATIONS), number - 1
+
+
+MATCHES = 6
+"""Texts for each scene of the "match" stream: two true, four nearly so."""
+
+
+def matches(rng: random.Random, scene: Scene) -> list[tuple[str, bool]]:
+    """`MATCHES` texts for a scene and whether they describe it: its description and a prompt; the prompt with one attribute
+    changed, twice; the description and a prompt of a scene with one object changed."""
+    told = world.true_prompts(scene)
+    prompt = rng.choice(told) if told else None
+    other = _altered(rng, scene)
+    texts = [(world.describe(scene), True), (prompt.text if prompt else _listing(rng, scene), True)]
+    for _ in range(2):
+        text = world.changed(rng, prompt).text if prompt else _listing(rng, _altered(rng, scene))
+        texts.append((text, False))
+    others = world.true_prompts(other)
+    # Only prompts that name what was changed are false: the lists do, as descriptions do.
+    text = next((p.text for p in others if p.tag == "color_attr"), None) or _listing(rng, other)
+    return [*texts, (world.describe(other), False), (text, False)]
+
+
+def _listing(rng: random.Random, scene: Scene) -> str:
+    """A prompt that names every object with its colour, in any order."""
+    things = rng.sample(scene.objects, len(scene.objects))
+    return "a photo of " + world.listed([world.with_article(f"{thing.color} {thing.shape}") for thing in things])
+
+
+def _altered(rng: random.Random, scene: Scene) -> Scene:
+    """The scene with another shape or another colour of one object, nothing held out."""
+    while True:
+        place = rng.randrange(len(scene.objects))
+        old = scene.objects[place]
+        if rng.random() < 0.5:
+            new = old._replace(shape=rng.choice([shape for shape in world.SHAPES if shape != old.shape]))
+        else:
+            new = old._replace(color=rng.choice([color for color in world.COLORS if color != old.color]))
+        objects = (*scene.objects[:place], new, *scene.objects[place + 1 :])
+        if not world.shows_held_out(objects):
+            return scene._replace(objects=objects)
 
 
 def _wording(rng: random.Random) -> str:
@@ -156,7 +238,7 @@ def chats(encoder: WordEncoder) -> Texts:
     return as_texts([encoder.chat(message, world.CHAT_REPLY) for message in world.CHATS], encoder.pad)
 
 
-Stream = Literal["encode", "draw", "read"]
+Stream = Literal["encode", "draw", "read", "invent", "match"]
 
 
 @dataclass(frozen=True)
@@ -166,24 +248,30 @@ class Chunk:
     scenes: SceneBatch
     texts: Texts
     attributes: NDArray[np.int8]
-    """[N, 10] of the prompts ("draw"), else [N, 0]."""
+    """[N, 10] of the prompts ("draw", "invent"); [N, MATCHES], 1 for true ("match"); else [N, 0]."""
 
 
 def make_chunk(
     number: int, count: int, stream: Stream, seed: int, kinds: tuple[str, ...], encoder: WordEncoder
 ) -> Chunk:
     """Chunk `number` of a stream: `count` scenes with captions, requests or questions."""
-    code = ("encode", "draw", "read").index(stream)
+    code = ("encode", "draw", "read", "invent", "match").index(stream)
     scenes = world.sample(np.random.default_rng([seed, code, number]), count, kinds, "exclude")
     rng = random.Random(f"{seed}/{stream}/{number}")
     listed = list(scenes)
     if stream == "encode":
-        ids = captions(encoder, listed)
+        ids = captions(encoder, map(world.describe, listed))
         texts = Texts(ids, np.full(count, CAPTION_TOKENS, np.int16), np.zeros(count, np.int16))
         return Chunk(scenes, texts, np.zeros((count, 0), np.int8))
     told = np.zeros((count, 0), np.int8)
-    if stream == "draw":
-        prompts = [prompt_of(rng, scene) for scene in listed]
+    if stream == "match":
+        pairs = [matches(rng, scene) for scene in listed]
+        ids = captions(encoder, (text for scene in pairs for text, _ in scene)).reshape(count, -1)
+        texts = Texts(ids, np.full(count, ids.shape[1], np.int16), np.zeros(count, np.int16))
+        return Chunk(scenes, texts, np.array([[true for _, true in scene] for scene in pairs], np.int8))
+    if stream in ("draw", "invent"):
+        named = listed if stream == "draw" else [invented(rng, scene) for scene in listed]
+        prompts = [prompt_of(rng, scene) for scene in named]
         told = np.array([classes for _, classes in prompts], np.int8)
         sequences = [(encoder.request(world.request(_wording(rng), text)), 0) for text, _ in prompts]
     else:
@@ -192,7 +280,8 @@ def make_chunk(
 
 
 def make(stream: Stream, count: int, seed: int, encoder: WordEncoder, kinds: Sequence[str], workers: int = 0) -> Chunk:
-    """`count` scenes with their texts: "encode" captions, "draw" requests and replies, "read" questions and answers.
+    """`count` scenes with their texts: "encode" captions, "draw" requests and replies, "read" questions and answers,
+    "invent" requests with made-up names, which no scene fits, "match" captions true and false, MATCHES in a row.
 
     `workers` 0 picks one for each core but two; 1 works in this process.
     """

@@ -1,4 +1,4 @@
-"""Stage 4: the trained parts as one folder in the published layout.
+"""Stage 5: the trained parts as one folder in the published layout.
 
 DIR/config.json, model-0000x-of-0000y.safetensors, model.safetensors.index.json, tokenizer files
 DIR/shapes/siglip-patch16-128/   the encoder with its image processor and tokenizer
@@ -35,7 +35,7 @@ def export(out: Path, target: Path, preset: Preset) -> int:
     """
     parts = {
         "model": out / "joint" / "model.safetensors",
-        "encoder": out / "encoder" / "encoder.safetensors",
+        "encoder": out / "reward" / "encoder.safetensors",
         "decoder": out / "decoder" / "decoder.safetensors",
     }
     weights = {name: common.load_weights(path) for name, path in parts.items()}

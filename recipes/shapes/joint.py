@@ -1,15 +1,17 @@
-"""Stage 3: language model, latent queries and velocity network together, on the frozen encoder's latents.
+"""Stage 4: language model, latent queries and velocity network together, on the frozen encoder's latents.
 
 A step runs three groups of sequences through the language model at once:
 
 - drawing: chat(request) + reply + <im_start> + the L latent queries. Text loss on the reply; the hidden states at the queries
-  are the condition of `copies` noisy latents each, for the flow loss.
+  are the condition of `copies` noisy latents each, for the flow loss. Some such requests follow a picture, which they ignore.
+- naming: requests with made-up names (`data.invented`), with queries but no picture.
 - reading: chat with a picture's latents and a question, and the answer, which is learnt.
 - small talk: text only.
 
-In the first steps an auxiliary loss holds the condition to what the prompt says: from each token's condition, one linear layer
-(dropped after training) tells shapes, colours, relation and number. Without it the early velocity network, which cannot use the
-condition yet, presses the differences between prompts out of it, and they take thousands of steps to come back.
+An auxiliary loss holds the conditions of drawing and naming to what the prompt says: from each token's condition, one linear
+layer (dropped after training) tells shapes, colours, relation and number. Without it the early velocity network, which cannot
+use the condition yet, presses the differences between prompts out of it; and without the made-up names the language model
+learns the few pairs of names by heart. For the same reason little of the flow loss' gradient reaches it (`FLOW_GRADIENT`).
 
 Flow loss: |v - (noise - data)|² at x_t = (1 - t) data + t noise, t = shift(sigmoid(normal)), on latents normalised channel by
 channel. A tenth of the conditions is replaced by the null embedding, for guidance.
@@ -20,6 +22,7 @@ channel. A tenth of the conditions is replaced by the null embedding, for guidan
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,9 +47,7 @@ from scale_rae.shapes import world
 READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: generated ones are never clean
 TEXT_WEIGHT = 0.3
 ATTRIBUTE_WEIGHT = 0.1
-ATTRIBUTE_STEPS = (
-    1500  # over which its weight falls to zero: longer, it teaches that what training never shows cannot be said
-)
+FLOW_GRADIENT = 0.1  # share of the flow loss' gradient by the condition that goes on into the language model
 PREFIX = "diff_head.model."
 
 
@@ -54,7 +55,9 @@ PREFIX = "diff_head.model."
 class Batch:
     """Rows of each kind in a step; `copies` noisy latents for each drawing condition."""
 
-    draw: int = 512
+    draw: int = 480
+    follow: int = 32  # drawings asked for after a picture was shown
+    name: int = 128
     read: int = 320
     chat: int = 16
     copies: int = 2
@@ -96,10 +99,10 @@ class Sequences:
         return cls(ids, length + len(head), torch.from_numpy(texts.answer).to(device).long() + len(head))
 
 
-def shared_width(preset: Preset, words: Vocabulary, draws: Texts, reads: Texts) -> int:
+def shared_width(preset: Preset, words: Vocabulary, requests: tuple[Texts, ...], reads: Texts) -> int:
     """Length that every sequence fits in, a multiple of 8."""
     head = len(words.encoder.image_head)
-    longest = max(int(draws.length.max()), head + int(reads.length.max())) + preset.tokens
+    longest = max(*(int(texts.length.max()) for texts in requests), head + int(reads.length.max())) + preset.tokens
     return -(-longest // 8) * 8
 
 
@@ -111,21 +114,28 @@ class Pools:
         preset: Preset,
         words: Vocabulary,
         draws: Chunk,
+        names: Chunk,
         reads: Chunk,
         latents: tuple[Tensor, Tensor],
         device: torch.device,
     ) -> None:
         """`latents` of the drawing and the reading scenes: [N, L·C] bfloat16."""
-        self.width = shared_width(preset, words, draws.texts, reads.texts)
+        self.width = shared_width(preset, words, (draws.texts, names.texts), reads.texts)
         self.draw_latents, self.read_latents = latents
         self.tokens, self.channels, self.side = preset.tokens, preset.channels, preset.side
         encoder, pad = words.encoder, words.pad
         self.image_place = len(encoder.image_head)
         queries = tuple(range(words.size, words.size + preset.tokens))
         self.draw = Sequences.of(draws.texts, device, pad, self.width, tail=queries)
+        self.name = Sequences.of(names.texts, device, pad, self.width, tail=queries)
         head = (*encoder.image_head, *(pad,) * preset.tokens)
         self.read = Sequences.of(reads.texts, device, pad, self.width, head=head)
-        self.attributes = torch.from_numpy(draws.attributes).to(device).long()  # [N, 10]
+        self.attributes, self.name_attributes = (
+            torch.from_numpy(chunk.attributes).to(device).long() for chunk in (draws, names)
+        )  # [N, 10]
+        # What stands before a request that follows a picture, in the place of `text_head` tokens.
+        self.text_head = len(encoder.head)
+        self.shown_head = torch.tensor([*head, *encoder.image_between], device=device)
         self.chat = Sequences.of(data.chats(encoder), device, pad, self.width)
         self.answer_width = int((self.read.length - self.read.answer).max())
         self.chat_width = int((self.chat.length - self.chat.answer).max())
@@ -153,7 +163,10 @@ class Loss:
         """`step` [] counts training steps, on the device."""
         self.step = step
         self.language, self.dit, self.pools, self.batch, self.dtype = language, dit, pools, batch, dtype
+        self.further = len(pools.shown_head) - pools.text_head  # places by which a picture shifts a request
+        self.shown_width = -(-(pools.width + self.further) // 8) * 8
         self.rotary = networks.positions(language, pools.width, dtype)
+        self.shown_rotary = networks.positions(language, self.shown_width, dtype)
         self.vocabulary = config.vocab_size
         self.table_size = -(-(config.vocab_size + pools.tokens) // 8) * 8
         self.shift = time_shift(config.channels, config.tokens, config.base_dim)
@@ -161,34 +174,58 @@ class Loss:
 
     def __call__(self) -> tuple[Tensor, Metrics]:
         pools, batch = self.pools, self.batch
-        draw, read, chat = (
+        draw, follow, name, read, chat = (
             torch.randint(len(sequences), (count,), device=self.device)
-            for sequences, count in ((pools.draw, batch.draw), (pools.read, batch.read), (pools.chat, batch.chat))
+            for sequences, count in (
+                (pools.draw, batch.draw),
+                (pools.draw, batch.follow),
+                (pools.name, batch.name),
+                (pools.read, batch.read),
+                (pools.chat, batch.chat),
+            )
         )
-        draw_ids, read_ids, chat_ids = (
+        draw_ids, name_ids, read_ids, chat_ids = (
             sequences.ids.index_select(0, rows).long()
-            for sequences, rows in ((pools.draw, draw), (pools.read, read), (pools.chat, chat))
+            for sequences, rows in ((pools.draw, draw), (pools.name, name), (pools.read, read), (pools.chat, chat))
         )
-        embeds = self.embed(torch.cat([draw_ids, read_ids, chat_ids]))
-        place, end = pools.image_place, batch.draw + batch.read
-        image = self.language.model.mm_projector(self._read_latents(read).to(self.dtype))
-        reading = embeds[batch.draw : end]
-        reading = torch.cat([reading[:, :place], image, reading[:, place + pools.tokens :]], dim=1)
-        embeds = torch.cat([embeds[: batch.draw], reading, embeds[end:]])
-        hidden = networks.hidden_states(self.language, embeds, self.rotary)
+        embeds = self.embed(torch.cat([draw_ids, name_ids, read_ids, chat_ids]))
+        asked = batch.draw + batch.name
+        end = asked + batch.read
+        reading = self._with_image(embeds[asked:end], self._read_latents(read))
+        hidden = networks.hidden_states(self.language, torch.cat([embeds[:asked], reading, embeds[end:]]), self.rotary)
+        shown = networks.hidden_states(self.language, self._shown(follow), self.shown_rotary)
 
         length = pools.draw.length.index_select(0, draw)
-        condition = self.queried(hidden[: batch.draw], length)
-        flow = self._flow(draw, condition)
-        told, known = self._attributes(condition, pools.attributes.index_select(0, draw))
-        replies = self._replies(hidden[: batch.draw], length)
-        answers, right = self._answers(hidden[batch.draw : end], read_ids, pools.read, read, pools.answer_width)
+        shown_length = pools.draw.length.index_select(0, follow) + self.further
+        drawing = torch.cat(
+            [self.queried(hidden[: batch.draw], length), self.queried(shown, shown_length)]
+        )  # [draw + follow, L, Z]
+        naming = self.queried(hidden[batch.draw : asked], pools.name.length.index_select(0, name))
+        flow = self._flow(torch.cat([draw, follow]), FLOW_GRADIENT * drawing + (1 - FLOW_GRADIENT) * drawing.detach())
+        told, known = self._attributes(drawing, pools.attributes.index_select(0, torch.cat([draw, follow])))
+        names, named = self._attributes(naming, pools.name_attributes.index_select(0, name))
+        replies = self._replies(hidden[: batch.draw], length) + 0.1 * self._replies(shown, shown_length)
+        answers, right = self._answers(hidden[asked:end], read_ids, pools.read, read, pools.answer_width)
         talk, _ = self._answers(hidden[end:], chat_ids, pools.chat, chat, pools.chat_width)
         text = replies + answers + 0.1 * talk
         metrics = {"flow": flow, "reply": replies, "answer": answers, "talk": talk, "yes_no": right}
-        metrics |= {"attributes": told, "known": known}
-        weight = ATTRIBUTE_WEIGHT * (1 - self.step / ATTRIBUTE_STEPS).clamp(min=0)
-        return flow + TEXT_WEIGHT * text + weight * told, metrics
+        metrics |= {"attributes": told, "known": known, "names": names, "named": named}
+        return flow + TEXT_WEIGHT * text + ATTRIBUTE_WEIGHT * (told + names), metrics
+
+    def _with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
+        """Embeddings [B, T, H] with the projected latents [B, L, C] in the image's places."""
+        place, tokens = self.pools.image_place, self.pools.tokens
+        image = self.language.model.mm_projector(latents.to(self.dtype))
+        return torch.cat([embeds[:, :place], image, embeds[:, place + tokens :]], dim=1)
+
+    def _shown(self, rows: Tensor) -> Tensor:
+        """Embeddings [B, T, H] of requests of the drawing pool, each after some picture of the reading pool."""
+        pools = self.pools
+        request = pools.draw.ids.index_select(0, rows).long()[:, pools.text_head :]
+        ids = torch.cat([pools.shown_head.expand(len(rows), -1), request], dim=1)
+        ids = F.pad(ids, (0, self.shown_width - ids.shape[1]))
+        pictures = torch.randint(len(pools.read), (len(rows),), device=self.device)
+        return self._with_image(self.embed(ids), self._read_latents(pictures))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [B, T, H] of ids [B, T] that may stand for latent queries."""
@@ -270,12 +307,14 @@ class Loss:
 def flops(preset: Preset, model: FlatModel, pools: Pools, batch: Batch) -> float:
     """Floating-point operations of a step: 6 a matrix element and token, and attention."""
     sizes = {name: t.numel() for name, t in model.tensors().items() if t.dim() == 2 and "embed_tokens" not in name}
-    sequences = batch.draw + batch.read + batch.chat
-    language = sum(n for name, n in sizes.items() if ".layers." in name) * sequences * pools.width
+    sequences = batch.draw + batch.name + batch.read + batch.chat
+    tokens = sequences * pools.width + batch.follow * (pools.width + preset.tokens)
+    drawn = (batch.draw + batch.follow) * batch.copies
+    language = sum(n for name, n in sizes.items() if ".layers." in name) * tokens
     dit = sum(n for name, n in sizes.items() if ".dit_blocks." in name or ".final_layer." in name)
-    dit *= batch.draw * batch.copies * preset.tokens
-    attention = preset.language_depth * sequences * pools.width**2 * preset.language_width
-    attention += 2 * preset.dit_depth * batch.draw * batch.copies * preset.tokens**2 * preset.dit_width
+    dit *= drawn * preset.tokens
+    attention = preset.language_depth * tokens * pools.width * preset.language_width
+    attention += 2 * preset.dit_depth * drawn * preset.tokens**2 * preset.dit_width
     return 6.0 * (language + dit + attention)
 
 
@@ -287,17 +326,19 @@ class Data:
     """Scenes and texts, before the device is touched."""
 
     draw: Chunk
+    name: Chunk
     read: Chunk
 
 
 def make_data(args: argparse.Namespace, words: Vocabulary) -> Data:
-    """Scenes and texts of both pools."""
+    """Scenes and texts of all pools."""
     start = time.perf_counter()
     chunks = Data(
         data.make("draw", args.draw_pool, args.seed, words.encoder, data.DRAW_KINDS, args.workers),
+        data.make("invent", args.name_pool, args.seed, words.encoder, data.DRAW_KINDS, args.workers),
         data.make("read", args.read_pool, args.seed, words.encoder, world.SCENE_KINDS, args.workers),
     )
-    say(f"{args.draw_pool} + {args.read_pool} scenes and texts: {time.perf_counter() - start:.1f} s")
+    say(f"{args.draw_pool} + {args.name_pool} + {args.read_pool} scenes and texts: {time.perf_counter() - start:.1f} s")
     return chunks
 
 
@@ -312,7 +353,7 @@ def make_pools(
     else:
         siglip = frozen_encoder(args, words, preset, device)
         latents = tuple(pools.latent_pool(siglip, c.scenes, preset, device) for c in (chunks.draw, chunks.read))
-    made = Pools(preset, words, chunks.draw, chunks.read, (latents[0], latents[1]), device)
+    made = Pools(preset, words, chunks.draw, chunks.name, chunks.read, (latents[0], latents[1]), device)
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
@@ -359,11 +400,14 @@ def arguments() -> argparse.ArgumentParser:
     parser = common.parser(__doc__, steps=45_000, seconds=1055, lr=1.5e-3, muon_lr=0.02, ema=0.9995, decay=0.4)
     default = Batch()
     parser.add_argument("--draw-batch", type=int, default=default.draw)
+    parser.add_argument("--follow-batch", type=int, default=default.follow, help="drawings asked for after a picture")
+    parser.add_argument("--name-batch", type=int, default=default.name, help="requests with made-up names")
     parser.add_argument("--read-batch", type=int, default=default.read)
     parser.add_argument("--chat-batch", type=int, default=default.chat)
     parser.add_argument("--copies", type=int, default=default.copies, help="noisy latents for each condition")
     parser.add_argument("--draw-pool", type=int, default=1_500_000, help="scenes to draw")
-    parser.add_argument("--read-pool", type=int, default=800_000, help="scenes to read")
+    parser.add_argument("--name-pool", type=int, default=800_000, help="requests with made-up names")
+    parser.add_argument("--read-pool", type=int, default=2_000_000, help="scenes to read")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="begin with the weights of an exported model")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 on the CPU too")
     parser.add_argument("--compact", type=Path, metavar="DIR", help="also save a small state there, in files of 15 MB")
@@ -376,6 +420,11 @@ def arguments() -> argparse.ArgumentParser:
     )
     parser.add_argument("--profile", action="store_true", help="with --bench: also list the slowest kernels")
     return parser
+
+
+def batch_of(args: argparse.Namespace) -> Batch:
+    """`Batch` of parsed arguments."""
+    return Batch(args.draw_batch, args.follow_batch, args.name_batch, args.read_batch, args.chat_batch, args.copies)
 
 
 def main(argv: list[str] | None = None) -> bool:
@@ -391,17 +440,23 @@ def main(argv: list[str] | None = None) -> bool:
     if args.bench:
         bench(args, words, preset, made, device, dtype)
         return False
-    batch = Batch(args.draw_batch, args.read_batch, args.chat_batch, args.copies)
+    batch = batch_of(args)
     common.set_seed(args.seed)  # the same start whatever the pools took
     config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
     if args.start_from:
         start_from(model, args.start_from)
     loss = Loss(config, language, dit, made, batch, dtype, model.step)
     settings = common.fingerprint(
-        preset, model.options, batch=vars(batch), pools=[args.draw_pool, args.read_pool], seed=args.seed
+        preset,
+        model.options,
+        batch=vars(batch),
+        pools=[args.draw_pool, args.name_pool, args.read_pool],
+        seed=args.seed,
     )
     compiled = [] if args.no_compile else networks.compiled_parts(language, dit)
-    trainer = Trainer(model, loss, loop_options(args), folder, settings, compiled)
+    trainer = Trainer(
+        model, loss, loop_options(args), folder, settings, compiled, lambda: finish(model, made, preset, folder)
+    )
     if args.from_compact and not (folder / "state.pt").is_file():
         trainer.load_compact(args.from_compact)
     outcome = trainer.run()
@@ -421,7 +476,7 @@ def bench(
     rows = []
     for variant in args.variants or [own]:
         kind, draw, read, copies = variant.split(":")
-        batch = Batch(int(draw), int(read), args.chat_batch, int(copies))
+        batch = dataclasses.replace(batch_of(args), draw=int(draw), read=int(read), copies=int(copies))
         args.optimizer = kind
         config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
         loss = Loss(config, language, dit, made, batch, dtype, model.step)

@@ -133,9 +133,11 @@ class Trainer:
         folder: Path,
         settings: str,
         compiled: Iterable[nn.Module] = (),
+        after_save: Callable[[], None] | None = None,
     ) -> None:
         """`folder` gets log.jsonl and state.pt; `settings` names what a continued run must have in common; `compiled` are the
-        modules to compile."""
+        modules to compile; `after_save` is called after each state.pt, to write what another process may look at."""
+        self.after_save = after_save
         self.compiled = list(compiled)
         self.model, self.loss, self.options, self.folder, self.settings = model, loss, options, folder, settings
         self.names: list[str] = []
@@ -259,6 +261,8 @@ class Trainer:
             stop |= options.stop_at is not None and self.done >= options.stop_at
             if finished or stop or now - saved > options.checkpoint_seconds:
                 self.save()
+                if self.after_save:
+                    self.after_save()
                 saved = mark = time.perf_counter()
             if finished or stop:
                 return "finished" if finished else "stopped"

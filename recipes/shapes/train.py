@@ -1,4 +1,4 @@
-"""All stages in order: encoder, pixel decoder, joint training, export, a first look.
+"""All stages in order: encoder, pixel decoder, image-text score, joint training, export, a first look.
 
     python -m recipes.shapes.train --out runs/shapes --export exported/shapes
 
@@ -24,12 +24,15 @@ LEAST_SECONDS = 60  # left of --stop-after, below which no stage is started
 TINY: dict[str, str] = {
     "encoder": "--tiny --steps 60 --batch 48 --pool 1000 --workers 1 --log-every 10 --warmup 10 --no-compile",
     "decoder": "--tiny --steps 20 --batch 48 --pool 500 --workers 1 --log-every 10 --warmup 5 --no-compile",
-    "joint": "--tiny --steps 60 --draw-batch 24 --read-batch 12 --chat-batch 4 --draw-pool 1000 --read-pool 500 "
+    "reward": "--tiny --steps 20 --batch 32 --pool 500 --workers 1 --log-every 10 --warmup 5 --no-compile",
+    "joint": "--tiny --steps 60 --draw-batch 24 --follow-batch 4 --name-batch 8 --read-batch 12 --chat-batch 4 --draw-pool 1000 "
+    "--name-pool 500 --read-pool 500 "
     "--workers 1 --log-every 10 --warmup 10 --no-compile",
 }
 WEIGHTS = {
     "encoder": "encoder/encoder.safetensors",
     "decoder": "decoder/decoder.safetensors",
+    "reward": "reward/encoder.safetensors",
     "joint": "joint/finished",
 }
 

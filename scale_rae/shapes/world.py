@@ -253,6 +253,16 @@ def _places(
     return center, radius
 
 
+def shows_held_out(objects: Sequence[Object]) -> bool:
+    """Whether training may not show these objects together: a held-out (colour, shape), shape pair or (count, shape)."""
+    number = Counter(thing.shape for thing in objects)
+    return (
+        not _COLOR_SHAPE_SET.isdisjoint((thing.color, thing.shape) for thing in objects)
+        or any(number[a] and number[b] for a, b in HELD_OUT_SHAPE_PAIRS)
+        or not _COUNT_SET.isdisjoint((count, shape) for shape, count in number.items())
+    )
+
+
 # Prompts ----------------------------------------------------------------------------------------------------------------------
 
 

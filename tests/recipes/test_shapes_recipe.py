@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,12 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 
 def small_pools(vocabulary: Vocabulary, device: torch.device = CPU) -> joint.Pools:
     draws = data.make("draw", 64, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
+    names = data.make("invent", 64, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
     reads = data.make("read", 64, 0, vocabulary.encoder, world.SCENE_KINDS, workers=1)
     generator = torch.Generator().manual_seed(0)
     shape = (64, TINY.tokens * TINY.channels)
     latents = tuple(torch.randn(shape, generator=generator).bfloat16().to(device) for _ in range(2))
-    return joint.Pools(TINY, vocabulary, draws, reads, (latents[0], latents[1]), device)
+    return joint.Pools(TINY, vocabulary, draws, names, reads, (latents[0], latents[1]), device)
 
 
 def small_trainer(vocabulary: Vocabulary, folder: Path, kind: str = "muon", steps: int = 8, **options: int) -> Trainer:
@@ -46,7 +48,15 @@ def small_trainer(vocabulary: Vocabulary, folder: Path, kind: str = "muon", step
     made = small_pools(vocabulary)
     optimizer = OptimizerOptions(kind=kind, warmup=2)  # type: ignore[arg-type]
     config, language, dit, model = joint.build(vocabulary, TINY, CPU, torch.float32, optimizer, steps)
-    loss = joint.Loss(config, language, dit, made, joint.Batch(8, 6, 2, 2), torch.float32, model.step)
+    loss = joint.Loss(
+        config,
+        language,
+        dit,
+        made,
+        joint.Batch(draw=8, follow=3, name=4, read=6, chat=2, copies=2),
+        torch.float32,
+        model.step,
+    )
     return Trainer(model, loss, LoopOptions(steps=steps, log_every=4, **options), folder, "same")
 
 
@@ -84,7 +94,12 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
     color_shapes, pairs, counts = (
         set(held) for held in (world.HELD_OUT_COLOR_SHAPES, world.HELD_OUT_SHAPE_PAIRS, world.HELD_OUT_COUNTS)
     )
-    for stream, kinds in (("encode", world.SCENE_KINDS), ("draw", data.DRAW_KINDS), ("read", world.SCENE_KINDS)):
+    for stream, kinds in (
+        ("encode", world.SCENE_KINDS),
+        ("draw", data.DRAW_KINDS),
+        ("read", world.SCENE_KINDS),
+        ("invent", data.DRAW_KINDS),
+    ):
         chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)  # type: ignore[arg-type]
         for scene in chunk.scenes:
             shapes = [thing.shape for thing in scene.objects]
@@ -95,6 +110,9 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
             text = vocabulary.tokenizer.decode(ids[:length].tolist())
             assert not any(f"{color} {shape}" in text for color, shape in color_shapes), text
             assert not any(f"{world.NUMBERS[n]} {world.plural(shape)}" in text for n, shape in counts), text
+            if stream in ("draw", "invent"):
+                named = [shape for shape in world.SHAPES if re.search(rf"\b{shape}", text)]
+                assert pairs.isdisjoint((a, b) for a in named for b in named), text
             assert not any(wording.partition("{")[0] in text for wording in world.HELD_OUT_WORDINGS), text
 
 
@@ -132,6 +150,44 @@ def test_condition_in_training_is_the_condition_at_inference(vocabulary: Vocabul
         assert reply.ids == vocabulary.encoder.reply
         assert reply.condition is not None
         torch.testing.assert_close(reply.condition, condition, atol=1e-4, rtol=1e-4)
+
+
+def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    loss = small_trainer(vocabulary, tmp_path).loss
+    assert isinstance(loss, joint.Loss)
+    language, made = loss.language, loss.pools
+    for parameter in language.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    rows = torch.arange(5)
+    latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
+    loss._read_latents = lambda _: latents  # type: ignore[method-assign]
+    hidden = networks.hidden_states(language, loss._shown(rows), loss.shown_rotary)
+    trained = loss.queried(hidden, made.draw.length[rows] + loss.further)
+    encoder = vocabulary.encoder
+    language.lm_head = Scripted(language, encoder.reply)
+    messages = []
+    for i, latent in zip(rows, latents, strict=True):
+        request = made.draw.ids[i, len(encoder.head) : made.draw.length[i] - len(encoder.reply)].tolist()
+        messages.append(Conversation([*encoder.image_head, -200, *encoder.image_between, *request], latent))
+    text = vocabulary.tokenizer.decode(messages[0].ids[len(encoder.image_head) + 1 + 2 : -len(encoder.tail)])
+    assert messages[0].ids == vocabulary.tokenizer.chat(text, image=True)
+    replies = language.reply(messages, [20] * len(messages), vocabulary.end, vocabulary.tokenizer.image_start)
+    for reply, condition in zip(replies, trained, strict=True):
+        assert reply.condition is not None
+        torch.testing.assert_close(reply.condition, condition, atol=1e-4, rtol=1e-4)
+
+
+def test_invented_names_are_told_apart_from_real_ones(vocabulary: Vocabulary) -> None:
+    assert not set(data.NAMES) & {*world.SHAPES, *world.COLORS}
+    chunk = data.make("invent", 400, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
+    told = chunk.attributes[:, : world.MAX_OBJECTS]
+    shape_names = told[told < len(data.SHAPE_NAMES)]
+    share = (shape_names >= len(world.SHAPES)).mean()
+    assert 0.3 < share < 0.7
+    for ids, length, classes in zip(chunk.texts.ids, chunk.texts.length, chunk.attributes, strict=True):
+        text = vocabulary.tokenizer.decode(ids[:length].tolist())
+        for number in classes[: world.MAX_OBJECTS]:
+            assert number == len(data.SHAPE_NAMES) or data.SHAPE_NAMES[number] in text
 
 
 def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
@@ -302,14 +358,15 @@ def test_a_step_never_leaves_the_device(vocabulary: Vocabulary, tmp_path: Path, 
     made = joint.Pools.__new__(joint.Pools)
     made.__dict__.update(small_pools(vocabulary).__dict__)
     made.tokens, made.channels, made.side, made.width = FULL.tokens, FULL.channels, FULL.side, 112
-    for name in ("draw", "read", "chat"):
+    for name in ("draw", "name", "read", "chat"):
         size = len(getattr(made, name))
         ids, number = torch.zeros(size, 112, dtype=torch.int16), torch.zeros(size, dtype=torch.long)
         setattr(made, name, joint.Sequences(ids.to(meta), number.to(meta), number.to(meta)))
     for name in ("draw_latents", "read_latents"):
         setattr(made, name, torch.empty(64, FULL.tokens * FULL.channels, dtype=torch.bfloat16, device=meta))
     made.reply, made.mean, made.std = (t.to(meta) for t in (made.reply, torch.zeros(96), torch.ones(96)))
-    made.attributes = made.attributes.to(meta)
+    for name in ("attributes", "name_attributes", "shown_head"):
+        setattr(made, name, getattr(made, name).to(meta))
     loss = joint.Loss(config, language, dit, made, joint.Batch(), torch.bfloat16, model.step)
     trainer = Trainer(model, loss, LoopOptions(steps=10), tmp_path, "")
     trainer.step()
@@ -333,7 +390,13 @@ def test_wrong_settings_are_refused(vocabulary: Vocabulary, tmp_path: Path) -> N
 def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
     out, target = tmp_path / "run", tmp_path / "model"
     assert train.main(["--tiny", "--out", str(out), "--export", str(target)])
-    for stage, name in (("encoder", "loss"), ("decoder", "loss"), ("joint", "flow"), ("joint", "answer")):
+    for stage, name in (
+        ("encoder", "loss"),
+        ("decoder", "loss"),
+        ("reward", "loss"),
+        ("joint", "flow"),
+        ("joint", "answer"),
+    ):
         log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert log[-1][name] < log[0][name], (stage, name)
     model = ScaleRAE.from_pretrained(str(target), device="cpu")
