@@ -116,7 +116,7 @@ def captions(encoder: WordEncoder, texts: Iterable[str]) -> Ids:
 
 
 NAMED_COLOR = 0.6  # how often a mixed scene's prompt names an object's colour
-INVENTED = 0.5  # how often an invented prompt has a made-up name in a shape's or a colour's place
+INVENTED = 0.35  # how often a name in a quad of prompts is made up
 
 
 def _other_words() -> list[str]:
@@ -150,35 +150,76 @@ def prompt_of(rng: random.Random, scene: Scene) -> tuple[str, tuple[int, ...]]:
     if scene.kind == "mixed":
         things = rng.sample(scene.objects, len(scene.objects))
         colors = [thing.color if rng.random() < NAMED_COLOR else "" for thing in things]
-        shapes = [thing.shape for thing in things]
-        names = [world.with_article(f"{color} {shape}".strip()) for color, shape in zip(colors, shapes, strict=True)]
-        return f"a photo of {world.listed(names)}", _classes(shapes, colors, "", len(things))
+        return _said("mixed", [thing.shape for thing in things], colors)
     prompt = next(prompt for prompt in world.true_prompts(scene) if prompt.tag == scene.kind)
-    return prompt.text, _classes(prompt.shapes, prompt.colors, prompt.relation, len(scene.objects))
+    return _said(scene.kind, prompt.shapes, prompt.colors, prompt.relation, prompt.number)
 
 
-def invented(rng: random.Random, scene: Scene) -> Scene:
-    """The scene with made-up names in the place of some shapes and colours, for a prompt that nothing is drawn for.
+def _said(
+    kind: str, shapes: Sequence[str], colors: Sequence[str], relation: str = "", number: int = 1
+) -> tuple[str, tuple[int, ...]]:
+    """A prompt of these names and its class numbers; of a mixed prompt, colours may be ""."""
+    if kind == "mixed":
+        names = [world.with_article(f"{color} {shape}".strip()) for color, shape in zip(colors, shapes, strict=True)]
+        text = f"a photo of {world.listed(names)}"
+    else:
+        text = world.Prompt(kind, tuple(shapes), tuple(colors), relation, number).text
+    return text, _classes(shapes, colors, relation, number if kind == "counting" else len(shapes))
 
-    What a prompt means is learnt from pictures, of 25 pairs of shapes and 58 coloured shapes; that a prompt is made of names,
-    each of which counts for itself, is learnt from such prompts too, of some 700 pairs and 700 coloured names. Without them the
-    language model learns which of the few go together, and that the held-out ones never do.
+
+QUAD_KINDS = tuple(kind for kind in DRAW_KINDS if kind != "single_object")
+
+
+def quad(rng: random.Random) -> list[tuple[str, tuple[int, ...]]]:
+    """Four prompts p, q, r, s with their class numbers, made of two prompts p and q of one form by exchanging some of their names: the
+    conditions of p and q together should be those of r and s together.
+
+    Some of the names are made up (`NAMES`): nothing is drawn for these prompts. What a name means is learnt from pictures, of 25
+    pairs of shapes and 58 coloured shapes; that each name counts for itself is learnt here, of some 700 of either. Without it
+    the language model learns which of the few go together, and that the held-out ones never do.
     """
-    if scene.kind == "counting":  # made-up names have no plural
-        return scene
-    count = len(scene.objects)
-    shapes, colors = (
-        rng.sample(SHAPE_NAMES[len(world.SHAPES) :], count),
-        rng.sample(COLOR_NAMES[len(world.COLORS) :], count),
-    )
-    things = [
-        thing._replace(
-            shape=shape if rng.random() < INVENTED else thing.shape,
-            color=color if rng.random() < INVENTED else thing.color,
-        )
-        for thing, shape, color in zip(scene.objects, shapes, colors, strict=True)
+    kind = rng.choice(QUAD_KINDS)
+    count = {"colors": 1, "counting": 1, "mixed": rng.randrange(2, world.MAX_OBJECTS + 1)}.get(kind, 2)
+    relation = rng.choice(world.RELATIONS) if kind == "position" else ""
+    colored = [
+        kind in ("colors", "color_attr") or (kind == "mixed" and rng.random() < NAMED_COLOR) for _ in range(count)
     ]
-    return scene._replace(objects=tuple(things))
+    while True:
+        # Rows: shapes, colours, number of p and of q.
+        names = [[[_name(rng, kind, SHAPE_NAMES, len(world.SHAPES)) for _ in range(count)] for _ in range(2)]]
+        names.append(
+            [[_name(rng, kind, COLOR_NAMES, len(world.COLORS)) if has else "" for has in colored] for _ in range(2)]
+        )
+        numbers = [rng.randrange(2, world.MAX_OBJECTS + 1) if kind == "counting" else 1 for _ in range(2)]
+        swap = [[rng.random() < 0.5 for _ in range(count)] for _ in range(2)]
+        exchanged = [
+            [[row[side ^ flip][i] for i, flip in enumerate(flips)] for side in range(2)]
+            for row, flips in zip(names, swap, strict=True)
+        ]
+        four = [(names[0][side], names[1][side], numbers[side]) for side in range(2)]
+        four += [(exchanged[0][side], exchanged[1][side], numbers[side]) for side in range(2)]
+        if all(_may_say(kind, *one) for one in four) and four[0] not in four[2:]:
+            break
+    return [
+        _said(kind, shapes, colors if kind == "mixed" else [color for color in colors if color], relation, number)
+        for shapes, colors, number in four
+    ]
+
+
+def _name(rng: random.Random, kind: str, names: Sequence[str], real: int) -> str:
+    """One of the first `real` names, or one of the made-up others (which have no plural)."""
+    made_up = kind != "counting" and rng.random() < INVENTED
+    return names[rng.randrange(real, len(names)) if made_up else rng.randrange(real)]
+
+
+def _may_say(kind: str, shapes: Sequence[str], colors: Sequence[str], number: int) -> bool:
+    """Whether a prompt of this kind may be made of these names: different ones where the kind wants it, nothing held out."""
+    if kind in ("two_object", "position", "color_attr") and shapes[0] == shapes[1]:
+        return False
+    if kind == "color_attr" and colors[0] == colors[1]:
+        return False
+    things = [world.Object(shape, color, 0, 0, 0) for shape, color in zip(shapes, colors, strict=True)]
+    return not world.shows_held_out(things * number)
 
 
 def _classes(shapes: Sequence[str], colors: Sequence[str], relation: str, number: int) -> tuple[int, ...]:
@@ -238,7 +279,7 @@ def chats(encoder: WordEncoder) -> Texts:
     return as_texts([encoder.chat(message, world.CHAT_REPLY) for message in world.CHATS], encoder.pad)
 
 
-Stream = Literal["encode", "draw", "read", "invent", "match"]
+Stream = Literal["encode", "draw", "read", "name", "match"]
 
 
 @dataclass(frozen=True)
@@ -248,14 +289,14 @@ class Chunk:
     scenes: SceneBatch
     texts: Texts
     attributes: NDArray[np.int8]
-    """[N, 10] of the prompts ("draw", "invent"); [N, MATCHES], 1 for true ("match"); else [N, 0]."""
+    """[N, 10] of the prompts ("draw", "name"); [N, MATCHES], 1 for true ("match"); else [N, 0]."""
 
 
 def make_chunk(
     number: int, count: int, stream: Stream, seed: int, kinds: tuple[str, ...], encoder: WordEncoder
 ) -> Chunk:
     """Chunk `number` of a stream: `count` scenes with captions, requests or questions."""
-    code = ("encode", "draw", "read", "invent", "match").index(stream)
+    code = ("encode", "draw", "read", "name", "match").index(stream)
     scenes = world.sample(np.random.default_rng([seed, code, number]), count, kinds, "exclude")
     rng = random.Random(f"{seed}/{stream}/{number}")
     listed = list(scenes)
@@ -269,11 +310,19 @@ def make_chunk(
         ids = captions(encoder, (text for scene in pairs for text, _ in scene)).reshape(count, -1)
         texts = Texts(ids, np.full(count, ids.shape[1], np.int16), np.zeros(count, np.int16))
         return Chunk(scenes, texts, np.array([[true for _, true in scene] for scene in pairs], np.int8))
-    if stream in ("draw", "invent"):
-        named = listed if stream == "draw" else [invented(rng, scene) for scene in listed]
-        prompts = [prompt_of(rng, scene) for scene in named]
+    if stream in ("draw", "name"):
+        if stream == "draw":
+            prompts = [prompt_of(rng, scene) for scene in listed]
+        else:
+            prompts = [prompt for _ in range(-(-count // 4)) for prompt in quad(rng)][:count]
         told = np.array([classes for _, classes in prompts], np.int8)
-        sequences = [(encoder.request(world.request(_wording(rng), text)), 0) for text, _ in prompts]
+        wordings = [_wording(rng) for _ in prompts]
+        if stream == "name":
+            wordings = [wordings[i - i % 4] for i in range(count)]  # one for each quad
+        sequences = [
+            (encoder.request(world.request(wording, text)), 0)
+            for wording, (text, _) in zip(wordings, prompts, strict=True)
+        ]
     else:
         sequences = [encoder.question(question, answer) for question, answer in world.questions(rng, listed, "exclude")]
     return Chunk(scenes, as_texts(sequences, encoder.pad), told)
@@ -281,7 +330,7 @@ def make_chunk(
 
 def make(stream: Stream, count: int, seed: int, encoder: WordEncoder, kinds: Sequence[str], workers: int = 0) -> Chunk:
     """`count` scenes with their texts: "encode" captions, "draw" requests and replies, "read" questions and answers,
-    "invent" requests with made-up names, which no scene fits, "match" captions true and false, MATCHES in a row.
+    "name" requests in quads (`quad`), which no scene fits, "match" captions true and false, MATCHES in a row.
 
     `workers` 0 picks one for each core but two; 1 works in this process.
     """

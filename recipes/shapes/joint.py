@@ -4,14 +4,15 @@ A step runs three groups of sequences through the language model at once:
 
 - drawing: chat(request) + reply + <im_start> + the L latent queries. Text loss on the reply; the hidden states at the queries
   are the condition of `copies` noisy latents each, for the flow loss. Some such requests follow a picture, which they ignore.
-- naming: requests with made-up names (`data.invented`), with queries but no picture.
+- naming: requests in quads that exchange names, some of them made up (`data.quad`), with queries but no picture.
 - reading: chat with a picture's latents and a question, and the answer, which is learnt.
 - small talk: text only.
 
-An auxiliary loss holds the conditions of drawing and naming to what the prompt says: from each token's condition, one linear
-layer (dropped after training) tells shapes, colours, relation and number. Without it the early velocity network, which cannot
-use the condition yet, presses the differences between prompts out of it; and without the made-up names the language model
-learns the few pairs of names by heart. For the same reason little of the flow loss' gradient reaches it (`FLOW_GRADIENT`).
+Two auxiliary losses shape the condition. One holds those of drawing and naming to what the prompt says: from each token's
+condition, one linear layer (dropped after training) tells shapes, colours, relation and number. Without it the early velocity
+network, which cannot use the condition yet, presses the differences between prompts out of it. The other makes conditions add
+up: y(p) + y(q) = y(r) + y(s) in a quad. A velocity network draws pairs it never saw from such sums; a language model left to
+itself learns the few pairs of names by heart.
 
 Flow loss: |v - (noise - data)|² at x_t = (1 - t) data + t noise, t = shift(sigmoid(normal)), on latents normalised channel by
 channel. A tenth of the conditions is replaced by the null embedding, for guidance.
@@ -47,7 +48,7 @@ from scale_rae.shapes import world
 READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: generated ones are never clean
 TEXT_WEIGHT = 0.3
 ATTRIBUTE_WEIGHT = 0.1
-FLOW_GRADIENT = 0.1  # share of the flow loss' gradient by the condition that goes on into the language model
+ADDITIVE_WEIGHT = 0.1
 PREFIX = "diff_head.model."
 
 
@@ -184,6 +185,8 @@ class Loss:
                 (pools.chat, batch.chat),
             )
         )
+        quads = torch.arange(4, device=self.device)
+        name = (name[: batch.name // 4, None] // 4 * 4 + quads).flatten()
         draw_ids, name_ids, read_ids, chat_ids = (
             sequences.ids.index_select(0, rows).long()
             for sequences, rows in ((pools.draw, draw), (pools.name, name), (pools.read, read), (pools.chat, chat))
@@ -201,7 +204,8 @@ class Loss:
             [self.queried(hidden[: batch.draw], length), self.queried(shown, shown_length)]
         )  # [draw + follow, L, Z]
         naming = self.queried(hidden[batch.draw : asked], pools.name.length.index_select(0, name))
-        flow = self._flow(torch.cat([draw, follow]), FLOW_GRADIENT * drawing + (1 - FLOW_GRADIENT) * drawing.detach())
+        apart = self._additive(naming)
+        flow = self._flow(torch.cat([draw, follow]), drawing)
         told, known = self._attributes(drawing, pools.attributes.index_select(0, torch.cat([draw, follow])))
         names, named = self._attributes(naming, pools.name_attributes.index_select(0, name))
         replies = self._replies(hidden[: batch.draw], length) + 0.1 * self._replies(shown, shown_length)
@@ -209,8 +213,16 @@ class Loss:
         talk, _ = self._answers(hidden[end:], chat_ids, pools.chat, chat, pools.chat_width)
         text = replies + answers + 0.1 * talk
         metrics = {"flow": flow, "reply": replies, "answer": answers, "talk": talk, "yes_no": right}
-        metrics |= {"attributes": told, "known": known, "names": names, "named": named}
-        return flow + TEXT_WEIGHT * text + ATTRIBUTE_WEIGHT * (told + names), metrics
+        metrics |= {"attributes": told, "known": known, "names": names, "named": named, "additive": apart}
+        extra = ATTRIBUTE_WEIGHT * (told + names) + ADDITIVE_WEIGHT * apart
+        return flow + TEXT_WEIGHT * text + extra, metrics
+
+    def _additive(self, condition: Tensor) -> Tensor:
+        """How far quads of conditions [4 Q, L, Z] are from adding up: the mean square of what is left over, of the mean square
+        of the differences that were exchanged."""
+        p, q, r, s = condition.float().view(-1, 4, *condition.shape[1:]).unbind(1)  # each [Q, L, Z]
+        left: Tensor = (p + q - r - s).square().mean() / (p - r).square().mean().detach()
+        return left
 
     def _with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
         """Embeddings [B, T, H] with the projected latents [B, L, C] in the image's places."""
@@ -335,7 +347,7 @@ def make_data(args: argparse.Namespace, words: Vocabulary) -> Data:
     start = time.perf_counter()
     chunks = Data(
         data.make("draw", args.draw_pool, args.seed, words.encoder, data.DRAW_KINDS, args.workers),
-        data.make("invent", args.name_pool, args.seed, words.encoder, data.DRAW_KINDS, args.workers),
+        data.make("name", args.name_pool, args.seed, words.encoder, data.DRAW_KINDS, args.workers),
         data.make("read", args.read_pool, args.seed, words.encoder, world.SCENE_KINDS, args.workers),
     )
     say(f"{args.draw_pool} + {args.name_pool} + {args.read_pool} scenes and texts: {time.perf_counter() - start:.1f} s")
@@ -401,12 +413,12 @@ def arguments() -> argparse.ArgumentParser:
     default = Batch()
     parser.add_argument("--draw-batch", type=int, default=default.draw)
     parser.add_argument("--follow-batch", type=int, default=default.follow, help="drawings asked for after a picture")
-    parser.add_argument("--name-batch", type=int, default=default.name, help="requests with made-up names")
+    parser.add_argument("--name-batch", type=int, default=default.name, help="requests in quads, a multiple of 4")
     parser.add_argument("--read-batch", type=int, default=default.read)
     parser.add_argument("--chat-batch", type=int, default=default.chat)
     parser.add_argument("--copies", type=int, default=default.copies, help="noisy latents for each condition")
     parser.add_argument("--draw-pool", type=int, default=1_500_000, help="scenes to draw")
-    parser.add_argument("--name-pool", type=int, default=800_000, help="requests with made-up names")
+    parser.add_argument("--name-pool", type=int, default=800_000, help="requests in quads, a multiple of 4")
     parser.add_argument("--read-pool", type=int, default=2_000_000, help="scenes to read")
     parser.add_argument("--start-from", type=Path, metavar="DIR", help="begin with the weights of an exported model")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 on the CPU too")

@@ -35,7 +35,7 @@ def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
 
 def small_pools(vocabulary: Vocabulary, device: torch.device = CPU) -> joint.Pools:
     draws = data.make("draw", 64, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
-    names = data.make("invent", 64, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
+    names = data.make("name", 64, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
     reads = data.make("read", 64, 0, vocabulary.encoder, world.SCENE_KINDS, workers=1)
     generator = torch.Generator().manual_seed(0)
     shape = (64, TINY.tokens * TINY.channels)
@@ -98,7 +98,7 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
         ("encode", world.SCENE_KINDS),
         ("draw", data.DRAW_KINDS),
         ("read", world.SCENE_KINDS),
-        ("invent", data.DRAW_KINDS),
+        ("name", data.DRAW_KINDS),
     ):
         chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)  # type: ignore[arg-type]
         for scene in chunk.scenes:
@@ -110,7 +110,7 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
             text = vocabulary.tokenizer.decode(ids[:length].tolist())
             assert not any(f"{color} {shape}" in text for color, shape in color_shapes), text
             assert not any(f"{world.NUMBERS[n]} {world.plural(shape)}" in text for n, shape in counts), text
-            if stream in ("draw", "invent"):
+            if stream in ("draw", "name"):
                 named = [shape for shape in world.SHAPES if re.search(rf"\b{shape}", text)]
                 assert pairs.isdisjoint((a, b) for a in named for b in named), text
             assert not any(wording.partition("{")[0] in text for wording in world.HELD_OUT_WORDINGS), text
@@ -177,17 +177,29 @@ def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: 
         torch.testing.assert_close(reply.condition, condition, atol=1e-4, rtol=1e-4)
 
 
-def test_invented_names_are_told_apart_from_real_ones(vocabulary: Vocabulary) -> None:
+def test_quads_exchange_names_some_of_them_made_up(vocabulary: Vocabulary) -> None:
     assert not set(data.NAMES) & {*world.SHAPES, *world.COLORS}
-    chunk = data.make("invent", 400, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
+    chunk = data.make("name", 2000, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
     told = chunk.attributes[:, : world.MAX_OBJECTS]
-    shape_names = told[told < len(data.SHAPE_NAMES)]
-    share = (shape_names >= len(world.SHAPES)).mean()
-    assert 0.3 < share < 0.7
+    shapes = told[told < len(data.SHAPE_NAMES)]
+    assert 0.2 < (shapes >= len(world.SHAPES)).mean() < 0.5
     for ids, length, classes in zip(chunk.texts.ids, chunk.texts.length, chunk.attributes, strict=True):
         text = vocabulary.tokenizer.decode(ids[:length].tolist())
         for number in classes[: world.MAX_OBJECTS]:
             assert number == len(data.SHAPE_NAMES) or data.SHAPE_NAMES[number] in text
+    for p, q, r, s in chunk.attributes.reshape(-1, 4, chunk.attributes.shape[1]):
+        assert (p != r).any()
+        assert (p != s).any()
+        assert (np.sort([p, q], 0) == np.sort([r, s], 0)).all()
+
+
+def test_additive_conditions_leave_nothing_over(vocabulary: Vocabulary, tmp_path: Path) -> None:
+    loss = small_trainer(vocabulary, tmp_path).loss
+    assert isinstance(loss, joint.Loss)
+    a, b, c, d = torch.randn(4, 3, 2, 5)
+    condition = torch.stack([a + b, c + d, a + d, c + b], 1).flatten(0, 1)
+    assert loss._additive(condition) < 1e-10
+    assert loss._additive(condition.square()) > 1e-2
 
 
 def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
