@@ -164,7 +164,7 @@ def command(
         reward_path=reward_path,
         save_latents=save_latents,
     )
-    display = _Display()
+    display = Display()
     try:
         outcome = run(
             settings,
@@ -209,7 +209,7 @@ def _question(prompt: str | None, path: Path | None) -> tuple[str, str]:
     return read_template(path), path.stem
 
 
-class _Display:
+class Display:
     """One bar for all workers on a terminal, a line for each prompt in a pipe; all on stderr."""
 
     def __init__(self) -> None:

@@ -222,6 +222,7 @@ class _Worker:
             settings.steps, settings.solver, settings.guidance_level, settings.guidance_interval
         )
         self.seconds: dict[str, float] = {}
+        self.drawn = 0
         self.encoders: ThreadPoolExecutor
 
     def say(self, text: str) -> None:
@@ -248,6 +249,7 @@ class _Worker:
             if failure is not None and failure[0] != self.order.failed_before.get(prompt.index):
                 return
             tries, size = 0, self.batch_size
+            drawn, seconds = self.drawn, dict(self.seconds)
             while True:
                 tries += 1
                 try:
@@ -276,6 +278,8 @@ class _Worker:
                 "prompt": prompt.prompt,
                 "images": len(answers),
                 "yes": answers.count("yes"),
+                "drawn": self.drawn - drawn,
+                "seconds": {stage: value - seconds.get(stage, 0.0) for stage, value in self.seconds.items()},
             }
         )
 
@@ -354,6 +358,7 @@ class _Worker:
                 files |= {f"{i:05}_latent.pt": latent_bytes(x) for i, x in zip(samples, latents, strict=True)}
             text = model.tokenizer.decode(reply.ids)
             self.store.save_batch(prompt.index, Batch(samples[0], text, seeds, judged, rewards, {}), files)
+        self.drawn += len(seeds)
         self.listen({"event": "images", "rank": self.order.rank, "count": len(seeds)})
 
     def _rewards(self, images: Sequence[Image.Image], prompt: str) -> list[float] | None:
