@@ -21,7 +21,7 @@ from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import Listener, Order, encode_order, work
 
 if TYPE_CHECKING:
-    from scale_rae.cli.progress import Bars
+    from scale_rae.session import LoadingBar
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def run(
     limit: int | None = None,
     listen: Listener = lambda event: None,
     world: World | None = None,
-    bars: Bars | None = None,
+    bars: LoadingBar | None = None,
     debug: bool = False,
 ) -> Outcome:
     """Draws and judges whatever of an experiment is missing.

@@ -28,9 +28,9 @@ from scale_rae.scaling.store import Batch, Store
 if TYPE_CHECKING:
     from PIL import Image
 
-    from scale_rae.cli.progress import Bars
     from scale_rae.language import Reply
     from scale_rae.pipeline import ScaleRAE
+    from scale_rae.session import LoadingBar
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -52,23 +52,21 @@ class Order:
 
 
 def work(
-    store: Store, settings: Settings, order: Order, listen: Listener, bars: Bars | None = None
+    store: Store, settings: Settings, order: Order, listen: Listener, bars: LoadingBar | None = None
 ) -> dict[str, float]:
     """Loads model and reward, draws, and returns seconds spent in each stage.
 
     Raises:
         ScaleRAEError: when model or reward cannot be loaded or are not the experiment's, or a result not written.
     """
-    from scale_rae.cli.options import ModelChoice
-    from scale_rae.cli.progress import Bars
-    from scale_rae.cli.session import Session
+    from scale_rae.session import ModelChoice, Session
 
     store.make_folders()
     log = _Log(store, order.rank)
     log(f"process {os.getpid()}, device {order.device or 'default'}, {len(order.own)} prompts")
     start = time.perf_counter()
     choice = ModelChoice(settings.model_path, settings.decoder_repo, settings.revision, order.device, settings.dtype)
-    session = Session(choice, bars or Bars(), decoder=True, encoder=True, debug=order.debug)
+    session = Session(choice, bars, decoder=True, encoder=True, debug=order.debug)
     reward = None
     if settings.reward is not None:
         from scale_rae.rewards import load_reward
@@ -93,7 +91,7 @@ def _join_experiment(
 
     Returns the experiment's batch size.
     """
-    from scale_rae.cli.session import differences
+    from scale_rae.session import differences
 
     model = session.model
     recorded = store.read_experiment()
