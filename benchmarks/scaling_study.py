@@ -58,8 +58,7 @@ def write_prompts(path: Path) -> None:
 
 def draw(args: argparse.Namespace) -> None:
     """Draws and scores what is missing of the experiment, then reads the pictures of every finished prompt."""
-    from scale_rae.cli.progress import Bars
-    from scale_rae.cli.scale import Display
+    from scale_rae.cli.progress import Bars, ScalingDisplay
     from scale_rae.scaling.launch import default_devices, run
 
     if not (args.out / "prompts.jsonl").exists():
@@ -79,7 +78,7 @@ def draw(args: argparse.Namespace) -> None:
         reward="siglip",
     )
     devices = args.devices.split(",") if args.devices else default_devices(args.device)
-    display, seconds = Display(), args.out / "seconds.jsonl"
+    display, seconds = ScalingDisplay(), args.out / "seconds.jsonl"
 
     def listen(event: dict[str, Any]) -> None:
         display(event)

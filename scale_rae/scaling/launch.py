@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,8 @@ from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings, describe, setting_differences
 from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import Listener, Order, encode_order, work
+
+_LOOK = 1.0  # seconds between looks at the folder that a launcher's processes share
 
 if TYPE_CHECKING:
     from scale_rae.session import LoadingBar
@@ -92,7 +95,8 @@ def run(
     Args:
         devices: one worker each; processes of a launcher take the one of their local rank.
         limit: only the first so many prompts.
-        listen: called with events (dicts) as things happen: plan, loaded, images, prompt, failed, say.
+        listen: called with events (dicts) as things happen: plan, loaded, images, prompt, failed, say. Of a launcher's
+            processes, that of rank 0 hears of what all of them draw, the others of nothing but say.
 
     Raises:
         InputError: when the folder holds an experiment with other settings.
@@ -149,12 +153,14 @@ def run(
                 ]
                 stages = _spawn(store, settings, orders, counter, lock)
             else:
+                watch = _watching(store, todo, failed_before, counter) if world.size > 1 and world.rank == 0 else None
                 left = {p.index for p in todo}
                 own = [p for p in chosen[world.rank :: world.size] if p.index in left]
                 mine = {p.index for p in own}
                 others = [p for p in todo if p.index not in mine]
                 order = Order(world.rank, devices[0], own, others, description, failed_before, debug)
-                stages = work(store, settings, order, counter, bars)
+                with watch or contextlib.nullcontext():
+                    stages = work(store, settings, order, counter if world.size == 1 else _only_say(listen), bars)
         seconds = time.perf_counter() - start
         outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], seconds, stages)
         for prompt in todo:
@@ -176,6 +182,58 @@ def run(
         return outcome
     finally:
         lock.close()
+
+
+def _only_say(listen: Listener) -> Listener:
+    return lambda event: listen(event) if event["event"] in ("say", "loaded") else None
+
+
+@contextlib.contextmanager
+def _watching(
+    store: Store, prompts: Sequence[PromptRecord], failed_before: Mapping[int, int], listen: Listener
+) -> Iterator[None]:
+    """Tells of what any process draws of the prompts, from what appears in the folder they share."""
+    progress = {p.index: store.progress(p.index) for p in prompts}
+    begun = {index: found.record for index, found in progress.items()}
+    waiting = {p.index: p for p in prompts}
+    done = threading.Event()
+
+    def look() -> None:
+        for index, prompt in list(waiting.items()):
+            before, now = progress[index], store.progress(index)
+            progress[index] = now
+            count = sum(b[1] for name, b in now.batches.items() if before.batches.get(name) != b)
+            if count:
+                listen({"event": "images", "count": count})
+            failure = store.failure(index)
+            if now.record is not None and now.record != begun[index]:
+                del waiting[index]
+                answers = store.answers(index)
+                listen(
+                    {
+                        "event": "prompt",
+                        "index": index,
+                        "prompt": prompt.prompt,
+                        "images": len(answers),
+                        "yes": answers.count("yes"),
+                    }
+                )
+            elif failure is not None and failure[0] != failed_before.get(index):
+                del waiting[index]
+                listen({"event": "failed", "index": index, "error": failure[1]})
+
+    def keep_looking() -> None:
+        while not done.wait(_LOOK):
+            look()
+
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()
 
 
 class _Counter:

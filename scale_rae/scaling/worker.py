@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 Listener = Callable[[dict[str, Any]], None]
 
+_PATIENCE = 0.5  # seconds between looks at prompts that other workers are at
+
 
 @dataclass
 class Order:
@@ -78,8 +80,11 @@ def work(
     log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {batch_size}")
     listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
     with ThreadPoolExecutor(4) as worker.encoders:
-        for prompt in (*order.own, *reversed(order.others)):
-            worker.attempt(prompt)
+        others_have = [p for p in (*order.own, *reversed(order.others)) if not worker.attempt(p)]
+        if others_have:
+            log(f"waiting for {len(others_have)} prompts that other workers are at")
+        while others_have := [p for p in others_have if not worker.attempt(p)]:
+            time.sleep(_PATIENCE)  # should their worker die, their locks are free
     log("done")
     return worker.seconds
 
@@ -235,17 +240,17 @@ class _Worker:
         finally:
             self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def attempt(self, prompt: PromptRecord) -> None:
-        """Draws what is missing of a prompt, unless another worker has it or it failed in this run already."""
+    def attempt(self, prompt: PromptRecord) -> bool:
+        """Draws what is missing of a prompt, unless it failed in this run already; False when another worker is at it."""
         lock = self.store.lock_prompt(prompt.index)
         if lock is None:
-            return
+            return False
         with lock:
             if self.store.check(prompt)[0]:
-                return
+                return True
             failure = self.store.failure(prompt.index)
             if failure is not None and failure[0] != self.order.failed_before.get(prompt.index):
-                return
+                return True
             tries, size = 0, self.batch_size
             drawn, seconds = self.drawn, dict(self.seconds)
             while True:
@@ -263,7 +268,7 @@ class _Worker:
                 if tries == 2:
                     self.store.fail(prompt.index, error, tries)
                     self.listen({"event": "failed", "rank": self.order.rank, "index": prompt.index, "error": error})
-                    return
+                    return True
                 size = max(1, size // 2)
                 self.say(f"prompt {prompt.index} failed ({error}); once more in batches of {size}")
         answers = [entry["answer"] for entry in record["text_responses"].values()]
@@ -280,6 +285,7 @@ class _Worker:
                 "seconds": {stage: value - seconds.get(stage, 0.0) for stage, value in self.seconds.items()},
             }
         )
+        return True
 
     def _draw(self, prompt: PromptRecord, size: int) -> dict[str, Any]:
         there = {i for batch in self.store.batches(prompt.index)[0] for i in batch.samples}

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +15,12 @@ import torch
 
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings
-from scale_rae.scaling.launch import World
+from scale_rae.scaling.launch import World, _watching
+from scale_rae.scaling.store import Batch, Store
 from scale_rae.scaling.worker import measure_batch_size
+from tests.scaling.conftest import QUICK, Scale, snapshot
 
 
 @pytest.mark.parametrize(
@@ -38,6 +47,64 @@ def test_world(environment: dict[str, str], world: World) -> None:
 def test_bad_world(environment: dict[str, str]) -> None:
     with pytest.raises(InputError, match="RANK"):
         World.from_environment(environment)
+
+
+def test_one_display_for_all_processes_of_a_launch(scale: Scale, reference: dict[str, bytes]) -> None:
+    command = [sys.executable, "-m", "scale_rae", "scale", "t2i", *QUICK, "--device", "cpu"]
+    command += ["--metadata-file", str(scale.prompts), "--output-dir", str(scale.out)]
+    world = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(rank: str) -> subprocess.Popen[str]:
+        environment = os.environ | world | {"RANK": rank}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    ranks = [start("0")]
+    deadline = time.monotonic() + 60
+    while not (scale.folder / ".work" / "holder").exists():  # rank 0 counts what is to do
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks.append(start("1"))
+    (out, err), *others = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]  # neither before the other is done, or a launcher would end it
+    assert out == f"{scale.folder}\n"
+    assert [f"[{n}/3 prompts, " in err for n in (1, 2, 3)] == [True] * 3
+    assert all(f"{index:05} a photo of" in err for index in (0, 2, 7))
+    assert "3 of 3 prompts done; 12 images drawn" in err
+    assert others == [("", "")]
+    assert snapshot(scale.folder) == reference
+
+
+def test_what_other_processes_do_is_seen_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scale_rae.scaling.launch._LOOK", 0.01)
+    store = Store(tmp_path, Settings("", "shapes", n_samples=1, reward=None))
+    store.make_folders()
+    prompts = [PromptRecord(i + 1, f"prompt {i}", i) for i in range(3)]
+    judged = [{"answer": "yes"}]
+    store.save_batch(0, Batch(0, "", [1], judged, None, {}), {"00000.png": b"x"})  # of an earlier run
+    store.fail(2, "earlier", 2)
+    failed = {2: (store.failure(2) or (0, ""))[0]}
+    events: list[dict[str, Any]] = []
+    with _watching(store, prompts, failed, events.append):
+        store.save_batch(0, Batch(1, "", [2], judged, None, {}), {"00001.png": b"y"})
+        store.finish(prompts[0])
+        store.fail(1, "no memory", 2)
+    assert sorted(events, key=str) == [
+        {"event": "failed", "index": 1, "error": "no memory"},
+        {"event": "images", "count": 1},
+        {"event": "prompt", "index": 0, "prompt": "prompt 0", "images": 2, "yes": 2},
+    ]
+
+
+def test_a_worker_waits_for_what_others_are_at(scale: Scale, reference: dict[str, bytes]) -> None:
+    store = Store(scale.folder, Settings("", "shapes"))
+    store.make_folders()
+    lock = store.lock_prompt(7)
+    assert lock is not None
+    timer = threading.Timer(2.0, lock.close)  # as if its worker died
+    timer.start()
+    assert scale().code == 0
+    timer.join()
+    assert snapshot(scale.folder) == reference
 
 
 def test_measured_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
