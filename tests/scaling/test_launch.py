@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,8 +20,8 @@ from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.launch import World, _watching
 from scale_rae.scaling.store import Batch, Store
-from scale_rae.scaling.worker import measure_batch_size
-from tests.scaling.conftest import QUICK, Scale, snapshot
+from scale_rae.scaling.worker import largest_batch, out_of_memory
+from tests.scaling.conftest import PROMPTS, QUICK, Scale, snapshot, write_prompts
 
 
 @pytest.mark.parametrize(
@@ -107,16 +108,90 @@ def test_a_worker_waits_for_what_others_are_at(scale: Scale, reference: dict[str
     assert snapshot(scale.folder) == reference
 
 
-def test_measured_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ScaleRAE.from_pretrained("shapes", device="cpu")
+class Memory:
+    """A device with memory for `room` images at once: it measures what is tried, and tells what was free at the worst."""
+
+    def __init__(self, room: float) -> None:
+        self.room, self.tried, self.released = room, list[int](), 0
+
+    def attempt(self, size: int) -> None:
+        self.tried.append(size)
+        if size > self.room:
+            raise DeviceError("cuda:0: out of GPU memory") from torch.OutOfMemoryError("CUDA out of memory")
+
+    def release(self) -> None:
+        self.released += 1
+
+    def spare(self) -> float:
+        return 1 - max(self.tried) / self.room
+
+
+@pytest.mark.parametrize(
+    ("most", "room", "size", "tried"),
+    [
+        (8, 100, 8, [1, 2, 4, 8]),
+        (12, 100, 12, [1, 2, 4, 8, 12]),
+        (32, 20, 16, [1, 2, 4, 8, 16, 32]),
+        (32, 17, 8, [1, 2, 4, 8, 16]),  # 16 fit, but with too little to spare
+        (1, 100, 1, [1]),
+        (8, 0.5, 1, [1]),
+    ],
+)
+def test_largest_batch(most: int, room: float, size: int, tried: list[int]) -> None:
+    memory = Memory(room)
+    assert largest_batch(most, memory.attempt, memory.release, memory.spare) == size
+    assert memory.tried == tried
+    assert memory.released == (tried[-1] > room)
+
+
+def test_largest_batch_passes_other_errors_on() -> None:
+    def attempt(size: int) -> None:
+        raise InputError("no such prompt")
+
+    with pytest.raises(InputError, match="no such prompt"):
+        largest_batch(8, attempt, lambda: None, lambda: 1.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory(error: Exception) -> None:
+    wrapped = DeviceError("x")
+    wrapped.__cause__ = error
+    assert out_of_memory(error)
+    assert out_of_memory(wrapped)
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+
+
+def test_batch_size_auto_is_measured_once_and_kept(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is not the CPU, of which only the type matters here."""
+    sizes = list[int]()
     sample = ScaleRAE.sample
 
     def limited(self: ScaleRAE, conditions: Any, seeds: Any, *args: Any, **options: Any) -> list[torch.Tensor]:
-        if len(seeds) > 4:
+        sizes.append(len(seeds))
+        if len(seeds) > 3:
             raise DeviceError("out of GPU memory") from torch.OutOfMemoryError("CUDA out of memory")
         return sample(self, conditions, seeds, *args, **options)
 
     monkeypatch.setattr(ScaleRAE, "sample", limited)
-    prompt = "a photo of a red circle"
-    assert measure_batch_size(model, Settings("", "shapes", scaling_rounds=4), prompt) == 2
-    assert measure_batch_size(model, Settings("", "shapes", scaling_rounds=1), prompt) == 4
+    monkeypatch.setattr("scale_rae.scaling.worker._measures", lambda model: True)
+    write_prompts(scale.prompts, [{"prompt": "word " * 5000}, *PROMPTS])  # the first cannot be read at all
+    result = scale("--batch-size", "auto", "--limit", 2)
+    assert result.code == 1
+    assert sizes == [1, 2, 4, 2, 2]
+    assert "00000  the prompt is" in result.err
+    described = json.loads((scale.folder / "experiment.json").read_text())
+    assert described["settings"]["batch_size"] == 2
+    assert json.loads((scale.folder / "00001" / "metadata.jsonl").read_text())["image_seeds"]
+
+    sizes.clear()
+    scale("--batch-size", "auto", "--limit", 3)  # goes on with what was measured then
+    assert sizes == [2, 2]
+    assert "batch_size 1 here, 2 there" in scale("--batch-size", 1).err
