@@ -14,8 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_rae.language import Reply
 from scale_rae.pipeline import ScaleRAE, image_seed
 from scale_rae.scaling.experiment import Settings
+from tests.conftest import GOLDEN_CASES
 from tests.made_checkpoints import GOLDENS
 from tests.scaling.conftest import PROMPTS, QUICK, Scale, record, snapshot, write_prompts
 
@@ -116,15 +118,26 @@ def test_image_mode_reads_the_decoded_image(scale: Scale, reference: dict[str, b
     assert found["text_responses"]["0"]["prompt_loss"] != other["text_responses"]["0"]["prompt_loss"]
 
 
-@pytest.mark.parametrize("case", ["siglip", "webssl"])
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_goldens(
-    case: str, checkpoints: dict[str, Path], scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    checkpoints: dict[str, Path],
+    models: dict[str, ScaleRAE],
+    scale: Scale,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden = dict(np.load(GOLDENS / f"{case}.npz", allow_pickle=False))
-    prompt = "a photo of a cat on a windowsill"
-    write_prompts(scale.prompts, [{"prompt": prompt}])
+    write_prompts(scale.prompts, [{"prompt": "a photo of a cat on a windowsill"}])
     # The goldens' request has a question mark that the guide's prefix does not add.
     monkeypatch.setattr(Settings, "request", lambda self, prompt: f"Can you generate {prompt}?")
+    replies: list[Reply] = []  # every one that is made; an experiment records of its tokens only what the guide does
+    begin = Reply.__init__
+
+    def noted(self: Reply, *args: Any, **values: Any) -> None:
+        begin(self, *args, **values)
+        replies.append(self)
+
+    monkeypatch.setattr(Reply, "__init__", noted)
     options = ["--steps", 49, "--solver", "euler", "--n-samples", 1, "--scaling-rounds", 1]
     options += ["--post-qa-max-new-tokens", 13, "--model-path", checkpoints[case], "--save-latents"]
     assert scale(*options).code == 0
@@ -137,12 +150,21 @@ def test_goldens(
 
     latent = torch.load(folder / "00000" / "samples" / "00000_latent.pt", weights_only=True).numpy()
     close(latent if latent.shape == golden["t2i.latent"].shape else latent[::32], "t2i.latent")
+    image = np.asarray(Image.open(folder / "00000" / "samples" / "00000.png")).astype(int)
+    assert np.abs(image - golden["decode.image"].astype(int)).max() <= 1
     assert record(folder)["output_text"] == str(golden["t2i.text"])
+
+    tokenizer = models[case].tokenizer
+    assert tokenizer.chat(entry["question"], image=True) == golden["qa.input_ids"].tolist()
+    (reply,) = [r for r in replies if r.ids == golden["qa.output_ids"].tolist()]
+    close(reply.logits, "qa.logits")
+    close(reply.confidences, "qa.conf")
+    assert entry["reply"] == tokenizer.decode(golden["qa.output_ids"].tolist())
+    assert entry["response_conf_score"] == pytest.approx(golden["qa.conf"].mean(), rel=2e-5)
+    assert entry["answer"] == "uncertain"
     close(entry["prompt_loss"], "score.prompt_loss")
     close(entry["prompt_conf_score"], "score.prompt_conf")
     close(entry["image_conf_score"], "score.image_conf")
-    assert entry["response_conf_score"] == pytest.approx(golden["qa.conf"].mean(), rel=2e-5)
-    assert entry["answer"] == "uncertain"
 
 
 def test_a_question_of_ones_own(scale: Scale, tmp_path: Path) -> None:
