@@ -185,7 +185,7 @@ def command(
         return
     typer.echo(str(outcome.folder))
     done = outcome.prompts - len(outcome.failed) - len(outcome.unfinished)
-    rate = f" ({outcome.drawn / outcome.seconds:.2f} images/s)" if outcome.drawn else ""
+    rate = f" ({outcome.drawn / outcome.working:.2f} images/s once loaded)" if outcome.drawn else ""
     typer.echo(
         f"{done} of {outcome.prompts} prompts done; {outcome.drawn} images drawn in {outcome.seconds:.0f} s{rate}",
         err=True,

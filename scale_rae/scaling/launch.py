@@ -66,7 +66,8 @@ class Outcome:
     drawn: int  # images, in this run
     failed: dict[int, str]
     unfinished: list[int]
-    seconds: float
+    seconds: float  # in all
+    working: float  # of them, since the first worker had loaded
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -160,9 +161,10 @@ def run(
                 others = [p for p in todo if p.index not in mine]
                 order = Order(world.rank, devices[0], own, others, description, failed_before, debug)
                 with watch or contextlib.nullcontext():
-                    stages = work(store, settings, order, counter if world.size == 1 else _only_say(listen), bars)
-        seconds = time.perf_counter() - start
-        outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], seconds, stages)
+                    stages = work(store, settings, order, counter if world.size == 1 else _only_say(counter), bars)
+        end = time.perf_counter()
+        working = end - (counter.since or end)
+        outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], end - start, working, stages)
         for prompt in todo:
             failure = store.failure(prompt.index)
             if failure is not None:
@@ -171,7 +173,7 @@ def run(
                 outcome.unfinished.append(prompt.index)
         if world.rank == 0 and todo:
             before = (recorded or {}).get("seconds") or {}
-            now = {"total": seconds} | stages
+            now = {"total": outcome.seconds, "working": working} | stages
             store.update_experiment(
                 {
                     "seconds": {k: round(before.get(k, 0.0) + now.get(k, 0.0), 3) for k in {**before, **now}},
@@ -237,15 +239,18 @@ def _watching(
 
 
 class _Counter:
-    """Passes events on and counts images."""
+    """Passes events on, counts images, and knows since when a worker is at work."""
 
     def __init__(self, listen: Listener) -> None:
         self._listen = listen
         self.images = 0
+        self.since: float | None = None
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "images":
             self.images += event["count"]
+        elif event["event"] == "loaded" and self.since is None:
+            self.since = time.perf_counter()
         self._listen(event)
 
 
