@@ -36,6 +36,7 @@ from scale_rae.scaling.select import METRICS, Prompt, rank
 PER_KIND = 100  # of the prompt file; --prompts takes the first of it, kind after kind
 MODES = ("latent", "image")
 NEED_REWARD = ("combined", "image_reward")
+JUDGE = "the judge itself"  # the most that any choice can do
 RESAMPLES = 4000
 TEXT = ("question", "reply")  # the same for all images, or told by the answer
 
@@ -334,7 +335,7 @@ def analyse(path: Path) -> dict[str, Any]:
         chosen: dict[str, Any] = {}
         for choice in (*choices(lines), None):
             kept = kept_correct(lines, choice, keep * r, keep)
-            chosen[str(choice or "the judge itself")] = {
+            chosen[str(choice or JUDGE)] = {
                 "kept": bootstrap.share(kept).__dict__,
                 "errors_removed": bootstrap.removed(kept, drawn).__dict__,
                 "first": bootstrap.share(kept_correct(lines, choice, keep * r, 1)).__dict__,
@@ -348,8 +349,20 @@ def analyse(path: Path) -> dict[str, Any]:
         "images": sum(len(line.get("correct", "")) for line in lines),
         "failed": sum("failed" in line for line in lines),
         "rounds": rounds,
+        "prompts_by_correct": alike(lines),
         "answers": {mode: answers(lines, mode) for mode in MODES},
         "seconds": seconds(lines, study["workers"]),
+    }
+
+
+def alike(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
+    """How many prompts have none, up to half, most, or all of their images correct."""
+    shares = [line.get("correct", "0").count("1") / len(line.get("correct", "0")) for line in lines]
+    return {
+        "none": sum(share == 0 for share in shares),
+        "up to half": sum(0 < share <= 0.5 for share in shares),
+        "most": sum(0.5 < share < 1 for share in shares),
+        "all": sum(share == 1 for share in shares),
     }
 
 
@@ -396,7 +409,11 @@ def markdown(figures: dict[str, Any]) -> str:
         f"{figures['study']['device']}. Brackets: 95 % intervals, bootstrap over prompts."
         + (f" {figures['failed']} prompts failed and count as wrong." if figures["failed"] else ""),
         "",
-        "Share of correct images among all drawn, and among the four kept:",
+        "Prompts by how many of their images are correct: "
+        + ", ".join(f"{name} {count}" for name, count in figures["prompts_by_correct"].items())
+        + ". No choice can do better than the judge itself, which keeps the correct ones there are.",
+        "",
+        f"Share of correct images among all drawn, and among the {settings['n_samples']} kept:",
         "",
         *_table_head("", names),
         _row("all drawn", [_text(rounds[n]["drawn"]) for n in names]),
@@ -499,17 +516,16 @@ def plot(figures: dict[str, Any], path: Path) -> None:
                 x, [v["low"] for v in values], [v["high"] for v in values], color=drawn.get_color(), alpha=0.15
             )
 
-    labels = list(next(iter(rounds.values()))["chosen"])
-    latent = [label for label in labels if not label.endswith("image mode") and label != "the judge itself"]
-    for label in latent:
-        line(kept, label, "kept", label.startswith("combined"), linewidth=2 if label.startswith("combined") else 1)
-    line(kept, "the judge itself", "kept", False, color="grey", linestyle=":")
-    kept.plot(x, [rounds[n]["drawn"]["value"] for n in rounds], color="black", linestyle="--", label="all drawn")
-    kept.set_ylabel("correct among the four kept")
+    labels = [x for x in next(iter(rounds.values()))["chosen"] if x != JUDGE]
     for label in labels:
-        if label.startswith("combined") or label == "the judge itself":
-            style = {"color": "grey", "linestyle": ":"} if label == "the judge itself" else {}
-            line(removed, label, "errors_removed", label.startswith("combined"), **style)
+        if not label.endswith("image mode"):
+            line(kept, label, "kept", label.startswith("combined"), linewidth=2 if label.startswith("combined") else 1)
+        if label.startswith("combined"):
+            line(removed, label, "errors_removed", True)
+    for axes, field in ((kept, "kept"), (removed, "errors_removed")):
+        line(axes, JUDGE, field, False, color="black", linestyle=":")
+    kept.plot(x, [rounds[n]["drawn"]["value"] for n in rounds], color="black", linestyle="--", label="all drawn")
+    kept.set_ylabel(f"correct among the {figures['study']['settings']['n_samples']} kept")
     for target, place in ((0.4, "4x2"), (0.7, f"4x{figures['study']['settings']['scaling_rounds']}")):
         if place in rounds:
             removed.plot(x[list(rounds).index(place)], target, marker="_", markersize=16, color="black")
