@@ -125,11 +125,11 @@ def scaling(model_path: str, guidance: float, count: int) -> dict[str, float]:
 
 
 class NetworkClock:
-    """Seconds of this thread inside any torch module's forward, while entered."""
+    """Seconds in which any thread was inside a torch module's forward, while entered."""
 
     def __init__(self) -> None:
-        self.seconds, self._depth, self._begun = 0.0, 0, 0.0
-        self._thread = threading.get_ident()
+        self.seconds, self._inside, self._begun = 0.0, 0, 0.0
+        self._lock, self._own = threading.Lock(), threading.local()
         self._hooks: list[Any] = []
 
     def __enter__(self) -> None:
@@ -145,18 +145,20 @@ class NetworkClock:
             hook.remove()
 
     def _enter(self, *call: object) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        if self._depth == 0:
-            self._begun = time.perf_counter()
-        self._depth += 1
+        self._own.depth = getattr(self._own, "depth", 0) + 1
+        if self._own.depth == 1:
+            with self._lock:
+                self._inside += 1
+                if self._inside == 1:
+                    self._begun = time.perf_counter()
 
     def _leave(self, *call: object) -> None:
-        if threading.get_ident() != self._thread:
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            self.seconds += time.perf_counter() - self._begun
+        self._own.depth -= 1
+        if self._own.depth == 0:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self.seconds += time.perf_counter() - self._begun
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -83,12 +83,16 @@ def work(
     worker.seconds = {"loading": time.perf_counter() - start}
     log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {worker.batch_size}")
     listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
-    with ThreadPoolExecutor(4) as worker.encoders:
-        others_have = [p for p in (*order.own, *reversed(order.others)) if not worker.attempt(p)]
-        if others_have:
-            log(f"waiting for {len(others_have)} prompts that other workers are at")
-        while others_have := [p for p in others_have if not worker.attempt(p)]:
-            time.sleep(_PATIENCE)  # should their worker die, their locks are free
+    with _threads(session.model) as worker.artists, ThreadPoolExecutor(4) as worker.encoders:
+        try:
+            others_have = [p for p in (*order.own, *reversed(order.others)) if not worker.attempt(p)]
+            if others_have:
+                log(f"waiting for {len(others_have)} prompts that other workers are at")
+            while others_have := [p for p in others_have if not worker.attempt(p)]:
+                time.sleep(_PATIENCE)  # should their worker die, their locks are free
+        except BaseException:
+            worker.stopped.set()
+            raise
     log("done")
     return worker.seconds
 
@@ -245,9 +249,12 @@ class _Worker:
         self.options = SamplingOptions(
             settings.steps, settings.solver, settings.guidance_level, settings.guidance_interval
         )
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of work in each stage, summed over threads
         self.drawn = 0
+        self.artists: ThreadPoolExecutor | None = None
         self.encoders: ThreadPoolExecutor
+        self.stopped = threading.Event()  # ends what other threads draw
+        self._clock = threading.Lock()
 
     def say(self, text: str) -> None:
         self.log(text)
@@ -259,7 +266,8 @@ class _Worker:
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            with self._clock:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
     def attempt(self, prompt: PromptRecord) -> bool:
         """Draws what is missing of a prompt, unless it failed in this run already; False when another worker is at it."""
@@ -273,7 +281,7 @@ class _Worker:
             if failure is not None and failure[0] != self.order.failed_before.get(prompt.index):
                 return True
             tries, size = 0, self.batch_size
-            drawn, seconds = self.drawn, dict(self.seconds)
+            start, drawn, seconds = time.perf_counter(), self.drawn, dict(self.seconds)
             while True:
                 tries += 1
                 try:
@@ -303,7 +311,8 @@ class _Worker:
                 "images": len(answers),
                 "yes": answers.count("yes"),
                 "drawn": self.drawn - drawn,
-                "seconds": {stage: value - seconds.get(stage, 0.0) for stage, value in self.seconds.items()},
+                "seconds": {stage: value - seconds.get(stage, 0.0) for stage, value in self.seconds.items()}
+                | {"total": time.perf_counter() - start},
             }
         )
         return True
@@ -350,6 +359,10 @@ class _Worker:
                 continue
             left = left[len(batch) :]
 
+    def _step(self, *evaluation: object) -> None:
+        if self.stopped.is_set():
+            raise ScaleRAEError("stopped")
+
     def measure(self) -> int:
         """How many of a prompt's images this device has memory to draw and judge at once, tried out in two steps."""
         options = dataclasses.replace(self.options, steps=2)
@@ -379,19 +392,29 @@ class _Worker:
 
         settings = self.settings
         seeds = [image_seed(settings.seed, prompt.index, i) for i in samples]
-        latents, images = self._pictures(reply, seeds, self.options)
-        pngs = [  # made while the model judges
-            self.encoders.submit(png_bytes, image, png_text(settings, request, seed))
-            for image, seed in zip(images, seeds, strict=True)
-        ]
-        judged, rewards = self._judge(prompt, request, reply, latents, images)
+        parts: list[list[int]] = [[seed] for seed in seeds] if self.artists is not None else [seeds]
+        latents: list[Tensor] = []
+        pngs: list[Future[bytes]] = []
+        judged: list[dict[str, Any]] = []
+        rewards: list[float] = []
+        spread = self.artists.map if self.artists is not None else map
+        drawn = spread(lambda part: self._pictures(reply, part, self.options), parts)
+        for part, (part_latents, images) in zip(parts, drawn, strict=True):
+            pngs += [  # made while the model judges
+                self.encoders.submit(png_bytes, image, png_text(settings, request, seed))
+                for image, seed in zip(images, part, strict=True)
+            ]
+            part_judged, part_rewards = self._judge(prompt, request, reply, part_latents, images)
+            latents += part_latents
+            judged += part_judged
+            rewards += part_rewards
         check_finite(judged, rewards)
         with self.timed("writing"):
             files = {f"{i:05}.png": png.result() for i, png in zip(samples, pngs, strict=True)}
             if settings.save_latents:
                 files |= {f"{i:05}_latent.pt": latent_bytes(x) for i, x in zip(samples, latents, strict=True)}
             text = self.model.tokenizer.decode(reply.ids)
-            self.store.save_batch(prompt.index, Batch(samples[0], text, seeds, judged, rewards, {}), files)
+            self.store.save_batch(prompt.index, Batch(samples[0], text, seeds, judged, rewards or None, {}), files)
         self.drawn += len(seeds)
         self.listen({"event": "images", "rank": self.order.rank, "count": len(seeds)})
 
@@ -401,7 +424,7 @@ class _Worker:
         """Latents [L, C] and pixels of the reply's image, one of each seed, all at once."""
         assert reply.condition is not None
         with self.timed("drawing"):
-            latents = self.model.sample([reply.condition] * len(seeds), seeds, options, batch_size=len(seeds))
+            latents = self.model.sample([reply.condition] * len(seeds), seeds, options, len(seeds), self._step)
         with self.timed("decoding"):
             return latents, self.model.decode(latents, batch_size=len(seeds))
 
@@ -412,10 +435,10 @@ class _Worker:
         reply: Reply,
         latents: Sequence[Tensor],
         images: Sequence[Image.Image],
-    ) -> tuple[list[dict[str, Any]], list[float] | None]:
-        """Entries of text_responses and rewards, of images drawn together."""
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """Entries of text_responses and rewards (none without a reward model), of images drawn together."""
         settings, model = self.settings, self.model
-        with _one_thread(model), self.timed("judging"):
+        with self.timed("judging"):
             scores = model.score(
                 model.encode(images, batch_size=len(images)) if settings.post_qa_mode == "image" else latents,
                 prompt.prompt,
@@ -425,8 +448,8 @@ class _Worker:
                 max_new_tokens=settings.post_qa_max_new_tokens,
             )
         if self.reward is None:
-            return [judgement(score) for score in scores], None
-        with _one_thread(model), self.timed("reward"):
+            return [judgement(score) for score in scores], []
+        with self.timed("reward"):
             rewards = [float(value) for value in self.reward.score(images, prompt.prompt)]
         if len(rewards) != len(images):
             raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
@@ -434,20 +457,22 @@ class _Worker:
 
 
 @contextlib.contextmanager
-def _one_thread(model: ScaleRAE) -> Iterator[None]:
-    """On the CPU, sums over a vocabulary come out in other last digits with another number of threads: so it is one.
+def _threads(model: ScaleRAE) -> Iterator[ThreadPoolExecutor | None]:
+    """On the CPU, threads that draw one image each; None where images are drawn in batches.
 
-    (What is drawn does not depend on it: its sums are short.) Scores are then the same with one worker or several.
+    Sums come out in other last digits with another number of threads or images at once. So torch has one thread for
+    each image, which is as fast, and an image and its scores do not depend on workers, cores or the batch size.
     """
     import torch
 
     if model.device.type != "cpu":
-        yield
+        yield None
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as artists:
+            yield artists
     finally:
         torch.set_num_threads(threads)
 

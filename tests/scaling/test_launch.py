@@ -169,6 +169,7 @@ def test_out_of_memory(error: Exception) -> None:
     assert not out_of_memory(RuntimeError("shape mismatch"))
 
 
+@pytest.mark.usefixtures("in_batches")
 def test_batch_size_auto_is_measured_once_and_kept(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device that is not the CPU, of which only the type matters here."""
     sizes = list[int]()
