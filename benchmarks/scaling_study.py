@@ -388,8 +388,8 @@ def answers(lines: Sequence[dict[str, Any]], mode: str) -> dict[str, Any]:
 
 
 def seconds(lines: Sequence[dict[str, Any]], workers: int) -> dict[str, float]:
-    """Seconds of each stage a prompt, all images drawn: the mean over prompts that were drawn in one go, over workers."""
-    timed = [line["seconds"] for line in lines if "drawing" in line.get("seconds", {})]
+    """Seconds a prompt, all images drawn, and of work in each stage: the mean over prompts drawn in one go, over workers."""
+    timed = [line["seconds"] for line in lines if "total" in line.get("seconds", {})]
     stages = dict.fromkeys(name for times in timed for name in times)
     found = {stage: float(np.mean([times.get(stage, 0.0) for times in timed])) for stage in stages}
     return {stage: value / (1 if stage == "encoding" else workers) for stage, value in found.items()}
@@ -455,12 +455,12 @@ def markdown(figures: dict[str, Any]) -> str:
 
 def _seconds_table(figures: dict[str, Any]) -> list[str]:
     stages, rounds = figures["seconds"], list(figures["rounds"])
-    if "drawing" not in stages:
+    if "total" not in stages:
         return ["Seconds were not recorded: every prompt was drawn in more than one go."]
     settings = figures["study"]["settings"]
     whole = settings["scaling_rounds"]
-    once = stages.get("reply", 0.0)
-    each = sum(v for k, v in stages.items() if k not in ("reply", "encoding", "loading"))
+    once = stages["reply"]
+    each = stages["total"] - once
     workers = figures["study"]["workers"]
     lines = [
         f"Seconds a prompt ({workers} worker{'s' if workers > 1 else ''}; measured with {whole} rounds, fewer in proportion):",

@@ -65,7 +65,7 @@ def line(index: int, correct: str, answers: str, confidences: list[float], tag: 
         "rewards": {"siglip": none},
         "latent": columns,
         "image": columns | {"answer": "n" * len(correct)},
-        "seconds": {"reply": 1.0, "drawing": 8.0, "judging": 4.0, "loading": 0.0, "encoding": 0.5},
+        "seconds": {"reply": 1.0, "drawing": 10.0, "judging": 4.0, "total": 13.0, "encoding": 0.5},
     }
 
 
@@ -99,7 +99,7 @@ def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) ->
     assert figures["failed"] == 1
     assert figures["answers"]["latent"]["overall"] == {"right": 5, "yes_to_right": 4, "wrong": 3, "yes_to_wrong": 1}
     assert figures["prompts_by_correct"] == {"none": 1, "up to half": 1, "most": 1, "all": 0}
-    assert figures["seconds"] == {"reply": 0.5, "drawing": 4.0, "judging": 2.0, "loading": 0.0, "encoding": 0.5}
+    assert figures["seconds"] == {"reply": 0.5, "drawing": 5.0, "judging": 2.0, "total": 6.5, "encoding": 0.5}
     text = study.markdown(figures)
     assert "| latent mode | 3.50 | 6.50 |" in text
     assert "| image mode | 3.75 | 7.00 |" in text
@@ -161,7 +161,7 @@ def test_scaling_study_draws_and_goes_on(study: ModuleType, tmp_path: Path) -> N
     assert file.read_text().startswith(first)
     _, *lines = [json.loads(x) for x in file.read_text().splitlines()]
     assert [x["index"] for x in lines] == [0, 1, 2]
-    assert all(x["seconds"]["drawing"] > 0 for x in lines)
+    assert all(x["seconds"]["total"] > x["seconds"]["reply"] > 0 for x in lines)
 
     from scale_rae.cli import main
 
