@@ -3,7 +3,8 @@
     python benchmarks/cpu.py                     # the bundled model
     python benchmarks/cpu.py --model-path DIR
 
-Every figure is the median of --repeat runs after one that is not counted, with the number of threads torch chooses.
+Every figure is the median of --repeat runs after one that is not counted, with the number of threads torch chooses; those of
+scaling are means over --repeat prompts.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 PROMPT = "Can you generate a photo of a blue cross and a pink square?"
+COLORS = ("blue", "red", "green", "yellow", "black", "white", "orange", "purple")
 QUESTION = "Describe this image."
 
 
@@ -89,8 +93,72 @@ def measure(model_path: str, repeat: int) -> dict[str, Any]:
         answers = model.answer(asked, latents=[latent] * count, max_new_tokens=tokens)
         figures[f"answer_tokens_per_second_batch_{count}"] = sum(len(a.reply.ids) for a in answers) / seconds
     figures["score_per_image_batch_8"] = median_seconds(lambda: model.score([latent] * 8, PROMPT), repeat) / 8
+    for guidance in (1.0, 3.0):
+        figures |= {f"{name}_guidance_{guidance:g}": v for name, v in scaling(model_path, guidance, repeat).items()}
     figures["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return figures
+
+
+def scaling(model_path: str, guidance: float, count: int) -> dict[str, float]:
+    """`scale t2i` of `count` prompts, 4 x 2 images each, latent questions, siglip reward: seconds a prompt once all is loaded,
+    and the share of them in which no network was at work."""
+    from scale_rae.promptfile import PromptRecord
+    from scale_rae.scaling.experiment import Settings
+    from scale_rae.scaling.launch import run
+
+    prompts = [PromptRecord(i + 1, f"a photo of a {color} cross", i) for i, color in enumerate(COLORS[:count])]
+    settings = Settings("", model_path, guidance_level=guidance, reward="siglip")
+    clock = NetworkClock()
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "loaded":
+            clock.seconds = 0.0
+
+    with tempfile.TemporaryDirectory() as folder, clock:
+        outcome = run(settings, prompts, Path(folder), ["cpu"], listen=listen)
+    if outcome.failed:
+        raise SystemExit(f"{model_path}: scaling failed: {outcome.failed}")
+    return {
+        "scaling_4x2_per_prompt": outcome.working / len(prompts),
+        "scaling_4x2_share_outside_networks": 1 - clock.seconds / outcome.working,
+    }
+
+
+class NetworkClock:
+    """Seconds in which any thread was inside a torch module's forward, while entered."""
+
+    def __init__(self) -> None:
+        self.seconds, self._inside, self._begun = 0.0, 0, 0.0
+        self._lock, self._own = threading.Lock(), threading.local()
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        from torch.nn.modules import module
+
+        self._hooks = [
+            module.register_module_forward_pre_hook(self._enter),
+            module.register_module_forward_hook(self._leave, always_call=True),
+        ]
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _enter(self, *call: object) -> None:
+        self._own.depth = getattr(self._own, "depth", 0) + 1
+        if self._own.depth == 1:
+            with self._lock:
+                self._inside += 1
+                if self._inside == 1:
+                    self._begun = time.perf_counter()
+
+    def _leave(self, *call: object) -> None:
+        self._own.depth -= 1
+        if self._own.depth == 0:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self.seconds += time.perf_counter() - self._begun
 
 
 def main() -> None:

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
+
+
+def script(name: str) -> ModuleType:
+    """A benchmark as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_cpu_benchmark(tmp_path: Path) -> None:
@@ -18,3 +34,147 @@ def test_cpu_benchmark(tmp_path: Path) -> None:
     figures = json.loads((tmp_path / "cpu.json").read_text())
     assert all(value > 0 for value in figures.values() if isinstance(value, float))
     assert all(name in shown for name in figures)
+
+
+def test_two_devices(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/two_gpus.py", "--devices", "cpu,cpu", "--tiny", "--prompts", "3"]
+    command += ["--steps", "2", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "figures.json")]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["one"]["images"] == figures["several"]["images"] == 24
+    assert figures["files"]["files"] == 3 * 9
+    assert figures["throughput_ratio"] > 0
+    assert "27 files of prompts: the same bytes" in shown
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    return script("scaling_study")
+
+
+def line(index: int, correct: str, answers: str, confidences: list[float], tag: str = "colors") -> dict[str, Any]:
+    """A prompt's line of results.jsonl."""
+    none = [0.0] * len(correct)
+    names = "yes_logit no_conf_score no_logit response_conf_score prompt_loss prompt_conf_score image_conf_score"
+    columns = dict.fromkeys(names.split(), none) | {"answer": answers, "yes_conf_score": confidences}
+    return {
+        "index": index,
+        "tag": tag,
+        "prompt": f"prompt {index}",
+        "correct": correct,
+        "rewards": {"siglip": none},
+        "latent": columns,
+        "image": columns | {"answer": "n" * len(correct)},
+        "seconds": {"reply": 1.0, "drawing": 10.0, "judging": 4.0, "total": 13.0, "encoding": 0.5},
+    }
+
+
+def results(path: Path, lines: list[dict[str, Any]], rounds: int = 2) -> Path:
+    settings = {"n_samples": 2, "scaling_rounds": rounds, "guidance_level": 3.0, "solver": "ab2", "steps": 20}
+    study = {"settings": settings | {"dtype": "float32", "seed": 42}, "device": "cpu", "workers": 2}
+    path.write_text("".join(json.dumps(x) + "\n" for x in ({"study": study}, *lines)))
+    return path
+
+
+def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) -> None:
+    lines = [
+        line(0, "0011", "nnyy", [0.0, 0.0, 1.0, 2.0]),  # both right ones found
+        line(1, "0111", "yyyn", [3.0, 2.0, 1.0, 0.0]),  # one wrong one is believed
+        {"index": 2, "tag": "position", "prompt": "prompt 2", "failed": "no image"},
+    ]
+    path = results(tmp_path / "results.jsonl", lines)
+    figures = study.analyse(path)
+    one, two = figures["rounds"]["2x1"], figures["rounds"]["2x2"]
+    assert one["drawn"]["value"] == pytest.approx((0 + 0.5 + 0) / 3)
+    assert two["drawn"]["value"] == pytest.approx((0.5 + 0.75 + 0) / 3)
+    combined = two["chosen"]["combined, siglip"]
+    assert combined["kept"]["value"] == pytest.approx((1 + 0.5 + 0) / 3)
+    assert combined["first"]["value"] == pytest.approx((1 + 0 + 0) / 3)
+    assert combined["errors_removed"]["value"] == pytest.approx(1 - (0.5 + 1) / (0.5 + 0.25 + 1))
+    assert combined["kinds"] == {"colors": 0.75, "position": 0.0}
+    assert one["chosen"]["combined, siglip"]["errors_removed"]["value"] == pytest.approx(0)
+    assert two["chosen"][study.JUDGE]["kept"]["value"] == pytest.approx(2 / 3)
+    # Where every answer is no, and all else is equal, the first are kept.
+    assert two["chosen"]["answer_logits, image mode"]["kept"]["value"] == pytest.approx((0 + 0.5) / 3)
+    assert figures["failed"] == 1
+    assert figures["answers"]["latent"]["overall"] == {"right": 5, "yes_to_right": 4, "wrong": 3, "yes_to_wrong": 1}
+    assert figures["prompts_by_correct"] == {"none": 1, "up to half": 1, "most": 1, "all": 0}
+    assert figures["seconds"] == {"reply": 0.5, "drawing": 5.0, "judging": 2.0, "total": 6.5, "encoding": 0.5}
+    text = study.markdown(figures)
+    assert "| latent mode | 3.50 | 6.50 |" in text
+    assert "| image mode | 3.75 | 7.00 |" in text
+    study.plot(figures, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+
+
+def test_scaling_study_s_intervals(study: ModuleType, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    lines = []
+    for i in range(200):
+        correct = "".join(rng.choice("01") for _ in range(4))
+        lines.append(line(i, correct, correct.translate(str.maketrans("01", "ny")), [float(c) for c in correct]))
+    figures = study.analyse(results(tmp_path / "results.jsonl", lines))["rounds"]["2x2"]
+    drawn = figures["drawn"]
+    spread = 1.96 * 0.25 / 200**0.5  # four coins a prompt have a standard deviation of a quarter
+    assert drawn["high"] - drawn["low"] == pytest.approx(2 * spread, rel=0.1)
+    combined, judge = figures["chosen"]["combined, siglip"], figures["chosen"][study.JUDGE]
+    assert combined["kept"] == judge["kept"]  # for it says yes to the right ones
+    assert combined["errors_removed"]["low"] < combined["errors_removed"]["value"] < combined["errors_removed"]["high"]
+
+
+def test_scaling_study_ranks_as_select_does(study: ModuleType, tmp_path: Path) -> None:
+    from scale_rae.scaling.select import METRICS, choose, read_experiment
+    from tests.choosing.made_experiment import write_experiment
+
+    experiment = read_experiment(write_experiment(tmp_path / "experiment"))
+    for metric in METRICS:
+        for selection in choose(experiment, metric, None, 0.5):
+            metadata = selection.prompt.metadata
+            count = len(selection.prompt.images)
+            entries = [metadata["text_responses"][str(i)] for i in range(count)]
+            made = {
+                "index": 0,
+                "prompt": "",
+                "rewards": {"r": metadata["all_ir_scores"]},
+                "latent": study._columns(entries),
+            }
+            choice = study.Choice(metric, "latent", "r" if metric in study.NEED_REWARD else None)
+            assert study.order(made, choice, count) == selection.ranking.order
+
+
+def test_scaling_study_draws_and_goes_on(study: ModuleType, tmp_path: Path) -> None:
+    def run(*more: str) -> str:
+        command = [sys.executable, "benchmarks/scaling_study.py", "--out", str(tmp_path / "out"), "--steps", "2"]
+        command += ["--n-samples", "1", "--rounds", "2", "--device", "cpu", *more]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    file = tmp_path / "out" / "results.jsonl"
+    assert "4 images drawn" in run("--prompts", "2", "--only", "draw")
+    first = file.read_text()
+    file.write_text(first + '{"index": 2, "tag"')  # as if stopped while it wrote
+    shown = run("--prompts", "3")
+    assert "2 images drawn" in shown
+    assert "| combined, siglip |" in shown
+    assert file.read_text().startswith(first)
+    _, *lines = [json.loads(x) for x in file.read_text().splitlines()]
+    assert [x["index"] for x in lines] == [0, 1, 2]
+    assert all(x["seconds"]["total"] > x["seconds"]["reply"] > 0 for x in lines)
+
+    from scale_rae.cli import main
+
+    argv = ["scale", "t2i", "--model-path", "shapes", "--metadata-file", str(tmp_path / "out" / "prompts.jsonl")]
+    argv += ["--output-dir", str(tmp_path / "image"), "--post-qa-mode", "image", "--reward", "siglip", "--steps", "2"]
+    argv += ["--solver", "ab2", "--guidance-level", "3", "--n-samples", "1", "--limit", "1", "--device", "cpu"]
+    assert main(argv) == 0
+    (record,) = (tmp_path / "image").glob("*/*/00000/metadata.jsonl")
+    found = json.loads(record.read_text())
+    assert lines[0]["rewards"]["siglip"] == pytest.approx(found["all_ir_scores"], rel=1e-4)
+    for name, values in lines[0]["image"].items():
+        expected = [found["text_responses"][str(i)][name] for i in range(2)]
+        if name == "answer":
+            assert list(values) == [answer[0] for answer in expected]
+        else:
+            assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)

@@ -13,9 +13,9 @@ import typer
 from scale_rae import __version__
 from scale_rae.cli.options import Output, PostQA, Sampling
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.session import Session
 from scale_rae.errors import InputError
 from scale_rae.outputs import Sample, dump_json, save_run, timestamp
+from scale_rae.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor

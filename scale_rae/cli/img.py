@@ -11,9 +11,9 @@ import typer
 from scale_rae.cli import options as o
 from scale_rae.cli.drawing import Message, note_shortcomings, prepare, send
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.session import Session
 from scale_rae.outputs import check_folder
 from scale_rae.prompt import clean_message
+from scale_rae.session import Session
 
 
 def command(

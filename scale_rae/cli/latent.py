@@ -13,10 +13,10 @@ import typer
 from scale_rae.cli import options as o
 from scale_rae.cli.drawing import Message, note_shortcomings, png_text, prepare, print_results, send
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.session import Session
 from scale_rae.errors import InputError
 from scale_rae.outputs import Sample, check_folder, load_latent, save_run, timestamp
 from scale_rae.prompt import clean_message
+from scale_rae.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor

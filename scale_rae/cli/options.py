@@ -9,6 +9,8 @@ from typing import Annotated
 
 import typer
 
+from scale_rae.session import ModelChoice as ModelChoice
+
 # These repeat constants of modules that import torch, which --help must not; a test holds them equal.
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 DEFAULT_STEPS = 49
@@ -93,17 +95,6 @@ Json = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", rich_help_panel=OUTPUT)
 ]
-
-
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which checkpoint, and where it runs."""
-
-    model_path: str = DEFAULT_MODEL
-    decoder_repo: str | None = None
-    revision: str | None = None
-    device: str | None = None
-    dtype: str | None = None
 
 
 @dataclass(frozen=True)

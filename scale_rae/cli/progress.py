@@ -6,9 +6,12 @@ A bar is up only while weights are read or images drawn: in between, the hub's o
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -73,3 +76,88 @@ class Bars:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+class ScalingDisplay:
+    """Listens to a scaling run: one bar for all workers on a terminal, a line for each prompt in a pipe; all on stderr.
+
+    A quiet one (of a launcher's process that is not the first) shows only warnings.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet, self._shown = quiet, sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+        self._start: float | None = None
+        self._todo = self._finished = self._images = self._total = 0
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if self._quiet:
+            if kind == "say":
+                self._line(event["text"])
+        elif kind == "plan":
+            self._todo, self._total = event["todo"], event["todo"] * event["each"]
+            if event["finished"]:
+                self._line(f"{event['finished']} prompts are done already, {self._todo} to do")
+        elif kind == "loaded":
+            self._start = self._start or time.monotonic()
+            self._update()
+        elif kind == "images":
+            self._images += event["count"]
+            self._update()
+        elif kind == "say":
+            self._line(event["text"])
+        elif kind == "failed":
+            self._finished += 1
+            self._line(f"{event['index']:05} failed: {event['error']}")
+            self._update()
+        elif kind == "prompt":
+            self._finished += 1
+            self._update()
+            if not self._shown:
+                text = f"{event['index']:05} {event['prompt']}: {event['yes']} yes of {event['images']}"
+                self._line(f"{text} [{self._state()}]")
+
+    def _state(self) -> str:
+        text = f"{self._finished}/{self._todo} prompts"
+        seconds = time.monotonic() - self._start if self._start is not None else 0.0
+        if self._images and seconds > 0:
+            rate = self._images / seconds
+            text += f", {rate:.2f} images/s, {_duration((self._total - self._completed()) / rate)} left"
+        return text
+
+    def _completed(self) -> int:
+        # Failed prompts draw less than they should; prompts begun in earlier runs too.
+        return min(self._total, max(self._images, self._finished * (self._total // self._todo)))
+
+    def _update(self) -> None:
+        if not self._shown or not self._todo:
+            return
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+            )
+            self._task = self._bar.add_task("", total=self._total)
+            self._bar.start()
+        self._bar.update(self._task, completed=self._completed(), description=self._state())
+
+    def _line(self, text: str) -> None:
+        text = " ".join(text.split("\n"))
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            typer.echo(text, err=True)
+
+    def stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = round(seconds / 60), seconds / 3600
+    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from scale_rae.cli import options as o
 from scale_rae.cli.app import fail
-from scale_rae.cli.progress import Bars
+from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.errors import InputError
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
@@ -138,6 +136,7 @@ def command(
     with bars.waiting("starting"):
         from scale_rae.scaling.experiment import Settings
         from scale_rae.scaling.launch import World, default_devices, run
+    world = World.from_environment()
     if "{prompt}" not in question:
         typer.echo(f"note: no {{prompt}} in the question {question!r}: the prompt is put at its end", err=True)
     settings = Settings(
@@ -164,7 +163,7 @@ def command(
         reward_path=reward_path,
         save_latents=save_latents,
     )
-    display = _Display()
+    display = ScalingDisplay(quiet=world.rank > 0)
     try:
         outcome = run(
             settings,
@@ -173,16 +172,20 @@ def command(
             names if names is not None else default_devices(device),
             limit,
             display,
-            World.from_environment(),
-            bars,
+            world,
+            bars if world.rank == 0 else None,
             debug,
         )
     finally:
         bars.stop()
         display.stop()
+    if world.rank > 0:  # rank 0 tells of them all
+        if outcome.unfinished:
+            fail(f"rank {world.rank}: {len(outcome.unfinished)} prompts are unfinished")
+        return
     typer.echo(str(outcome.folder))
     done = outcome.prompts - len(outcome.failed) - len(outcome.unfinished)
-    rate = f" ({outcome.drawn / outcome.seconds:.2f} images/s)" if outcome.drawn else ""
+    rate = f" ({outcome.drawn / outcome.working:.2f} images/s once loaded)" if outcome.drawn else ""
     typer.echo(
         f"{done} of {outcome.prompts} prompts done; {outcome.drawn} images drawn in {outcome.seconds:.0f} s{rate}",
         err=True,
@@ -207,81 +210,3 @@ def _question(prompt: str | None, path: Path | None) -> tuple[str, str]:
         return prompt.strip(), "prompt"
     path = path or _TEMPLATE
     return read_template(path), path.stem
-
-
-class _Display:
-    """One bar for all workers on a terminal, a line for each prompt in a pipe; all on stderr."""
-
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
-        self._bar: Any = None
-        self._task: Any = None
-        self._start: float | None = None
-        self._todo = self._finished = self._images = self._total = 0
-
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "plan":
-            self._todo, self._total = event["todo"], event["todo"] * event["each"]
-            if event["finished"]:
-                self._line(f"{event['finished']} prompts are done already, {self._todo} to do")
-        elif kind == "loaded":
-            self._start = self._start or time.monotonic()
-            self._update()
-        elif kind == "images":
-            self._images += event["count"]
-            self._update()
-        elif kind == "say":
-            self._line(event["text"])
-        elif kind == "failed":
-            self._finished += 1
-            self._line(f"{event['index']:05} failed: {event['error']}")
-            self._update()
-        elif kind == "prompt":
-            self._finished += 1
-            self._update()
-            if not self._shown:
-                text = f"{event['index']:05} {event['prompt']}: {event['yes']} yes of {event['images']}"
-                self._line(f"{text} [{self._state()}]")
-
-    def _state(self) -> str:
-        text = f"{self._finished}/{self._todo} prompts"
-        seconds = time.monotonic() - self._start if self._start is not None else 0.0
-        if self._images and seconds > 0:
-            rate = self._images / seconds
-            # Failed prompts draw less than they should; prompts begun in earlier runs too.
-            left = max(0.0, (self._todo - self._finished) * self._total / max(1, self._todo) / rate)
-            text += f", {rate:.2f} images/s, {_duration(left)} left"
-        return text
-
-    def _update(self) -> None:
-        if not self._shown or not self._todo:
-            return
-        if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-            )
-            self._task = self._bar.add_task("", total=self._total)
-            self._bar.start()
-        each = self._total // self._todo
-        self._bar.update(self._task, completed=max(self._images, self._finished * each), description=self._state())
-
-    def _line(self, text: str) -> None:
-        text = " ".join(text.split("\n"))
-        if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            typer.echo(text, err=True)
-
-    def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def _duration(seconds: float) -> str:
-    minutes, hours = round(seconds / 60), seconds / 3600
-    return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"

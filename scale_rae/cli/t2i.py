@@ -12,11 +12,11 @@ from scale_rae.cli import options as o
 from scale_rae.cli.app import fail
 from scale_rae.cli.drawing import Message, is_finite_number, prepare, send
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.session import Session, differences
 from scale_rae.errors import InputError
 from scale_rae.outputs import check_folder, read_manifest
 from scale_rae.prompt import clean_message
 from scale_rae.promptfile import read_prompts, read_template
+from scale_rae.session import Session, differences
 
 # What a manifest decides, so that these options cannot go with --from-manifest.
 _RECORDED = ["num_images", "seed", "guidance_level", "guidance_interval", "steps", "solver", "max_new_tokens"]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +21,10 @@ from scale_rae.scaling.experiment import Settings, describe, setting_differences
 from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import Listener, Order, encode_order, work
 
+_LOOK = 1.0  # seconds between looks at the folder that a launcher's processes share
+
 if TYPE_CHECKING:
-    from scale_rae.cli.progress import Bars
+    from scale_rae.session import LoadingBar
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,8 @@ class Outcome:
     drawn: int  # images, in this run
     failed: dict[int, str]
     unfinished: list[int]
-    seconds: float
+    seconds: float  # in all
+    working: float  # of them, since the first worker had loaded
     stages: dict[str, float] = field(default_factory=dict)
 
 
@@ -84,7 +88,7 @@ def run(
     limit: int | None = None,
     listen: Listener = lambda event: None,
     world: World | None = None,
-    bars: Bars | None = None,
+    bars: LoadingBar | None = None,
     debug: bool = False,
 ) -> Outcome:
     """Draws and judges whatever of an experiment is missing.
@@ -92,7 +96,8 @@ def run(
     Args:
         devices: one worker each; processes of a launcher take the one of their local rank.
         limit: only the first so many prompts.
-        listen: called with events (dicts) as things happen: plan, loaded, images, prompt, failed, say.
+        listen: called with events (dicts) as things happen: plan, loaded, images, prompt, failed, say. Of a launcher's
+            processes, that of rank 0 hears of what all of them draw, the others of nothing but say.
 
     Raises:
         InputError: when the folder holds an experiment with other settings.
@@ -149,14 +154,17 @@ def run(
                 ]
                 stages = _spawn(store, settings, orders, counter, lock)
             else:
+                watch = _watching(store, todo, failed_before, counter) if world.size > 1 and world.rank == 0 else None
                 left = {p.index for p in todo}
                 own = [p for p in chosen[world.rank :: world.size] if p.index in left]
                 mine = {p.index for p in own}
                 others = [p for p in todo if p.index not in mine]
                 order = Order(world.rank, devices[0], own, others, description, failed_before, debug)
-                stages = work(store, settings, order, counter, bars)
-        seconds = time.perf_counter() - start
-        outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], seconds, stages)
+                with watch or contextlib.nullcontext():
+                    stages = work(store, settings, order, counter if world.size == 1 else _only_say(counter), bars)
+        end = time.perf_counter()
+        working = end - (counter.since or end)
+        outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], end - start, working, stages)
         for prompt in todo:
             failure = store.failure(prompt.index)
             if failure is not None:
@@ -165,7 +173,7 @@ def run(
                 outcome.unfinished.append(prompt.index)
         if world.rank == 0 and todo:
             before = (recorded or {}).get("seconds") or {}
-            now = {"total": seconds} | stages
+            now = {"total": outcome.seconds, "working": working} | stages
             store.update_experiment(
                 {
                     "seconds": {k: round(before.get(k, 0.0) + now.get(k, 0.0), 3) for k in {**before, **now}},
@@ -178,16 +186,71 @@ def run(
         lock.close()
 
 
+def _only_say(listen: Listener) -> Listener:
+    return lambda event: listen(event) if event["event"] in ("say", "loaded") else None
+
+
+@contextlib.contextmanager
+def _watching(
+    store: Store, prompts: Sequence[PromptRecord], failed_before: Mapping[int, int], listen: Listener
+) -> Iterator[None]:
+    """Tells of what any process draws of the prompts, from what appears in the folder they share."""
+    progress = {p.index: store.progress(p.index) for p in prompts}
+    begun = {index: found.record for index, found in progress.items()}
+    waiting = {p.index: p for p in prompts}
+    done = threading.Event()
+
+    def look() -> None:
+        for index, prompt in list(waiting.items()):
+            before, now = progress[index], store.progress(index)
+            progress[index] = now
+            count = sum(b[1] for name, b in now.batches.items() if before.batches.get(name) != b)
+            if count:
+                listen({"event": "images", "count": count})
+            failure = store.failure(index)
+            if now.record is not None and now.record != begun[index]:
+                del waiting[index]
+                answers = store.answers(index)
+                listen(
+                    {
+                        "event": "prompt",
+                        "index": index,
+                        "prompt": prompt.prompt,
+                        "images": len(answers),
+                        "yes": answers.count("yes"),
+                    }
+                )
+            elif failure is not None and failure[0] != failed_before.get(index):
+                del waiting[index]
+                listen({"event": "failed", "index": index, "error": failure[1]})
+
+    def keep_looking() -> None:
+        while not done.wait(_LOOK):
+            look()
+
+    thread = threading.Thread(target=keep_looking, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        look()
+
+
 class _Counter:
-    """Passes events on and counts images."""
+    """Passes events on, counts images, and knows since when a worker is at work."""
 
     def __init__(self, listen: Listener) -> None:
         self._listen = listen
         self.images = 0
+        self.since: float | None = None
 
     def __call__(self, event: dict[str, Any]) -> None:
         if event["event"] == "images":
             self.images += event["count"]
+        elif event["event"] == "loaded" and self.since is None:
+            self.since = time.perf_counter()
         self._listen(event)
 
 

@@ -50,6 +50,14 @@ class Batch:
         return range(self.start, self.start + len(self.judged))
 
 
+@dataclass(frozen=True)
+class Progress:
+    """A prompt's batches as name -> (time written, ns; images), and when its record was written, if it was."""
+
+    batches: dict[str, tuple[int, int]]
+    record: int | None
+
+
 class Store:
     """The files of one experiment. `writer` names this process's temporary file: no two writers of a run share one."""
 
@@ -178,6 +186,20 @@ class Store:
                 covered.update(batch.samples)
         return sorted(batches, key=lambda b: b.start), problems
 
+    def progress(self, index: int) -> Progress:
+        """How far a prompt is, from names and times alone."""
+        batches = {}
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(self._work / "batches" / f"{index:05}"):
+                first, _, last = entry.name.removesuffix(".json").partition("-")
+                with contextlib.suppress(OSError, ValueError):
+                    batches[entry.name] = (entry.stat().st_mtime_ns, int(last) - int(first) + 1)
+        record = self.prompt_folder(index) / "metadata.jsonl"
+        try:
+            return Progress(batches, record.stat().st_mtime_ns)
+        except OSError:
+            return Progress(batches, None)
+
     def record(self, prompt: PromptRecord, batches: Sequence[Batch]) -> bytes | None:
         """What metadata.jsonl must be, or None when batches are missing."""
         if sum(len(b.judged) for b in batches) != self.settings.total:
@@ -205,6 +227,14 @@ class Store:
         if expected is None:
             return False, problems or [f"{path}: belongs to images that are not there"]
         return found == expected, problems if found == expected else [*problems, f"{path}: damaged"]
+
+    def answers(self, index: int) -> list[str]:
+        """The model's answers about a finished prompt's images; none when its record has gone since."""
+        try:
+            record = json.loads((self.prompt_folder(index) / "metadata.jsonl").read_bytes())
+            return [entry["answer"] for entry in record["text_responses"].values()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return []
 
     def reopen(self, index: int) -> None:
         """A prompt that has to be drawn, in whole or in part, has no record until it is finished."""

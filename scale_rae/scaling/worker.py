@@ -15,7 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,19 @@ from scale_rae.scaling.experiment import Settings, check_finite, judgement, png_
 from scale_rae.scaling.store import Batch, Store
 
 if TYPE_CHECKING:
+    import torch
     from PIL import Image
+    from torch import Tensor
 
-    from scale_rae.cli.progress import Bars
     from scale_rae.language import Reply
-    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.pipeline import SamplingOptions, ScaleRAE
+    from scale_rae.rewards import Reward
+    from scale_rae.session import LoadingBar, Session
 
 Listener = Callable[[dict[str, Any]], None]
+
+SPARE = 0.1  # share of a GPU's memory that `--batch-size auto` leaves free: prompts differ in length
+_PATIENCE = 0.5  # seconds between looks at prompts that other workers are at
 
 
 @dataclass
@@ -52,58 +58,65 @@ class Order:
 
 
 def work(
-    store: Store, settings: Settings, order: Order, listen: Listener, bars: Bars | None = None
+    store: Store, settings: Settings, order: Order, listen: Listener, bars: LoadingBar | None = None
 ) -> dict[str, float]:
     """Loads model and reward, draws, and returns seconds spent in each stage.
 
     Raises:
         ScaleRAEError: when model or reward cannot be loaded or are not the experiment's, or a result not written.
     """
-    from scale_rae.cli.options import ModelChoice
-    from scale_rae.cli.progress import Bars
-    from scale_rae.cli.session import Session
+    from scale_rae.session import ModelChoice, Session
 
     store.make_folders()
     log = _Log(store, order.rank)
     log(f"process {os.getpid()}, device {order.device or 'default'}, {len(order.own)} prompts")
     start = time.perf_counter()
     choice = ModelChoice(settings.model_path, settings.decoder_repo, settings.revision, order.device, settings.dtype)
-    session = Session(choice, bars or Bars(), decoder=True, encoder=True, debug=order.debug)
+    session = Session(choice, bars, decoder=True, encoder=True, debug=order.debug)
     reward = None
     if settings.reward is not None:
         from scale_rae.rewards import load_reward
 
         reward = load_reward(settings.reward, session.model, settings.reward_path)
-    batch_size = _join_experiment(store, settings, order, session, reward, listen)
-    worker = _Worker(store, settings, session.model, reward, batch_size, order, listen, log)
-    worker.seconds["loading"] = time.perf_counter() - start
-    log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {batch_size}")
+    worker = _Worker(store, settings, session.model, reward, order, listen, log)
+    worker.batch_size = worker.fits = _join_experiment(store, settings, order, session, reward, listen, worker.measure)
+    worker.seconds = {"loading": time.perf_counter() - start}
+    log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {worker.batch_size}")
     listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
-    with ThreadPoolExecutor(4) as worker.encoders:
-        for prompt in (*order.own, *reversed(order.others)):
-            worker.attempt(prompt)
+    with _threads(session.model) as worker.artists, ThreadPoolExecutor(4) as worker.encoders:
+        try:
+            others_have = [p for p in (*order.own, *reversed(order.others)) if not worker.attempt(p)]
+            if others_have:
+                log(f"waiting for {len(others_have)} prompts that other workers are at")
+            while others_have := [p for p in others_have if not worker.attempt(p)]:
+                time.sleep(_PATIENCE)  # should their worker die, their locks are free
+        except BaseException:
+            worker.stopped.set()
+            raise
     log("done")
     return worker.seconds
 
 
 def _join_experiment(
-    store: Store, settings: Settings, order: Order, session: Any, reward: Any, listen: Listener
+    store: Store,
+    settings: Settings,
+    order: Order,
+    session: Session,
+    reward: Reward | None,
+    listen: Listener,
+    measure: Callable[[], int],
 ) -> int:
     """Makes sure this worker's models are the experiment's, writing experiment.json if it is the first.
 
-    Returns the experiment's batch size.
+    Returns the experiment's batch size, for which the first worker asks `measure` when none is given.
     """
-    from scale_rae.cli.session import differences
+    from scale_rae.session import differences
 
     model = session.model
     recorded = store.read_experiment()
     size = settings.batch_size or (recorded or {}).get("settings", {}).get("batch_size")
     if size is None:
-        size = (
-            8
-            if model.device.type == "cpu"
-            else measure_batch_size(model, settings, [*order.own, *order.others][0].prompt)
-        )
+        size = measure() if _measures(model) else 8
     described = session.describe()
     now = {
         **order.description,
@@ -133,6 +146,10 @@ def _join_experiment(
     return int(recorded["settings"]["batch_size"])
 
 
+def _measures(model: ScaleRAE) -> bool:
+    return model.device.type != "cpu"  # where there is no limit that one would notice in time
+
+
 def _without_paths(identity: Any) -> Any:
     """A reward's identity without the names of its parts' folders, which may move."""
     if not isinstance(identity, dict):
@@ -143,27 +160,39 @@ def _without_paths(identity: Any) -> Any:
     }
 
 
-def measure_batch_size(model: ScaleRAE, settings: Settings, prompt: str) -> int:
-    """How many images at once, doubling up to a prompt's all, drawing and decoding have memory for, and to spare."""
-    from scale_rae.pipeline import SamplingOptions
+def largest_batch(
+    most: int, attempt: Callable[[int], None], release: Callable[[], None], spare: Callable[[], float]
+) -> int:
+    """The largest of 1, 2, 4, … and `most` images that `attempt` does without running out of memory, and with some to spare.
 
-    reply = model.reply([settings.request(prompt)], max_new_tokens=settings.max_new_tokens)[0]
-    condition = reply.condition
-    if condition is None:
-        return min(8, settings.total)
-    options = SamplingOptions(2, "euler", settings.guidance_level, settings.guidance_interval)
+    `spare` tells which share of the memory was free at the worst moment so far, and `release` gives back what a failed
+    attempt took. 1 when not even that goes: then it is the drawing that fails, and says why.
+    """
     fits, size = 1, 1
-    while fits < settings.total:
-        size = min(2 * size, settings.total)
+    while True:
         try:
-            model.decode(model.sample([condition] * size, list(range(size)), options, batch_size=size), batch_size=size)
+            attempt(size)
         except Exception as e:
             if not out_of_memory(e):
                 raise
-            release_memory(model)
-            return max(1, fits // 2)  # judging needs room too
+            release()
+            return fits
+        if spare() < SPARE:
+            return fits
         fits = size
-    return fits
+        if size == most:
+            return fits
+        size = min(2 * size, most)
+
+
+def spare_memory(device: torch.device) -> float:
+    """Which share of the memory that this process could have was free at the worst moment; 1 where torch does not say."""
+    import torch
+
+    if device.type != "cuda":
+        return 1.0
+    free, _ = torch.cuda.mem_get_info(device)
+    return 1 - torch.cuda.max_memory_allocated(device) / (free + torch.cuda.memory_reserved(device))
 
 
 def out_of_memory(error: BaseException | None) -> bool:
@@ -173,8 +202,8 @@ def out_of_memory(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
-        if isinstance(error, RuntimeError) and "allocate memory" in str(error):
-            return True
+        if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
+            return True  # the CPU's and MPS's
         error = error.__cause__
     return False
 
@@ -207,8 +236,7 @@ class _Worker:
         store: Store,
         settings: Settings,
         model: ScaleRAE,
-        reward: Any,
-        batch_size: int,
+        reward: Reward | None,
         order: Order,
         listen: Listener,
         log: _Log,
@@ -217,12 +245,16 @@ class _Worker:
 
         self.store, self.settings, self.model, self.reward = store, settings, model, reward
         self.order, self.listen, self.log = order, listen, log
-        self.batch_size, self.fits = batch_size, batch_size  # the experiment's; what this device has memory for
+        self.batch_size = self.fits = 1  # the experiment's; what this device has memory for
         self.options = SamplingOptions(
             settings.steps, settings.solver, settings.guidance_level, settings.guidance_interval
         )
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}  # of work in each stage, summed over threads
+        self.drawn = 0
+        self.artists: ThreadPoolExecutor | None = None
         self.encoders: ThreadPoolExecutor
+        self.stopped = threading.Event()  # ends what other threads draw
+        self._clock = threading.Lock()
 
     def say(self, text: str) -> None:
         self.log(text)
@@ -234,20 +266,22 @@ class _Worker:
         try:
             yield
         finally:
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+            with self._clock:
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
-    def attempt(self, prompt: PromptRecord) -> None:
-        """Draws what is missing of a prompt, unless another worker has it or it failed in this run already."""
+    def attempt(self, prompt: PromptRecord) -> bool:
+        """Draws what is missing of a prompt, unless it failed in this run already; False when another worker is at it."""
         lock = self.store.lock_prompt(prompt.index)
         if lock is None:
-            return
+            return False
         with lock:
             if self.store.check(prompt)[0]:
-                return
+                return True
             failure = self.store.failure(prompt.index)
             if failure is not None and failure[0] != self.order.failed_before.get(prompt.index):
-                return
+                return True
             tries, size = 0, self.batch_size
+            start, drawn, seconds = time.perf_counter(), self.drawn, dict(self.seconds)
             while True:
                 tries += 1
                 try:
@@ -263,7 +297,7 @@ class _Worker:
                 if tries == 2:
                     self.store.fail(prompt.index, error, tries)
                     self.listen({"event": "failed", "rank": self.order.rank, "index": prompt.index, "error": error})
-                    return
+                    return True
                 size = max(1, size // 2)
                 self.say(f"prompt {prompt.index} failed ({error}); once more in batches of {size}")
         answers = [entry["answer"] for entry in record["text_responses"].values()]
@@ -276,8 +310,12 @@ class _Worker:
                 "prompt": prompt.prompt,
                 "images": len(answers),
                 "yes": answers.count("yes"),
+                "drawn": self.drawn - drawn,
+                "seconds": {stage: value - seconds.get(stage, 0.0) for stage, value in self.seconds.items()}
+                | {"total": time.perf_counter() - start},
             }
         )
+        return True
 
     def _draw(self, prompt: PromptRecord, size: int) -> dict[str, Any]:
         there = {i for batch in self.store.batches(prompt.index)[0] for i in batch.samples}
@@ -321,66 +359,120 @@ class _Worker:
                 continue
             left = left[len(batch) :]
 
+    def _step(self, *evaluation: object) -> None:
+        if self.stopped.is_set():
+            raise ScaleRAEError("stopped")
+
+    def measure(self) -> int:
+        """How many of a prompt's images this device has memory to draw and judge at once, tried out in two steps."""
+        options = dataclasses.replace(self.options, steps=2)
+        for prompt in [*self.order.own, *self.order.others][:8]:
+            request = self.settings.request(prompt.prompt)
+            try:
+                reply = self.model.reply([request], max_new_tokens=self.settings.max_new_tokens)[0]
+            except InputError:
+                continue  # this prompt will fail in its turn
+            if reply.condition is not None:
+                break
+        else:
+            return min(8, self.settings.total)
+
+        def attempt(size: int) -> None:
+            latents, images = self._pictures(reply, range(size), options)
+            self._judge(prompt, request, reply, latents, images)
+
+        size = largest_batch(
+            self.settings.total, attempt, lambda: release_memory(self.model), lambda: spare_memory(self.model.device)
+        )
+        release_memory(self.model)
+        return size
+
     def _draw_batch(self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int]) -> None:
         from scale_rae.pipeline import image_seed
 
-        settings, model = self.settings, self.model
-        assert reply.condition is not None
+        settings = self.settings
         seeds = [image_seed(settings.seed, prompt.index, i) for i in samples]
+        parts: list[list[int]] = [[seed] for seed in seeds] if self.artists is not None else [seeds]
+        latents: list[Tensor] = []
+        pngs: list[Future[bytes]] = []
+        judged: list[dict[str, Any]] = []
+        rewards: list[float] = []
+        spread = self.artists.map if self.artists is not None else map
+        drawn = spread(lambda part: self._pictures(reply, part, self.options), parts)
+        for part, (part_latents, images) in zip(parts, drawn, strict=True):
+            pngs += [  # made while the model judges
+                self.encoders.submit(png_bytes, image, png_text(settings, request, seed))
+                for image, seed in zip(images, part, strict=True)
+            ]
+            part_judged, part_rewards = self._judge(prompt, request, reply, part_latents, images)
+            latents += part_latents
+            judged += part_judged
+            rewards += part_rewards
+        check_finite(judged, rewards)
+        with self.timed("writing"):
+            files = {f"{i:05}.png": png.result() for i, png in zip(samples, pngs, strict=True)}
+            if settings.save_latents:
+                files |= {f"{i:05}_latent.pt": latent_bytes(x) for i, x in zip(samples, latents, strict=True)}
+            text = self.model.tokenizer.decode(reply.ids)
+            self.store.save_batch(prompt.index, Batch(samples[0], text, seeds, judged, rewards or None, {}), files)
+        self.drawn += len(seeds)
+        self.listen({"event": "images", "rank": self.order.rank, "count": len(seeds)})
+
+    def _pictures(
+        self, reply: Reply, seeds: Sequence[int], options: SamplingOptions
+    ) -> tuple[list[Tensor], list[Image.Image]]:
+        """Latents [L, C] and pixels of the reply's image, one of each seed, all at once."""
+        assert reply.condition is not None
         with self.timed("drawing"):
-            latents = model.sample([reply.condition] * len(seeds), seeds, self.options, batch_size=len(seeds))
+            latents = self.model.sample([reply.condition] * len(seeds), seeds, options, len(seeds), self._step)
         with self.timed("decoding"):
-            images = model.decode(latents, batch_size=len(seeds))
-        pngs = [  # made while the model judges
-            self.encoders.submit(png_bytes, image, png_text(settings, request, seed))
-            for image, seed in zip(images, seeds, strict=True)
-        ]
-        with _one_thread(model), self.timed("judging"):
-            shown = model.encode(images, batch_size=len(seeds)) if settings.post_qa_mode == "image" else latents
+            return latents, self.model.decode(latents, batch_size=len(seeds))
+
+    def _judge(
+        self,
+        prompt: PromptRecord,
+        request: str,
+        reply: Reply,
+        latents: Sequence[Tensor],
+        images: Sequence[Image.Image],
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """Entries of text_responses and rewards (none without a reward model), of images drawn together."""
+        settings, model = self.settings, self.model
+        with self.timed("judging"):
             scores = model.score(
-                shown,
+                model.encode(images, batch_size=len(images)) if settings.post_qa_mode == "image" else latents,
                 prompt.prompt,
                 request=request,
                 request_reply=reply,
                 question=settings.question,
                 max_new_tokens=settings.post_qa_max_new_tokens,
             )
-        judged = [judgement(score) for score in scores]
-        rewards = self._rewards(images, prompt.prompt)
-        check_finite(judged, rewards)
-        with self.timed("writing"):
-            files = {f"{i:05}.png": png.result() for i, png in zip(samples, pngs, strict=True)}
-            if settings.save_latents:
-                files |= {f"{i:05}_latent.pt": latent_bytes(x) for i, x in zip(samples, latents, strict=True)}
-            text = model.tokenizer.decode(reply.ids)
-            self.store.save_batch(prompt.index, Batch(samples[0], text, seeds, judged, rewards, {}), files)
-        self.listen({"event": "images", "rank": self.order.rank, "count": len(seeds)})
-
-    def _rewards(self, images: Sequence[Image.Image], prompt: str) -> list[float] | None:
         if self.reward is None:
-            return None
-        with _one_thread(self.model), self.timed("reward"):
-            rewards = [float(value) for value in self.reward.score(images, prompt)]
+            return [judgement(score) for score in scores], []
+        with self.timed("reward"):
+            rewards = [float(value) for value in self.reward.score(images, prompt.prompt)]
         if len(rewards) != len(images):
             raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
-        return rewards
+        return [judgement(score) for score in scores], rewards
 
 
 @contextlib.contextmanager
-def _one_thread(model: ScaleRAE) -> Iterator[None]:
-    """On the CPU, sums over a vocabulary come out in other last digits with another number of threads: so it is one.
+def _threads(model: ScaleRAE) -> Iterator[ThreadPoolExecutor | None]:
+    """On the CPU, threads that draw one image each; None where images are drawn in batches.
 
-    (What is drawn does not depend on it: its sums are short.) Scores are then the same with one worker or several.
+    Sums come out in other last digits with another number of threads or images at once. So torch has one thread for
+    each image, which is as fast, and an image and its scores do not depend on workers, cores or the batch size.
     """
     import torch
 
     if model.device.type != "cpu":
-        yield
+        yield None
         return
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as artists:
+            yield artists
     finally:
         torch.set_num_threads(threads)
 

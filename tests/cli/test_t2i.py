@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 
 import scale_rae
+from scale_rae import session
 from scale_rae.checkpoint import Source
-from scale_rae.cli import session
 from scale_rae.pipeline import ScaleRAE, image_seed
 from scale_rae.scores import QUESTION
 from tests.cli.conftest import DRAW, Cli, left, only_manifest

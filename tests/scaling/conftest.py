@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     scale = Scale(tmp_path_factory.mktemp("reference"))
     assert scale().code == 0
     return snapshot(scale.folder)
+
+
+@pytest.fixture
+def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the CPU draw a batch's images at once, as other devices do, and not apart."""
+    monkeypatch.setattr("scale_rae.scaling.worker._threads", lambda model: contextlib.nullcontext())
 
 
 @pytest.fixture

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +16,12 @@ import torch
 
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings
-from scale_rae.scaling.launch import World
-from scale_rae.scaling.worker import measure_batch_size
+from scale_rae.scaling.launch import World, _watching
+from scale_rae.scaling.store import Batch, Store
+from scale_rae.scaling.worker import largest_batch, out_of_memory
+from tests.scaling.conftest import PROMPTS, QUICK, Scale, snapshot, write_prompts
 
 
 @pytest.mark.parametrize(
@@ -40,16 +50,149 @@ def test_bad_world(environment: dict[str, str]) -> None:
         World.from_environment(environment)
 
 
-def test_measured_batch_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = ScaleRAE.from_pretrained("shapes", device="cpu")
+def test_one_display_for_all_processes_of_a_launch(scale: Scale, reference: dict[str, bytes]) -> None:
+    command = [sys.executable, "-m", "scale_rae", "scale", "t2i", *QUICK, "--device", "cpu"]
+    command += ["--metadata-file", str(scale.prompts), "--output-dir", str(scale.out)]
+    world = {"WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+
+    def start(rank: str) -> subprocess.Popen[str]:
+        environment = os.environ | world | {"RANK": rank}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    ranks = [start("0")]
+    deadline = time.monotonic() + 60
+    while not (scale.folder / ".work" / "holder").exists():  # rank 0 counts what is to do
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks.append(start("1"))
+    (out, err), *others = [rank.communicate() for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0]  # neither before the other is done, or a launcher would end it
+    assert out == f"{scale.folder}\n"
+    assert [f"[{n}/3 prompts, " in err for n in (1, 2, 3)] == [True] * 3
+    assert all(f"{index:05} a photo of" in err for index in (0, 2, 7))
+    assert "3 of 3 prompts done; 12 images drawn" in err
+    assert others == [("", "")]
+    assert snapshot(scale.folder) == reference
+
+
+def test_what_other_processes_do_is_seen_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scale_rae.scaling.launch._LOOK", 0.01)
+    store = Store(tmp_path, Settings("", "shapes", n_samples=1, reward=None))
+    store.make_folders()
+    prompts = [PromptRecord(i + 1, f"prompt {i}", i) for i in range(3)]
+    judged = [{"answer": "yes"}]
+    store.save_batch(0, Batch(0, "", [1], judged, None, {}), {"00000.png": b"x"})  # of an earlier run
+    store.fail(2, "earlier", 2)
+    failed = {2: (store.failure(2) or (0, ""))[0]}
+    events: list[dict[str, Any]] = []
+    with _watching(store, prompts, failed, events.append):
+        store.save_batch(0, Batch(1, "", [2], judged, None, {}), {"00001.png": b"y"})
+        store.finish(prompts[0])
+        store.fail(1, "no memory", 2)
+    assert sorted(events, key=str) == [
+        {"event": "failed", "index": 1, "error": "no memory"},
+        {"event": "images", "count": 1},
+        {"event": "prompt", "index": 0, "prompt": "prompt 0", "images": 2, "yes": 2},
+    ]
+
+
+def test_a_worker_waits_for_what_others_are_at(scale: Scale, reference: dict[str, bytes]) -> None:
+    store = Store(scale.folder, Settings("", "shapes"))
+    store.make_folders()
+    lock = store.lock_prompt(7)
+    assert lock is not None
+    timer = threading.Timer(2.0, lock.close)  # as if its worker died
+    timer.start()
+    assert scale().code == 0
+    timer.join()
+    assert snapshot(scale.folder) == reference
+
+
+class Memory:
+    """A device with memory for `room` images at once: it measures what is tried, and tells what was free at the worst."""
+
+    def __init__(self, room: float) -> None:
+        self.room, self.tried, self.released = room, list[int](), 0
+
+    def attempt(self, size: int) -> None:
+        self.tried.append(size)
+        if size > self.room:
+            raise DeviceError("cuda:0: out of GPU memory") from torch.OutOfMemoryError("CUDA out of memory")
+
+    def release(self) -> None:
+        self.released += 1
+
+    def spare(self) -> float:
+        return 1 - max(self.tried) / self.room
+
+
+@pytest.mark.parametrize(
+    ("most", "room", "size", "tried"),
+    [
+        (8, 100, 8, [1, 2, 4, 8]),
+        (12, 100, 12, [1, 2, 4, 8, 12]),
+        (32, 20, 16, [1, 2, 4, 8, 16, 32]),
+        (32, 17, 8, [1, 2, 4, 8, 16]),  # 16 fit, but with too little to spare
+        (1, 100, 1, [1]),
+        (8, 0.5, 1, [1]),
+    ],
+)
+def test_largest_batch(most: int, room: float, size: int, tried: list[int]) -> None:
+    memory = Memory(room)
+    assert largest_batch(most, memory.attempt, memory.release, memory.spare) == size
+    assert memory.tried == tried
+    assert memory.released == (tried[-1] > room)
+
+
+def test_largest_batch_passes_other_errors_on() -> None:
+    def attempt(size: int) -> None:
+        raise InputError("no such prompt")
+
+    with pytest.raises(InputError, match="no such prompt"):
+        largest_batch(8, attempt, lambda: None, lambda: 1.0)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried …"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory(error: Exception) -> None:
+    wrapped = DeviceError("x")
+    wrapped.__cause__ = error
+    assert out_of_memory(error)
+    assert out_of_memory(wrapped)
+    assert not out_of_memory(RuntimeError("shape mismatch"))
+
+
+@pytest.mark.usefixtures("in_batches")
+def test_batch_size_auto_is_measured_once_and_kept(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a device that is not the CPU, of which only the type matters here."""
+    sizes = list[int]()
     sample = ScaleRAE.sample
 
     def limited(self: ScaleRAE, conditions: Any, seeds: Any, *args: Any, **options: Any) -> list[torch.Tensor]:
-        if len(seeds) > 4:
+        sizes.append(len(seeds))
+        if len(seeds) > 3:
             raise DeviceError("out of GPU memory") from torch.OutOfMemoryError("CUDA out of memory")
         return sample(self, conditions, seeds, *args, **options)
 
     monkeypatch.setattr(ScaleRAE, "sample", limited)
-    prompt = "a photo of a red circle"
-    assert measure_batch_size(model, Settings("", "shapes", scaling_rounds=4), prompt) == 2
-    assert measure_batch_size(model, Settings("", "shapes", scaling_rounds=1), prompt) == 4
+    monkeypatch.setattr("scale_rae.scaling.worker._measures", lambda model: True)
+    write_prompts(scale.prompts, [{"prompt": "word " * 5000}, *PROMPTS])  # the first cannot be read at all
+    result = scale("--batch-size", "auto", "--limit", 2)
+    assert result.code == 1
+    assert sizes == [1, 2, 4, 2, 2]
+    assert "00000  the prompt is" in result.err
+    described = json.loads((scale.folder / "experiment.json").read_text())
+    assert described["settings"]["batch_size"] == 2
+    assert json.loads((scale.folder / "00001" / "metadata.jsonl").read_text())["image_seeds"]
+
+    sizes.clear()
+    scale("--batch-size", "auto", "--limit", 3)  # goes on with what was measured then
+    assert sizes == [2, 2]
+    assert "batch_size 1 here, 2 there" in scale("--batch-size", 1).err

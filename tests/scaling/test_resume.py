@@ -214,6 +214,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[int]], Except
     return sizes
 
 
+@pytest.mark.usefixtures("in_batches")
 def test_a_failing_prompt_is_recorded_and_tried_again_by_the_rerun(
     scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +246,7 @@ def test_a_reply_without_an_image_fails(scale: Scale, monkeypatch: pytest.Monkey
     assert not list(scale.folder.glob("00000/samples/*"))
 
 
+@pytest.mark.usefixtures("in_batches")
 def test_out_of_memory_halves_the_batch(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     def out_of_memory(seeds: list[int]) -> Exception | None:
         error = DeviceError("cuda: out of GPU memory")

@@ -14,10 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_rae.language import Reply
 from scale_rae.pipeline import ScaleRAE, image_seed
 from scale_rae.scaling.experiment import Settings
+from tests.conftest import GOLDEN_CASES
 from tests.made_checkpoints import GOLDENS
-from tests.scaling.conftest import PROMPTS, QUICK, Scale, record, snapshot, write_prompts
+from tests.scaling.conftest import NAME, PROMPTS, QUICK, Scale, record, snapshot, write_prompts
 
 
 def test_tree_and_records(scale: Scale, reference: dict[str, bytes]) -> None:
@@ -79,15 +81,42 @@ def test_a_worker_takes_over_what_others_leave(
     assert snapshot(scale.folder) == reference
 
 
-def test_another_batch_size_differs_by_rounding(scale: Scale, reference: dict[str, bytes], tmp_path: Path) -> None:
-    assert scale("--batch-size", 3).code == 0
-    (tmp_path / "r").mkdir()
-    for index in (0, 2, 7):
-        mine, theirs = record(scale.folder, index), json.loads(reference[f"{index:05}/metadata.jsonl"])
+def test_batch_size_and_threads_do_not_decide_on_the_cpu(scale: Scale) -> None:
+    """With the reward, which sees every pixel, and enough steps for rounding to show."""
+
+    def run(name: str, threads: int, batch_size: int) -> dict[str, bytes]:
+        scale.out = scale.out.with_name(name)
+        scale.folder = scale.out / NAME
+        torch.set_num_threads(threads)
+        try:
+            assert (
+                scale("--reward", "siglip", "--steps", 8, "--batch-size", batch_size, "--guidance-level", 3).code == 0
+            )
+            assert torch.get_num_threads() == threads
+        finally:
+            torch.set_num_threads(1)
+        return {n: data for n, data in snapshot(scale.folder).items() if not n.startswith(".work")}
+
+    reference = run("one", 1, 4)
+    assert len(reference) == 3 * 5
+    assert run("two", 2, 4) == reference
+    assert run("three", 3, 3) == reference
+
+
+@pytest.mark.usefixtures("in_batches")
+def test_another_batch_size_differs_by_rounding(scale: Scale, tmp_path: Path) -> None:
+    """As on a GPU; there in bfloat16 rounding is coarser."""
+    records = []
+    for size in (2, 3):
+        scale.out = tmp_path / str(size)
+        scale.folder = scale.out / NAME
+        assert scale("--batch-size", size).code == 0
+        records.append({index: record(scale.folder, index) for index in (0, 2, 7)})
+    for index, theirs in records[0].items():
+        mine = records[1][index]
         for i in range(4):
-            name = f"{index:05}/samples/{i:05}.png"
-            (tmp_path / "r" / "x.png").write_bytes(reference[name])
-            a, b = (np.asarray(Image.open(p)).astype(int) for p in (scale.folder / name, tmp_path / "r" / "x.png"))
+            images = [Image.open(tmp_path / size / NAME / f"{index:05}" / "samples" / f"{i:05}.png") for size in "23"]
+            a, b = (np.asarray(image).astype(int) for image in images)
             assert np.abs(a - b).max() <= 1
             for key, value in theirs["text_responses"][str(i)].items():
                 other = mine["text_responses"][str(i)][key]
@@ -116,15 +145,26 @@ def test_image_mode_reads_the_decoded_image(scale: Scale, reference: dict[str, b
     assert found["text_responses"]["0"]["prompt_loss"] != other["text_responses"]["0"]["prompt_loss"]
 
 
-@pytest.mark.parametrize("case", ["siglip", "webssl"])
+@pytest.mark.parametrize("case", GOLDEN_CASES)
 def test_goldens(
-    case: str, checkpoints: dict[str, Path], scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    checkpoints: dict[str, Path],
+    models: dict[str, ScaleRAE],
+    scale: Scale,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     golden = dict(np.load(GOLDENS / f"{case}.npz", allow_pickle=False))
-    prompt = "a photo of a cat on a windowsill"
-    write_prompts(scale.prompts, [{"prompt": prompt}])
+    write_prompts(scale.prompts, [{"prompt": "a photo of a cat on a windowsill"}])
     # The goldens' request has a question mark that the guide's prefix does not add.
     monkeypatch.setattr(Settings, "request", lambda self, prompt: f"Can you generate {prompt}?")
+    replies: list[Reply] = []  # every one that is made; an experiment records of its tokens only what the guide does
+    begin = Reply.__init__
+
+    def noted(self: Reply, *args: Any, **values: Any) -> None:
+        begin(self, *args, **values)
+        replies.append(self)
+
+    monkeypatch.setattr(Reply, "__init__", noted)
     options = ["--steps", 49, "--solver", "euler", "--n-samples", 1, "--scaling-rounds", 1]
     options += ["--post-qa-max-new-tokens", 13, "--model-path", checkpoints[case], "--save-latents"]
     assert scale(*options).code == 0
@@ -137,12 +177,21 @@ def test_goldens(
 
     latent = torch.load(folder / "00000" / "samples" / "00000_latent.pt", weights_only=True).numpy()
     close(latent if latent.shape == golden["t2i.latent"].shape else latent[::32], "t2i.latent")
+    image = np.asarray(Image.open(folder / "00000" / "samples" / "00000.png")).astype(int)
+    assert np.abs(image - golden["decode.image"].astype(int)).max() <= 1
     assert record(folder)["output_text"] == str(golden["t2i.text"])
+
+    tokenizer = models[case].tokenizer
+    assert tokenizer.chat(entry["question"], image=True) == golden["qa.input_ids"].tolist()
+    (reply,) = [r for r in replies if r.ids == golden["qa.output_ids"].tolist()]
+    close(reply.logits, "qa.logits")
+    close(reply.confidences, "qa.conf")
+    assert entry["reply"] == tokenizer.decode(golden["qa.output_ids"].tolist())
+    assert entry["response_conf_score"] == pytest.approx(golden["qa.conf"].mean(), rel=2e-5)
+    assert entry["answer"] == "uncertain"
     close(entry["prompt_loss"], "score.prompt_loss")
     close(entry["prompt_conf_score"], "score.prompt_conf")
     close(entry["image_conf_score"], "score.image_conf")
-    assert entry["response_conf_score"] == pytest.approx(golden["qa.conf"].mean(), rel=2e-5)
-    assert entry["answer"] == "uncertain"
 
 
 def test_a_question_of_ones_own(scale: Scale, tmp_path: Path) -> None:

@@ -7,23 +7,49 @@ import platform
 import threading
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from scale_rae import __version__
-from scale_rae.cli.options import ModelChoice
-from scale_rae.cli.progress import Bars
 
 if TYPE_CHECKING:
     from scale_rae.checkpoint import Source
     from scale_rae.pipeline import ScaleRAE
 
 
+@dataclass(frozen=True)
+class ModelChoice:
+    """Which checkpoint, and where it runs."""
+
+    model_path: str
+    decoder_repo: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    dtype: str | None = None
+
+
+class LoadingBar(Protocol):
+    """What shows how loading goes; `stop` takes it away, also after an error."""
+
+    def load(self, what: str, done: int, total: int) -> None:
+        """Bytes of weights read so far."""
+
+    def stop(self) -> None:
+        """Called when the weights are read or cannot be."""
+
+
 class Session:
     """`Session(choice, bars)` loads the model; `decoder=True`, `encoder=True` load those at once as well."""
 
     def __init__(
-        self, choice: ModelChoice, bars: Bars, *, decoder: bool = False, encoder: bool = False, debug: bool = False
+        self,
+        choice: ModelChoice,
+        bars: LoadingBar | None = None,
+        *,
+        decoder: bool = False,
+        encoder: bool = False,
+        debug: bool = False,
     ) -> None:
         start = time.perf_counter()
         if not debug:
@@ -41,10 +67,11 @@ class Session:
                 device=choice.device,
                 dtype=choice.dtype,
                 revision=choice.revision,
-                progress=bars.load,
+                progress=bars.load if bars is not None else None,
             )
         finally:
-            bars.stop()
+            if bars is not None:
+                bars.stop()
         self._identify("model", self.model.source)
         if encoder or decoder:
             _ = self.model.encoder  # decoding undoes the encoder's pixel normalisation
