@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -22,13 +24,19 @@ from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputErr
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.prompt import ChatTokenizer
+from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents
+from scale_rae.speed import FastDiT, Speed
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+COMPILE_PAYS = 64  # images still to be drawn from which on compilation, which takes seconds, is worth it
+
 LoadProgress = Callable[[str, int, int], None]
+T = TypeVar("T")
+_log = logging.getLogger("scale_rae")
 
 
 @dataclass
@@ -137,10 +145,14 @@ class ScaleRAE:
         decoder_name: str | None,
         dtype: torch.dtype,
         device: torch.device,
+        speed: Speed | None = None,
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
         self.norm_stats = norm_stats  # (mean, std), each float32 broadcastable to [L, C]
         self.source, self.dtype, self.device = source, dtype, device
+        self.speed = speed or Speed()
+        self._fast_dit = FastDiT(dit, self.speed)
+        self._expected = 0
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | None = None
@@ -156,18 +168,25 @@ class ScaleRAE:
         dtype: str | None = None,
         revision: str | None = None,
         progress: LoadProgress | None = None,
+        compile: str = "auto",
+        quantize: str | None = None,
     ) -> ScaleRAE:
         """Loads "shapes" (bundled), a folder in the published layout, or a hub id.
 
         The encoder and the pixel decoder load when first used. `decoder` None means: a folder `decoder` inside or
         beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
-        `progress(what, done, total)` counts bytes of weights.
+        `progress(what, done, total)` counts bytes of weights. `compile` ("auto", "on", "off") and `quantize` (None, "fp8")
+        are those of `Speed`.
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each saying what to do.
         """
+        speed = Speed(compile, quantize)
+        speed.check()
         torch_device = pick_device(device)
         torch_dtype = pick_dtype(dtype, torch_device)
+        if quantize is not None:
+            check_device(torch_device)
         source = find(name, "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = ChatTokenizer(source.folder, config.image_markers)
@@ -191,7 +210,7 @@ class ScaleRAE:
                 ignore=_is_computed,
                 progress=(lambda done, total: progress("model", done, total)) if progress else None,
             )
-        return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device)
+            return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device, speed)
 
     # --- parts that load when first used -------------------------------------------------------------------------
 
@@ -379,11 +398,15 @@ class ScaleRAE:
         size = (8 if self.device.type == "cpu" else 32) if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch size {size}: must be at least 1")
-        latents: list[Tensor] = []
-        for i in range(0, len(seeds), size):
-            batch = torch.stack(list(conditions[i : i + size]))
-            with self._memory_errors(f"drawing {len(batch)} images at once", "a smaller --batch-size"):
-                latents += self._sample_batch(batch, seeds[i : i + size], options, callback).unbind()
+        self._expected = max(self._expected, len(seeds))
+
+        def draw(start: int, stop: int) -> list[Tensor]:
+            batch = torch.stack(list(conditions[start:stop]))
+            drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback).unbind())
+            self._expected -= len(drawn)
+            return drawn
+
+        latents = self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
         for latent, s in zip(latents, seeds, strict=True):
             if not latent.isfinite().all():
                 raise ScaleRAEError(
@@ -397,20 +420,30 @@ class ScaleRAE:
         config = self.config
         side = config.dit.side
         noise = torch.stack([_noise(s, config.channels, side) for s in seeds]).to(self.device)  # [B, C, S, S]
-        null = self.dit.null_condition
-
-        def velocity(condition: Tensor) -> flow.Velocity:
-            return lambda x, t: self.dit(x, torch.full((len(x),), t, device=x.device), condition)
-
-        unconditional = velocity(null.expand_as(condition)) if null is not None else velocity(condition)
-        f = flow.guided(velocity(condition), unconditional, options.guidance, options.interval or (0.0, 1.0))
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
+        conditional, null, both = self._fast_dit.velocities(
+            condition,
+            flow.evaluation_times(options.solver, options.steps, shift),
+            guided=options.guidance != 1.0,
+            compile=self._compiles(len(seeds)),
+        )
+        f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
         x = flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback)
         latents = x.flatten(2).transpose(1, 2)  # [B, L, C]
         if self.norm_stats is not None:
             mean, std = self.norm_stats
             latents = latents * std + mean
         return latents.float().cpu()
+
+    def expect(self, images: int) -> None:
+        """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
+        self._expected = images
+
+    def _compiles(self, batch: int) -> bool:
+        if self.speed.compile == "auto":
+            known = self._fast_dit.is_compiled(batch)
+            return self.device.type == "cuda" and (known or self._expected >= COMPILE_PAYS)
+        return self.speed.compile == "on"
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
@@ -506,6 +539,33 @@ class ScaleRAE:
         if not latent.isfinite().all():
             raise InputError("the latent holds values that are not finite (NaN or infinity)")
         return latent
+
+    def _in_batches(
+        self, count: int, size: int, run: Callable[[int, int], list[T]], what: str, remedy: str = "fewer at once"
+    ) -> list[T]:
+        """`run(start, stop)`'s results over 0 … count, `size` at a time, or half as many whenever memory runs out.
+
+        `what`, with the number in place of {}, says what is being done.
+        """
+        done: list[T] = []
+        while len(done) < count:
+            start, stop = len(done), min(len(done) + size, count)
+            halve = False
+            try:
+                with self._memory_errors(what.format(stop - start), remedy):
+                    done += run(start, stop)
+            except DeviceError as e:
+                if stop - start == 1 or not isinstance(e.__cause__, torch.OutOfMemoryError):
+                    raise
+                halve = True
+            if halve:  # outside the handler, where the error no longer holds what it met on its way
+                size = (stop - start) // 2
+                _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
+                self._fast_dit.forget()
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return done
 
     def _memory_errors(self, what: str, remedy: str = "fewer at once") -> _MemoryErrors:
         return _MemoryErrors(self.device, what, remedy)
