@@ -541,33 +541,30 @@ def tokens_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     prompt = prompt_of(model, 40)
     latent = torch.randn(model.config.tokens, model.config.channels, generator=torch.Generator().manual_seed(1))
     count = 8 if b.tiny else 128
-    for kind, batch, target in (
-        ("reply", 1, "≥ 300"),
-        ("reply", 32, "≥ 5000"),
-        ("answer", 1, "≥ 300"),
-        ("answer", 32, "≥ 5000"),
-    ):
-        conversation = Conversation(
-            model.tokenizer.chat(prompt, image=kind == "answer"), latent if kind == "answer" else None
-        )
+    compiling = model.speed.compile == "on"
+    cases = [("reply", 1, compiling), ("reply", 32, compiling), ("answer", 1, compiling), ("answer", 32, compiling)]
+    if compiling:
+        cases += [("reply", 1, False), ("reply", 32, False)]
+    for kind, batch, compile_steps in cases:
+        ids = model.tokenizer.chat(prompt, image=kind == "answer")
+        conversations = [Conversation(ids, latent if kind == "answer" else None)] * batch
+        model.language.compile_steps = compile_steps
 
-        def run(n: int, c: Conversation = conversation, batch: int = batch) -> None:
-            replies = model.language.reply([c] * batch, [n] * batch, stop=-1, image_start=-1)
+        def run(n: int, conversations: Sequence[Conversation] = conversations) -> None:
+            replies = model.language.reply(conversations, [n] * len(conversations), stop=-1, image_start=-1)
             assert all(len(r.ids) == n for r in replies)
 
         first, seconds = b.seconds(partial(run, count))
         _, short = b.seconds(partial(run, 1))
-        goal = target if size != "7b" else ""
-        b.add(
-            "tokens",
-            f"{size}: {kind}, batch {batch}, {count} tokens",
-            batch * count / seconds,
-            "tokens/s",
-            goal,
-            first=first,
+        goal = "" if size == "7b" else "≥ 300" if batch == 1 else "≥ 5000"
+        name = f"{size}: {kind}, batch {batch}" + (
+            ", captured, not compiled" if compiling and not compile_steps else ""
         )
-        b.add("tokens", f"{size}: {kind}, batch {batch}: prefill and first token", short, "s")
-        b.add("tokens", f"{size}: {kind}, batch {batch}: each token after", (seconds - short) / (count - 1), "s")
+        b.add("tokens", f"{name}, {count} tokens", batch * count / seconds, "tokens/s", goal, first=first)
+        b.add("tokens", f"{name}: prefill and first token", short, "s")
+        b.add("tokens", f"{name}: each token after", (seconds - short) / (count - 1), "s")
+    weights = sum(p.numel() * p.element_size() for p in model.language.parameters())
+    b.add("tokens", f"{size}: weights read for each token", weights / 1e9, "GB")
 
 
 def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:

@@ -32,6 +32,7 @@ DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+READ_AT_ONCE = 64  # conversations
 COMPILE_PAYS = 64  # images still to be drawn from which on compilation, which takes seconds, is worth it
 
 LoadProgress = Callable[[str, int, int], None]
@@ -360,8 +361,13 @@ class ScaleRAE:
         if not conversations:
             return []
         limits = [min(max_new_tokens, self._room(conversation)) for conversation in conversations]
-        with self._memory_errors(f"answering {len(conversations)} messages at once"):
-            return self.language.reply(conversations, limits, self.tokenizer.chat_end, self.tokenizer.image_start)
+        self.language.compile_steps = self._compiles()
+
+        def answer(start: int, stop: int) -> list[Reply]:
+            end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
+            return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start)
+
+        return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
 
     def _room(self, conversation: Conversation) -> int:
         """Tokens a reply may have so that conversation, reply and an image fit what the model reads.
@@ -439,9 +445,10 @@ class ScaleRAE:
         """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
         self._expected = images
 
-    def _compiles(self, batch: int) -> bool:
+    def _compiles(self, batch: int | None = None) -> bool:
+        """Whether to run compiled code now, when drawing that of a batch of this size."""
         if self.speed.compile == "auto":
-            known = self._fast_dit.is_compiled(batch)
+            known = batch is not None and self._fast_dit.is_compiled(batch)
             return self.device.type == "cuda" and (known or self._expected >= COMPILE_PAYS)
         return self.speed.compile == "on"
 
@@ -449,24 +456,26 @@ class ScaleRAE:
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
         """Pictures of latents [L, C]."""
         checked = [self.check_latent(latent) for latent in latents]
-        images: list[Image.Image] = []
-        for i in range(0, len(checked), batch_size):
-            batch = torch.stack(checked[i : i + batch_size]).to(self.device, self.dtype)
-            with self._memory_errors(f"decoding {len(batch)} latents at once"):
-                pixels = to_uint8(self.decoder(batch), self.encoder.image_mean, self.encoder.image_std)
-            images += [Image.fromarray(array) for array in pixels.cpu().numpy()]
-        return images
+        decoder, encoder = self.decoder, self.encoder
+
+        def draw(start: int, stop: int) -> list[Image.Image]:
+            batch = torch.stack(checked[start:stop]).to(self.device, self.dtype)
+            pixels = to_uint8(decoder(batch), encoder.image_mean, encoder.image_std)
+            return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+
+        return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
 
     # --- looking -------------------------------------------------------------------------------------------------
 
     def encode(self, images: Sequence[Image.Image], batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of pictures."""
-        latents: list[Tensor] = []
-        for i in range(0, len(images), batch_size):
-            pixels = self.encoder.preprocess([to_rgb(image) for image in images[i : i + batch_size]])
-            with self._memory_errors(f"encoding {len(pixels)} images at once"):
-                latents += self.encoder.encode(pixels).cpu().unbind()
-        return latents
+        encoder = self.encoder
+
+        def encode(start: int, stop: int) -> list[Tensor]:
+            pixels = encoder.preprocess([to_rgb(image) for image in images[start:stop]])
+            return list(encoder.encode(pixels).cpu().unbind())
+
+        return self._in_batches(len(images), batch_size, encode, "encoding {} images at once")
 
     def answer(
         self,
@@ -515,10 +524,13 @@ class ScaleRAE:
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
-        with self._memory_errors(f"scoring {len(checked)} latents at once"):
-            return score_latents(
-                self.language, self.tokenizer, checked, prompt, request, reply, question, max_new_tokens
-            )
+        self.language.compile_steps = self._compiles()
+
+        def judge(start: int, stop: int) -> list[Score]:
+            some = checked[start:stop]
+            return score_latents(self.language, self.tokenizer, some, prompt, request, reply, question, max_new_tokens)
+
+        return self._in_batches(len(checked), READ_AT_ONCE, judge, "scoring {} latents at once")
 
     def check_latent(self, latent: Tensor) -> Tensor:
         """The latent as [L, C] float32 on the CPU; a leading batch dimension of 1 is dropped.
@@ -562,6 +574,7 @@ class ScaleRAE:
                 size = (stop - start) // 2
                 _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
                 self._fast_dit.forget()
+                self.language.forget()
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()

@@ -16,6 +16,7 @@ docs/performance.md has what each gains.
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,26 +77,36 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False, fullgraph=True)
 
 
+def capture(
+    function: Callable[[], Tensor], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = function()
+    return graph, output
+
+
 class Captured:
     """A function of tensors as a CUDA graph, for inputs of the same shapes as `inputs`."""
 
     def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any) -> None:
+        self._lock = threading.Lock()
         self.inputs = [x.clone() for x in inputs]
-        stream = torch.cuda.Stream(inputs[0].device)  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
-                function(*self.inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self.output = function(*self.inputs)
+        self.graph, self.output = capture(lambda: function(*self.inputs), inputs[0].device, pool)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for mine, given in zip(self.inputs, inputs, strict=True):
-            mine.copy_(given)
-        self.graph.replay()
-        return self.output.clone()  # the next replay writes where this one wrote
+        with self._lock:
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+            self.graph.replay()
+            return self.output.clone()  # the next replay writes where this one wrote
 
 
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:
@@ -276,11 +287,10 @@ class FastDiT:
             return function(*inputs)
         key = (len(inputs[0]), len(inputs) > 3, compile)
         if key not in self._graphs:
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
             if len(self._graphs) >= MOST_GRAPHS:
                 del self._graphs[next(iter(self._graphs))]
             self._graphs[key] = Captured(function, inputs, self._pool)
+            self._pool = self._pool or self._graphs[key].graph.pool()  # graphs never run at once: one memory for all
         return self._graphs[key](*inputs)
 
     def _evaluate_eager(self, *inputs: Tensor) -> Tensor:

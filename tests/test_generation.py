@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
-from scale_rae.language import Reply
+from scale_rae.language import Context, Reply
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from tests.test_language import PROMPTS
 
@@ -215,7 +215,7 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
         DeviceError, match=r"out of GPU memory.* while drawing 1 images at once; try a smaller --batch-size"
     ):
         latents(siglip, num_images=3)
-    monkeypatch.setattr(siglip.language.model, "forward", full)
+    monkeypatch.setattr(Context, "_forward", full)
     with pytest.raises(DeviceError, match=r"out of GPU memory.* while answering 1 messages at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)
