@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, overload
 
@@ -153,6 +155,7 @@ class ScaleRAE:
         self.source, self.dtype, self.device = source, dtype, device
         self.speed = speed or Speed()
         self._fast_dit = FastDiT(dit, self.speed)
+        self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
         self._expected = 0
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
@@ -424,8 +427,7 @@ class ScaleRAE:
         self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
     ) -> Tensor:
         config = self.config
-        side = config.dit.side
-        noise = torch.stack([_noise(s, config.channels, side) for s in seeds]).to(self.device)  # [B, C, S, S]
+        noise = _noises(seeds, config.channels, config.dit.side).to(self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
         conditional, null, both = self._fast_dit.velocities(
             condition,
@@ -567,7 +569,7 @@ class ScaleRAE:
                 with self._memory_errors(what.format(stop - start), remedy):
                     done += run(start, stop)
             except DeviceError as e:
-                if stop - start == 1 or not isinstance(e.__cause__, torch.OutOfMemoryError):
+                if not self.halves or stop - start == 1 or not isinstance(e.__cause__, torch.OutOfMemoryError):
                     raise
                 halve = True
             if halve:  # outside the handler, where the error no longer holds what it met on its way
@@ -602,6 +604,12 @@ class _MemoryErrors:
         raise DeviceError(
             f"{self.device}: out of GPU memory{free} while {self.what}; try {self.remedy}, --dtype bfloat16, or --device cpu"
         ) from error
+
+
+def _noises(seeds: Sequence[int], channels: int, side: int) -> Tensor:
+    """`_noise` of each seed, [B, C, S, S]: on as many threads as there are cores, since a GPU would wait for one."""
+    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
+        return torch.stack(list(pool.map(lambda seed: _noise(seed, channels, side), seeds)))
 
 
 def _noise(seed: int, channels: int, side: int) -> Tensor:

@@ -42,6 +42,8 @@ class Session:
                 dtype=choice.dtype,
                 revision=choice.revision,
                 progress=bars.load,
+                compile=choice.compile,
+                quantize=choice.quantize,
             )
         finally:
             bars.stop()
@@ -73,6 +75,7 @@ class Session:
             **parts,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
+            "quantize": self.model.speed.quantize,
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,
