@@ -47,6 +47,22 @@ class DiTConfig:
         return math.isqrt(self.tokens)
 
 
+def flops(config: DiTConfig) -> float:
+    """Floating-point operations of one evaluation of one image: its matrix products, a multiply-add counted as two."""
+
+    def block(width: int, condition_width: int) -> int:
+        attention = 4 * width**2 + 2 * config.tokens * width
+        return attention + 3 * width * int(2 / 3 * 4 * width) + 6 * width * condition_width
+
+    depth = config.depth if config.encoder_depth is None else config.encoder_depth
+    width = config.decoder_width or config.width
+    condition_width = config.condition_width if config.encoder_depth is None else width
+    blocks = depth * block(config.width, config.condition_width) + (config.depth - depth) * block(width, width)
+    embedders = config.channels * (config.width + (0 if config.encoder_depth is None else width))
+    final = 2 * width * condition_width + width * config.channels
+    return 2.0 * config.tokens * (blocks + embedders + final)
+
+
 def rope_table(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the 2-D rotary embedding, each float32 [side*side, head_dim].
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.prompt import IMAGE
-from scale_rae.speed import capture, compiled
+from scale_rae.speed import attention_kernels, capture, compiled
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
 _SLOTS = 256  # on CUDA, memory for tokens comes in multiples of this, and so does what a captured step looks at
@@ -310,7 +310,7 @@ class Context:
             mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=embeds.device).masked_fill_(~seen, -torch.inf)
         layer_function = language.compiled_layer if step and language.compile_steps else qwen2_layer
         hidden = embeds
-        with _attention_kernels(embeds.device):
+        with attention_kernels(embeds.device):
             for layer, keys, values in zip(self._layers, self._keys, self._values, strict=True):
                 memory = (keys[:batch], values[:batch])
                 hidden = layer_function(layer, hidden, cos, sin, *memory, self._row[:batch], positions, mask)
@@ -386,16 +386,6 @@ def _half_turn(x: Tensor) -> Tensor:
     """(x₀ … x_{d/2-1}, x_{d/2} … x_{d-1}) → (-x_{d/2} … , x₀ …): Qwen2's rotary embedding turns halves, not neighbours."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([-second, first], dim=-1)
-
-
-def _attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, not cuDNN's attention: it makes a plan for every length it meets, which takes longer than it saves here."""
-    if device.type != "cuda":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(kernels)  # type: ignore[no-any-return]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from scale_rae import flow
 from scale_rae.checkpoint import Source, TensorReader, fill, find, weight_files
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
-from scale_rae.dit import DiT
+from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError
 from scale_rae.images import to_rgb
@@ -28,14 +29,16 @@ from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents
-from scale_rae.speed import FastDiT, Speed
+from scale_rae.speed import FastDiT, Speed, attention_kernels
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 READ_AT_ONCE = 64  # conversations
-COMPILE_PAYS = 64  # images still to be drawn from which on compilation, which takes seconds, is worth it
+COMPILE_PAYS = (
+    8e15  # operations from which on compilation, which takes seconds, is worth it: 130 images by the 2.4B DiT
+)
 
 LoadProgress = Callable[[str, int, int], None]
 T = TypeVar("T")
@@ -155,8 +158,11 @@ class ScaleRAE:
         self.source, self.dtype, self.device = source, dtype, device
         self.speed = speed or Speed()
         self._fast_dit = FastDiT(dit, self.speed)
+        language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
+        language.graph = self.speed.graph
         self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
-        self._expected = 0
+        self._expected = 0  # images still to be drawn
+        self._drawn = Counter[int]()  # so far, by size of batch
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | None = None
@@ -364,7 +370,6 @@ class ScaleRAE:
         if not conversations:
             return []
         limits = [min(max_new_tokens, self._room(conversation)) for conversation in conversations]
-        self.language.compile_steps = self._compiles()
 
         def answer(start: int, stop: int) -> list[Reply]:
             end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
@@ -413,6 +418,7 @@ class ScaleRAE:
             batch = torch.stack(list(conditions[start:stop]))
             drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback).unbind())
             self._expected -= len(drawn)
+            self._drawn[len(drawn)] += len(drawn)
             return drawn
 
         latents = self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
@@ -429,11 +435,9 @@ class ScaleRAE:
         config = self.config
         noise = _noises(seeds, config.channels, config.dit.side).to(self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
+        times = flow.evaluation_times(options.solver, options.steps, shift)
         conditional, null, both = self._fast_dit.velocities(
-            condition,
-            flow.evaluation_times(options.solver, options.steps, shift),
-            guided=options.guidance != 1.0,
-            compile=self._compiles(len(seeds)),
+            condition, times, guided=options.guidance != 1.0, compile=self._compiles(len(seeds), len(times))
         )
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
         x = flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback)
@@ -447,12 +451,13 @@ class ScaleRAE:
         """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
         self._expected = images
 
-    def _compiles(self, batch: int | None = None) -> bool:
-        """Whether to run compiled code now, when drawing that of a batch of this size."""
-        if self.speed.compile == "auto":
-            known = batch is not None and self._fast_dit.is_compiled(batch)
-            return self.device.type == "cuda" and (known or self._expected >= COMPILE_PAYS)
-        return self.speed.compile == "on"
+    def _compiles(self, batch: int, evaluations: int) -> bool:
+        """Whether to draw a batch of this size by compiled code."""
+        if self.speed.compile != "auto":
+            return self.speed.compile == "on"
+        images = max(self._expected, self._drawn[batch])  # who has drawn many will go on
+        pays = images * evaluations * flops(self.config.dit) >= COMPILE_PAYS
+        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch))
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
@@ -462,7 +467,8 @@ class ScaleRAE:
 
         def draw(start: int, stop: int) -> list[Image.Image]:
             batch = torch.stack(checked[start:stop]).to(self.device, self.dtype)
-            pixels = to_uint8(decoder(batch), encoder.image_mean, encoder.image_std)
+            with attention_kernels(self.device):
+                pixels = to_uint8(decoder(batch), encoder.image_mean, encoder.image_std)
             return [Image.fromarray(array) for array in pixels.cpu().numpy()]
 
         return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
@@ -475,7 +481,8 @@ class ScaleRAE:
 
         def encode(start: int, stop: int) -> list[Tensor]:
             pixels = encoder.preprocess([to_rgb(image) for image in images[start:stop]])
-            return list(encoder.encode(pixels).cpu().unbind())
+            with attention_kernels(self.device):
+                return list(encoder.encode(pixels).cpu().unbind())
 
         return self._in_batches(len(images), batch_size, encode, "encoding {} images at once")
 
@@ -526,7 +533,6 @@ class ScaleRAE:
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
-        self.language.compile_steps = self._compiles()
 
         def judge(start: int, stop: int) -> list[Score]:
             some = checked[start:stop]

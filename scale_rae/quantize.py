@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scale_rae.errors import DeviceError
+from scale_rae.errors import DeviceError, InputError
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn
-_ROWS = 16  # the product takes activations in multiples of this many rows
+_MULTIPLE = 16  # of which the product takes rows and channels
 
 
 class Quantized(NamedTuple):
@@ -52,7 +52,13 @@ class Float8Linear(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
-        values, scale = quantize(weight)
+        if weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
+            raise InputError(
+                f"quantize fp8: this network has a linear of {weight.shape[1]} to {weight.shape[0]} channels; "
+                f"float8 products need multiples of {_MULTIPLE}"
+            )
+        parts = [quantize(rows) for rows in torch.split(weight, 4096)]  # a few rows at once, for it takes float32
+        values, scale = torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts])
         self.register_buffer("weight", values)  # [N, K]
         self.register_buffer("scale", scale.t().contiguous())  # [1, N]
         self.register_buffer("bias", bias.to(torch.bfloat16) if bias is not None else None)
@@ -66,9 +72,9 @@ class Float8Linear(nn.Module):
         bias = self.bias[rows] if self.bias is not None else None
         values, by_token = x.values.flatten(0, -2), x.scale.flatten(0, -2)
         count = len(values)
-        if count % _ROWS:
-            values = torch.cat([values, values.new_zeros(-count % _ROWS, values.shape[1])])
-            by_token = torch.cat([by_token, by_token.new_ones(-count % _ROWS, 1)])
+        if count % _MULTIPLE:
+            values = torch.cat([values, values.new_zeros(-count % _MULTIPLE, values.shape[1])])
+            by_token = torch.cat([by_token, by_token.new_ones(-count % _MULTIPLE, 1)])
         out: Tensor = torch._scaled_mm(
             values,
             weight.t(),

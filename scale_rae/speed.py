@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     # Every batch size is a compilation of the same function; torch gives up at 8.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA, not cuDNN's attention: it makes a plan for every shape it meets, which takes longer than it saves here."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)  # type: ignore[no-any-return]
 
 
 def capture(
@@ -283,15 +294,16 @@ class FastDiT:
         function = self._evaluate_compiled if compile else self._evaluate_eager
         if compile:
             self._compiled_sizes.add(len(inputs[0]))
-        if not self.graph:
-            return function(*inputs)
-        key = (len(inputs[0]), len(inputs) > 3, compile)
-        if key not in self._graphs:
-            if len(self._graphs) >= MOST_GRAPHS:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = Captured(function, inputs, self._pool)
-            self._pool = self._pool or self._graphs[key].graph.pool()  # graphs never run at once: one memory for all
-        return self._graphs[key](*inputs)
+        with attention_kernels(self.device):
+            if not self.graph:
+                return function(*inputs)
+            key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
+            if key not in self._graphs:
+                if len(self._graphs) >= MOST_GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
+                self._graphs[key] = Captured(function, inputs, self._pool)
+                self._pool = self._pool or self._graphs[key].graph.pool()  # they never run at once: one memory for all
+            return self._graphs[key](*inputs)
 
     def _evaluate_eager(self, *inputs: Tensor) -> Tensor:
         return self.evaluate(self._eager, *inputs)
