@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --json gpu.json                       # everything that --seconds-budget leaves time for
     python benchmarks/gpu.py --stages ceilings,dit --sizes 1.5b
     python benchmarks/gpu.py --tiny --device cpu                   # does it run at all
-    python benchmarks/gpu.py --markdown gpu.json                   # a table for the docs from figures measured before
+    python benchmarks/gpu.py --markdown gpu.json                   # tables from figures measured before (--into FILE: into a page)
 
 Every figure is the median of repeats after a first run, which is given apart (it compiles and captures). Clocks are read
 with the device synchronised. Weights and inputs are random, never zero. A stage that fails is reported and the others go on.
@@ -18,6 +18,7 @@ import gc
 import json
 import math
 import platform
+import re
 import statistics
 import sys
 import tempfile
@@ -909,9 +910,18 @@ def main() -> int:
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="also write the figures here, after every stage")
     parser.add_argument("--markdown", type=Path, metavar="JSON", help="only print tables from a file written before")
+    parser.add_argument(
+        "--into", type=Path, metavar="FILE", help="with --markdown: put them between FILE's marks instead"
+    )
     args = parser.parse_args()
     if args.markdown:
-        print(markdown(args.markdown))
+        tables = markdown(args.markdown)
+        if args.into:
+            before, mark, rest = re.split(r"(<!-- figures: begin.*?-->\n)", args.into.read_text(), maxsplit=1)
+            after = rest[rest.index("<!-- figures: end") :]
+            args.into.write_text(f"{before}{mark}{tables}\n{after}")
+        else:
+            print(tables)
         return 0
     stages = args.stages.split(",")
     if unknown := set(stages) - set(STAGES):

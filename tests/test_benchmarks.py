@@ -36,6 +36,12 @@ def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--markdown", str(file)]
     table = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
     assert all(row["name"] in table for row in result["figures"])
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "performance.md").read_text())
+    for _ in range(2):
+        subprocess.run([*command, "--into", str(page)], check=True, cwd=ROOT, env=env)
+        assert page.read_text().count(table.strip()) == 1
+    assert "## Tricks" in page.read_text()
 
 
 def test_gpu_benchmark_reports_what_fails(tmp_path: Path) -> None:
