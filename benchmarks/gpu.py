@@ -745,7 +745,7 @@ def load_stage(b: Bench, size: str) -> None:
             b.release()
             dtype = str(b.dtype).removeprefix("torch.")
             models.append(ScaleRAE.from_pretrained(str(folder), device=str(b.device), dtype=dtype))
-            _ = models[0].encoder, models[0].decoder
+            _ = models[0].encoder.model, models[0].decoder
 
         b.peak_gib(reset=True)
         first, seconds = b.seconds(load, 1)

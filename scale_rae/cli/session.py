@@ -50,6 +50,8 @@ class Session:
         self._identify("model", self.model.source)
         if encoder or decoder:
             _ = self.model.encoder  # decoding undoes the encoder's pixel normalisation
+        if encoder:
+            _ = self.model.encoder.model
         if decoder:
             _ = self.model.decoder
         self._identify_loaded_parts()
