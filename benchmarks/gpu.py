@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 from scale_rae import flow
 from scale_rae.checkpoint import Source
-from scale_rae.config import parse_config
+from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import DecoderConfig, PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.dit import flops as dit_flops
@@ -640,6 +640,21 @@ def decode_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     b.add("decode", f"{size}: PNG encoding, one thread", seconds / 8, "s/image")
 
 
+def evaluations(b: Bench, fast: FastDiT, config: ScaleRAEConfig, batch: int) -> tuple[float, float]:
+    """Seconds per image, from 6 of its evaluations, and of the first run of those 6."""
+    y = torch.randn(batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
+    x = torch.randn(batch, config.channels, config.dit.side, config.dit.side, device=b.device)
+    times = flow.evaluation_times("euler", EVALUATIONS, 8.0)[:6]
+    velocity, _, _ = fast.velocities(y, times, False, fast.speed.compile == "on")
+
+    def run() -> None:
+        for t in times:
+            velocity(x, t)
+
+    first, seconds = b.seconds(run)
+    return seconds / len(times) * EVALUATIONS / batch, first
+
+
 def ladder(b: Bench, size: str) -> None:
     """What each trick gains: seconds per image from 6 evaluations, one trick after the other."""
     dit = made_dit(size, b.device, b.dtype)
@@ -655,29 +670,18 @@ def ladder(b: Bench, size: str) -> None:
         ("and grouped modulations", Speed("on")),
         ("and overlapped modulations", Speed("on", overlap=True)),
     )
-    times = flow.evaluation_times("euler", EVALUATIONS, 8.0)
     with torch.inference_mode():
         for name, speed in steps:
             if b.device.type == "cpu" and speed.compile == "on":
                 continue
             fast = FastDiT(dit, speed)
             for batch in (1, 2, 4) if speed.group else (1, 8) if speed.compile == "on" else (1, 8, 32):
-                y = torch.randn(batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
-                side = config.dit.side
-                x = torch.randn(batch, config.channels, side, side, device=b.device)
                 try:
-                    velocity, _, _ = fast.velocities(y, times, False, speed.compile == "on")
-
-                    def run(velocity: flow.Velocity = velocity, x: Tensor = x) -> None:
-                        for t in times[:6]:
-                            velocity(x, t)
-
-                    first, seconds = b.seconds(run, 3)
+                    each, first = evaluations(b, fast, config, batch)
                 except Exception:
                     b.errors[f"ladder: {name}, batch {batch}"] = traceback.format_exc(limit=-8)
                     print(f"FAILED {name}, batch {batch}\n{traceback.format_exc(limit=-6)}", flush=True)
                     continue
-                each = seconds / 6 * EVALUATIONS / batch
                 b.add(
                     "ladder",
                     f"{DIT_NAME[size]}, batch {batch}: {name}",
@@ -688,6 +692,23 @@ def ladder(b: Bench, size: str) -> None:
                 )
             fast.forget()
             b.release()
+
+
+def autotune_stage(b: Bench, size: str) -> None:
+    """Matrix products chosen by trying them, bf16 and then fp8: seconds per image from 6 evaluations."""
+    if b.device.type != "cuda":
+        return
+    dit = made_dit(size, b.device, b.dtype)
+    config = parse_config(config_of(size), Path("config.json"))
+    for quantize, batch in ((None, 1), (None, 8), ("fp8", 8)):
+        with torch.inference_mode():
+            fast = FastDiT(dit, Speed("on", quantize, autotune=True))
+            each, first = evaluations(b, fast, config, batch)
+        name = f"{DIT_NAME[size]}{' fp8' if quantize else ''}, batch {batch}: autotuned"
+        share = dit_flops(config.dit) * EVALUATIONS / each / b.ceiling
+        b.add("autotune", name, each, "s/image", share=share, first=first)
+        fast.forget()
+        b.release()
 
 
 def attention_stage(b: Bench, size: str) -> None:
@@ -837,6 +858,7 @@ ALONE: dict[str, Callable[[Bench, str], None]] = {
     "ladder": ladder,
     "attention": attention_stage,
     "load": load_stage,
+    "autotune": autotune_stage,
 }
 OF_7B = ("dit", "tokens", "fp8")
 STAGES = ("ceilings", "checks", *WITH_MODEL, *ALONE)

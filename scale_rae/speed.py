@@ -43,7 +43,8 @@ MOST_GRAPHS = 12  # kept at once
 
 @dataclass(frozen=True)
 class Speed:
-    """Which tricks are used. `graph`, `pad`, `group` and `overlap` act on CUDA devices only.
+    """Which tricks are used. `graph`, `pad`, `group` and `overlap` act on CUDA devices only. `autotune` lets the compiler
+    choose matrix products by trying them, which takes minutes.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -55,6 +56,7 @@ class Speed:
     pad: bool = True
     group: bool = True
     overlap: bool = False
+    autotune: bool = False
 
     def check(self) -> None:
         """Raises InputError for values that there are not."""
@@ -64,7 +66,7 @@ class Speed:
             raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[..., Any]:
     """The function compiled for each shape it meets, whole or with an error.
 
     Compiled code is kept between runs, in $TORCHINDUCTOR_CACHE_DIR or the user's cache folder.
@@ -75,7 +77,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
     # Every batch size is a compilation of the same function; torch gives up at 8.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = {"max_autotune_gemm": True} if autotune else None
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
@@ -310,7 +313,7 @@ class FastDiT:
 
     def _evaluate_compiled(self, *inputs: Tensor) -> Tensor:
         if self._compiled is None:
-            self._compiled = _Parts(*(compiled(f) for f in self._functions))
+            self._compiled = _Parts(*(compiled(f, self.speed.autotune) for f in self._functions))
         return self.evaluate(self._compiled, *inputs)
 
     def evaluate(
