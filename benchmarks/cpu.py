@@ -58,7 +58,7 @@ def measure(model_path: str, repeat: int) -> dict[str, Any]:
     imported = time.perf_counter() - start
     start = time.perf_counter()
     model = scale_rae.load(model_path, device="cpu")
-    _ = model.encoder, model.decoder
+    _ = model.encoder.model, model.decoder
     loaded = time.perf_counter() - start
     figures: dict[str, Any] = {
         "model": model_path,

@@ -47,6 +47,22 @@ class DiTConfig:
         return math.isqrt(self.tokens)
 
 
+def flops(config: DiTConfig) -> float:
+    """Floating-point operations of one evaluation of one image: its matrix products, a multiply-add counted as two."""
+
+    def block(width: int, condition_width: int) -> int:
+        attention = 4 * width**2 + 2 * config.tokens * width
+        return attention + 3 * width * int(2 / 3 * 4 * width) + 6 * width * condition_width
+
+    depth = config.depth if config.encoder_depth is None else config.encoder_depth
+    width = config.decoder_width or config.width
+    condition_width = config.condition_width if config.encoder_depth is None else width
+    blocks = depth * block(config.width, config.condition_width) + (config.depth - depth) * block(width, width)
+    embedders = config.channels * (config.width + (0 if config.encoder_depth is None else width))
+    final = 2 * width * condition_width + width * config.channels
+    return 2.0 * config.tokens * (blocks + embedders + final)
+
+
 def rope_table(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the 2-D rotary embedding, each float32 [side*side, head_dim].
 
@@ -113,6 +129,12 @@ def modulation(condition_width: int, width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(condition_width, chunks * width))
 
 
+def of_both_branches(conditional: Tensor, null: Tensor) -> Tensor:
+    """Modulations [2B, L, W] of guidance's two branches: [B, L, W] of the conditional, [W] of the null at every token."""
+    first = torch.arange(2, device=null.device).view(2, 1, 1, 1) == 0
+    return torch.where(first, conditional, null).flatten(0, 1)  # compiled, it is never made but read in place
+
+
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, condition_width: int) -> None:
         super().__init__()
@@ -123,8 +145,13 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(condition_width, width, 6)
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        chunks: tuple[Tensor, ...] = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        shift1, scale1, gate1, shift2, scale2, gate2 = chunks
+        return self.modulated(x, self.adaLN_modulation(condition), cos, sin)
+
+    def modulated(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None) -> Tensor:
+        """The block given its modulations [B, L, 6D]; with those of the null branch, [6D], x is [2B, L, D]: both branches."""
+        if null is not None:
+            modulation = of_both_branches(modulation, null)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
         out: Tensor = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
         return out
@@ -138,7 +165,13 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(condition_width, width, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
+        return self.modulated(x, self.adaLN_modulation(condition))
+
+    def modulated(self, x: Tensor, modulation: Tensor, null: Tensor | None = None) -> Tensor:
+        """The layer given its modulations [B, L, 2D]; `null` as in `Block.modulated`."""
+        if null is not None:
+            modulation = of_both_branches(modulation, null)
+        shift, scale = modulation.chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,8 @@ def resize_tokens(tokens: Tensor, count: int) -> Tensor:
 class Encoder:
     """A SigLIP or DINOv2 (WebSSL) vision model with its image processor.
 
-    `channels` is C; `image_mean`, `image_std` are the processor's, which the pixel decoder undoes.
+    `channels` is C; `image_mean`, `image_std` are the processor's, which the pixel decoder undoes. The weights load when
+    `model` is first used: drawing needs none of them.
     """
 
     def __init__(self, folder: Path, tokens: int, select_layer: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -45,16 +47,17 @@ class Encoder:
         self.tokens, self.select_layer = tokens, select_layer
         self.dtype, self.device = dtype, device
         path = folder / "config.json"
-        self.kind = read_json(path).get("model_type")
-        if self.kind not in SUPPORTED:
+        kind = read_json(path).get("model_type")
+        if kind not in SUPPORTED:
             raise ConfigError(
-                f"{path}: model_type {self.kind!r} is not a supported encoder (supported: {', '.join(SUPPORTED)})"
+                f"{path}: model_type {kind!r} is not a supported encoder (supported: {', '.join(SUPPORTED)})"
             )
+        self.kind: str = kind
         self.processor, side = _load_processor(folder / "preprocessor_config.json", self.kind)
         self.image_mean: list[float] = [float(x) for x in self.processor.image_mean]
         self.image_std: list[float] = [float(x) for x in self.processor.image_std]
-        model = _load_vision_model(folder, self.kind, dtype)
-        config: Any = model.config
+        self._folder = folder
+        self._config = config = _vision_config(folder, self.kind)
         self.channels: int = config.hidden_size
         layers = config.num_hidden_layers
         if self.kind != "dinov2" and not -layers - 1 <= select_layer <= layers:
@@ -63,7 +66,15 @@ class Encoder:
             raise ConfigError(f"{path}: patch_size {config.patch_size} does not divide the {side} pixels of an image")
         if self.kind != "dinov2" and side != config.image_size:
             raise ConfigError(f"{path}: image_size is {config.image_size}, but preprocessor_config.json makes {side}")
-        self.model: Any = model.to(device)
+
+    @cached_property
+    def model(self) -> Any:
+        """transformers' vision model.
+
+        Raises:
+            CheckpointError: naming the folder or file and what is wrong with the weights.
+        """
+        return _load_vision_model(self._folder, self.kind, self._config, self.dtype).to(self.device)
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels [N, 3, H, W] float32 of RGB images."""
@@ -118,20 +129,26 @@ def _load_processor(path: Path, kind: str) -> tuple[Any, int]:
     return processor, int(size[0])
 
 
-def _load_vision_model(folder: Path, kind: str, dtype: torch.dtype) -> nn.Module:
-    """Our reader reads the weights, so that what it refuses is refused here too; transformers knows where they go."""
-    from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
-    from transformers.utils import logging
+def _vision_config(folder: Path, kind: str) -> Any:
+    """transformers' config of the vision model that a folder's config.json describes."""
+    from transformers import Dinov2Config, SiglipVisionConfig
 
     raw = read_json(folder / "config.json")
     vision = raw.get("vision_config") if kind == "siglip" else raw
     if not isinstance(vision, dict):
         raise ConfigError(f"{folder / 'config.json'}: vision_config is missing")
-    cls: Any = Dinov2Model if kind == "dinov2" else SiglipVisionModel
     try:
-        config: Any = (Dinov2Config if kind == "dinov2" else SiglipVisionConfig)(**vision)
+        return (Dinov2Config if kind == "dinov2" else SiglipVisionConfig)(**vision)
     except Exception as e:  # the library's many ways to refuse a config
         raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({_last_line(e)})") from e
+
+
+def _load_vision_model(folder: Path, kind: str, config: Any, dtype: torch.dtype) -> nn.Module:
+    """Our reader reads the weights, so that what it refuses is refused here too; transformers knows where they go."""
+    from transformers import Dinov2Model, SiglipVisionModel
+    from transformers.utils import logging
+
+    cls: Any = Dinov2Model if kind == "dinov2" else SiglipVisionModel
     reader = TensorReader(weight_files(folder))
     tensors = {}
     for name, stored in reader.tensors.items():

@@ -12,7 +12,8 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +83,10 @@ def save_run(
         placed: list[Path] = []
         try:
             images, latents = [], []
-            for mark, sample in zip(marks, samples, strict=True):
-                if sample.image is not None:
+            for mark, sample, png in zip(marks, samples, _pngs(samples), strict=True):
+                if png is not None:
                     images.append(stem + mark + ".png")
-                    _write(staging / images[-1], png_bytes(sample.image, sample.text or {}))
+                    _write(staging / images[-1], png)
                 if sample.latent is not None:
                     latents.append(stem + mark + "_latent.pt")
                     _write(staging / latents[-1], latent_bytes(sample.latent))
@@ -113,6 +114,19 @@ def save_run(
             "make room or permission there, or choose another --output-dir"
         ) from e
     return complete
+
+
+def _pngs(samples: Sequence[Sample]) -> Iterator[bytes | None]:
+    """Each sample's PNG, None where it has no image; several are made at once."""
+
+    def png(sample: Sample) -> bytes | None:
+        return None if sample.image is None else png_bytes(sample.image, sample.text or {})
+
+    if len(samples) < 2:
+        yield from map(png, samples)
+        return
+    with ThreadPoolExecutor(min(len(samples), 4)) as pool:
+        yield from pool.map(png, samples)
 
 
 def _reserve(folder: Path, stem: str, suffixes: Sequence[str]) -> tuple[str, Path]:

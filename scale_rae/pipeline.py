@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import logging
+import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Any, TypeVar, overload
 
 import torch
 from PIL import Image
@@ -16,19 +21,28 @@ from scale_rae import flow
 from scale_rae.checkpoint import Source, TensorReader, fill, find, weight_files
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
-from scale_rae.dit import DiT
+from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.prompt import ChatTokenizer
+from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents
+from scale_rae.speed import FastDiT, Speed, attention_kernels
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+READ_AT_ONCE = 64  # conversations
+COMPILE_PAYS = (
+    8e15  # operations from which on compilation, which takes seconds, is worth it: 130 images by the 2.4B DiT
+)
+
 LoadProgress = Callable[[str, int, int], None]
+T = TypeVar("T")
+_log = logging.getLogger("scale_rae")
 
 
 @dataclass
@@ -137,10 +151,18 @@ class ScaleRAE:
         decoder_name: str | None,
         dtype: torch.dtype,
         device: torch.device,
+        speed: Speed | None = None,
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
         self.norm_stats = norm_stats  # (mean, std), each float32 broadcastable to [L, C]
         self.source, self.dtype, self.device = source, dtype, device
+        self.speed = speed or Speed()
+        self._fast_dit = FastDiT(dit, self.speed)
+        language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
+        language.graph = self.speed.graph
+        self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
+        self._expected = 0  # images still to be drawn
+        self._drawn = Counter[int]()  # so far, by size of batch
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | None = None
@@ -156,18 +178,25 @@ class ScaleRAE:
         dtype: str | None = None,
         revision: str | None = None,
         progress: LoadProgress | None = None,
+        compile: str = "auto",
+        quantize: str | None = None,
     ) -> ScaleRAE:
         """Loads "shapes" (bundled), a folder in the published layout, or a hub id.
 
         The encoder and the pixel decoder load when first used. `decoder` None means: a folder `decoder` inside or
         beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
-        `progress(what, done, total)` counts bytes of weights.
+        `progress(what, done, total)` counts bytes of weights. `compile` ("auto", "on", "off") and `quantize` (None, "fp8")
+        are those of `Speed`.
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each saying what to do.
         """
+        speed = Speed(compile, quantize)
+        speed.check()
         torch_device = pick_device(device)
         torch_dtype = pick_dtype(dtype, torch_device)
+        if quantize is not None:
+            check_device(torch_device)
         source = find(name, "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = ChatTokenizer(source.folder, config.image_markers)
@@ -191,7 +220,7 @@ class ScaleRAE:
                 ignore=_is_computed,
                 progress=(lambda done, total: progress("model", done, total)) if progress else None,
             )
-        return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device)
+            return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device, speed)
 
     # --- parts that load when first used -------------------------------------------------------------------------
 
@@ -341,8 +370,12 @@ class ScaleRAE:
         if not conversations:
             return []
         limits = [min(max_new_tokens, self._room(conversation)) for conversation in conversations]
-        with self._memory_errors(f"answering {len(conversations)} messages at once"):
-            return self.language.reply(conversations, limits, self.tokenizer.chat_end, self.tokenizer.image_start)
+
+        def answer(start: int, stop: int) -> list[Reply]:
+            end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
+            return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start)
+
+        return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
 
     def _room(self, conversation: Conversation) -> int:
         """Tokens a reply may have so that conversation, reply and an image fit what the model reads.
@@ -379,11 +412,16 @@ class ScaleRAE:
         size = (8 if self.device.type == "cpu" else 32) if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch size {size}: must be at least 1")
-        latents: list[Tensor] = []
-        for i in range(0, len(seeds), size):
-            batch = torch.stack(list(conditions[i : i + size]))
-            with self._memory_errors(f"drawing {len(batch)} images at once", "a smaller --batch-size"):
-                latents += self._sample_batch(batch, seeds[i : i + size], options, callback).unbind()
+        self._expected = max(self._expected, len(seeds))
+
+        def draw(start: int, stop: int) -> list[Tensor]:
+            batch = torch.stack(list(conditions[start:stop]))
+            drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback).unbind())
+            self._expected -= len(drawn)
+            self._drawn[len(drawn)] += len(drawn)
+            return drawn
+
+        latents = self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
         for latent, s in zip(latents, seeds, strict=True):
             if not latent.isfinite().all():
                 raise ScaleRAEError(
@@ -395,16 +433,13 @@ class ScaleRAE:
         self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
     ) -> Tensor:
         config = self.config
-        side = config.dit.side
-        noise = torch.stack([_noise(s, config.channels, side) for s in seeds]).to(self.device)  # [B, C, S, S]
-        null = self.dit.null_condition
-
-        def velocity(condition: Tensor) -> flow.Velocity:
-            return lambda x, t: self.dit(x, torch.full((len(x),), t, device=x.device), condition)
-
-        unconditional = velocity(null.expand_as(condition)) if null is not None else velocity(condition)
-        f = flow.guided(velocity(condition), unconditional, options.guidance, options.interval or (0.0, 1.0))
+        noise = _noises(seeds, config.channels, config.dit.side).to(self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
+        times = flow.evaluation_times(options.solver, options.steps, shift)
+        conditional, null, both = self._fast_dit.velocities(
+            condition, times, guided=options.guidance != 1.0, compile=self._compiles(len(seeds), len(times))
+        )
+        f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
         x = flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback)
         latents = x.flatten(2).transpose(1, 2)  # [B, L, C]
         if self.norm_stats is not None:
@@ -412,28 +447,44 @@ class ScaleRAE:
             latents = latents * std + mean
         return latents.float().cpu()
 
+    def expect(self, images: int) -> None:
+        """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
+        self._expected = images
+
+    def _compiles(self, batch: int, evaluations: int) -> bool:
+        """Whether to draw a batch of this size by compiled code."""
+        if self.speed.compile != "auto":
+            return self.speed.compile == "on"
+        images = max(self._expected, self._drawn[batch])  # who has drawn many will go on
+        pays = images * evaluations * flops(self.config.dit) >= COMPILE_PAYS
+        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch))
+
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
         """Pictures of latents [L, C]."""
         checked = [self.check_latent(latent) for latent in latents]
-        images: list[Image.Image] = []
-        for i in range(0, len(checked), batch_size):
-            batch = torch.stack(checked[i : i + batch_size]).to(self.device, self.dtype)
-            with self._memory_errors(f"decoding {len(batch)} latents at once"):
-                pixels = to_uint8(self.decoder(batch), self.encoder.image_mean, self.encoder.image_std)
-            images += [Image.fromarray(array) for array in pixels.cpu().numpy()]
-        return images
+        decoder, encoder = self.decoder, self.encoder
+
+        def draw(start: int, stop: int) -> list[Image.Image]:
+            batch = torch.stack(checked[start:stop]).to(self.device, self.dtype)
+            with attention_kernels(self.device):
+                pixels = to_uint8(decoder(batch), encoder.image_mean, encoder.image_std)
+            return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+
+        return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
 
     # --- looking -------------------------------------------------------------------------------------------------
 
     def encode(self, images: Sequence[Image.Image], batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of pictures."""
-        latents: list[Tensor] = []
-        for i in range(0, len(images), batch_size):
-            pixels = self.encoder.preprocess([to_rgb(image) for image in images[i : i + batch_size]])
-            with self._memory_errors(f"encoding {len(pixels)} images at once"):
-                latents += self.encoder.encode(pixels).cpu().unbind()
-        return latents
+        encoder = self.encoder
+
+        def encode(start: int, stop: int) -> list[Tensor]:
+            pixels = encoder.preprocess([to_rgb(image) for image in images[start:stop]])
+            with attention_kernels(self.device):
+                return list(encoder.encode(pixels).cpu().unbind())
+
+        return self._in_batches(len(images), batch_size, encode, "encoding {} images at once")
 
     def answer(
         self,
@@ -482,10 +533,12 @@ class ScaleRAE:
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
-        with self._memory_errors(f"scoring {len(checked)} latents at once"):
-            return score_latents(
-                self.language, self.tokenizer, checked, prompt, request, reply, question, max_new_tokens
-            )
+
+        def judge(start: int, stop: int) -> list[Score]:
+            some = checked[start:stop]
+            return score_latents(self.language, self.tokenizer, some, prompt, request, reply, question, max_new_tokens)
+
+        return self._in_batches(len(checked), READ_AT_ONCE, judge, "scoring {} latents at once")
 
     def check_latent(self, latent: Tensor) -> Tensor:
         """The latent as [L, C] float32 on the CPU; a leading batch dimension of 1 is dropped.
@@ -506,6 +559,34 @@ class ScaleRAE:
         if not latent.isfinite().all():
             raise InputError("the latent holds values that are not finite (NaN or infinity)")
         return latent
+
+    def _in_batches(
+        self, count: int, size: int, run: Callable[[int, int], list[T]], what: str, remedy: str = "fewer at once"
+    ) -> list[T]:
+        """`run(start, stop)`'s results over 0 … count, `size` at a time, or half as many whenever memory runs out.
+
+        `what`, with the number in place of {}, says what is being done.
+        """
+        done: list[T] = []
+        while len(done) < count:
+            start, stop = len(done), min(len(done) + size, count)
+            halve = False
+            try:
+                with self._memory_errors(what.format(stop - start), remedy):
+                    done += run(start, stop)
+            except DeviceError as e:
+                if not self.halves or stop - start == 1 or not isinstance(e.__cause__, torch.OutOfMemoryError):
+                    raise
+                halve = True
+            if halve:  # outside the handler, where the error no longer holds what it met on its way
+                size = (stop - start) // 2
+                _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
+                self._fast_dit.forget()
+                self.language.forget()
+                gc.collect()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+        return done
 
     def _memory_errors(self, what: str, remedy: str = "fewer at once") -> _MemoryErrors:
         return _MemoryErrors(self.device, what, remedy)
@@ -529,6 +610,12 @@ class _MemoryErrors:
         raise DeviceError(
             f"{self.device}: out of GPU memory{free} while {self.what}; try {self.remedy}, --dtype bfloat16, or --device cpu"
         ) from error
+
+
+def _noises(seeds: Sequence[int], channels: int, side: int) -> Tensor:
+    """`_noise` of each seed, [B, C, S, S]: on as many threads as there are cores, since a GPU would wait for one."""
+    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
+        return torch.stack(list(pool.map(lambda seed: _noise(seed, channels, side), seeds)))
 
 
 def _noise(seed: int, channels: int, side: int) -> Tensor:

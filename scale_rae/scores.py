@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scale_rae.language import Conversation, LanguageModel, Reply
-from scale_rae.prompt import ChatTokenizer
+from scale_rae.prompt import IMAGE, ChatTokenizer
 
 QUESTION = "Does this image align with the prompt: {prompt}?"
 DESCRIBE = "Describe this image."
@@ -67,25 +67,24 @@ def score_latents(
     """
     question = ask_question(question_template, prompt)
     asked = tokenizer.chat(question, image=True)
-    answers = language.reply(
-        [Conversation(asked, latent) for latent in latents],
-        [max_new_tokens] * len(latents),
-        tokenizer.chat_end,
-        tokenizer.image_start,
-    )
     prompt_ids = tokenizer.plain(prompt)
     described = [*tokenizer.chat(DESCRIBE, image=True), *prompt_ids]
-    prompt_scores = [
-        _prompt_scores(language, hidden, prompt_ids)
-        for hidden in language.read([Conversation(described, latent) for latent in latents])
-    ]
-    drawn = tokenizer.chat(request)
-    drawn_ids = [*drawn, *tokenizer.plain(tokenizer.decode(request_reply.ids)), *tokenizer.image()]
-    first = len(drawn) + len(request_reply.ids)
-    image_scores = [
-        float(language.confidence_and_loss(hidden[first:-1])[0].mean())
-        for hidden in language.read([Conversation(drawn_ids, latent) for latent in latents])
-    ]
+    seen = asked.index(IMAGE) + 1  # both begin with the image, which is read once
+    assert asked[:seen] == described[:seen]
+    beginnings = [language.embed(Conversation(asked[:seen], latent)) for latent in latents]
+    count, room = len(latents), language.config.tokens + max(len(asked) + max_new_tokens, len(described))
+    with language.context(count, room) as context:
+        context.extend(beginnings)
+        lengths = list(context.lengths)
+        hidden = context.extend([language.embed(Conversation(described[seen:]))] * count)
+        prompt_scores = _prompt_scores(language, hidden, prompt_ids)
+        context.rewind(lengths)
+        rest = language.embed(Conversation(asked[seen:]))
+        limits = [max_new_tokens] * count
+        answers = language.reply_in(
+            context, [rest] * count, limits, tokenizer.chat_end, tokenizer.image_start, draw=False
+        )
+    image_scores = _image_scores(language, tokenizer, latents, request, request_reply)
     yes, no = answer_tokens(tokenizer, "yes"), answer_tokens(tokenizer, "no")
     scores = []
     for reply, (prompt_loss, prompt_conf), image_conf in zip(answers, prompt_scores, image_scores, strict=True):
@@ -108,15 +107,36 @@ def score_latents(
     return scores
 
 
-def _prompt_scores(language: LanguageModel, hidden: Tensor, prompt_ids: list[int]) -> tuple[float, float]:
-    """Mean loss of the prompt's tokens from the second on, and mean confidence at all of them."""
-    at_prompt = hidden[-len(prompt_ids) :]
-    confidence, _ = language.confidence_and_loss(at_prompt)
-    if len(prompt_ids) < 2:
-        return 0.0, float(confidence.mean())
-    _, loss = language.confidence_and_loss(at_prompt[:-1], prompt_ids[1:])
+def _prompt_scores(language: LanguageModel, hidden: Tensor, prompt_ids: list[int]) -> list[tuple[float, float]]:
+    """For each row of hidden states [B, T, H] that ends with the prompt: mean loss of the prompt's tokens from the second on,
+    and mean confidence at all of them."""
+    at_prompt = hidden[:, -len(prompt_ids) :]
+    targets = [*prompt_ids[1:], 0] * len(hidden)  # what follows the last one counts for nothing
+    confidence, loss = language.confidence_and_loss(at_prompt.flatten(0, 1), targets)
     assert loss is not None
-    return float(loss.mean()), float(confidence.mean())
+    shape = at_prompt.shape[:2]
+    means = confidence.view(shape).mean(dim=1).tolist()
+    if len(prompt_ids) < 2:
+        return [(0.0, mean) for mean in means]
+    losses = loss.view(shape)[:, :-1].mean(dim=1).tolist()
+    return list(zip(losses, means, strict=True))
+
+
+def _image_scores(
+    language: LanguageModel, tokenizer: ChatTokenizer, latents: Sequence[Tensor], request: str, request_reply: Reply
+) -> list[float]:
+    """Mean confidence over each latent's place in the conversation that drew it, whose text is read once."""
+    drawn = tokenizer.chat(request)
+    ids = [*drawn, *tokenizer.plain(tokenizer.decode(request_reply.ids)), *tokenizer.image()]
+    seen = ids.index(IMAGE)
+    endings = [language.embed(Conversation(ids[seen:], latent)) for latent in latents]
+    with language.context(1, seen) as text, language.context(len(latents), seen + len(endings[0])) as context:
+        beginning = text.extend([language.embed(Conversation(ids[:seen]))])  # [1, T, H]
+        context.expand(text)
+        hidden = torch.cat([beginning.expand(len(latents), -1, -1), context.extend(endings)], dim=1)
+    at_image = hidden[:, len(drawn) + len(request_reply.ids) : -1]
+    confidence, _ = language.confidence_and_loss(at_image.flatten(0, 1))
+    return confidence.view(at_image.shape[:2]).mean(dim=1).tolist()  # type: ignore[no-any-return]
 
 
 def _first_of(reply: Reply, tokens: set[int]) -> int | None:

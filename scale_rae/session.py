@@ -27,6 +27,8 @@ class ModelChoice:
     revision: str | None = None
     device: str | None = None
     dtype: str | None = None
+    compile: str = "auto"
+    quantize: str | None = None
 
 
 class LoadingBar(Protocol):
@@ -68,6 +70,8 @@ class Session:
                 dtype=choice.dtype,
                 revision=choice.revision,
                 progress=bars.load if bars is not None else None,
+                compile=choice.compile,
+                quantize=choice.quantize,
             )
         finally:
             if bars is not None:
@@ -75,6 +79,8 @@ class Session:
         self._identify("model", self.model.source)
         if encoder or decoder:
             _ = self.model.encoder  # decoding undoes the encoder's pixel normalisation
+        if encoder:
+            _ = self.model.encoder.model
         if decoder:
             _ = self.model.decoder
         self._identify_loaded_parts()
@@ -100,6 +106,7 @@ class Session:
             **parts,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
+            "quantize": self.model.speed.quantize,
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
-from scale_rae.language import Reply
+from scale_rae.language import Context, Reply
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from tests.test_language import PROMPTS
 
@@ -33,15 +33,15 @@ def siglip(models: dict[str, ScaleRAE]) -> ScaleRAE:
 
 @pytest.fixture
 def calls(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Batch sizes of the velocity network's evaluations."""
+    """Batch sizes of the velocity network's evaluations, of both branches of guidance."""
     seen: list[int] = []
-    original = siglip.dit.forward
+    original = siglip._fast_dit.evaluate
 
-    def forward(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        seen.append(len(x))
-        return original(x, t, y)
+    def evaluate(parts: Any, x: Tensor, time: Tensor, condition: Tensor, null: Tensor | None = None) -> Tensor:
+        seen.extend([len(x)] * (1 if null is None else 2))
+        return original(parts, x, time, condition, null)
 
-    monkeypatch.setattr(siglip.dit, "forward", forward)
+    monkeypatch.setattr(siglip._fast_dit, "evaluate", evaluate)
     return seen
 
 
@@ -201,7 +201,7 @@ def test_empty_prompt(siglip: ScaleRAE, prompt: str) -> None:
 
 
 def test_latents_that_are_not_finite_are_refused(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(siglip.dit, "forward", lambda x, t, y: torch.full_like(x, torch.nan))
+    monkeypatch.setattr(siglip._fast_dit, "evaluate", lambda parts, x, *rest: torch.full_like(x, torch.nan))
     with pytest.raises(ScaleRAEError, match=r"seed 5 .*not finite; try --dtype float32"):
         latents(siglip, seed=5)
 
@@ -210,12 +210,12 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
     def full(*args: object, **options: object) -> Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(siglip.dit, "forward", full)
+    monkeypatch.setattr(siglip._fast_dit, "evaluate", full)
     with pytest.raises(
-        DeviceError, match=r"out of GPU memory.* while drawing 3 images at once; try a smaller --batch-size"
+        DeviceError, match=r"out of GPU memory.* while drawing 1 images at once; try a smaller --batch-size"
     ):
         latents(siglip, num_images=3)
-    monkeypatch.setattr(siglip.language.model, "forward", full)
+    monkeypatch.setattr(Context, "_forward", full)
     with pytest.raises(DeviceError, match=r"out of GPU memory.* while answering 1 messages at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)
@@ -226,6 +226,27 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
         siglip.decode([torch.zeros(256, 768)])
     with pytest.raises(DeviceError, match=r"out of GPU memory.* while scoring 1 latents at once"):
         siglip.score([torch.zeros(256, 768)], "a cat", request_reply=Reply([65]))
+
+
+@pytest.mark.parametrize("at_most", [1, 2, 3, 5])
+def test_out_of_memory_halves_the_batch(
+    siglip: ScaleRAE, calls: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_most: int
+) -> None:
+    whole = latents(siglip, num_images=7, seed=3)
+    counted = siglip._fast_dit.evaluate
+
+    def evaluate(parts: Any, x: Tensor, *rest: Any) -> Tensor:
+        if len(x) > at_most:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+        return counted(parts, x, *rest)
+
+    monkeypatch.setattr(siglip._fast_dit, "evaluate", evaluate)
+    calls.clear()
+    for a, b in zip(latents(siglip, num_images=7, seed=3), whole, strict=True):
+        close(a, b)
+    assert max(calls) <= at_most
+    assert sum(calls) == 7 * 4
+    assert "out of memory drawing 7 images at once; going on with 3" in caplog.text
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from scale_rae import language as language_module
 from scale_rae.errors import InputError
-from scale_rae.language import Conversation, self_certainty
+from scale_rae.language import Context, Conversation, LanguageModel, Reply, self_certainty
 from scale_rae.pipeline import ScaleRAE
 
 PROMPTS = [
@@ -87,11 +88,11 @@ def test_max_new_tokens_out_of_range(model: ScaleRAE, limit: int) -> None:
 def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Makes the model say given tokens, and counts its passes."""
     passes: list[tuple[int, ...]] = []
-    original = model.language.model.forward
+    original = Context._forward
 
-    def forward(*args: Any, **options: Any) -> Any:
-        passes.append(tuple(options["inputs_embeds"].shape[:2]))
-        return original(*args, **options)
+    def forward(context: Context, embeds: Tensor, *args: Any, **options: Any) -> Tensor:
+        passes.append(tuple(embeds.shape[:2]))
+        return original(context, embeds, *args, **options)
 
     def start(*rows: list[int]) -> list[tuple[int, ...]]:
         step = iter(range(1000))
@@ -107,7 +108,7 @@ def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         passes.clear()
         return passes
 
-    monkeypatch.setattr(model.language.model, "forward", forward)
+    monkeypatch.setattr(Context, "_forward", forward)
     return start
 
 
@@ -235,3 +236,131 @@ def test_a_long_prompt_leaves_its_neighbours_their_room(model: ScaleRAE) -> None
     replies = model.reply([long, short], max_new_tokens=10)
     assert replies[1].ids == model.reply([short], max_new_tokens=10)[0].ids
     assert len(replies[0].ids) <= 2
+
+
+# --- memory of fixed size, captured steps -----------------------------------------------------------------------------
+
+
+class FakeGraph:
+    """Stands for a CUDA graph: replays by calling the function again, into the same memory."""
+
+    def __init__(self, function: Callable[[], Tensor]) -> None:
+        self.function, self.output = function, function().clone()
+
+    def replay(self) -> None:
+        self.output.copy_(self.function())
+
+
+@pytest.fixture
+def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lets the webssl model read as on CUDA: fixed memory that is used again, steps ahead of the host, captured."""
+    captured: list[int] = []
+
+    def capture(function: Callable[[], Tensor], device: torch.device) -> tuple[FakeGraph, Tensor]:
+        function()
+        graph = FakeGraph(function)
+        captured.append(1)
+        return graph, graph.output
+
+    monkeypatch.setattr(language_module, "capture", capture)
+    monkeypatch.setattr(LanguageModel, "on_cuda", True)
+    monkeypatch.setattr(models["webssl"].language, "_contexts", {})
+    return captured
+
+
+def same(replies: list[Reply], expected: list[Reply]) -> None:
+    assert [r.ids for r in replies] == [r.ids for r in expected]
+    for reply, one in zip(replies, expected, strict=True):
+        close(reply.logits, one.logits)
+        close(reply.confidences, one.confidences)
+        assert (reply.condition is None) == (one.condition is None)
+        if reply.condition is not None and one.condition is not None:
+            close(reply.condition, one.condition)
+
+
+def test_captured_steps_say_the_same(
+    models: dict[str, ScaleRAE], as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["webssl"]
+    shown = list(torch.randn(len(PROMPTS), 256, model.config.channels, generator=torch.Generator().manual_seed(5)))
+    with monkeypatch.context() as plain:
+        plain.setattr(LanguageModel, "on_cuda", False)
+        expected = model.reply(PROMPTS, max_new_tokens=30)
+        answers = model.reply(PROMPTS, latents=shown, max_new_tokens=20)
+        alone = model.reply(PROMPTS[:1], max_new_tokens=30)
+        scores = model.score(shown[:3], "a cat", max_new_tokens=9)
+    for _ in range(2):  # the second time in memory that the others left
+        same(model.reply(PROMPTS, max_new_tokens=30), expected)
+        same(model.reply(PROMPTS, latents=shown, max_new_tokens=20), answers)
+        same(model.reply(PROMPTS[:1], max_new_tokens=30), alone)
+        for score, one in zip(model.score(shown[:3], "a cat", max_new_tokens=9), scores, strict=True):
+            assert score.reply == one.reply
+            assert score.prompt_loss == pytest.approx(one.prompt_loss, rel=1e-4)
+            assert score.image_conf_score == pytest.approx(one.image_conf_score, rel=1e-3)
+    contexts = [c for waiting in model.language._contexts.values() for c in waiting]
+    assert sorted({c.rows for c in contexts}) == [1, 4, 8]
+    assert all(c.slots % 256 == 0 for c in contexts)
+    assert len(as_on_cuda) == sum(len(c._graphs) for c in contexts)  # each was captured once
+
+
+def test_replies_that_outgrow_their_memory(
+    models: dict[str, ScaleRAE], as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models["webssl"]
+    monkeypatch.setattr(language_module, "_SLOTS", 32)
+    monkeypatch.setattr(language_module, "_USUAL_REPLY", 8)
+    conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:3]]
+    limits = [400, 3, 290]
+    long = model.language.reply(conversations, limits, -1, -1)
+    assert [len(r.ids) for r in long] == limits
+    monkeypatch.setattr(LanguageModel, "on_cuda", False)
+    same(long, model.language.reply(conversations, limits, -1, -1))
+
+
+def test_every_token_is_the_one_without_a_cache(model: ScaleRAE) -> None:
+    """Against transformers' own Qwen2 over the whole conversation, in a batch of unequal rows."""
+    replies = model.reply(PROMPTS, max_new_tokens=10)
+    language = model.language
+    for prompt, reply in zip(PROMPTS, replies, strict=True):
+        ids = [*model.tokenizer.chat(prompt), *reply.ids]
+        with torch.inference_mode():
+            embeds = language.embed(Conversation(ids))[None]
+            hidden = language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+            logits = language.lm_head(hidden[len(ids) - len(reply.ids) - 1 : -1])
+        assert logits.argmax(-1).tolist() == reply.ids
+        close(reply.logits, logits.max(-1).values)
+        close(reply.confidences, self_certainty(logits))
+
+
+def test_no_step_is_taken_beyond_the_limit(
+    model: ScaleRAE, scripted: Any, as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ahead of the host by one step, and one step too many only where a reply ends before its limit."""
+    monkeypatch.setattr(model.language, "graph", False)
+    passes = scripted([65, 66, 67, 68, 69])
+    assert len(model.reply(["A cat"], max_new_tokens=3)[0].ids) == 3
+    assert len(passes) == 1 + 2
+    passes = scripted([65, 66, model.tokenizer.chat_end])
+    assert model.reply(["A cat"], max_new_tokens=30)[0].ids == [65, 66]
+    assert len(passes) == 1 + 3
+
+
+def test_scores_together_are_those_alone(model: ScaleRAE, latents: list[Tensor]) -> None:
+    together = model.score(latents, "a cat on a mat", max_new_tokens=6)
+    for latent, score in zip(latents, together, strict=True):
+        (alone,) = model.score([latent], "a cat on a mat", max_new_tokens=6)
+        assert (score.reply, score.answer, score.question) == (alone.reply, alone.answer, alone.question)
+        for name in ("prompt_loss", "prompt_conf_score", "image_conf_score", "response_conf_score"):
+            assert getattr(score, name) == pytest.approx(getattr(alone, name), rel=1e-4)
+
+
+def test_compiled_layer_is_the_layer(
+    models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    model = models["webssl"]
+    conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:2]]
+    expected = model.language.reply(conversations, [3, 3], -1, -1)
+    monkeypatch.setattr(model.language, "compile_steps", True)
+    monkeypatch.setattr(Context, "_round", lambda context, slots: context.slots)  # one shape, one compilation
+    same(model.language.reply(conversations, [3, 3], -1, -1), expected)

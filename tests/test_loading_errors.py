@@ -190,7 +190,7 @@ def test_pickled_code_does_not_run(copy: Path, tmp_path: Path, zipped: bool) -> 
     for file, action in (
         (copy / "pytorch_model.bin", lambda: load(copy)),
         (copy.parent / "decoder" / "model.pt", lambda: load(copy).decoder),
-        (copy.parent / ENCODER / "pytorch_model.bin", lambda: load(copy).encoder),
+        (copy.parent / ENCODER / "pytorch_model.bin", lambda: load(copy).encoder.model),
     ):
         safe = file.with_name("model.safetensors")
         safe.rename(safe.with_suffix(".aside")) if safe.exists() else None
@@ -325,7 +325,8 @@ def test_bad_encoder_config(copy: Path, changes: dict[str, Any], problem: str) -
 def test_encoder_image_size_must_fit(copy: Path) -> None:
     vision = json.loads((copy.parent / ENCODER / "config.json").read_text())["vision_config"]
     change_config(copy.parent / ENCODER, vision_config=vision | {"image_size": 210})
-    refusal(lambda: load(copy).encoder)  # the weights are for 224 pixels
+    text = refusal(lambda: load(copy).encoder, ConfigError)
+    assert "image_size is 210, but preprocessor_config.json makes 224" in text
 
 
 def test_select_layer_must_exist(copy: Path) -> None:
@@ -366,7 +367,7 @@ def test_every_wrong_tensor_of_an_encoder_is_listed(copy: Path) -> None:
         weights["vision_model.encoder.layers.7.layer_norm1.bias"] = torch.zeros(768)
 
     change_weights(copy.parent / ENCODER, damage)
-    text = refusal(lambda: load(copy).encoder)
+    text = refusal(lambda: load(copy).encoder.model)
     assert str(copy.parent / ENCODER) in text
     assert "missing tensors: " in text
     assert "post_layernorm.weight" in text
@@ -376,10 +377,18 @@ def test_every_wrong_tensor_of_an_encoder_is_listed(copy: Path) -> None:
     assert "layers.0.layer_norm1.bias is [5], should be [768]" in text
 
 
+def test_drawing_needs_no_encoder_weights(copy: Path) -> None:
+    """Only what its processor says of pixels, which the decoder undoes."""
+    (copy.parent / ENCODER / "model.safetensors").unlink()
+    model = load(copy)
+    assert model.decode([torch.zeros(256, 768)])[0].size == (224, 224)
+    assert "no weights" in refusal(lambda: model.encode([Image.new("RGB", (8, 8))]))
+
+
 def test_encoder_truncated(copy: Path) -> None:
     file = copy.parent / ENCODER / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    assert f"{file}: damaged or cut short" in refusal(lambda: load(copy).encoder)
+    assert f"{file}: damaged or cut short" in refusal(lambda: load(copy).encoder.model)
 
 
 def test_loading_prints_nothing(copy: Path, capfd: pytest.CaptureFixture[str]) -> None:

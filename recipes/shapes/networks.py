@@ -19,11 +19,13 @@ from recipes.shapes import settings
 from recipes.shapes.settings import Preset
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import PixelDecoder
-from scale_rae.dit import DiT, SwiGLU
+from scale_rae.dit import DiT
 from scale_rae.language import LanguageModel
+from scale_rae.speed import pad_swiglu
 
 INIT_TOKENS = 0.02  # standard deviation of token and query embeddings
 INIT_CONDITION = 0.5  # of the condition, about
+PAD_TO = 8  # SwiGLU widths in training, so that matrix products run on aligned memory; `crop_swiglu` takes it off again
 
 # Encoder ----------------------------------------------------------------------------------------------------------------------
 
@@ -104,7 +106,7 @@ def build_joint(config: Mapping[str, Any]) -> tuple[ScaleRAEConfig, LanguageMode
     with torch.no_grad():
         _initialise_language(language, parsed)
         _initialise_dit(dit)
-        pad_swiglu(dit)
+        pad_swiglu(dit, PAD_TO)
     return parsed, language, dit
 
 
@@ -162,28 +164,6 @@ def sin_cos_positions(side: int, width: int) -> Tensor:
     axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # [side, 2 quarter]
     rows, columns = axis[:, None].expand(-1, side, -1), axis[None].expand(side, -1, -1)
     return F.pad(torch.cat([rows, columns], dim=-1).flatten(0, 1), (0, width - 4 * quarter))
-
-
-def pad_swiglu(dit: DiT, multiple: int = 8) -> None:
-    """Widens each SwiGLU with zeros to a multiple of `multiple`, so that matrix products run on aligned memory.
-
-    Zero rows and columns stay zero: their gradients are products with zeros. `crop_swiglu` takes them off again.
-    """
-    for module in dit.modules():
-        if not isinstance(module, SwiGLU):
-            continue
-        inner = module.w3.in_features
-        extra = -inner % multiple
-        if not extra:
-            continue
-        width = module.w3.out_features
-        w12, w3 = nn.Linear(width, 2 * (inner + extra)), nn.Linear(inner + extra, width)
-        with torch.no_grad():
-            w12.weight.copy_(F.pad(module.w12.weight.view(2, inner, width), (0, 0, 0, extra)).flatten(0, 1))
-            w12.bias.copy_(F.pad(module.w12.bias.view(2, inner), (0, extra)).flatten())
-            w3.weight.copy_(F.pad(module.w3.weight, (0, extra)))
-            w3.bias.copy_(module.w3.bias)
-        module.w12, module.w3 = w12, w3
 
 
 def crop_swiglu(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:

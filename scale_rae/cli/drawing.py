@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import typer
 
 from scale_rae import __version__
 from scale_rae.cli.options import Output, PostQA, Sampling
 from scale_rae.cli.progress import Bars
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, OutputError
 from scale_rae.outputs import Sample, dump_json, save_run, timestamp
 from scale_rae.session import Session
 
@@ -84,56 +86,91 @@ def send(
     seeds = [_seeds(message, sampling) for message in messages]
     batch_size = sampling.batch_size or (8 if model.device.type == "cpu" else 32)
     at_once = max(1, batch_size // max(len(s) for s in seeds))
-    bars.expect(sum(len(s) for s in seeds))
-    time_of_run, outcomes = timestamp(), []
-    for i in range(0, len(messages), at_once):
-        batch = messages[i : i + at_once]
-        try:
-            results, images, seconds = _draw(model, batch, seeds[i : i + at_once], sampling, output, batch_size, bars)
-        finally:
-            bars.stop()
-        answers: list[list[dict[str, str]]] | None = None
-        if post_qa is not None:
-            start = time.perf_counter()
-            answers = _ask_about(model, batch, results, images, post_qa, batch_size)
-            seconds["post_qa"] = round(time.perf_counter() - start, 3)
-        described = session.describe()
-        for j, (message, result) in enumerate(zip(batch, results, strict=True)):
-            manifest = {
-                **mode,
-                "prompt": message.prompt,
-                **message.recorded,
-                **described,
-                "seed": sampling.seed,
-                "image_seeds": [drawing.seed for drawing in result.images],
-                "guidance_level": sampling.guidance_level,
-                "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval else None,
-                "solver": sampling.solver,
-                "steps": sampling.steps,
-                "max_new_tokens": sampling.max_new_tokens,
-                "batch_size": batch_size,
-                "prompts_in_batch": len(batch),
-                "output_text": result.text,
-                "seconds": session.seconds | seconds,
-            }
-            if post_qa is not None and answers is not None:
-                manifest["post_qa"] = {
-                    "mode": post_qa.mode,
-                    "max_new_tokens": post_qa.max_new_tokens,
-                    "answers": answers[j],
-                }
-            samples = [
-                Sample(
-                    images[j][k],
-                    drawing.latent if output.save_latent or output.skip_decoder else None,
-                    png_text(manifest, drawing.seed),
+    expected = sum(len(s) for s in seeds)
+    bars.expect(expected)
+    model.expect(expected)
+    outcomes = []
+    with _Writer(output, at_once=model.device.type == "cpu") as writer:
+        for i in range(0, len(messages), at_once):
+            batch = messages[i : i + at_once]
+            try:
+                results, images, seconds = _draw(
+                    model, batch, seeds[i : i + at_once], sampling, output, batch_size, bars
                 )
-                for k, drawing in enumerate(result.images)
-            ]
-            print_results(save_run(output.folder, manifest, samples, time_of_run, message.label), output)
-            cut_off = not result.images and len(result.reply.ids) >= sampling.max_new_tokens
-            outcomes.append(Outcome(bool(result.images), bool(result.text.strip()), cut_off))
+            finally:
+                bars.stop()
+            answers: list[list[dict[str, str]]] | None = None
+            if post_qa is not None:
+                start = time.perf_counter()
+                answers = _ask_about(model, batch, results, images, post_qa, batch_size)
+                seconds["post_qa"] = round(time.perf_counter() - start, 3)
+            described = session.describe()
+            for j, (message, result) in enumerate(zip(batch, results, strict=True)):
+                manifest = {
+                    **mode,
+                    "prompt": message.prompt,
+                    **message.recorded,
+                    **described,
+                    "seed": sampling.seed,
+                    "image_seeds": [drawing.seed for drawing in result.images],
+                    "guidance_level": sampling.guidance_level,
+                    "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval else None,
+                    "solver": sampling.solver,
+                    "steps": sampling.steps,
+                    "max_new_tokens": sampling.max_new_tokens,
+                    "batch_size": batch_size,
+                    "prompts_in_batch": len(batch),
+                    "output_text": result.text,
+                    "seconds": session.seconds | seconds,
+                }
+                if post_qa is not None and answers is not None:
+                    manifest["post_qa"] = {
+                        "mode": post_qa.mode,
+                        "max_new_tokens": post_qa.max_new_tokens,
+                        "answers": answers[j],
+                    }
+                samples = [
+                    Sample(
+                        images[j][k],
+                        drawing.latent if output.save_latent or output.skip_decoder else None,
+                        png_text(manifest, drawing.seed),
+                    )
+                    for k, drawing in enumerate(result.images)
+                ]
+                writer.save(manifest, samples, message.label)
+                cut_off = not result.images and len(result.reply.ids) >= sampling.max_new_tokens
+                outcomes.append(Outcome(bool(result.images), bool(result.text.strip()), cut_off))
     return outcomes
+
+
+class _Writer:
+    """Saves runs on a thread of its own, while a GPU draws the next, and prints each, in order, when it is on disk.
+
+    With `at_once`, each is waited for.
+    """
+
+    def __init__(self, output: Output, at_once: bool) -> None:
+        self._output, self._at_once, self._time = output, at_once, timestamp()
+        self._pool = ThreadPoolExecutor(1)
+        self._underway: list[Future[dict[str, Any]]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self._pool.shutdown()
+        with contextlib.suppress(OutputError) if error is not None else contextlib.nullcontext():
+            self._show(wait=True)  # also when drawing the next has failed: these are there
+
+    def save(self, manifest: dict[str, Any], samples: Sequence[Sample], label: str) -> None:
+        """Gives a run to the writer."""
+        job = self._pool.submit(save_run, self._output.folder, manifest, samples, self._time, label)
+        self._underway.append(job)
+        self._show(self._at_once)
+
+    def _show(self, wait: bool) -> None:
+        while self._underway and (wait or self._underway[0].done()):
+            print_results(self._underway.pop(0).result(), self._output)
 
 
 def note_shortcomings(outcomes: Sequence[Outcome], limit: int, flag: str) -> None:
@@ -228,7 +265,7 @@ def png_text(manifest: dict[str, Any], seed: int | None = None) -> dict[str, str
     """What a PNG says of itself: the settings that drew it."""
     keys = ("mode", "action", "prompt", "seed", "model_path", "guidance_level", "guidance_interval", "solver", "steps")
     text = {"Software": f"scale_rae {__version__}"}
-    for key in (*keys, "max_new_tokens", "dtype"):
+    for key in (*keys, "max_new_tokens", "dtype", "quantize"):
         if manifest.get(key) is not None:
             value = manifest[key]
             text[key] = value if isinstance(value, str) else dump_json(value)

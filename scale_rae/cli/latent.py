@@ -40,6 +40,8 @@ def command(
     revision: o.Revision = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    compile: o.Compile = "auto",
+    quantize: o.Quantize = None,
     num_images: o.NumImages = 1,
     seed: o.Seed = 42,
     guidance_level: o.GuidanceLevel = 1.0,
@@ -80,7 +82,7 @@ def command(
     prepare(sampling, bars)
     latents = [load_latent(path) for path in paths]
 
-    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype)
+    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
     output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
     session = Session(choice, bars, decoder=action == "decode", debug=debug)
     for i, path in enumerate(paths):

@@ -16,6 +16,8 @@ DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 DEFAULT_STEPS = 49
 SOLVERS = ("euler", "heun", "dpmpp_2m", "ab2")
 DTYPES = ("float32", "bfloat16", "float16")
+COMPILE = ("auto", "on", "off")
+QUANTIZE = ("fp8",)
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
 
@@ -57,6 +59,23 @@ Dtype = Annotated[
     typer.Option(
         callback=one_of(*DTYPES),
         help="float32, bfloat16 or float16. Default: float32 on the CPU, bfloat16 elsewhere.",
+        rich_help_panel=MODEL,
+    ),
+]
+Compile = Annotated[
+    str,
+    typer.Option(
+        callback=one_of(*COMPILE),
+        help="Compile the networks: takes seconds, then draws faster. auto: on CUDA, when many images are to be drawn.",
+        rich_help_panel=MODEL,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    typer.Option(
+        callback=one_of(*QUANTIZE),
+        help="fp8: draw with float8 matrix products; faster, a little less exact. Needs a GPU that has them (Ada, Hopper, "
+        "Blackwell).",
         rich_help_panel=MODEL,
     ),
 ]

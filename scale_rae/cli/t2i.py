@@ -44,6 +44,8 @@ def command(
     revision: o.Revision = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    compile: o.Compile = "auto",
+    quantize: o.Quantize = None,
     num_images: o.NumImages = 1,
     seed: o.Seed = 42,
     guidance_level: o.GuidanceLevel = 1.0,
@@ -101,7 +103,7 @@ def command(
     sampling = o.Sampling(
         num_images, seed, guidance_level, guidance_interval, steps, solver, max_new_tokens, batch_size
     )
-    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype)
+    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
     output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
     post_qa = _post_qa(post_qa_prompt, post_qa_template_path, post_qa_mode, max_new_tokens_qa)
     recorded: dict[str, Any] | None = None
@@ -206,6 +208,8 @@ def _from_manifest(
     for name in ("device", "dtype"):
         if name not in given:
             changes[name] = get(name, str)
+    if "quantize" not in given:
+        changes["quantize"] = get("quantize", str, optional=True)
     kept = {str(k): manifest[k] for k in ("prompt_index", "prompt_line", "prompt_record") if k in manifest}
     message = Message(get("prompt", str), recorded=kept | {"from_manifest": str(path)})
     clean_message(message.prompt)

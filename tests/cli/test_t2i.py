@@ -18,6 +18,9 @@ from PIL import Image
 import scale_rae
 from scale_rae import session
 from scale_rae.checkpoint import Source
+from scale_rae.cli import drawing
+from scale_rae.cli.options import Output
+from scale_rae.outputs import Sample
 from scale_rae.pipeline import ScaleRAE, image_seed
 from scale_rae.scores import QUESTION
 from tests.cli.conftest import DRAW, Cli, left, only_manifest
@@ -325,6 +328,38 @@ def test_prompt_file(t2i: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.Mo
         torch.testing.assert_close(torch.load(path, weights_only=True), drawn.latent, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [True, False])
+def test_runs_are_printed_in_order_when_they_are_on_disk(
+    out: Path, at_once: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, files are written while the next are drawn; also those of before an error are printed."""
+    go = threading.Event()
+    original = drawing.save_run
+
+    def save_run(folder: Path, manifest: dict[str, Any], *rest: Any) -> dict[str, Any]:
+        if not at_once:
+            assert go.wait(10)
+        return original(folder, manifest, *rest)
+
+    monkeypatch.setattr(drawing, "save_run", save_run)
+
+    def run() -> None:
+        with drawing._Writer(Output(out), at_once) as writer:
+            for i in range(5):
+                writer.save({"output_text": f"{i}"}, [Sample(Image.new("RGB", (8, 8)))] * 3, f"-{i}")
+            assert len(capsys.readouterr().out.splitlines()) == (20 if at_once else 0)
+            go.set()
+            writer.save({"output_text": "5"}, [], "-5")
+            raise RuntimeError("drawing failed")
+
+    with pytest.raises(RuntimeError, match="drawing failed"):
+        run()
+    assert len(list(out.glob("*.png"))) == 15
+    assert [line for line in capsys.readouterr().out.splitlines() if len(line) == 1] == list(
+        "5" if at_once else "012345"
+    )
+
+
 def test_records_keep_what_they_say(t2i: Cli, tmp_path: Path) -> None:
     records = [{"index": 7, "prompt": "Show me a cat", "tag": "single_object"}, {"prompt": "Show me a dog"}]
     (tmp_path / "p.jsonl").write_text("\n".join(json.dumps(r) for r in records))
@@ -485,6 +520,32 @@ def test_a_device_that_is_not_there(t2i: Cli) -> None:
         assert result.code == 1
         assert device in result.error
         assert "cpu" in result.error
+
+
+def test_float8_where_it_cannot_be(t2i: Cli, out: Path) -> None:
+    result = t2i("--prompt", DRAW, "--quantize", "fp8")
+    assert result.code == 1
+    assert result.error == "quantize fp8: needs a CUDA GPU with float8 (compute capability 8.9 or more), not cpu"
+    assert not out.exists()
+
+
+def test_compile_and_quantize_reach_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--compile changes nothing that a manifest must say; --quantize does, and is taken over from it."""
+    seen: list[dict[str, Any]] = []
+    original = ScaleRAE.from_pretrained
+
+    def load(*args: Any, **options: Any) -> ScaleRAE:
+        seen.append({name: options.pop(name) for name in ("compile", "quantize")})
+        return original(*args, **options)
+
+    monkeypatch.setattr(ScaleRAE, "from_pretrained", load)
+    t2i("--prompt", DRAW, "--compile", "off", "--steps", 2)
+    (file,) = out.glob("*.json")
+    manifest = json.loads(file.read_text())
+    assert manifest["quantize"] is None
+    file.write_text(json.dumps(manifest | {"quantize": "fp8"}))
+    cli("t2i", "--from-manifest", file, "--compile", "on", "--output-dir", out)
+    assert seen == [{"compile": "off", "quantize": None}, {"compile": "on", "quantize": "fp8"}]
 
 
 def test_no_such_model(cli: Cli, out: Path, tmp_path: Path) -> None:

@@ -248,7 +248,7 @@ def test_padded_swiglu_computes_the_same_and_stays_zero_outside(vocabulary: Voca
     cropped = networks.crop_swiglu(dict(dit.named_parameters()), 40)
     bare = type(dit)(dit.config)
     bare.load_state_dict(cropped)
-    networks.pad_swiglu(bare)
+    networks.pad_swiglu(bare, 8)
     assert bare.dit_blocks[0].mlp.w3.in_features == 112 != inner  # type: ignore[union-attr, index]
     x, t, y = torch.randn(2, 32, 4, 4), torch.rand(2), torch.randn(2, 16, 32)
     plain = type(dit)(dit.config)

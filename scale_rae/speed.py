@@ -1,0 +1,381 @@
+"""How the velocity network runs fast. Each trick is one place here, can be switched off, and changes results by rounding only.
+
+- What does not depend on the step is computed before the steps: time embeddings and, under guidance, the modulations of the
+  null branch, whose condition is the same for every token and image.
+- Both branches of guidance run as one batch, so weights are read once.
+- `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
+- `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
+- `overlap`: those products, which do not wait for the blocks, run beside them.
+- `graph`: one evaluation is captured as a CUDA graph for each (batch, guided or not) and replayed.
+- `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
+- `quantize`: the blocks' linears in float8 (quantize.py).
+
+docs/performance.md has what each gains.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scale_rae.dit import Block, DiT, FinalLayer, SwiGLU
+from scale_rae.errors import InputError
+from scale_rae.flow import Velocity
+from scale_rae.quantize import Float8Linear, check_device, quantize
+
+COMPILE = ("auto", "on", "off")
+QUANTIZE = ("fp8",)
+PAD_TO = 64  # elements of SwiGLU's inner width
+GROUP_ROWS = (
+    2048  # tokens of a batch for that one block's adaLN product fills the GPU; fewer take several blocks at once
+)
+MOST_GRAPHS = 12  # kept at once
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Which tricks are used. `graph`, `pad`, `group` and `overlap` act on CUDA devices only. `autotune` lets the compiler
+    choose matrix products by trying them, which takes minutes.
+
+    `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
+    seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
+    """
+
+    compile: str = "auto"
+    quantize: str | None = None
+    graph: bool = True
+    pad: bool = True
+    group: bool = True
+    overlap: bool = False
+    autotune: bool = False
+
+    def check(self) -> None:
+        """Raises InputError for values that there are not."""
+        if self.compile not in COMPILE:
+            raise InputError(f"compile {self.compile!r}: use one of {', '.join(COMPILE)}")
+        if self.quantize is not None and self.quantize not in QUANTIZE:
+            raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
+
+
+def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[..., Any]:
+    """The function compiled for each shape it meets, whole or with an error.
+
+    Compiled code is kept between runs, in $TORCHINDUCTOR_CACHE_DIR or the user's cache folder.
+    """
+    import torch._dynamo
+
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scale_rae" / "inductor"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    # Every batch size is a compilation of the same function; torch gives up at 8.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    options: dict[str, str | int | bool | Callable[..., Any]] | None = {"max_autotune_gemm": True} if autotune else None
+    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+
+
+def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
+    """On CUDA, not cuDNN's attention: it makes a plan for every shape it meets, which takes longer than it saves here."""
+    if device.type != "cuda":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(kernels)  # type: ignore[no-any-return]
+
+
+def capture(
+    function: Callable[[], Tensor], device: torch.device, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """A CUDA graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
+    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
+            function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+        output = function()
+    return graph, output
+
+
+class Captured:
+    """A function of tensors as a CUDA graph, for inputs of the same shapes as `inputs`."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any) -> None:
+        self._lock = threading.Lock()
+        self.inputs = [x.clone() for x in inputs]
+        self.graph, self.output = capture(lambda: function(*self.inputs), inputs[0].device, pool)
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with self._lock:
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+            self.graph.replay()
+            return self.output.clone()  # the next replay writes where this one wrote
+
+
+def pad_swiglu(dit: nn.Module, multiple: int) -> None:
+    """Widens each SwiGLU with zeros to a multiple of `multiple`: exact, since a zero row's SiLU(0) · 0 meets a zero column.
+
+    Odd widths (5461 in the published network) cost tensor cores a quarter of their speed. Zeros also stay zeros in
+    training: their gradients are products with zeros.
+    """
+    for module in dit.modules():
+        if not isinstance(module, SwiGLU):
+            continue
+        w12, w3 = module.w12, module.w3
+        inner = w3.in_features
+        extra = -inner % multiple
+        if not extra:
+            continue
+        gates = w12.weight.detach().view(2, inner, -1)
+        w12.weight = nn.Parameter(F.pad(gates, (0, 0, 0, extra)).flatten(0, 1), w12.weight.requires_grad)
+        w12.bias = nn.Parameter(F.pad(w12.bias.detach().view(2, inner), (0, extra)).flatten(), w12.bias.requires_grad)
+        w3.weight = nn.Parameter(F.pad(w3.weight.detach(), (0, extra)), w3.weight.requires_grad)
+        w12.out_features, w3.in_features = 2 * (inner + extra), inner + extra
+
+
+class _StackedModulations:
+    """The adaLN linears of blocks that read one condition, as one matrix of which the blocks' weights are parts."""
+
+    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+        self.width = layers[0].out_features
+        self.weight = torch.cat([layer.weight.detach() for layer in layers])  # [blocks · 6D, Z]
+        self.bias = torch.cat([layer.bias.detach() for layer in layers])
+        for i, layer in enumerate(layers):
+            rows = slice(i * self.width, (i + 1) * self.width)
+            layer.weight = nn.Parameter(self.weight[rows], requires_grad=False)
+            layer.bias = nn.Parameter(self.bias[rows], requires_grad=False)
+        self.float8: Float8Linear | None = None
+
+    def quantize(self, layers: Sequence[nn.Linear]) -> None:
+        """Goes over to float8, and frees the weights."""
+        self.float8 = Float8Linear(self.weight, self.bias)
+        del self.weight
+        for layer in layers:
+            layer.weight = layer.bias = None  # type: ignore[assignment]
+
+    def __call__(self, read: Any, first: int, stop: int) -> Tensor:
+        """[..., (stop - first) · 6D] of blocks `first` up to `stop`, for what `_read` made of the condition."""
+        rows = slice(first * self.width, stop * self.width)
+        if self.float8 is not None:
+            return self.float8.product(read, rows)
+        return F.linear(read, self.weight[rows], self.bias[rows])
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The network's parts as functions, compiled or not."""
+
+    read: Callable[..., Any]
+    block: Callable[..., Tensor]
+    plain_block: Callable[..., Tensor]
+    final: Callable[..., Tensor]
+    plain_final: Callable[..., Tensor]
+
+
+def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
+    """What the adaLN linears read of time [1, Z] and condition [B, L, Z]: SiLU(c), for the final layer and for the blocks."""
+    read = F.silu(F.silu(time[:, None] + condition))
+    return read, read
+
+
+def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
+    read, _ = _read(time, condition)
+    return read, quantize(read)
+
+
+class FastDiT:
+    """A velocity network ready for sampling: `DiT.forward`'s result up to rounding, by the tricks of `speed`.
+
+    Changes `dit` in place where a trick needs other weights: padding and stacking leave it working as it is, float8 does not.
+
+    Raises:
+        InputError, DeviceError: for options that there are not, or not on this device.
+    """
+
+    def __init__(self, dit: DiT, speed: Speed) -> None:
+        speed.check()
+        self.dit, self.speed = dit, speed
+        self.device = dit.pos_embed.device
+        on_cuda = self.device.type == "cuda"
+        if speed.quantize is not None:
+            check_device(self.device)
+        self.graph = speed.graph and on_cuda
+        self.shared = dit.dit_blocks[: dit.encoder_depth]  # the blocks whose condition has no part of x
+        self.final_shared = dit.config.encoder_depth is None
+        if (speed.pad and on_cuda) or speed.quantize is not None:
+            pad_swiglu(dit, PAD_TO)
+        self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.shared]  # type: ignore[index]
+        self.stacked: _StackedModulations | None = None
+        if (speed.group and on_cuda) or speed.quantize is not None:
+            self.stacked = _StackedModulations(self.layers)
+        if speed.quantize is not None and self.stacked is not None:
+            self.stacked.quantize(self.layers)
+            _quantize_blocks(dit)
+        functions = (
+            _read if speed.quantize is None else _read_float8,
+            Block.modulated,
+            Block.forward,
+            FinalLayer.modulated,
+            FinalLayer.forward,
+        )
+        self._eager = _Parts(*functions)
+        self._functions = functions
+        self._compiled: _Parts | None = None
+        self._compiled_sizes: set[int] = set()
+        self._graphs: dict[tuple[int, bool, bool], Captured] = {}
+        self._pool: Any = None
+        self._side = torch.cuda.Stream(self.device) if speed.overlap and on_cuda else None  # type: ignore[no-untyped-call]
+
+    def velocities(
+        self, condition: Tensor, times: Sequence[float], guided: bool, compile: bool
+    ) -> tuple[Velocity, Velocity, Callable[[Tensor, float], tuple[Tensor, Tensor]]]:
+        """(conditional, null, both) velocities of a batch, as `flow.guided` takes them, at any of `times`.
+
+        condition [B, L, Z]. The null branch is there when `guided`.
+        """
+        dit, dtype = self.dit, self.dit.dtype
+        distinct = list(dict.fromkeys(times))
+        place = {t: i for i, t in enumerate(distinct)}
+        embedded = dit.t_embedder(torch.tensor(distinct, device=self.device)).to(dtype)  # [K, Z]
+        condition = condition.to(self.device, dtype)
+        null, modulations = dit.null_condition, None
+        if guided:
+            assert null is not None
+            modulations = self._null_modulations(embedded, null)  # [K, W]
+
+        def at(t: float) -> Tensor:
+            row: Tensor = embedded[place[t] : place[t] + 1]
+            return row
+
+        def conditional(x: Tensor, t: float) -> Tensor:
+            return self._run(compile, x, at(t), condition)
+
+        def unconditional(x: Tensor, t: float) -> Tensor:
+            assert null is not None
+            return self._run(compile, x, at(t), null.expand_as(condition).contiguous())
+
+        def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            assert modulations is not None
+            v_cond, v_null = self._run(compile, x, at(t), condition, modulations[place[t]]).chunk(2)
+            return v_cond, v_null
+
+        return conditional, unconditional, both
+
+    def is_compiled(self, batch: int) -> bool:
+        """Whether batches of this size have compiled code already."""
+        return batch in self._compiled_sizes
+
+    def forget(self) -> None:
+        """Lets go of captured graphs and the memory they hold."""
+        self._graphs.clear()
+        self._pool = None
+
+    def _null_modulations(self, embedded: Tensor, null: Tensor) -> Tensor:
+        """Modulations [K, W] of the null condition [Z] at embedded times [K, Z]: of the blocks and, if it reads it, the
+        final layer, side by side."""
+        plain, read = self._eager.read(embedded, null.expand(1, 1, -1))  # [K, 1, Z]
+        if self.stacked is not None:
+            parts = [self.stacked(read, 0, len(self.layers))]
+        else:
+            parts = [layer(read) for layer in self.layers]
+        if self.final_shared:
+            parts.append(self.dit.final_layer.adaLN_modulation[1](plain))
+        return torch.cat(parts, dim=-1).flatten(0, 1)
+
+    def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
+        function = self._evaluate_compiled if compile else self._evaluate_eager
+        if compile:
+            self._compiled_sizes.add(len(inputs[0]))
+        with attention_kernels(self.device):
+            if not self.graph:
+                return function(*inputs)
+            key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
+            if key not in self._graphs:
+                if len(self._graphs) >= MOST_GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
+                self._graphs[key] = Captured(function, inputs, self._pool)
+                self._pool = self._pool or self._graphs[key].graph.pool()  # they never run at once: one memory for all
+            return self._graphs[key](*inputs)
+
+    def _evaluate_eager(self, *inputs: Tensor) -> Tensor:
+        return self.evaluate(self._eager, *inputs)
+
+    def _evaluate_compiled(self, *inputs: Tensor) -> Tensor:
+        if self._compiled is None:
+            self._compiled = _Parts(*(compiled(f, self.speed.autotune) for f in self._functions))
+        return self.evaluate(self._compiled, *inputs)
+
+    def evaluate(
+        self, parts: _Parts, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None
+    ) -> Tensor:
+        """One evaluation: velocities [B, C, S, S] float32 of x [B, C, S, S], time [1, Z] embedded, condition [B, L, Z].
+
+        With the null branch's modulations [W] at this time: [2B, C, S, S], the conditional velocities and then the null.
+        """
+        dit = self.dit
+        widths = [layer.out_features for layer in self.layers] + [2 * dit.config.width] * self.final_shared
+        null: Sequence[Tensor | None] = [None] * len(widths)
+        if null_modulations is not None:
+            null = torch.split(null_modulations, widths)
+        copies = 1 if null_modulations is None else 2
+        tokens = x.to(dit.dtype)
+        plain, read = parts.read(time, condition)
+        h = dit.x_embedder(tokens) + dit.pos_embed  # [B, L, D]
+        h = torch.cat([h] * copies)
+        for block, modulation, null_modulation in zip(self.shared, self._modulations(read, len(x)), null, strict=False):
+            h = parts.block(block, h, modulation, dit.rope_cos, dit.rope_sin, null_modulation)
+        if self.final_shared:
+            v = parts.final(dit.final_layer, h, dit.final_layer.adaLN_modulation[1](plain), null[-1])
+        else:  # DDT: what the first blocks made is the others' condition
+            s = F.silu(h)
+            if hasattr(dit, "s_projector"):
+                s = dit.s_projector(s)
+            h = torch.cat([dit.s_embedder(tokens)] * copies)
+            for block in dit.dit_blocks[dit.encoder_depth :]:
+                h = parts.plain_block(block, h, s, dit.decoder_rope_cos, dit.decoder_rope_sin)
+            v = parts.plain_final(dit.final_layer, h, s)
+        return v.transpose(1, 2).reshape(copies * x.shape[0], *x.shape[1:]).float()  # [B or 2B, C, S, S]
+
+    def _modulations(self, read: Any, batch: int) -> Iterator[Tensor]:
+        """The modulations [B, L, 6D] of each block in turn."""
+        if self.stacked is None:
+            for layer in self.layers:
+                yield layer(read)
+            return
+        depth = len(self.layers)
+        most = max(1, GROUP_ROWS // (batch * self.dit.config.tokens)) if self.speed.group else 1
+        at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # of one size: other strides, other code
+        groups = [(i, i + at_once) for i in range(0, depth, at_once)]
+        if self._side is None or at_once == 1:
+            for first, stop in groups:
+                yield from self.stacked(read, first, stop).chunk(stop - first, dim=-1)
+            return
+        main, side = torch.cuda.current_stream(), self._side
+        side.wait_stream(main)
+        ready = []
+        with torch.cuda.stream(side):
+            for first, stop in groups:
+                ready.append((self.stacked(read, first, stop), side.record_event()))
+        for (first, stop), (modulations, event) in zip(groups, ready, strict=True):
+            main.wait_event(event)
+            yield from modulations.chunk(stop - first, dim=-1)
+
+
+def _quantize_blocks(dit: DiT) -> None:
+    """The blocks' linears in float8. The embedders, the final linear and the DDT projector stay as they are."""
+    for block in dit.dit_blocks:
+        for owner, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("w12", "w3"))):
+            for name in names:
+                linear: Any = getattr(owner, name)
+                setattr(owner, name, Float8Linear(linear.weight.detach(), linear.bias.detach()))

@@ -1,0 +1,278 @@
+"""The tricks that make sampling fast change nothing but rounding. What needs a GPU is in test_gpu.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from scale_rae import flow, speed
+from scale_rae.dit import DiT, DiTConfig, SwiGLU, flops
+from scale_rae.errors import DeviceError, InputError
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.quantize import Float8Linear, check_device, quantize
+from scale_rae.speed import FastDiT, Speed, pad_swiglu
+from tests.test_goldens import DRAW
+
+CONFIG = DiTConfig(channels=24, tokens=16, condition_width=32, width=80, depth=4, heads=2)
+KINDS = {
+    "plain": CONFIG,
+    "ddt": dataclasses.replace(CONFIG, encoder_depth=2),
+    "wide": dataclasses.replace(CONFIG, encoder_depth=2, decoder_width=160, decoder_heads=4, wide=True),
+}
+TIMES = [0.9, 0.35, 0.35]
+
+
+def made(kind: str = "plain") -> DiT:
+    """A network of random weights, the same each time."""
+    generator = torch.Generator().manual_seed(3)
+    dit = DiT(KINDS[kind])
+    for parameter in dit.parameters():
+        std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.15
+        torch.nn.init.normal_(parameter, std=std, generator=generator)
+    return dit.requires_grad_(False).eval()
+
+
+def inputs(batch: int = 2) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(batch, CONFIG.channels, CONFIG.side, CONFIG.side, generator=generator)
+    return x, torch.randn(batch, CONFIG.tokens, CONFIG.condition_width, generator=generator)
+
+
+def reference(dit: DiT, x: Tensor, t: float, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Conditional and null velocities by the plain network."""
+    time = torch.full((len(x),), t)
+    assert dit.null_condition is not None
+    return dit(x, time, y), dit(x, time, dit.null_condition.expand_as(y))
+
+
+def check(fast: FastDiT, exact: DiT, tolerance: float, compile: bool = False) -> None:
+    x, y = inputs()
+    with torch.inference_mode():
+        conditional, null, both = fast.velocities(y, TIMES, guided=True, compile=compile)
+        for t in TIMES[:2]:
+            expected = reference(exact, x, t, y)
+            for value, wanted in zip((conditional(x, t), null(x, t), *both(x, t)), (*expected, *expected), strict=True):
+                assert value.shape == x.shape
+                assert value.dtype == torch.float32
+                assert float((value - wanted).norm() / wanted.norm()) <= tolerance
+
+
+@pytest.fixture
+def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets the tricks that are for CUDA alone, but work anywhere, run here."""
+    monkeypatch.setattr(speed, "check_device", lambda device: None)
+
+
+def with_cuda_weights(dit: DiT, **options: Any) -> FastDiT:
+    """Padded, stacked and grouped, as a CUDA device would have it."""
+    pad_swiglu(dit, speed.PAD_TO)
+    fast = FastDiT(dit, Speed("off", **options))
+    fast.stacked = fast.stacked or speed._StackedModulations(fast.layers)
+    return fast
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_precomputed_parts(kind: str) -> None:
+    """Time embeddings and the null branch's modulations from before the steps; both branches in one batch."""
+    check(FastDiT(made(kind), Speed("off")), made(kind), 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("most_rows", [1, 40, 10000])
+def test_padded_stacked_and_grouped(kind: str, most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "GROUP_ROWS", most_rows)
+    dit = made(kind)
+    check(with_cuda_weights(dit), made(kind), 1e-5)
+    x, y = inputs()
+    with torch.inference_mode():  # the network itself still works
+        torch.testing.assert_close(dit(x, torch.tensor([0.5, 0.2]), y), made(kind)(x, torch.tensor([0.5, 0.2]), y))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_float8_is_near(kind: str, as_if_on_cuda: None) -> None:
+    dit = made(kind)
+    for name, parameter in dit.named_parameters():
+        if "t_embedder" not in name and ".norm" not in name:
+            parameter.data = parameter.data.bfloat16()
+    check(FastDiT(dit, Speed("off", "fp8")), made(kind), 0.08)
+    assert {type(m).__name__ for m in (dit.dit_blocks[0].attn.qkv, dit.dit_blocks[0].mlp.w3)} == {"Float8Linear"}  # type: ignore[union-attr]
+    assert dit.final_layer.linear.weight.dtype == torch.bfloat16
+
+
+def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`fullgraph=True`: a part that cannot be compiled whole is an error. Blocks of one kind share their code."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    dit = made()
+    with torch.inference_mode():
+        fast = with_cuda_weights(dit)
+        x, y = inputs()
+        conditional, _, both = fast.velocities(y, TIMES, guided=True, compile=True)
+        torch._dynamo.utils.counters.clear()
+        values = [conditional(x, 0.9), *both(x, 0.9)]
+        expected = reference(made(), x, 0.9, y)
+    for value, wanted in zip(values, (expected[0], *expected), strict=True):
+        assert float((value - wanted).norm() / wanted.norm()) <= 1e-5
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    )  # one reading; block and final layer, guided or not
+    assert fast.is_compiled(2)
+    assert not fast.is_compiled(3)
+
+
+def test_padding_adds_zeros_only() -> None:
+    torch.manual_seed(0)
+    mlp = SwiGLU(40)
+    x = torch.randn(3, 40)
+    exact = mlp(x)
+    pad_swiglu(mlp, 64)
+    assert mlp.w3.weight.shape == (40, 128)  # from 106
+    assert int((mlp.w3.weight == 0).sum()) == 40 * 22
+    torch.testing.assert_close(mlp(x), exact)
+    assert mlp.w12.weight.requires_grad
+    before = mlp.w12.weight
+    pad_swiglu(mlp, 64)
+    assert mlp.w12.weight is before
+
+
+def test_quantize() -> None:
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-3, 1, 50, 1e4, 0])[:, None]
+    values, scale = quantize(x)
+    assert values.dtype == torch.float8_e4m3fn
+    assert scale.shape == (5, 1)
+    back = values.float() * scale
+    assert float(((back - x).norm(dim=1) / x.norm(dim=1).clamp(min=1e-9)).max()) < 0.04
+    assert torch.equal(back[4], torch.zeros(64))
+    torch.testing.assert_close(back.abs().amax(1), x.abs().amax(1))  # the largest of a row is exact
+
+
+@pytest.mark.parametrize("rows", [(2, 5), (16,), (1, 1, 3)])
+def test_float8_linear(rows: tuple[int, ...]) -> None:
+    """Against the definition: both sides quantised by rows, the product exact, scales and bias put back."""
+    generator = torch.Generator().manual_seed(2)
+    weight, bias = torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator)
+    x = torch.randn(*rows, 64, generator=generator).bfloat16()
+    linear = Float8Linear(weight, bias)
+    (xq, xs), (wq, ws) = quantize(x), quantize(weight)
+    expected = (xq.float() * xs) @ (wq.float() * ws).t() + bias.bfloat16().float()
+    assert linear(x).shape == (*rows, 48)
+    torch.testing.assert_close(linear(x).float(), expected, rtol=1e-2, atol=2e-2)
+    part = linear.product(quantize(x), slice(16, 32))
+    torch.testing.assert_close(part, linear(x)[..., 16:32])
+
+
+def test_float8_needs_its_shapes(as_if_on_cuda: None) -> None:
+    with pytest.raises(
+        InputError, match=r"quantize fp8: this network has a linear of 32 to 40 channels; .*multiples of 16"
+    ):
+        Float8Linear(torch.randn(40, 32), None)
+
+
+def test_float8_needs_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DeviceError, match=r"quantize fp8: needs a CUDA GPU .*not cpu"):
+        ScaleRAE.from_pretrained("shapes", device="cpu", quantize="fp8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    with pytest.raises(DeviceError, match=r"NVIDIA A100 has compute capability 8\.0; float8 needs 8\.9"):
+        check_device(torch.device("cuda"))
+
+
+@pytest.mark.parametrize(("name", "value"), [("compile", "maybe"), ("compile", ""), ("quantize", "int3")])
+def test_bad_options(name: str, value: str) -> None:
+    with pytest.raises(InputError, match=f"{name} '{value}': use "):
+        ScaleRAE.from_pretrained("shapes", device="cpu", **{name: value})
+
+
+@pytest.mark.parametrize("solver", sorted(flow.SOLVERS))
+def test_evaluation_times(solver: str) -> None:
+    seen: list[float] = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        seen.append(t)
+        return torch.zeros_like(x)
+
+    flow.SOLVERS[solver](velocity, torch.randn(1, 1, 2, 2), 7, 3.0, None)
+    assert flow.evaluation_times(solver, 7, 3.0) == seen
+
+
+# --- when to compile, and memory --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def published(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> ScaleRAE:
+    """A model that takes itself for one of the published size on CUDA, for what it decides."""
+    model = models["siglip"]
+    sizes = DiTConfig(channels=1152, tokens=256, condition_width=2048, width=2048, depth=32, heads=32)
+    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, dit=sizes))
+    monkeypatch.setattr(model, "device", torch.device("cuda"))
+    monkeypatch.setattr(model, "_expected", 1)
+    monkeypatch.setattr(model, "_drawn", Counter[int]())
+    monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[int]())
+    return model
+
+
+def test_auto_compiles_when_it_pays(published: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = published
+    assert not model._compiles(1, 49)
+    model.expect(553 * 8)
+    assert model._compiles(8, 49)
+    assert not model._compiles(8, 1)  # too little work
+    model.expect(20)  # the last ones of a run
+    assert not model._compiles(8, 49)
+    model._fast_dit._compiled_sizes.add(8)
+    assert model._compiles(8, 49)  # unless code for this size is there
+    assert not model._compiles(5, 49)
+    model._drawn[5] = 1000  # one by one, and nobody said how many
+    assert model._compiles(5, 49)
+    monkeypatch.setattr(model, "device", torch.device("cpu"))
+    assert not model._compiles(5, 49)
+    for mode, expected in (("on", True), ("off", False)):
+        monkeypatch.setattr(model, "speed", Speed(mode))
+        assert model._compiles(1, 49) is expected
+
+
+def test_small_models_are_not_compiled_for_little(models: dict[str, ScaleRAE], published: ScaleRAE) -> None:
+    published.expect(1000)
+    assert published._compiles(8, 49)
+    bundled = ScaleRAE.from_pretrained("shapes", device="cpu")
+    bundled.device = torch.device("cuda")
+    bundled.expect(1000)
+    assert not bundled._compiles(8, 49)
+
+
+def test_what_is_drawn_is_counted(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> None:
+    model = models["siglip"]
+    monkeypatch.setattr(model, "_drawn", Counter[int]())
+    model.expect(10)
+    model.generate(DRAW, num_images=5, steps=2, batch_size=3, decode=False)
+    assert model._expected == 5
+    assert model._drawn == {3: 3, 2: 2}
+
+
+def test_operations_of_the_published_network() -> None:
+    """61 TFLOP an image, as measured by others (issue's figure) and as counted here from the shapes of its linears."""
+    sizes = DiTConfig(channels=1152, tokens=256, condition_width=2048, width=2048, depth=32, heads=32)
+    assert flops(sizes) * 49 == pytest.approx(61.8e12, rel=1e-2)
+    for kind, config in KINDS.items():
+        named = [(n, m) for n, m in made(kind).named_modules() if isinstance(m, torch.nn.Linear)]
+        products = sum(m.weight.numel() for n, m in named if "t_embedder" not in n and n != "s_projector")
+        embedders = sum(m.weight.numel() for m in made(kind).modules() if isinstance(m, torch.nn.Conv2d))
+        attention = sum(2 * config.tokens * b.attn.proj.in_features for b in made(kind).dit_blocks)  # type: ignore[union-attr, operator]
+        assert flops(config) == 2 * config.tokens * (products + embedders + attention)
+
+
+def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    speed.compiled(lambda x: x)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "scale_rae" / "inductor")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
+    speed.compiled(lambda x: x)
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
