@@ -48,7 +48,7 @@ from scale_rae.shapes import world
 READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: generated ones are never clean
 TEXT_WEIGHT = 0.3
 ATTRIBUTE_WEIGHT = 0.1
-ADDITIVE_WEIGHT = 0.1
+ADDITIVE_WEIGHT = 0.03
 PREFIX = "diff_head.model."
 
 
@@ -219,9 +219,9 @@ class Loss:
 
     def _additive(self, condition: Tensor) -> Tensor:
         """How far quads of conditions [4 Q, L, Z] are from adding up: the mean square of what is left over, of the mean square
-        of the differences that were exchanged."""
+        of the differences that were exchanged (both follow the scale: conditions do not add up better by being alike)."""
         p, q, r, s = condition.float().view(-1, 4, *condition.shape[1:]).unbind(1)  # each [Q, L, Z]
-        left: Tensor = (p + q - r - s).square().mean() / (p - r).square().mean().detach()
+        left: Tensor = (p + q - r - s).square().mean() / (p - r).square().mean()
         return left
 
     def _with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
