@@ -49,6 +49,9 @@ READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: g
 TEXT_WEIGHT = 0.3
 ATTRIBUTE_WEIGHT = 0.1
 ADDITIVE_WEIGHT = 0.03
+CONDITION_NOISE = (
+    0.1  # of the conditions' deviation, on those the velocity network sees: sums are a little off what is drawn
+)
 PREFIX = "diff_head.model."
 
 
@@ -159,10 +162,10 @@ class Loss:
         pools: Pools,
         batch: Batch,
         dtype: torch.dtype,
-        step: Tensor,
+        noise: float = CONDITION_NOISE,
     ) -> None:
-        """`step` [] counts training steps, on the device."""
-        self.step = step
+        """`noise` is the conditions', in their standard deviations between prompts."""
+        self.noise = noise
         self.language, self.dit, self.pools, self.batch, self.dtype = language, dit, pools, batch, dtype
         self.further = len(pools.shown_head) - pools.text_head  # places by which a picture shifts a request
         self.shown_width = -(-(pools.width + self.further) // 8) * 8
@@ -267,7 +270,7 @@ class Loss:
         latents = pools.draw_latents.index_select(0, rows).float().view(-1, pools.tokens, pools.channels)
         latents = ((latents - pools.mean) / pools.std).transpose(1, 2)  # [B, C, L]
         latents = latents.reshape(-1, pools.channels, pools.side, pools.side).repeat(copies, 1, 1, 1)  # [K·B, C, S, S]
-        condition = condition.repeat(copies, 1, 1)
+        condition = self._noisy(condition.repeat(copies, 1, 1))
         count = len(latents)
         dropped = torch.rand(count, 1, 1, device=self.device) < CLASS_DROPOUT
         assert self.dit.null_condition is not None
@@ -277,6 +280,13 @@ class Loss:
         mix = t[:, None, None, None]
         velocity: Tensor = self.dit((1 - mix) * latents + mix * noise, t, condition)
         return (velocity - (noise - latents)).square().mean()
+
+    def _noisy(self, condition: Tensor) -> Tensor:
+        """Conditions [B, L, Z] with noise, half of it common to an image's tokens."""
+        deviation = self.noise * condition.detach().float().std(0).mean()
+        common = torch.randn(len(condition), 1, condition.shape[-1], device=self.device)
+        noise = (common + torch.randn(condition.shape, device=self.device)) / 2**0.5
+        return condition + (deviation * noise).to(condition.dtype)
 
     def _attributes(self, condition: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of what the prompt says [B, 10] at every token's condition [B, L, Z], and how often the last is all
@@ -417,6 +427,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--read-batch", type=int, default=default.read)
     parser.add_argument("--chat-batch", type=int, default=default.chat)
     parser.add_argument("--copies", type=int, default=default.copies, help="noisy latents for each condition")
+    parser.add_argument("--condition-noise", type=float, default=CONDITION_NOISE)
     parser.add_argument("--draw-pool", type=int, default=1_500_000, help="scenes to draw")
     parser.add_argument("--name-pool", type=int, default=800_000, help="requests in quads, a multiple of 4")
     parser.add_argument("--read-pool", type=int, default=2_000_000, help="scenes to read")
@@ -457,12 +468,13 @@ def main(argv: list[str] | None = None) -> bool:
     config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
     if args.start_from:
         start_from(model, args.start_from)
-    loss = Loss(config, language, dit, made, batch, dtype, model.step)
+    loss = Loss(config, language, dit, made, batch, dtype, args.condition_noise)
     settings = common.fingerprint(
         preset,
         model.options,
         batch=vars(batch),
         pools=[args.draw_pool, args.name_pool, args.read_pool],
+        condition_noise=args.condition_noise,
         seed=args.seed,
     )
     compiled = [] if args.no_compile else networks.compiled_parts(language, dit)
@@ -491,7 +503,7 @@ def bench(
         batch = dataclasses.replace(batch_of(args), draw=int(draw), read=int(read), copies=int(copies))
         args.optimizer = kind
         config, language, dit, model = build(words, preset, device, dtype, common.optimizer_options(args), args.steps)
-        loss = Loss(config, language, dit, made, batch, dtype, model.step)
+        loss = Loss(config, language, dit, made, batch, dtype, args.condition_noise)
         compiled = [] if args.no_compile else networks.compiled_parts(language, dit)
         trainer = Trainer(model, loss, loop_options(args), args.out / "bench", "", compiled)
         try:

@@ -101,7 +101,8 @@ def reading(model: ScaleRAE, count: int) -> dict[str, float]:
 def look(
     folder: Path, sheet: Path, prompts: int, guidance: Sequence[float], steps: int, device: str | None, batch: int
 ) -> dict[str, Any]:
-    """Draws the sheet, scores `prompts` held-out prompts at each guidance level, asks about as many scenes, and says it all."""
+    """Draws the sheet, scores `prompts` held-out prompts and as many others at each guidance level, asks about as many held-out
+    scenes, and says it all."""
     model = ScaleRAE.from_pretrained(str(folder), device=device)
     summary: dict[str, Any] = {}
     lines = world.prompts(4, "only", seed=1)
@@ -112,18 +113,20 @@ def look(
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(images, captions).save(path)
         say(f"24 held-out prompts at guidance {level:g}: {path}")
-    if prompts:
-        lines = world.prompts(-(-prompts // len(world.KINDS)), "only", seed=2)
+    asked: tuple[tuple[world.HeldOut, str], ...] = (("only", "held out"), ("exclude", "seen")) if prompts else ()
+    for held_out, which in asked:
+        lines = world.prompts(-(-prompts // len(world.KINDS)), held_out, seed=2)
         for level in guidance:
             start = time.perf_counter()
             images = pictures(model, lines, level, steps, batch)
             drawn = time.perf_counter()
             right = judged(images, lines)
             say(
-                f"guidance {level:g}: {per_kind(lines, right)}   ({len(lines)} prompts drawn in {drawn - start:.1f} s, "
+                f"{which}, guidance {level:g}: {per_kind(lines, right)}   ({len(lines)} prompts drawn in {drawn - start:.1f} s, "
                 f"judged in {time.perf_counter() - drawn:.1f} s)"
             )
-            summary[f"correct at guidance {level:g}"] = sum(right) / len(right)
+            summary[f"correct at guidance {level:g}, {which}"] = sum(right) / len(right)
+    if prompts:
         summary |= reading(model, prompts)
         say("reading held-out scenes: " + json.dumps({k: round(summary[k], 3) for k in ("yes", "no", "describe")}))
     return summary
@@ -134,7 +137,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, type=Path, help="exported folder")
     parser.add_argument("--sheet", type=Path, default=Path("sheet.png"))
-    parser.add_argument("--prompts", type=int, default=300, help="held-out prompts to score, 0 for none")
+    parser.add_argument(
+        "--prompts", type=int, default=300, help="held-out prompts to score, and as many others, 0 for none"
+    )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0])
     parser.add_argument("--steps", type=int, default=49)
     parser.add_argument("--batch", type=int, default=512)
