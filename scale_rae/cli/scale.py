@@ -91,6 +91,8 @@ def command(
     revision: o.Revision = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    compile: o.Compile = "auto",
+    quantize: o.Quantize = None,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -163,6 +165,8 @@ def command(
         reward=None if reward == "none" else reward,
         reward_path=reward_path,
         save_latents=save_latents,
+        compile=compile,
+        quantize=quantize,
     )
     display = ScalingDisplay(quiet=world.rank > 0)
     try:

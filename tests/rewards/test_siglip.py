@@ -58,7 +58,7 @@ def test_reads_captions_as_they_were_trained(shapes: ScaleRAE, reward: SiglipRew
     assert {len(row) for row in ids} == {32}
     assert all(row[-1] == 712 for row in ids)
     encoder = data.WordEncoder(shapes.tokenizer, common.words(), pad=712)
-    np.testing.assert_array_equal(np.array(ids), data.captions(encoder, scenes))
+    np.testing.assert_array_equal(np.array(ids), data.captions(encoder, map(world.describe, scenes)))
     assert len(tokenizer.encode("a photo of a red circle, " * 20).ids) == 32  # cut
 
 

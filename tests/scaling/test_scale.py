@@ -260,6 +260,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--guidance-interval", 1, 0], "interval"),
         (["--post-qa-template-path", "nowhere.txt"], "nowhere.txt: no such question template"),
         (["--device", "cuda:99"], "device cuda:99"),
+        (["--quantize", "fp8"], "fp8"),
     ],
 )
 def test_bad_options(scale: Scale, options: list[object], error: str) -> None:
