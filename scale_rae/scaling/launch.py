@@ -116,10 +116,10 @@ def run(
     if world.size > 1:
         devices = [devices[world.local_rank % len(devices)]]
     for device in devices:
-        found = pick_device(device)
-        pick_dtype(settings.dtype, found)
+        place = pick_device(device)
+        pick_dtype(settings.dtype, place)
         if settings.quantize is not None:
-            check_device(found)
+            check_device(place)
     start = time.perf_counter()
     store = Store(settings.folder(output_dir), settings, f"r{world.rank}")
     description = describe(settings, prompts)
