@@ -177,11 +177,11 @@ def write_prompts(path: Path, count: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def scale(out: Path, model: Path, devices: str, steps: int) -> dict[str, float]:
+def scale(out: Path, model: Path, devices: str, steps: int, compile: str) -> dict[str, float]:
     """Runs the experiment in a process of its own; its throughput."""
     command = [sys.executable, "-m", "scale_rae", "scale", "t2i", "--model-path", str(model), "--devices", devices]
     command += ["--metadata-file", str(model.parent / "prompts.jsonl"), "--output-dir", str(out), "--reward", "siglip"]
-    command += ["--steps", str(steps), "--batch-size", "8"]
+    command += ["--steps", str(steps), "--batch-size", "8", "--compile", compile]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if "cpu" in devices:
         environment["OMP_NUM_THREADS"] = "1"  # else one worker alone would have the other's cores too
@@ -234,8 +234,10 @@ def main() -> None:
     """Runs both, compares, prints; exit status 1 when the files differ."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--devices", default="cuda:0,cuda:1", help="the second run's; the first has the first of them")
-    parser.add_argument("--prompts", type=int, default=40)
+    parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--steps", type=int, default=49)
+    # What is compiled once a worker weighs more here than in a whole night.
+    parser.add_argument("--compile", choices=("on", "off", "auto"), default="off")
     parser.add_argument("--tiny", action="store_true", help="a small made-up model")
     parser.add_argument("--out", type=Path, default=Path("runs/two_gpus"), help="folder that must not be there yet")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -245,8 +247,8 @@ def main() -> None:
     write_checkpoint(args.out, TINY if args.tiny else FULL)
     write_prompts(args.out / "prompts.jsonl", args.prompts)
     model = args.out / "model"
-    one = scale(args.out / "one", model, args.devices.split(",")[0], args.steps)
-    several = scale(args.out / "several", model, args.devices, args.steps)
+    one = scale(args.out / "one", model, args.devices.split(",")[0], args.steps, args.compile)
+    several = scale(args.out / "several", model, args.devices, args.steps, args.compile)
     files = compare(args.out / "one", args.out / "several")
     ratio = several["images_per_second"] / one["images_per_second"]
     figures = {"devices": args.devices, "one": one, "several": several, "throughput_ratio": ratio, "files": files}

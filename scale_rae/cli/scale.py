@@ -14,7 +14,8 @@ from scale_rae.errors import InputError
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
 
-_TEMPLATE = Path(__file__).parent.parent / "assets" / "qa_prompt_template.txt"
+_TEMPLATE = Path("assets", "qa_prompt_template.txt")
+_PACKAGE = Path(__file__).parent.parent  # which has the template too, for those who run elsewhere
 SCALING, JUDGING, WORKERS = "Scaling", "Judging", "Workers"
 
 
@@ -55,7 +56,7 @@ def command(
         Path | None,
         typer.Option(
             help="A file with the question the model is asked about each image, {prompt} in it replaced. "
-            "Default: ./assets/qa_prompt_template.txt.",
+            "Default: ./assets/qa_prompt_template.txt, or the package's if there is none.",
             show_default=False,
             rich_help_panel=JUDGING,
         ),
@@ -90,6 +91,8 @@ def command(
     revision: o.Revision = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
+    compile: o.Compile = "auto",
+    quantize: o.Quantize = None,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -162,6 +165,8 @@ def command(
         reward=None if reward == "none" else reward,
         reward_path=reward_path,
         save_latents=save_latents,
+        compile=compile,
+        quantize=quantize,
     )
     display = ScalingDisplay(quiet=world.rank > 0)
     try:
@@ -208,5 +213,5 @@ def _question(prompt: str | None, path: Path | None) -> tuple[str, str]:
     """The question's template and its name."""
     if prompt is not None:
         return prompt.strip(), "prompt"
-    path = path or _TEMPLATE
+    path = path or (_TEMPLATE if _TEMPLATE.exists() else _PACKAGE / _TEMPLATE)
     return read_template(path), path.stem

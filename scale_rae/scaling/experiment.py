@@ -60,6 +60,8 @@ class Settings:
     reward: str | None = "imagereward"
     reward_path: str | None = None
     save_latents: bool = False
+    compile: str = "auto"
+    quantize: str | None = None
 
     @property
     def total(self) -> int:

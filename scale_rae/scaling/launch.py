@@ -106,14 +106,20 @@ def run(
     """
     from scale_rae.flow import check_options
     from scale_rae.pipeline import pick_device, pick_dtype
+    from scale_rae.quantize import check_device
+    from scale_rae.speed import Speed
 
     settings.check()
+    Speed(settings.compile, settings.quantize).check()
     check_options(settings.guidance_level, settings.steps, settings.solver, settings.guidance_interval)
     world = world or World()
     if world.size > 1:
         devices = [devices[world.local_rank % len(devices)]]
     for device in devices:
-        pick_dtype(settings.dtype, pick_device(device))
+        place = pick_device(device)
+        pick_dtype(settings.dtype, place)
+        if settings.quantize is not None:
+            check_device(place)
     start = time.perf_counter()
     store = Store(settings.folder(output_dir), settings, f"r{world.rank}")
     description = describe(settings, prompts)

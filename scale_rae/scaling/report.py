@@ -39,7 +39,7 @@ TITLES = {
 }
 
 SHORT = {  # below an image, where there is little room
-    "combined": "combined",
+    "combined": "comb.",
     "answer_conf": "answer",
     "answer_logits": "logit",
     "image_reward": "reward",

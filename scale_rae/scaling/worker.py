@@ -71,8 +71,17 @@ def work(
     log = _Log(store, order.rank)
     log(f"process {os.getpid()}, device {order.device or 'default'}, {len(order.own)} prompts")
     start = time.perf_counter()
-    choice = ModelChoice(settings.model_path, settings.decoder_repo, settings.revision, order.device, settings.dtype)
+    choice = ModelChoice(
+        settings.model_path,
+        settings.decoder_repo,
+        settings.revision,
+        order.device,
+        settings.dtype,
+        settings.compile,
+        settings.quantize,
+    )
     session = Session(choice, bars, decoder=True, encoder=True, debug=order.debug)
+    session.model.halves = False  # here it is known which images are together, and told when that changes
     reward = None
     if settings.reward is not None:
         from scale_rae.rewards import load_reward
@@ -80,6 +89,8 @@ def work(
         reward = load_reward(settings.reward, session.model, settings.reward_path)
     worker = _Worker(store, settings, session.model, reward, order, listen, log)
     worker.batch_size = worker.fits = _join_experiment(store, settings, order, session, reward, listen, worker.measure)
+    # All of the experiment's, whoever draws them: so that what is compiled doesn't depend on that.
+    session.model.expect(order.description["prompts"]["count"] * settings.total)
     worker.seconds = {"loading": time.perf_counter() - start}
     log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {worker.batch_size}")
     listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
@@ -214,6 +225,8 @@ def release_memory(model: ScaleRAE) -> None:
 
     import torch
 
+    model._fast_dit.forget()
+    model.language.forget()
     gc.collect()
     if model.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -381,11 +394,18 @@ class _Worker:
             latents, images = self._pictures(reply, range(size), options)
             self._judge(prompt, request, reply, latents, images)
 
-        size = largest_batch(
-            self.settings.total, attempt, lambda: release_memory(self.model), lambda: spare_memory(self.model.device)
-        )
-        release_memory(self.model)
-        return size
+        speed = self.model.speed
+        self.model.speed = dataclasses.replace(speed, compile="off")  # not for every size that is tried
+        try:
+            return largest_batch(
+                self.settings.total,
+                attempt,
+                lambda: release_memory(self.model),
+                lambda: spare_memory(self.model.device),
+            )
+        finally:
+            self.model.speed = speed
+            release_memory(self.model)
 
     def _draw_batch(self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int]) -> None:
         from scale_rae.pipeline import image_seed

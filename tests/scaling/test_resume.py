@@ -260,6 +260,34 @@ def test_out_of_memory_halves_the_batch(scale: Scale, monkeypatch: pytest.Monkey
     assert "prompt 0: out of memory with 4 images at once; going on with 2" in result.err
 
 
+@pytest.mark.usefixtures("in_batches")
+def test_the_model_does_not_halve_batches_by_itself(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or other images would be drawn together than the log says."""
+    sizes = list[int]()
+    draw = ScaleRAE._sample_batch
+
+    def limited(self: ScaleRAE, condition: torch.Tensor, *args: Any) -> torch.Tensor:
+        sizes.append(len(condition))
+        if len(condition) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return draw(self, condition, *args)
+
+    monkeypatch.setattr(ScaleRAE, "_sample_batch", limited)
+    result = scale("--batch-size", 4, "--limit", 1)
+    assert result.code == 0
+    assert sizes == [4, 2, 2]
+    assert "prompt 0: out of memory with 4 images at once; going on with 2" in result.err
+
+
+def test_what_is_compiled_depends_on_the_whole_experiment(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list[int]()
+    monkeypatch.setattr(ScaleRAE, "expect", lambda self, images: expected.append(images))
+    assert scale("--limit", 1).code == 0
+    assert scale("--limit", 2).code == 0
+    assert expected == [3 * 4, 3 * 4]
+    assert 'compile "on" here, "auto" there' in scale("--compile", "on").err
+
+
 def test_scores_that_are_no_numbers_fail(scale: Scale, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reward, "score", lambda self, images, prompt: [float("nan")] * len(images))
     result = scale("--reward", "imagereward", "--limit", 1)

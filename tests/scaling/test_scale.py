@@ -202,6 +202,16 @@ def test_a_question_of_ones_own(scale: Scale, tmp_path: Path) -> None:
     assert record(folder)["text_responses"]["0"]["question"] == "Is this true: a photo of a red circle"
 
 
+def test_the_guides_template_is_read_from_where_one_is(
+    scale: Scale, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "assets").mkdir()
+    (tmp_path / "assets" / "qa_prompt_template.txt").write_text("Is {prompt} there?\n")
+    monkeypatch.chdir(tmp_path)
+    assert scale("--limit", 1).code == 0
+    assert record(scale.folder)["text_responses"]["0"]["question"] == "Is a photo of a red circle there?"
+
+
 @pytest.mark.parametrize(
     ("prompt", "request_"),
     [
@@ -250,6 +260,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--guidance-interval", 1, 0], "interval"),
         (["--post-qa-template-path", "nowhere.txt"], "nowhere.txt: no such question template"),
         (["--device", "cuda:99"], "device cuda:99"),
+        (["--quantize", "fp8"], "fp8"),
     ],
 )
 def test_bad_options(scale: Scale, options: list[object], error: str) -> None:
