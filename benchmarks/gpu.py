@@ -43,11 +43,12 @@ from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import DecoderConfig, PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.dit import flops as dit_flops
-from scale_rae.language import Conversation, LanguageModel
+from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import ChatTokenizer
-from scale_rae.speed import FastDiT, Speed
+from scale_rae.quantize import Float8Linear, quantize
+from scale_rae.speed import FastDiT, Speed, capture
 from tests.made_checkpoints import write_tokenizer
 
 OFFICIAL = 2.33  # seconds per image of the official implementation on one H200, float32, without decoding
@@ -470,6 +471,8 @@ def fp8_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         before = [r["value"] for r in b.figures if r["name"] == f"{network}, batch {batch}"]
         if before:
             b.add("fp8", f"{network} fp8 over bf16, batch {batch}", before[0] / each, "×", target)
+    if size != "7b":
+        profile_stage(b, model, size)
     for steps in (12, 16, 20):
         options = SamplingOptions(steps=steps, solver="ab2")
         sampling(b, model, "fp8", f"{network} fp8, {steps} evaluations of ab2, batch 8", 8, options, "≥ 60 x official")
@@ -530,6 +533,7 @@ def memory_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     if b.device.type != "cuda":
         return
     prompt = prompt_that_draws(b, model, 10)
+    model.language.forget()
     b.release()
     for batch, target in ((1, "≤ 12"), (8, "≤ 16")):
         b.peak_gib(reset=True)
@@ -611,8 +615,8 @@ def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
             b.add("scaling", f"{size}: share of it in GPU kernels (profiled run)", busy, "", "≥ 0.90")
 
 
-def _busy_share(run: Callable[[], object]) -> float:
-    """GPU kernel seconds over wall seconds, as the profiler sees them."""
+def _profiled(run: Callable[[], object]) -> tuple[Any, float]:
+    """What the profiler saw of the GPU, and wall seconds."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
@@ -620,12 +624,105 @@ def _busy_share(run: Callable[[], object]) -> float:
         run()
         torch.cuda.synchronize()
         wall = time.perf_counter() - start
+    return profiler, wall
+
+
+def _busy_share(run: Callable[[], object]) -> float:
+    """GPU kernel seconds over wall seconds, as the profiler sees them."""
+    profiler, wall = _profiled(run)
     spans = sorted((e.time_range.start, e.time_range.end) for e in profiler.events() if "CUDA" in str(e.device_type))
     busy = reached = 0.0
     for start_us, end_us in spans:  # kernels on two streams at once count once
         busy += max(0.0, end_us - max(start_us, reached))
         reached = max(reached, end_us)
     return busy / 1e6 / wall
+
+
+def kernel_table(b: Bench, name: str, run: Callable[[], object], times: int, most: int = 16) -> None:
+    """Prints which kernels the GPU spends its time in, per run."""
+    if b.device.type != "cuda":
+        return
+    run()
+    profiler, wall = _profiled(lambda: [run() for _ in range(times)])
+    spent: dict[str, list[float]] = {}
+    for event in profiler.events():
+        if "CUDA" in str(event.device_type):
+            row = spent.setdefault(event.name, [0, 0.0])
+            row[0] += 1
+            row[1] += event.time_range.end - event.time_range.start
+    total = sum(us for _, us in spent.values())
+    print(f"kernels of {name}: {total / times:.0f} us of {wall / times * 1e6:.0f} us wall", flush=True)
+    for kernel, (count, us) in sorted(spent.items(), key=lambda item: -item[1][1])[:most]:
+        print(f"  {us / times:9.1f} us {count / times:7.1f} x {us / count:7.2f} us  {kernel[:110]}", flush=True)
+
+
+def profile_stage(b: Bench, model: ScaleRAE, size: str) -> None:
+    """Kernels of one DiT evaluation, one decoding step, one judging."""
+    config = model.config
+    times = flow.evaluation_times("euler", EVALUATIONS, 8.0)
+    for batch in (1, 8):
+        y = torch.randn(batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
+        x = torch.randn(batch, config.channels, config.dit.side, config.dit.side, device=b.device)
+        with torch.inference_mode():
+            velocity, _, _ = model._fast_dit.velocities(y, times, False, model.speed.compile == "on")
+            kernel_table(b, f"{size}: an evaluation, batch {batch}", lambda f=velocity, x=x: f(x, times[0]), 3)  # type: ignore[misc]
+    if b.figures and any("fp8" in r["name"] for r in b.figures):
+        return
+    conversation = Conversation(model.tokenizer.chat(prompt_of(model, 40)))
+    for compile_steps in (False, True):
+        model.language.compile_steps = compile_steps
+        run = partial(model.language.reply, [conversation], [33], -1, -1)
+        run()
+        kernel_table(b, f"{size}: a reply of 33 tokens, compiled {compile_steps}", run, 1)
+    model.language.compile_steps = model.speed.compile == "on"
+    latents = list(torch.randn(8, config.tokens, config.channels))
+    judge = partial(
+        model.score, latents, "a photo of a cat", request="a cat", request_reply=Reply([65]), max_new_tokens=4
+    )
+    judge()
+    kernel_table(b, f"{size}: judging 8 latents, 4 tokens", judge, 1)
+    sample = partial(
+        model.sample, [torch.randn(config.tokens, config.dit.condition_width)] * 8, list(range(8)), None, 8
+    )
+    kernel_table(b, f"{size}: sampling 8 images", sample, 1, 6)
+
+
+def gemm_stage(b: Bench, size: str) -> None:
+    """The DiT's matrix products by themselves, as CUDA graphs: bf16, and float8 by rows with and without the bias."""
+    if b.device.type != "cuda":
+        return
+    c = parse_config(config_of(size), Path("config.json")).dit
+    inner = -(-int(2 / 3 * 4 * c.width) // 64) * 64
+    shapes = {"qkv": (3 * c.width, c.width), "proj": (c.width, c.width), "w12": (2 * inner, c.width)}
+    shapes |= {
+        "w3": (c.width, inner),
+        "adaLN": (6 * c.width, c.condition_width),
+        "8 adaLN": (48 * c.width, c.condition_width),
+    }
+    for rows in (256, 2048, 8192):
+        for name, (n, k) in shapes.items():
+            if name == "8 adaLN" and rows > 256:
+                continue
+            with torch.inference_mode():
+                x, w = (torch.randn(m, k, device=b.device, dtype=b.dtype) for m in (rows, n))
+                bias = torch.randn(n, device=b.device, dtype=b.dtype)
+                xq, linear = quantize(x), Float8Linear(w, bias)
+                bare = Float8Linear(w, None)
+                ways: dict[str, Callable[[], Tensor]] = {
+                    "bf16": partial(torch.nn.functional.linear, x, w, bias),
+                    "float8": partial(linear.product, xq),
+                    "float8 without bias": partial(bare.product, xq),
+                }
+                line = [f"gemm      {rows:5} x {k:5} -> {n:6} ({name:7})"]
+                for way, run in ways.items():
+                    try:
+                        graph, _ = capture(lambda run=run: [run() for _ in range(10)][-1], b.device)  # type: ignore[misc]
+                        _, seconds = b.seconds(graph.replay, 5)
+                        us = seconds / 10 * 1e6
+                        line.append(f"{way} {us:7.1f} us {2e-6 * rows * n * k / us:5.0f} TFLOP/s")
+                    except Exception as e:
+                        line.append(f"{way}: {type(e).__name__}: {str(e)[:80]}")
+                print("   ".join(line), flush=True)
 
 
 def decode_stage(b: Bench, model: ScaleRAE, size: str) -> None:
@@ -700,11 +797,11 @@ def autotune_stage(b: Bench, size: str) -> None:
         return
     dit = made_dit(size, b.device, b.dtype)
     config = parse_config(config_of(size), Path("config.json"))
-    for quantize, batch in ((None, 1), (None, 8), ("fp8", 8)):
+    for quantized, batch in ((None, 1), (None, 8), ("fp8", 8)):
         with torch.inference_mode():
-            fast = FastDiT(dit, Speed("on", quantize, autotune=True))
+            fast = FastDiT(dit, Speed("on", quantized, autotune=True))
             each, first = evaluations(b, fast, config, batch)
-        name = f"{DIT_NAME[size]}{' fp8' if quantize else ''}, batch {batch}: autotuned"
+        name = f"{DIT_NAME[size]}{' fp8' if quantized else ''}, batch {batch}: autotuned"
         share = dit_flops(config.dit) * EVALUATIONS / each / b.ceiling
         b.add("autotune", name, each, "s/image", share=share, first=first)
         fast.forget()
@@ -844,11 +941,12 @@ def write_checkpoint(size: str, folder: Path, b: Bench) -> Path:
 
 # fp8 changes the model, so it is the last.
 WITH_MODEL: dict[str, Callable[[Bench, ScaleRAE, str], None]] = {
+    "memory": memory_stage,  # before others have left their graphs
     "dit": dit_stage,
-    "memory": memory_stage,
     "t2i": t2i_stage,
     "tokens": tokens_stage,
     "scaling": scaling_stage,
+    "profile": profile_stage,
     "decode": decode_stage,
     "solver20": solver_stage,
     "fp8": fp8_stage,
@@ -857,6 +955,7 @@ ALONE: dict[str, Callable[[Bench, str], None]] = {
     "official": official,
     "ladder": ladder,
     "attention": attention_stage,
+    "gemm": gemm_stage,
     "load": load_stage,
     "autotune": autotune_stage,
 }

@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -138,16 +139,21 @@ def ab2(velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: S
 SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "ab2": ab2}
 
 
-def evaluation_times(solver: str, steps: int, shift: float) -> list[float]:
+def evaluation_times(solver: str, steps: int, shift: float) -> tuple[float, ...]:
     """The times at which a solver evaluates the velocity, in order."""
+    return _evaluation_times(SOLVERS[solver], steps, shift)
+
+
+@lru_cache
+def _evaluation_times(solver: Solver, steps: int, shift: float) -> tuple[float, ...]:
     times: list[float] = []
 
     def velocity(x: Tensor, t: float) -> Tensor:
         times.append(t)
         return x
 
-    SOLVERS[solver](velocity, torch.zeros(1, 1, 1, 1, device="cpu"), steps, shift, None)
-    return times
+    solver(velocity, torch.zeros(1, 1, 1, 1, device="cpu"), steps, shift, None)
+    return tuple(times)
 
 
 def guided(

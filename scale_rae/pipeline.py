@@ -29,7 +29,7 @@ from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents
-from scale_rae.speed import FastDiT, Speed, attention_kernels
+from scale_rae.speed import Captures, FastDiT, Speed, attention_kernels
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
@@ -160,6 +160,8 @@ class ScaleRAE:
         self._fast_dit = FastDiT(dit, self.speed)
         language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
         language.graph = self.speed.graph
+        language.fuse()
+        self._decodes = Captures(self.speed.graph and device.type == "cuda", most=4)
         self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
         self._expected = 0  # images still to be drawn
         self._drawn = Counter[int]()  # so far, by size of batch
@@ -468,7 +470,8 @@ class ScaleRAE:
         def draw(start: int, stop: int) -> list[Image.Image]:
             batch = torch.stack(checked[start:stop]).to(self.device, self.dtype)
             with attention_kernels(self.device):
-                pixels = to_uint8(decoder(batch), encoder.image_mean, encoder.image_std)
+                pixels = self._decodes.run(len(batch), decoder, batch)
+            pixels = to_uint8(pixels, encoder.image_mean, encoder.image_std)
             return [Image.fromarray(array) for array in pixels.cpu().numpy()]
 
         return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
@@ -583,6 +586,7 @@ class ScaleRAE:
                 _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
                 self._fast_dit.forget()
                 self.language.forget()
+                self._decodes.forget()
                 gc.collect()
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()

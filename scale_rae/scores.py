@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from scale_rae.language import Conversation, LanguageModel, Reply
+from scale_rae.language import LanguageModel, Reply
 from scale_rae.prompt import IMAGE, ChatTokenizer
 
 QUESTION = "Does this image align with the prompt: {prompt}?"
@@ -71,20 +71,19 @@ def score_latents(
     described = [*tokenizer.chat(DESCRIBE, image=True), *prompt_ids]
     seen = asked.index(IMAGE) + 1  # both begin with the image, which is read once
     assert asked[:seen] == described[:seen]
-    beginnings = [language.embed(Conversation(asked[:seen], latent)) for latent in latents]
+    images = language.project(latents)  # [N, L, H]
     count, room = len(latents), language.config.tokens + max(len(asked) + max_new_tokens, len(described))
     with language.context(count, room) as context:
-        context.extend(beginnings)
+        before = language.tokens(asked[: seen - 1]).expand(count, -1, -1)
+        context.extend(torch.cat([before, images], dim=1))
         lengths = list(context.lengths)
-        hidden = context.extend([language.embed(Conversation(described[seen:]))] * count)
+        hidden = context.extend(language.tokens(described[seen:]).expand(count, -1, -1))
         prompt_scores = _prompt_scores(language, hidden, prompt_ids)
         context.rewind(lengths)
-        rest = language.embed(Conversation(asked[seen:]))
+        rest = language.tokens(asked[seen:]).expand(count, -1, -1)
         limits = [max_new_tokens] * count
-        answers = language.reply_in(
-            context, [rest] * count, limits, tokenizer.chat_end, tokenizer.image_start, draw=False
-        )
-    image_scores = _image_scores(language, tokenizer, latents, request, request_reply)
+        answers = language.reply_in(context, rest, limits, tokenizer.chat_end, tokenizer.image_start, draw=False)
+    image_scores = _image_scores(language, tokenizer, images, request, request_reply)
     yes, no = answer_tokens(tokenizer, "yes"), answer_tokens(tokenizer, "no")
     scores = []
     for reply, (prompt_loss, prompt_conf), image_conf in zip(answers, prompt_scores, image_scores, strict=True):
@@ -123,17 +122,19 @@ def _prompt_scores(language: LanguageModel, hidden: Tensor, prompt_ids: list[int
 
 
 def _image_scores(
-    language: LanguageModel, tokenizer: ChatTokenizer, latents: Sequence[Tensor], request: str, request_reply: Reply
+    language: LanguageModel, tokenizer: ChatTokenizer, images: Tensor, request: str, request_reply: Reply
 ) -> list[float]:
-    """Mean confidence over each latent's place in the conversation that drew it, whose text is read once."""
+    """Mean confidence over each projected latent's [N, L, H] place in the conversation that drew it, whose text is read once."""
     drawn = tokenizer.chat(request)
     ids = [*drawn, *tokenizer.plain(tokenizer.decode(request_reply.ids)), *tokenizer.image()]
-    seen = ids.index(IMAGE)
-    endings = [language.embed(Conversation(ids[seen:], latent)) for latent in latents]
-    with language.context(1, seen) as text, language.context(len(latents), seen + len(endings[0])) as context:
-        beginning = text.extend([language.embed(Conversation(ids[:seen]))])  # [1, T, H]
+    seen, count = ids.index(IMAGE), len(images)
+    ending = [images]
+    if after := ids[seen + 1 :]:
+        ending.append(language.tokens(after).expand(count, -1, -1))
+    with language.context(1, seen) as text, language.context(count, len(ids) + images.shape[1]) as context:
+        beginning = text.extend(language.tokens(ids[:seen])[None])  # [1, T, H]
         context.expand(text)
-        hidden = torch.cat([beginning.expand(len(latents), -1, -1), context.extend(endings)], dim=1)
+        hidden = torch.cat([beginning.expand(count, -1, -1), context.extend(torch.cat(ending, dim=1))], dim=1)
     at_image = hidden[:, len(drawn) + len(request_reply.ids) : -1]
     confidence, _ = language.confidence_and_loss(at_image.flatten(0, 1))
     return confidence.view(at_image.shape[:2]).mean(dim=1).tolist()  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +123,40 @@ class Captured:
             return self.output.clone()  # the next replay writes where this one wrote
 
 
+class Captures:
+    """Runs functions of tensors as CUDA graphs, one for each `key`, which says what is run and for which shapes.
+
+    `enabled` False runs them as they are. The least recently captured of more than `most` is let go of.
+    """
+
+    def __init__(self, enabled: bool, most: int) -> None:
+        self.enabled, self.most = enabled, most
+        self._graphs: dict[Hashable, Captured] = {}
+        self._met: set[Hashable] = set()
+        self._pool: Any = None
+
+    def run(
+        self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor, when_it_comes_again: bool = True
+    ) -> Tensor:
+        """`function(*inputs)`. Capturing takes three runs, so by default what runs once is not captured."""
+        if not self.enabled:
+            return function(*inputs)
+        if key not in self._graphs:
+            if when_it_comes_again and key not in self._met:
+                self._met.add(key)
+                return function(*inputs)
+            if len(self._graphs) >= self.most:
+                del self._graphs[next(iter(self._graphs))]
+            self._graphs[key] = Captured(function, inputs, self._pool)
+            self._pool = self._pool or self._graphs[key].graph.pool()  # they never run at once: one memory for all
+        return self._graphs[key](*inputs)
+
+    def forget(self) -> None:
+        """Lets go of the graphs and the memory they hold."""
+        self._graphs.clear()
+        self._pool = None
+
+
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:
     """Widens each SwiGLU with zeros to a multiple of `multiple`: exact, since a zero row's SiLU(0) · 0 meets a zero column.
 
@@ -210,7 +244,6 @@ class FastDiT:
         on_cuda = self.device.type == "cuda"
         if speed.quantize is not None:
             check_device(self.device)
-        self.graph = speed.graph and on_cuda
         self.shared = dit.dit_blocks[: dit.encoder_depth]  # the blocks whose condition has no part of x
         self.final_shared = dit.config.encoder_depth is None
         if (speed.pad and on_cuda) or speed.quantize is not None:
@@ -233,8 +266,7 @@ class FastDiT:
         self._functions = functions
         self._compiled: _Parts | None = None
         self._compiled_sizes: set[int] = set()
-        self._graphs: dict[tuple[int, bool, bool], Captured] = {}
-        self._pool: Any = None
+        self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
         self._side = torch.cuda.Stream(self.device) if speed.overlap and on_cuda else None  # type: ignore[no-untyped-call]
 
     def velocities(
@@ -244,30 +276,26 @@ class FastDiT:
 
         condition [B, L, Z]. The null branch is there when `guided`.
         """
-        dit, dtype = self.dit, self.dit.dtype
-        distinct = list(dict.fromkeys(times))
-        place = {t: i for i, t in enumerate(distinct)}
-        embedded = dit.t_embedder(torch.tensor(distinct, device=self.device)).to(dtype)  # [K, Z]
-        condition = condition.to(self.device, dtype)
-        null, modulations = dit.null_condition, None
-        if guided:
-            assert null is not None
-            modulations = self._null_modulations(embedded, null)  # [K, W]
+        null = self.dit.null_condition
+        condition = condition.to(self.device, self.dit.dtype)
+        rows = self._before_the_steps(tuple(dict.fromkeys(times)), guided)
 
-        def at(t: float) -> Tensor:
-            row: Tensor = embedded[place[t] : place[t] + 1]
-            return row
+        def at(t: float) -> tuple[Tensor, Tensor | None]:
+            if t not in rows:  # a solver of one's own, which looks where to go next
+                rows.update(self._before_the_steps((t,), guided))
+            return rows[t]
 
         def conditional(x: Tensor, t: float) -> Tensor:
-            return self._run(compile, x, at(t), condition)
+            return self._run(compile, x, at(t)[0], condition)
 
         def unconditional(x: Tensor, t: float) -> Tensor:
             assert null is not None
-            return self._run(compile, x, at(t), null.expand_as(condition).contiguous())
+            return self._run(compile, x, at(t)[0], null.expand_as(condition).contiguous())
 
         def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            time, modulations = at(t)
             assert modulations is not None
-            v_cond, v_null = self._run(compile, x, at(t), condition, modulations[place[t]]).chunk(2)
+            v_cond, v_null = self._run(compile, x, time, condition, modulations).chunk(2)
             return v_cond, v_null
 
         return conditional, unconditional, both
@@ -278,35 +306,34 @@ class FastDiT:
 
     def forget(self) -> None:
         """Lets go of captured graphs and the memory they hold."""
-        self._graphs.clear()
-        self._pool = None
+        self._captures.forget()
 
-    def _null_modulations(self, embedded: Tensor, null: Tensor) -> Tensor:
-        """Modulations [K, W] of the null condition [Z] at embedded times [K, Z]: of the blocks and, if it reads it, the
-        final layer, side by side."""
+    def _before_the_steps(self, times: Sequence[float], guided: bool) -> dict[float, tuple[Tensor, Tensor | None]]:
+        """For each time its embedding [1, Z] and, if guided, the null branch's modulations [W]: of the blocks that read the
+        condition and, if it does, the final layer, side by side."""
+        dit, null = self.dit, self.dit.null_condition
+        embedded = dit.t_embedder(torch.tensor(times, device=self.device)).to(dit.dtype)  # [K, Z]
+        if not guided:
+            return {t: (row, None) for t, row in zip(times, embedded.split(1), strict=True)}
+        assert null is not None
         plain, read = self._eager.read(embedded, null.expand(1, 1, -1))  # [K, 1, Z]
         if self.stacked is not None:
             parts = [self.stacked(read, 0, len(self.layers))]
         else:
             parts = [layer(read) for layer in self.layers]
         if self.final_shared:
-            parts.append(self.dit.final_layer.adaLN_modulation[1](plain))
-        return torch.cat(parts, dim=-1).flatten(0, 1)
+            parts.append(dit.final_layer.adaLN_modulation[1](plain))
+        modulations = torch.cat(parts, dim=-1).flatten(0, 1)  # [K, W]
+        return {t: (row, m) for t, row, m in zip(times, embedded.split(1), modulations, strict=True)}
 
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
         if compile:
             self._compiled_sizes.add(len(inputs[0]))
-        with attention_kernels(self.device):
-            if not self.graph:
-                return function(*inputs)
+        # Where a graph is captured, cuDNN's plan for its shape is made once.
+        with nullcontext() if self._captures.enabled else attention_kernels(self.device):
             key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
-            if key not in self._graphs:
-                if len(self._graphs) >= MOST_GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]
-                self._graphs[key] = Captured(function, inputs, self._pool)
-                self._pool = self._pool or self._graphs[key].graph.pool()  # they never run at once: one memory for all
-            return self._graphs[key](*inputs)
+            return self._captures.run(key, function, *inputs, when_it_comes_again=False)
 
     def _evaluate_eager(self, *inputs: Tensor) -> Tensor:
         return self.evaluate(self._eager, *inputs)

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from scale_rae.context import Context
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
-from scale_rae.language import Context, Reply
+from scale_rae.language import Reply
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from tests.test_language import PROMPTS
 

@@ -10,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from scale_rae import context as context_module
 from scale_rae import language as language_module
+from scale_rae import speed as speed_module
+from scale_rae.context import Context
 from scale_rae.errors import InputError
-from scale_rae.language import Context, Conversation, LanguageModel, Reply, self_certainty
+from scale_rae.language import Conversation, LanguageModel, Reply, self_certainty
 from scale_rae.pipeline import ScaleRAE
 
 PROMPTS = [
@@ -158,7 +161,7 @@ def test_condition_is_one_pass_over_the_whole(model: ScaleRAE) -> None:
     language = model.language
     with torch.inference_mode():
         ids = [*model.tokenizer.chat(PROMPTS[0]), *reply.ids]
-        embeds = torch.cat([language.embed(Conversation(ids)), language.model.latent_queries])
+        embeds = torch.cat([language.tokens(ids), language.model.latent_queries])
         hidden = language.model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -256:]
         assert reply.condition is not None
         close(reply.condition, language.condition(hidden), 2e-5)
@@ -250,6 +253,8 @@ class FakeGraph:
     def replay(self) -> None:
         self.output.copy_(self.function())
 
+    def pool(self) -> None: ...
+
 
 @pytest.fixture
 def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -262,7 +267,8 @@ def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> 
         captured.append(1)
         return graph, graph.output
 
-    monkeypatch.setattr(language_module, "capture", capture)
+    monkeypatch.setattr(context_module, "capture", capture)
+    monkeypatch.setattr(speed_module, "capture", lambda function, device, pool: capture(function, device))
     monkeypatch.setattr(LanguageModel, "on_cuda", True)
     monkeypatch.setattr(models["webssl"].language, "_contexts", {})
     return captured
@@ -300,14 +306,17 @@ def test_captured_steps_say_the_same(
     contexts = [c for waiting in model.language._contexts.values() for c in waiting]
     assert sorted({c.rows for c in contexts}) == [1, 4, 8]
     assert all(c.slots % 256 == 0 for c in contexts)
-    assert len(as_on_cuda) == sum(len(c._graphs) for c in contexts)  # each was captured once
+    passes = [key for c in contexts for key in c._passes._graphs]
+    assert len(passes) > 5
+    assert all(width % 32 == 0 for _, width, _ in passes)
+    assert len(as_on_cuda) == sum(len(c._graphs) for c in contexts) + len(passes)  # each was captured once
 
 
 def test_replies_that_outgrow_their_memory(
     models: dict[str, ScaleRAE], as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["webssl"]
-    monkeypatch.setattr(language_module, "_SLOTS", 32)
+    monkeypatch.setattr(context_module, "_SLOTS", 32)
     monkeypatch.setattr(language_module, "_USUAL_REPLY", 8)
     conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:3]]
     limits = [400, 3, 290]
@@ -324,7 +333,7 @@ def test_every_token_is_the_one_without_a_cache(model: ScaleRAE) -> None:
     for prompt, reply in zip(PROMPTS, replies, strict=True):
         ids = [*model.tokenizer.chat(prompt), *reply.ids]
         with torch.inference_mode():
-            embeds = language.embed(Conversation(ids))[None]
+            embeds = language.tokens(ids)[None]
             hidden = language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
             logits = language.lm_head(hidden[len(ids) - len(reply.ids) - 1 : -1])
         assert logits.argmax(-1).tolist() == reply.ids
