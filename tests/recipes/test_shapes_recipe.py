@@ -218,7 +218,7 @@ def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp
     for i in rows:
         sequence = ids[i, : made.read.length[i]].tolist()
         talks.append(Conversation([*sequence[:place], -200, *sequence[place + made.tokens :]], latents[i]))
-    embedded = [language.embed(talk) for talk in talks]
+    embedded = language.embed(talks)
     with torch.inference_mode(), language.context(len(talks), made.width) as context:
         read = context.extend(embedded)
     for ours, theirs, row in zip(hidden, read, embedded, strict=True):
