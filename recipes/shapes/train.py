@@ -4,18 +4,23 @@
 
 A stage that is finished is not repeated, one that was cut short goes on where it was. Every stage is a process of its own,
 since data is made in forked processes before CUDA starts. With `--stop-after S` the command ends by itself some S seconds
-after its start (export and look included); give the same command again to go on.
+after its start (export and look included); give the same command again to go on. With `--parts-of DIR` the encoder and the pixel decoder
+are those of an exported model (`scale_rae/bundled/shapes`, say), and only what follows them is trained.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
+from recipes.shapes import common, settings
 from recipes.shapes.loop import say
 
 EXPORT_SECONDS = 65  # kept of --stop-after for saving, export and look, and for a stage to start and stop
@@ -48,12 +53,26 @@ def run(module: str, arguments: Sequence[str]) -> None:
     say(f"{module}: {time.perf_counter() - start:.1f} s in all\n")
 
 
+def take_parts(exported: Path, out: Path) -> None:
+    """Puts an exported model's encoder and pixel decoder where stages 1 and 2 would leave them.
+
+    Its image-text score may be finetuned already; stage 3 starts from it then.
+    """
+    encoder, decoder = out / WEIGHTS["encoder"], out / WEIGHTS["decoder"]
+    for path in (encoder, decoder):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(exported / settings.ENCODER_NAME / "model.safetensors", encoder)
+    tensors = torch.load(exported / "decoder" / "model.pt", map_location="cpu", weights_only=True)
+    common.save_weights(decoder, tensors)
+
+
 def main(argv: list[str] | None = None) -> bool:
     """Runs what is not done yet; returns whether everything is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/shapes"))
     parser.add_argument("--export", type=Path, default=Path("exported/shapes"), metavar="DIR")
     parser.add_argument("--tiny", action="store_true", help="small sizes and few steps, on the CPU")
+    parser.add_argument("--parts-of", type=Path, metavar="DIR", help="take encoder and decoder from an exported model")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device")
     parser.add_argument("--stop-after", type=float, metavar="S", help="seconds from the start of this command")
@@ -70,6 +89,8 @@ def main(argv: list[str] | None = None) -> bool:
             return None
         return float(args.stop_after) - EXPORT_SECONDS - (time.perf_counter() - start)
 
+    if args.parts_of and not (args.out / WEIGHTS["encoder"]).is_file():
+        take_parts(args.parts_of, args.out)
     for stage, marker in WEIGHTS.items():
         if (args.out / marker).is_file():
             continue

@@ -427,6 +427,13 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
     assert model.sample(conditions, [0])[0].shape == (TINY.tokens, TINY.channels)
     assert (tmp_path / "sheet-g1.png").is_file()
 
+    train.take_parts(target, tmp_path / "next")  # its encoder and decoder begin another run
+    for part in ("encoder", "decoder"):
+        first = out / ("reward" if part == "encoder" else part) / f"{part}.safetensors"
+        taken, made = (common.load_weights(p) for p in (tmp_path / "next" / part / f"{part}.safetensors", first))
+        assert taken.keys() == made.keys()
+        assert all(torch.equal(taken[name], made[name]) for name in made)
+
 
 def world_picture():  # type: ignore[no-untyped-def]
     from scale_rae.shapes import draw
