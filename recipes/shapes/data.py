@@ -170,26 +170,31 @@ def _said(
 QUAD_KINDS = tuple(kind for kind in DRAW_KINDS if kind != "single_object")
 
 
-def quad(rng: random.Random) -> list[tuple[str, tuple[int, ...]]]:
+def quad(
+    rng: random.Random, kinds: Sequence[str] = QUAD_KINDS, made_up: float = INVENTED, held_out: bool = False
+) -> list[tuple[str, tuple[int, ...]]]:
     """Four prompts p, q, r, s with their class numbers, made of two prompts p and q of one form by exchanging some of their names: the
     conditions of p and q together should be those of r and s together.
 
-    Some of the names are made up (`NAMES`): nothing is drawn for these prompts. What a name means is learnt from pictures, of 25
-    pairs of shapes and 58 coloured shapes; that each name counts for itself is learnt here, of some 700 of either. Without it
-    the language model learns which of the few go together, and that the held-out ones never do.
+    A share `made_up` of the names is made up (`NAMES`): nothing is drawn for these prompts. What a name means is learnt from
+    pictures, of 25 pairs of shapes and 58 coloured shapes; that each name counts for itself is learnt here, of some 700 of either.
+    Without it the language model learns which of the few go together, and that the held-out ones never do.
+
+    With `held_out` p (and no other) names something held out: for measuring, not for training.
     """
-    kind = rng.choice(QUAD_KINDS)
+    kind = rng.choice(kinds)
     count = {"colors": 1, "counting": 1, "mixed": rng.randrange(2, world.MAX_OBJECTS + 1)}.get(kind, 2)
     relation = rng.choice(world.RELATIONS) if kind == "position" else ""
     colored = [
         kind in ("colors", "color_attr") or (kind == "mixed" and rng.random() < NAMED_COLOR) for _ in range(count)
     ]
+    made_up = 0 if kind == "counting" else made_up  # made-up names have no plural
     while True:
-        # Rows: shapes, colours, number of p and of q.
-        names = [[[_name(rng, kind, SHAPE_NAMES, len(world.SHAPES)) for _ in range(count)] for _ in range(2)]]
-        names.append(
-            [[_name(rng, kind, COLOR_NAMES, len(world.COLORS)) if has else "" for has in colored] for _ in range(2)]
-        )
+        # Shapes, then colours, of p and of q.
+        names = [
+            [[_name(rng, SHAPE_NAMES, len(world.SHAPES), made_up) for _ in range(count)] for _ in range(2)],
+            [[_name(rng, COLOR_NAMES, len(world.COLORS), made_up) if has else "" for has in colored] for _ in range(2)],
+        ]
         numbers = [rng.randrange(2, world.MAX_OBJECTS + 1) if kind == "counting" else 1 for _ in range(2)]
         swap = [[rng.random() < 0.5 for _ in range(count)] for _ in range(2)]
         exchanged = [
@@ -198,7 +203,11 @@ def quad(rng: random.Random) -> list[tuple[str, tuple[int, ...]]]:
         ]
         four = [(names[0][side], names[1][side], numbers[side]) for side in range(2)]
         four += [(exchanged[0][side], exchanged[1][side], numbers[side]) for side in range(2)]
-        if all(_may_say(kind, *one) for one in four) and four[0] not in four[2:]:
+        if (
+            all(_has_form(kind, shapes, colors) for shapes, colors, _ in four)
+            and [_is_held_out(*one) for one in four] == [held_out, False, False, False]
+            and four[0] not in four[2:]
+        ):
             break
     return [
         _said(kind, shapes, colors if kind == "mixed" else [color for color in colors if color], relation, number)
@@ -206,20 +215,21 @@ def quad(rng: random.Random) -> list[tuple[str, tuple[int, ...]]]:
     ]
 
 
-def _name(rng: random.Random, kind: str, names: Sequence[str], real: int) -> str:
-    """One of the first `real` names, or one of the made-up others (which have no plural)."""
-    made_up = kind != "counting" and rng.random() < INVENTED
-    return names[rng.randrange(real, len(names)) if made_up else rng.randrange(real)]
+def _name(rng: random.Random, names: Sequence[str], real: int, made_up: float) -> str:
+    """One of the first `real` names, or one of the made-up others."""
+    return names[rng.randrange(real, len(names)) if rng.random() < made_up else rng.randrange(real)]
 
 
-def _may_say(kind: str, shapes: Sequence[str], colors: Sequence[str], number: int) -> bool:
-    """Whether a prompt of this kind may be made of these names: different ones where the kind wants it, nothing held out."""
+def _has_form(kind: str, shapes: Sequence[str], colors: Sequence[str]) -> bool:
+    """Whether a prompt of this kind may be made of these names: different ones where the kind wants it."""
     if kind in ("two_object", "position", "color_attr") and shapes[0] == shapes[1]:
         return False
-    if kind == "color_attr" and colors[0] == colors[1]:
-        return False
+    return kind != "color_attr" or colors[0] != colors[1]
+
+
+def _is_held_out(shapes: Sequence[str], colors: Sequence[str], number: int) -> bool:
     things = [world.Object(shape, color, 0, 0, 0) for shape, color in zip(shapes, colors, strict=True)]
-    return not world.shows_held_out(things * number)
+    return world.shows_held_out(things * number)
 
 
 def _classes(shapes: Sequence[str], colors: Sequence[str], relation: str, number: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""All stages in order: encoder, pixel decoder, image-text score, joint training, export, a first look.
+"""All stages in order: encoder, pixel decoder, image-text score, joint training, composition, export, a first look.
 
     python -m recipes.shapes.train --out runs/shapes --export exported/shapes
 
@@ -33,12 +33,15 @@ TINY: dict[str, str] = {
     "joint": "--tiny --steps 60 --draw-batch 24 --follow-batch 4 --name-batch 8 --read-batch 12 --chat-batch 4 --draw-pool 1000 "
     "--name-pool 500 --read-pool 500 "
     "--workers 1 --log-every 10 --warmup 10 --no-compile",
+    "compose": "--tiny --steps 20 --draw-batch 12 --name-batch 8 --read-batch 8 --draw-pool 200 --name-pool 200 "
+    "--read-pool 200 --workers 1 --log-every 10 --warmup 5 --no-compile",
 }
 WEIGHTS = {
     "encoder": "encoder/encoder.safetensors",
     "decoder": "decoder/decoder.safetensors",
     "reward": "reward/encoder.safetensors",
     "joint": "joint/finished",
+    "compose": "compose/finished",
 }
 
 
@@ -104,15 +107,17 @@ def main(argv: list[str] | None = None) -> bool:
                 return False
             arguments += ["--stop-after", f"{seconds:.0f}"]
         run(stage, [*arguments, *getattr(args, stage).split()])
-        if stage != "joint" and not (args.out / marker).is_file():
+        if not (args.out / marker).is_file():
             say(f"{stage} is not finished: give the command again")
-            return False
+            if not (args.out / "joint" / "model.safetensors").is_file():
+                return False
+            break
     sizes = ["--tiny"] if args.tiny else []
     run("export", ["--out", str(args.out), "--export", str(args.export), *sizes])
     device = ["--device", "cpu"] if args.tiny else ["--device", args.device] if args.device else []
     sheet = ["--sheet", str(args.export.with_name("sheet.png")), "--prompts", str(0 if args.tiny else args.prompts)]
     run("sample", ["--model", str(args.export), *sheet, *device])
-    return bool((args.out / WEIGHTS["joint"]).is_file())
+    return all((args.out / marker).is_file() for marker in WEIGHTS.values())
 
 
 if __name__ == "__main__":

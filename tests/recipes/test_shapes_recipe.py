@@ -193,6 +193,16 @@ def test_quads_exchange_names_some_of_them_made_up(vocabulary: Vocabulary) -> No
         assert (np.sort([p, q], 0) == np.sort([r, s], 0)).all()
 
 
+def test_quads_for_measuring_name_something_held_out_once() -> None:
+    rng = random.Random(0)
+    for kind in ("two_object", "position", "color_attr", "colors", "counting"):
+        prompts = {prompt.text: prompt for prompt in world._all_prompts(kind)}
+        for _ in range(20):
+            p, *others = (text for text, _ in data.quad(rng, (kind,), 0.0, held_out=True))
+            assert prompts[p].is_held_out
+            assert not any(prompts[text].is_held_out for text in others)
+
+
 def test_additive_conditions_leave_nothing_over(vocabulary: Vocabulary, tmp_path: Path) -> None:
     loss = small_trainer(vocabulary, tmp_path).loss
     assert isinstance(loss, joint.Loss)
@@ -411,6 +421,7 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
         ("reward", "loss"),
         ("joint", "flow"),
         ("joint", "answer"),
+        ("compose", "loss"),
     ):
         log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert log[-1][name] < log[0][name], (stage, name)
