@@ -3,6 +3,7 @@
     python benchmarks/scaling_study.py --out runs/scaling                                   # all of it
     python benchmarks/scaling_study.py --out runs/scaling --only draw --device cuda         # needs the model
     python benchmarks/scaling_study.py --results runs/scaling/results.jsonl --only analyse  # needs results.jsonl alone
+    … --json docs/scaling.json --markdown docs/scaling-study.md --plot docs/scaling.png --into docs/scaling.md
 
 Drawing runs `scale t2i` (4 x 8 images of each prompt, latent questions, siglip reward), then reads every picture: the judge from
 its pixels, the model's questions again in image mode, further rewards whose weights are given. What is known of the images goes
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -453,6 +455,49 @@ def markdown(figures: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary(figures: dict[str, Any], links: str = "") -> str:
+    """A short table for a page on scaling: what is kept, errors removed in brackets."""
+    rounds = figures["rounds"]
+    names = list(rounds)
+    settings = figures["study"]["settings"]
+    rows = [f"combined, {reward}" for reward in _rewards(figures)] + ["answer_conf", "answer_logits"]
+    rows += [f"image_reward, {reward}" for reward in _rewards(figures)]
+    rows += [f"combined, {reward}, image mode" for reward in _rewards(figures)] + [JUDGE]
+    lines = [
+        f"{figures['prompts']} held-out prompts, guidance {settings['guidance_level']:g}, {settings['solver']} "
+        f"{settings['steps']} steps, {figures['study']['device']}: share of correct images among the "
+        f"{settings['n_samples']} kept, and of errors removed (shares kept are known "
+        f"to ± {_widest([rounds[n]['chosen'][row]['kept'] for n in names for row in rows]):.3f} or better, 95 %).",
+        "",
+        *_table_head("kept by", names),
+        _row("nobody (all drawn)", [f"{rounds[n]['drawn']['value']:.3f}" for n in names]),
+    ]
+    for row in rows:
+        cells = []
+        for n in names:
+            kept, removed = (rounds[n]["chosen"][row][field]["value"] for field in ("kept", "errors_removed"))
+            cells.append(f"{kept:.3f}" + (f" ({removed:.2f})" if removed is not None and n != names[0] else ""))
+        lines.append(_row(row, cells))
+    return "\n".join([*lines, *(["", links] if links else [])]) + "\n"
+
+
+def _widest(values: Sequence[dict[str, Any]]) -> float:
+    return max(float(max(v["high"] - v["value"], v["value"] - v["low"])) for v in values)
+
+
+def write_into(path: Path, text: str) -> None:
+    """Puts text between the marks of a page.
+
+    Raises:
+        InputError: when the page has no marks.
+    """
+    page = path.read_text()
+    found = re.fullmatch(r"(.*<!-- study: begin[^\n]*-->\n).*(<!-- study: end -->.*)", page, re.DOTALL)
+    if not found:
+        raise InputError(f"{path}: has no marks <!-- study: begin --> and <!-- study: end -->")
+    path.write_text(found[1] + text + found[2])
+
+
 def _seconds_table(figures: dict[str, Any]) -> list[str]:
     stages, rounds = figures["seconds"], list(figures["rounds"])
     if "total" not in stages:
@@ -566,6 +611,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--plot", type=Path, help="draw the plot here")
+    parser.add_argument("--into", type=Path, help="put a summary between this page's marks")
     args = parser.parse_args()
     args.results = args.results or args.out / "results.jsonl"
     if not 1 <= args.prompts <= 6 * PER_KIND:
@@ -586,6 +632,10 @@ def main() -> None:
         args.markdown.write_text(text)
     if args.plot:
         plot(figures, args.plot)
+    if args.into:
+        more = [f"[All metrics]({args.markdown.name})."] if args.markdown else []
+        picture = [f"![Correct images and errors removed]({args.plot.name})"] if args.plot else []
+        write_into(args.into, summary(figures, "\n\n".join(more + picture)))
 
 
 if __name__ == "__main__":

@@ -103,6 +103,15 @@ def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) ->
     text = study.markdown(figures)
     assert "| latent mode | 3.50 | 6.50 |" in text
     assert "| image mode | 3.75 | 7.00 |" in text
+    page = tmp_path / "page.md"
+    page.write_text("# Before\n<!-- study: begin (so) -->\nNot measured yet.\n<!-- study: end -->\nAfter\n")
+    for _ in range(2):
+        study.write_into(page, study.summary(figures, "![x](plot.png)"))
+    text = page.read_text()
+    assert text.startswith("# Before\n<!-- study: begin (so) -->\n3 held-out prompts")
+    assert text.endswith("\n![x](plot.png)\n<!-- study: end -->\nAfter\n")
+    assert "| combined, siglip | 0.167 | 0.500 (0.14) |" in text
+    assert "measured yet" not in text
     study.plot(figures, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 

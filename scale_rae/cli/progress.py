@@ -100,6 +100,8 @@ class ScalingDisplay:
             self._todo, self._total = event["todo"], event["todo"] * event["each"]
             if event["finished"]:
                 self._line(f"{event['finished']} prompts are done already, {self._todo} to do")
+            if event["workers"] > 1:  # one alone shows how its loading goes
+                self._update()
         elif kind == "loaded":
             self._start = self._start or time.monotonic()
             self._update()
@@ -121,7 +123,9 @@ class ScalingDisplay:
 
     def _state(self) -> str:
         text = f"{self._finished}/{self._todo} prompts"
-        seconds = time.monotonic() - self._start if self._start is not None else 0.0
+        if self._start is None:
+            return f"{text}, loading"
+        seconds = time.monotonic() - self._start
         if self._images and seconds > 0:
             rate = self._images / seconds
             text += f", {rate:.2f} images/s, {_duration((self._total - self._completed()) / rate)} left"

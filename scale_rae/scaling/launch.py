@@ -140,7 +140,8 @@ def run(
                     listen({"event": "say", "text": f"{problem}; made again"})
             if not finished:
                 todo.append(prompt)
-        listen({"event": "plan", "todo": len(todo), "finished": len(chosen) - len(todo), "each": settings.total})
+        plan = {"todo": len(todo), "finished": len(chosen) - len(todo), "each": settings.total, "workers": len(devices)}
+        listen({"event": "plan", **plan})
         counter = _Counter(listen)
         stages: dict[str, float] = {}
         if todo:

@@ -1,0 +1,58 @@
+"""What a person sees of a run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from scale_rae.cli.progress import ScalingDisplay
+
+EVENTS: list[dict[str, Any]] = [
+    {"event": "plan", "todo": 3, "finished": 1, "each": 8, "workers": 2},
+    {"event": "loaded", "rank": 0},
+    {"event": "images", "rank": 0, "count": 8},
+    {"event": "prompt", "rank": 0, "index": 4, "prompt": "a cat", "images": 8, "yes": 5},
+    {"event": "failed", "rank": 1, "index": 5, "error": "no\nimage"},
+    {"event": "say", "rank": 1, "text": "prompt 6: out of memory"},
+    {"event": "images", "rank": 0, "count": 4},
+]
+
+
+def show(display: ScalingDisplay, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All the events, two seconds apart."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    for event in EVENTS:
+        display(event)
+        now[0] += 2
+    display.stop()
+
+
+def test_lines_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    show(ScalingDisplay(), monkeypatch)
+    assert capsys.readouterr().err.splitlines() == [
+        "1 prompts are done already, 3 to do",
+        "00004 a cat: 5 yes of 8 [1/3 prompts, 2.00 images/s, 8 s left]",
+        "00005 failed: no image",
+        "prompt 6: out of memory",
+    ]
+
+
+def test_only_warnings_of_a_quiet_one(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    show(ScalingDisplay(quiet=True), monkeypatch)
+    assert capsys.readouterr().err == "prompt 6: out of memory\n"
+
+
+def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    display = ScalingDisplay()
+    monkeypatch.setattr(display, "_shown", True)
+    states: list[str] = []
+    state = display._state
+    monkeypatch.setattr(display, "_state", lambda: states.append(state()) or states[-1])
+    show(display, monkeypatch)
+    assert states[0] == "0/3 prompts, loading"
+    assert states[-1] == "2/3 prompts, 1.20 images/s, 7 s left"
+    err = capsys.readouterr().err
+    assert "00005 failed: no image" in err
+    assert "a cat" not in err
