@@ -533,9 +533,7 @@ def memory_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     if b.device.type != "cuda":
         return
     prompt = prompt_that_draws(b, model, 10)
-    model.language.forget()
-    model._fast_dit.forget()
-    b.release()
+    model.release_memory()
     for batch, target in ((1, "≤ 12"), (8, "≤ 16")):
         b.peak_gib(reset=True)
         model.generate(prompt, num_images=batch, steps=4, batch_size=batch)

@@ -587,13 +587,17 @@ class ScaleRAE:
             if halve:  # outside the handler, where the error no longer holds what it met on its way
                 size = (stop - start) // 2
                 _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
-                self._fast_dit.forget()
-                self.language.forget()
-                self._decodes.forget()
-                gc.collect()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self.release_memory()
         return done
+
+    def release_memory(self) -> None:
+        """Gives back to the device what is kept between calls: captured graphs, and the language model's memory."""
+        self._fast_dit.forget()
+        self.language.forget()
+        self._decodes.forget()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _memory_errors(self, what: str, remedy: str = "fewer at once") -> _MemoryErrors:
         return _MemoryErrors(self.device, what, remedy)
