@@ -533,8 +533,7 @@ def memory_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     if b.device.type != "cuda":
         return
     prompt = prompt_that_draws(b, model, 10)
-    model.language.forget()
-    b.release()
+    model.release_memory()
     for batch, target in ((1, "≤ 12"), (8, "≤ 16")):
         b.peak_gib(reset=True)
         model.generate(prompt, num_images=batch, steps=4, batch_size=batch)
@@ -766,13 +765,16 @@ def ladder(b: Bench, size: str) -> None:
         ("and a CUDA graph", Speed("on", **off | {"pad": True, "graph": True})),
         ("and grouped modulations", Speed("on")),
         ("and overlapped modulations", Speed("on", overlap=True)),
+        ("and cuDNN's attention", Speed("on", cudnn=True)),
     )
     with torch.inference_mode():
         for name, speed in steps:
             if b.device.type == "cpu" and speed.compile == "on":
                 continue
             fast = FastDiT(dit, speed)
-            for batch in (1, 2, 4) if speed.group else (1, 8) if speed.compile == "on" else (1, 8, 32):
+            for batch in (
+                (1, 8) if speed.cudnn else (1, 2, 4) if speed.group else (1, 8) if speed.compile == "on" else (1, 8, 32)
+            ):
                 try:
                     each, first = evaluations(b, fast, config, batch)
                 except Exception:

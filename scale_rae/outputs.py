@@ -166,7 +166,8 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
     for key, value in text.items():
         info.add_text(key, value)
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
+    # Of a copy: Pillow notes the options on the image while it saves, which two threads with one image would mix up.
+    image.copy().save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 

@@ -161,6 +161,8 @@ class ScaleRAE:
         language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
         language.graph = self.speed.graph
         language.fuse()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=4)
         self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
         self._expected = 0  # images still to be drawn
@@ -423,19 +425,13 @@ class ScaleRAE:
             self._drawn[len(drawn)] += len(drawn)
             return drawn
 
-        latents = self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
-        for latent, s in zip(latents, seeds, strict=True):
-            if not latent.isfinite().all():
-                raise ScaleRAEError(
-                    f"the image of seed {s} came out with values that are not finite; try --dtype float32"
-                )
-        return latents
+        return self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
 
     def _sample_batch(
         self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
     ) -> Tensor:
         config = self.config
-        noise = _noises(seeds, config.channels, config.dit.side).to(self.device)  # [B, C, S, S]
+        noise = _noises(seeds, config.channels, config.dit.side, self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
         times = flow.evaluation_times(options.solver, options.steps, shift)
         conditional, null, both = self._fast_dit.velocities(
@@ -447,7 +443,14 @@ class ScaleRAE:
         if self.norm_stats is not None:
             mean, std = self.norm_stats
             latents = latents * std + mean
-        return latents.float().cpu()
+        latents = latents.float()
+        finite = latents.isfinite().flatten(1).all(dim=1).tolist()
+        for seed, is_finite in zip(seeds, finite, strict=True):
+            if not is_finite:
+                raise ScaleRAEError(
+                    f"the image of seed {seed} came out with values that are not finite; try --dtype float32"
+                )
+        return latents.cpu()
 
     def expect(self, images: int) -> None:
         """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
@@ -584,13 +587,17 @@ class ScaleRAE:
             if halve:  # outside the handler, where the error no longer holds what it met on its way
                 size = (stop - start) // 2
                 _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
-                self._fast_dit.forget()
-                self.language.forget()
-                self._decodes.forget()
-                gc.collect()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self.release_memory()
         return done
+
+    def release_memory(self) -> None:
+        """Gives back to the device what is kept between calls: captured graphs, and the language model's memory."""
+        self._fast_dit.forget()
+        self.language.forget()
+        self._decodes.forget()
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _memory_errors(self, what: str, remedy: str = "fewer at once") -> _MemoryErrors:
         return _MemoryErrors(self.device, what, remedy)
@@ -616,16 +623,20 @@ class _MemoryErrors:
         ) from error
 
 
-def _noises(seeds: Sequence[int], channels: int, side: int) -> Tensor:
-    """`_noise` of each seed, [B, C, S, S]: on as many threads as there are cores, since a GPU would wait for one."""
+def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Tensor:
+    """Standard normal [B, C, S, S] float32 on the device, drawn on the CPU so that a seed means one picture everywhere.
+
+    As `torch.randn(1, C, S, S)` gives it for each seed. On as many threads as there are cores, since a GPU would wait.
+    """
+    noise = torch.empty(len(seeds), channels, side, side, pin_memory=device.type == "cuda")
+
+    @torch.inference_mode()
+    def draw(place: int, seed: int) -> None:
+        noise[place].normal_(generator=torch.Generator("cpu").manual_seed(seed))
+
     with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
-        return torch.stack(list(pool.map(lambda seed: _noise(seed, channels, side), seeds)))
-
-
-def _noise(seed: int, channels: int, side: int) -> Tensor:
-    """Standard normal [C, S, S] float32, drawn on the CPU so that a seed means one picture on every device."""
-    generator = torch.Generator("cpu").manual_seed(seed)
-    return torch.randn(1, channels, side, side, generator=generator)[0]
+        list(pool.map(draw, range(len(seeds)), seeds))
+    return noise.to(device, non_blocking=True)
 
 
 def _read_norm_stats(

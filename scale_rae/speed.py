@@ -5,7 +5,7 @@
 - Both branches of guidance run as one batch, so weights are read once.
 - `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
 - `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
-- `overlap`: those products, which do not wait for the blocks, run beside them.
+- `overlap`: those products, which do not wait for the blocks, run beside them (not measured yet, so off).
 - `graph`: one evaluation is captured as a CUDA graph for each (batch, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears in float8 (quantize.py).
@@ -43,8 +43,8 @@ MOST_GRAPHS = 12  # kept at once
 
 @dataclass(frozen=True)
 class Speed:
-    """Which tricks are used. `graph`, `pad`, `group` and `overlap` act on CUDA devices only. `autotune` lets the compiler
-    choose matrix products by trying them, which takes minutes.
+    """Which tricks are used. `graph`, `pad`, `group` and `overlap` act on CUDA devices only. `cudnn` takes cuDNN's
+    attention; `autotune` lets the compiler choose matrix products by trying them, which takes minutes.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -56,6 +56,7 @@ class Speed:
     pad: bool = True
     group: bool = True
     overlap: bool = False
+    cudnn: bool = False
     autotune: bool = False
 
     def check(self) -> None:
@@ -330,8 +331,7 @@ class FastDiT:
         function = self._evaluate_compiled if compile else self._evaluate_eager
         if compile:
             self._compiled_sizes.add(len(inputs[0]))
-        # Where a graph is captured, cuDNN's plan for its shape is made once.
-        with nullcontext() if self._captures.enabled else attention_kernels(self.device):
+        with nullcontext() if self.speed.cudnn else attention_kernels(self.device):
             key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
             return self._captures.run(key, function, *inputs, when_it_comes_again=False)
 

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +121,15 @@ def test_a_file_in_the_folder_s_place(tmp_path: Path) -> None:
 def test_checking_makes_nothing(tmp_path: Path) -> None:
     check_folder(tmp_path / "a" / "b")
     assert left(tmp_path) == []
+
+
+def test_one_image_made_a_png_of_by_many_threads() -> None:
+    """Each has the text that is its own, and the image none of it afterwards."""
+    image = Image.new("RGB", (64, 64), "red")
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: png_bytes(image, {"n": str(i)}), range(300)))
+    texts = [Image.open(io.BytesIO(png)).text for png in [*made, png_bytes(image, {})]]  # type: ignore[attr-defined]
+    assert texts == [*({"n": str(i)} for i in range(300)), {}]
 
 
 def test_text_in_a_png(tmp_path: Path) -> None:
