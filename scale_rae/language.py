@@ -30,13 +30,22 @@ _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2
 _SLOTS = 256  # on CUDA, memory for tokens comes in multiples of this, and so does what a captured step looks at
 _USUAL_REPLY = 64  # tokens for that there is memory from the start; longer replies get more when they need it
 
+TokenListener = Callable[[int, int], bool]
+"""Called as `listen(row, token)` with each token as it is chosen; returns whether that reply is to go on."""
+
 
 @dataclass
 class Conversation:
-    """Token ids with IMAGE where the latent [L, C] goes; `latent` is there exactly when IMAGE is."""
+    """Token ids with IMAGE where a latent [L, C] goes: `latent`, or those in `latents` one after the other."""
 
     ids: list[int]
     latent: Tensor | None = None
+    latents: Sequence[Tensor] = ()
+
+    @property
+    def shown(self) -> list[Tensor]:
+        """The latents, in the order of the IMAGEs."""
+        return [*([] if self.latent is None else [self.latent]), *self.latents]
 
 
 @dataclass
@@ -104,24 +113,29 @@ class LanguageModel(nn.Module):
     def embed(self, conversation: Conversation) -> Tensor:
         """Input embeddings [T, H]: tokens, and the projected latent in IMAGE's place."""
         parts: list[Tensor] = []
+        shown = iter(conversation.shown)
         for kind, ids in _runs(conversation.ids):
             if kind == IMAGE:
-                assert conversation.latent is not None
-                parts.append(self.model.mm_projector(conversation.latent.to(self.device, self.dtype)))
+                parts.append(self.model.mm_projector(next(shown).to(self.device, self.dtype)))
             else:
                 parts.append(self.model.embed_tokens(torch.tensor(ids, device=self.device)))
         return torch.cat(parts)
 
     @torch.inference_mode()
     def reply(
-        self, conversations: Sequence[Conversation], limits: Sequence[int], stop: int, image_start: int
+        self,
+        conversations: Sequence[Conversation],
+        limits: Sequence[int],
+        stop: int,
+        image_start: int,
+        listen: TokenListener | None = None,
     ) -> list[Reply]:
         """Greedy replies to a batch of conversations, each ended by `stop` (left out), `image_start`, or its limit of
-        tokens."""
+        tokens, or by `listen`."""
         rows = [self.embed(c) for c in conversations]
         longest = max(len(row) for row in rows)
         with self.context(len(rows), longest + min(max(limits), _USUAL_REPLY) + 1 + self.config.tokens) as context:
-            return self.reply_in(context, rows, limits, stop, image_start)
+            return self.reply_in(context, rows, limits, stop, image_start, listen=listen)
 
     def reply_in(
         self,
@@ -131,6 +145,7 @@ class LanguageModel(nn.Module):
         stop: int,
         image_start: int,
         draw: bool = True,
+        listen: TokenListener | None = None,
     ) -> list[Reply]:
         """`reply` after the embeddings [T, H] that each conversation of a context goes on with.
 
@@ -162,7 +177,8 @@ class LanguageModel(nn.Module):
                 reply.ids.append(chosen)
                 reply.logits.append(values[1][row])
                 reply.confidences.append(values[2][row])
-                if chosen == image_start or len(reply.ids) == limits[row]:
+                go_on = listen is None or listen(row, chosen)
+                if chosen == image_start or len(reply.ids) == limits[row] or not go_on:
                     open_rows.remove(row)
 
         drawing = [row for row, reply in enumerate(replies) if reply.ids and reply.ids[-1] == image_start]
