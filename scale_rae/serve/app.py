@@ -462,15 +462,19 @@ _FIELDS = {
 }
 
 
+_VARIANTS = {"user", "system", "developer", "assistant", "text", "image_url"}  # of messages, and of parts of one
+
+
 def _violation(errors: Sequence[Any]) -> tuple[str, str]:
     """(field, what is wrong with it) of the violation that lies deepest, which is in the variant that was meant."""
     error = max(errors, key=lambda e: len(e["loc"]))
-    last = len(error["loc"]) - 1
-    path = [
-        str(part)[:64]
-        for i, part in enumerate(error["loc"])
-        if i > 0 and (isinstance(part, int) or part in _FIELDS or (i == last and error["type"] == "extra_forbidden"))
-    ]
+    where = error["loc"]
+    path = []
+    for i, part in enumerate(where[1:], 1):
+        is_variant = isinstance(where[i - 1], int) and where[i - 2] != "images" and part in _VARIANTS
+        is_new = i == len(where) - 1 and error["type"] == "extra_forbidden"
+        if isinstance(part, int) or is_new or (part in _FIELDS and not is_variant):
+            path.append(str(part)[:64])
     if error["type"] == "json_invalid":
         return "body", "not valid JSON"
     said = {"extra_forbidden": "no such field", "missing": "is missing"}.get(error["type"], error["msg"])
