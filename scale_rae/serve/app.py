@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hmac
 import json
 import logging
@@ -68,8 +69,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
     )
     for kind in (RequestValidationError, HTTPException, Refused, InputError, Exception):
         app.add_exception_handler(kind, _handle)
-    if settings.api_key is not None:
-        _declare_key(app)
+    _describe_limits(app, settings)
 
     @app.get("/health", response_model=schema.Status)
     async def health() -> Any:
@@ -119,7 +119,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         job = Job(
             [Turn("user", as_request(body.prompt, settings.prompt_prefix))],
             None,
-            body.options(),
+            body.options(limits.steps),
             new_seed() if body.seed is None else body.seed,
             inbox.put,
             inbox.deadline,
@@ -151,7 +151,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         job = Job(
             turns,
             pixels,
-            body.options(),
+            body.options(limits.steps),
             new_seed() if body.seed is None else body.seed,
             inbox.put,
             inbox.deadline,
@@ -336,7 +336,7 @@ def _check_sampling(
 ) -> None:
     if drawings > limits.drawings:
         raise _invalid(field, f"{drawings} images to draw; at most {limits.drawings} in a request")
-    if body.steps > limits.steps:
+    if body.steps is not None and body.steps > limits.steps:
         raise _invalid("steps", f"{body.steps}; at most {limits.steps} on this server")
     if body.guidance != 1.0 and not engine.model.config.dit.null_condition:
         raise _invalid("guidance", "this model was trained without condition dropout; only 1 works")
@@ -344,7 +344,7 @@ def _check_sampling(
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
         raise _invalid("guidance_interval", "needs 0 <= lo < hi <= 1")
     try:
-        body.options()
+        body.options(limits.steps)
     except InputError as e:
         raise _invalid("steps", str(e)) from None  # all else has been looked at
 
@@ -600,14 +600,30 @@ def _replay(body: bytes, receive: Receive) -> Callable[[], Any]:
     return again
 
 
-def _declare_key(app: FastAPI) -> None:
-    """Says in the OpenAPI document that a key is wanted."""
-    plain = app.openapi
+def _describe_limits(app: FastAPI, settings: ServeSettings) -> None:
+    """Says in the OpenAPI document what this server allows, and whether it wants a key."""
+    plain, limits = app.openapi, settings.limits
+    bounds: dict[str, dict[str, Any]] = {
+        "prompt": {"maxLength": limits.prompt},
+        "n": {"maximum": limits.drawings},
+        "best_of": {"maximum": limits.drawings},
+        "steps": {"maximum": limits.steps},
+        "model": {"enum": [settings.name]},
+    }
 
+    @functools.cache
     def openapi() -> dict[str, Any]:
         value = plain()
-        value.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        value["security"] = [{"key": []}]
+        schemas = value["components"]["schemas"]
+        for name in ("ImageRequest", "ChatRequest"):
+            for field, bound in bounds.items():
+                described = schemas[name]["properties"].get(field, {})
+                for variant in described.get("anyOf", [described]):
+                    if variant.get("type") != "null":
+                        variant.update(bound)
+        if settings.api_key is not None:
+            value["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+            value["security"] = [{"key": []}]
         return value
 
     app.openapi = openapi  # type: ignore[method-assign]

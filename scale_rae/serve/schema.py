@@ -10,11 +10,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from scale_rae.flow import DEFAULT_STEPS
 from scale_rae.pipeline import SamplingOptions
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "ab2"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+# An image of one pixel.
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
 
 
 class _Strict(BaseModel):
@@ -29,16 +36,19 @@ class _Sampling(_Strict):
     guidance_interval: tuple[Finite, Finite] | None = Field(
         None, description="[lo, hi]: guide only where t is in it; noise is t = 1."
     )
-    steps: int = Field(49, ge=1, le=1000, description="Steps of the solver.")
+    steps: int | None = Field(
+        None, ge=1, le=1000, description="Steps of the solver; 49 if not given, or as many as the server allows."
+    )
     solver: Solver = "euler"
 
-    def options(self) -> SamplingOptions:
+    def options(self, most_steps: int) -> SamplingOptions:
         """The pipeline's options.
 
         Raises:
             InputError: for values that do not go together.
         """
-        options = SamplingOptions(self.steps, self.solver, self.guidance, self.guidance_interval)
+        steps = self.steps or min(DEFAULT_STEPS, most_steps)
+        options = SamplingOptions(steps, self.solver, self.guidance, self.guidance_interval)
         options.check()
         return options
 
@@ -65,7 +75,9 @@ class ImageRequest(_Sampling):
 
 
 class ImageURL(_Strict):
-    url: str = Field(description="data:image/png;base64,… (or jpeg, webp, gif)", json_schema_extra={"format": "uri"})
+    url: str = Field(
+        description="data:image/png;base64,… (or jpeg, webp, gif)", json_schema_extra={"examples": [PIXEL]}
+    )
     detail: Literal["auto", "low", "high"] | None = None
 
 

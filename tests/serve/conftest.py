@@ -24,7 +24,7 @@ from scale_rae.serve.settings import Limits, ServeSettings
 from scale_rae.session import ModelChoice
 
 CIRCLE = "Can you generate a photo of a red circle?"
-SLOW: dict[str, Any] = {"prompt": CIRCLE, "steps": 250}  # some seconds of work
+SLOW: dict[str, Any] = {"prompt": CIRCLE, "steps": 120}  # seconds of work
 
 
 @dataclass
@@ -74,11 +74,12 @@ def serving(
         load or (lambda: (model, rewards or {})), most_jobs=settings.limits.requests, batch_size=settings.batch_size
     )
     listener = bind(settings.host, 0)
+    port = listener.getsockname()[1]
     server = Server(engine, settings)
     engine.start()
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
     thread.start()
-    running = Running(server, engine, listener.getsockname()[1], thread)
+    running = Running(server, engine, port, thread)
     try:
         if wait:
             assert engine.loaded.wait(60)

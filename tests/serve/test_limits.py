@@ -61,7 +61,12 @@ def bomb(width: int, height: int) -> str:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + chunk(b"IEND", b"")
+    png = (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
+        + chunk(b"IEND", b"")
+    )
     return "data:image/png;base64," + base64.b64encode(png).decode()
 
 
@@ -132,7 +137,11 @@ VIOLATIONS: list[tuple[str, Any, str]] = [
     (CHAT, ask(bomb(50_000, 50_000)), "messages.0.content.1.image_url.url"),
     (CHAT, ask(bomb(6_000, 6_000)), "messages.0.content.1.image_url.url"),
     (CHAT, ask(bomb(100, 100)), "messages.0.content.1.image_url.url"),  # damaged
-    (CHAT, ask(data_url(Image.new("RGB", (8, 8)), "TIFF").replace("tiff", "png")), "messages.0.content.1.image_url.url"),
+    (
+        CHAT,
+        ask(data_url(Image.new("RGB", (8, 8)), "TIFF").replace("tiff", "png")),
+        "messages.0.content.1.image_url.url",
+    ),
     (CHAT, ask(*[data_url(Image.new("RGB", (8, 8)))] * 9), "messages.0.content.9.image_url.url"),
 ]
 
@@ -175,7 +184,7 @@ def test_a_large_body(serve: Serve) -> None:
 def test_a_full_queue(serve: Serve) -> None:
     with serve(limits=Limits(requests=2)) as running, ThreadPoolExecutor(2) as pool:
         for i in range(2):
-            pool.submit(post, running.url + IMAGES, SLOW | {"seed": i})
+            pool.submit(post, running.url + IMAGES, SLOW | {"seed": i, "steps": 100})
         running.wait_for(lambda: len(running.engine._jobs) == 2)
         status, answer, headers = post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})
         assert status == 429
@@ -201,7 +210,10 @@ def test_the_deadline(serve: Serve) -> None:
         with pytest.raises(openai.APIError, match="time limit"):
             list(
                 running.client().chat.completions.create(
-                    model="shapes", messages=[{"role": "user", "content": CIRCLE}], stream=True, extra_body={"steps": 250}
+                    model="shapes",
+                    messages=[{"role": "user", "content": CIRCLE}],
+                    stream=True,
+                    extra_body={"steps": 250},
                 )
             )
         assert running.metric("scale_rae_images_total") == 0
@@ -423,7 +435,8 @@ def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(
 
 
 @pytest.mark.parametrize(
-    ("waiting", "size"), [(1, 1), (2, 2), (3, 3), (5, 4), (6, 6), (7, 7), (9, 8), (17, 16), (23, 16), (24, 24), (40, 32)]
+    ("waiting", "size"),
+    [(1, 1), (2, 2), (3, 3), (5, 4), (6, 6), (7, 7), (9, 8), (17, 16), (23, 16), (24, 24), (40, 32)],
 )
 def test_batches_on_a_gpu_have_few_sizes(waiting: int, size: int) -> None:
     engine = Engine(lambda: (None, {}))  # type: ignore[arg-type, return-value]

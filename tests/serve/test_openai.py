@@ -167,7 +167,9 @@ def test_stream_is_the_answer_bit_by_bit(running: Running) -> None:
     messages: list[Any] = [{"role": "user", "content": CIRCLE}]
     options: dict[str, Any] = {"model": "shapes", "messages": messages, "seed": 2, "extra_body": {"steps": 4}}
     whole: Any = client.chat.completions.create(**options)
-    chunks: list[Any] = list(client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}))
+    chunks: list[Any] = list(
+        client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+    )
     texts = [c.choices[0].delta.content for c in chunks if c.choices and c.choices[0].delta.content]
     assert len(texts) > 3
     assert "".join(texts) == whole.choices[0].message.content
