@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -21,22 +22,40 @@ def load_image(path: str | Path) -> Image.Image:
     """
     path = Path(path)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and stricter
-            with Image.open(path) as image:
-                if image.width * image.height > MAX_PIXELS:
-                    raise InputError(_too_large(path, f"{image.width} x {image.height}"))
-                return to_rgb(ImageOps.exif_transpose(image))
-    except Image.DecompressionBombError as e:
-        raise InputError(_too_large(path, "over twice Pillow's own limit")) from e
+        return read_image(path, str(path))
     except FileNotFoundError as e:
         raise InputError(f"{path}: no such image") from e
-    except UnidentifiedImageError as e:
-        raise InputError(f"{path}: not an image that Pillow can read") from e
     except IsADirectoryError as e:
         raise InputError(f"{path}: is a folder, not an image") from e
+
+
+def read_image(
+    source: Path | BinaryIO, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+) -> Image.Image:
+    """`load_image` of a file or an open stream called `name`, in one of Pillow's `formats` (default: any).
+
+    Nothing is decoded before its size is known.
+
+    Raises:
+        InputError: naming it, when it is not an image, damaged, or over `max_pixels`.
+        FileNotFoundError, IsADirectoryError: for a path.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and stricter
+            with Image.open(source, formats=formats) as image:
+                if image.width * image.height > max_pixels:
+                    raise InputError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
+                return to_rgb(ImageOps.exif_transpose(image))
+    except Image.DecompressionBombError as e:
+        raise InputError(_too_large(name, "over twice Pillow's own limit", max_pixels)) from e
+    except UnidentifiedImageError as e:
+        what = f"a {' or '.join(formats)} image" if formats else "an image that Pillow can read"
+        raise InputError(f"{name}: not {what}") from e
+    except (FileNotFoundError, IsADirectoryError):
+        raise  # of opening, which the caller knows how to put
     except (OSError, ValueError, SyntaxError, EOFError) as e:
-        raise InputError(f"{path}: the image is damaged or cannot be read ({e})") from e
+        raise InputError(f"{name}: the image is damaged or cannot be read ({e})") from e
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -52,5 +71,5 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _too_large(path: Path, size: str) -> str:
-    return f"{path}: the image is too large ({size} pixels; at most {MAX_PIXELS:,} in all); shrink it first"
+def _too_large(name: str, size: str, max_pixels: int) -> str:
+    return f"{name}: the image is too large ({size} pixels; at most {max_pixels:,} in all); shrink it first"

@@ -9,7 +9,7 @@ How the layers run, and what makes them fast, is in context.py.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -28,13 +28,22 @@ __all__ = ["Conversation", "LanguageModel", "Reply", "self_certainty"]
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
 _USUAL_REPLY = 64  # tokens for that there is memory from the start; longer replies get more when they need it
 
+TokenListener = Callable[[int, int], bool]
+"""Called as `listen(row, token)` with each token as it is chosen; returns whether that reply is to go on."""
+
 
 @dataclass
 class Conversation:
-    """Token ids with IMAGE where the latent [L, C] goes; `latent` is there exactly when IMAGE is."""
+    """Token ids with IMAGE where a latent [L, C] goes: `latent`, or those in `latents` one after the other."""
 
     ids: list[int]
     latent: Tensor | None = None
+    latents: Sequence[Tensor] = ()
+
+    @property
+    def shown(self) -> list[Tensor]:
+        """The latents, in the order of the IMAGEs."""
+        return [*([] if self.latent is None else [self.latent]), *self.latents]
 
 
 @dataclass
@@ -115,7 +124,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, conversations: Sequence[Conversation]) -> list[Tensor]:
         """Input embeddings [T, H] of each: tokens, and the projected latent in IMAGE's place."""
-        shown = [c.latent for c in conversations if c.latent is not None]
+        shown = [latent for c in conversations for latent in c.shown]
         images = iter(self.project(shown) if shown else ())
         tokens = self.tokens([i for c in conversations for i in c.ids if i != IMAGE])  # all at once, then taken in turn
         rows, taken = [], 0
@@ -124,8 +133,7 @@ class LanguageModel(nn.Module):
             for is_image, run in groupby(conversation.ids, lambda i: i == IMAGE):
                 count = len(list(run))
                 if is_image:
-                    assert count == 1
-                    parts.append(next(images))
+                    parts += [next(images) for _ in range(count)]
                 else:
                     parts.append(tokens[taken : taken + count])
                     taken += count
@@ -134,14 +142,19 @@ class LanguageModel(nn.Module):
 
     @torch.inference_mode()
     def reply(
-        self, conversations: Sequence[Conversation], limits: Sequence[int], stop: int, image_start: int
+        self,
+        conversations: Sequence[Conversation],
+        limits: Sequence[int],
+        stop: int,
+        image_start: int,
+        listen: TokenListener | None = None,
     ) -> list[Reply]:
         """Greedy replies to a batch of conversations, each ended by `stop` (left out), `image_start`, or its limit of
-        tokens."""
+        tokens, or by `listen`."""
         rows = self.embed(conversations)
         longest = max(len(row) for row in rows)
         with self.context(len(rows), longest + min(max(limits), _USUAL_REPLY) + 1 + self.config.tokens) as context:
-            return self.reply_in(context, rows, limits, stop, image_start)
+            return self.reply_in(context, rows, limits, stop, image_start, listen=listen)
 
     def reply_in(
         self,
@@ -151,6 +164,7 @@ class LanguageModel(nn.Module):
         stop: int,
         image_start: int,
         draw: bool = True,
+        listen: TokenListener | None = None,
     ) -> list[Reply]:
         """`reply` after the embeddings [T, H] that each conversation of a context goes on with.
 
@@ -182,7 +196,8 @@ class LanguageModel(nn.Module):
                 reply.ids.append(chosen)
                 reply.logits.append(values[1][row])
                 reply.confidences.append(values[2][row])
-                if chosen == image_start or len(reply.ids) == limits[row]:
+                go_on = listen is None or listen(row, chosen)
+                if chosen == image_start or len(reply.ids) == limits[row] or not go_on:
                     open_rows.remove(row)
 
         drawing = [row for row, reply in enumerate(replies) if reply.ids and reply.ids[-1] == image_start]

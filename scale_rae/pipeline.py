@@ -25,7 +25,7 @@ from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError
 from scale_rae.images import to_rgb
-from scale_rae.language import Conversation, LanguageModel, Reply
+from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents
@@ -371,24 +371,39 @@ class ScaleRAE:
                 Conversation(self.tokenizer.chat(m, image=True), self.check_latent(latent))
                 for m, latent in zip(messages, latents, strict=True)
             ]
-        if not conversations:
-            return []
-        limits = [min(max_new_tokens, self._room(conversation)) for conversation in conversations]
+        return self.converse(conversations, [max_new_tokens] * len(conversations))
+
+    def converse(
+        self,
+        conversations: Sequence[Conversation],
+        max_new_tokens: Sequence[int],
+        listen: TokenListener | None = None,
+    ) -> list[Reply]:
+        """Greedy replies to conversations whose last turn is open, of at most so many tokens each.
+
+        `listen(i, token)` is called with each token of reply i as it is chosen (anew from the first, should memory run
+        out on the way) and returns whether that reply is to go on.
+
+        Raises:
+            InputError: for a conversation that is longer than the model reads.
+        """
+        limits = [min(most, self.room(c)) for c, most in zip(conversations, max_new_tokens, strict=True)]
 
         def answer(start: int, stop: int) -> list[Reply]:
             end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
-            return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start)
+            hear = None if listen is None else lambda row, token: listen(start + row, token)
+            return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear)
 
         return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
 
-    def _room(self, conversation: Conversation) -> int:
+    def room(self, conversation: Conversation) -> int:
         """Tokens a reply may have so that conversation, reply and an image fit what the model reads.
 
         Raises:
             InputError: when there is room for none.
         """
         image = self.config.tokens
-        length = len(conversation.ids) + (image - 1 if conversation.latent is not None else 0)
+        length = len(conversation.ids) + (image - 1) * len(conversation.shown)
         room = self.config.max_length - length - image
         if room < 1:
             raise InputError(
@@ -483,14 +498,23 @@ class ScaleRAE:
 
     def encode(self, images: Sequence[Image.Image], batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of pictures."""
-        encoder = self.encoder
 
         def encode(start: int, stop: int) -> list[Tensor]:
-            pixels = encoder.preprocess([to_rgb(image) for image in images[start:stop]])
-            with attention_kernels(self.device):
-                return list(encoder.encode(pixels).cpu().unbind())
+            return self._encode(self.encoder.preprocess([to_rgb(image) for image in images[start:stop]]))
 
         return self._in_batches(len(images), batch_size, encode, "encoding {} images at once")
+
+    def encode_pixels(self, pixels: Tensor, batch_size: int = 32) -> list[Tensor]:
+        """Latents [L, C] of pictures [N, 3, H, W] as `encoder.preprocess` makes them."""
+
+        def encode(start: int, stop: int) -> list[Tensor]:
+            return self._encode(pixels[start:stop])
+
+        return self._in_batches(len(pixels), batch_size, encode, "encoding {} images at once")
+
+    def _encode(self, pixels: Tensor) -> list[Tensor]:
+        with attention_kernels(self.device):
+            return list(self.encoder.encode(pixels).cpu().unbind())
 
     def answer(
         self,

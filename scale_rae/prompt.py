@@ -6,7 +6,8 @@ A conversation is a list of token ids in which IMAGE stands for the L projected 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,15 @@ CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 _PROBE = "A photo of 12 cats, é 猫!\n"
 IMAGE_PLACEHOLDER = "<image-placeholder>"  # the official code removes it from prompts
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one side said: text, and how many images stand before it (user) or after it (assistant)."""
+
+    role: str  # user or assistant
+    text: str
+    images: int = 0
 
 
 class ChatTokenizer:
@@ -77,19 +87,32 @@ class ChatTokenizer:
         Raises:
             InputError: when the message is empty.
         """
-        message = clean_message(message)
-        # A run of text between control tokens is tokenized as one, so "user\n" goes with the text that follows it.
-        user = (
-            [*self.plain("user\n"), *self.image(), *self.plain("\n" + message)]
-            if image
-            else self.plain("user\n" + message)
-        )
+        return self.conversation([Turn("user", message, int(image))])
+
+    def conversation(self, turns: Sequence[Turn], system: str = SYSTEM) -> list[int]:
+        """Ids of a system turn and others, with the assistant's next turn open.
+
+        Raises:
+            InputError: when a user's turn has no text.
+        """
         newline = self.plain("\n")
-        return [
-            *(self.chat_start, *self.plain(f"system\n{SYSTEM}"), self.chat_end, *newline),
-            *(self.chat_start, *user, self.chat_end, *newline),
-            *(self.chat_start, *self.plain("assistant\n")),
-        ]
+        ids = [self.chat_start, *self.plain(f"system\n{system}"), self.chat_end, *newline]
+        for turn in turns:
+            ids += [self.chat_start, *(self._user(turn) if turn.role == "user" else self._assistant(turn))]
+            ids += [self.chat_end, *newline]
+        return [*ids, self.chat_start, *self.plain("assistant\n")]
+
+    def _user(self, turn: Turn) -> list[int]:
+        message = clean_message(turn.text)
+        # A run of text between control tokens is tokenized as one, so "user\n" goes with the text that follows it.
+        if not turn.images:
+            return self.plain("user\n" + message)
+        shown = [*self.image(), *self.plain("\n")] * (turn.images - 1) + self.image()
+        return [*self.plain("user\n"), *shown, *self.plain("\n" + message)]
+
+    def _assistant(self, turn: Turn) -> list[int]:
+        # "assistant\n" apart from the text, since the model wrote the text after it.
+        return [*self.plain("assistant\n"), *self.plain(turn.text), *self.image() * turn.images]
 
 
 def clean_message(text: str) -> str:

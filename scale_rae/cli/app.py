@@ -27,6 +27,7 @@ COMMANDS = {
     "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
     "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
+    "serve": ("scale_rae.cli.serve", "Serve a model to OpenAI's clients over HTTP."),
     "sheet": ("scale_rae.cli.sheet", "Make a contact sheet of an experiment: one picture of its images."),
 }
 

@@ -89,14 +89,18 @@ class Settings:
 
     def request(self, prompt: str) -> str:
         """The message that asks for a drawing of the prompt: prefixed, unless it is a request already."""
-        prefix = self.prompt_prefix
-        if not prefix.strip() or _REQUEST.match(prompt) or prompt.lower().startswith(prefix.strip().lower()):
-            return prompt
-        return f"{prefix}{'' if prefix[-1].isspace() else ' '}{prompt}"
+        return as_request(prompt, self.prompt_prefix)
 
     def slices(self, batch_size: int) -> list[range]:
         """Which samples of a prompt are drawn together: fixed, so that their pixels are."""
         return [range(i, min(i + batch_size, self.total)) for i in range(0, self.total, batch_size)]
+
+
+def as_request(prompt: str, prefix: str) -> str:
+    """The prompt with the prefix before it, unless it is a request already."""
+    if not prefix.strip() or _REQUEST.match(prompt) or prompt.lower().startswith(prefix.strip().lower()):
+        return prompt
+    return f"{prefix}{'' if prefix[-1].isspace() else ' '}{prompt}"
 
 
 def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:

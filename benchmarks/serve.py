@@ -1,0 +1,344 @@
+"""Load on `scale-rae serve`: is a request lost or wrong, and what does serving cost against one offline batch? JSON, table.
+
+    python benchmarks/serve.py --device cpu                          # the bundled model; 64 clients for two minutes
+    python benchmarks/serve.py --full-size 1.5b --json serve.json    # made-up weights of the published sizes, on a GPU
+    python benchmarks/serve.py --full-size tiny --clients 4 --seconds 5 --device cpu    # does it run at all
+
+The server runs in this process, the clients (OpenAI's interface, each asking again as soon as it has its picture) in another.
+They ask for pictures of a fixed set of prompts and seeds, each of which is also drawn alone beforehand: every picture that comes
+is compared with that. Offline is the same set through `ScaleRAE.generate` and into PNGs, measured before and after the load.
+The made-up model answers every message by asking for an image at once, so a reply is one token there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "white")
+SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
+Case = tuple[str, int]  # prompt, seed
+
+
+def cases_of(count: int) -> list[Case]:
+    """Prompts of the bundled model's world, of one and two things, each with a seed of its own."""
+    chance = random.Random(0)
+    cases = []
+    for i in range(count):
+        things = [f"a {chance.choice(COLORS)} {chance.choice(SHAPES)}" for _ in range(1 + i % 2)]
+        cases.append((f"Can you generate a photo of {' and '.join(things)}?", 1000 + i))
+    return cases
+
+
+# Clients, in a process of their own --------------------------------------------------------------------------------------------
+
+
+async def clients(url: str, count: int, seconds: float, cases: list[Case], options: dict[str, Any]) -> list[Any]:
+    """[case, seconds, start, end, status, sha256 of the pixels or None, PNG in base64 of each case's first] of each request."""
+    import hashlib
+
+    import httpx2 as httpx
+    import numpy as np
+    from PIL import Image
+
+    done: list[Any] = []
+    seen: dict[tuple[int, str], bool] = {}
+    end = time.time() + seconds
+
+    async def client(number: int, http: httpx.AsyncClient) -> None:
+        chance = random.Random(number)
+        while time.time() < end:
+            case = chance.randrange(len(cases))
+            prompt, seed = cases[case]
+            start, status, digest, first = time.time(), 0, None, None
+            try:
+                answer = await http.post("/v1/images/generations", json={"prompt": prompt, "seed": seed, **options})
+                status = answer.status_code
+                if status == 200:
+                    png = answer.json()["data"][0]["b64_json"]
+                    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+                        digest = hashlib.sha256(np.asarray(image).tobytes()).hexdigest()
+                    if (case, digest) not in seen:
+                        seen[case, digest], first = True, png
+            except httpx.HTTPError as e:
+                print(f"lost: {type(e).__name__}", file=sys.stderr)
+            done.append((case, time.time() - start, start, time.time(), status, digest, first))
+
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=600, limits=limits) as http:
+        await asyncio.gather(*(client(i, http) for i in range(count)))
+    return done
+
+
+def ask(url: str, count: int, seconds: float, cases: list[Case], options: dict[str, Any]) -> list[Any]:
+    """`clients` in another process."""
+    order = json.dumps([url, count, seconds, cases, options])
+    command = [sys.executable, __file__, "--as-clients"]
+    return list(json.loads(subprocess.run(command, input=order, check=True, capture_output=True, text=True).stdout))
+
+
+# Server and offline ------------------------------------------------------------------------------------------------------------
+
+
+def made_up(size: str, device: Any) -> Any:
+    """A model of the published sizes with random weights, whose every reply asks for an image."""
+    import torch
+
+    from benchmarks.gpu import made_model
+    from scale_rae.pipeline import pick_dtype
+    from scale_rae.speed import Speed
+
+    model = made_model(size, device, pick_dtype(None, device), Speed("auto"), Path(tempfile.mkdtemp()))
+    # One channel that every token carries and no layer writes to leads to <im_start>.
+    with torch.no_grad():
+        embedding = model.language.model.embed_tokens.weight
+        embedding[:, 0] = 3.0
+        embedding[model.tokenizer.image_start, 0] = 60.0
+        for name, weight in model.language.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                weight[0] = 0
+    return model
+
+
+class Offline:
+    """The same work without a server."""
+
+    def __init__(self, model: Any, options: dict[str, Any], threads: int) -> None:
+        self.model, self.options, self.threads = model, options, threads
+
+    def draw(self, cases: list[Case], batch_size: int | None = None) -> list[Any]:
+        """Images of cases, in batches."""
+        prompts, seeds = [prompt for prompt, _ in cases], [[seed] for _, seed in cases]
+        results = self.model.generate(prompts, image_seeds=seeds, batch_size=batch_size, **self.options)
+        return [result.images[0].image for result in results]
+
+    def rate(self, cases: list[Case]) -> float:
+        """Images a second of one big batch, PNGs included."""
+        import torch
+
+        from scale_rae.outputs import png_bytes
+
+        torch.set_num_threads(self.threads)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(lambda image: png_bytes(image, {}), self.draw(cases)))
+        rate = len(cases) / (time.perf_counter() - start)
+        torch.set_num_threads(1)
+        return rate
+
+    def rate_in_threads(self, cases: list[Case]) -> float:
+        """On the CPU, images a second of as many batches at once as there are cores, on one thread each."""
+        import torch
+
+        from scale_rae.outputs import png_bytes
+
+        parts = [cases[i : i + 4] for i in range(0, len(cases), 4)]
+        start = time.perf_counter()
+        with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            list(pool.map(lambda part: [png_bytes(image, {}) for image in self.draw(part, 4)], parts))
+        return len(cases) / (time.perf_counter() - start)
+
+    def alone(self, cases: list[Case], repeat: int) -> float:
+        """Median seconds of one image by itself, PNG included."""
+        import torch
+
+        from scale_rae.outputs import png_bytes
+
+        torch.set_num_threads(self.threads)
+        times = []
+        for i in range(repeat + 1):
+            start = time.perf_counter()
+            png_bytes(self.draw([cases[i % len(cases)]], 1)[0], {})
+            times.append(time.perf_counter() - start)
+        torch.set_num_threads(1)
+        return statistics.median(times[1:])
+
+    def references(self, cases: list[Case]) -> list[Any]:
+        """Pixels of each case drawn alone: on the CPU on one thread each, as the exact bytes."""
+        import numpy as np
+        import torch
+
+        workers = self.threads if self.model.device.type == "cpu" else 1
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(lambda case: np.asarray(self.draw([case], 1)[0]), cases))
+
+
+class Memory(threading.Thread):
+    """Resident memory of this process, MiB, every two seconds."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.samples: list[float] = []
+        self.ended = threading.Event()
+
+    def run(self) -> None:
+        import psutil
+
+        process = psutil.Process()
+        while not self.ended.wait(2.0):
+            self.samples.append(process.memory_info().rss / 2**20)
+
+
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything; see the top of this file."""
+    import torch
+
+    from scale_rae.pipeline import ScaleRAE, pick_device
+    from scale_rae.serve.engine import Engine
+    from scale_rae.serve.server import Server, bind
+    from scale_rae.serve.settings import Limits, ServeSettings
+    from scale_rae.session import ModelChoice, silence_libraries
+
+    silence_libraries()
+    device = pick_device(args.device)
+    threads = torch.get_num_threads()
+    if args.full_size:
+        model = made_up(args.full_size, device)
+    else:
+        model = ScaleRAE.from_pretrained(args.model_path, device=str(device))
+    _ = model.decoder, model.encoder
+    model.expect(1 << 40)
+    settings = ServeSettings(ModelChoice("made-up"), name="model", limits=Limits(requests=2 * args.clients))
+    start = time.perf_counter()
+    engine = Engine(lambda: (model, {}), most_jobs=settings.limits.requests, batch_size=args.batch_size)
+    engine.start()
+    engine.loaded.wait()
+    if engine.error is not None:
+        raise engine.error
+    figures: dict[str, Any] = {
+        "device": str(device) if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": threads,
+        "model": args.full_size or args.model_path,
+        "steps": args.steps,
+        "guidance": args.guidance,
+        "clients": args.clients,
+        "engine": engine.describe(),
+        "warm_up_seconds": time.perf_counter() - start,
+    }
+    options = {"steps": args.steps, "guidance": args.guidance}
+    offline, cases = Offline(model, options, threads), cases_of(args.cases)
+    references = offline.references(cases)
+    offline.rate(cases[:8])
+    on_cpu = device.type == "cpu"
+    rates = [offline.rate(cases)]
+    in_threads = [offline.rate_in_threads(cases)] if on_cpu else []
+    lone_offline = offline.alone(cases, args.lone)
+
+    listener = bind("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    server = Server(engine, settings)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
+    thread.start()
+    lone: list[float] = []
+    while len(lone) < 3:
+        lone = [row[1] for row in ask(url, 1, max(1.0, args.lone * lone_offline), cases, options)]
+    memory = Memory()
+    memory.start()
+    rows = ask(url, args.clients, args.seconds, cases, options)
+    memory.ended.set()
+    statuses: dict[str, int] = {}
+    for row in rows:
+        statuses[str(row[4])] = statuses.get(str(row[4]), 0) + 1
+    server.stop()
+    thread.join()
+    rates.append(offline.rate(cases))
+    in_threads += [offline.rate_in_threads(cases)] if on_cpu else []
+    lone_after = offline.alone(cases, args.lone)
+    engine.close()
+
+    wrong, farthest = compare(rows, references, 0 if on_cpu else 1)
+    latencies = sorted(row[1] for row in rows)
+    span = max(row[3] for row in rows) - min(row[2] for row in rows)
+    metrics = engine.metrics.registry
+    batches = metrics.get_sample_value("scale_rae_batch_size_count", {"stage": "draw"}) or 1
+    drawn = metrics.get_sample_value("scale_rae_images_total") or 0
+    settled = memory.samples[len(memory.samples) // 4 :] or [float("nan")]
+    half = len(settled) // 2
+    best = max(statistics.mean(way) for way in (rates, in_threads) if way)
+    return (
+        figures
+        | {
+            "requests": len(rows),
+            "statuses": statuses,
+            "lost_or_refused": sum(count for status, count in statuses.items() if status != "200"),
+            "wrong": wrong,
+            "farthest_pixel": farthest,
+            "seconds": span,
+            "images_per_second": statuses.get("200", 0) / span,
+            "offline_images_per_second": rates,
+            "offline_in_threads": in_threads,
+            "share_of_offline": statuses.get("200", 0) / span / best,  # of the faster way
+            "mean_batch": drawn / batches,
+            "p50": statistics.median(latencies),
+            "p95": latencies[int(0.95 * (len(latencies) - 1))],
+            "lone_p50": statistics.median(lone[1:]),
+            "lone_offline": [lone_offline, lone_after],
+            "lone_over_offline": statistics.median(lone[1:]) / statistics.mean([lone_offline, lone_after]),
+            "memory_mib": {"first": memory.samples[:1], "settled": settled[:1], "last": memory.samples[-1:]},
+            "memory_growth_mib": statistics.mean(settled[half:]) - statistics.mean(settled[: half or 1]),
+        }
+    )
+
+
+def compare(rows: list[Any], references: list[Any], tolerance: int) -> tuple[int, int]:
+    """(pictures farther than `tolerance` in any pixel from those drawn alone, the farthest of all)."""
+    import numpy as np
+    from PIL import Image
+
+    distances: dict[tuple[int, str], int] = {}
+    for case, *_, digest, png in rows:
+        if png is not None:
+            with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+                difference = np.abs(np.asarray(image).astype(int) - references[case].astype(int))
+            distances[case, digest] = int(difference.max())
+    of_rows = [distances[case, digest] for case, *_, digest, _ in rows if digest is not None]
+    return sum(distance > tolerance for distance in of_rows), max(of_rows, default=0)
+
+
+def main() -> None:
+    if "--as-clients" in sys.argv:
+        print(json.dumps(asyncio.run(clients(*json.loads(sys.stdin.read())))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", default="shapes")
+    parser.add_argument("--full-size", choices=("1.5b", "7b", "tiny"), help="made-up weights of this size instead")
+    parser.add_argument("--device")
+    parser.add_argument("--clients", type=int, default=64)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--cases", type=int, default=64, help="prompts with a seed, each drawn alone beforehand")
+    parser.add_argument("--lone", type=int, default=10, help="requests of a lone client")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--steps", type=int, default=49)
+    parser.add_argument("--guidance", type=float, default=1.0)
+    parser.add_argument("--json", type=Path, help="also write the figures here")
+    args = parser.parse_args()
+    figures = measure(args)
+    for name, value in figures.items():
+        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if figures["lost_or_refused"] or figures["wrong"]:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

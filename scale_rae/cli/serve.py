@@ -1,0 +1,155 @@
+"""scale-rae serve: one model behind OpenAI's interfaces."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scale_rae.cli import options as o
+from scale_rae.cli.progress import Bars
+from scale_rae.errors import InputError
+
+# The environment variable is read by hand: typer would show its value in --help.
+KEY_VARIABLE = "SCALE_RAE_API_KEY"
+SERVER, LIMITS = "Server", "Limits"
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def command(
+    model_path: o.ModelPath = o.DEFAULT_MODEL,
+    decoder_repo: o.DecoderRepo = None,
+    revision: o.Revision = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    compile: o.Compile = "auto",
+    quantize: o.Quantize = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Any but this machine's own wants a key.", rich_help_panel=SERVER)
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="0 takes one that is free.", rich_help_panel=SERVER)
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            help=f"What clients must send as Authorization: Bearer KEY. Better in the environment variable {KEY_VARIABLE}, "
+            "since other users can read command lines.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    no_api_key: Annotated[
+        bool, typer.Option("--no-api-key", help="Serve other machines without a key.", rich_help_panel=SERVER)
+    ] = False,
+    model_name: Annotated[
+        str | None,
+        typer.Option(
+            help="The model's name in requests. Default: the last part of --model-path.", rich_help_panel=SERVER
+        ),
+    ] = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Load this reward for best_of: imagereward, siglip or pickscore; may be given several times.",
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    reward_path: Annotated[
+        str | None, typer.Option(help="Folder with the reward's weights, instead of the hub.", rich_help_panel=SERVER)
+    ] = None,
+    prompt_prefix: Annotated[
+        str,
+        typer.Option(
+            help="Put before each prompt of /v1/images/generations that is not a request already.",
+            rich_help_panel=SERVER,
+        ),
+    ] = "Can you generate ",
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Most images drawn at once. Default: 4 a core on the CPU, 32 elsewhere.", rich_help_panel=SERVER
+        ),
+    ] = None,
+    warm_up: Annotated[
+        bool | None,
+        typer.Option(
+            "--warm-up/--no-warm-up",
+            help="Compile for every batch size before the first request. Default: on CUDA.",
+            show_default=False,
+            rich_help_panel=SERVER,
+        ),
+    ] = None,
+    max_requests: Annotated[
+        int, typer.Option(min=1, help="Requests that may wait or be under way; more get 429.", rich_help_panel=LIMITS)
+    ] = 128,
+    deadline: Annotated[
+        float, typer.Option(min=0.1, help="Seconds from a request to its answer.", rich_help_panel=LIMITS)
+    ] = 300.0,
+    max_body: Annotated[int, typer.Option(min=1, help="MiB of a request's body.", rich_help_panel=LIMITS)] = 32,
+    max_prompt: Annotated[
+        int, typer.Option(min=1, help="Characters of all text in a request.", rich_help_panel=LIMITS)
+    ] = 16_000,
+    max_pixels: Annotated[
+        int, typer.Option(min=1, help="Pixels of an image sent.", rich_help_panel=LIMITS)
+    ] = 25_000_000,
+    max_images: Annotated[
+        int, typer.Option(min=1, max=64, help="Images that a request may have drawn.", rich_help_panel=LIMITS)
+    ] = 16,
+    max_steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.", rich_help_panel=LIMITS)] = 250,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=LIMITS)
+    ] = 1024,
+    debug: o.Debug = False,
+) -> None:
+    """Serve a model to OpenAI's clients: images/generations and chat/completions, with what waits drawn together.
+
+    SIGTERM or Ctrl-C finishes what runs and refuses the rest; a second one stops at once.
+    """
+    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f'{", ".join(missing)} not installed; pip install "scale-rae[serve]"')
+    key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
+    if key is not None and (not key.strip() or not key.isascii() or not key.isprintable() or key != key.strip()):
+        raise InputError("the API key must be printable ASCII without spaces around it, and not empty")
+    if key is None and host not in _LOOPBACK and not no_api_key:
+        raise InputError(
+            f"--host {host} lets other machines in: give {KEY_VARIABLE} or --api-key, or say that you mean it by --no-api-key"
+        )
+    for name in reward or ():
+        if name not in ("imagereward", "siglip", "pickscore"):
+            raise typer.BadParameter(f"{name!r} is not one of imagereward, siglip, pickscore", param_hint=["--reward"])
+    bars = Bars()
+    with bars.waiting("starting"):
+        from scale_rae.serve.server import serve
+        from scale_rae.serve.settings import Limits, ServeSettings
+
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
+    logging.getLogger("scale_rae").setLevel(logging.INFO)
+    settings = ServeSettings(
+        o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize),
+        host,
+        port,
+        key,
+        model_name or Path(model_path).name or "scale-rae",
+        tuple(dict.fromkeys(reward or ())),
+        reward_path,
+        prompt_prefix,
+        batch_size,
+        warm_up,
+        debug,
+        Limits(
+            requests=max_requests,
+            deadline=deadline,
+            body=max_body * 2**20,
+            prompt=max_prompt,
+            pixels=max_pixels,
+            drawings=max_images,
+            steps=max_steps,
+            new_tokens=max_new_tokens,
+        ),
+    )
+    serve(settings, bars, lambda text: typer.echo(text, err=True))

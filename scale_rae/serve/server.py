@@ -1,0 +1,131 @@
+"""Sockets and signals: from `ServeSettings` to a running server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING
+
+import uvicorn
+
+from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.serve.app import make_app
+from scale_rae.serve.engine import Engine
+from scale_rae.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.rewards import Reward
+    from scale_rae.session import LoadingBar
+
+_log = logging.getLogger("scale_rae.serve")
+
+
+def make_engine(settings: ServeSettings, bars: LoadingBar | None = None) -> Engine:
+    """An engine that will load the settings' model and rewards."""
+
+    def load() -> tuple[ScaleRAE, dict[str, Reward]]:
+        from scale_rae.rewards import load_reward
+        from scale_rae.session import Session
+
+        model = Session(settings.choice, bars, decoder=True, encoder=True, debug=settings.debug).model
+        return model, {name: load_reward(name, model, settings.reward_path) for name in settings.rewards}
+
+    return Engine(
+        load,
+        most_jobs=settings.limits.requests,
+        batch_size=settings.batch_size,
+        warm_up=settings.warm_up,
+        debug=settings.debug,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket.
+
+    Raises:
+        InputError: when the host is none of this machine, or the port is taken.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as e:
+        raise InputError(f"cannot listen on {host} port {port} ({e.strerror or e}); choose another --port") from e
+
+
+class Server(uvicorn.Server):
+    """Uvicorn, with an engine behind it that begins to load when the server starts.
+
+    At the first SIGTERM or SIGINT it goes on to listen, so that it can refuse, until what runs is done; at the second it
+    stops at once.
+    """
+
+    def __init__(self, engine: Engine, settings: ServeSettings, say: Callable[[str], None] = lambda text: None) -> None:
+        config = uvicorn.Config(
+            make_app(engine, settings),
+            lifespan="off",
+            access_log=False,  # with the query and the client's address; the application logs for itself
+            log_config=None,
+            server_header=False,
+            timeout_graceful_shutdown=10,
+            timeout_keep_alive=30,
+            h11_max_incomplete_event_size=64 * 1024,
+        )
+        super().__init__(config)
+        self.engine, self._say = engine, say
+        self._asked = threading.Event()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._asked.is_set():
+            self.should_exit = self.force_exit = True
+        self._asked.set()
+
+    def stop(self) -> None:
+        """As the first SIGTERM does."""
+        self._asked.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        engine = self.engine
+        if engine.error is not None:
+            return True
+        if self._asked.is_set():
+            if not engine.draining:
+                self._say("shutting down: finishing what runs")
+                await asyncio.to_thread(engine.drain)
+            if engine.idle or not engine.ready.is_set():
+                return True
+        return await super().on_tick(counter)
+
+
+def serve(
+    settings: ServeSettings, bars: LoadingBar | None = None, say: Callable[[str], None] = lambda text: None
+) -> None:
+    """Serves until a signal ends it.
+
+    Raises:
+        ScaleRAEError: when the port is taken, or the model cannot be loaded.
+    """
+    listener = bind(settings.host, settings.port)
+    host, port = listener.getsockname()[:2]
+    engine = make_engine(settings, bars)
+    server = Server(engine, settings, say)
+    engine.start()
+
+    def announce() -> None:
+        engine.loaded.wait()
+        if engine.error is None:
+            say(f"{settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({engine.describe()})")
+
+    threading.Thread(target=announce, daemon=True).start()
+    with contextlib.closing(listener):
+        server.run(sockets=[listener])
+    if engine.error is not None:
+        raise engine.error
+    if server.force_exit:
+        raise ScaleRAEError("stopped before everything was done")
+    engine.close()

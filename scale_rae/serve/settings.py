@@ -1,0 +1,45 @@
+"""What a server is told when it starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from scale_rae.session import ModelChoice
+
+API_KEY_VARIABLE = "SCALE_RAE_API_KEY"
+OWN_JUDGEMENT = "answer"  # in place of a reward's name: the model's own yes or no about what it drew
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one request may ask for, and how many there may be."""
+
+    requests: int = 128  # waiting or under way; the next gets 429
+    deadline: float = 300.0  # seconds from a request's arrival to its answer
+    body: int = 32 * 2**20  # bytes
+    upload: float = 30.0  # seconds that a body may take to arrive
+    prompt: int = 16_000  # characters of all text in a request
+    pixels: int = 25_000_000  # of one image
+    images: int = 8  # in a request
+    drawings: int = 16  # that a request has drawn, those that best_of drops included
+    steps: int = 250
+    new_tokens: int = 1024
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """A server: its model, where it listens, who may ask, and how much."""
+
+    choice: ModelChoice
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_key: str | None = None
+    name: str = "scale-rae"  # the model's, as clients call it
+    rewards: tuple[str, ...] = ()
+    reward_path: str | None = None
+    prompt_prefix: str = "Can you generate "  # before prompts of /v1/images/generations
+    batch_size: int | None = None
+    warm_up: bool | None = None  # None: on CUDA
+    debug: bool = False
+    limits: Limits = field(default_factory=Limits)
