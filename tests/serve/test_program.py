@@ -1,0 +1,118 @@
+"""`scale-rae serve` as a process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import pytest
+
+from scale_rae.cli import main
+from tests.serve.conftest import CIRCLE, ROOT
+from tests.serve.test_limits import IMAGES, get, post
+
+SECRET = "s3cret-key"
+
+
+@contextmanager
+def program(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The command with the bundled model, ready, and its address."""
+    command = [sys.executable, "-m", "scale_rae", "serve", "--model-path", "shapes", "--device", "cpu", "--port", "0"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "SCALE_RAE_API_KEY": SECRET, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([*command, *argv], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    try:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " on http://" in line:
+                break
+        yield process, line.split(" on ")[1].split("/v1")[0]
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
+    key = {"Authorization": f"Bearer {SECRET}"}
+    with program() as (process, url), ThreadPoolExecutor(4) as pool:
+        assert get(url + "/v1/models")[0] == 401
+        assert json.loads(get(url + "/v1/models", key)[1])["data"][0]["id"] == "shapes"
+        running = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150, "seed": 3}, key)
+        while b"stage_seconds_count{stage=\"reply\"} 1.0" not in get(url + "/metrics", key)[1]:
+            time.sleep(0.01)
+        waiting = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150}, key)
+        while b"requests_waiting 1.0" not in get(url + "/metrics", key)[1]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert waiting.result()[0] == 503
+        assert post(url + IMAGES, {"prompt": CIRCLE}, key)[0] == 503
+        status, answer, _ = running.result()
+        assert (status, answer["data"][0]["seed"]) == (200, 3)
+        assert process.wait(10) == 0
+        log = process.stderr.read() if process.stderr else ""
+    assert f"POST {IMAGES} 200" in log
+    assert "Traceback" not in log
+    for secret in (SECRET, "red circle"):
+        assert secret not in log
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    import importlib.util
+
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
+    assert main(["serve", "--model-path", "shapes"]) == 1
+    assert capsys.readouterr().err == 'error: fastapi not installed; pip install "scale-rae[serve]"\n'
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--host", "0.0.0.0"], "lets other machines in"),
+        (["--api-key", " "], "API key must be"),
+        (["--api-key", "schlüssel"], "API key must be"),
+        (["--host", "no.such.host.invalid", "--api-key", "k"], "cannot listen on no.such.host.invalid"),
+    ],
+)
+def test_a_bad_start_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model-path", "shapes", *argv]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert said in err
+
+
+def test_a_taken_port_and_a_missing_model(tmp_path: object, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert main(["serve", "--model-path", "shapes", "--port", port]) == 1
+        assert f"port {port}" in capsys.readouterr().err
+    assert main(["serve", "--model-path", str(tmp_path), "--port", "0", "--device", "cpu"]) == 1
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_help_imports_nothing_heavy() -> None:
+    script = (
+        "import sys\nfrom scale_rae.cli import main\nassert main(['serve', '--help']) == 0\n"
+        "assert not {'torch', 'fastapi', 'uvicorn', 'pydantic'} & set(sys.modules)\n"
+    )
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
+    assert "--api-key" in shown
+    assert "SCALE_RAE_API_KEY" in shown
+
+
+def test_options_repeat_what_the_package_has() -> None:
+    from scale_rae.cli import serve
+    from scale_rae.rewards import REWARDS
+    from scale_rae.serve import settings
+
+    assert serve.KEY_VARIABLE == settings.API_KEY_VARIABLE
+    assert set(REWARDS) == {"imagereward", "siglip", "pickscore"}
