@@ -130,7 +130,7 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
         try:
             folder = Path(
                 snapshot_download(
-                    name, revision=revision, local_files_only=True, allow_patterns=wanted[:1] or "config.json"
+                    name, revision=revision, local_files_only=True, allow_patterns=wanted[:1] or _config_of(what)
                 )
             )
         except LocalEntryNotFoundError:
@@ -139,7 +139,7 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
             if wanted or what == "decoder":
                 _existing(folder / (wanted[0] if wanted else _DECODER_WEIGHTS))
             else:
-                weight_files(folder)
+                weight_files(vae_folder(folder) if what == "VAE" else folder)
         except CheckpointError as incomplete:
             raise HubError(f"{where}: only part of it was downloaded ({incomplete}); {_hub_problem(e, instead)}") from e
         return Source(name, folder, folder.name)
@@ -154,6 +154,15 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
     except (http_error, OSError, RuntimeError) as e:  # RuntimeError: hf_xet's
         raise HubError(f"{where}: {_hub_problem(e, instead, broke_off=True)}") from e
     return Source(name, folder, folder.name)
+
+
+def _config_of(what: str) -> str:
+    return "*config.json" if what == "VAE" else "config.json"
+
+
+def vae_folder(folder: Path) -> Path:
+    """Where in a folder a VAE is: there, or in `vae`, as whole image models have it."""
+    return folder / "vae" if not (folder / "config.json").is_file() and (folder / "vae").is_dir() else folder
 
 
 def _hub_problem(error: BaseException, instead: str, broke_off: bool = False) -> str:
@@ -191,6 +200,8 @@ def _needed(names: list[str], what: str) -> list[str]:
     own = folders.pop("", [])
     if what == "decoder":
         return [n for n in own if n in ("config.json", _DECODER_WEIGHTS)]
+    if what == "VAE" and "vae" in folders:  # of a whole image model
+        return [f"vae/{n}" for n in ("config.json", *_choose_weights(folders["vae"])) if n in folders["vae"]]
     needed = [n for n in own if n in _SMALL_FILES] + _choose_weights(own)
     if what == "model":
         for folder, files in folders.items():
@@ -240,7 +251,11 @@ def weight_files(folder: Path) -> list[Path]:
 def _choose_weights(names: Iterable[str]) -> list[str]:
     """The files of one set of weights among file names: a whole file, else an index and shards."""
     present = sorted(names)
-    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+    for stem, suffix in (
+        ("model", "safetensors"),
+        ("pytorch_model", "bin"),
+        ("diffusion_pytorch_model", "safetensors"),
+    ):
         if f"{stem}.{suffix}" in present:
             return [f"{stem}.{suffix}"]
         shards = [n for n in present if re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{suffix}", n)]

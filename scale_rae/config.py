@@ -36,6 +36,7 @@ class ScaleRAEConfig:
     base_dim: int
     tied_embeddings: bool
     max_length: int  # tokens of one conversation
+    vae: str | None = None  # where a FLUX-VAE-aligned checkpoint's VAE is found; such a one cannot read its own latents
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,8 +124,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
     if model_type != MODEL_TYPE:
         raise fields.fail("model_type", f"is {model_type!r}: not a Scale-RAE checkpoint, which has {MODEL_TYPE!r}")
     loss = fields.choice("vision_loss", ("diffusion-loss", "ddt-loss"))
-    if tower := fields.get("generation_alignment_tower", str, None):
-        raise fields.fail("generation_alignment_tower", f"is {tower!r}: FLUX-VAE-aligned models are not supported yet")
+    vae = fields.get("generation_alignment_tower", str, None) or None
     fields.choice("vision_loss_mode", ("query",))
     fields.choice("dit_cls", ("DiT",), "DiT")
     fields.choice("mm_vision_select_feature", ("patch",), "patch")
@@ -144,6 +144,11 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
     if not match:
         raise fields.fail("mm_projector_type", f"{projector!r} is not supported (supported: linear, mlpNx_gelu)")
     channels = fields.count("diffusion_model_channels", 1152)
+    if vae is not None and channels % 4:
+        raise fields.fail(
+            "diffusion_model_channels",
+            f"is {channels}; with a generation_alignment_tower it must be 4 times the channels of its VAE",
+        )
     z_channels = fields.count("diffusion_model_z_channels", 0, least=0)
     dropout = fields.get("diffusion_class_dropout_prob", (int, float), 0.1)
     if not 0 <= dropout <= 1:
@@ -167,6 +172,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
             fields.count("max_position_embeddings", 32768, most=1 << 30),
             fields.count("tokenizer_model_max_length", 1 << 30, most=1 << 200),  # transformers writes 1e30 for "any"
         ),
+        vae=vae,
     )
 
 

@@ -71,7 +71,8 @@ class LanguageModel(nn.Module):
         with torch.device("cpu"):  # also when all else is on "meta": its table is computed, not loaded
             self.model.rotary_emb = Qwen2RotaryEmbedding(config=qwen)
         self.model.latent_queries = nn.Parameter(torch.zeros(config.tokens, config.hidden_size))
-        self.model.mm_projector = _projector(config.channels, config.hidden_size, config.projector_depth)
+        if config.vae is None:  # else it is of no use: it takes the encoder's latents, which are not those drawn
+            self.model.mm_projector = _projector(config.channels, config.hidden_size, config.projector_depth)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.condition_projector:
             self.diff_head_projector = nn.Linear(config.hidden_size, config.dit.condition_width)

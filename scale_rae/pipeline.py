@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, overload
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from scale_rae import flow
-from scale_rae.checkpoint import Source, TensorReader, fill, find, weight_files
+from scale_rae.checkpoint import Source, TensorReader, fill, find, vae_folder, weight_files
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
 from scale_rae.dit import DiT, flops
@@ -30,6 +30,9 @@ from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents
 from scale_rae.speed import Captures, FastDiT, Speed, attention_kernels
+
+if TYPE_CHECKING:
+    from scale_rae.vae import VaeDecoder
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
@@ -169,7 +172,7 @@ class ScaleRAE:
         self._drawn = Counter[int]()  # so far, by size of batch
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
-        self._decoder: PixelDecoder | None = None
+        self._decoder: PixelDecoder | VaeDecoder | None = None
         self.encoder_source: Source | None = None
         self.decoder_source: Source | None = None
 
@@ -189,7 +192,8 @@ class ScaleRAE:
 
         The encoder and the pixel decoder load when first used. `decoder` None means: a folder `decoder` inside or
         beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
-        `progress(what, done, total)` counts bytes of weights. `compile` ("auto", "on", "off") and `quantize` (None, "fp8")
+        A FLUX-VAE-aligned checkpoint takes a VAE for decoder: a folder `vae` inside or beside its own, else the one its
+        config.json names. `progress(what, done, total)` counts bytes of weights. `compile` ("auto", "on", "off") and `quantize` (None, "fp8")
         are those of `Speed`.
 
         Raises:
@@ -221,7 +225,7 @@ class ScaleRAE:
                 torch_dtype,
                 torch_device,
                 keep_float32=_keeps_float32,
-                ignore=_is_computed,
+                ignore=_is_computed if config.vae is None else _is_not_read,
                 progress=(lambda done, total: progress("model", done, total)) if progress else None,
             )
             return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device, speed)
@@ -236,7 +240,7 @@ class ScaleRAE:
             self._encoder = Encoder(
                 self.encoder_source.folder, self.config.tokens, self.config.encoder_layer, self.dtype, self.device
             )
-            if self._encoder.channels != self.config.channels:
+            if self._encoder.channels != self.config.channels and self.config.vae is None:
                 raise ConfigError(
                     f"{self.encoder_source.folder}: the encoder's hidden_size is {self._encoder.channels}, but the "
                     f"model's latents have {self.config.channels} channels (diffusion_model_channels)"
@@ -244,11 +248,16 @@ class ScaleRAE:
         return self._encoder
 
     @property
-    def decoder(self) -> PixelDecoder:
-        """The pixel decoder."""
+    def decoder(self) -> PixelDecoder | VaeDecoder:
+        """The pixel decoder: the autoencoder's own or, of a FLUX-VAE-aligned checkpoint, the VAE's (extra `vae`)."""
         if self._decoder is None:
             self.decoder_source = self._find_decoder()
             folder = self.decoder_source.folder
+            if self.config.vae is not None:
+                from scale_rae.vae import load_vae
+
+                self._decoder = load_vae(folder, self.config.channels, self.dtype, self.device)
+                return self._decoder
             if not (folder / "model.pt").is_file():
                 raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and model.pt")
             reader = TensorReader([folder / "model.pt"])
@@ -266,13 +275,36 @@ class ScaleRAE:
             self._decoder = decoder
         return self._decoder
 
+    @property
+    def image_size(self) -> int:
+        """Pixels along each edge of a decoded picture; loads the decoder."""
+        decoder = self.decoder
+        return decoder.config.image if isinstance(decoder, PixelDecoder) else decoder.image_size(self.config.tokens)
+
     def _find_decoder(self) -> Source:
+        if self.config.vae is not None:
+            return self._find_vae(self.config.vae)
         if self._decoder_name:
             return find(self._decoder_name, "decoder", self.source.folder)
         for folder in (self.source.folder / "decoder", self.source.folder.parent / "decoder"):
             if folder.is_dir():
                 return Source("decoder", folder, own=True)
         return find(PUBLISHED_DECODERS["dinov2" if self.encoder.kind == "dinov2" else "siglip"], "decoder")
+
+    def _find_vae(self, named: str) -> Source:
+        here = self.source.folder
+        places = [] if self._decoder_name else [here / "vae", here.parent / "vae"]
+        source = next((Source("vae", folder, own=True) for folder in places if folder.is_dir()), None)
+        source = source or find(self._decoder_name or named, "VAE", here)
+        return replace(source, folder=vae_folder(source.folder))
+
+    def _pixel_scale(self) -> tuple[list[float], list[float]]:
+        """(mean, std) that the decoder's pixels are normalised by."""
+        if self.config.vae is not None:
+            from scale_rae.vae import MEAN, STD
+
+            return MEAN, STD
+        return self.encoder.image_mean, self.encoder.image_std
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
@@ -365,6 +397,7 @@ class ScaleRAE:
         if latents is None:
             conversations = [Conversation(self.tokenizer.chat(m)) for m in messages]
         else:
+            self.check_reads()
             if len(latents) != len(messages):
                 raise InputError(f"{len(messages)} messages but {len(latents)} latents: give one each")
             conversations = [
@@ -483,21 +516,35 @@ class ScaleRAE:
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
         """Pictures of latents [L, C]."""
         checked = [self.check_latent(latent) for latent in latents]
-        decoder, encoder = self.decoder, self.encoder
+        decoder, (mean, std) = self.decoder, self._pixel_scale()
 
         def draw(start: int, stop: int) -> list[Image.Image]:
             batch = torch.stack(checked[start:stop]).to(self.device, self.dtype)
             with attention_kernels(self.device):
                 pixels = self._decodes.run(len(batch), decoder, batch)
-            pixels = to_uint8(pixels, encoder.image_mean, encoder.image_std)
+            pixels = to_uint8(pixels, mean, std)
             return [Image.fromarray(array) for array in pixels.cpu().numpy()]
 
         return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
 
     # --- looking -------------------------------------------------------------------------------------------------
 
+    def check_reads(self) -> None:
+        """Raises ConfigError for a checkpoint that draws latents it cannot read, as FLUX-VAE-aligned ones do."""
+        if self.config.vae is not None:
+            raise ConfigError(
+                f"{self.source.folder / 'config.json'}: generation_alignment_tower is {self.config.vae!r}: this checkpoint "
+                f"draws latents of a VAE, whose {self.config.channels} channels do not fit its language model; it can draw "
+                "and decode, not read, answer or judge"
+            )
+
     def encode(self, images: Sequence[Image.Image], batch_size: int = 32) -> list[Tensor]:
-        """Latents [L, C] of pictures."""
+        """Latents [L, C] of pictures.
+
+        Raises:
+            ConfigError: for a FLUX-VAE-aligned checkpoint, whose latents are others than its encoder's.
+        """
+        self.check_reads()
 
         def encode(start: int, stop: int) -> list[Tensor]:
             return self._encode(self.encoder.preprocess([to_rgb(image) for image in images[start:stop]]))
@@ -560,6 +607,7 @@ class ScaleRAE:
         `request` is the message that asks for the drawing (default: the prompt itself), `request_reply` the model's
         reply to it if it is known already; `question` a template with `{prompt}`.
         """
+        self.check_reads()
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
@@ -691,6 +739,11 @@ def _read_norm_stats(
 def _keeps_float32(name: str) -> bool:
     """The time embedding and the DiT's norm gains stay float32 (Qwen2's norms compute in float32 by themselves)."""
     return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)
+
+
+def _is_not_read(name: str) -> bool:
+    """Of a FLUX-VAE-aligned checkpoint also the projector, which takes latents of the encoder's width."""
+    return _is_computed(name) or name.startswith("model.mm_projector.")
 
 
 def _is_computed(name: str) -> bool:

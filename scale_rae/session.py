@@ -77,7 +77,9 @@ class Session:
             if bars is not None:
                 bars.stop()
         self._identify("model", self.model.source)
-        if encoder or decoder:
+        if encoder:
+            self.model.check_reads()
+        if encoder or (decoder and self.model.config.vae is None):
             _ = self.model.encoder  # decoding undoes the encoder's pixel normalisation
         if encoder:
             _ = self.model.encoder.model

@@ -21,6 +21,7 @@ from tests.fake_hub import FakeHub, Repo
 
 MODEL, ENCODER, DECODER = "some-lab/drawer", "google/siglip2-base-patch14-224", "nyu-visionx/siglip2_decoder"
 CONFIG = b'{"model_type": "x"}'
+VAE = "diffusion_pytorch_model.safetensors"
 PARTS = [  # a model with its encoder and decoder, and what training left behind
     *("config.json", "model.safetensors", "decoder/config.json", "decoder/model.pt"),
     *("eye/config.json", "eye/preprocessor_config.json", "eye/model.safetensors"),
@@ -103,6 +104,8 @@ def test_draws_with_everything_from_the_hub(hub: FakeHub, checkpoints: dict[str,
             ["model-00001-of-00001.safetensors", "model.safetensors.index.json"],
         ),
         (["config.json", "model.pt", "model.safetensors"], "decoder", ["config.json", "model.pt"]),
+        (["config.json", VAE, "flux1-dev.safetensors"], "VAE", ["config.json", VAE]),
+        (["transformer/config.json", "vae/config.json", f"vae/{VAE}"], "VAE", ["vae/config.json", f"vae/{VAE}"]),
         (PARTS, "model", [name for name in PARTS if not name.startswith("checkpoint-9")]),
     ],
 )

@@ -86,11 +86,6 @@ def test_unsupported_parts_are_named(copy: Path, field: str, value: str) -> None
     assert f"{field} {value!r} is not supported (supported: " in text
 
 
-def test_flux_vae_models_are_refused(copy: Path) -> None:
-    change_config(copy, generation_alignment_tower="black-forest-labs/FLUX.1-dev")
-    assert "generation_alignment_tower" in refusal(lambda: load(copy), ConfigError)
-
-
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 

@@ -82,6 +82,8 @@ def send(
         InputError: before anything is drawn, for messages longer than the model reads.
     """
     model = session.model
+    if post_qa is not None or any(message.latent is not None for message in messages):
+        model.check_reads()
     _check_lengths(model, messages)
     seeds = [_seeds(message, sampling) for message in messages]
     batch_size = sampling.batch_size or (8 if model.device.type == "cpu" else 32)

@@ -111,7 +111,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         if best_of < body.n:
             raise _invalid("best_of", f"must be at least n, which is {body.n}")
         _check_text(body.prompt, len(body.prompt), "prompt", limits)
-        side = engine.model.decoder.config.image
+        side = engine.model.image_size
         size = f"{side}x{side}"
         if body.size not in ("auto", size):
             raise _invalid("size", f'this model draws "{size}"; give that or "auto"')

@@ -45,7 +45,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
         assert get(url + "/v1/models")[0] == 401
         assert json.loads(get(url + "/v1/models", key)[1])["data"][0]["id"] == "shapes"
         running = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150, "seed": 3}, key)
-        while b"stage_seconds_count{stage=\"reply\"} 1.0" not in get(url + "/metrics", key)[1]:
+        while b'stage_seconds_count{stage="reply"} 1.0' not in get(url + "/metrics", key)[1]:
             time.sleep(0.01)
         waiting = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150}, key)
         while b"requests_waiting 1.0" not in get(url + "/metrics", key)[1]:

@@ -1,0 +1,94 @@
+"""Latent [L, C] -> pixels through FLUX's VAE, for checkpoints whose latents are aligned with it (REFERENCE §8).
+
+Needs the extra `vae`: the network is diffusers' AutoencoderKL, of which only the decoder is loaded.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scale_rae.checkpoint import TensorReader, fill, weight_files
+from scale_rae.config import read_json
+from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
+
+PATCH = 2  # a token holds this many of the VAE's latents along each edge
+MEAN = STD = [0.5, 0.5, 0.5]  # what takes the VAE's pixels from [-1, 1] to [0, 1]
+
+
+class VaeDecoder(nn.Module):
+    """latents [B, L, C] -> pixels [B, 3, H, W], -1 black and 1 white."""
+
+    def __init__(self, vae: Any, scaling: float, shift: float) -> None:
+        super().__init__()
+        self.vae, self.scaling, self.shift = vae, scaling, shift
+
+    def forward(self, latents: Tensor) -> Tensor:
+        z = unfolded(latents) / self.scaling + self.shift
+        return self.vae.decode(z.to(self.vae.dtype)).sample  # type: ignore[no-any-return]
+
+    def image_size(self, tokens: int) -> int:
+        """Pixels along each edge of the picture of L = `tokens`: every level of the VAE but the last doubles its latents' edge."""
+        levels = len(self.vae.config.block_out_channels)
+        return math.isqrt(tokens) * PATCH << (levels - 1)
+
+
+def unfolded(latents: Tensor) -> Tensor:
+    """[B, L, 4 c] -> [B, c, 2 √L, 2 √L]; a token's channels are (channel, row, column), as FLUX packs them."""
+    side = math.isqrt(latents.shape[1])
+    return F.pixel_shuffle(latents.transpose(1, 2).reshape(len(latents), -1, side, side), PATCH)
+
+
+def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.device) -> VaeDecoder:
+    """The decoder of the VAE in `folder`, in diffusers' layout, for latents of C = `channels`.
+
+    Raises:
+        ScaleRAEError: naming the extra, when diffusers is not installed.
+        ConfigError, CheckpointError: naming the file and what is wrong with it.
+    """
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as e:
+        raise ScaleRAEError(
+            f"{folder}: this checkpoint's pixels are made by a VAE of diffusers, which cannot be imported ({e}); "
+            'install the extra: pip install "scale-rae[vae]"'
+        ) from e
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise ConfigError(f"{path}: _class_name {raw['_class_name']!r} is not supported (supported: AutoencoderKL)")
+    count = raw.get("latent_channels")
+    if not isinstance(count, int) or count * PATCH**2 != channels:
+        raise ConfigError(
+            f"{path}: latent_channels is {count!r}; the model's latents of {channels} channels "
+            f"(diffusion_model_channels) hold {channels / PATCH**2:g} in each of {PATCH} x {PATCH} places"
+        )
+    scaling, shift = (_number(raw, name, path) for name in ("scaling_factor", "shift_factor"))
+    if scaling == 0:
+        raise ConfigError(f"{path}: scaling_factor is 0; latents are divided by it")
+    sizes = {name: value for name, value in raw.items() if not name.startswith("_")}
+    try:
+        with torch.device("meta"):
+            vae = AutoencoderKL.from_config(sizes | {"use_quant_conv": False, "use_post_quant_conv": False})
+    except Exception as e:  # the library's many ways to refuse a value
+        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise ConfigError(f"{path}: not a usable VAE config ({reason})") from e
+    del vae.encoder
+    files = weight_files(folder)
+    reader = TensorReader(files)
+    if any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in reader.tensors):
+        raise CheckpointError(f"{files[0]}: has quant convolutions, which VAEs of 16 channels like FLUX's do without")
+    fill({"": vae}, reader, dtype, device, ignore=lambda name: name.startswith("encoder."))
+    return VaeDecoder(vae.eval(), scaling, shift)
+
+
+def _number(raw: dict[str, Any], name: str, path: Path) -> float:
+    value = raw.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ConfigError(f"{path}: {name} is {value!r}; a FLUX VAE needs a number there")
+    return float(value)
