@@ -151,7 +151,7 @@ def command(
     on_ray = launcher == "ray"
     for given, name in ((device, "--device"), (devices, "--devices")):
         if on_ray and given is not None:
-            raise typer.BadParameter("Ray gives each worker its device; not with --launcher ray", param_hint=[name])
+            raise typer.BadParameter("not with --launcher ray, which gives each worker its own", param_hint=[name])
     for number, name in ((num_cpus_per_worker, "--num-cpus-per-worker"), (num_workers, "--num-workers")):
         if not on_ray and number is not None:
             raise typer.BadParameter("only with --launcher ray", param_hint=[name])

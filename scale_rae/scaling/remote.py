@@ -60,7 +60,13 @@ def is_remote(folder: Path) -> bool:
 
 def put(path: Any, data: bytes) -> None:
     """Writes an object."""
-    path.fs.pipe_file(path.path, data)
+    try:
+        path.fs.pipe_file(path.path, data)
+    except FileNotFoundError:
+        if not path.parents[-1].exists():
+            raise  # a bucket is not made for a slip of the pen
+        path.fs.makedirs(path.parent.path, exist_ok=True)  # one of the stores that have real folders
+        path.fs.pipe_file(path.path, data)
 
 
 def put_time(path: Any) -> int:
