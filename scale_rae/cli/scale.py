@@ -38,8 +38,13 @@ def command(
         ),
     ],
     output_dir: Annotated[
-        Path, typer.Option(help="Folder for results; an experiment in it goes on.", rich_help_panel=SCALING)
-    ] = Path("scaling_outputs"),
+        str,
+        typer.Option(
+            metavar="PATH",
+            help="Folder for results; an experiment in it goes on. With --launcher ray also one in a store: s3://…, gs://….",
+            rich_help_panel=SCALING,
+        ),
+    ] = "scaling_outputs",
     n_samples: Annotated[int, typer.Option(help="Images to keep of each prompt.", rich_help_panel=SCALING)] = 4,
     scaling_rounds: Annotated[
         int, typer.Option(help="Rounds: n-samples times as many images are drawn.", rich_help_panel=SCALING)
@@ -100,6 +105,25 @@ def command(
             rich_help_panel=WORKERS,
         ),
     ] = None,
+    launcher: Annotated[
+        str,
+        typer.Option(
+            callback=o.one_of("local", "ray"),
+            help="local: workers on this machine, or the processes of torchrun or srun; ray: workers on a Ray cluster.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = "local",
+    num_cpus_per_worker: Annotated[
+        int | None,
+        typer.Option(help="Ray: workers that use so many CPUs each, instead of a GPU.", rich_help_panel=WORKERS),
+    ] = None,
+    num_workers: Annotated[
+        int | None,
+        typer.Option(
+            help="Ray: how many workers. Default: as many as the cluster has room for, at any time.",
+            rich_help_panel=WORKERS,
+        ),
+    ] = None,
     seed: o.Seed = 42,
     guidance_level: o.GuidanceLevel = 1.0,
     guidance_interval: o.GuidanceInterval = None,
@@ -124,6 +148,13 @@ def command(
     """
     if devices is not None and device is not None:
         raise typer.BadParameter("give one of them", param_hint=["--device", "--devices"])
+    on_ray = launcher == "ray"
+    for given, name in ((device, "--device"), (devices, "--devices")):
+        if on_ray and given is not None:
+            raise typer.BadParameter("not with --launcher ray, which gives each worker its own", param_hint=[name])
+    for number, name in ((num_cpus_per_worker, "--num-cpus-per-worker"), (num_workers, "--num-workers")):
+        if not on_ray and number is not None:
+            raise typer.BadParameter("only with --launcher ray", param_hint=[name])
     if post_qa_prompt is not None and post_qa_template_path is not None:
         raise typer.BadParameter("give one of them", param_hint=["--post-qa-prompt", "--post-qa-template-path"])
     if limit is not None and limit < 1:
@@ -133,12 +164,21 @@ def command(
         raise InputError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
     question, question_name = _question(post_qa_prompt, post_qa_template_path)
     prompts = read_prompts(metadata_file)
-    check_folder(output_dir)
 
     bars = Bars()
     with bars.waiting("starting"):
         from scale_rae.scaling.experiment import Settings
         from scale_rae.scaling.launch import World, default_devices, run
+        from scale_rae.scaling.ray_launch import Cluster, check_installed
+        from scale_rae.scaling.remote import is_remote, results_folder
+    cluster = None
+    if on_ray:
+        check_installed()
+        cluster = Cluster(num_cpus_per_worker, num_workers)
+        cluster.check()
+    folder = results_folder(output_dir)
+    if not is_remote(folder):
+        check_folder(folder)
     world = World.from_environment()
     if "{prompt}" not in question:
         typer.echo(f"note: no {{prompt}} in the question {question!r}: the prompt is put at its end", err=True)
@@ -173,13 +213,14 @@ def command(
         outcome = run(
             settings,
             prompts,
-            output_dir,
-            names if names is not None else default_devices(device),
+            folder,
+            [None] if on_ray else names if names is not None else default_devices(device),
             limit,
             display,
             world,
             bars if world.rank == 0 else None,
             debug,
+            cluster,
         )
     finally:
         bars.stop()

@@ -9,19 +9,24 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import scale_rae
 from scale_rae.errors import InputError, OutputError, ScaleRAEError
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings, describe, setting_differences
+from scale_rae.scaling.ray_launch import Cluster
+from scale_rae.scaling.remote import is_remote
 from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import Listener, Order, encode_order, work
 
 _LOOK = 1.0  # seconds between looks at the folder that a launcher's processes share
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     from scale_rae.session import LoadingBar
@@ -90,6 +95,7 @@ def run(
     world: World | None = None,
     bars: LoadingBar | None = None,
     debug: bool = False,
+    cluster: Cluster | None = None,
 ) -> Outcome:
     """Draws and judges whatever of an experiment is missing.
 
@@ -98,9 +104,10 @@ def run(
         limit: only the first so many prompts.
         listen: called with events (dicts) as things happen: plan, loaded, images, prompt, failed, say. Of a launcher's
             processes, that of rank 0 hears of what all of them draw, the others of nothing but say.
+        cluster: whose workers draw, instead of those on `devices`.
 
     Raises:
-        InputError: when the folder holds an experiment with other settings.
+        InputError: when the folder holds an experiment with other settings, or is in a store and there is no cluster.
         OutputError: when another run has the folder, or something cannot be written; what is finished is kept.
         ScaleRAEError: when a model or reward cannot be loaded.
     """
@@ -115,7 +122,14 @@ def run(
     world = world or World()
     if world.size > 1:
         devices = [devices[world.local_rank % len(devices)]]
-    for device in devices:
+    if cluster is not None and world.size > 1:
+        raise InputError(f"--launcher ray: to be started once, not in {world.size} processes of torchrun or srun")
+    if cluster is None and is_remote(output_dir):
+        raise InputError(
+            f"--output-dir {output_dir}: a store has no locks, by which workers that were launched so share prompts; "
+            "use --launcher ray, on one machine too"
+        )
+    for device in devices if cluster is None else ():  # a cluster's are known to its workers only
         place = pick_device(device)
         pick_dtype(settings.dtype, place)
         if settings.quantize is not None:
@@ -133,20 +147,25 @@ def run(
             )
         chosen = list(prompts[:limit])
         todo = []
-        for prompt in chosen:
-            finished, problems = store.check(prompt)
+        untouched = store.remote and recorded is None  # nothing there: spares the requests of looking
+        for prompt, (finished, problems) in _each(store.check, chosen) if not untouched else ():
             if world.rank == 0:
                 for problem in problems:
                     listen({"event": "say", "text": f"{problem}; made again"})
             if not finished:
                 todo.append(prompt)
+        todo = chosen if untouched else todo
         plan = {"todo": len(todo), "finished": len(chosen) - len(todo), "each": settings.total, "workers": len(devices)}
         listen({"event": "plan", **plan})
         counter = _Counter(listen)
         stages: dict[str, float] = {}
         if todo:
-            failed_before = {p.index: f[0] for p in todo if (f := store.failure(p.index)) is not None}
-            if len(devices) > 1:
+            failures = _each(lambda p: store.failure(p.index), todo) if not untouched else ()
+            failed_before = {p.index: failure[0] for p, failure in failures if failure is not None}
+            if cluster is not None:
+                order = Order(0, None, todo, [], description, failed_before, debug)
+                stages = cluster.draw(store, settings, order, counter, lock)
+            elif len(devices) > 1:
                 orders = [
                     Order(
                         rank,
@@ -172,11 +191,10 @@ def run(
         end = time.perf_counter()
         working = end - (counter.since or end)
         outcome = Outcome(store.folder, len(chosen), counter.images, {}, [], end - start, working, stages)
-        for prompt in todo:
-            failure = store.failure(prompt.index)
+        for prompt, (failure, is_there) in _each(lambda p: (store.failure(p.index), store.has_record(p.index)), todo):
             if failure is not None:
                 outcome.failed[prompt.index] = failure[1]
-            elif not (store.prompt_folder(prompt.index) / "metadata.jsonl").is_file():
+            elif not is_there:
                 outcome.unfinished.append(prompt.index)
         if world.rank == 0 and todo:
             before = (recorded or {}).get("seconds") or {}
@@ -191,6 +209,14 @@ def run(
         return outcome
     finally:
         lock.close()
+
+
+def _each(look: Callable[[PromptRecord], T], prompts: Sequence[PromptRecord]) -> Iterator[tuple[PromptRecord, T]]:
+    """What `look` says of each prompt, in order; many at once, since files may be far away."""
+    with ThreadPoolExecutor(32) as pool:
+        for i in range(0, len(prompts), 1024):
+            some = prompts[i : i + 1024]
+            yield from zip(some, pool.map(look, some), strict=True)
 
 
 def _only_say(listen: Listener) -> Listener:

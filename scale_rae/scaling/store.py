@@ -10,6 +10,9 @@
 
 A batch is finished when its record is there and every file it names has the recorded SHA-256. That is all that resuming
 needs to know: metadata.jsonl is a function of the batches. Locks are flock's, so they end with the process, however that ends.
+
+In an object store there is no .work/tmp and .work/locks, and .work/run.json is a lease (remote.py). There files are only looked
+for, not read again: the store answers for what it took.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
+import io
 import json
 import os
 import socket
@@ -29,6 +33,7 @@ from typing import IO, Any
 from scale_rae.errors import InputError, OutputError
 from scale_rae.outputs import dump_json
 from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling import remote
 from scale_rae.scaling.experiment import Settings, prompt_record
 
 _LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
@@ -63,6 +68,7 @@ class Store:
 
     def __init__(self, folder: Path, settings: Settings, writer: str = "w0") -> None:
         self.folder, self.settings = folder, settings
+        self.remote = remote.is_remote(folder)
         self._work = folder / ".work"
         self._temporary = self._work / "tmp" / writer
 
@@ -76,6 +82,8 @@ class Store:
 
     def make_folders(self) -> None:
         """Makes the experiment's folder and those that are not a prompt's."""
+        if self.remote:
+            return  # a store has none
         with self._disk_errors(self.folder):
             for folder in (self._work / "batches", self._work / "locks", self._work / "tmp", self.folder / "logs"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -87,6 +95,9 @@ class Store:
             OutputError: naming the file, when it cannot be written.
         """
         with self._disk_errors(path):
+            if self.remote:
+                remote.put(path, data)
+                return
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 with self._temporary.open("wb") as file:
@@ -102,9 +113,11 @@ class Store:
     def _disk_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except OSError as e:
+        except Exception as e:
+            if not (self.remote or isinstance(e, OSError)):  # every store has errors of its own
+                raise
             raise OutputError(
-                f"{path}: cannot be written ({e.strerror or e}); make room or permission there and start again: "
+                f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or permission there and start again: "
                 "what is finished is kept"
             ) from e
 
@@ -134,6 +147,9 @@ class Store:
     def claim(self, description: dict[str, Any]) -> dict[str, Any]:
         """Writes experiment.json unless another worker was first; returns what it says then."""
         path = self.folder / "experiment.json"
+        if self.remote:  # its launcher sees to it that only one worker is here
+            self.update_experiment(description)
+            return self.read_experiment() or {}
         mine = self._temporary.with_suffix(".claim")
         with self._disk_errors(path):
             mine.write_bytes((dump_json(description, indent=2) + "\n").encode())
@@ -171,6 +187,7 @@ class Store:
         batches: list[Batch] = []
         problems: list[str] = []
         samples, covered = self.prompt_folder(index) / "samples", set[int]()
+        stored = {path.name for path in samples.glob("*")} if self.remote else None
         for path in sorted((self._work / "batches" / f"{index:05}").glob("*.json")):
             try:
                 batch = Batch(**json.loads(path.read_bytes().decode()))
@@ -179,7 +196,11 @@ class Store:
             except (OSError, ValueError, TypeError, IndexError, AttributeError, RecursionError):
                 problems.append(f"{path}: damaged")
                 continue
-            bad = [problem for name, sha in batch.files.items() if (problem := _file_problem(samples / name, sha))]
+            bad = [
+                problem
+                for name, sha in batch.files.items()
+                if (problem := _file_problem(samples / name, sha if stored is None else name in stored))
+            ]
             problems += bad
             if not bad and in_order and complete and covered.isdisjoint(batch.samples):
                 batches.append(batch)
@@ -228,6 +249,17 @@ class Store:
             return False, problems or [f"{path}: belongs to images that are not there"]
         return found == expected, problems if found == expected else [*problems, f"{path}: damaged"]
 
+    def has_record(self, index: int) -> bool:
+        """Whether a prompt's metadata.jsonl is there, whatever is in it."""
+        return (self.prompt_folder(index) / "metadata.jsonl").is_file()
+
+    def holder(self) -> str:
+        """Who has the run's lock, as written in the folder; empty where that cannot be read."""
+        try:
+            return (self._work / "holder").read_text().strip()
+        except OSError:
+            return ""
+
     def answers(self, index: int) -> list[str]:
         """The model's answers about a finished prompt's images; none when its record has gone since."""
         try:
@@ -262,7 +294,8 @@ class Store:
         """A failed prompt's time of failure (ns) and error."""
         path = self.prompt_folder(index) / "error.json"
         try:
-            return path.stat().st_mtime_ns, str(json.loads(path.read_bytes())["error"])
+            time_of_failure = remote.put_time(path) if self.remote else path.stat().st_mtime_ns
+            return time_of_failure, str(json.loads(path.read_bytes())["error"])
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError):
@@ -278,6 +311,8 @@ class Store:
         Raises:
             OutputError: when another run has it.
         """
+        if self.remote:
+            return RunLock([], remote.Lease(self._work / "run.json"))
         self.make_folders()
         wanted = [(self._work / "run.lock", fcntl.LOCK_SH if world_size > 1 else fcntl.LOCK_EX)]
         if world_size > 1:
@@ -287,10 +322,7 @@ class Store:
             file = self._lock(path, kind, _LOCK_WAIT)
             if file is None:
                 lock.close()
-                try:
-                    holder = (self._work / "holder").read_text().strip()
-                except OSError:
-                    holder = "another process"
+                holder = self.holder() or "another process"
                 raise OutputError(
                     f"{self.folder}: {holder} is at work here; wait for it, or choose another --output-dir"
                 )
@@ -301,6 +333,8 @@ class Store:
 
     def lock_prompt(self, index: int) -> IO[str] | None:
         """A prompt's lock, held until the file is closed; None when another worker has it."""
+        if self.remote:
+            return io.StringIO()  # its launcher gives a prompt to one worker only
         return self._lock(self._work / "locks" / f"{index:05}", fcntl.LOCK_EX, 0.0)
 
     def _lock(self, path: Path, kind: int, patience: float) -> IO[str] | None:
@@ -324,10 +358,17 @@ class Store:
 class RunLock:
     """The locks that keep other runs out of a folder, held until closed here and in every process that `files` went to."""
 
-    def __init__(self, files: list[IO[str]]) -> None:
-        self.files = files
+    def __init__(self, files: list[IO[str]], lease: remote.Lease | None = None) -> None:
+        self.files, self._lease = files, lease
+
+    def check(self) -> None:
+        """Raises OutputError when the folder has been lost to another run."""
+        if self._lease is not None:
+            self._lease.check()
 
     def close(self) -> None:
+        if self._lease is not None:
+            self._lease.close()
         for file in self.files:
             file.close()
 
@@ -337,7 +378,10 @@ class RunLock:
         self.close()
 
 
-def _file_problem(path: Path, sha: str) -> str | None:
+def _file_problem(path: Path, sha: str | bool) -> str | None:
+    """What is wrong with a file that should have that SHA-256, or of which it is known whether it is there."""
+    if isinstance(sha, bool):
+        return None if sha else f"{path}: missing"
     try:
         data = path.read_bytes()
     except FileNotFoundError:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 Listener = Callable[[dict[str, Any]], None]
 
 SPARE = 0.1  # share of a GPU's memory that `--batch-size auto` leaves free: prompts differ in length
-_PATIENCE = 0.5  # seconds between looks at prompts that other workers are at
+PATIENCE = 0.5  # seconds between looks at prompts that other workers are at
 
 
 @dataclass
@@ -65,11 +65,30 @@ def work(
     Raises:
         ScaleRAEError: when model or reward cannot be loaded or are not the experiment's, or a result not written.
     """
+    with loaded(store, settings, order, listen, bars) as worker:
+        others_have = [p for p in (*order.own, *reversed(order.others)) if not worker.attempt(p)]
+        if others_have:
+            worker.log(f"waiting for {len(others_have)} prompts that other workers are at")
+        while others_have := [p for p in others_have if not worker.attempt(p)]:
+            time.sleep(PATIENCE)  # should their worker die, their locks are free
+    worker.log("done")
+    return worker.seconds
+
+
+@contextlib.contextmanager
+def loaded(
+    store: Store, settings: Settings, order: Order, listen: Listener, bars: LoadingBar | None = None
+) -> Iterator[Worker]:
+    """A worker whose models are loaded and are the experiment's.
+
+    Raises:
+        ScaleRAEError: when model or reward cannot be loaded, or are not the experiment's.
+    """
     from scale_rae.session import ModelChoice, Session
 
     store.make_folders()
     log = _Log(store, order.rank)
-    log(f"process {os.getpid()}, device {order.device or 'default'}, {len(order.own)} prompts")
+    log(f"process {os.getpid()}, device {order.device or 'default'}")
     start = time.perf_counter()
     choice = ModelChoice(
         settings.model_path,
@@ -87,7 +106,7 @@ def work(
         from scale_rae.rewards import load_reward
 
         reward = load_reward(settings.reward, session.model, settings.reward_path)
-    worker = _Worker(store, settings, session.model, reward, order, listen, log)
+    worker = Worker(store, settings, session.model, reward, order, listen, log)
     worker.batch_size = worker.fits = _join_experiment(store, settings, order, session, reward, listen, worker.measure)
     # All of the experiment's, whoever draws them: so that what is compiled doesn't depend on that.
     session.model.expect(order.description["prompts"]["count"] * settings.total)
@@ -96,16 +115,10 @@ def work(
     listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
     with _threads(session.model) as worker.artists, ThreadPoolExecutor(4) as worker.encoders:
         try:
-            others_have = [p for p in (*order.own, *reversed(order.others)) if not worker.attempt(p)]
-            if others_have:
-                log(f"waiting for {len(others_have)} prompts that other workers are at")
-            while others_have := [p for p in others_have if not worker.attempt(p)]:
-                time.sleep(_PATIENCE)  # should their worker die, their locks are free
+            yield worker
         except BaseException:
             worker.stopped.set()
             raise
-    log("done")
-    return worker.seconds
 
 
 def _join_experiment(
@@ -233,17 +246,26 @@ def release_memory(model: ScaleRAE) -> None:
 
 
 class _Log:
-    """A worker's log file, opened anew for each line, so that nothing is lost and a full disk does no more harm."""
+    """A worker's log file, opened anew for each line, so that nothing is lost and a full disk does no more harm.
+
+    To an object in a store nothing can be added: there, lines go to stderr, which Ray keeps.
+    """
 
     def __init__(self, store: Store, rank: int) -> None:
         self._path = store.log_file(rank)
+        self._to_stderr = store.remote
 
     def __call__(self, text: str) -> None:
+        if self._to_stderr:
+            print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)
+            return
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
-class _Worker:
+class Worker:
+    """Loaded models that draw a prompt at a time; see `loaded`."""
+
     def __init__(
         self,
         store: Store,

@@ -1,0 +1,157 @@
+"""Results in an object store (s3://, gs://, whatever fsspec knows), which has neither renaming nor locks.
+
+What a store does have is enough: a put is whole or nothing, and what was put is what is read next. So files need no temporary
+name, and a batch's record, put after its files, says that they are there. What a lock does for a folder, a lease does here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any, cast
+
+from scale_rae.errors import InputError, OutputError
+from scale_rae.outputs import dump_json
+
+BEAT = 10.0  # seconds between a run's signs of life
+SILENCE = 35.0  # without one, a run is taken for dead
+SETTLE = 2.0  # seconds for a put of another start, at the same moment, to arrive
+
+
+def results_folder(name: str) -> Path:
+    """The folder of that name: a local one, or for a URL one in a store.
+
+    A store's is no `pathlib.Path`, but has of its methods all that the results need.
+
+    Raises:
+        InputError: for a URL that nothing installed can open.
+    """
+    scheme, is_url, rest = name.partition("://")
+    if not is_url:
+        return Path(name)
+    if scheme == "file":
+        if not rest.startswith("/"):
+            raise InputError(f"{name}: a file's URL has three slashes and a full path, like file:///data/out")
+        return Path(rest)
+    try:
+        from upath import UPath
+    except ImportError as e:
+        raise InputError(f"{name}: results in a store need the ray extra: pip install 'scale-rae[ray]'") from e
+    try:
+        # What was listed once is not what is there now: other machines write.
+        folder = UPath(name.rstrip("/"), use_listings_cache=False)
+        _ = folder.fs
+    except ImportError as e:
+        raise InputError(f"{name}: {e} (with pip)") from e
+    except ValueError as e:
+        raise InputError(f"{name}: cannot be opened ({e})") from e
+    return cast(Path, folder)
+
+
+def is_remote(folder: Path) -> bool:
+    """Whether a folder is one in a store."""
+    return not isinstance(folder, Path)
+
+
+def put(path: Any, data: bytes) -> None:
+    """Writes an object."""
+    try:
+        path.fs.pipe_file(path.path, data)
+    except FileNotFoundError:
+        if not path.parents[-1].exists():
+            raise  # a bucket is not made for a slip of the pen
+        path.fs.makedirs(path.parent.path, exist_ok=True)  # one of the stores that have real folders
+        path.fs.pipe_file(path.path, data)
+
+
+def put_time(path: Any) -> int:
+    """When an object was written, ns."""
+    return int(path.fs.modified(path.path).timestamp() * 1e9)
+
+
+class Lease:
+    """Keeps other starts out of a folder in a store: an object with this run's name that changes every BEAT seconds.
+
+    A start that finds one watches it for SILENCE seconds; only if it does not change meanwhile is it put over. Of two that
+    put theirs at once the later wins, and the other sees it and stops. That is less than a lock: a run that is cut off from
+    the store for longer than SILENCE may draw alongside its successor until it is back and reads the lease. Nothing is
+    damaged by that, since both would put the same.
+
+    Raises:
+        OutputError: when another run is at work there, or the store refuses.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._who = f"process {os.getpid()} on {socket.gethostname()}"
+        self._id, self._beats = uuid.uuid4().hex, 0
+        self._lost = ""  # who has the folder instead
+        self._ended = threading.Event()
+        try:
+            before = self._read()
+            deadline = time.monotonic() + SILENCE
+            while before and time.monotonic() < deadline:
+                time.sleep(min(BEAT / 2, SILENCE))
+                now = self._read()
+                if now and now != before:
+                    raise self._refusal(now)
+                before = now
+            self._put()
+            time.sleep(SETTLE)
+            now = self._read()
+        except OutputError:
+            raise
+        except Exception as e:  # every store has errors of its own
+            raise OutputError(f"{path.parent.parent}: cannot be written to ({type(e).__name__}: {e})") from e
+        if now.get("run") != self._id:
+            raise self._refusal(now)
+        threading.Thread(target=self._keep, daemon=True).start()
+
+    def check(self) -> None:
+        """Raises OutputError when another run has taken the folder over."""
+        if self._lost:
+            raise OutputError(f"{self._path.parent.parent}: {self._lost} has taken over here; this run stops")
+
+    def close(self) -> None:
+        """Lets the next start in at once."""
+        self._ended.set()
+        try:
+            if self._read().get("run") == self._id:
+                self._path.unlink(missing_ok=True)
+        except Exception:
+            pass  # the next start will wait until it is sure
+
+    def _refusal(self, now: dict[str, Any]) -> OutputError:
+        who = now.get("who", "another process")
+        return OutputError(
+            f"{self._path.parent.parent}: {who} is at work here; wait for it, or choose another --output-dir"
+        )
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            value = json.loads(self._path.read_bytes())
+        except FileNotFoundError:
+            return {}
+        except ValueError:
+            return {"who": "a run whose name cannot be read"}
+        return value if isinstance(value, dict) else {}
+
+    def _put(self) -> None:
+        self._beats += 1
+        put(self._path, dump_json({"run": self._id, "who": self._who, "beat": self._beats}).encode())
+
+    def _keep(self) -> None:
+        while not self._ended.wait(BEAT):
+            try:
+                now = self._read()
+                if now and now.get("run") != self._id:
+                    self._lost = str(now.get("who", "another process"))
+                    return
+                self._put()
+            except Exception:
+                continue  # the store may be back at the next beat

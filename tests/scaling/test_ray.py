@@ -1,0 +1,268 @@
+"""The same experiment on a Ray cluster: the same bytes, whatever dies on the way."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from scale_rae.errors import InputError
+from scale_rae.promptfile import read_prompts
+from scale_rae.scaling import ray_launch, remote
+from scale_rae.scaling.experiment import Settings
+from scale_rae.scaling.launch import run
+from scale_rae.scaling.ray_launch import Cluster, _Actor, _Reply
+from scale_rae.scaling.store import Store
+from scale_rae.scaling.worker import Order
+from tests.scaling.conftest import NAME, QUICK, Scale, snapshot
+
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
+ROOT = Path(__file__).parents[2]
+ON_RAY = ["--launcher", "ray", "--num-cpus-per-worker", "1"]
+SETTINGS = Settings(
+    "prompts.jsonl", "shapes", n_samples=2, steps=2, solver="dpmpp_2m", reward=None, batch_size=2
+)  # QUICK's
+
+
+class Nodes:
+    """A cluster of processes on this machine: a head without CPUs, and nodes with one each."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster as RayCluster
+
+        self._options: dict[str, Any] = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
+        self.cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, **self._options})
+        self.nodes = [self.add(), self.add()]
+
+    def add(self) -> Any:
+        return self.cluster.add_node(num_cpus=1, **self._options)
+
+    def kill_node_of(self, pid: int) -> None:
+        """Kills the node on which a process is, with all its processes."""
+        parents = {p.pid for p in psutil.Process(pid).parents()}
+        (node,) = [n for n in self.nodes if n.all_processes["raylet"][0].process.pid in parents]
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=False)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # which has it keep to the loopback address
+        patch.setenv("RAY_health_check_period_ms", "500")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setattr(ray_launch, "LOOK", 0.1)
+        nodes = Nodes()
+        patch.setenv("RAY_ADDRESS", nodes.cluster.address)
+        yield nodes
+        nodes.cluster.shutdown()
+
+
+def draw(scale: Scale, listen: Callable[[dict[str, Any]], None] = lambda event: None, **cluster: int) -> Any:
+    """What the command does, with a listener of ours."""
+    return run(SETTINGS, read_prompts(scale.prompts), scale.out, [None], None, listen, cluster=Cluster(1, **cluster))
+
+
+def process(folder: Path, number: int) -> int:
+    """The process of a worker, from its log."""
+    found = re.search(r"process (\d+)", (folder / "logs" / f"worker-{number}.log").read_text())
+    assert found is not None
+    return int(found[1])
+
+
+@needs_ray
+def test_a_lost_node_is_replaced(scale: Scale, reference: dict[str, bytes], nodes: Nodes) -> None:
+    store = Store(scale.folder, SETTINGS)
+    store.make_folders()
+    held = [store.lock_prompt(index) for index in (2, 7)]  # as by another worker, so that these are not done too early
+    loaded: list[int] = []
+    said: list[str] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "say":
+            said.append(event["text"])
+        if event["event"] != "loaded":
+            return
+        loaded.append(event["rank"])
+        if len(loaded) == 2:
+            nodes.kill_node_of(process(scale.folder, loaded[0]))
+            nodes.nodes.append(nodes.add())
+        elif len(loaded) == 3:
+            for lock in held:
+                assert lock is not None
+                lock.close()
+
+    outcome = draw(scale, listen)
+    assert (outcome.failed, outcome.unfinished) == ({}, [])
+    assert outcome.drawn == 12
+    assert len(loaded) == 3
+    assert any(text.startswith(f"worker {loaded[0]} is gone") for text in said)
+    assert snapshot(scale.folder) == reference
+
+
+@needs_ray
+def test_a_killed_driver_and_a_killed_worker(scale: Scale, reference: dict[str, bytes], nodes: Nodes) -> None:
+    command = [sys.executable, "-m", "scale_rae", "scale", "t2i", *QUICK, *ON_RAY, "--num-workers", "1"]
+    command += ["--metadata-file", str(scale.prompts), "--output-dir", str(scale.out)]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 90
+    while not list(scale.folder.glob("0*/metadata.jsonl")):
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    done = len(list(scale.folder.glob("0*/metadata.jsonl")))
+    assert done < 3
+
+    killed: list[int] = []
+
+    def listen(event: dict[str, Any]) -> None:
+        if event["event"] == "loaded" and not killed:
+            log = (scale.folder / "logs" / "worker-0.log").read_text()
+            killed.append(int(re.findall(r"process (\d+)", log)[-1]))
+            os.kill(killed[0], signal.SIGKILL)
+
+    outcome = draw(scale, listen, num_workers=1)
+    assert killed
+    assert (outcome.failed, outcome.unfinished) == ({}, [])
+    assert outcome.drawn <= 4 * (3 - done) + 2
+    assert snapshot(scale.folder) == reference
+
+
+@needs_ray
+def test_results_in_a_store(
+    scale: Scale, reference: dict[str, bytes], nodes: Nodes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Files of this machine, but reached as any store is: by fsspec's calls alone."""
+    monkeypatch.setattr(remote, "SETTLE", 0.0)
+    url = f"local://{tmp_path}/store"
+    assert scale(*ON_RAY, "--output-dir", url, "--num-workers", 1, device=False).code == 0
+    folder = tmp_path / "store" / NAME
+    assert snapshot(folder) == reference
+    assert sorted(p.name for p in folder.iterdir()) == [".work", "00000", "00002", "00007", "experiment.json"]
+    assert [p.name for p in (folder / ".work").iterdir()] == ["batches"]  # no lease is left
+
+    (folder / "00002" / "samples" / "00003.png").unlink()
+    result = scale(*ON_RAY, "--output-dir", url, device=False)
+    assert result.code == 0
+    assert "2 prompts are done already, 1 to do" in result.err
+    assert "00003.png: missing; made again" in result.err
+    assert "2 images drawn" in result.err
+    assert snapshot(folder) == reference
+
+
+class Fragile(_Actor):
+    """A worker without a model, that dies of prompt 7."""
+
+    def load(self, folder: str, settings: Settings, order: Order, holder: str) -> _Reply:
+        import ray
+
+        self._node = ray.get_runtime_context().get_node_id()
+        return _Reply(self._node, [], {})
+
+    def attempt(self, prompt: Any) -> _Reply:
+        if prompt.index == 7:
+            os._exit(1)
+        return _Reply(self._node, [{"event": "prompt", "index": prompt.index}], {"drawing": 1.0})
+
+
+class Broken(_Actor):
+    def load(self, folder: str, settings: Settings, order: Order, holder: str) -> _Reply:
+        if settings.n_samples == 1:
+            raise InputError("no such model")
+        os._exit(1)
+
+
+@needs_ray
+def test_a_prompt_of_which_workers_die_fails(scale: Scale, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_launch, "_Actor", Fragile)
+    events: list[dict[str, Any]] = []
+    outcome = draw(scale, events.append)
+    assert list(outcome.failed) == [7]
+    assert outcome.failed[7].startswith("3 workers died of it; the last: ActorDiedError: ")
+    assert {e["index"] for e in events if e["event"] == "prompt"} == {0, 2}
+    assert [e["index"] for e in events if e["event"] == "failed"] == [7]
+    assert outcome.stages == {"drawing": 2.0}
+
+
+@needs_ray
+def test_workers_that_cannot_load_end_the_run(scale: Scale, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_launch, "_Actor", Broken)
+    monkeypatch.setattr(ray_launch, "PAUSE", 0.1)
+    result = scale(*ON_RAY, device=False)
+    assert result.code == 1
+    assert "error: 3 workers in a row died while they loaded; the last: ActorDiedError" in result.err
+    result = scale(*ON_RAY, "--n-samples", 1, "--output-dir", scale.out / "other", device=False)
+    assert (result.code, result.err.splitlines()[-1]) == (1, "error: no such model")
+
+
+@needs_ray
+def test_a_cluster_without_room(scale: Scale, nodes: Nodes) -> None:
+    result = scale("--launcher", "ray", device=False)
+    assert result.code == 1
+    assert "the cluster has no GPU; --num-cpus-per-worker N has workers use CPUs" in result.err
+    result = scale("--launcher", "ray", "--num-cpus-per-worker", 64, device=False)
+    assert result.code == 1
+    assert "--num-cpus-per-worker 64: no node of the cluster has that many" in result.err
+
+
+def test_without_ray(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "ray" else find_spec(name, *a))
+    monkeypatch.setattr("scale_rae.scaling.launch.run", None)  # not reached
+    result = scale("--launcher", "ray", device=False)
+    assert result.code == 1
+    assert result.err == "error: --launcher ray needs the ray extra: pip install 'scale-rae[ray]'\n"
+
+
+@pytest.mark.parametrize("option", [["--device", "cpu"], ["--devices", "cpu,cpu"]])
+def test_devices_are_rays(scale: Scale, option: list[str]) -> None:
+    result = scale("--launcher", "ray", *option, device=False)
+    assert result.code == 2
+    assert "not with --launcher" in " ".join(result.err.split())
+
+
+@pytest.mark.parametrize("option", ["--num-workers", "--num-cpus-per-worker"])
+def test_numbers_of_workers(scale: Scale, option: str) -> None:
+    result = scale(option, 2)
+    assert result.code == 2
+    assert "only with --launcher ray" in " ".join(result.err.split())
+    if importlib.util.find_spec("ray") is not None:
+        result = scale("--launcher", "ray", option, 0, device=False)
+        assert result.code == 1
+        assert f"{option} 0: must be at least 1" in result.err
+
+
+@needs_ray
+def test_not_under_another_launcher(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    result = scale(*ON_RAY, device=False)
+    assert result.code == 1
+    assert "to be started once, not in 2 processes" in result.err
+
+
+def test_a_folder_that_a_node_does_not_share(scale: Scale) -> None:
+    """Another machine has a folder of that name, but not the one that the driver has locked."""
+    with contextlib.closing(_Actor()._open), pytest.raises(InputError, match="not the same folder on node"):
+        _Actor().load(str(scale.folder), SETTINGS, Order(0, "cpu", [], [], {}), "process 1 on elsewhere")
+
+
+def test_importing_loads_neither_ray_nor_torch() -> None:
+    code = "import scale_rae, sys, scale_rae.scaling.ray_launch; print({'ray', 'torch', 'upath'} & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert ran.stdout == "set()\n"
