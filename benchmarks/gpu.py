@@ -20,6 +20,7 @@ import math
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -267,6 +268,10 @@ class Bench:
         if self.json_file is None:
             return
         environment = {"python": platform.python_version(), "torch": torch.__version__, "device": str(self.device)}
+        with contextlib.suppress(OSError, subprocess.CalledProcessError):
+            command = ["git", "describe", "--always", "--dirty"]
+            git = subprocess.run(command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent)
+            environment["commit"] = git.stdout.strip()
         if self.device.type == "cuda":
             environment["gpu"] = torch.cuda.get_device_name(self.device)
             environment["cuda"] = str(torch.version.cuda)
@@ -993,12 +998,17 @@ def run_all(b: Bench, stages: Sequence[str], sizes: Sequence[str], compile_mode:
                     alone(b, size)
 
 
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def markdown(file: Path) -> str:
     """The figures of a JSON file as tables, one for each stage."""
     data = json.loads(file.read_text())
     environment = data["environment"]
+    commit = f", commit {environment['commit']}" if "commit" in environment else ""
     lines = [
-        f"{environment.get('gpu', environment['device'])}, torch {environment['torch']}, {data['seconds']:.0f} s in all.",
+        f"{environment.get('gpu', environment['device'])}, torch {environment['torch']}{commit}, {data['seconds']:.0f} s in all.",
         "",
     ]
     stage = None
@@ -1010,7 +1020,7 @@ def markdown(file: Path) -> str:
                 f"| {stage} | | share of the ceiling | × official | first run | target |",
                 "|---|---|---|---|---|---|",
             ]
-        cells = [row["name"], "–" if row["value"] is None else f"{row['value']:.3g} {row['unit']}"]
+        cells = [row["name"], "–" if row["value"] is None else f"{_number(row['value'])} {row['unit']}"]
         for key, form in (("share", "{:.0%}"), ("times_official", "{:.1f}"), ("first", "{:.1f} s")):
             cells.append(form.format(row[key]) if row.get(key) is not None else "")
         lines.append("| " + " | ".join([*cells, row["target"]]) + " |")

@@ -103,8 +103,13 @@ def capture(
             function()
     torch.cuda.current_stream(device).wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-        output = function()
+    try:
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            output = function()
+    except RuntimeError as e:  # ending a capture that memory ran out in fails too, and hides why
+        if isinstance(e.__context__, torch.OutOfMemoryError):
+            raise e.__context__ from None
+        raise
     return graph, output
 
 
