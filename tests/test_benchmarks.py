@@ -47,6 +47,30 @@ def test_two_devices(tmp_path: Path) -> None:
     assert "27 files of prompts: the same bytes" in shown
 
 
+def test_load_on_a_server(tmp_path: Path) -> None:
+    command = [sys.executable, "benchmarks/serve.py", "--full-size", "tiny", "--device", "cpu", "--clients", "6"]
+    command += [
+        "--seconds",
+        "4",
+        "--cases",
+        "8",
+        "--steps",
+        "12",
+        "--lone",
+        "2",
+        "--json",
+        str(tmp_path / "figures.json"),
+    ]
+    subprocess.run(
+        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}
+    )
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["statuses"] == {"200": figures["requests"]}
+    assert figures["requests"] >= 12
+    assert figures["wrong"] == figures["lost_or_refused"] == 0
+    assert figures["farthest_pixel"] == 0  # to the byte, on the CPU
+
+
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
     return script("scaling_study")

@@ -203,10 +203,10 @@ def test_the_deadline(serve: Serve) -> None:
         start = time.monotonic()
         status, answer, headers = post(running.url + IMAGES, SLOW)
         assert status == 504
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10
         assert answer["error"]["code"] == "deadline_exceeded"
         assert headers["x-should-retry"] == "false"
-        running.wait_idle(2)
+        running.wait_idle(5)
         with pytest.raises(openai.APIError, match="time limit"):
             list(
                 running.client().chat.completions.create(
@@ -230,10 +230,10 @@ def test_work_of_a_client_that_left_is_dropped(serve: Serve, stream: bool) -> No
         connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
         running.wait_for(lambda: running.metric("scale_rae_batch_size_count", stage="draw") > 0)
         connection.close()
-        running.wait_idle(2)
+        running.wait_idle(5)
         start = time.monotonic()
         assert post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})[0] == 200
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 10  # of 30 that its images would have taken
         assert running.metric("scale_rae_images_total") == 1
 
 
@@ -254,7 +254,7 @@ def test_shutting_down(shapes: ScaleRAE) -> None:
         status, answer, _ = first.result()
         assert status == 200
         assert picture(answer["data"][0]["b64_json"]).shape == (128, 128, 3)
-        running.thread.join(10)
+        running.thread.join(60)
         assert not running.thread.is_alive()
 
 
@@ -279,7 +279,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(shapes: ScaleRAE) -> None
         raise CheckpointError("no such weights")
 
     with serving(shapes, load=load, wait=False) as running:
-        running.thread.join(10)
+        running.thread.join(60)
         assert not running.thread.is_alive()
         assert isinstance(running.engine.error, CheckpointError)
 

@@ -55,7 +55,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
         assert post(url + IMAGES, {"prompt": CIRCLE}, key)[0] == 503
         status, answer, _ = running.result()
         assert (status, answer["data"][0]["seed"]) == (200, 3)
-        assert process.wait(10) == 0
+        assert process.wait(60) == 0
         log = process.stderr.read() if process.stderr else ""
     assert f"POST {IMAGES} 200" in log
     assert "Traceback" not in log
@@ -78,7 +78,7 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         (["--host", "0.0.0.0"], "lets other machines in"),
         (["--api-key", " "], "API key must be"),
         (["--api-key", "schlüssel"], "API key must be"),
-        (["--host", "no.such.host.invalid", "--api-key", "k"], "cannot listen on no.such.host.invalid"),
+        (["--host", "192.0.2.1", "--api-key", "k"], "cannot listen on 192.0.2.1"),
     ],
 )
 def test_a_bad_start_is_one_line(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
