@@ -189,7 +189,7 @@ class Memory(threading.Thread):
         self.ended = threading.Event()
 
     def run(self) -> None:
-        import psutil
+        import psutil  # type: ignore[import-untyped]
 
         process = psutil.Process()
         while not self.ended.wait(2.0):
