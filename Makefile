@@ -15,7 +15,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/mypy benchmarks/cpu.py benchmarks/gpu.py benchmarks/solvers.py benchmarks/scaling_study.py benchmarks/two_gpus.py benchmarks/serve.py
+	$(BIN)/mypy --explicit-package-bases benchmarks
 
 check: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --dist loadscope
