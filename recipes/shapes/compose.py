@@ -51,7 +51,7 @@ class Loss:
         embeds = parts.embed(torch.cat([draw_ids, name_ids, read_ids, chat_ids]))
         asked = batch.draw + batch.name
         end = asked + batch.read
-        reading = parts._with_image(embeds[asked:end], parts._read_latents(read))
+        reading = parts.with_image(embeds[asked:end], parts.read_latents(read))
         hidden = networks.hidden_states(
             parts.language, torch.cat([embeds[:asked], reading, embeds[end:]]), parts.rotary
         )
@@ -59,12 +59,12 @@ class Loss:
         drawing = parts.queried(hidden[: batch.draw], length)
         naming = parts.queried(hidden[batch.draw : asked], made.name.length.index_select(0, name))
         kept = (drawing.float() - self.target.index_select(0, draw).float()).square().mean() / self.spread
-        apart = parts._additive(naming)
-        told, known = parts._attributes(drawing, made.attributes.index_select(0, draw))
-        names, named = parts._attributes(naming, made.name_attributes.index_select(0, name))
-        answers, right = parts._answers(hidden[asked:end], read_ids, made.read, read, made.answer_width)
-        talk, _ = parts._answers(hidden[end:], chat_ids, made.chat, chat, made.chat_width)
-        text = parts._replies(hidden[: batch.draw], length) + answers + 0.1 * talk
+        apart = parts.additive(naming)
+        told, known = parts.attributes(drawing, made.attributes.index_select(0, draw))
+        names, named = parts.attributes(naming, made.name_attributes.index_select(0, name))
+        answers, right = parts.answers(hidden[asked:end], read_ids, made.read, read, made.answer_width)
+        talk, _ = parts.answers(hidden[end:], chat_ids, made.chat, chat, made.chat_width)
+        text = parts.replies(hidden[: batch.draw], length) + answers + 0.1 * talk
         metrics = {"kept": kept, "additive": apart, "known": known, "names": names, "named": named}
         metrics |= {"answer": answers, "yes_no": right, "talk": talk}
         loss = kept + ADDITIVE_WEIGHT * apart + ATTRIBUTE_WEIGHT * (told + names) + TEXT_WEIGHT * text

@@ -197,7 +197,7 @@ class Loss:
         embeds = self.embed(torch.cat([draw_ids, name_ids, read_ids, chat_ids]))
         asked = batch.draw + batch.name
         end = asked + batch.read
-        reading = self._with_image(embeds[asked:end], self._read_latents(read))
+        reading = self.with_image(embeds[asked:end], self.read_latents(read))
         hidden = networks.hidden_states(self.language, torch.cat([embeds[:asked], reading, embeds[end:]]), self.rotary)
         shown = networks.hidden_states(self.language, self._shown(follow), self.shown_rotary)
 
@@ -207,27 +207,27 @@ class Loss:
             [self.queried(hidden[: batch.draw], length), self.queried(shown, shown_length)]
         )  # [draw + follow, L, Z]
         naming = self.queried(hidden[batch.draw : asked], pools.name.length.index_select(0, name))
-        apart = self._additive(naming)
+        apart = self.additive(naming)
         flow = self._flow(torch.cat([draw, follow]), drawing)
-        told, known = self._attributes(drawing, pools.attributes.index_select(0, torch.cat([draw, follow])))
-        names, named = self._attributes(naming, pools.name_attributes.index_select(0, name))
-        replies = self._replies(hidden[: batch.draw], length) + 0.1 * self._replies(shown, shown_length)
-        answers, right = self._answers(hidden[asked:end], read_ids, pools.read, read, pools.answer_width)
-        talk, _ = self._answers(hidden[end:], chat_ids, pools.chat, chat, pools.chat_width)
+        told, known = self.attributes(drawing, pools.attributes.index_select(0, torch.cat([draw, follow])))
+        names, named = self.attributes(naming, pools.name_attributes.index_select(0, name))
+        replies = self.replies(hidden[: batch.draw], length) + 0.1 * self.replies(shown, shown_length)
+        answers, right = self.answers(hidden[asked:end], read_ids, pools.read, read, pools.answer_width)
+        talk, _ = self.answers(hidden[end:], chat_ids, pools.chat, chat, pools.chat_width)
         text = replies + answers + 0.1 * talk
         metrics = {"flow": flow, "reply": replies, "answer": answers, "talk": talk, "yes_no": right}
         metrics |= {"attributes": told, "known": known, "names": names, "named": named, "additive": apart}
         extra = ATTRIBUTE_WEIGHT * (told + names) + ADDITIVE_WEIGHT * apart
         return flow + TEXT_WEIGHT * text + extra, metrics
 
-    def _additive(self, condition: Tensor) -> Tensor:
+    def additive(self, condition: Tensor) -> Tensor:
         """How far quads of conditions [4 Q, L, Z] are from adding up: the mean square of what is left over, of the mean square
         of the differences that were exchanged (both follow the scale: conditions do not add up better by being alike)."""
         p, q, r, s = condition.float().view(-1, 4, *condition.shape[1:]).unbind(1)  # each [Q, L, Z]
         left: Tensor = (p + q - r - s).square().mean() / (p - r).square().mean()
         return left
 
-    def _with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
+    def with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
         """Embeddings [B, T, H] with the projected latents [B, L, C] in the image's places."""
         place, tokens = self.pools.image_place, self.pools.tokens
         image = self.language.model.mm_projector(latents.to(self.dtype))
@@ -240,7 +240,7 @@ class Loss:
         ids = torch.cat([pools.shown_head.expand(len(rows), -1), request], dim=1)
         ids = F.pad(ids, (0, self.shown_width - ids.shape[1]))
         pictures = torch.randint(len(pools.read), (len(rows),), device=self.device)
-        return self._with_image(self.embed(ids), self._read_latents(pictures))
+        return self.with_image(self.embed(ids), self.read_latents(pictures))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [B, T, H] of ids [B, T] that may stand for latent queries."""
@@ -258,7 +258,7 @@ class Loss:
         """Hidden states [B, n, H] at places [B, n]."""
         return torch.bmm(networks.one_hot(places, hidden.shape[1], self.dtype), hidden)
 
-    def _read_latents(self, rows: Tensor) -> Tensor:
+    def read_latents(self, rows: Tensor) -> Tensor:
         """Latents [B, L, C] float32 to be read, half of them noisy."""
         latents = self.pools.read_latents.index_select(0, rows).float().view(-1, self.pools.tokens, self.pools.channels)
         noisy = (torch.rand(len(rows), 1, 1, device=self.device) < 0.5).float()
@@ -288,7 +288,7 @@ class Loss:
         noise = (common + torch.randn(condition.shape, device=self.device)) / 2**0.5
         return condition + (deviation * noise).to(condition.dtype)
 
-    def _attributes(self, condition: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    def attributes(self, condition: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
         """Cross-entropy of what the prompt says [B, 10] at every token's condition [B, L, Z], and how often the last is all
         right."""
         head = self.language.get_submodule("attribute_head")
@@ -300,14 +300,14 @@ class Loss:
             right.append(part[:, -1].argmax(-1) == told[:, i])
         return torch.stack(losses).mean(), torch.stack(right).all(0).float().mean()
 
-    def _replies(self, hidden: Tensor, length: Tensor) -> Tensor:
+    def replies(self, hidden: Tensor, length: Tensor) -> Tensor:
         """Cross-entropy of the reply before the picture, which is the same for every request."""
         count = len(self.pools.reply)
         places = length[:, None] - count - 1 + torch.arange(count, device=self.device)
         logits = self.language.lm_head(self._at(hidden, places)).float()
         return F.cross_entropy(logits.flatten(0, 1), self.pools.reply.repeat(len(hidden)))
 
-    def _answers(
+    def answers(
         self, hidden: Tensor, ids: Tensor, sequences: Sequences, rows: Tensor, width: int
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of answers, each token weighing 1/sqrt(length of its answer), and how many yes and no are right."""

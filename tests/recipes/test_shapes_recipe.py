@@ -160,7 +160,7 @@ def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: 
         nn.init.normal_(parameter, std=0.2)
     rows = torch.arange(5)
     latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
-    loss._read_latents = lambda _: latents  # type: ignore[method-assign]
+    loss.read_latents = lambda _: latents  # type: ignore[method-assign]
     hidden = networks.hidden_states(language, loss._shown(rows), loss.shown_rotary)
     trained = loss.queried(hidden, made.draw.length[rows] + loss.further)
     encoder = vocabulary.encoder
@@ -208,8 +208,8 @@ def test_additive_conditions_leave_nothing_over(vocabulary: Vocabulary, tmp_path
     assert isinstance(loss, joint.Loss)
     a, b, c, d = torch.randn(4, 3, 2, 5)
     condition = torch.stack([a + b, c + d, a + d, c + b], 1).flatten(0, 1)
-    assert loss._additive(condition) < 1e-10
-    assert loss._additive(condition.square()) > 1e-2
+    assert loss.additive(condition) < 1e-10
+    assert loss.additive(condition.square()) > 1e-2
 
 
 def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
