@@ -44,6 +44,7 @@ COMPILE_PAYS = (
 )
 
 LoadProgress = Callable[[str, int, int], None]
+TextListener = Callable[[int, str], bool]
 T = TypeVar("T")
 _log = logging.getLogger("scale_rae")
 
@@ -389,7 +390,11 @@ class ScaleRAE:
             )
 
     def reply(
-        self, messages: Sequence[str], latents: Sequence[Tensor] | None = None, max_new_tokens: int = 512
+        self,
+        messages: Sequence[str],
+        latents: Sequence[Tensor] | None = None,
+        max_new_tokens: int = 512,
+        listen: TokenListener | None = None,
     ) -> list[Reply]:
         """Greedy replies to a batch of messages; a reply that asks for an image carries its condition [L, Z]."""
         if max_new_tokens < 1:
@@ -404,7 +409,7 @@ class ScaleRAE:
                 Conversation(self.tokenizer.chat(m, image=True), self.check_latent(latent))
                 for m, latent in zip(messages, latents, strict=True)
             ]
-        return self.converse(conversations, [max_new_tokens] * len(conversations))
+        return self.converse(conversations, [max_new_tokens] * len(conversations), listen)
 
     def converse(
         self,
@@ -486,12 +491,7 @@ class ScaleRAE:
             condition, times, guided=options.guidance != 1.0, compile=self._compiles(len(seeds), len(times))
         )
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        x = flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback)
-        latents = x.flatten(2).transpose(1, 2)  # [B, L, C]
-        if self.norm_stats is not None:
-            mean, std = self.norm_stats
-            latents = latents * std + mean
-        latents = latents.float()
+        latents = self._latents(flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback))
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         for seed, is_finite in zip(seeds, finite, strict=True):
             if not is_finite:
@@ -499,6 +499,19 @@ class ScaleRAE:
                     f"the image of seed {seed} came out with values that are not finite; try --dtype float32"
                 )
         return latents.cpu()
+
+    def _latents(self, x: Tensor) -> Tensor:
+        """Latents [B, L, C] float32 of sampled states [B, C, S, S]."""
+        latents = x.flatten(2).transpose(1, 2)
+        if self.norm_stats is not None:
+            mean, std = self.norm_stats
+            latents = latents * std + mean
+        return latents.float()
+
+    def estimate(self, t: float, x: Tensor, v: Tensor) -> list[Tensor]:
+        """Latents [L, C] that the state x [B, C, S, S] at time t is on its way to: x - t v. What a sampler's callback is given
+        is what it needs, so that a drawing can be shown while it forms."""
+        return list(self._latents(x - t * v).cpu().unbind())
 
     def expect(self, images: int) -> None:
         """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
@@ -570,8 +583,12 @@ class ScaleRAE:
         images: Image.Image | Sequence[Image.Image] | None = None,
         latents: Tensor | Sequence[Tensor] | None = None,
         max_new_tokens: int = 512,
+        listen: TextListener | None = None,
     ) -> list[Answer]:
         """Answers, one for each question and its picture or latent (one picture or latent serves all questions).
+
+        `listen(i, text)` is called with answer i as far as it goes whenever it has grown by whole characters, and returns
+        whether that answer is to go on.
 
         Raises:
             InputError: when neither or both of `images` and `latents` are given, or their number does not fit.
@@ -589,8 +606,25 @@ class ScaleRAE:
             shown *= len(asked)
         elif len(asked) == 1:
             asked *= len(shown)
-        replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens)
+        hear = None if listen is None else self._as_tokens(listen)
+        replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens, listen=hear)
         return [Answer(self.tokenizer.decode(reply.ids), reply) for reply in replies]
+
+    def _as_tokens(self, listen: TextListener) -> TokenListener:
+        """A listener to tokens that tells a listener to text."""
+        heard: dict[int, list[int]] = {}
+        said: dict[int, str] = {}
+
+        def hear(row: int, token: int) -> bool:
+            ids = heard.setdefault(row, [])
+            ids.append(token)
+            text = self.tokenizer.decode(ids)
+            if text == said.get(row, "") or text.endswith("\ufffd"):  # nothing new, or half a character
+                return True
+            said[row] = text
+            return listen(row, text)
+
+        return hear
 
     def score(
         self,

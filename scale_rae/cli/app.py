@@ -29,6 +29,7 @@ COMMANDS = {
     "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
     "serve": ("scale_rae.cli.serve", "Serve a model to OpenAI's clients over HTTP."),
     "sheet": ("scale_rae.cli.sheet", "Make a contact sheet of an experiment: one picture of its images."),
+    "demo": ("scale_rae.cli.demo", "Show a page to draw with, in the browser."),
 }
 
 

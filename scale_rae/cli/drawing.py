@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import typer
 
-from scale_rae import __version__
 from scale_rae.cli.options import Output, PostQA, Sampling
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, OutputError
+from scale_rae.manifest import drawing_manifest, png_text
 from scale_rae.outputs import Sample, dump_json, save_run, timestamp
 from scale_rae.session import Session
 
@@ -108,23 +108,18 @@ def send(
                 seconds["post_qa"] = round(time.perf_counter() - start, 3)
             described = session.describe()
             for j, (message, result) in enumerate(zip(batch, results, strict=True)):
-                manifest = {
-                    **mode,
-                    "prompt": message.prompt,
-                    **message.recorded,
-                    **described,
-                    "seed": sampling.seed,
-                    "image_seeds": [drawing.seed for drawing in result.images],
-                    "guidance_level": sampling.guidance_level,
-                    "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval else None,
-                    "solver": sampling.solver,
-                    "steps": sampling.steps,
-                    "max_new_tokens": sampling.max_new_tokens,
-                    "batch_size": batch_size,
-                    "prompts_in_batch": len(batch),
-                    "output_text": result.text,
-                    "seconds": session.seconds | seconds,
-                }
+                manifest = drawing_manifest(
+                    mode,
+                    message.prompt,
+                    message.recorded,
+                    described,
+                    sampling,
+                    [drawing.seed for drawing in result.images],
+                    batch_size,
+                    len(batch),
+                    result.text,
+                    session.seconds | seconds,
+                )
                 if post_qa is not None and answers is not None:
                     manifest["post_qa"] = {
                         "mode": post_qa.mode,
@@ -261,19 +256,6 @@ def _ask_about(
         answers += [{"question": q, "answer": a.text} for q, a in zip(asked, replies, strict=True)]
     rest = iter(answers)
     return [[next(rest) for _ in result.images] for result in results]
-
-
-def png_text(manifest: dict[str, Any], seed: int | None = None) -> dict[str, str]:
-    """What a PNG says of itself: the settings that drew it."""
-    keys = ("mode", "action", "prompt", "seed", "model_path", "guidance_level", "guidance_interval", "solver", "steps")
-    text = {"Software": f"scale_rae {__version__}"}
-    for key in (*keys, "max_new_tokens", "dtype", "quantize"):
-        if manifest.get(key) is not None:
-            value = manifest[key]
-            text[key] = value if isinstance(value, str) else dump_json(value)
-    if seed is not None:
-        text["image_seed"] = str(seed)
-    return text
 
 
 def print_results(manifest: dict[str, Any], output: Output) -> None:

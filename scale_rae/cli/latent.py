@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scale_rae.cli import options as o
-from scale_rae.cli.drawing import Message, note_shortcomings, png_text, prepare, print_results, send
+from scale_rae.cli.drawing import Message, note_shortcomings, prepare, print_results, send
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError
+from scale_rae.manifest import input_latents, png_text
 from scale_rae.outputs import Sample, check_folder, load_latent, save_run, timestamp
 from scale_rae.prompt import clean_message
 from scale_rae.session import Session
@@ -97,7 +97,7 @@ def command(
     assert prompt is not None
     messages = [
         # Every latent is asked about by itself, so each one's images have the noise they would have alone.
-        Message(prompt, shown, label=f"-{i:02}" if len(paths) > 1 else "", recorded=_files([path]))
+        Message(prompt, shown, label=f"-{i:02}" if len(paths) > 1 else "", recorded=input_latents([path]))
         for i, (path, shown) in enumerate(zip(paths, latents, strict=True))
     ]
     outcomes = send(session, mode, messages, sampling, output, bars)
@@ -118,7 +118,7 @@ def _decode(
     size = batch_size or 32
     images = session.model.decode(latents, size)
     seconds = session.seconds | {"decoding": round(time.perf_counter() - start, 3)}
-    manifest = {**mode, "prompt": None, **_files(paths), **session.describe(), "batch_size": size}
+    manifest = {**mode, "prompt": None, **input_latents(paths), **session.describe(), "batch_size": size}
     manifest |= {"output_text": None, "seconds": seconds}
     text = png_text(manifest)
     samples = [
@@ -126,8 +126,3 @@ def _decode(
         for image, shown, path in zip(images, latents, paths, strict=True)
     ]
     print_results(save_run(output.folder, manifest, samples, timestamp()), output)
-
-
-def _files(paths: Sequence[Path]) -> dict[str, Any]:
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return {"input_latents": [str(path) for path in paths], "input_latents_sha256": digests}

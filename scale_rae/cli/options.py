@@ -9,11 +9,12 @@ from typing import Annotated
 
 import typer
 
+from scale_rae.manifest import DEFAULT_STEPS as DEFAULT_STEPS
+from scale_rae.manifest import Sampling as Sampling
 from scale_rae.session import ModelChoice as ModelChoice
 
 # These repeat constants of modules that import torch, which --help must not; a test holds them equal.
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
-DEFAULT_STEPS = 49
 SOLVERS = ("euler", "heun", "dpmpp_2m", "ab2")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
@@ -114,21 +115,6 @@ Json = Annotated[
 Debug = Annotated[
     bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", rich_help_panel=OUTPUT)
 ]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
-
-    num_images: int = 1
-    seed: int = 42
-    guidance_level: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
-    steps: int = DEFAULT_STEPS
-    solver: str = "euler"
-    max_new_tokens: int = 512
-    batch_size: int | None = None
-    image_seeds: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)

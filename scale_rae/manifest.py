@@ -1,0 +1,80 @@
+"""What a manifest and a PNG say of a drawing: the settings that drew it, so that it can be drawn again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_rae import __version__
+from scale_rae.outputs import dump_json
+
+DEFAULT_STEPS = 49  # flow's, which imports torch; a test holds them equal
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
+
+    num_images: int = 1
+    seed: int = 42
+    guidance_level: float = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    steps: int = DEFAULT_STEPS
+    solver: str = "euler"
+    max_new_tokens: int = 512
+    batch_size: int | None = None
+    image_seeds: tuple[int, ...] | None = None
+
+
+def drawing_manifest(
+    mode: Mapping[str, Any],
+    prompt: str,
+    recorded: Mapping[str, Any],
+    described: Mapping[str, Any],
+    sampling: Sampling,
+    image_seeds: Sequence[int],
+    batch_size: int,
+    prompts_in_batch: int,
+    output_text: str,
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """One message's manifest, without the paths that writing adds. `described` is `Session.describe`'s."""
+    return {
+        **mode,
+        "prompt": prompt,
+        **recorded,
+        **described,
+        "seed": sampling.seed,
+        "image_seeds": list(image_seeds),
+        "guidance_level": sampling.guidance_level,
+        "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval else None,
+        "solver": sampling.solver,
+        "steps": sampling.steps,
+        "max_new_tokens": sampling.max_new_tokens,
+        "batch_size": batch_size,
+        "prompts_in_batch": prompts_in_batch,
+        "output_text": output_text,
+        "seconds": dict(seconds),
+    }
+
+
+def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
+    """What a manifest records of the latents that were shown."""
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
+    return {"input_latents": [str(path) for path in paths], "input_latents_sha256": digests}
+
+
+def png_text(manifest: Mapping[str, Any], seed: int | None = None) -> dict[str, str]:
+    """What a PNG says of itself: the settings that drew it."""
+    keys = ("mode", "action", "prompt", "seed", "model_path", "guidance_level", "guidance_interval", "solver", "steps")
+    text = {"Software": f"scale_rae {__version__}"}
+    for key in (*keys, "max_new_tokens", "dtype", "quantize"):
+        if manifest.get(key) is not None:
+            value = manifest[key]
+            text[key] = value if isinstance(value, str) else dump_json(value)
+    if seed is not None:
+        text["image_seed"] = str(seed)
+    return text
