@@ -56,7 +56,17 @@ class Bomb:
 
 
 def test_no_such_folder(tmp_path: Path) -> None:
-    for name in (str(tmp_path / "nothing"), "nothing", "a/b/c", "./a", "~who is that/x", "", "../x", "a" * 300, "a\0b"):
+    for name in (
+        str(tmp_path / "nothing"),
+        "nothing",
+        "a/b/c",
+        "./a",
+        "~who is that/x",
+        "",
+        "../no such folder",
+        "a" * 300,
+        "a\0b",
+    ):
         text = refusal(partial(ScaleRAE.from_pretrained, name, device="cpu"))
         assert text.startswith(f"{name}: no such model folder")
         assert "shapes" in text

@@ -137,7 +137,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         "/v1/chat/completions",
         response_model=schema.ChatResponse,
         response_model_exclude_none=True,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+        responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def chat(body: schema.ChatRequest, request: Request) -> Any:
         """Answers, and draws when the answer asks for it."""
