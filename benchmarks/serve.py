@@ -196,6 +196,11 @@ class Memory(threading.Thread):
             self.samples.append(process.memory_info().rss / 2**20)
 
 
+def tell(text: str) -> None:
+    """Says on stderr how far it is."""
+    print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
+
+
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything; see the top of this file."""
     import torch
@@ -236,7 +241,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     options = {"steps": args.steps, "guidance": args.guidance}
     offline, cases = Offline(model, options, threads), cases_of(args.cases)
+    tell(f"ready: {engine.describe()}; drawing {len(cases)} pictures alone")
     references = offline.references(cases)
+    tell("offline")
     offline.rate(cases[:8])
     on_cpu = device.type == "cpu"
     rates = [offline.rate(cases)]
@@ -248,16 +255,19 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     server = Server(engine, settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
+    tell("a lone client")
     lone: list[float] = []
     while len(lone) < 3:
         lone = [row[1] for row in ask(url, 1, max(1.0, args.lone * lone_offline), cases, options)]
     memory = Memory()
     memory.start()
+    tell(f"{args.clients} clients")
     rows = ask(url, args.clients, args.seconds, cases, options)
     memory.ended.set()
     statuses: dict[str, int] = {}
     for row in rows:
         statuses[str(row[4])] = statuses.get(str(row[4]), 0) + 1
+    tell(f"{len(rows)} requests {statuses}; offline again")
     server.stop()
     thread.join()
     rates.append(offline.rate(cases))

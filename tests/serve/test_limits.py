@@ -199,9 +199,9 @@ def test_a_full_queue(serve: Serve) -> None:
 
 
 def test_the_deadline(serve: Serve) -> None:
-    with serve(limits=Limits(deadline=0.4)) as running:
+    with serve(limits=Limits(deadline=1.5)) as running:
         start = time.monotonic()
-        status, answer, headers = post(running.url + IMAGES, SLOW)
+        status, answer, headers = post(running.url + IMAGES, SLOW | {"n": 8, "steps": 250})
         assert status == 504
         assert time.monotonic() - start < 10
         assert answer["error"]["code"] == "deadline_exceeded"
@@ -213,6 +213,7 @@ def test_the_deadline(serve: Serve) -> None:
                     model="shapes",
                     messages=[{"role": "user", "content": CIRCLE}],
                     stream=True,
+                    n=8,
                     extra_body={"steps": 250},
                 )
             )
