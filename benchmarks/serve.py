@@ -122,6 +122,7 @@ class Offline:
 
     def __init__(self, model: Any, options: dict[str, Any], threads: int) -> None:
         self.model, self.options, self.threads = model, options, threads
+        self.cpu_seconds: list[float] = []  # of an image, in threads
 
     def draw(self, cases: list[Case], batch_size: int | None = None) -> list[Any]:
         """Images of cases, in batches."""
@@ -150,9 +151,10 @@ class Offline:
         from scale_rae.outputs import png_bytes
 
         parts = [cases[i : i + 4] for i in range(0, len(cases), 4)]
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         with ThreadPoolExecutor(self.threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             list(pool.map(lambda part: [png_bytes(image, {}) for image in self.draw(part, 4)], parts))
+        self.cpu_seconds.append((time.process_time() - cpu) / len(cases))
         return len(cases) / (time.perf_counter() - start)
 
     def alone(self, cases: list[Case], repeat: int) -> float:
@@ -259,6 +261,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lone: list[float] = []
     while len(lone) < 3:
         lone = [row[1] for row in ask(url, 1, max(1.0, args.lone * lone_offline), cases, options)]
+    before, cpu = counts(engine), time.process_time()
     memory = Memory()
     memory.start()
     tell(f"{args.clients} clients")
@@ -267,6 +270,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     statuses: dict[str, int] = {}
     for row in rows:
         statuses[str(row[4])] = statuses.get(str(row[4]), 0) + 1
+    loaded, cpu = counts(engine), time.process_time() - cpu
     tell(f"{len(rows)} requests {statuses}; offline again")
     server.stop()
     thread.join()
@@ -278,9 +282,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     wrong, farthest = compare(rows, references, 0 if on_cpu else 1)
     latencies = sorted(row[1] for row in rows)
     span = max(row[3] for row in rows) - min(row[2] for row in rows)
-    metrics = engine.metrics.registry
-    batches = metrics.get_sample_value("scale_rae_batch_size_count", {"stage": "draw"}) or 1
-    drawn = metrics.get_sample_value("scale_rae_images_total") or 0
+    batches, drawn = (now - then for now, then in zip(loaded, before, strict=True))
     settled = memory.samples[len(memory.samples) // 4 :] or [float("nan")]
     half = len(settled) // 2
     best = max(statistics.mean(way) for way in (rates, in_threads) if way)
@@ -297,7 +299,10 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "offline_images_per_second": rates,
             "offline_in_threads": in_threads,
             "share_of_offline": statuses.get("200", 0) / span / best,  # of the faster way
-            "mean_batch": drawn / batches,
+            # Bears a machine that has other things to do, which clocks do not.
+            "cpu_seconds_per_image": cpu / max(1, drawn),
+            "offline_cpu_seconds_per_image": offline.cpu_seconds,
+            "mean_batch": drawn / max(1, batches),
             "p50": statistics.median(latencies),
             "p95": latencies[int(0.95 * (len(latencies) - 1))],
             "lone_p50": statistics.median(lone[1:]),
@@ -307,6 +312,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "memory_growth_mib": statistics.mean(settled[half:]) - statistics.mean(settled[: half or 1]),
         }
     )
+
+
+def counts(engine: Any) -> tuple[float, float]:
+    """Batches and images drawn so far."""
+    value = engine.metrics.registry.get_sample_value
+    return value("scale_rae_batch_size_count", {"stage": "draw"}) or 0, value("scale_rae_images_total") or 0
 
 
 def compare(rows: list[Any], references: list[Any], tolerance: int) -> tuple[int, int]:
