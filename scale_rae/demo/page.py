@@ -146,12 +146,11 @@ def _told() -> Iterator[None]:
     except gr.Error:
         raise
     except ScaleRAEError as e:
-        raise gr.Error(sentence(str(e)), title="That did not work", print_exception=False) from None
+        raise gr.Error(sentence(str(e)), print_exception=False) from None
     except Exception as e:
         _log.exception("unexpected error on the page")
         raise gr.Error(
             f"Something unexpected went wrong ({type(e).__name__}). The terminal that runs the page says more.",
-            title="That did not work",
             print_exception=False,
         ) from None
 
@@ -159,7 +158,8 @@ def _told() -> Iterator[None]:
 def sentence(text: str) -> str:
     """An error's text as a sentence, safe to show as HTML."""
     text = " ".join(text.split())
-    text = text if text.startswith(tuple("/.~")) else text[:1].upper() + text[1:]
+    if re.match(r"[a-z]+\b[^./\\]", text):  # a word, not a file's name
+        text = text[:1].upper() + text[1:]
     return html.escape(text if text.endswith((".", "?", "!", "…")) else text + ".")
 
 
@@ -283,7 +283,7 @@ def _results(prefix: str, label: str) -> _Results:
     with gr.Column(visible=False, elem_id=f"{prefix}-details") as details:
         seed = gr.Markdown(elem_id=f"{prefix}-seed-shown")
         command = gr.Code(
-            language="shell",
+            language=None,  # its colours are too pale on white
             label="The command line that draws it",
             wrap_lines=True,
             show_line_numbers=False,
