@@ -267,7 +267,7 @@ class _Results:
 
 
 def _results(prefix: str, label: str) -> _Results:
-    status = gr.HTML("", elem_id=f"{prefix}-status")
+    status = gr.HTML("", elem_id=f"{prefix}-status", elem_classes="status")
     gallery = gr.Gallery(
         label=label,
         show_label=False,
@@ -454,7 +454,7 @@ def _chat(prefix: str, placeholder: str) -> _Chat:
         feedback_options=None,
         elem_id=f"{prefix}-chat",
     )
-    status = gr.HTML("", elem_id=f"{prefix}-chat-status")
+    status = gr.HTML("", elem_id=f"{prefix}-chat-status", elem_classes="status")
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         question = gr.Textbox(
             label="Question",
@@ -593,7 +593,7 @@ def _best_tab(studio: Studio, drawn: Any) -> None:
                 go = gr.Button("Draw and rank", variant="primary", min_width=140, elem_id="best-go")
                 stop = gr.Button("Stop", min_width=90, elem_id="best-stop")
         with gr.Column(scale=3, min_width=300):
-            status = gr.HTML("", elem_id="best-status")
+            status = gr.HTML("", elem_id="best-status", elem_classes="status")
             board = gr.HTML("", elem_id="best-board")
             files = gr.Files(
                 label="Pictures, latents and manifests of those kept",
@@ -678,7 +678,7 @@ def _latent_tab(studio: Studio, drawn: Any) -> None:
     latent: Any = gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            file = gr.File(label="Latent (.pt)", file_types=[".pt"], height=120, elem_id="latent-file")
+            file = gr.File(label="Latent (.pt)", file_types=[".pt"], height=150, elem_id="latent-file")
             picture = gr.Image(
                 label="Decoded",
                 interactive=False,

@@ -254,7 +254,10 @@ def test_a_second_visitor_queues_and_the_first_can_stop(visit: Any) -> None:
     first.draw(images=4, steps=250)
     first.get("draw-status", "[role=progressbar][aria-valuenow]:not([aria-valuenow='0'])").wait_for()
     second.draw()
-    second.get("draw-status").get_by_text("queue").wait_for()
+    waiting = second.get("draw-status").get_by_text("queue")
+    waiting.wait_for()
+    assert waiting.evaluate("e => getComputedStyle(e.parentElement).overflow") == "visible"  # else it is cut to nothing
+    second.picture_of_page("queue")
     assert not second.get("draw-files").is_visible()
     start = time.monotonic()
     first.get("draw-stop").click()
