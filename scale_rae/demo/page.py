@@ -146,12 +146,11 @@ def _told() -> Iterator[None]:
     except gr.Error:
         raise
     except ScaleRAEError as e:
-        raise gr.Error(sentence(str(e)), title="That did not work", print_exception=False) from None
+        raise gr.Error(sentence(str(e)), print_exception=False) from None
     except Exception as e:
         _log.exception("unexpected error on the page")
         raise gr.Error(
             f"Something unexpected went wrong ({type(e).__name__}). The terminal that runs the page says more.",
-            title="That did not work",
             print_exception=False,
         ) from None
 
@@ -159,7 +158,8 @@ def _told() -> Iterator[None]:
 def sentence(text: str) -> str:
     """An error's text as a sentence, safe to show as HTML."""
     text = " ".join(text.split())
-    text = text if text.startswith(tuple("/.~")) else text[:1].upper() + text[1:]
+    if re.match(r"[a-z]+\b[^./\\]", text):  # a word, not a file's name
+        text = text[:1].upper() + text[1:]
     return html.escape(text if text.endswith((".", "?", "!", "…")) else text + ".")
 
 
@@ -267,7 +267,7 @@ class _Results:
 
 
 def _results(prefix: str, label: str) -> _Results:
-    status = gr.HTML("", elem_id=f"{prefix}-status")
+    status = gr.HTML("", elem_id=f"{prefix}-status", elem_classes="status")
     gallery = gr.Gallery(
         label=label,
         show_label=False,
@@ -283,7 +283,7 @@ def _results(prefix: str, label: str) -> _Results:
     with gr.Column(visible=False, elem_id=f"{prefix}-details") as details:
         seed = gr.Markdown(elem_id=f"{prefix}-seed-shown")
         command = gr.Code(
-            language="shell",
+            language=None,  # its colours are too pale on white
             label="The command line that draws it",
             wrap_lines=True,
             show_line_numbers=False,
@@ -454,7 +454,7 @@ def _chat(prefix: str, placeholder: str) -> _Chat:
         feedback_options=None,
         elem_id=f"{prefix}-chat",
     )
-    status = gr.HTML("", elem_id=f"{prefix}-chat-status")
+    status = gr.HTML("", elem_id=f"{prefix}-chat-status", elem_classes="status")
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         question = gr.Textbox(
             label="Question",
@@ -593,7 +593,7 @@ def _best_tab(studio: Studio, drawn: Any) -> None:
                 go = gr.Button("Draw and rank", variant="primary", min_width=140, elem_id="best-go")
                 stop = gr.Button("Stop", min_width=90, elem_id="best-stop")
         with gr.Column(scale=3, min_width=300):
-            status = gr.HTML("", elem_id="best-status")
+            status = gr.HTML("", elem_id="best-status", elem_classes="status")
             board = gr.HTML("", elem_id="best-board")
             files = gr.Files(
                 label="Pictures, latents and manifests of those kept",
@@ -678,7 +678,7 @@ def _latent_tab(studio: Studio, drawn: Any) -> None:
     latent: Any = gr.State(None)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
-            file = gr.File(label="Latent (.pt)", file_types=[".pt"], height=120, elem_id="latent-file")
+            file = gr.File(label="Latent (.pt)", file_types=[".pt"], height=150, elem_id="latent-file")
             picture = gr.Image(
                 label="Decoded",
                 interactive=False,

@@ -409,16 +409,20 @@ class _Watch:
         self._model, self._emit, self._images = model, emit, images
         self._finished: list[Image.Image] = []
         self._forming: list[Image.Image] = []
+        self._lowest = 1.0
 
     def step(self, evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
         self._emit.check()
         if evaluation == 1:  # of another batch
             self._finished += self._forming
             self._forming = []
+            self._lowest = t
         every = max(1, evaluations // PREVIEWS)
         if evaluation % every == 0 or evaluation == evaluations:
             try:
-                self._forming = self._model.decode(self._model.estimate(t, x, v))
+                if t <= self._lowest:  # not the published loop's odd last step, whose estimate is far off
+                    self._forming = self._model.decode(self._model.estimate(t, x, v))
+                    self._lowest = t
             except ScaleRAEError:
                 return  # the sampler will say what is wrong
             of = (len(self._finished) * evaluations + len(x) * evaluation) / (self._images * evaluations)

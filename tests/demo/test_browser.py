@@ -1,0 +1,315 @@
+"""Each tab end to end in headless Chromium, on one server.
+
+`SCALE_RAE_SCREENSHOTS=folder` leaves pictures of the page there; docs/demo-*.png are some of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from scale_rae.demo.work import Studio
+from scale_rae.session import ModelChoice, Session
+
+pytest.importorskip("gradio", reason="needs the extra `demo`")
+sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+
+from scale_rae.demo import page as demo  # noqa: E402 - imports gradio
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
+    *("--disable-component-update", "--disable-sync"),
+]
+DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+PATIENCE = 30_000  # ms; the machine may be busy
+TABS = ["Draw", "Look", "Best of N", "Latent"]
+
+
+@pytest.fixture(scope="module")
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    folder = tmp_path_factory.mktemp("demo")
+    choice = ModelChoice("shapes", device="cpu")
+    built = demo.build(Studio(Session(choice, decoder=True), choice, folder), folder / "page")
+    yield demo.launch(built, "127.0.0.1", None, [folder])
+    built.close(verbose=False)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+class Visitor:
+    """One browser window on the page; `asked` are the addresses of other hosts it asked for, `errors` what went wrong."""
+
+    def __init__(self, browser: Any, url: str, size: dict[str, int], scheme: str = "light") -> None:
+        self.context = browser.new_context(viewport=size, color_scheme=scheme)
+        self.context.set_default_timeout(PATIENCE)
+        self.page = self.context.new_page()
+        self.asked: list[str] = []
+        self.errors: list[str] = []
+        self.page.on(
+            "request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else self.asked.append(r.url)
+        )
+        self.page.on("pageerror", lambda e: self.errors.append(str(e)))
+        self.page.on("response", lambda r: self.errors.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+        self.page.goto(url)
+        self.get("draw-go").wait_for()
+
+    def get(self, name: str, inside: str = "") -> Any:
+        return self.page.locator(f"#{name} {inside}".strip())
+
+    def tab(self, name: str) -> None:
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def write(self, name: str, text: str) -> None:
+        self.get(name, ":is(textarea, input)").first.fill(text)
+
+    def set(self, prefix: str, **values: int) -> None:
+        for name, value in values.items():
+            field = self.get(f"{prefix}-{name}", "input[type=number]")
+            field.fill(str(value))
+            field.press("Tab")
+
+    def pictures(self, name: str) -> Any:
+        return self.get(name, "button:has(img)")
+
+    def draw(self, prompt: str = "a red circle", images: int = 1, steps: int = 3) -> None:
+        self.write("draw-prompt", prompt)
+        self.set("draw", images=images, steps=steps)
+        self.get("draw-go").click()
+
+    def drawn(self) -> None:
+        self.get("draw-files").wait_for()
+
+    def ask(self, prefix: str, question: str, number: int = 1) -> str:
+        """The answer to the `number`th question."""
+        self.write(f"{prefix}-question", question)
+        self.get(f"{prefix}-question", ":is(textarea, input)").press("Enter")
+        answer = self.get(f"{prefix}-chat", "[data-testid=bot]").nth(number - 1)
+        answer.wait_for()
+        sync_api.expect(self.get(f"{prefix}-question", ":is(textarea, input)")).to_have_value("")
+        return str(answer.inner_text()).strip()
+
+    def toast(self) -> str:
+        toast = self.page.get_by_test_id("toast-body")
+        toast.first.wait_for()
+        return str(toast.first.inner_text())
+
+    def picture_of_page(self, name: str) -> None:
+        if folder := os.environ.get("SCALE_RAE_SCREENSHOTS"):
+            self.page.mouse.move(0, 0)
+            self.page.wait_for_timeout(500)
+            self.page.screenshot(path=Path(folder) / f"demo-{name}.png", full_page=True)
+
+
+@pytest.fixture
+def visit(browser: Any, url: str) -> Iterator[Any]:
+    visitors: list[Visitor] = []
+
+    def visit(size: dict[str, int] = DESKTOP, scheme: str = "light") -> Visitor:
+        visitors.append(Visitor(browser, url, size, scheme))
+        return visitors[-1]
+
+    yield visit
+    for visitor in visitors:
+        visitor.context.close()
+        assert visitor.asked == []  # nothing from other hosts
+        assert visitor.errors == []
+
+
+def test_draw(visit: Any) -> None:
+    visitor = visit()
+    visitor.draw(images=2, steps=60)
+    visitor.get("draw-status", "[role=progressbar][aria-valuenow]:not([aria-valuenow='0'])").wait_for()
+    assert visitor.pictures("draw-gallery").count() == 2  # forming
+    visitor.picture_of_page("forming")
+    assert not visitor.get("draw-files").is_visible()
+    visitor.drawn()
+    assert "2 drawn in" in visitor.get("draw-status").inner_text()
+    assert "Image 1 of 2 · seed 42" in visitor.get("draw-seed-shown").inner_text()
+    command = visitor.get("draw-command").inner_text()
+    assert "--seed 42" in " ".join(command.split())
+    visitor.picture_of_page("draw")
+
+    visitor.pictures("draw-gallery").nth(1).click()
+    sync_api.expect(visitor.get("draw-seed-shown")).to_contain_text("Image 2 of 2")
+    seed = int(re.findall(r"\d+", visitor.get("draw-seed-shown").inner_text())[-1])
+    assert seed > 2**53
+    links = visitor.get("draw-files", "a[download]")
+    taken = {}
+    for i in range(links.count()):
+        with visitor.page.expect_download() as download:
+            links.nth(i).click()
+        taken[Path(download.value.suggested_filename).suffix] = download.value.path()
+    assert json.loads(Path(taken[".json"]).read_text())["image_seeds"] == [seed]
+    assert torch.load(taken[".pt"], weights_only=True).dim() == 2
+    assert Image.open(taken[".png"]).text["image_seed"] == str(seed)
+
+    before = visitor.get("draw-seed", ":is(textarea, input)").input_value()
+    visitor.get("draw-new-seed").click()
+    sync_api.expect(visitor.get("draw-seed", ":is(textarea, input)")).not_to_have_value(before)
+
+
+def test_look(visit: Any, tmp_path: Path) -> None:
+    visitor = visit()
+    visitor.draw()
+    visitor.drawn()
+    visitor.tab("Look")
+    visitor.pictures("look-gallery").first.click()
+    sync_api.expect(visitor.get("look-source")).to_contain_text("read as it is (seed 42)")
+    assert visitor.ask("look", "Describe this image.")
+    assert visitor.ask("look", "Is there a red circle?", 2)
+    assert visitor.get("look-chat", "[data-testid=user]").count() == 2
+    visitor.picture_of_page("look")
+
+    own = tmp_path / "own.png"
+    Image.new("RGB", (90, 60), "blue").save(own)
+    visitor.get("look-picture", "button:is([aria-label*=lear], [aria-label*=emove], [title*=lear])").first.click()
+    sync_api.expect(visitor.get("look-chat", ".message")).to_have_count(0)
+    visitor.get("look-picture", "input[type=file]").set_input_files(own)
+    sync_api.expect(visitor.get("look-source")).to_contain_text("through the encoder")
+    assert visitor.ask("look", "Describe this image.")
+
+
+def test_best_of_n(visit: Any) -> None:
+    visitor = visit()
+    visitor.tab("Best of N")
+    visitor.write("best-prompt", "a red circle and a blue square")
+    visitor.set("best", images=4, steps=20, keep=2)
+    visitor.get("best-go").click()
+    cards = visitor.get("best-board", "li")
+    cards.first.wait_for()
+    assert cards.count() == 2  # live: those there are
+    visitor.get("best-files").wait_for()
+    assert [c.get_attribute("class") for c in cards.all()] == ["kept", "kept", "dropped", "dropped"]
+    assert all("last image kept" in c.locator(".why").inner_text() for c in cards.all()[2:])
+    assert all("reward" in c.inner_text() and "prompt loss" in c.inner_text() for c in cards.all())
+    assert visitor.get("best-files", "a[download]").count() == 6
+    cards.first.locator("summary").click()
+    assert "scale-rae t2i" in cards.first.locator("code").inner_text()
+    cards.first.locator("summary").click()
+    visitor.picture_of_page("best")
+    visitor.tab("Look")
+    assert visitor.pictures("look-gallery").count() == 4
+
+
+def test_latent(visit: Any, tmp_path: Path, studio: Studio) -> None:
+    steps = studio.draw("a green star", demo.sampling(1, 1.0, 3, "euler", "1"))
+    while True:
+        try:
+            next(steps)
+        except StopIteration as stop:
+            drawing = stop.value.drawings[0]
+            break
+    visitor = visit()
+    visitor.tab("Latent")
+    upload = visitor.get("latent-file", "input[type=file]")
+    upload.set_input_files(drawing.latent_file)
+    visitor.get("latent-picture", "img").wait_for()
+    assert "64 tokens of" in visitor.get("latent-loaded").inner_text()
+    assert visitor.ask("latent", "Describe this image.")
+    visitor.picture_of_page("latent")
+    visitor.page.get_by_role("tab", name="Continue", exact=True).click()
+    visitor.write("latent-prompt", "Can you generate a photo of a red circle?")
+    visitor.get("latent-go").click()
+    sync_api.expect(visitor.get("latent-status")).to_contain_text("”")
+
+    visitor.get("latent-file", "button:is([aria-label*=lear], [aria-label*=emove], [title*=lear])").first.click()
+    sync_api.expect(visitor.get("latent-loaded")).to_contain_text("Drop a latent")
+    bad = tmp_path / "bad.pt"
+    bad.write_text("no latent")
+    visitor.get("latent-file", "input[type=file]").set_input_files(bad)
+    said = visitor.toast()
+    assert "bad.pt: not a file that torch.save wrote." in said
+    assert "Traceback" not in said
+
+
+def test_errors_are_sentences_and_nothing_is_lost(visit: Any) -> None:
+    visitor = visit()
+    visitor.draw("   ")
+    assert "Write a prompt first" in visitor.toast()
+    visitor.draw("<b>a red circle</b>")  # text is text
+    visitor.drawn()
+    assert "<b>" in visitor.get("draw-command").inner_text()
+
+
+def test_a_second_visitor_queues_and_the_first_can_stop(visit: Any) -> None:
+    first, second = visit(), visit(PHONE)
+    first.draw(images=4, steps=250)
+    first.get("draw-status", "[role=progressbar][aria-valuenow]:not([aria-valuenow='0'])").wait_for()
+    second.draw()
+    waiting = second.get("draw-status").get_by_text("queue")
+    waiting.wait_for()
+    assert waiting.evaluate("e => getComputedStyle(e.parentElement).overflow") == "visible"  # else it is cut to nothing
+    second.picture_of_page("queue")
+    assert not second.get("draw-files").is_visible()
+    start = time.monotonic()
+    first.get("draw-stop").click()
+    sync_api.expect(first.get("draw-status")).to_contain_text("Stopped")
+    second.drawn()
+    assert time.monotonic() - start < PATIENCE / 1000
+    assert not first.get("draw-files").is_visible()
+
+
+def test_by_keyboard(visit: Any) -> None:
+    visitor = visit()
+    keys = visitor.page.keyboard
+
+    def reach(test: str) -> None:
+        for _ in range(60):
+            if visitor.page.evaluate(f"(() => {{ const e = document.activeElement; return {test}; }})()"):
+                return
+            keys.press("Tab")
+        raise AssertionError(f"not reached by Tab: {test}")
+
+    visitor.set("draw", steps=3, images=1)
+    visitor.page.evaluate("document.activeElement.blur()")
+    reach("e.closest('#draw-prompt') && e.tagName === 'TEXTAREA'")
+    keys.type("a red circle")
+    reach("e.closest('#draw-go') !== null")
+    keys.press("Enter")
+    visitor.drawn()
+    reach("e.closest('#draw-gallery') && e.querySelector('img')")
+    keys.press("Enter")
+    visitor.page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    visitor.page.get_by_role("tab", name="Draw", exact=True).focus()
+    reach("e.getAttribute('role') === 'tab' && e.innerText.trim() === 'Look'")
+    keys.press("Enter")
+    visitor.get("look-question").wait_for()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_fits_a_phone_in_light_and_dark(visit: Any, scheme: str) -> None:
+    visitor = visit(PHONE, scheme)
+    visitor.draw(images=2)
+    visitor.drawn()
+    for name in TABS:
+        visitor.tab(name)
+        visitor.page.wait_for_timeout(150)
+        width = visitor.page.evaluate("document.documentElement.scrollWidth")
+        assert width <= PHONE["width"], name
+        cut = visitor.page.evaluate(
+            """[...document.querySelectorAll('button, input, textarea, .said')].filter(e => e.offsetParent
+               && e.type !== 'file' && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 200))"""
+        )
+        assert cut == [], name
+    visitor.tab("Draw")
+    visitor.picture_of_page(f"phone-{scheme}")
+    luminance = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3)")
+    assert (sum(map(float, luminance)) / 3 > 128) == (scheme == "light")

@@ -1,0 +1,137 @@
+"""The page's handlers and words, without a browser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from scale_rae.demo.work import Drawing, Judged, Ranked, Studio
+from scale_rae.errors import InputError
+
+gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
+
+from scale_rae.demo import page  # noqa: E402 - imports gradio
+
+HOSTILE = '<img src=x onerror="alert(1)">'
+
+
+@pytest.fixture(scope="module")
+def drawing(studio: Studio) -> Drawing:
+    work = studio.draw("a red circle", page.sampling(1, 1.0, 2, "euler", "5"))
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return stop.value.drawings[0]  # type: ignore[no-any-return]
+
+
+def test_fields_become_a_sampling() -> None:
+    sampling = page.sampling(4, 3, 49, "heun", " 9087990001452917107 ")
+    assert (sampling.num_images, sampling.guidance_level, sampling.steps, sampling.solver) == (4, 3.0, 49, "heun")
+    assert sampling.seed == 9087990001452917107  # beyond what a browser's numbers hold
+
+
+@pytest.mark.parametrize("seed", ["", "a", "1.5", "1e3", "9" * 30, None])
+def test_a_field_that_is_no_number_is_named(seed: Any) -> None:
+    with pytest.raises(InputError, match="The seed is"):
+        page.sampling(1, 1, 49, "euler", seed)
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("seed -1: must be at least 0", "Seed -1: must be at least 0."),
+        ("Write a prompt first: what is to be drawn?", "Write a prompt first: what is to be drawn?"),
+        ("/models/x: no such\n folder", "/models/x: no such folder."),
+        (f"{HOSTILE}: bad", "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;: bad."),
+    ],
+)
+def test_errors_are_sentences(text: str, shown: str) -> None:
+    assert page.sentence(text) == shown
+
+
+def test_handlers_show_sentences_and_keep_secrets(caplog: pytest.LogCaptureFixture) -> None:
+    @page.told
+    def refused() -> None:
+        raise InputError("seed -1: too small")
+
+    @page.told
+    def broken() -> Iterator[int]:
+        yield 1
+        raise ValueError("/home/me/secret")
+
+    with pytest.raises(gr.Error) as caught:
+        refused()
+    assert caught.value.message == "Seed -1: too small."
+    assert not caught.value.print_exception
+    steps = broken()
+    assert next(steps) == 1
+    with pytest.raises(gr.Error) as caught:
+        next(steps)
+    assert "ValueError" in caught.value.message
+    assert "secret" not in caught.value.message
+    assert "secret" in caplog.text  # on the terminal
+
+
+def test_details_and_pictures_of_drawings(drawing: Drawing) -> None:
+    column, seed, command, files = page.detailed([drawing], 0)
+    assert column.visible
+    assert seed == "Seed **5**"
+    assert command == drawing.command
+    assert [Path(file).suffix for file in files] == [".png", ".pt", ".json"]
+    assert page.detailed([drawing, drawing], 1)[1] == "Image 2 of 2 · seed **5**"
+    assert not page.detailed([], 0)[0].visible
+    assert page.pictures([drawing]) == [(str(drawing.png), drawing.request)]
+    assert page.remembered([drawing] * page.REMEMBERED, [drawing, drawing]) == [drawing] * page.REMEMBERED
+
+
+def test_drawing_updates_end_with_the_drawings(studio: Studio) -> None:
+    work = studio.draw("a red circle", page.sampling(2, 1.0, 2, "euler", "5"))
+    updates = list(page._drawing_updates(work, []))
+    assert "Reading the prompt" in updates[0][0]
+    assert 'role="progressbar" aria-valuenow="50"' in updates[1][0]
+    assert len(updates[1][1]) == 2
+    *_, last = updates
+    assert "2 drawn in" in last[0]
+    assert [d.seed for d in last[2]] == [d.seed for d in last[-1]]
+    assert len(last) == len(updates[0]) == len(updates[1]) == 8
+
+
+def test_a_conversation_grows(studio: Studio, drawing: Drawing) -> None:
+    history: list[dict[str, Any]] = []
+    for question in ("Describe this image.", "Is there a red circle?"):
+        updates = list(page.conversation(studio, history, question, drawing.latent, None))
+        assert all(left == "" for _, left in updates)
+        history = updates[-1][0]
+    assert [message["role"] for message in history] == ["user", "assistant"] * 2
+    assert history[2]["content"] == "Is there a red circle?"
+    assert all(message["content"] for message in history)
+
+
+def judged(place: int, kept: bool, why: str | None = None) -> Judged:
+    image = Image.new("RGB", (600, 400), "red")
+    scores = {"combined": -1.25, "reward": None, "prompt_loss": 2.0}
+    return Judged(image, torch.zeros(1), 2**62, place, kept, "yes" if kept else "uncertain", scores, why)
+
+
+def test_the_leaderboard_tells_all_and_escapes(drawing: Drawing) -> None:
+    text = page.leaderboard(Ranked([judged(0, True), judged(1, False, HOSTILE)], 2, "", [drawing, drawing]))
+    assert text.index('class="kept"') < text.index('class="dropped"')
+    assert HOSTILE not in text
+    assert "&lt;img src=x" in text
+    for part in ("model says yes", "model says neither", "<dd>−1.25</dd>", "<dd>–</dd>", str(2**62), "scale-rae t2i"):
+        assert part in text
+    assert page.leaderboard(Ranked([], 2, "", [])) == ""
+
+
+def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path) -> None:
+    built = page.build(studio, tmp_path)
+    assert not built.get_api_info()["named_endpoints"]  # type: ignore[typeddict-item]
+    limits = {f.concurrency_id: f.concurrency_limit for f in built.fns.values() if f.queue}
+    assert limits["model"] == 1
+    assert not built.analytics_enabled
