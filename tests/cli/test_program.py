@@ -93,7 +93,7 @@ def test_repeated_constants_are_the_pipeline_s() -> None:
     assert all(name in help_text for name in pipeline.PUBLISHED_DECODERS.values())
 
 
-def _heed_interrupts() -> None:
+def heed_interrupts() -> None:
     """Undoes what a shell does to commands it runs in the background, and their children inherit."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -109,7 +109,7 @@ def test_ctrl_c_on_a_terminal(checkpoints: dict[str, Path], out: Path) -> None:
         stdout=subprocess.PIPE,
         stderr=child_end,
         env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm-256color", "COLUMNS": "100"},
-        preexec_fn=_heed_interrupts,
+        preexec_fn=heed_interrupts,
     )
     os.close(child_end)
     stop = threading.Timer(120, process.kill)

@@ -12,13 +12,17 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.cli.test_program import heed_interrupts
+
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 
 
 def test_opens_soon_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None:
     environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "scale_rae", "demo", "--device", "cpu"]
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    program = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+    )
     try:
         assert program.stdout is not None
         line = program.stdout.readline()
