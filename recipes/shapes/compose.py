@@ -37,38 +37,12 @@ class Loss:
         self.spread = target.float().var(0).mean()
 
     def __call__(self) -> tuple[Tensor, Metrics]:
-        parts, made, batch = self.parts, self.parts.pools, self.parts.batch
-        device = parts.device
-        draw = torch.randint(len(made.draw), (batch.draw,), device=device)
-        quads = torch.randint(len(made.name) // 4, (batch.name // 4, 1), device=device)
-        name = (quads * 4 + torch.arange(4, device=device)).flatten()
-        read = torch.randint(len(made.read), (batch.read,), device=device)
-        chat = torch.randint(len(made.chat), (batch.chat,), device=device)
-        draw_ids, name_ids, read_ids, chat_ids = (
-            sequences.ids.index_select(0, rows).long()
-            for sequences, rows in ((made.draw, draw), (made.name, name), (made.read, read), (made.chat, chat))
-        )
-        embeds = parts.embed(torch.cat([draw_ids, name_ids, read_ids, chat_ids]))
-        asked = batch.draw + batch.name
-        end = asked + batch.read
-        reading = parts.with_image(embeds[asked:end], parts.read_latents(read))
-        hidden = networks.hidden_states(
-            parts.language, torch.cat([embeds[:asked], reading, embeds[end:]]), parts.rotary
-        )
-        length = made.draw.length.index_select(0, draw)
-        drawing = parts.queried(hidden[: batch.draw], length)
-        naming = parts.queried(hidden[batch.draw : asked], made.name.length.index_select(0, name))
-        kept = (drawing.float() - self.target.index_select(0, draw).float()).square().mean() / self.spread
-        apart = parts.additive(naming)
-        told, known = parts.attributes(drawing, made.attributes.index_select(0, draw))
-        names, named = parts.attributes(naming, made.name_attributes.index_select(0, name))
-        answers, right = parts.answers(hidden[asked:end], read_ids, made.read, read, made.answer_width)
-        talk, _ = parts.answers(hidden[end:], chat_ids, made.chat, chat, made.chat_width)
-        text = parts.replies(hidden[: batch.draw], length) + answers + 0.1 * talk
-        metrics = {"kept": kept, "additive": apart, "known": known, "names": names, "named": named}
-        metrics |= {"answer": answers, "yes_no": right, "talk": talk}
-        loss = kept + ADDITIVE_WEIGHT * apart + ATTRIBUTE_WEIGHT * (told + names) + TEXT_WEIGHT * text
-        return loss, metrics
+        done, pools = self.parts.passed(), self.parts.pools
+        target = self.target.index_select(0, done.draw).float()
+        kept = (done.drawing.float() - target).square().mean() / self.spread
+        told, known = self.parts.attributes(done.drawing, pools.attributes.index_select(0, done.draw))
+        loss = kept + ADDITIVE_WEIGHT * done.additive + ATTRIBUTE_WEIGHT * (told + done.names) + TEXT_WEIGHT * done.text
+        return loss, {"kept": kept, "known": known, **done.metrics}
 
 
 @torch.no_grad()

@@ -151,6 +151,18 @@ class Pools:
         self.mean, self.std = sample.mean(0), sample.std(0)
 
 
+@dataclass
+class Passed:
+    """What a batch comes to in the language model."""
+
+    draw: Tensor  # [B], its rows of the drawing pool
+    drawing: Tensor  # [B, L, Z], their conditions
+    names: Tensor  # losses, each []: attributes of the quads
+    additive: Tensor  # how far the quads are from adding up
+    text: Tensor  # replies, answers and small talk
+    metrics: Metrics
+
+
 class Loss:
     """Draws a batch from the pools and computes the stage's loss."""
 
@@ -178,18 +190,32 @@ class Loss:
 
     def __call__(self) -> tuple[Tensor, Metrics]:
         pools, batch = self.pools, self.batch
-        draw, follow, name, read, chat = (
-            torch.randint(len(sequences), (count,), device=self.device)
-            for sequences, count in (
-                (pools.draw, batch.draw),
-                (pools.draw, batch.follow),
-                (pools.name, batch.name),
-                (pools.read, batch.read),
-                (pools.chat, batch.chat),
+        follow = torch.randint(len(pools.draw), (batch.follow,), device=self.device)
+        done = self.passed()
+        shown = networks.hidden_states(self.language, self._shown(follow), self.shown_rotary)
+        shown_length = pools.draw.length.index_select(0, follow) + self.further
+        drawing = torch.cat([done.drawing, self.queried(shown, shown_length)])  # [draw + follow, L, Z]
+        rows = torch.cat([done.draw, follow])
+        flow = self._flow(rows, drawing)
+        told, known = self.attributes(drawing, pools.attributes.index_select(0, rows))
+        text = done.text + 0.1 * self.replies(shown, shown_length)
+        metrics = {"flow": flow, "attributes": told, "known": known, **done.metrics}
+        extra = ATTRIBUTE_WEIGHT * (told + done.names) + ADDITIVE_WEIGHT * done.additive
+        return flow + TEXT_WEIGHT * text + extra, metrics
+
+    def passed(self) -> Passed:
+        """Draws a batch of all kinds but `follow`, and runs it through the language model."""
+        pools, batch = self.pools, self.batch
+        draw, quads, read, chat = (
+            torch.randint(size, (count,), device=self.device)
+            for size, count in (
+                (len(pools.draw), batch.draw),
+                (len(pools.name) // 4, batch.name // 4),
+                (len(pools.read), batch.read),
+                (len(pools.chat), batch.chat),
             )
         )
-        quads = torch.arange(4, device=self.device)
-        name = (name[: batch.name // 4, None] // 4 * 4 + quads).flatten()
+        name = (quads[:, None] * 4 + torch.arange(4, device=self.device)).flatten()
         draw_ids, name_ids, read_ids, chat_ids = (
             sequences.ids.index_select(0, rows).long()
             for sequences, rows in ((pools.draw, draw), (pools.name, name), (pools.read, read), (pools.chat, chat))
@@ -197,28 +223,20 @@ class Loss:
         embeds = self.embed(torch.cat([draw_ids, name_ids, read_ids, chat_ids]))
         asked = batch.draw + batch.name
         end = asked + batch.read
-        reading = self.with_image(embeds[asked:end], self.read_latents(read))
+        reading = self._with_image(embeds[asked:end], self._read_latents(read))
         hidden = networks.hidden_states(self.language, torch.cat([embeds[:asked], reading, embeds[end:]]), self.rotary)
-        shown = networks.hidden_states(self.language, self._shown(follow), self.shown_rotary)
 
         length = pools.draw.length.index_select(0, draw)
-        shown_length = pools.draw.length.index_select(0, follow) + self.further
-        drawing = torch.cat(
-            [self.queried(hidden[: batch.draw], length), self.queried(shown, shown_length)]
-        )  # [draw + follow, L, Z]
         naming = self.queried(hidden[batch.draw : asked], pools.name.length.index_select(0, name))
-        apart = self.additive(naming)
-        flow = self._flow(torch.cat([draw, follow]), drawing)
-        told, known = self.attributes(drawing, pools.attributes.index_select(0, torch.cat([draw, follow])))
         names, named = self.attributes(naming, pools.name_attributes.index_select(0, name))
-        replies = self.replies(hidden[: batch.draw], length) + 0.1 * self.replies(shown, shown_length)
-        answers, right = self.answers(hidden[asked:end], read_ids, pools.read, read, pools.answer_width)
-        talk, _ = self.answers(hidden[end:], chat_ids, pools.chat, chat, pools.chat_width)
-        text = replies + answers + 0.1 * talk
-        metrics = {"flow": flow, "reply": replies, "answer": answers, "talk": talk, "yes_no": right}
-        metrics |= {"attributes": told, "known": known, "names": names, "named": named, "additive": apart}
-        extra = ATTRIBUTE_WEIGHT * (told + names) + ADDITIVE_WEIGHT * apart
-        return flow + TEXT_WEIGHT * text + extra, metrics
+        additive = self.additive(naming)
+        replies = self.replies(hidden[: batch.draw], length)
+        answers, right = self._answers(hidden[asked:end], read_ids, pools.read, read, pools.answer_width)
+        talk, _ = self._answers(hidden[end:], chat_ids, pools.chat, chat, pools.chat_width)
+        metrics = {"reply": replies, "answer": answers, "talk": talk, "yes_no": right}
+        metrics |= {"names": names, "named": named, "additive": additive}
+        drawing = self.queried(hidden[: batch.draw], length)
+        return Passed(draw, drawing, names, additive, replies + answers + 0.1 * talk, metrics)
 
     def additive(self, condition: Tensor) -> Tensor:
         """How far quads of conditions [4 Q, L, Z] are from adding up: the mean square of what is left over, of the mean square
@@ -227,7 +245,7 @@ class Loss:
         left: Tensor = (p + q - r - s).square().mean() / (p - r).square().mean()
         return left
 
-    def with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
+    def _with_image(self, embeds: Tensor, latents: Tensor) -> Tensor:
         """Embeddings [B, T, H] with the projected latents [B, L, C] in the image's places."""
         place, tokens = self.pools.image_place, self.pools.tokens
         image = self.language.model.mm_projector(latents.to(self.dtype))
@@ -240,7 +258,7 @@ class Loss:
         ids = torch.cat([pools.shown_head.expand(len(rows), -1), request], dim=1)
         ids = F.pad(ids, (0, self.shown_width - ids.shape[1]))
         pictures = torch.randint(len(pools.read), (len(rows),), device=self.device)
-        return self.with_image(self.embed(ids), self.read_latents(pictures))
+        return self._with_image(self.embed(ids), self._read_latents(pictures))
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [B, T, H] of ids [B, T] that may stand for latent queries."""
@@ -258,7 +276,7 @@ class Loss:
         """Hidden states [B, n, H] at places [B, n]."""
         return torch.bmm(networks.one_hot(places, hidden.shape[1], self.dtype), hidden)
 
-    def read_latents(self, rows: Tensor) -> Tensor:
+    def _read_latents(self, rows: Tensor) -> Tensor:
         """Latents [B, L, C] float32 to be read, half of them noisy."""
         latents = self.pools.read_latents.index_select(0, rows).float().view(-1, self.pools.tokens, self.pools.channels)
         noisy = (torch.rand(len(rows), 1, 1, device=self.device) < 0.5).float()
@@ -307,7 +325,7 @@ class Loss:
         logits = self.language.lm_head(self._at(hidden, places)).float()
         return F.cross_entropy(logits.flatten(0, 1), self.pools.reply.repeat(len(hidden)))
 
-    def answers(
+    def _answers(
         self, hidden: Tensor, ids: Tensor, sequences: Sequences, rows: Tensor, width: int
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy of answers, each token weighing 1/sqrt(length of its answer), and how many yes and no are right."""
