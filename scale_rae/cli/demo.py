@@ -12,9 +12,9 @@ import typer
 from scale_rae.cli import options as o
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import ScaleRAEError
+from scale_rae.serve.settings import LOOPBACK
 
 PAGE = "Page"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def command(
@@ -69,7 +69,7 @@ def command(
         folder.mkdir(parents=True, exist_ok=True)
         built = page.build(Studio(session, choice, folder), Path(temporary) / "page")
         url = page.launch(built, host, port, [folder, Path(temporary)], browser=open_browser)
-        if host not in _LOOPBACK:
+        if host not in LOOPBACK:
             typer.echo(f"note: anyone who can reach {host} can use the model; the page has no password", err=True)
         typer.echo(f"{url.rstrip('/')}  (Ctrl-C ends it)")
         page.wait(built)

@@ -19,6 +19,7 @@ SOLVERS = ("euler", "heun", "dpmpp_2m", "ab2")
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
+REWARDS = ("imagereward", "siglip", "pickscore")
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
 

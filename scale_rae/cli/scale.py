@@ -13,6 +13,7 @@ from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.errors import InputError
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
+from scale_rae.scaling.experiment import PROMPT_PREFIX
 
 _TEMPLATE = Path("assets", "qa_prompt_template.txt")
 _PACKAGE = Path(__file__).parent.parent  # which has the template too, for those who run elsewhere
@@ -53,7 +54,7 @@ def command(
     prompt_prefix: Annotated[
         str,
         typer.Option(help="Put before each prompt that is not a request already.", rich_help_panel=SCALING),
-    ] = "Can you generate ",
+    ] = PROMPT_PREFIX,
     save_latents: Annotated[
         bool, typer.Option("--save-latents", help="Also save each image's latent.", rich_help_panel=SCALING)
     ] = False,
@@ -83,7 +84,7 @@ def command(
     reward: Annotated[
         str,
         typer.Option(
-            callback=o.one_of("imagereward", "siglip", "pickscore", "none"),
+            callback=o.one_of(*o.REWARDS, "none"),
             help="What ranks the pictures: imagereward, siglip, pickscore, or none (the model's own confidence only).",
             rich_help_panel=JUDGING,
         ),

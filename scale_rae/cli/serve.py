@@ -13,11 +13,12 @@ import typer
 from scale_rae.cli import options as o
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError
+from scale_rae.scaling.experiment import PROMPT_PREFIX
+from scale_rae.serve.settings import API_KEY_VARIABLE as KEY_VARIABLE
+from scale_rae.serve.settings import LOOPBACK
 
 # The environment variable is read by hand: typer would show its value in --help.
-KEY_VARIABLE = "SCALE_RAE_API_KEY"
 SERVER, LIMITS = "Server", "Limits"
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def command(
@@ -67,7 +68,7 @@ def command(
             help="Put before each prompt of /v1/images/generations that is not a request already.",
             rich_help_panel=SERVER,
         ),
-    ] = "Can you generate ",
+    ] = PROMPT_PREFIX,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -115,13 +116,13 @@ def command(
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and (not key.strip() or not key.isascii() or not key.isprintable() or key != key.strip()):
         raise InputError("the API key must be printable ASCII without spaces around it, and not empty")
-    if key is None and host not in _LOOPBACK and not no_api_key:
+    if key is None and host not in LOOPBACK and not no_api_key:
         raise InputError(
             f"--host {host} lets other machines in: give {KEY_VARIABLE} or --api-key, or say that you mean it by --no-api-key"
         )
     for name in reward or ():
-        if name not in ("imagereward", "siglip", "pickscore"):
-            raise typer.BadParameter(f"{name!r} is not one of imagereward, siglip, pickscore", param_hint=["--reward"])
+        if name not in o.REWARDS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(o.REWARDS)}", param_hint=["--reward"])
     bars = Bars()
     with bars.waiting("starting"):
         from scale_rae.serve.server import serve

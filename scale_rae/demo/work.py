@@ -26,12 +26,11 @@ from scale_rae.outputs import Sample, load_latent, save_run, timestamp
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from scale_rae.promptfile import PromptRecord
 from scale_rae.rewards import Reward, load_reward
-from scale_rae.scaling.experiment import Settings, as_request, check_finite, judgement, prompt_record
+from scale_rae.scaling.experiment import PROMPT_PREFIX, Settings, as_request, check_finite, judgement, prompt_record
 from scale_rae.scaling.explain import why_dropped
 from scale_rae.scaling.select import Prompt, Ranking, metric_named, rank
 from scale_rae.session import ModelChoice, Session
 
-PREFIX = "Can you generate "  # before prompts that ask for nothing: `scale`'s and `serve`'s
 MOST_IMAGES = 16
 MOST_STEPS = 250
 ANSWER_TOKENS = 128
@@ -214,7 +213,7 @@ class Studio:
         """The message that asks for a drawing of the prompt."""
         if not prompt.strip():
             raise InputError("Write a prompt first: what is to be drawn?")
-        return as_request(prompt.strip(), PREFIX)
+        return as_request(prompt.strip(), PROMPT_PREFIX)
 
     def command(self, request: str, sampling: Sampling, latent_file: Path | None = None) -> str:
         """The command line that draws the same."""
@@ -443,7 +442,7 @@ class _Rankings:
             model_path=model_path,
             n_samples=keep,
             scaling_rounds=1,
-            prompt_prefix=PREFIX,
+            prompt_prefix=PROMPT_PREFIX,
             seed=sampling.seed,
             reward=reward,
         )

@@ -19,6 +19,8 @@ from scale_rae.promptfile import PromptRecord
 if TYPE_CHECKING:
     from scale_rae.scores import Score
 
+PROMPT_PREFIX = "Can you generate "  # before prompts that ask for nothing
+
 # A prompt that begins so asks for a picture already. Bare verbs ask only before an article or a number: "paint brushes"
 # is a thing to draw, "paint a brush" a request.
 _REQUEST = re.compile(
@@ -49,7 +51,7 @@ class Settings:
     question_name: str = "qa_prompt_template"
     post_qa_mode: str = "latent"
     post_qa_max_new_tokens: int = 64
-    prompt_prefix: str = "Can you generate "
+    prompt_prefix: str = PROMPT_PREFIX
     seed: int = 42
     guidance_level: float = 1.0
     guidance_interval: tuple[float, float] | None = None

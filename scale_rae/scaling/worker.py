@@ -232,19 +232,6 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def release_memory(model: ScaleRAE) -> None:
-    """Gives what is cached back to the device."""
-    import gc
-
-    import torch
-
-    model._fast_dit.forget()
-    model.language.forget()
-    gc.collect()
-    if model.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 class _Log:
     """A worker's log file, opened anew for each line, so that nothing is lost and a full disk does no more harm.
 
@@ -328,7 +315,7 @@ class Worker:
                     self.log(f"prompt {prompt.index} failed: {error}\n{traceback.format_exc()}")
                 else:
                     break
-                release_memory(self.model)
+                self.model.release_memory()
                 if tries == 2:
                     self.store.fail(prompt.index, error, tries)
                     self.listen({"event": "failed", "rank": self.order.rank, "index": prompt.index, "error": error})
@@ -390,7 +377,7 @@ class Worker:
                 self.say(
                     f"prompt {prompt.index}: out of memory with {len(batch)} images at once; going on with {self.fits}"
                 )
-                release_memory(self.model)
+                self.model.release_memory()
                 continue
             left = left[len(batch) :]
 
@@ -422,12 +409,12 @@ class Worker:
             return largest_batch(
                 self.settings.total,
                 attempt,
-                lambda: release_memory(self.model),
+                self.model.release_memory,
                 lambda: spare_memory(self.model.device),
             )
         finally:
             self.model.speed = speed
-            release_memory(self.model)
+            self.model.release_memory()
 
     def _draw_batch(self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int]) -> None:
         from scale_rae.pipeline import image_seed

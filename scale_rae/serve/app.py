@@ -30,10 +30,9 @@ from scale_rae.scaling.experiment import as_request
 from scale_rae.serve import schema
 from scale_rae.serve.engine import Engine, Job, Refused, Result, new_seed
 from scale_rae.serve.pictures import read_data_url
-from scale_rae.serve.settings import OWN_JUDGEMENT, Limits, ServeSettings
+from scale_rae.serve.settings import LOOPBACK, OWN_JUDGEMENT, Limits, ServeSettings
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 _PING = 15.0  # seconds of silence after which a stream says that it is alive
 _log = logging.getLogger("scale_rae.serve")
 

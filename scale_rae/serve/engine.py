@@ -36,6 +36,7 @@ from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from scale_rae.prompt import SYSTEM, Turn
 from scale_rae.rewards import Reward
 from scale_rae.scaling.experiment import judgement
+from scale_rae.scaling.select import ANSWERS
 from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.settings import OWN_JUDGEMENT
 
@@ -520,8 +521,9 @@ class Engine:
                         )
                     ]
                     rated = [{"answer": s["answer"], "score": s["score"]} for s in scores]
-                    tier = {"yes": 0, "uncertain": 1, "no": 2}
-                    best = sorted(order, key=lambda i: (tier[str(rated[i]["answer"])], -float(rated[i]["score"]), i))
+                    best = sorted(
+                        order, key=lambda i: (ANSWERS.index(str(rated[i]["answer"])), -float(rated[i]["score"]), i)
+                    )
                 else:
                     values = self.rewards[str(job.judge)].score(images, job.subject)
                     rated = [{"score": float(value)} for value in values]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from scale_rae.scaling.experiment import PROMPT_PREFIX
 from scale_rae.session import ModelChoice
 
 API_KEY_VARIABLE = "SCALE_RAE_API_KEY"
 OWN_JUDGEMENT = "answer"  # in place of a reward's name: the model's own yes or no about what it drew
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine itself
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 
 
@@ -38,7 +40,7 @@ class ServeSettings:
     name: str = "scale-rae"  # the model's, as clients call it
     rewards: tuple[str, ...] = ()
     reward_path: str | None = None
-    prompt_prefix: str = "Can you generate "  # before prompts of /v1/images/generations
+    prompt_prefix: str = PROMPT_PREFIX  # before prompts of /v1/images/generations
     batch_size: int | None = None
     warm_up: bool | None = None  # None: on CUDA
     debug: bool = False
