@@ -19,6 +19,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from recipes.shapes import invented
+from recipes.shapes.invented import COLOR_NAMES, SHAPE_NAMES
 from recipes.shapes.settings import CAPTION_TOKENS
 from scale_rae.prompt import IMAGE, ChatTokenizer
 from scale_rae.shapes import world
@@ -35,6 +37,8 @@ DRAW_KINDS = (
     *("mixed",) * 12,
 )
 """Kinds of scene that are drawn, weighted: the hard ones more."""
+READ_KINDS = (*world.SCENE_KINDS, *("position",) * 2, *("color_attr",) * 1, *("mixed",) * 2)
+"""Kinds of scene that are read, weighted likewise."""
 DEFAULT_WORDING = "Can you generate {prompt}"
 DEFAULT_WORDING_SHARE = 0.3  # the scaling experiment's prefix
 
@@ -119,22 +123,6 @@ NAMED_COLOR = 0.6  # how often a mixed scene's prompt names an object's colour
 INVENTED = 0.35  # how often a name in a quad of prompts is made up
 
 
-def _other_words() -> list[str]:
-    """Words of small talk that are said neither in prompts nor in requests or questions, sorted."""
-    said = (*world.SHAPES, *map(world.plural, world.SHAPES), *world.COLORS, *world.NUMBERS, *world.RELATIONS)
-    said += (*world.REQUEST_WORDINGS, *world.HELD_OUT_WORDINGS, world.DESCRIBE, world.ALIGN, world.REPLY)
-    said += ("a", "an", "I", "and", "is", "there", "What", "color", "object", "objects")
-
-    def words(texts: Iterable[str]) -> set[str]:
-        return set(re.findall(r"[A-Za-z]+", " ".join(texts)))
-
-    return sorted(words((*world.CHATS, world.CHAT_REPLY)) - words(said))
-
-
-NAMES = _other_words()
-SHAPE_NAMES, COLOR_NAMES = (*world.SHAPES, *NAMES[::2]), (*world.COLORS, *NAMES[1::2])
-"""The world's words, then made-up names of shapes and colours: words that mean something else elsewhere ("a sky poem")."""
-
 ATTRIBUTES = (*(len(SHAPE_NAMES) + 1,) * world.MAX_OBJECTS, *(len(COLOR_NAMES) + 1,) * world.MAX_OBJECTS, 5, 4)
 """What a prompt says, taken apart: shapes and colours in the order it names them, the relation, the number of things; how many
 values each has, the last of a shape, colour or relation being "none"."""
@@ -171,7 +159,7 @@ QUAD_KINDS = tuple(kind for kind in DRAW_KINDS if kind != "single_object")
 
 
 def quad(
-    rng: random.Random, kinds: Sequence[str] = QUAD_KINDS, made_up: float = INVENTED, held_out: bool = False
+    rng: random.Random, kinds: Sequence[str] = QUAD_KINDS, made_up: float = INVENTED
 ) -> list[tuple[str, tuple[int, ...]]]:
     """Four prompts p, q, r, s with their class numbers, made of two prompts p and q of one form by exchanging some of their names: the
     conditions of p and q together should be those of r and s together.
@@ -179,8 +167,6 @@ def quad(
     A share `made_up` of the names is made up (`NAMES`): nothing is drawn for these prompts. What a name means is learnt from
     pictures, of 25 pairs of shapes and 58 coloured shapes; that each name counts for itself is learnt here, of some 700 of either.
     Without it the language model learns which of the few go together, and that the held-out ones never do.
-
-    With `held_out` p (and no other) names something held out: for measuring, not for training.
     """
     kind = rng.choice(kinds)
     count = {"colors": 1, "counting": 1, "mixed": rng.randrange(2, world.MAX_OBJECTS + 1)}.get(kind, 2)
@@ -205,7 +191,7 @@ def quad(
         four += [(exchanged[0][side], exchanged[1][side], numbers[side]) for side in range(2)]
         if (
             all(_has_form(kind, shapes, colors) for shapes, colors, _ in four)
-            and [_is_held_out(*one) for one in four] == [held_out, False, False, False]
+            and not any(_is_held_out(*one) for one in four)
             and four[0] not in four[2:]
         ):
             break
@@ -266,18 +252,38 @@ def _listing(rng: random.Random, scene: Scene) -> str:
     return "a photo of " + world.listed([world.with_article(f"{thing.color} {thing.shape}") for thing in things])
 
 
-def _altered(rng: random.Random, scene: Scene) -> Scene:
+def _altered(
+    rng: random.Random,
+    scene: Scene,
+    shapes: Sequence[str] = world.SHAPES,
+    colors: Sequence[str] = world.COLORS,
+) -> Scene:
     """The scene with another shape or another colour of one object, nothing held out."""
     while True:
         place = rng.randrange(len(scene.objects))
         old = scene.objects[place]
         if rng.random() < 0.5:
-            new = old._replace(shape=rng.choice([shape for shape in world.SHAPES if shape != old.shape]))
+            new = old._replace(shape=rng.choice([shape for shape in shapes if shape != old.shape]))
         else:
-            new = old._replace(color=rng.choice([color for color in world.COLORS if color != old.color]))
+            new = old._replace(color=rng.choice([color for color in colors if color != old.color]))
         objects = (*scene.objects[:place], new, *scene.objects[place + 1 :])
         if not world.shows_held_out(objects):
             return scene._replace(objects=objects)
+
+
+def invented_question(rng: random.Random, scene: Scene) -> tuple[str, str]:
+    """A question about a scene that holds something invented, and its answer: its description, or whether a prompt describes it,
+    namely one of a relation that is there or of that changed, or a list of what is there or of that with one thing changed."""
+    if rng.random() < 0.4:
+        return world.DESCRIBE, world.describe(scene)
+    true = rng.random() < 0.5
+    relation = next((prompt for prompt in world.true_prompts(scene) if prompt.tag == "position"), None)
+    if relation and rng.random() < 0.6:
+        told = (relation if true else world.changed(rng, relation)).text
+    else:
+        names = SHAPE_NAMES[: invented.forms()], COLOR_NAMES[: invented.hues()]
+        told = _listing(rng, scene if true else _altered(rng, scene, *names))
+    return world.ALIGN.format(prompt=told), world.YES if true else world.NO
 
 
 def _wording(rng: random.Random) -> str:
@@ -307,9 +313,13 @@ def make_chunk(
 ) -> Chunk:
     """Chunk `number` of a stream: `count` scenes with captions, requests or questions."""
     code = ("encode", "draw", "read", "name", "match").index(stream)
-    scenes = world.sample(np.random.default_rng([seed, code, number]), count, kinds, "exclude")
+    generator = np.random.default_rng([seed, code, number])
+    scenes = world.sample(generator, count, kinds, "exclude")
+    other = np.zeros(count, dtype=bool)
+    if stream in ("draw", "read"):
+        scenes, other = invented.put_in(generator, scenes)
     rng = random.Random(f"{seed}/{stream}/{number}")
-    listed = list(scenes)
+    listed = invented.named(scenes)
     if stream == "encode":
         ids = captions(encoder, map(world.describe, listed))
         texts = Texts(ids, np.full(count, CAPTION_TOKENS, np.int16), np.zeros(count, np.int16))
@@ -334,7 +344,12 @@ def make_chunk(
             for wording, (text, _) in zip(wordings, prompts, strict=True)
         ]
     else:
-        sequences = [encoder.question(question, answer) for question, answer in world.questions(rng, listed, "exclude")]
+        real = [scene for scene, has in zip(listed, other, strict=True) if not has]
+        asked = iter(world.questions(rng, real, "exclude"))
+        turns = [
+            invented_question(rng, scene) if has else next(asked) for scene, has in zip(listed, other, strict=True)
+        ]
+        sequences = [encoder.question(question, answer) for question, answer in turns]
     return Chunk(scenes, as_texts(sequences, encoder.pad), told)
 
 

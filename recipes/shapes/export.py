@@ -1,4 +1,4 @@
-"""Stage 6: the trained parts as one folder in the published layout.
+"""Stage 5: the trained parts as one folder in the published layout.
 
 DIR/config.json, model-0000x-of-0000y.safetensors, model.safetensors.index.json, tokenizer files
 DIR/shapes/siglip-patch16-128/   the encoder with its image processor and tokenizer
@@ -33,11 +33,8 @@ def export(out: Path, target: Path, preset: Preset) -> int:
     Raises:
         SystemExit: when a stage's weights are missing.
     """
-    composed = out / "compose" / "model.safetensors"
-    if not composed.is_file():
-        say(f"{composed} is not there: exporting the joint stage's model")
     parts = {
-        "model": composed if composed.is_file() else out / "joint" / "model.safetensors",
+        "model": out / "joint" / "model.safetensors",
         "encoder": out / "reward" / "encoder.safetensors",
         "decoder": out / "decoder" / "decoder.safetensors",
     }

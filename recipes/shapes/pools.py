@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recipes.shapes import invented
 from recipes.shapes.networks import image_tokens, latent_of, normalised
 from recipes.shapes.settings import Preset
 from scale_rae.shapes.draw import draw
@@ -17,7 +18,7 @@ def image_pool(scenes: SceneBatch, preset: Preset, device: torch.device, chunk: 
     """uint8 [N, 3, H, W] pictures on the device."""
     pool = torch.empty(len(scenes), 3, preset.image, preset.image, dtype=torch.uint8, device=device)
     for start in range(0, len(scenes), chunk):
-        pool[start : start + chunk] = draw(scenes[start : start + chunk], device, preset.image)
+        pool[start : start + chunk] = draw(scenes[start : start + chunk], device, preset.image, atlas=invented.atlas())
     return pool
 
 
@@ -35,6 +36,6 @@ def latent_pool(siglip: Any, scenes: SceneBatch, preset: Preset, device: torch.d
     """Latents [N, L·C] bfloat16 of scenes; the pictures are not kept."""
     pool = torch.empty(len(scenes), preset.tokens * preset.channels, dtype=torch.bfloat16, device=device)
     for start in range(0, len(scenes), chunk):
-        images = draw(scenes[start : start + chunk], device, preset.image)
+        images = draw(scenes[start : start + chunk], device, preset.image, atlas=invented.atlas())
         pool[start : start + chunk] = latents_of_images(siglip, images, chunk)
     return pool

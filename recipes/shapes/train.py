@@ -1,4 +1,4 @@
-"""All stages in order: encoder, pixel decoder, image-text score, joint training, composition, export, a first look.
+"""All stages in order: encoder, pixel decoder, image-text score, joint training, export, a first look.
 
     python -m recipes.shapes.train --out runs/shapes --export exported/shapes
 
@@ -33,15 +33,12 @@ TINY: dict[str, str] = {
     "joint": "--tiny --steps 60 --draw-batch 24 --follow-batch 4 --name-batch 8 --read-batch 12 --chat-batch 4 --draw-pool 1000 "
     "--name-pool 500 --read-pool 500 "
     "--workers 1 --log-every 10 --warmup 10 --no-compile",
-    "compose": "--tiny --steps 20 --draw-batch 12 --name-batch 8 --read-batch 8 --draw-pool 200 --name-pool 200 "
-    "--read-pool 200 --workers 1 --log-every 10 --warmup 5 --no-compile",
 }
 WEIGHTS = {
     "encoder": "encoder/encoder.safetensors",
     "decoder": "decoder/decoder.safetensors",
     "reward": "reward/encoder.safetensors",
     "joint": "joint/finished",
-    "compose": "compose/finished",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -20,13 +21,23 @@ ATLAS_SIZE = 256
 CHUNK_CPU, CHUNK_GPU = 64, 2048  # scenes at a time: within a CPU's cache, and some 3 GB of a GPU's memory
 
 
-def draw(scenes: SceneBatch, device: str | torch.device = "cpu", size: int = SIZE, as_float: bool = False) -> Tensor:
-    """Pictures of the scenes, RGB [N, 3, size, size] on `device`: uint8, or float32 in 0..1 if `as_float`."""
+def draw(
+    scenes: SceneBatch,
+    device: str | torch.device = "cpu",
+    size: int = SIZE,
+    as_float: bool = False,
+    atlas: NDArray[np.float32] | None = None,
+) -> Tensor:
+    """Pictures of the scenes, RGB [N, 3, size, size] on `device`: uint8, or float32 in 0..1 if `as_float`.
+
+    `atlas` [S, ATLAS_SIZE, ATLAS_SIZE] has more pages than the world's (`distance_atlas`) where scenes show other shapes too.
+    """
+    pages = distance_atlas() if atlas is None else atlas
     device = torch.device(device)
     image = torch.empty(len(scenes), 3, size, size, dtype=torch.float32 if as_float else torch.uint8, device=device)
     step = CHUNK_CPU if device.type == "cpu" else CHUNK_GPU
     for start in range(0, len(scenes), step):
-        part = _draw(scenes[start : start + step], device, size)
+        part = _draw(scenes[start : start + step], device, size, pages)
         image[start : start + step] = part if as_float else part.mul_(255).round_()
     return image
 
@@ -36,7 +47,7 @@ def to_pil(scenes: SceneBatch, size: int = SIZE) -> list[Image.Image]:
     return [Image.fromarray(pixels) for pixels in draw(scenes, size=size).permute(0, 2, 3, 1).numpy()]
 
 
-def _draw(scenes: SceneBatch, device: torch.device, size: int) -> Tensor:
+def _draw(scenes: SceneBatch, device: torch.device, size: int, pages: NDArray[np.float32]) -> Tensor:
     """Float pictures [N, 3, size, size] in 0..1 of one chunk."""
 
     def tensor(values: NDArray[np.floating | np.integer]) -> Tensor:
@@ -51,8 +62,8 @@ def _draw(scenes: SceneBatch, device: torch.device, size: int) -> Tensor:
     image = torch.lerp(first, second, (0.5 + along / (SIZE * math.sqrt(2)))[:, None])
     back = image.clone()
 
-    atlas = torch.from_numpy(distance_atlas()).to(device)
-    for number in range(len(SHAPES)):
+    atlas = torch.from_numpy(pages).to(device)
+    for number in range(len(pages)):
         scene, place = np.nonzero(scenes.shape == number)
         if not scene.size:
             continue
@@ -75,15 +86,27 @@ def _draw(scenes: SceneBatch, device: torch.device, size: int) -> Tensor:
 def distance_atlas() -> NDArray[np.float32]:
     """Signed distance to each of `SHAPES`, [8, ATLAS_SIZE, ATLAS_SIZE], negative inside, in units of the radius; first and last
     sample of each axis lie at -REACH and REACH, y downwards."""
-    axis = np.linspace(-REACH, REACH, ATLAS_SIZE, dtype=np.float32)
-    x, y = np.meshgrid(axis, axis)
+    x, y = _atlas_grid()
     from_middle = np.hypot(x, y)
     pages: dict[str, NDArray[np.floating]] = {
         "circle": from_middle - 0.88,
         "ring": np.abs(from_middle - 0.70) - 0.24,
     }
-    pages |= {name: _polygon_distance(outline, x, y) for name, outline in _outlines().items()}
+    outlines = _outlines()
+    pages |= dict(zip(outlines, polygon_pages(list(outlines.values())), strict=True))
     return np.stack([pages[name] for name in SHAPES]).astype(np.float32)
+
+
+def polygon_pages(outlines: Sequence[NDArray[np.float64]]) -> NDArray[np.float32]:
+    """Pages of the atlas [S, ATLAS_SIZE, ATLAS_SIZE] for closed polygons of corners [n, 2], in units of the radius."""
+    x, y = _atlas_grid()
+    return np.stack([_polygon_distance(outline, x, y) for outline in outlines]).astype(np.float32)
+
+
+def _atlas_grid() -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    axis = np.linspace(-REACH, REACH, ATLAS_SIZE, dtype=np.float32)
+    x, y = np.meshgrid(axis, axis)
+    return x, y
 
 
 def _outlines() -> dict[str, NDArray[np.float64]]:

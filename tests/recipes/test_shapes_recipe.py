@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.shapes import common, data, encoder, joint, networks, settings, train
+from recipes.shapes import common, data, encoder, invented, joint, networks, settings, train
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import LoopOptions, Trainer
 from recipes.shapes.optim import FlatModel, OptimizerOptions, matrices_in, orthogonalised
@@ -23,7 +25,7 @@ from recipes.shapes.tokenizer import ANSWER_WORDS, words
 from scale_rae.language import Conversation, LanguageModel
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import ChatTokenizer
-from scale_rae.shapes import world
+from scale_rae.shapes import draw, world
 
 CPU = torch.device("cpu")
 
@@ -101,7 +103,7 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
         ("name", data.DRAW_KINDS),
     ):
         chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)  # type: ignore[arg-type]
-        for scene in chunk.scenes:
+        for scene in invented.named(chunk.scenes):
             shapes = [thing.shape for thing in scene.objects]
             assert color_shapes.isdisjoint((thing.color, thing.shape) for thing in scene.objects)
             assert pairs.isdisjoint((a, b) for a in shapes for b in shapes)
@@ -178,29 +180,81 @@ def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: 
 
 
 def test_quads_exchange_names_some_of_them_made_up(vocabulary: Vocabulary) -> None:
-    assert not set(data.NAMES) & {*world.SHAPES, *world.COLORS}
+    assert not set(invented.NAMES) & {*world.SHAPES, *world.COLORS}
     chunk = data.make("name", 2000, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
     told = chunk.attributes[:, : world.MAX_OBJECTS]
-    shapes = told[told < len(data.SHAPE_NAMES)]
+    shapes = told[told < len(invented.SHAPE_NAMES)]
     assert 0.2 < (shapes >= len(world.SHAPES)).mean() < 0.5
     for ids, length, classes in zip(chunk.texts.ids, chunk.texts.length, chunk.attributes, strict=True):
         text = vocabulary.tokenizer.decode(ids[:length].tolist())
         for number in classes[: world.MAX_OBJECTS]:
-            assert number == len(data.SHAPE_NAMES) or data.SHAPE_NAMES[number] in text
+            assert number == len(invented.SHAPE_NAMES) or invented.SHAPE_NAMES[number] in text
     for p, q, r, s in chunk.attributes.reshape(-1, 4, chunk.attributes.shape[1]):
         assert (p != r).any()
         assert (p != s).any()
         assert (np.sort([p, q], 0) == np.sort([r, s], 0)).all()
 
 
-def test_quads_for_measuring_name_something_held_out_once() -> None:
-    rng = random.Random(0)
-    for kind in ("two_object", "position", "color_attr", "colors", "counting"):
-        prompts = {prompt.text: prompt for prompt in world._all_prompts(kind)}
-        for _ in range(20):
-            p, *others = (text for text, _ in data.quad(rng, (kind,), 0.0, held_out=True))
-            assert prompts[p].is_held_out
-            assert not any(prompts[text].is_held_out for text in others)
+def test_invented_things_stand_among_real_ones(vocabulary: Vocabulary) -> None:
+    scenes = world.sample(np.random.default_rng(0), 2000, data.DRAW_KINDS)
+    mixed, has = invented.put_in(np.random.default_rng(1), scenes)
+    real, hued = len(world.SHAPES), len(world.COLORS)
+    new_shape, new_color = mixed.shape >= real, mixed.color >= hued
+    assert (has == (new_shape | new_color).any(1)).all()
+    assert 0.3 < has.mean() < invented.SHARE
+    assert not has[scenes.kind == world.SCENE_KINDS.index("counting")].any()
+    assert set(mixed.shape[new_shape].tolist()) == set(range(real, invented.forms()))
+    assert set(mixed.color[new_color].tolist()) == set(range(hued, invented.hues()))
+    for before, after in zip(list(scenes), invented.named(mixed), strict=True):
+        made_up = [thing.shape for thing in after.objects if thing.shape not in world.SHAPES]
+        assert len(set(made_up)) == len(made_up)
+        assert [thing.x for thing in after.objects] == [thing.x for thing in before.objects]
+        text, classes = data.prompt_of(random.Random(0), after)
+        assert len(classes) == len(data.ATTRIBUTES)
+        assert all(name in text for name in made_up)
+        if after.kind == "color_attr":
+            assert len({thing.color for thing in after.objects}) == 2
+
+
+def test_invented_pictures_show_their_forms_and_hues() -> None:
+    atlas = invented.atlas()
+    assert np.array_equal(atlas[: len(world.SHAPES)], draw.distance_atlas())
+    reach = draw.REACH * np.hypot(*np.meshgrid(*[np.linspace(-1, 1, draw.ATLAS_SIZE)] * 2))
+    for page in atlas[len(world.SHAPES) :]:
+        assert reach[page < 0].max() < 1.0  # within the object's circle, so that objects stay apart
+        assert 0.1 < (page < 0).mean() * (2 * draw.REACH) ** 2 / np.pi < 0.9
+    for a, b in itertools.combinations(range(len(atlas)), 2):
+        either, both = (atlas[a] < 0) | (atlas[b] < 0), (atlas[a] < 0) & (atlas[b] < 0)
+        assert both.sum() < 0.88 * either.sum(), (a, b)
+    scenes, _ = invented.put_in(np.random.default_rng(1), world.sample(np.random.default_rng(0), 200, ("colors",)))
+    everything = {i for i, row in enumerate(scenes.shape) if row[0] >= len(world.SHAPES)}
+    assert everything
+    plain = draw.draw(scenes, as_float=True)  # the world's own pages leave invented shapes out
+    full = draw.draw(scenes, as_float=True, atlas=atlas)
+    differs = (plain - full).abs().flatten(1).amax(1) > 0.1
+    assert set(differs.nonzero().flatten().tolist()) == everything
+
+
+def test_questions_about_invented_things_are_answered_by_what_is_there() -> None:
+    scenes = world.sample(np.random.default_rng(0), 2000, ("mixed", "position"))
+    scenes, has = invented.put_in(np.random.default_rng(1), scenes)
+    rng, said = random.Random(0), Counter[tuple[str, str]]()
+    for scene in itertools.compress(invented.named(scenes), has):
+        question, answer = data.invented_question(rng, scene)
+        if question == world.DESCRIBE:
+            assert answer == world.describe(scene)
+            continue
+        told = question.removeprefix("Does this image align with the prompt: a photo of ").removesuffix("?")
+        if place := re.fullmatch(rf"a (\w+) ({'|'.join(world.RELATIONS)}) a (\w+)", told):
+            of = {thing.shape: thing for thing in scene.objects}
+            here = {(b, world.relation(of[b], of[a]), a) for a, b in itertools.permutations(of, 2)}
+            assert (place.groups() in here) == (answer == world.YES), (told, scene)
+        else:
+            things = sorted(world.with_article(f"{thing.color} {thing.shape}") for thing in scene.objects)
+            assert (sorted(re.split(", | and ", told)) == things) == (answer == world.YES), (told, scene)
+        said["relation" if place else "list", answer] += 1
+    assert min(said.values()) > 50
+    assert len(said) == 4
 
 
 def test_additive_conditions_leave_nothing_over(vocabulary: Vocabulary, tmp_path: Path) -> None:
@@ -421,7 +475,6 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
         ("reward", "loss"),
         ("joint", "flow"),
         ("joint", "answer"),
-        ("compose", "loss"),
     ):
         log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert log[-1][name] < log[0][name], (stage, name)

@@ -1,0 +1,183 @@
+"""Shapes and colours that the world does not have, for training alone.
+
+The world has 28 pairs of shapes, of which training shows 25, and 64 coloured shapes, of which it shows 58. A network that sees no
+more learns which of the few go together, and that the held-out ones never do. Among 24 shapes and 20 colours in all
+combinations, what is held out is one gap in a hundred, and what a name means is learnt for itself.
+
+Names are words of small talk, so that the tokenizer needs no others. Some have neither form nor hue: they are said only.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scale_rae.shapes import world
+from scale_rae.shapes.world import Object, Scene, SceneBatch
+
+SHARE = 0.5  # of the scenes that may hold something invented
+EACH = 0.5  # of the shapes, and of the colours, of such a scene
+
+Corners = NDArray[np.float64]
+
+
+def _other_words() -> list[str]:
+    """Words of small talk that are said neither in prompts nor in requests or questions, sorted."""
+    said = (*world.SHAPES, *map(world.plural, world.SHAPES), *world.COLORS, *world.NUMBERS, *world.RELATIONS)
+    said += (*world.REQUEST_WORDINGS, *world.HELD_OUT_WORDINGS, world.DESCRIBE, world.ALIGN, world.REPLY)
+    said += ("a", "an", "I", "and", "is", "there", "What", "color", "object", "objects")
+
+    def words(texts: tuple[str, ...]) -> set[str]:
+        return set(re.findall(r"[A-Za-z]+", " ".join(texts)))
+
+    return sorted(words((*world.CHATS, world.CHAT_REPLY)) - words(said))
+
+
+NAMES = _other_words()
+SHAPE_NAMES, COLOR_NAMES = (*world.SHAPES, *NAMES[::2]), (*world.COLORS, *NAMES[1::2])
+"""The world's words, then made-up names of shapes and colours: words that mean something else elsewhere ("a sky poem")."""
+
+HUES: NDArray[np.float32] = np.array(
+    [
+        [0.45, 0.26, 0.10],
+        [0.50, 0.50, 0.50],
+        [0.10, 0.80, 0.85],
+        [0.05, 0.10, 0.42],
+        [0.47, 0.46, 0.05],
+        [0.45, 0.03, 0.12],
+        [0.60, 0.95, 0.10],
+        [0.90, 0.10, 0.75],
+        [0.78, 0.63, 0.42],
+        [0.00, 0.45, 0.46],
+        [0.64, 0.58, 0.95],
+        [0.02, 0.28, 0.10],
+    ],
+    dtype=np.float32,
+)
+"""RGB of the first made-up colours: brown, grey, cyan, navy, olive, maroon, lime, magenta, tan, teal, lavender, dark green."""
+
+
+def _outlines() -> list[Corners]:
+    """Corners [n, 2] of the first made-up shapes, within the unit circle, y downwards."""
+
+    def block(*rows: str) -> Corners:
+        """The outline of a one-piece figure of squares, without holes."""
+        cells = {(x, y) for y, row in enumerate(rows) for x, cell in enumerate(row) if cell == "#"}
+        edges: dict[tuple[int, int], tuple[int, int]] = {}
+        for x, y in cells:
+            for step, start, end in (
+                ((0, -1), (x, y), (x + 1, y)),
+                ((1, 0), (x + 1, y), (x + 1, y + 1)),
+                ((0, 1), (x + 1, y + 1), (x, y + 1)),
+                ((-1, 0), (x, y + 1), (x, y)),
+            ):
+                if (x + step[0], y + step[1]) not in cells:
+                    edges[start] = end
+        path = [min(edges)]
+        while (after := edges[path[-1]]) != path[0]:
+            path.append(after)
+        return fitted(np.array(path, dtype=np.float64))
+
+    def fitted(corners: Corners) -> Corners:
+        corners = corners - (corners.min(0) + corners.max(0)) / 2
+        return corners * (0.98 / float(np.hypot(*corners.T).max()))
+
+    def points(*corners: tuple[float, float]) -> Corners:
+        return fitted(np.array(corners, dtype=np.float64))
+
+    def turning(reach: Corners, angle: Corners) -> Corners:
+        return fitted(reach[:, None] * np.stack((np.cos(angle), np.sin(angle)), 1))
+
+    round_ = np.linspace(0, 2 * math.pi, 96, endpoint=False)
+    half = np.linspace(0, math.pi, 48)
+    spikes = np.arange(8) * math.pi / 4
+    outer = np.stack((np.cos(half), -np.sin(half)), 1)
+    inner = np.stack((0.9 * np.cos(half[::-1]), -0.45 * np.sin(half[::-1])), 1)
+    return [
+        points((-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)),  # bar
+        block("#..", "#..", "###"),  # L
+        block("###", ".#.", ".#."),  # T
+        block("#.#", "#.#", "###"),  # U
+        block("##.", ".#.", ".##"),  # Z
+        block("#.#", "###", "#.#"),  # H
+        points((0, -1), (0.8, -0.1), (0.3, -0.1), (0.3, 1), (-0.3, 1), (-0.3, -0.1), (-0.8, -0.1)),  # arrow
+        fitted(np.concatenate((outer, inner))),  # crescent
+        fitted(outer),  # half a disc
+        points((-0.8, -1), (0.8, -1), (0.12, 0), (0.8, 1), (-0.8, 1), (-0.12, 0)),  # hourglass
+        turning(np.where(np.arange(8) % 2 == 0, 1.0, 0.3), spikes),  # four thin spikes
+        points((-0.35, -0.55), (1, -0.55), (0.35, 0.55), (-1, 0.55)),  # slanted
+        turning(0.62 + 0.38 * np.cos(3 * round_), round_),  # three leaves
+        points((-1, -0.75), (-0.45, -0.75), (0, 0), (0.45, -0.75), (1, -0.75), (0.25, 0.75), (-0.25, 0.75)),  # V
+        points((-0.75, 1), (-0.75, -0.05), (0, -1), (0.75, -0.05), (0.75, 1), (0, 0.45)),  # a torn flag
+        points((-1, -0.35), (0, -0.35), (0, -0.7), (1, 0), (0, 0.7), (0, 0.35), (-1, 0.35)),  # fat arrow to the right
+    ]
+
+
+@functools.cache
+def atlas() -> NDArray[np.float32]:
+    """`draw.distance_atlas`, then a page for each made-up shape that has a form."""
+    from scale_rae.shapes import draw  # imports torch, which the makers of data do without
+
+    return np.concatenate((draw.distance_atlas(), draw.polygon_pages(_outlines())))
+
+
+def forms() -> int:
+    """How many of `SHAPE_NAMES` have a form."""
+    return len(world.SHAPES) + len(_outlines())
+
+
+def hues() -> int:
+    """How many of `COLOR_NAMES` have a hue."""
+    return len(world.COLORS) + len(HUES)
+
+
+def put_in(rng: np.random.Generator, scenes: SceneBatch) -> tuple[SceneBatch, NDArray[np.bool_]]:
+    """The scenes with invented shapes and colours in the place of some, and which [N] have any.
+
+    Counting scenes keep theirs, since made-up names have no plural. Invented shapes of a scene differ from each other.
+    """
+    n = len(scenes)
+    chosen = (rng.random(n) < SHARE) & (scenes.kind != world.SCENE_KINDS.index("counting"))
+    there = scenes.shape >= 0
+    new_shape = chosen[:, None] & there & (rng.random(there.shape) < EACH)
+    new_color = chosen[:, None] & there & (rng.random(there.shape) < EACH)
+    real, more = len(world.SHAPES), forms() - len(world.SHAPES)
+    order = rng.random((n, more)).argsort(1)[:, : there.shape[1]] + real  # different within a scene
+    color = rng.integers(len(world.COLORS), hues(), there.shape)
+    attr = scenes.kind == world.SCENE_KINDS.index("color_attr")
+    same = attr & new_color.all(1, where=there) & (color[:, 0] == color[:, 1])  # this kind names two colours
+    new_color[same, 1] = False
+    palette = np.concatenate((world.PALETTE, HUES))
+    rgb = palette[color] + rng.uniform(-world.JITTER, world.JITTER, scenes.rgb.shape).astype(np.float32)
+    changed = SceneBatch(
+        kind=scenes.kind,
+        shape=np.where(new_shape, order, scenes.shape).astype(np.int8),
+        color=np.where(new_color, color, scenes.color).astype(np.int8),
+        center=scenes.center,
+        radius=scenes.radius,
+        tilt=scenes.tilt,
+        rgb=np.where(new_color[:, :, None], rgb.clip(0, 1), scenes.rgb).astype(np.float32),
+        back=scenes.back,
+        back_angle=scenes.back_angle,
+    )
+    return changed, (new_shape | new_color).any(1)
+
+
+def named(scenes: SceneBatch) -> list[Scene]:
+    """The scenes with their names, made-up ones too."""
+    columns = (scenes.kind, scenes.shape, scenes.color, scenes.center, scenes.radius)
+    return [
+        Scene(
+            world.SCENE_KINDS[kind],
+            tuple(
+                Object(SHAPE_NAMES[s], COLOR_NAMES[c], x, y, r)
+                for s, c, (x, y), r in zip(shape, color, center, radius, strict=True)
+                if s >= 0
+            ),
+        )
+        for kind, shape, color, center, radius in zip(*(column.tolist() for column in columns), strict=True)
+    ]
