@@ -45,10 +45,10 @@ def read_image(
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit below is ours, and stricter
             with Image.open(source, formats=formats) as image:
                 if image.width * image.height > max_pixels:
-                    raise InputError(_too_large(name, f"{image.width} x {image.height}", max_pixels))
+                    raise InputError(_too_large(name, f"{image.width} x {image.height} pixels", max_pixels))
                 return to_rgb(ImageOps.exif_transpose(image))
     except Image.DecompressionBombError as e:
-        raise InputError(_too_large(name, "over twice Pillow's own limit", max_pixels)) from e
+        raise InputError(_too_large(name, f"over {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels", max_pixels)) from e
     except UnidentifiedImageError as e:
         what = f"a {' or '.join(formats)} image" if formats else "an image that Pillow can read"
         raise InputError(f"{name}: not {what}") from e
@@ -72,4 +72,4 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _too_large(name: str, size: str, max_pixels: int) -> str:
-    return f"{name}: the image is too large ({size} pixels; at most {max_pixels:,} in all); shrink it first"
+    return f"{name}: the image is too large ({size}; at most {max_pixels:,} in all); shrink it first"

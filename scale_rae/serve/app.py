@@ -70,11 +70,13 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         app.add_exception_handler(kind, _handle)
     _describe_limits(app, settings)
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", response_model=schema.Status)
     async def health() -> Any:
         """Whether the process is alive."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", response_model=schema.Status)
     async def ready() -> Any:
         """Whether requests are taken."""
@@ -442,7 +444,8 @@ def _error_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     if isinstance(error, HTTPException):
         said = {404: "no such route", 405: "the route does not take this method"}.get(error.status_code)
         message = said or ("the body is not valid JSON" if error.status_code == 400 else "the request cannot be read")
-        return error.status_code, _error_body(error.status_code, None, message), dict(error.headers or {})
+        where = "body" if error.status_code == 400 else None
+        return error.status_code, _error_body(error.status_code, None, message, where), dict(error.headers or {})
     return 500, _error_body(500, "internal_error", "an internal error; the server's log has more"), headers
 
 
@@ -488,6 +491,7 @@ class _Guard:
 
     def __init__(self, app: FastAPI, engine: Engine, settings: ServeSettings) -> None:
         self._app, self._engine, self._settings = app, engine, settings
+        self._held = 0  # bytes of bodies
         app.state.wait_hint = engine.wait_hint
         self.openapi = app.openapi
         self._routes = {"/health", "/ready", "/metrics", "/openapi.json", "/v1/models"} | {
@@ -499,7 +503,7 @@ class _Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 0
+        start, status, body = time.monotonic(), 0, b""
         name = f"req_{secrets.token_hex(8)}"
 
         async def answer(message: Message) -> None:
@@ -512,13 +516,14 @@ class _Guard:
         try:
             try:
                 self._check(scope)
-                body = await self._body(scope, receive) if scope["method"] in ("POST", "PUT", "PATCH") else b""
+                if scope["method"] in ("POST", "PUT", "PATCH"):
+                    body = await self._body(scope, receive)
                 await self._app(scope, _replay(body, receive), answer)
             except Refused as e:
                 code, value, headers = _error_of(e)
                 if code == 429:
                     headers["Retry-After"] = str(self._engine.wait_hint())
-                if code in (408, 413):
+                if code in (408, 413) or e.code == "uploads_full":
                     headers["Connection"] = "close"  # the rest of the body is not read
                 if code == 401:
                     headers["WWW-Authenticate"] = "Bearer"
@@ -529,6 +534,7 @@ class _Guard:
                 code, value, headers = _error_of(e)
                 await JSONResponse(value, code, headers)(scope, receive, answer)
         finally:
+            self._held -= len(body)
             route = self._route(scope["path"])
             seconds = time.monotonic() - start
             self._engine.metrics.requests.labels(route, str(status or 499)).inc()
@@ -560,7 +566,7 @@ class _Guard:
                 )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The body, as far as it may be read."""
+        """The body, as far as it may be read; its bytes stay in `_held`."""
         if scope["path"].startswith("/v1/"):
             self._engine.check_open()  # before it is read
         most = self._settings.limits.body
@@ -568,7 +574,7 @@ class _Guard:
         too_large = Refused(413, "body_too_large", f"the body is larger than {most} bytes")
         if declared.isdigit() and int(declared) > most:
             raise too_large
-        parts, size = [], 0
+        parts, size, whole = [], 0, False
         try:
             async with asyncio.timeout(self._settings.limits.upload):
                 while True:
@@ -577,12 +583,19 @@ class _Guard:
                         raise Refused(499, "client_left", "the client has gone")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self._held += len(parts[-1])
                     if size > most:
                         raise too_large
+                    if self._held > self._settings.limits.bodies:
+                        raise Refused(429, "uploads_full", "too much is being uploaded at once; try again later")
                     if not message.get("more_body"):
+                        whole = True
                         return b"".join(parts)
         except TimeoutError:
             raise Refused(408, "slow_body", "the body took too long to arrive") from None
+        finally:
+            if not whole:
+                self._held -= size
 
 
 def _replay(body: bytes, receive: Receive) -> Callable[[], Any]:

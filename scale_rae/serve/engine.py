@@ -266,7 +266,8 @@ class Engine:
         for size in self._sizes():
             start = time.perf_counter()
             conversation = Conversation(self.model.tokenizer.conversation(message))
-            self.model.converse([conversation] * size, [8] * size)
+            for _ in range(2):  # what comes again is captured
+                self.model.converse([conversation] * size, [8] * size)
             condition = torch.zeros(
                 self.model.config.tokens, self.model.config.dit.condition_width, dtype=self.model.dtype
             )
@@ -274,7 +275,8 @@ class Engine:
             for guidance in guidances:
                 options = SamplingOptions(2, "euler", guidance)
                 latents = self.model.sample([condition] * size, range(size), options, size)
-            self.model.decode(latents, batch_size=size)
+            for _ in range(2):
+                self.model.decode(latents, batch_size=size)
             _log.info("warmed up for batches of %d in %.1f s", size, time.perf_counter() - start)
             if self._closed:
                 return
@@ -386,8 +388,12 @@ class Engine:
         self.metrics.batch.labels("reply").observe(len(jobs))
         ready: list[Job] = []
         conversations: list[Conversation] = []
-        with self.metrics.stage("encode"):
-            self._encode(jobs)
+        try:
+            with self.metrics.stage("encode"):
+                self._encode(jobs)
+        except Exception as e:
+            self._apart(self._answer, jobs, e)
+            return
         for job in jobs:
             try:
                 ids = self.model.tokenizer.conversation(job.turns, job.system)
@@ -478,9 +484,9 @@ class Engine:
             with self.metrics.stage("sample"):
                 latents = self.model.sample(
                     [c for c in conditions if c is not None], seeds, tiles[0].job.options, size, step
-                )[:count]
+                )
             with self.metrics.stage("decode"):
-                images = self.model.decode(latents, batch_size=1 if self.model.device.type == "cpu" else count)
+                images = self.model.decode(latents, batch_size=1 if self.model.device.type == "cpu" else size)[:count]
         except _Deserted:
             with self._wake:
                 self._drop_dead()
@@ -489,7 +495,7 @@ class Engine:
             self._apart(self._draw, tiles, e)
             return
         self.metrics.drew(count)
-        for tile, latent, image in zip(tiles, latents, images, strict=True):
+        for tile, latent, image in zip(tiles, latents[:count], images, strict=True):
             job = tile.job
             with self._wake:
                 if job.over:

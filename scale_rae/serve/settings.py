@@ -20,6 +20,7 @@ class Limits:
     requests: int = 128  # waiting or under way; the next gets 429
     deadline: float = 300.0  # seconds from a request's arrival to its answer
     body: int = 32 * 2**20  # bytes
+    bodies: int = 256 * 2**20  # bytes of all that are held at once; the next gets 429
     upload: float = 30.0  # seconds that a body may take to arrive
     prompt: int = 16_000  # characters of all text in a request
     pixels: int = 25_000_000  # of one image

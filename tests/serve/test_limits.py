@@ -18,9 +18,10 @@ from typing import Any
 
 import openai
 import pytest
+import torch
 from PIL import Image
 
-from scale_rae.errors import CheckpointError
+from scale_rae.errors import CheckpointError, DeviceError
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine, Job, Refused, Result
@@ -52,6 +53,12 @@ def get(url: str, headers: dict[str, str] | None = None) -> tuple[int, bytes]:
 def ask(*urls: str) -> dict[str, Any]:
     parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"messages": [{"role": "user", "content": [{"type": "text", "text": "What is it?"}, *parts]}]}
+
+
+def held(running: Running) -> int:
+    """Bytes of bodies in the server."""
+    guard: Any = running.server.config.app
+    return int(guard._held)
 
 
 def bomb(width: int, height: int) -> str:
@@ -179,6 +186,40 @@ def test_a_large_body(serve: Serve) -> None:
         with socket.create_connection(("127.0.0.1", running.port)) as connection:  # one that never ends
             connection.sendall(f"{head}Content-Length: 500\r\n\r\n{{".encode())
             assert b" 408 " in connection.recv(4096)
+
+
+def test_many_bodies_at_once(serve: Serve) -> None:
+    with serve(limits=Limits(body=1000, bodies=1500, upload=30)) as running:
+        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", running.port)) as first:
+            first.sendall(head.encode() + b"{" * 900)
+            running.wait_for(lambda: held(running) == 900)
+            with socket.create_connection(("127.0.0.1", running.port)) as second:
+                second.sendall(head.encode() + b"{" * 900)
+                answer = second.makefile("rb").read().lower()  # to the end: the server closes
+                assert b" 429 " in answer
+                assert b"retry-after" in answer
+                assert b"uploads_full" in answer
+            assert held(running) == 900
+            assert post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})[0] == 200  # a small one fits
+        running.wait_for(lambda: held(running) == 0)
+
+
+def test_bytes_that_are_no_text(running: Running) -> None:
+    request = urllib.request.Request(
+        running.url + IMAGES, b"\xff\xfe\x00", {"Content-Type": "application/json"}, method="POST"
+    )
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 400
+    assert json.loads(caught.value.read())["error"]["param"] == "body"
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready"])
+def test_probes_may_ask_for_the_head_alone(running: Running, path: str) -> None:
+    with urllib.request.urlopen(urllib.request.Request(running.url + path, method="HEAD")) as answer:
+        assert answer.status == 200
+        assert answer.read() == b""
 
 
 def test_a_full_queue(serve: Serve) -> None:
@@ -400,6 +441,26 @@ def test_one_that_fails_does_not_take_its_neighbours_along(
     assert isinstance(results.pop(13), RuntimeError)
     assert all(isinstance(result, Result) and len(result.drawings) == 1 for result in results.values())
     assert engine.idle
+
+
+def test_pictures_too_many_to_encode_at_once_are_encoded_apart(
+    engine: Engine, shapes: ScaleRAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode = shapes.encode_pixels
+
+    def limited(pixels: torch.Tensor) -> list[torch.Tensor]:
+        if len(pixels) > 1:
+            raise DeviceError("out of GPU memory")
+        return encode(pixels)
+
+    monkeypatch.setattr(shapes, "encode_pixels", limited)
+    pixels = shapes.encoder.preprocess([Image.new("RGB", (128, 128), "white")])
+    inboxes: list[list[Any]] = [[], []]
+    deadline = time.monotonic() + 60
+    asked = [Turn("user", "Describe this image.", 1)]
+    jobs = [Job(asked, pixels, SamplingOptions(2), 0, inbox.append, deadline, draws=False) for inbox in inboxes]
+    engine._answer(jobs)
+    assert all(isinstance(outcomes(inbox, 1)[0], Result) for inbox in inboxes)
 
 
 def test_every_job_has_one_outcome_also_at_the_end(shapes: ScaleRAE) -> None:
