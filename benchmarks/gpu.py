@@ -49,7 +49,7 @@ from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantize import Float8Linear, quantize
-from scale_rae.speed import FastDiT, Speed, capture
+from scale_rae.speed import FastDiT, Speed, graph_memory
 from tests.made_checkpoints import write_tokenizer
 
 OFFICIAL = 2.33  # seconds per image of the official implementation on one H200, float32, without decoding
@@ -720,7 +720,7 @@ def gemm_stage(b: Bench, size: str) -> None:
                 line = [f"gemm      {rows:5} x {k:5} -> {n:6} ({name:7})"]
                 for way, run in ways.items():
                     try:
-                        graph, _ = capture(lambda run=run: [run() for _ in range(10)][-1], b.device)  # type: ignore[misc]
+                        graph, _ = graph_memory(b.device).capture(lambda run=run: [run() for _ in range(10)][-1])  # type: ignore[misc]
                         _, seconds = b.seconds(graph.replay, 5)
                         us = seconds / 10 * 1e6
                         line.append(f"{way} {us:7.1f} us {2e-6 * rows * n * k / us:5.0f} TFLOP/s")

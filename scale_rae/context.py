@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_rae.speed import Captures, attention_kernels, capture, compiled
+from scale_rae.speed import Captures, attention_kernels, compiled, graph_memory
 
 if TYPE_CHECKING:
     from scale_rae.language import LanguageModel
@@ -183,14 +183,16 @@ class Context:
             embeds = F.pad(rows, (0, 0, 0, width - longest))
         else:
             embeds = torch.stack([F.pad(row, (0, 0, 0, width - len(row))) for row in rows])  # [B, T, H]
-        past = torch.tensor(self.lengths, device=embeds.device)
+        idle = self.rows - self.batch if self._passes.enabled else 0  # they come along, so that one shape serves all
+        embeds = F.pad(embeds, (0, 0, 0, 0, 0, idle))
+        past = torch.tensor([*self.lengths, *(0,) * idle], device=embeds.device)
         reach = max(self.lengths) + width
         self._grow(reach)
         positions = past[:, None] + torch.arange(width, device=embeds.device)
         reach = 0 if max(self.lengths) == 0 else self._round(reach)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        key = (*embeds.shape[:2], reach)
-        return self._passes.run(key, partial(self._forward, reach=reach), embeds, positions)[:, :longest]
+        hidden = self._passes.run((width, reach), partial(self._forward, reach=reach), embeds, positions)
+        return hidden[: self.batch, :longest]
 
     def begin(self, hidden: Tensor) -> Tensor:
         """Chooses each conversation's next token, given the hidden states [B, H] before it.
@@ -203,7 +205,7 @@ class Context:
         return record
 
     def step(self) -> Tensor:
-        """Reads the tokens chosen last, and chooses the next: [3, B] as `begin`, overwritten by the next step."""
+        """Reads the tokens chosen last, and chooses the next: [3, B] as `begin`."""
         reach = self._first + self._steps + 1
         self._grow(reach)
         reach = self._round(reach)
@@ -211,15 +213,16 @@ class Context:
         if not self._passes.enabled:
             return self._step(reach)[:, : self.batch]
         key = (reach, self.language.compile_steps)
+        memory = graph_memory(self.language.device)
         if key not in self._graphs:
             saved = self._token.clone(), self._position.clone()
-            graph, record = capture(lambda: self._step(reach), self.language.device)
+            self._graphs[key] = memory.capture(lambda: self._step(reach))
             self._token.copy_(saved[0])  # capturing took steps of its own
             self._position.copy_(saved[1])
-            self._graphs[key] = graph, record
-        graph, record = self._graphs[key]
-        graph.replay()
-        return record[:, : self.batch]
+        with memory.lock:
+            graph, record = self._graphs[key]
+            graph.replay()
+            return record[:, : self.batch].clone()
 
     def _step(self, reach: int) -> Tensor:
         embeds = self.language.model.embed_tokens(self._token)[:, None]
@@ -300,15 +303,15 @@ class Transfer:
     """Values on their way to the host, while the device goes on."""
 
     def __init__(self, values: Tensor) -> None:
-        # A copy either way: the next step writes where this one wrote.
         self._event: torch.cuda.Event | None = None
         if values.device.type != "cuda":
-            self._values = values.clone()
+            self._values = values
             return
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._values.copy_(values, non_blocking=True)
         self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._event.record()
+        # Of the values' device, which need not be the current one.
+        self._event.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[list[float]]:
         """The values, once they are here."""

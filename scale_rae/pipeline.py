@@ -167,7 +167,7 @@ class ScaleRAE:
         language.fuse()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused
-        self._decodes = Captures(self.speed.graph and device.type == "cuda", most=4)
+        self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
         self._expected = 0  # images still to be drawn
         self._drawn = Counter[int]()  # so far, by size of batch
@@ -206,6 +206,10 @@ class ScaleRAE:
         torch_dtype = pick_dtype(dtype, torch_device)
         if quantize is not None:
             check_device(torch_device)
+            if torch_dtype != torch.bfloat16:
+                raise InputError(
+                    f"quantize {quantize}: computes in bfloat16 beside float8, not {dtype}; use --dtype bfloat16"
+                )
         source = find(name, "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = ChatTokenizer(source.folder, config.image_markers)
@@ -487,8 +491,9 @@ class ScaleRAE:
         noise = _noises(seeds, config.channels, config.dit.side, self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
         times = flow.evaluation_times(options.solver, options.steps, shift)
+        guided = options.guidance != 1.0
         conditional, null, both = self._fast_dit.velocities(
-            condition, times, guided=options.guidance != 1.0, compile=self._compiles(len(seeds), len(times))
+            condition, times, guided, compile=self._compiles(len(seeds), len(times), guided)
         )
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
         latents = self._latents(flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback))
@@ -517,13 +522,13 @@ class ScaleRAE:
         """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
         self._expected = images
 
-    def _compiles(self, batch: int, evaluations: int) -> bool:
+    def _compiles(self, batch: int, evaluations: int, guided: bool) -> bool:
         """Whether to draw a batch of this size by compiled code."""
         if self.speed.compile != "auto":
             return self.speed.compile == "on"
         images = max(self._expected, self._drawn[batch])  # who has drawn many will go on
         pays = images * evaluations * flops(self.config.dit) >= COMPILE_PAYS
-        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch))
+        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch, guided))
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:

@@ -15,8 +15,10 @@ docs/performance.md has what each gains.
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
+import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -39,6 +41,7 @@ GROUP_ROWS = (
     2048  # tokens of a batch for that one block's adaLN product fills the GPU; fewer take several blocks at once
 )
 MOST_GRAPHS = 12  # kept at once
+MOST_SHAPES = 4096  # that a function is compiled for
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,9 @@ def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[.
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scale_rae" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    # Every batch size is a compilation of the same function; torch gives up at 8.
-    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    # Every batch size is a compilation of the same function; torch gives up at 8, and at 256 in all.
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(torch._dynamo.config, name, max(MOST_SHAPES, getattr(torch._dynamo.config, name)))
     options: dict[str, str | int | bool | Callable[..., Any]] | None = {"max_autotune_gemm": True} if autotune else None
     return torch.compile(function, dynamic=False, fullgraph=True, options=options)
 
@@ -92,54 +96,72 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     return sdpa_kernel(kernels)  # type: ignore[no-any-return]
 
 
-def capture(
-    function: Callable[[], Tensor], device: torch.device, pool: Any = None
-) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-    """A CUDA graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
-    stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
-            function()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            output = function()
-    except RuntimeError as e:  # ending a capture that memory ran out in fails too, and hides why
-        if isinstance(e.__context__, torch.OutOfMemoryError):
-            raise e.__context__ from None
-        raise
-    return graph, output
+class GraphMemory:
+    """What all CUDA graphs of a device share: the stream they are captured on, and with it the memory they work in, which
+    belongs to a stream. Hold `lock` from filling a graph's inputs until its output is copied: the next may write there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lock = device, threading.RLock()
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
+        with self.lock:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream = self._stream
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
+                    function()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            pool = next((graph.pool() for graph in self._graphs), None)  # a new one once the last graph is gone
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    output = function()
+            except RuntimeError as e:  # ending a capture that memory ran out in fails too, and hides why
+                if isinstance(e.__context__, torch.OutOfMemoryError):
+                    raise e.__context__ from None
+                raise
+            self._graphs.add(graph)
+            return graph, output
+
+
+@functools.cache
+def graph_memory(device: torch.device) -> GraphMemory:
+    """The device's."""
+    return GraphMemory(device)
 
 
 class Captured:
     """A function of tensors as a CUDA graph, for inputs of the same shapes as `inputs`."""
 
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor], pool: Any) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        self._memory = graph_memory(inputs[0].device)
         self.inputs = [x.clone() for x in inputs]
-        self.graph, self.output = capture(lambda: function(*self.inputs), inputs[0].device, pool)
+        self.graph, self.output = self._memory.capture(lambda: function(*self.inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        with self._lock:
+        with self._memory.lock:
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given)
             self.graph.replay()
-            return self.output.clone()  # the next replay writes where this one wrote
+            return self.output.clone()
 
 
 class Captures:
     """Runs functions of tensors as CUDA graphs, one for each `key`, which says what is run and for which shapes.
 
-    `enabled` False runs them as they are. The least recently captured of more than `most` is let go of.
+    `enabled` False runs them as they are. Of more than `most`, the one that has not run for longest is let go of.
     """
 
     def __init__(self, enabled: bool, most: int) -> None:
         self.enabled, self.most = enabled, most
-        self._graphs: dict[Hashable, Captured] = {}
+        self._graphs: dict[Hashable, Captured] = {}  # in the order of their last run
         self._met: set[Hashable] = set()
-        self._pool: Any = None
 
     def run(
         self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor, when_it_comes_again: bool = True
@@ -147,20 +169,20 @@ class Captures:
         """`function(*inputs)`. Capturing takes three runs, so by default what runs once is not captured."""
         if not self.enabled:
             return function(*inputs)
-        if key not in self._graphs:
+        captured = self._graphs.pop(key, None)
+        if captured is None:
             if when_it_comes_again and key not in self._met:
                 self._met.add(key)
                 return function(*inputs)
             if len(self._graphs) >= self.most:
                 del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = Captured(function, inputs, self._pool)
-            self._pool = self._pool or self._graphs[key].graph.pool()  # they never run at once: one memory for all
-        return self._graphs[key](*inputs)
+            captured = Captured(function, inputs)
+        self._graphs[key] = captured
+        return captured(*inputs)
 
     def forget(self) -> None:
-        """Lets go of the graphs and the memory they hold."""
+        """Lets go of the graphs and, with the last that anyone has, the memory they work in."""
         self._graphs.clear()
-        self._pool = None
 
 
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:
@@ -271,7 +293,7 @@ class FastDiT:
         self._eager = _Parts(*functions)
         self._functions = functions
         self._compiled: _Parts | None = None
-        self._compiled_sizes: set[int] = set()
+        self._compiled_sizes: set[tuple[int, bool]] = set()
         self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
         self._side = torch.cuda.Stream(self.device) if speed.overlap and on_cuda else None  # type: ignore[no-untyped-call]
 
@@ -306,9 +328,9 @@ class FastDiT:
 
         return conditional, unconditional, both
 
-    def is_compiled(self, batch: int) -> bool:
-        """Whether batches of this size have compiled code already."""
-        return batch in self._compiled_sizes
+    def is_compiled(self, batch: int, guided: bool) -> bool:
+        """Whether batches of this size, guided or not, have compiled code already."""
+        return (batch, guided) in self._compiled_sizes
 
     def forget(self) -> None:
         """Lets go of captured graphs and the memory they hold."""
@@ -335,7 +357,7 @@ class FastDiT:
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
         if compile:
-            self._compiled_sizes.add(len(inputs[0]))
+            self._compiled_sizes.add((len(inputs[0]), len(inputs) > 3))
         with nullcontext() if self.speed.cudnn else attention_kernels(self.device):
             key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
             return self._captures.run(key, function, *inputs, when_it_comes_again=False)
@@ -393,7 +415,7 @@ class FastDiT:
             for first, stop in groups:
                 yield from self.stacked(read, first, stop).chunk(stop - first, dim=-1)
             return
-        main, side = torch.cuda.current_stream(), self._side
+        main, side = torch.cuda.current_stream(self.device), self._side
         side.wait_stream(main)
         ready = []
         with torch.cuda.stream(side):

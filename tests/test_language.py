@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,11 +13,11 @@ from torch import Tensor
 
 from scale_rae import context as context_module
 from scale_rae import language as language_module
-from scale_rae import speed as speed_module
-from scale_rae.context import Context
+from scale_rae.context import Context, Transfer
 from scale_rae.errors import InputError
 from scale_rae.language import Conversation, LanguageModel, Reply, self_certainty
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.speed import GraphMemory
 
 PROMPTS = [
     "Can you generate a photo of a cat on a windowsill?",
@@ -261,14 +262,13 @@ def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> 
     """Lets the webssl model read as on CUDA: fixed memory that is used again, steps ahead of the host, captured."""
     captured: list[int] = []
 
-    def capture(function: Callable[[], Tensor], device: torch.device) -> tuple[FakeGraph, Tensor]:
+    def capture(self: object, function: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
         function()
         graph = FakeGraph(function)
         captured.append(1)
         return graph, graph.output
 
-    monkeypatch.setattr(context_module, "capture", capture)
-    monkeypatch.setattr(speed_module, "capture", lambda function, device, pool: capture(function, device))
+    monkeypatch.setattr(GraphMemory, "capture", capture)
     monkeypatch.setattr(LanguageModel, "on_cuda", True)
     monkeypatch.setattr(models["webssl"].language, "_contexts", {})
     return captured
@@ -308,8 +308,23 @@ def test_captured_steps_say_the_same(
     assert all(c.slots % 256 == 0 for c in contexts)
     passes = [key for c in contexts for key in c._passes._graphs]
     assert len(passes) > 5
-    assert all(width % 32 == 0 for _, width, _ in passes)
+    assert all(width % 32 == 0 for width, _ in passes)
     assert len(as_on_cuda) == sum(len(c._graphs) for c in contexts) + len(passes)  # each was captured once
+
+
+def test_values_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker on cuda:1 has cuda:0 for its current device."""
+    recorded: list[object] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, dtype, pin_memory: empty(shape, dtype=dtype))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: SimpleNamespace(record=recorded.append))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
+
+    class OnCuda(Tensor):
+        device = torch.device("cuda:1")  # type: ignore[assignment]
+
+    Transfer(torch.zeros(3, 2).as_subclass(OnCuda))
+    assert recorded == ["stream of cuda:1"]
 
 
 def test_replies_that_outgrow_their_memory(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from scale_rae.dit import DiT, DiTConfig, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantize import Float8Linear, check_device, quantize
-from scale_rae.speed import FastDiT, Speed, pad_swiglu
+from scale_rae.speed import Captures, FastDiT, Speed, graph_memory, pad_swiglu
 from tests.test_goldens import DRAW
 
 CONFIG = DiTConfig(channels=24, tokens=16, condition_width=32, width=80, depth=4, heads=2)
@@ -123,8 +124,8 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
     assert (
         torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     )  # one reading; block and final layer, guided or not
-    assert fast.is_compiled(2)
-    assert not fast.is_compiled(3)
+    assert fast.is_compiled(2, guided=True)
+    assert not fast.is_compiled(3, guided=True)
 
 
 def test_a_solver_that_looks_elsewhere() -> None:
@@ -211,6 +212,35 @@ def test_evaluation_times(solver: str) -> None:
     assert flow.evaluation_times(solver, 7, 3.0) == tuple(seen)
 
 
+def test_the_graph_that_has_not_run_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+
+    class Plain:
+        def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+            made.append(len(inputs[0]))
+            self.function = function
+
+        def __call__(self, *inputs: Tensor) -> Tensor:
+            return self.function(*inputs)
+
+    monkeypatch.setattr(speed, "Captured", Plain)
+    captures = Captures(True, most=2)
+
+    def run(size: int) -> None:
+        assert torch.equal(captures.run(size, torch.neg, torch.ones(size)), -torch.ones(size))
+
+    for size in (1, 2, 1, 2, 1, 3, 3, 1, 3, 2, 2):  # each is captured when it comes again
+        run(size)
+    assert made == [1, 2, 3, 2]  # 2 went for 3, as 1 had run since, and 1 for 2
+    assert list(captures._graphs) == [3, 2]
+
+
+def test_graphs_of_a_device_share_their_memory() -> None:
+    one = graph_memory(torch.device("cuda:0"))
+    assert graph_memory(torch.device("cuda:0")) is one
+    assert graph_memory(torch.device("cuda:1")) is not one
+
+
 # --- when to compile, and memory --------------------------------------------------------------------------------------
 
 
@@ -223,37 +253,38 @@ def published(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> S
     monkeypatch.setattr(model, "device", torch.device("cuda"))
     monkeypatch.setattr(model, "_expected", 1)
     monkeypatch.setattr(model, "_drawn", Counter[int]())
-    monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[int]())
+    monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[tuple[int, bool]]())
     return model
 
 
 def test_auto_compiles_when_it_pays(published: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
     model = published
-    assert not model._compiles(1, 49)
+    assert not model._compiles(1, 49, False)
     model.expect(553 * 8)
-    assert model._compiles(8, 49)
-    assert not model._compiles(8, 1)  # too little work
+    assert model._compiles(8, 49, False)
+    assert not model._compiles(8, 1, False)  # too little work
     model.expect(20)  # the last ones of a run
-    assert not model._compiles(8, 49)
-    model._fast_dit._compiled_sizes.add(8)
-    assert model._compiles(8, 49)  # unless code for this size is there
-    assert not model._compiles(5, 49)
+    assert not model._compiles(8, 49, False)
+    model._fast_dit._compiled_sizes.add((8, False))
+    assert model._compiles(8, 49, False)  # unless code for this size is there
+    assert not model._compiles(8, 49, True)
+    assert not model._compiles(5, 49, False)
     model._drawn[5] = 1000  # one by one, and nobody said how many
-    assert model._compiles(5, 49)
+    assert model._compiles(5, 49, False)
     monkeypatch.setattr(model, "device", torch.device("cpu"))
-    assert not model._compiles(5, 49)
+    assert not model._compiles(5, 49, False)
     for mode, expected in (("on", True), ("off", False)):
         monkeypatch.setattr(model, "speed", Speed(mode))
-        assert model._compiles(1, 49) is expected
+        assert model._compiles(1, 49, False) is expected
 
 
 def test_small_models_are_not_compiled_for_little(models: dict[str, ScaleRAE], published: ScaleRAE) -> None:
     published.expect(1000)
-    assert published._compiles(8, 49)
+    assert published._compiles(8, 49, False)
     bundled = ScaleRAE.from_pretrained("shapes", device="cpu")
     bundled.device = torch.device("cuda")
     bundled.expect(1000)
-    assert not bundled._compiles(8, 49)
+    assert not bundled._compiles(8, 49, False)
 
 
 def test_what_is_drawn_is_counted(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> None:

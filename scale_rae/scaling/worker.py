@@ -100,6 +100,10 @@ def loaded(
         settings.quantize,
     )
     session = Session(choice, bars, decoder=True, encoder=True, debug=order.debug)
+    if session.model.device.type == "cuda":
+        import torch
+
+        torch.cuda.set_device(session.model.device)  # else what libraries do by themselves takes memory of cuda:0
     session.model.halves = False  # here it is known which images are together, and told when that changes
     reward = None
     if settings.reward is not None:
@@ -194,11 +198,14 @@ def largest_batch(
     """
     fits, size = 1, 1
     while True:
+        failed = False
         try:
             attempt(size)
         except Exception as e:
             if not out_of_memory(e):
                 raise
+            failed = True
+        if failed:  # outside the handler, where the error no longer holds what it met on its way
             release()
             return fits
         if spare() < SPARE:
@@ -368,11 +375,14 @@ class Worker:
         left = list(samples)
         while left:
             batch = left[: min(size, self.fits)]
+            failed = False
             try:
                 self._draw_batch(prompt, request, reply, batch)
             except Exception as e:
                 if not out_of_memory(e) or len(batch) == 1:
                     raise
+                failed = True
+            if failed:  # outside the handler, as in `largest_batch`
                 self.fits = len(batch) // 2
                 self.say(
                     f"prompt {prompt.index}: out of memory with {len(batch)} images at once; going on with {self.fits}"

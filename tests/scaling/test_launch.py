@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,24 @@ def test_largest_batch(most: int, room: float, size: int, tried: list[int]) -> N
     assert largest_batch(most, memory.attempt, memory.release, memory.spare) == size
     assert memory.tried == tried
     assert memory.released == (tried[-1] > room)
+
+
+def test_what_an_attempt_made_is_gone_when_its_memory_is_released() -> None:
+    class Large: ...
+
+    made: list[weakref.ref[Large]] = []
+
+    def attempt(size: int) -> None:
+        large = Large()
+        made.append(weakref.ref(large))
+        if size > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def release() -> None:
+        assert made[-1]() is None
+
+    assert largest_batch(8, attempt, release, lambda: 1.0) == 2
+    assert len(made) == 3
 
 
 def test_largest_batch_passes_other_errors_on() -> None:
