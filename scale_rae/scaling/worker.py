@@ -87,7 +87,7 @@ def loaded(
     from scale_rae.session import ModelChoice, Session
 
     store.make_folders()
-    log = _Log(store, order.rank)
+    log = WorkerLog(store, order.rank)
     log(f"process {os.getpid()}, device {order.device or 'default'}")
     start = time.perf_counter()
     choice = ModelChoice(
@@ -239,7 +239,7 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-class _Log:
+class WorkerLog:
     """A worker's log file, opened anew for each line, so that nothing is lost and a full disk does no more harm.
 
     To an object in a store nothing can be added: there, lines go to stderr, which Ray keeps.
@@ -268,7 +268,7 @@ class Worker:
         reward: Reward | None,
         order: Order,
         listen: Listener,
-        log: _Log,
+        log: WorkerLog,
     ) -> None:
         from scale_rae.pipeline import SamplingOptions
 
