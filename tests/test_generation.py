@@ -256,18 +256,20 @@ def test_out_of_memory_halves_the_batch(
 @pytest.fixture(scope="module")
 def halves(checkpoints: Any) -> dict[str, ScaleRAE]:
     return {
-        n: ScaleRAE.from_pretrained(str(checkpoints[n]), device="cpu", dtype="bfloat16") for n in ("siglip", "wide")
+        n: ScaleRAE.from_pretrained(str(checkpoints[n]), device="cpu", dtype="bfloat16")
+        for n in ("siglip", "wide", "ddt")
     }
 
 
 def test_bfloat16_is_near_float32(models: dict[str, ScaleRAE], halves: dict[str, ScaleRAE]) -> None:
+    """The made-up ddt is chaotic: rounding its weights alone changes its latents by 1.8 % (docs/performance.md)."""
     for name, half in halves.items():
         reply = models[name].reply([DRAW])[0]
         assert reply.condition is not None
         exact = models[name].sample([reply.condition], [42])[0]
         rough = half.sample([reply.condition.to(torch.bfloat16)], [42])[0]
         assert rough.dtype == torch.float32
-        assert float((rough - exact).norm() / exact.norm()) < 2e-2
+        assert float((rough - exact).norm() / exact.norm()) < (4e-2 if name == "ddt" else 2e-2)
         assert half.reply([DRAW])[0].ids == reply.ids
 
 

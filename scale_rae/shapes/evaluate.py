@@ -228,11 +228,13 @@ def draw_command(
     scenes: Scenes = "only",
     seed: Seed = 0,
     device: Device = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 (default: as the device likes)")] = None,
+    quantize: Annotated[str | None, typer.Option(help="fp8: what float8 costs in accuracy")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="keep pictures and results.jsonl here")] = None,
     self_judge: Annotated[bool, typer.Option(help="also ask the model about its own latents")] = True,
 ) -> None:
     """Draw prompts, judge the pictures; ask the model about its own latents."""
-    model = scale_rae.load(model_path, device=device)
+    model = scale_rae.load(model_path, device=device, dtype=dtype, quantize=quantize)
     prompts = world.prompts(per_kind, scenes, seed)
     for level in guidance:
         start = time.perf_counter()
