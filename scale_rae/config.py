@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as e:
-        raise ConfigError(f"{path}: no such file") from e
+        raise ConfigError(f"{path}: no such file; a checkpoint in the published layout has one") from e
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read ({e})") from e
     except (ValueError, RecursionError) as e:

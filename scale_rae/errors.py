@@ -30,3 +30,16 @@ class DeviceError(ScaleRAEError):
 
 class OutputError(ScaleRAEError):
     """A result that could not be written."""
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or was caused by, a lack of memory on whatever device."""
+    import torch
+
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
+            return True  # the CPU's and MPS's
+        error = error.__cause__
+    return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import logging
+import math
 import os
 import time
 from collections import Counter
@@ -23,12 +24,12 @@ from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
 from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
-from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError
+from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError, out_of_memory
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantize import check_device
-from scale_rae.scores import QUESTION, Score, score_latents
+from scale_rae.scores import QUESTION, Score, score_latents, texts_of
 from scale_rae.speed import Captures, FastDiT, Speed, attention_kernels
 
 if TYPE_CHECKING:
@@ -114,11 +115,9 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError as e:
         raise DeviceError(f"device {name!r}: not a device name; use cpu, cuda, cuda:N or mps") from e
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(
-            f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use --device cpu"
-        )
+        raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(f"device {name}: torch finds no MPS here; use --device cpu")
+        raise DeviceError(f"device {name}: torch finds no MPS here; use cpu")
     if device.type not in ("cpu", "cuda", "mps"):
         raise DeviceError(f"device {name}: not supported; use cpu, cuda, cuda:N or mps")
     return device
@@ -205,11 +204,7 @@ class ScaleRAE:
         torch_device = pick_device(device)
         torch_dtype = pick_dtype(dtype, torch_device)
         if quantize is not None:
-            check_device(torch_device)
-            if torch_dtype != torch.bfloat16:
-                raise InputError(
-                    f"quantize {quantize}: computes in bfloat16 beside float8, not {dtype}; use --dtype bfloat16"
-                )
+            check_device(torch_device, torch_dtype)
         source = find(name, "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = ChatTokenizer(source.folder, config.image_markers)
@@ -223,7 +218,9 @@ class ScaleRAE:
         if config.tied_embeddings:
             language.lm_head.weight = language.model.embed_tokens.weight
         norm_stats = _read_norm_stats(reader, config, torch_device)
-        with _MemoryErrors(torch_device, "loading the weights", "a smaller checkpoint"):
+        size = sum(math.prod(stored.shape) for stored in reader.tensors.values()) * torch_dtype.itemsize / 2**30
+        what = f"loading the weights, {size:.1f} GiB as {str(torch_dtype).removeprefix('torch.')}"
+        with MemoryErrors(torch_device, torch_dtype, what, "a smaller checkpoint"):
             fill(
                 {"": language, "diff_head.model.": dit},
                 reader,
@@ -646,7 +643,7 @@ class ScaleRAE:
         `request` is the message that asks for the drawing (default: the prompt itself), `request_reply` the model's
         reply to it if it is known already; `question` a template with `{prompt}`.
         """
-        self.check_reads()
+        self.check_question(prompt, question)
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
@@ -656,6 +653,22 @@ class ScaleRAE:
             return score_latents(self.language, self.tokenizer, some, prompt, request, reply, question, max_new_tokens)
 
         return self._in_batches(len(checked), READ_AT_ONCE, judge, "scoring {} latents at once")
+
+    def check_question(self, prompt: str, question: str = QUESTION) -> None:
+        """Whether `score` can ask this about a prompt.
+
+        Raises:
+            ConfigError: for a checkpoint that cannot read latents. InputError: for more text than the model reads.
+        """
+        self.check_reads()
+        most = self.config.max_length
+        for what, ids in texts_of(self.tokenizer, prompt, question).items():
+            length = len(ids) + self.config.tokens - 1
+            if length >= most:
+                raise InputError(
+                    f"{what} is {length} tokens long with its image; the model reads at most {most} "
+                    "(tokenizer_model_max_length); shorten it"
+                )
 
     def check_latent(self, latent: Tensor) -> Tensor:
         """The latent as [L, C] float32 on the CPU; a leading batch dimension of 1 is dropped.
@@ -689,10 +702,11 @@ class ScaleRAE:
             start, stop = len(done), min(len(done) + size, count)
             halve = False
             try:
-                with self._memory_errors(what.format(stop - start), remedy):
+                one = stop - start == 1
+                with self.memory_errors(what.format(stop - start), "" if one else remedy):
                     done += run(start, stop)
             except DeviceError as e:
-                if not self.halves or stop - start == 1 or not isinstance(e.__cause__, torch.OutOfMemoryError):
+                if not self.halves or stop - start == 1 or not out_of_memory(e):
                     raise
                 halve = True
             if halve:  # outside the handler, where the error no longer holds what it met on its way
@@ -710,28 +724,36 @@ class ScaleRAE:
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _memory_errors(self, what: str, remedy: str = "fewer at once") -> _MemoryErrors:
-        return _MemoryErrors(self.device, what, remedy)
+    def memory_errors(self, what: str, remedy: str = "fewer at once") -> MemoryErrors:
+        """Turns what the device says when memory runs out while `what` is done into a DeviceError that says what would help."""
+        return MemoryErrors(self.device, self.dtype, what, remedy)
 
 
-class _MemoryErrors:
-    """Turns CUDA's out-of-memory error into one that says what would help."""
+class MemoryErrors:
+    """Turns an error of a device that has run out of memory into one that says what would help: `remedy`, if there is one."""
 
-    def __init__(self, device: torch.device, what: str, remedy: str) -> None:
-        self.device, self.what, self.remedy = device, what, remedy
+    def __init__(self, device: torch.device, dtype: torch.dtype, what: str, remedy: str) -> None:
+        self.device, self.what = device, what
+        remedies = [remedy] if remedy else []
+        if dtype == torch.float32:
+            remedies.append("--dtype bfloat16, which takes half of it")
+        if device.type != "cpu":
+            remedies += ["ending what else uses the device", "--device cpu"]
+        self.remedies = remedies or ["ending what else uses the memory"]
 
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, torch.cuda.OutOfMemoryError):
+        if error is None or isinstance(error, ScaleRAEError) or not out_of_memory(error):
             return
         free = ""
         if self.device.type == "cuda" and torch.cuda.is_available():
             left, total = torch.cuda.mem_get_info(self.device)
             free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
-        raise DeviceError(
-            f"{self.device}: out of GPU memory{free} while {self.what}; try {self.remedy}, --dtype bfloat16, or --device cpu"
-        ) from error
+        *others, last = self.remedies
+        listed = f"{', '.join(others)}, or {last}" if others else last
+        memory = "memory" if self.device.type == "cpu" else "GPU memory"
+        raise DeviceError(f"{self.device}: out of {memory}{free} while {self.what}; try {listed}") from error
 
 
 def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Tensor:

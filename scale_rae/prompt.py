@@ -123,7 +123,7 @@ def clean_message(text: str) -> str:
     """
     text = text.replace(IMAGE_PLACEHOLDER, "")
     if not text.strip():
-        raise InputError("the prompt is empty")
+        raise InputError("the prompt is empty; say what to draw, or what to ask")
     try:
         text.encode()
     except UnicodeEncodeError as e:

@@ -25,8 +25,8 @@ class Quantized(NamedTuple):
     scale: Tensor
 
 
-def check_device(device: torch.device) -> None:
-    """Raises DeviceError where float8 products are not supported."""
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raises DeviceError where float8 products are not supported, InputError beside another dtype than bfloat16."""
     if device.type != "cuda":
         raise DeviceError(f"quantize fp8: needs a CUDA GPU with float8 (compute capability 8.9 or more), not {device}")
     capability = torch.cuda.get_device_capability(device)
@@ -35,6 +35,8 @@ def check_device(device: torch.device) -> None:
             f"quantize fp8: {torch.cuda.get_device_name(device)} has compute capability {capability[0]}.{capability[1]}; "
             "float8 needs 8.9 or more"
         )
+    if dtype != torch.bfloat16:
+        raise InputError(f"quantize fp8: computes in bfloat16 beside float8, not {dtype}; use --dtype bfloat16")
 
 
 def quantize(x: Tensor) -> Quantized:

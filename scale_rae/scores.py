@@ -50,6 +50,14 @@ def answer_tokens(tokenizer: ChatTokenizer, word: str) -> set[int]:
     return {ids[0] for ids in encoded if len(ids) == 1}
 
 
+def texts_of(tokenizer: ChatTokenizer, prompt: str, question_template: str) -> dict[str, list[int]]:
+    """What the model reads of a latent, an image in each: the question, and the prompt in the place of a description."""
+    return {
+        "the question": tokenizer.chat(ask_question(question_template, prompt), image=True),
+        "the prompt as a description": [*tokenizer.chat(DESCRIBE, image=True), *tokenizer.plain(prompt)],
+    }
+
+
 @torch.inference_mode()
 def score_latents(
     language: LanguageModel,
@@ -66,9 +74,8 @@ def score_latents(
     `request` is the message that asked for the drawing and `request_reply` the model's reply to it.
     """
     question = ask_question(question_template, prompt)
-    asked = tokenizer.chat(question, image=True)
+    asked, described = texts_of(tokenizer, prompt, question_template).values()
     prompt_ids = tokenizer.plain(prompt)
-    described = [*tokenizer.chat(DESCRIBE, image=True), *prompt_ids]
     seen = asked.index(IMAGE) + 1  # both begin with the image, which is read once
     assert asked[:seen] == described[:seen]
     images = language.project(latents)  # [N, L, H]

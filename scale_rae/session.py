@@ -8,6 +8,7 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -114,6 +115,7 @@ class Session:
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
                 "python": platform.python_version(),
+                **{name: version(name) for name in ("numpy", "pillow", "safetensors", "tokenizers")},
             },
         }
 

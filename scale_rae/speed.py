@@ -271,7 +271,7 @@ class FastDiT:
         self.device = dit.pos_embed.device
         on_cuda = self.device.type == "cuda"
         if speed.quantize is not None:
-            check_device(self.device)
+            check_device(self.device, dit.dtype)
         self.shared = dit.dit_blocks[: dit.encoder_depth]  # the blocks whose condition has no part of x
         self.final_shared = dit.config.encoder_depth is None
         if (speed.pad and on_cuda) or speed.quantize is not None:

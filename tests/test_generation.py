@@ -15,7 +15,7 @@ from torch import Tensor
 from scale_rae.context import Context
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
 from scale_rae.language import Reply
-from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
+from scale_rae.pipeline import DTYPES, MemoryErrors, SamplingOptions, ScaleRAE, image_seed
 from tests.test_language import PROMPTS
 
 DRAW = PROMPTS[0]
@@ -213,20 +213,57 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
 
     monkeypatch.setattr(siglip._fast_dit, "evaluate", full)
     with pytest.raises(
-        DeviceError, match=r"out of GPU memory.* while drawing 1 images at once; try a smaller --batch-size"
+        DeviceError,
+        match=r"^cpu: out of memory while drawing 1 images at once; try --dtype bfloat16, which takes half of it$",
     ):
         latents(siglip, num_images=3)
     monkeypatch.setattr(Context, "_forward", full)
-    with pytest.raises(DeviceError, match=r"out of GPU memory.* while answering 1 messages at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while answering 1 messages at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)
-    with pytest.raises(DeviceError, match=r"out of GPU memory.* while encoding 1 images at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while encoding 1 images at once"):
         siglip.encode([Image.new("RGB", (9, 9))])
     monkeypatch.setattr(siglip.decoder, "forward", full)
-    with pytest.raises(DeviceError, match=r"out of GPU memory.* while decoding 1 latents at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while decoding 1 latents at once"):
         siglip.decode([torch.zeros(256, 768)])
-    with pytest.raises(DeviceError, match=r"out of GPU memory.* while scoring 1 latents at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while scoring 1 latents at once"):
         siglip.score([torch.zeros(256, 768)], "a cat", request_reply=Reply([65]))
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "remedy", "advice"),
+    [
+        (
+            "cuda",
+            "bfloat16",
+            "a smaller --batch-size",
+            "a smaller --batch-size, ending what else uses the device, or --device cpu",
+        ),
+        (
+            "mps",
+            "float32",
+            "",
+            "--dtype bfloat16, which takes half of it, ending what else uses the device, or --device cpu",
+        ),
+        ("cpu", "bfloat16", "", "ending what else uses the memory"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"),
+        MemoryError(),
+    ],
+)
+def test_the_advice_when_memory_runs_out(
+    device: str, dtype: str, remedy: str, advice: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (
+        pytest.raises(DeviceError, match=f"^{device}: out of .*memory while drawing; try {advice}$"),
+        MemoryErrors(torch.device(device), DTYPES[dtype], "drawing", remedy),
+    ):
+        raise error
 
 
 @pytest.mark.parametrize("at_most", [1, 2, 3, 5])
@@ -304,5 +341,8 @@ def test_out_of_memory_while_loading(checkpoints: Any, monkeypatch: pytest.Monke
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
     monkeypatch.setattr("scale_rae.pipeline.fill", full)
-    with pytest.raises(DeviceError, match=r"out of GPU memory.* while loading the weights; try a smaller checkpoint"):
+    with pytest.raises(
+        DeviceError,
+        match=r"^cpu: out of memory while loading the weights, \d+\.\d GiB as float32; try a smaller checkpoint, or --dtype bfloat16",
+    ):
         ScaleRAE.from_pretrained(str(checkpoints["siglip"]), device="cpu")

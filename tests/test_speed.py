@@ -68,7 +68,7 @@ def check(fast: FastDiT, exact: DiT, tolerance: float, compile: bool = False) ->
 @pytest.fixture
 def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the tricks that are for CUDA alone, but work anywhere, run here."""
-    monkeypatch.setattr(speed, "check_device", lambda device: None)
+    monkeypatch.setattr(speed, "check_device", lambda device, dtype: None)
 
 
 def with_cuda_weights(dit: DiT, **options: Any) -> FastDiT:
@@ -191,7 +191,11 @@ def test_float8_needs_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     with pytest.raises(DeviceError, match=r"NVIDIA A100 has compute capability 8\.0; float8 needs 8\.9"):
-        check_device(torch.device("cuda"))
+        check_device(torch.device("cuda"), torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    check_device(torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(InputError, match=r"not torch.float16; use --dtype bfloat16"):
+        check_device(torch.device("cuda"), torch.float16)
 
 
 @pytest.mark.parametrize(("name", "value"), [("compile", "maybe"), ("compile", ""), ("quantize", "int3")])

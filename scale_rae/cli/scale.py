@@ -182,7 +182,8 @@ def command(
         check_folder(folder)
     world = World.from_environment()
     if "{prompt}" not in question:
-        typer.echo(f"note: no {{prompt}} in the question {question!r}: the prompt is put at its end", err=True)
+        begins = question if len(question) <= 80 else f"{question[:77]}..."
+        typer.echo(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end", err=True)
     settings = Settings(
         metadata_file=str(metadata_file),
         model_path=model_path,

@@ -53,7 +53,7 @@ def load_reward(name: str, model: ScaleRAE, path: str | None = None) -> Reward:
     if name not in REWARDS:
         said = "stands for no reward; there is nothing to load" if name == "none" else "no such reward"
         raise InputError(f"reward {name!r}: {said}; use one of {', '.join(REWARDS)}, or none")
-    with model._memory_errors(f"loading the reward {name}", "--reward none"):
+    with model.memory_errors(f"loading the reward {name}", "--reward none"):
         return REWARDS[name](model, path)
 
 

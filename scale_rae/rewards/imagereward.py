@@ -64,7 +64,7 @@ class ImageReward:
                 f"and [ENC], but {folder / CONFIG} says {self.network.vocabulary} (vocab_size); use bert-base-uncased's"
             )
         self._device = model.device
-        self._memory_errors = model._memory_errors
+        self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
         """What pins weights and tokenizer."""

@@ -70,7 +70,7 @@ class PickScore:
             )
         self._tokenizer.enable_truncation(text.max_position_embeddings)
         self._device, self._dtype = model.device, model.dtype
-        self._memory_errors = model._memory_errors
+        self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
         """What pins weights, tokenizer and image processor."""

@@ -75,7 +75,7 @@ class SiglipReward:
         self._tokenizer.enable_truncation(length)
         # SigLIP reads the last place, padding or not, and was trained on texts of full length.
         self._tokenizer.enable_padding(length=length, pad_id=parts.pad_id(folder, self._tokenizer))
-        self._memory_errors = model._memory_errors
+        self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
         """What pins the encoder's folder."""

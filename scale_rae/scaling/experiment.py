@@ -171,8 +171,7 @@ def prompt_record(
     best = None
     if rewards is not None:
         best = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[: settings.n_samples]
-    return {
-        **prompt.extra,
+    record = {
         "index": prompt.index,
         "prompt": prompt.prompt,
         "request": settings.request(prompt.prompt),
@@ -186,6 +185,8 @@ def prompt_record(
         "top_ir_indices": best,
         "text_responses": {str(i): dict(entry) for i, entry in enumerate(judged)},
     }
+    clashing = {name: value for name, value in prompt.extra.items() if name in record}
+    return {**prompt.extra, **record, **({"prompt_fields": clashing} if clashing else {})}
 
 
 def png_text(settings: Settings, request: str, seed: int) -> dict[str, str]:

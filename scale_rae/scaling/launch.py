@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import scale_rae
-from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings, describe, setting_differences
 from scale_rae.scaling.ray_launch import Cluster
@@ -131,9 +131,9 @@ def run(
         )
     for device in devices if cluster is None else ():  # a cluster's are known to its workers only
         place = pick_device(device)
-        pick_dtype(settings.dtype, place)
+        dtype = pick_dtype(settings.dtype, place)
         if settings.quantize is not None:
-            check_device(place)
+            check_device(place, dtype)
     start = time.perf_counter()
     store = Store(settings.folder(output_dir), settings, f"r{world.rank}")
     description = describe(settings, prompts)
@@ -298,6 +298,7 @@ def _spawn(
     workers: list[subprocess.Popen[str]] = []
     stages: dict[str, float] = {}
     done: set[int] = set()
+    unfit: list[DeviceError] = []
     try:
         for order in orders:
             workers.append(_start(store, settings, order, orders, lock))
@@ -317,11 +318,18 @@ def _spawn(
                 done.add(rank)
                 for stage, seconds in event["seconds"].items():
                     stages[stage] = stages.get(stage, 0.0) + seconds
+            elif event["event"] == "fatal" and event["kind"] == "DeviceError":  # of this device; others may be well
+                unfit.append(DeviceError(event["error"]))
+                done.add(rank)
+                rest = "; the others take over its prompts" if len(unfit) < len(orders) else ""
+                listen({"event": "say", "text": f"worker {rank} ({orders[rank].device}): {event['error']}{rest}"})
             elif event["event"] == "fatal":
                 error = {"InputError": InputError, "OutputError": OutputError}.get(event["kind"], ScaleRAEError)
                 raise error(event["error"])
             else:
                 listen(event)
+        if len(unfit) == len(orders):
+            raise unfit[0]
     finally:
         for worker in workers:
             if worker.poll() is None:

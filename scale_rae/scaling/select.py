@@ -181,7 +181,9 @@ def read_experiment(folder: Path) -> Experiment:
     """
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
     if not folder.is_dir():
-        raise InputError(f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}")
+        raise InputError(
+            f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}; give one that `scale t2i` made"
+        )
     try:
         names = sorted((p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), key=_by_number)
         if not names:

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.errors import InputError, OutputError, ScaleRAEError, out_of_memory
 from scale_rae.outputs import dump_json, latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings, check_finite, judgement, png_text
@@ -169,7 +169,7 @@ def _join_experiment(
         )
     for name, version in now["versions"].items():
         then = recorded.get("versions", {}).get(name)
-        if then != version and order.rank == 0:
+        if then not in (None, version) and order.rank == 0:
             listen({"event": "say", "text": f"note: {name} {version} here, {then} before: rounding may differ"})
     return int(recorded["settings"]["batch_size"])
 
@@ -224,19 +224,6 @@ def spare_memory(device: torch.device) -> float:
         return 1.0
     free, _ = torch.cuda.mem_get_info(device)
     return 1 - torch.cuda.max_memory_allocated(device) / (free + torch.cuda.memory_reserved(device))
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or was caused by, a lack of memory on whatever device."""
-    import torch
-
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
-            return True  # the CPU's and MPS's
-        error = error.__cause__
-    return False
 
 
 class WorkerLog:
@@ -363,6 +350,7 @@ class Worker:
                 cut = len(reply.ids) >= self.settings.max_new_tokens
                 hint = f" within --max-new-tokens {self.settings.max_new_tokens}" if cut else ""
                 raise InputError(f"the model's reply asks for no image{hint}: {text[:200]!r}")
+            self.model.check_question(prompt.prompt, self.settings.question)  # before anything is drawn
             for samples in missing:
                 self._draw_samples(prompt, request, reply, samples, size)
         with self.timed("writing"):

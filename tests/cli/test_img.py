@@ -141,7 +141,9 @@ def test_wrong_usage(cli: Cli) -> None:
 
 @pytest.mark.usefixtures("no_loading")
 def test_empty_question(cli: Cli, picture: Path) -> None:
-    assert cli("img", "--image", picture, "--prompt", "").error == "the prompt is empty"
+    assert (
+        cli("img", "--image", picture, "--prompt", "").error == "the prompt is empty; say what to draw, or what to ask"
+    )
 
 
 def test_same_latent_as_the_pipeline_reads(models: dict[str, ScaleRAE], picture: Path) -> None:

@@ -26,6 +26,7 @@ from scale_rae.scores import QUESTION
 from tests.cli.conftest import DRAW, Cli, left, only_manifest
 from tests.made_checkpoints import GOLDENS
 
+RED_CIRCLE = "Can you generate a photo of a red circle?"
 TALK = "Show me five cats"  # this checkpoint answers it in words
 
 
@@ -52,6 +53,41 @@ def test_draws_the_official_picture(t2i: Cli, out: Path) -> None:
     assert manifest["output_text"] == str(golden["t2i.text"])
     # the text reply, then the paths
     assert result.out == f"{manifest['output_text'].strip()}\n{image}\n{latent}\n"
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--solver", "heun"],
+        ["--guidance-level", 3],
+        ["--guidance-level", 3, "--guidance-interval", 0.5, 1],
+        ["--steps", 5],
+        ["--seed", 1],
+    ],
+    ids=str,
+)
+def test_options_of_sampling_reach_the_sampler(cli: Cli, out: Path, option: list[object]) -> None:
+    """Each makes the latent that the Python interface makes of it, which is none of the others'."""
+    words = dict(zip(option[::2], option[1::2], strict=True)) if "--guidance-interval" not in option else {}
+    result = cli(
+        *("t2i", "--model-path", "shapes", "--prompt", RED_CIRCLE, "--steps", 4, "--save-latent", "--skip-decoder"),
+        *("--output-dir", out, *option),
+    )
+    assert result.code == 0, result.err
+    model = scale_rae.load("shapes", device="cpu")
+    options: dict[str, Any] = {
+        "steps": words.get("--steps", 4),
+        "solver": words.get("--solver", "euler"),
+        "guidance": words.get("--guidance-level", 3 if "--guidance-interval" in option else 1),
+        "seed": words.get("--seed", 42),
+        "guidance_interval": (0.5, 1.0) if "--guidance-interval" in option else None,
+    }
+    expected, plain = (
+        model.generate(RED_CIRCLE, decode=False, **some).images[0].latent for some in (options, {"steps": 4})
+    )
+    latent = torch.load(only_manifest(out)["latent_path"], weights_only=True)
+    torch.testing.assert_close(latent, expected, atol=1e-5, rtol=0)
+    assert (expected - plain).abs().max() > 0.05
 
 
 def test_files_are_named_as_in_the_guide(t2i: Cli, out: Path) -> None:
@@ -91,7 +127,8 @@ def test_manifest_says_all(t2i: Cli, out: Path, checkpoints: dict[str, Path]) ->
     assert set(manifest["seconds"]) == {"load", "reply", "sampling", "decoding", "writing"}
     assert all(seconds >= 0 for seconds in manifest["seconds"].values())
     assert manifest["versions"]["scale_rae"] == scale_rae.__version__
-    assert set(manifest["versions"]) == {"scale_rae", "torch", "transformers", "python"}
+    others = {"numpy", "pillow", "safetensors", "tokenizers"}
+    assert set(manifest["versions"]) == {"scale_rae", "torch", "transformers", "python", *others}
 
 
 def test_hashing_does_not_hold_up_the_drawing(t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -619,4 +656,7 @@ def test_debug_shows_where_a_known_error_is_from(t2i: Cli) -> None:
     result = t2i("--prompt", DRAW, "--steps", 0, "--debug")
     assert result.code == 1
     assert "Traceback" in result.err
-    assert result.err.splitlines()[-1] == "error: steps 0: must be at least 1"
+    assert (
+        result.err.splitlines()[-1]
+        == "error: steps 0: the euler solver picks from the published 1000-time grid and takes 2 to 1000"
+    )

@@ -18,6 +18,7 @@ import torch
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling import launch
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.launch import World, _watching
 from scale_rae.scaling.store import Batch, Store
@@ -106,6 +107,31 @@ def test_a_worker_waits_for_what_others_are_at(scale: Scale, reference: dict[str
     timer.start()
     assert scale().code == 0
     timer.join()
+    assert snapshot(scale.folder) == reference
+
+
+def test_a_device_that_is_full_leaves_its_prompts_to_the_others(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two workers the second says at once that its device has no memory for the model."""
+    start = launch._start
+    told = json.dumps({"event": "fatal", "kind": "DeviceError", "error": "cuda:1: out of GPU memory"})
+
+    def start_second_unfit(store: Any, settings: Any, order: Any, orders: Any, lock: Any) -> Any:
+        if order.rank in unfit:
+            script = f"print({told!r}); import sys; sys.exit(3)"
+            return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+        return start(store, settings, order, orders, lock)
+
+    monkeypatch.setattr(launch, "_start", start_second_unfit)
+    unfit = {0, 1}
+    result = scale("--devices", "cpu,cpu", device=False)
+    assert result.code == 1
+    assert "error: cuda:1: out of GPU memory" in result.err
+    unfit = {1}
+    result = scale("--devices", "cpu,cpu", device=False)
+    assert result.code == 0
+    assert "worker 1 (cpu): cuda:1: out of GPU memory; the others take over its prompts" in result.err
     assert snapshot(scale.folder) == reference
 
 

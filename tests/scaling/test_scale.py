@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import sys
@@ -300,6 +301,42 @@ def test_extra_fields_do_not_decide(scale: Scale) -> None:
     assert scale().code == 0
     assert record(scale.folder)["n_samples"] == 2
     assert record(scale.folder)["seed"] == 3
+    assert record(scale.folder)["prompt_fields"] == {"n_samples": 99}  # not lost
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--solver", "heun"],
+        ["--guidance-level", 3],
+        ["--guidance-level", 3, "--guidance-interval", 0.5, 1],
+        ["--steps", 3],
+        ["--dtype", "bfloat16"],
+        ["--prompt-prefix", "Please draw "],
+    ],
+    ids=str,
+)
+def test_options_reach_the_workers(scale: Scale, reference: dict[str, bytes], option: list[object]) -> None:
+    result = scale("--limit", 1, *option)
+    assert result.code == 0, result.err
+    name = "00000/samples/00000.png"
+    assert snapshot(scale.folder)[name] != reference[name]
+    with (
+        Image.open(io.BytesIO(snapshot(scale.folder)[name])) as drawn,
+        Image.open(io.BytesIO(reference[name])) as plain,
+    ):
+        assert np.asarray(drawn).tolist() != np.asarray(plain).tolist()
+
+
+def test_a_question_that_the_model_cannot_read_is_refused_before_drawing(scale: Scale, tmp_path: Path) -> None:
+    template = tmp_path / "long.txt"
+    template.write_text("word " * 1200)
+    result = scale("--limit", 1, "--post-qa-template-path", template)
+    assert result.code == 1
+    assert "the question is" in result.err
+    assert "the model reads at most 1024" in result.err
+    assert len(result.err) < 1500  # the template is not repeated whole
+    assert not list(scale.out.rglob("*.png"))
 
 
 def test_latents_on_disk_are_deterministic(tmp_path: Path) -> None:
