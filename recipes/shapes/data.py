@@ -286,6 +286,18 @@ def invented_question(rng: random.Random, scene: Scene) -> tuple[str, str]:
     return world.ALIGN.format(prompt=told), world.YES if true else world.NO
 
 
+REQUESTED = 0.15  # how often the prompt of an alignment question is worded as a request, as `t2i` has it
+
+
+def _as_asked_for(rng: random.Random, question: str) -> str:
+    """The question; if it is whether a prompt describes the picture, at times with the request for that prompt in its place."""
+    before, after = world.ALIGN.split("{prompt}")
+    if not question.startswith(before) or rng.random() >= REQUESTED:
+        return question
+    told = question.removeprefix(before).removesuffix(after)
+    return world.ALIGN.format(prompt=world.request(_wording(rng), told))
+
+
 def _wording(rng: random.Random) -> str:
     return DEFAULT_WORDING if rng.random() < DEFAULT_WORDING_SHARE else rng.choice(world.REQUEST_WORDINGS)
 
@@ -349,7 +361,7 @@ def make_chunk(
         turns = [
             invented_question(rng, scene) if has else next(asked) for scene, has in zip(listed, other, strict=True)
         ]
-        sequences = [encoder.question(question, answer) for question, answer in turns]
+        sequences = [encoder.question(_as_asked_for(rng, question), answer) for question, answer in turns]
     return Chunk(scenes, as_texts(sequences, encoder.pad), told)
 
 

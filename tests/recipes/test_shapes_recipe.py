@@ -179,6 +179,18 @@ def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: 
         torch.testing.assert_close(reply.condition, condition, atol=1e-4, rtol=1e-4)
 
 
+def test_some_alignment_questions_quote_a_request(vocabulary: Vocabulary) -> None:
+    chunk = data.make("read", 2000, 0, vocabulary.encoder, data.READ_KINDS, workers=1)
+    texts = [
+        vocabulary.tokenizer.decode(i[:n].tolist()) for i, n in zip(chunk.texts.ids, chunk.texts.length, strict=True)
+    ]
+    asked = [text for text in texts if "align with the prompt" in text]
+    quoting = [text for text in asked if "prompt: a photo of" not in text]
+    assert 0.05 < len(quoting) / len(asked) < 0.2
+    assert any("prompt: Can you generate a photo of" in text for text in quoting)
+    assert not any(wording.partition("{")[0] in text for wording in world.HELD_OUT_WORDINGS for text in quoting)
+
+
 def test_quads_exchange_names_some_of_them_made_up(vocabulary: Vocabulary) -> None:
     assert not set(invented.NAMES) & {*world.SHAPES, *world.COLORS}
     chunk = data.make("name", 2000, 0, vocabulary.encoder, data.DRAW_KINDS, workers=1)
