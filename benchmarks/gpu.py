@@ -600,22 +600,23 @@ def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         before = dict(worker.seconds)
         number = next(index)
         record = PromptRecord(number + 1, prompt, number)
-        if not worker.attempt(record) or (failure := store.failure(record.index)):
-            raise RuntimeError(f"the prompt was not drawn: {failure}")
+        worker.attempt(record)
+        if not store.has_record(record.index):
+            raise RuntimeError(f"the prompt was not drawn: {store.failure(record.index)}")
 
     model.halves = False  # as in a worker
     try:
         with ThreadPoolExecutor(4) as worker.encoders:
             first, seconds = b.seconds(one_prompt)
             stages = {name: round(value - before.get(name, 0.0), 4) for name, value in worker.seconds.items()}
-            busy = _busy_seconds(one_prompt) if b.device.type == "cuda" else None
+            name = f"{size}: 4×2 with latent QA (16 tokens) and scores"
+            b.add("scaling", name, seconds, "s/prompt", "≤ 1.5" if size != "7b" else "", first=first, stages=stages)
+            print(f"          {stages}", flush=True)
+            if b.device.type == "cuda":
+                share = _busy_seconds(one_prompt) / seconds
+                b.add("scaling", f"{size}: share of it in GPU kernels", share, "", "≥ 0.90")
     finally:
         model.halves = True
-    name = f"{size}: 4×2 with latent QA (16 tokens) and scores"
-    b.add("scaling", name, seconds, "s/prompt", "≤ 1.5" if size != "7b" else "", first=first, stages=stages)
-    print(f"          {stages}", flush=True)
-    if busy is not None:
-        b.add("scaling", f"{size}: share of it in GPU kernels", busy / seconds, "", "≥ 0.90")
 
 
 def _profiled(run: Callable[[], object]) -> tuple[Any, float]:

@@ -643,7 +643,7 @@ class ScaleRAE:
         `request` is the message that asks for the drawing (default: the prompt itself), `request_reply` the model's
         reply to it if it is known already; `question` a template with `{prompt}`.
         """
-        self.check_question(prompt, question)
+        self.check_reads()
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
@@ -661,14 +661,7 @@ class ScaleRAE:
             ConfigError: for a checkpoint that cannot read latents. InputError: for more text than the model reads.
         """
         self.check_reads()
-        most = self.config.max_length
-        for what, ids in texts_of(self.tokenizer, prompt, question).items():
-            length = len(ids) + self.config.tokens - 1
-            if length >= most:
-                raise InputError(
-                    f"{what} is {length} tokens long with its image; the model reads at most {most} "
-                    "(tokenizer_model_max_length); shorten it"
-                )
+        texts_of(self.config, self.tokenizer, prompt, question)
 
     def check_latent(self, latent: Tensor) -> Tensor:
         """The latent as [L, C] float32 on the CPU; a leading batch dimension of 1 is dropped.
@@ -702,8 +695,7 @@ class ScaleRAE:
             start, stop = len(done), min(len(done) + size, count)
             halve = False
             try:
-                one = stop - start == 1
-                with self.memory_errors(what.format(stop - start), "" if one else remedy):
+                with self.memory_errors(what.format(stop - start), remedy if stop - start > 1 else ""):
                     done += run(start, stop)
             except DeviceError as e:
                 if not self.halves or stop - start == 1 or not out_of_memory(e):

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from scale_rae.config import ScaleRAEConfig
+from scale_rae.errors import InputError
 from scale_rae.language import LanguageModel, Reply
 from scale_rae.prompt import IMAGE, ChatTokenizer
 
@@ -50,12 +52,24 @@ def answer_tokens(tokenizer: ChatTokenizer, word: str) -> set[int]:
     return {ids[0] for ids in encoded if len(ids) == 1}
 
 
-def texts_of(tokenizer: ChatTokenizer, prompt: str, question_template: str) -> dict[str, list[int]]:
-    """What the model reads of a latent, an image in each: the question, and the prompt in the place of a description."""
-    return {
-        "the question": tokenizer.chat(ask_question(question_template, prompt), image=True),
-        "the prompt as a description": [*tokenizer.chat(DESCRIBE, image=True), *tokenizer.plain(prompt)],
-    }
+def texts_of(
+    config: ScaleRAEConfig, tokenizer: ChatTokenizer, prompt: str, question_template: str
+) -> tuple[list[int], list[int]]:
+    """What the model reads of a latent, an image in each: the question, and the prompt in the place of a description.
+
+    Raises:
+        InputError: when one is longer than the model reads.
+    """
+    question = tokenizer.chat(ask_question(question_template, prompt), image=True)
+    described = [*tokenizer.chat(DESCRIBE, image=True), *tokenizer.plain(prompt)]
+    for what, ids in (("the question", question), ("the prompt as a description", described)):
+        length = len(ids) + config.tokens - 1
+        if length >= config.max_length:
+            raise InputError(
+                f"{what} is {length} tokens long with its image; the model reads at most {config.max_length} "
+                "(tokenizer_model_max_length); shorten it"
+            )
+    return question, described
 
 
 @torch.inference_mode()
@@ -74,7 +88,7 @@ def score_latents(
     `request` is the message that asked for the drawing and `request_reply` the model's reply to it.
     """
     question = ask_question(question_template, prompt)
-    asked, described = texts_of(tokenizer, prompt, question_template).values()
+    asked, described = texts_of(language.config, tokenizer, prompt, question_template)
     prompt_ids = tokenizer.plain(prompt)
     seen = asked.index(IMAGE) + 1  # both begin with the image, which is read once
     assert asked[:seen] == described[:seen]

@@ -37,7 +37,7 @@ DRAW_KINDS = (
     *("mixed",) * 12,
 )
 """Kinds of scene that are drawn, weighted: the hard ones more."""
-READ_KINDS = (*world.SCENE_KINDS, *("position",) * 2, *("color_attr",) * 1, *("mixed",) * 2)
+READ_KINDS = (*world.SCENE_KINDS, "position", "position", "color_attr", "mixed", "mixed")
 """Kinds of scene that are read, weighted likewise."""
 DEFAULT_WORDING = "Can you generate {prompt}"
 DEFAULT_WORDING_SHARE = 0.3  # the scaling experiment's prefix

@@ -9,6 +9,7 @@ Names are words of small talk, so that the tokenizer needs no others. Some have 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import re
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scale_rae.shapes import world
-from scale_rae.shapes.world import Object, Scene, SceneBatch
+from scale_rae.shapes.world import Scene, SceneBatch
 
 SHARE = 0.5  # of the scenes that may hold something invented
 EACH = 0.5  # of the shapes, and of the colours, of such a scene
@@ -61,6 +62,7 @@ HUES: NDArray[np.float32] = np.array(
 """RGB of the first made-up colours: brown, grey, cyan, navy, olive, maroon, lime, magenta, tan, teal, lavender, dark green."""
 
 
+@functools.cache
 def _outlines() -> list[Corners]:
     """Corners [n, 2] of the first made-up shapes, within the unit circle, y downwards."""
 
@@ -153,31 +155,15 @@ def put_in(rng: np.random.Generator, scenes: SceneBatch) -> tuple[SceneBatch, ND
     new_color[same, 1] = False
     palette = np.concatenate((world.PALETTE, HUES))
     rgb = palette[color] + rng.uniform(-world.JITTER, world.JITTER, scenes.rgb.shape).astype(np.float32)
-    changed = SceneBatch(
-        kind=scenes.kind,
+    changed = dataclasses.replace(
+        scenes,
         shape=np.where(new_shape, order, scenes.shape).astype(np.int8),
         color=np.where(new_color, color, scenes.color).astype(np.int8),
-        center=scenes.center,
-        radius=scenes.radius,
-        tilt=scenes.tilt,
         rgb=np.where(new_color[:, :, None], rgb.clip(0, 1), scenes.rgb).astype(np.float32),
-        back=scenes.back,
-        back_angle=scenes.back_angle,
     )
     return changed, (new_shape | new_color).any(1)
 
 
 def named(scenes: SceneBatch) -> list[Scene]:
     """The scenes with their names, made-up ones too."""
-    columns = (scenes.kind, scenes.shape, scenes.color, scenes.center, scenes.radius)
-    return [
-        Scene(
-            world.SCENE_KINDS[kind],
-            tuple(
-                Object(SHAPE_NAMES[s], COLOR_NAMES[c], x, y, r)
-                for s, c, (x, y), r in zip(shape, color, center, radius, strict=True)
-                if s >= 0
-            ),
-        )
-        for kind, shape, color, center, radius in zip(*(column.tolist() for column in columns), strict=True)
-    ]
+    return list(scenes.named(SHAPE_NAMES, COLOR_NAMES))

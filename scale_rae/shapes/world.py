@@ -132,12 +132,16 @@ class SceneBatch:
         return SceneBatch(*(getattr(self, field.name)[index] for field in fields(self)))
 
     def __iter__(self) -> Iterator[Scene]:
+        return self.named(SHAPES, COLORS)
+
+    def named(self, shapes: Sequence[str], colors: Sequence[str]) -> Iterator[Scene]:
+        """The scenes with these names in the place of SHAPES and COLORS: longer lists name what else is in the arrays."""
         columns = (self.kind, self.shape, self.color, self.center, self.radius)
         for kind, shape, color, center, radius in zip(*(column.tolist() for column in columns), strict=True):
             yield Scene(
                 SCENE_KINDS[kind],
                 tuple(
-                    Object(SHAPES[s], COLORS[c], x, y, r)
+                    Object(shapes[s], colors[c], x, y, r)
                     for s, c, (x, y), r in zip(shape, color, center, radius, strict=True)
                     if s >= 0
                 ),

@@ -56,34 +56,31 @@ def test_draws_the_official_picture(t2i: Cli, out: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "option",
+    ("flags", "options"),
     [
-        ["--solver", "heun"],
-        ["--guidance-level", 3],
-        ["--guidance-level", 3, "--guidance-interval", 0.5, 1],
-        ["--steps", 5],
-        ["--seed", 1],
+        (["--solver", "heun"], {"solver": "heun"}),
+        (["--guidance-level", 3], {"guidance": 3}),
+        (
+            ["--guidance-level", 3, "--guidance-interval", 0.5, 1],
+            {"guidance": 3, "guidance_interval": (0.5, 1)},
+        ),
+        (["--steps", 5], {"steps": 5}),
+        (["--seed", 1], {"seed": 1}),
     ],
     ids=str,
 )
-def test_options_of_sampling_reach_the_sampler(cli: Cli, out: Path, option: list[object]) -> None:
-    """Each makes the latent that the Python interface makes of it, which is none of the others'."""
-    words = dict(zip(option[::2], option[1::2], strict=True)) if "--guidance-interval" not in option else {}
+def test_options_of_sampling_reach_the_sampler(
+    cli: Cli, out: Path, flags: list[object], options: dict[str, Any]
+) -> None:
+    """Each makes the latent that the Python interface makes of it, which is not that of the defaults."""
     result = cli(
         *("t2i", "--model-path", "shapes", "--prompt", RED_CIRCLE, "--steps", 4, "--save-latent", "--skip-decoder"),
-        *("--output-dir", out, *option),
+        *("--output-dir", out, *flags),
     )
     assert result.code == 0, result.err
     model = scale_rae.load("shapes", device="cpu")
-    options: dict[str, Any] = {
-        "steps": words.get("--steps", 4),
-        "solver": words.get("--solver", "euler"),
-        "guidance": words.get("--guidance-level", 3 if "--guidance-interval" in option else 1),
-        "seed": words.get("--seed", 42),
-        "guidance_interval": (0.5, 1.0) if "--guidance-interval" in option else None,
-    }
     expected, plain = (
-        model.generate(RED_CIRCLE, decode=False, **some).images[0].latent for some in (options, {"steps": 4})
+        model.generate(RED_CIRCLE, decode=False, **{"steps": 4, **some}).images[0].latent for some in (options, {})
     )
     latent = torch.load(only_manifest(out)["latent_path"], weights_only=True)
     torch.testing.assert_close(latent, expected, atol=1e-5, rtol=0)
