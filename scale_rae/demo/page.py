@@ -478,20 +478,22 @@ def _asked_by(talk: _Chat, ask: Callable[..., Any], shown: list[Any]) -> None:
 
 def conversation(
     studio: Studio, history: list[dict[str, Any]], question: str, latent: Tensor | None, image: Path | None
-) -> Iterator[tuple[list[dict[str, Any]], str]]:
-    """The chat as the answer grows, and what is left in the question's field."""
+) -> Iterator[tuple[list[dict[str, Any]], Any]]:
+    """The chat as the answer grows, and the question's field: emptied once, for the next may be typed meanwhile."""
     answering = studio.ask(question, latent, image)
     said = [*history, {"role": "user", "content": question.strip()}]
+    field: Any = ""
     while True:
         try:
             text = next(answering)
         except StopIteration as stop:
             text, cut_off = stop.value
             break
-        yield [*said, {"role": "assistant", "content": text.strip()}], ""
+        yield [*said, {"role": "assistant", "content": text.strip()}], field
+        field = gr.skip()
     if cut_off:
         gr.Info("The answer is cut off at the longest the page asks for.")
-    yield [*said, {"role": "assistant", "content": text.strip() or "(no words)"}], ""
+    yield [*said, {"role": "assistant", "content": text.strip() or "(no words)"}], field
 
 
 _NO_PICTURE = "Drop a picture above, or pick one that was drawn: they appear below."
