@@ -741,16 +741,18 @@ def decode_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     b.add("decode", f"{size}: PNG encoding, one thread", seconds / 8, "s/image")
 
 
-def evaluations(b: Bench, fast: FastDiT, config: ScaleRAEConfig, batch: int) -> tuple[float, float]:
+def evaluations(
+    b: Bench, fast: FastDiT, config: ScaleRAEConfig, batch: int, guided: bool = False
+) -> tuple[float, float]:
     """Seconds per image, from 6 of its evaluations, and of the first run of those 6."""
     y = torch.randn(batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
     x = torch.randn(batch, config.channels, config.dit.side, config.dit.side, device=b.device)
     times = flow.evaluation_times("euler", EVALUATIONS, 8.0)[:6]
-    velocity, _, _ = fast.velocities(y, times, False, fast.speed.compile == "on")
+    velocity, _, both = fast.velocities(y, times, guided, fast.speed.compile == "on")
 
     def run() -> None:
         for t in times:
-            velocity(x, t)
+            (both if guided else velocity)(x, t)
 
     first, seconds = b.seconds(run)
     return seconds / len(times) * EVALUATIONS / batch, first
@@ -770,6 +772,7 @@ def ladder(b: Bench, size: str) -> None:
         ("and a CUDA graph", Speed("on", **off | {"pad": True, "graph": True})),
         ("and grouped modulations", Speed("on")),
         ("and overlapped modulations", Speed("on", overlap=True)),
+        ("but time embeddings at each step", Speed("on", before=False)),
         ("and cuDNN's attention", Speed("on", cudnn=True)),
     )
     with torch.inference_mode():
@@ -794,6 +797,14 @@ def ladder(b: Bench, size: str) -> None:
                     share=flops / each / b.ceiling,
                     first=first,
                 )
+            fast.forget()
+            b.release()
+        guided = {"all": {}, "but both branches modulated alike": {"null": False}}
+        guided["but one branch after the other"] = {"together": False}
+        for name, off in guided.items() if b.device.type == "cuda" else ():
+            fast = FastDiT(dit, Speed("on", **off))  # type: ignore[arg-type]
+            each, first = evaluations(b, fast, config, 8, guided=True)
+            b.add("ladder", f"{DIT_NAME[size]}, batch 8, guidance: {name}", each, "s/image", first=first)
             fast.forget()
             b.release()
 

@@ -77,6 +77,7 @@ class LanguageModel(nn.Module):
         if config.condition_projector:
             self.diff_head_projector = nn.Linear(config.hidden_size, config.dit.condition_width)
         self.graph = True  # on CUDA, whether steps are captured
+        self.ahead = True  # on CUDA, whether a token is asked for before the host has seen the one before it
         self.compile_steps = False  # whether their layers are compiled
         self._contexts: dict[int, list[Context]] = {}
         self._fused: list[FusedLayer] = []
@@ -177,9 +178,8 @@ class LanguageModel(nn.Module):
         replies = [Reply() for _ in rows]
         open_rows = [row for row, limit in enumerate(limits) if limit > 0]
         most = max(limits)
-        # On CUDA, a token is asked for before the host has looked at the one before it: the GPU never waits for the
-        # host, at the price of one step too many when the last reply ends.
-        ahead = 1 if self.on_cuda else 0
+        # The GPU never waits for the host then, at the price of one step too many when the last reply ends.
+        ahead = 1 if self.on_cuda and self.ahead else 0
         asked, seen = 1, 0
         underway = deque([Transfer(context.begin(last))]) if open_rows else deque[Transfer]()
         while open_rows:

@@ -162,7 +162,7 @@ class ScaleRAE:
         self.speed = speed or Speed()
         self._fast_dit = FastDiT(dit, self.speed)
         language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
-        language.graph = self.speed.graph
+        language.graph, language.ahead = self.speed.graph, self.speed.ahead
         language.fuse()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused

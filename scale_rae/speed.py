@@ -1,14 +1,15 @@
 """How the velocity network runs fast. Each trick is one place here, can be switched off, and changes results by rounding only.
 
-- What does not depend on the step is computed before the steps: time embeddings and, under guidance, the modulations of the
-  null branch, whose condition is the same for every token and image.
-- Both branches of guidance run as one batch, so weights are read once.
+- `before`: time embeddings are computed before the steps, all at once.
+- `null`: so are, under guidance, the modulations of the null branch, whose condition is the same for every token and image.
+- `together`: both branches of guidance run as one batch, so weights are read once.
 - `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
 - `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
 - `overlap`: those products, which do not wait for the blocks, run beside them (not measured yet, so off).
 - `graph`: one evaluation is captured as a CUDA graph for each (batch, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears in float8 (quantize.py).
+- `ahead`: the language model's next token is asked for before the host has seen this one (language.py).
 
 docs/performance.md has what each gains.
 """
@@ -46,8 +47,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 
 @dataclass(frozen=True)
 class Speed:
-    """Which tricks are used. `graph`, `pad`, `group` and `overlap` act on CUDA devices only. `cudnn` takes cuDNN's
-    attention; `autotune` lets the compiler choose matrix products by trying them, which takes minutes.
+    """Which tricks are used. `graph`, `pad`, `group`, `overlap` and `ahead` act on CUDA devices only. `null` needs `together`.
+    `cudnn` takes cuDNN's attention; `autotune` lets the compiler choose matrix products by trying them, which takes minutes.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -58,6 +59,10 @@ class Speed:
     graph: bool = True
     pad: bool = True
     group: bool = True
+    before: bool = True
+    null: bool = True
+    together: bool = True
+    ahead: bool = True
     overlap: bool = False
     cudnn: bool = False
     autotune: bool = False
@@ -306,11 +311,17 @@ class FastDiT:
         """
         null = self.dit.null_condition
         condition = condition.to(self.device, self.dit.dtype)
-        rows = self._before_the_steps(tuple(dict.fromkeys(times)), guided)
+        speed = self.speed
+        if compile:
+            self._compiled_sizes.add((len(condition), guided))
+        modulated = guided and speed.together and speed.null
+        rows = self._before_the_steps(tuple(dict.fromkeys(times)), modulated) if speed.before else {}
 
         def at(t: float) -> tuple[Tensor, Tensor | None]:
+            if not speed.before:
+                return self._before_the_steps((t,), modulated)[t]
             if t not in rows:  # a solver of one's own, which looks where to go next
-                rows.update(self._before_the_steps((t,), guided))
+                rows.update(self._before_the_steps((t,), modulated))
             return rows[t]
 
         def conditional(x: Tensor, t: float) -> Tensor:
@@ -321,9 +332,16 @@ class FastDiT:
             return self._run(compile, x, at(t)[0], null.expand_as(condition).contiguous())
 
         def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
+            if not speed.together:
+                return conditional(x, t), unconditional(x, t)
             time, modulations = at(t)
-            assert modulations is not None
-            v_cond, v_null = self._run(compile, x, time, condition, modulations).chunk(2)
+            if modulations is None:
+                assert null is not None
+                conditions = torch.cat([condition, null.expand_as(condition)])
+                velocities = self._run(compile, torch.cat([x, x]), time, conditions)
+            else:
+                velocities = self._run(compile, x, time, condition, modulations)
+            v_cond, v_null = velocities.chunk(2)
             return v_cond, v_null
 
         return conditional, unconditional, both
@@ -336,12 +354,12 @@ class FastDiT:
         """Lets go of captured graphs and the memory they hold."""
         self._captures.forget()
 
-    def _before_the_steps(self, times: Sequence[float], guided: bool) -> dict[float, tuple[Tensor, Tensor | None]]:
-        """For each time its embedding [1, Z] and, if guided, the null branch's modulations [W]: of the blocks that read the
-        condition and, if it does, the final layer, side by side."""
+    def _before_the_steps(self, times: Sequence[float], modulated: bool) -> dict[float, tuple[Tensor, Tensor | None]]:
+        """For each time its embedding [1, Z] and, if `modulated`, the null branch's modulations [W]: of the blocks that read
+        the condition and, if it does, the final layer, side by side."""
         dit, null = self.dit, self.dit.null_condition
         embedded = dit.t_embedder(torch.tensor(times, device=self.device)).to(dit.dtype)  # [K, Z]
-        if not guided:
+        if not modulated:
             return {t: (row, None) for t, row in zip(times, embedded.split(1), strict=True)}
         assert null is not None
         plain, read = self._eager.read(embedded, null.expand(1, 1, -1))  # [K, 1, Z]
@@ -356,8 +374,6 @@ class FastDiT:
 
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
-        if compile:
-            self._compiled_sizes.add((len(inputs[0]), len(inputs) > 3))
         with nullcontext() if self.speed.cudnn else attention_kernels(self.device):
             key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
             return self._captures.run(key, function, *inputs, when_it_comes_again=False)

@@ -50,6 +50,8 @@ WAYS = {
     "plain float32": ("float32", Speed("off", **PLAIN), 1e-4),
     "captured float32": ("float32", Speed("off"), 1e-4),
     "captured": ("bfloat16", Speed("off"), 2e-2),
+    "captured, nothing computed before": ("bfloat16", Speed("off", before=False, null=False, ahead=False), 2e-2),
+    "captured, one branch after the other": ("bfloat16", Speed("off", together=False), 2e-2),
     "compiled float32": ("float32", Speed("on"), 1e-4),
     "compiled": ("bfloat16", Speed("on"), 2e-2),
     "compiled, overlapped": ("bfloat16", Speed("on", overlap=True), 2e-2),

@@ -86,6 +86,28 @@ def test_precomputed_parts(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("off", ["before", "null", "together"])
+def test_switched_off(kind: str, off: str) -> None:
+    """The same velocities without each of what `test_precomputed_parts` has."""
+    fast = FastDiT(made(kind), Speed("off", **{off: False}))  # type: ignore[arg-type]
+    check(fast, made(kind), 1e-5)
+    calls: list[tuple[int, int]] = []
+    evaluate = fast.evaluate
+
+    def counted(parts: Any, *inputs: Any) -> torch.Tensor:
+        calls.append((len(inputs[0]), len(inputs)))
+        return evaluate(parts, *inputs)
+
+    fast.evaluate = counted  # type: ignore[method-assign]
+    x, y = inputs()
+    with torch.inference_mode():
+        _, _, both = fast.velocities(y, TIMES, guided=True, compile=False)
+        both(x, TIMES[0])
+    expected = {"before": [(2, 4)], "null": [(4, 3)], "together": [(2, 3), (2, 3)]}
+    assert calls == expected[off]  # (images, inputs; the fourth is the null branch's modulations)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("most_rows", [1, 40, 10000])
 def test_padded_stacked_and_grouped(kind: str, most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed, "GROUP_ROWS", most_rows)
