@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import constants
 
 from scale_rae.checkpoint import find
+from scale_rae.cli import main
 from scale_rae.errors import CheckpointError, HubError
 from scale_rae.pipeline import ScaleRAE
 from tests.fake_hub import FakeHub, Repo
@@ -63,6 +65,22 @@ def small(hub: FakeHub) -> FakeHub:
     }
     hub.repos[MODEL] = Repo({"main": files, "v1": {**files, "config.json": b'{"old": 1}'}})
     return hub
+
+
+def test_the_commands_revision(hub: FakeHub, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = checkpoints["siglip"]
+    hub.add(MODEL, folder)
+    hub.add(ENCODER, folder.parent / ENCODER)
+    hub.add(DECODER, folder.parent / "decoder")
+    revisions = hub.repos[MODEL].revisions
+    revisions["v1"] = revisions["main"]
+    revisions["main"] = {**revisions["v1"], "config.json": CONFIG}  # another model by now
+    argv = ["t2i", "--model-path", MODEL, "--prompt", "a cat", "--steps", "2", "--device", "cpu"]
+    argv += ["--output-dir", str(tmp_path / "out")]
+    assert main([*argv, "--revision", "v1"]) == 0
+    (manifest,) = (json.loads(p.read_text()) for p in (tmp_path / "out").glob("*_manifest.json"))
+    assert manifest["model"]["revision"] == hub.repos[MODEL].commit("v1")
+    assert main(argv) == 1
 
 
 def test_draws_with_everything_from_the_hub(hub: FakeHub, checkpoints: dict[str, Path]) -> None:

@@ -276,6 +276,17 @@ def test_what_is_printed(experiment: Path, tmp_path: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out) == record
 
 
+def test_the_rewards_weight(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = {}
+    for weight in ("0", "0.5", "1"):
+        assert main(["select", str(experiment), "--reward-weight", weight, "--json"]) == 0
+        record = json.loads(capsys.readouterr().out)
+        assert record["reward_weight"] == float(weight)
+        assert record == select(experiment, reward_weight=float(weight))[2]
+        records[weight] = [prompt["kept"] for prompt in record["prompts"]]
+    assert records["0"] != records["1"]
+
+
 def test_no_reward_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_experiment(tmp_path / "e", 2, reward=False)
     assert main(["select", str(folder)]) == 0

@@ -43,6 +43,16 @@ def test_columns_limit_and_another_name(tmp_path: Path, capsys: pytest.CaptureFi
     assert "the first 1 of 12 prompts" in capsys.readouterr().err
 
 
+def test_the_order_is_the_metrics(tmp_path: Path) -> None:
+    folder = write_experiment(tmp_path / "e", 4)
+    sheets = {}
+    for options in (["--metric", "combined"], ["--metric", "image_conf"], ["--reward-weight", "0"]):
+        target = tmp_path / "x.png"
+        assert main(["sheet", str(folder), "-o", str(target), *options]) == 0
+        sheets[" ".join(options)] = target.read_bytes()
+    assert len(set(sheets.values())) == 3
+
+
 def test_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("scale_rae.scaling.sheet.LARGEST", 100_000)
     assert main(["sheet", str(write_experiment(tmp_path / "e", 2))]) == 1

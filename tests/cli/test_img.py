@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -66,6 +67,36 @@ def test_may_answer_with_images(
     assert np.array_equal(
         np.asarray(models["siglip"].decode([latent])[0]), np.asarray(Image.open(manifest["output_images"][0]))
     )
+
+
+def test_sampling_flags_reach_the_drawing(
+    cli: Cli, drawing_checkpoint: Path, picture: Path, tmp_path: Path, out: Path
+) -> None:
+    """Each as `generate` takes it, and none without effect."""
+    model = ScaleRAE.from_pretrained(str(drawing_checkpoint), device="cpu")
+    shown = model.encode([Image.open(picture)])[0]
+    torch.save(shown, tmp_path / "shown.pt")
+    seen: list[torch.Tensor] = []
+    cases: list[tuple[tuple[object, ...], dict[str, Any]]] = [
+        ((), {}),
+        (("--seed", 7), {"seed": 7}),
+        (("--guidance-level", 2), {"guidance": 2.0}),
+        (("--guidance-level", 2, "--guidance-interval", 0.3, 0.7), {"guidance": 2.0, "guidance_interval": (0.3, 0.7)}),
+        (("--steps", 3), {"steps": 3}),
+        (("--solver", "heun"), {"solver": "heun"}),
+    ]
+    for i, (flags, options) in enumerate(cases):
+        folder = out / str(i)
+        common = ("--model-path", drawing_checkpoint, "--prompt", "Make it blue", "--steps", 4, "--save-latent")
+        common += ("--output-dir", folder, "--json", *flags)
+        (manifest,) = cli("img", "--image", picture, *common).manifests
+        drawn = torch.load(manifest["latent_path"], weights_only=True)
+        (again,) = cli("latent", "--action", "continue", "--latent", tmp_path / "shown.pt", *common).manifests
+        assert torch.equal(torch.load(again["latent_path"], weights_only=True), drawn)
+        wanted = model.generate(["Make it blue"], latents=[shown], **{"steps": 4} | options)[0].images[0].latent
+        assert torch.equal(drawn, wanted), flags
+        assert not any(torch.equal(drawn, other) for other in seen), flags
+        seen.append(drawn)
 
 
 def test_an_empty_answer_is_said_to_be_one(cli: Cli, checkpoints: dict[str, Path], out: Path, tmp_path: Path) -> None:

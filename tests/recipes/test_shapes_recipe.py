@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.shapes import common, data, encoder, invented, joint, networks, settings, train
+from recipes.shapes import common, curves, data, encoder, invented, joint, networks, settings, train
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import LoopOptions, Trainer
 from recipes.shapes.optim import FlatModel, OptimizerOptions, matrices_in, orthogonalised
@@ -490,6 +490,8 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
     ):
         log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert log[-1][name] < log[0][name], (stage, name)
+    assert curves.plot(out, tmp_path / "curves.png") == ["encoder", "decoder", "reward", "joint"]
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
     model = ScaleRAE.from_pretrained(str(target), device="cpu")
     assert isinstance(model.tokenizer, ChatTokenizer)
     image = world_picture()

@@ -52,6 +52,23 @@ def test_underscores_and_the_guides_script(tmp_path: Path, scale: Scale) -> None
     assert ran.stderr == f"error: {tmp_path}/none.jsonl: no such prompt file\n"
 
 
+def test_a_prompts_reply_is_made_once(
+    scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four images in two batches, and what is judged, all from one reply."""
+    asked: list[str] = []
+    reply = ScaleRAE.reply
+
+    def counted(self: ScaleRAE, messages: Any, *args: Any, **options: Any) -> list[Reply]:
+        asked.extend([messages] if isinstance(messages, str) else messages)
+        return reply(self, messages, *args, **options)
+
+    monkeypatch.setattr(ScaleRAE, "reply", counted)
+    assert scale().code == 0
+    assert sorted(asked) == sorted(f"Can you generate {record['prompt']}" for record in PROMPTS)
+    assert snapshot(scale.folder) == reference
+
+
 def test_two_workers_leave_the_same_bytes(scale: Scale, reference: dict[str, bytes]) -> None:
     assert scale("--devices", "cpu,cpu", device=False).code == 0
     assert snapshot(scale.folder) == reference
