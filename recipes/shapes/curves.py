@@ -54,7 +54,7 @@ def plot(out: Path, file: Path) -> list[str]:
             axis.plot(log["seconds"], log[name], linewidth=1)
             axis.set_title(f"{stage}: {name}", fontsize=9)
             axis.set_xlabel("seconds of training", fontsize=8)
-            axis.tick_params(labelsize=7)
+            axis.tick_params(which="both", labelsize=7)
             axis.grid(True, which="both", alpha=0.3)
             if name not in PLAIN:
                 axis.set_yscale("log")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,19 +19,14 @@ from PIL import Image
 
 from scale_rae.demo.work import Studio
 from scale_rae.session import ModelChoice, Session
+from tests.browser import DESKTOP, PHONE, chromium, needs_chromium
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 
 from scale_rae.demo import page as demo  # noqa: E402 - imports gradio
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium: apt-get install chromium")
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"),
-    *("--disable-component-update", "--disable-sync"),
-]
-DESKTOP, PHONE = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
+pytestmark = needs_chromium
 PATIENCE = 30_000  # ms; the machine may be busy
 TABS = ["Draw", "Look", "Best of N", "Latent"]
 
@@ -48,10 +42,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+    with chromium(sync_api) as browser:
         yield browser
-        browser.close()
 
 
 class Visitor:
