@@ -46,7 +46,7 @@ def process_seconds(arguments: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model_path: str, repeat: int) -> dict[str, Any]:
+def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
     """All figures of one model, seconds unless the name says otherwise."""
     bare = statistics.median(process_seconds(["-c", "pass"]) for _ in range(repeat))
     help_page = statistics.median(process_seconds(["-m", "scale_rae", "--help"]) for _ in range(repeat))
@@ -54,6 +54,7 @@ def measure(model_path: str, repeat: int) -> dict[str, Any]:
     import torch
 
     import scale_rae
+    from scale_rae.pipeline import SamplingOptions
 
     imported = time.perf_counter() - start
     start = time.perf_counter()
@@ -65,6 +66,7 @@ def measure(model_path: str, repeat: int) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
+        "steps": steps,
         "import": imported,
         "load": loaded,
         "help_over_bare_python": help_page - bare,
@@ -72,17 +74,17 @@ def measure(model_path: str, repeat: int) -> dict[str, Any]:
     reply = model.reply([PROMPT])[0]
     if reply.condition is None:
         raise SystemExit(f"{model_path} answers the benchmark's prompt without drawing; nothing to measure")
-    condition = reply.condition
-    latent = model.sample([condition], [0])[0]
+    condition, options = reply.condition, SamplingOptions(steps=steps)
+    latent = model.sample([condition], [0], options)[0]
     figures["reply"] = median_seconds(lambda: model.reply([PROMPT]), repeat)
     for count in (1, 8):
         conditions, seeds = [condition] * count, list(range(count))
-        seconds = median_seconds(lambda c=conditions, s=seeds: model.sample(c, s), repeat)  # type: ignore[misc]
+        seconds = median_seconds(lambda c=conditions, s=seeds: model.sample(c, s, options), repeat)  # type: ignore[misc]
         figures[f"sampling_per_image_batch_{count}"] = seconds / count
     figures["decode"] = median_seconds(lambda: model.decode([latent]), repeat)
     picture = model.decode([latent])[0]
     figures["encode"] = median_seconds(lambda: model.encode([picture]), repeat)
-    figures["generate_end_to_end"] = median_seconds(lambda: model.generate(PROMPT), repeat)
+    figures["generate_end_to_end"] = median_seconds(lambda: model.generate(PROMPT, steps=steps), repeat)
     tokens = 32
     for count in (1, 8):
         asked = [QUESTION] * count
@@ -94,12 +96,14 @@ def measure(model_path: str, repeat: int) -> dict[str, Any]:
         figures[f"answer_tokens_per_second_batch_{count}"] = sum(len(a.reply.ids) for a in answers) / seconds
     figures["score_per_image_batch_8"] = median_seconds(lambda: model.score([latent] * 8, PROMPT), repeat) / 8
     for guidance in (1.0, 3.0):
-        figures |= {f"{name}_guidance_{guidance:g}": v for name, v in scaling(model_path, guidance, repeat).items()}
+        figures |= {
+            f"{name}_guidance_{guidance:g}": v for name, v in scaling(model_path, guidance, repeat, steps).items()
+        }
     figures["peak_memory_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return figures
 
 
-def scaling(model_path: str, guidance: float, count: int) -> dict[str, float]:
+def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[str, float]:
     """`scale t2i` of `count` prompts, 4 x 2 images each, latent questions, siglip reward: seconds a prompt once all is loaded,
     and the share of them in which no network was at work."""
     from scale_rae.promptfile import PromptRecord
@@ -107,7 +111,7 @@ def scaling(model_path: str, guidance: float, count: int) -> dict[str, float]:
     from scale_rae.scaling.launch import run
 
     prompts = [PromptRecord(i + 1, f"a photo of a {color} cross", i) for i, color in enumerate(COLORS[:count])]
-    settings = Settings("", model_path, guidance_level=guidance, reward="siglip")
+    settings = Settings("", model_path, guidance_level=guidance, steps=steps, reward="siglip")
     clock = NetworkClock()
 
     def listen(event: dict[str, Any]) -> None:
@@ -166,9 +170,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", default="shapes")
     parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=49, help="of every drawing (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    figures = measure(args.model_path, args.repeat)
+    figures = measure(args.model_path, args.repeat, args.steps)
     for name, value in figures.items():
         print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")
     if args.json:

@@ -28,7 +28,8 @@ def script(name: str) -> ModuleType:
 
 
 def test_cpu_benchmark(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/cpu.py", "--repeat", "1", "--json", str(tmp_path / "cpu.json")]
+    command = [sys.executable, "benchmarks/cpu.py", "--repeat", "1", "--steps", "4"]
+    command += ["--json", str(tmp_path / "cpu.json")]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
     figures = json.loads((tmp_path / "cpu.json").read_text())
