@@ -237,14 +237,20 @@ class Bench:
         """Runs a stage: its failure is kept and reported, memory is released, what is known so far is written."""
         start = time.perf_counter()
         print(f"-- {name} (at {start - self.began:.0f} s)", flush=True)
+        with self.reported(name):
+            yield
+        print(f"-- {name}: {time.perf_counter() - start:.1f} s", flush=True)
+        self.release()
+        self.write()
+
+    @contextlib.contextmanager
+    def reported(self, name: str) -> Iterator[None]:
+        """Keeps and prints the failure of what is inside, for the exit status and the end; what comes after goes on."""
         try:
             yield
         except Exception:
             self.errors[name] = traceback.format_exc(limit=-8)
             print(f"FAILED {name}\n{self.errors[name]}", flush=True)
-        print(f"-- {name}: {time.perf_counter() - start:.1f} s", flush=True)
-        self.release()
-        self.write()
 
     def release(self) -> None:
         gc.collect()
@@ -393,19 +399,16 @@ def checks(b: Bench) -> None:
             for name, (dtype, speed, tolerance) in ways.items():
                 if speed is not None and speed.compile == "on" and (b.device.type == "cpu" or guidance == 1.0):
                     continue  # on the CPU, minutes of C++ compilation
-                try:
+                check = f"{name}, guidance {guidance}"
+                with b.reported(f"checks: {check}"):
                     dit = made_dit("tiny", cpu, torch.float32).to(b.device)
                     for path, parameter in dit.named_parameters():
                         if "t_embedder" not in path and ".norm" not in path:
                             parameter.data = parameter.data.to(dtype)
                     error = relative_error(sample(dit, b.device, guidance, speed), exact)
-                except Exception:
-                    b.errors[f"checks: {name}, guidance {guidance}"] = traceback.format_exc(limit=-8)
-                    print(f"FAILED check {name}\n{traceback.format_exc(limit=-8)}", flush=True)
-                    continue
-                b.add("checks", f"{name}, guidance {guidance}: relative error", error, "", f"≤ {tolerance}")
-                if not error <= tolerance:
-                    b.errors[f"checks: {name}, guidance {guidance}"] = f"relative error {error} > {tolerance}"
+                    b.add("checks", f"{check}: relative error", error, "", f"≤ {tolerance}")
+                    if not error <= tolerance:
+                        b.errors[f"checks: {check}"] = f"relative error {error} > {tolerance}"
 
 
 def sampling(
@@ -563,19 +566,30 @@ def tokens_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         conversations = [Conversation(ids, latent if kind == "answer" else None)] * batch
         model.language.compile_steps = compile_steps
 
-        def run(n: int, conversations: Sequence[Conversation] = conversations) -> None:
-            replies = model.language.reply(conversations, [n] * len(conversations), stop=-1, image_start=-1)
-            assert all(len(r.ids) == n for r in replies)
+        runs: list[list[float]] = []  # of each, when it began and when each token was there
 
-        first, seconds = b.seconds(partial(run, count))
-        _, short = b.seconds(partial(run, 1))
+        def run(conversations: Sequence[Conversation] = conversations, runs: list[list[float]] = runs) -> None:
+            def hear(row: int, token: int) -> bool:
+                if row == 0:
+                    at.append(time.perf_counter())
+                return True
+
+            at = [time.perf_counter()]
+            runs.append(at)
+            limits = [count] * len(conversations)
+            replies = model.language.reply(conversations, limits, stop=-1, image_start=-1, listen=hear)
+            assert all(len(r.ids) == count for r in replies)
+
+        first, seconds = b.seconds(run)
+        to_first = statistics.median(at[1] - at[0] for at in runs[1:])
+        each = statistics.median((at[-1] - at[1]) / (count - 1) for at in runs[1:])
         goal = "" if size == "7b" else "≥ 300" if batch == 1 else "≥ 5000"
         name = f"{size}: {kind}, batch {batch}" + (
             ", captured, not compiled" if compiling and not compile_steps else ""
         )
         b.add("tokens", f"{name}, {count} tokens", batch * count / seconds, "tokens/s", goal, first=first)
-        b.add("tokens", f"{name}: prefill and first token", short, "s")
-        b.add("tokens", f"{name}: each token after", (seconds - short) / (count - 1), "s")
+        b.add("tokens", f"{name}: prefill and first token", to_first, "s")
+        b.add("tokens", f"{name}: each token after", each, "s")
     model.language.compile_steps = compiling
     weights = sum(p.numel() * p.element_size() for p in model.language.parameters())
     b.add("tokens", f"{size}: weights read for each token", weights / 1e9, "GB")
@@ -764,47 +778,32 @@ def ladder(b: Bench, size: str) -> None:
     config = parse_config(config_of(size), Path("config.json"))
     flops = dit_flops(config.dit) * EVALUATIONS
     off: dict[str, Any] = {"graph": False, "pad": False, "group": False}
-    steps: tuple[tuple[str, Speed], ...] = (
-        ("plain bf16, eager", Speed("off", **off)),
-        ("eager in a CUDA graph", Speed("off", **off | {"graph": True})),
-        ("blocks compiled", Speed("on", **off)),
-        ("and SwiGLU padded", Speed("on", **off | {"pad": True})),
-        ("and a CUDA graph", Speed("on", **off | {"pad": True, "graph": True})),
-        ("and grouped modulations", Speed("on")),
-        ("and overlapped modulations", Speed("on", overlap=True)),
-        ("but time embeddings at each step", Speed("on", before=False)),
-        ("and cuDNN's attention", Speed("on", cudnn=True)),
+    # Name, tricks, batches, whether guided.
+    steps: tuple[tuple[str, Speed, tuple[int, ...], bool], ...] = (
+        ("plain bf16, eager", Speed("off", **off), (1, 8, 32), False),
+        ("eager in a CUDA graph", Speed("off", **off | {"graph": True}), (1, 8, 32), False),
+        ("blocks compiled", Speed("on", **off), (1, 8), False),
+        ("and SwiGLU padded", Speed("on", **off | {"pad": True}), (1, 8), False),
+        ("and a CUDA graph", Speed("on", **off | {"pad": True, "graph": True}), (1, 8), False),
+        ("and grouped modulations", Speed("on"), (1, 2, 4), False),
+        ("and overlapped modulations", Speed("on", overlap=True), (1, 2, 4), False),
+        ("but time embeddings at each step", Speed("on", before=False), (1, 2, 4), False),
+        ("and cuDNN's attention", Speed("on", cudnn=True), (1, 8), False),
+        ("guided", Speed("on"), (8,), True),
+        ("guided, but both branches modulated alike", Speed("on", null=False), (8,), True),
+        ("guided, but one branch after the other", Speed("on", together=False), (8,), True),
     )
     with torch.inference_mode():
-        for name, speed in steps:
+        for name, speed, batches, guided in steps:
             if b.device.type == "cpu" and speed.compile == "on":
                 continue
             fast = FastDiT(dit, speed)
-            for batch in (
-                (1, 8) if speed.cudnn else (1, 2, 4) if speed.group else (1, 8) if speed.compile == "on" else (1, 8, 32)
-            ):
-                try:
-                    each, first = evaluations(b, fast, config, batch)
-                except Exception:
-                    b.errors[f"ladder: {name}, batch {batch}"] = traceback.format_exc(limit=-8)
-                    print(f"FAILED {name}, batch {batch}\n{traceback.format_exc(limit=-6)}", flush=True)
-                    continue
-                b.add(
-                    "ladder",
-                    f"{DIT_NAME[size]}, batch {batch}: {name}",
-                    each,
-                    "s/image",
-                    share=flops / each / b.ceiling,
-                    first=first,
-                )
-            fast.forget()
-            b.release()
-        guided = {"all": {}, "but both branches modulated alike": {"null": False}}
-        guided["but one branch after the other"] = {"together": False}
-        for name, off in guided.items() if b.device.type == "cuda" else ():
-            fast = FastDiT(dit, Speed("on", **off))  # type: ignore[arg-type]
-            each, first = evaluations(b, fast, config, 8, guided=True)
-            b.add("ladder", f"{DIT_NAME[size]}, batch 8, guidance: {name}", each, "s/image", first=first)
+            for batch in batches:
+                with b.reported(f"ladder: {name}, batch {batch}"):
+                    each, first = evaluations(b, fast, config, batch, guided)
+                    # A guided evaluation's operations depend on the tricks.
+                    share: dict[str, Any] = {} if guided else {"share": flops / each / b.ceiling}
+                    b.add("ladder", f"{DIT_NAME[size]}, batch {batch}: {name}", each, "s/image", first=first, **share)
             fast.forget()
             b.release()
 

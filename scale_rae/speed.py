@@ -312,8 +312,6 @@ class FastDiT:
         null = self.dit.null_condition
         condition = condition.to(self.device, self.dit.dtype)
         speed = self.speed
-        if compile:
-            self._compiled_sizes.add((len(condition), guided))
         modulated = guided and speed.together and speed.null
         rows = self._before_the_steps(tuple(dict.fromkeys(times)), modulated) if speed.before else {}
 
@@ -348,7 +346,9 @@ class FastDiT:
 
     def is_compiled(self, batch: int, guided: bool) -> bool:
         """Whether batches of this size, guided or not, have compiled code already."""
-        return (batch, guided) in self._compiled_sizes
+        if guided and self.speed.together:
+            return ((batch, True) if self.speed.null else (2 * batch, False)) in self._compiled_sizes
+        return (batch, False) in self._compiled_sizes
 
     def forget(self) -> None:
         """Lets go of captured graphs and the memory they hold."""
@@ -374,9 +374,11 @@ class FastDiT:
 
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
+        size = (len(inputs[0]), len(inputs) > 3)  # images, whether with the null branch's modulations
+        if compile:
+            self._compiled_sizes.add(size)
         with nullcontext() if self.speed.cudnn else attention_kernels(self.device):
-            key = (len(inputs[0]), len(inputs) > 3, compile)  # batch, guided, compiled
-            return self._captures.run(key, function, *inputs, when_it_comes_again=False)
+            return self._captures.run((*size, compile), function, *inputs, when_it_comes_again=False)
 
     def _evaluate_eager(self, *inputs: Tensor) -> Tensor:
         return self.evaluate(self._eager, *inputs)

@@ -225,9 +225,7 @@ def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
     assert result["skipped"] == []
     stages = {row["stage"] for row in result["figures"]}
     assert stages >= {"ceilings", "checks", "dit", "t2i", "tokens", "scaling", "decode", "official", "ladder", "load"}
-    differences = "each token after"  # of two times: on a busy machine, tiny networks leave any sign
-    taken = [r for r in result["figures"] if r["stage"] != "checks" and not r["name"].endswith(differences)]
-    assert [row for row in taken if not row["value"] > 0] == []
+    assert all(row["value"] > 0 for row in result["figures"] if row["stage"] != "checks")
     assert "s in all" in shown
     command = [sys.executable, "benchmarks/gpu.py", "--markdown", str(file)]
     table = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout

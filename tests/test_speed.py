@@ -106,6 +106,12 @@ def test_switched_off(kind: str, off: str) -> None:
     expected = {"before": [(2, 4)], "null": [(4, 3)], "together": [(2, 3), (2, 3)]}
     assert calls == expected[off]  # (images, inputs; the fourth is the null branch's modulations)
 
+    fast._evaluate_compiled = fast._evaluate_eager  # type: ignore[method-assign]
+    with torch.inference_mode():
+        fast.velocities(y, TIMES, guided=True, compile=True)[2](x, TIMES[0])
+    assert fast.is_compiled(2, guided=True)
+    assert not fast.is_compiled(3, guided=True)
+
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("most_rows", [1, 40, 10000])
