@@ -23,6 +23,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
 PROMPT = "Can you generate a photo of a blue cross and a pink square?"
 COLORS = ("blue", "red", "green", "yellow", "black", "white", "orange", "purple")
 QUESTION = "Describe this image."

@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,6 +26,23 @@ def script(name: str) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def test_benchmarks_find_a_package_that_is_not_installed(tmp_path: Path) -> None:
+    code = """
+        import runpy, sys
+        sys.meta_path = [finder for finder in sys.meta_path if "editable" not in str(finder)]
+        for script in sys.argv[1:]:
+            path = list(sys.path)
+            runpy.run_path(script)
+            import scale_rae.config
+            sys.path[:] = path
+            for name in [name for name in sys.modules if name.split(".")[0] == "scale_rae"]:
+                del sys.modules[name]
+    """
+    scripts = sorted(str(path) for path in (ROOT / "benchmarks").glob("*.py"))
+    assert len(scripts) > 5
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *scripts], check=True, cwd=tmp_path)
 
 
 def test_cpu_benchmark(tmp_path: Path) -> None:
