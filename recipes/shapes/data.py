@@ -14,12 +14,12 @@ import random
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.shapes import invented
+from recipes.shapes import invented, spoilt
 from recipes.shapes.invented import COLOR_NAMES, SHAPE_NAMES
 from recipes.shapes.settings import CAPTION_TOKENS
 from scale_rae.prompt import IMAGE, ChatTokenizer
@@ -286,6 +286,13 @@ def invented_question(rng: random.Random, scene: Scene) -> tuple[str, str]:
     return world.ALIGN.format(prompt=told), world.YES if true else world.NO
 
 
+def _asked_of_spoilt(rng: random.Random, scene: Scene) -> tuple[str, str]:
+    """Whether a prompt that is true but for the spoilt object describes the picture, and no."""
+    told = world.true_prompts(scene)
+    text = rng.choice(told).text if told else _listing(rng, scene)
+    return world.ALIGN.format(prompt=text), world.NO
+
+
 REQUESTED = 0.15  # how often the prompt of an alignment question is worded as a request, as `t2i` has it
 
 
@@ -318,6 +325,8 @@ class Chunk:
     texts: Texts
     attributes: NDArray[np.int8]
     """[N, 10] of the prompts ("draw", "name"); [N, MATCHES], 1 for true ("match"); else [N, 0]."""
+    second: SceneBatch
+    """The scenes, some with other colours ("read", "match"): their pictures are of both (`spoilt`), and no text is true of them."""
 
 
 def make_chunk(
@@ -330,18 +339,21 @@ def make_chunk(
     other = np.zeros(count, dtype=bool)
     if stream in ("draw", "read"):
         scenes, other = invented.put_in(generator, scenes)
+    second = spoilt.recolored(generator, scenes, ~other & (stream in ("read", "match")))
+    ruined = spoilt.which(scenes, second)
     rng = random.Random(f"{seed}/{stream}/{number}")
     listed = invented.named(scenes)
     if stream == "encode":
         ids = captions(encoder, map(world.describe, listed))
         texts = Texts(ids, np.full(count, CAPTION_TOKENS, np.int16), np.zeros(count, np.int16))
-        return Chunk(scenes, texts, np.zeros((count, 0), np.int8))
+        return Chunk(scenes, texts, np.zeros((count, 0), np.int8), second)
     told = np.zeros((count, 0), np.int8)
     if stream == "match":
         pairs = [matches(rng, scene) for scene in listed]
         ids = captions(encoder, (text for scene in pairs for text, _ in scene)).reshape(count, -1)
         texts = Texts(ids, np.full(count, ids.shape[1], np.int16), np.zeros(count, np.int16))
-        return Chunk(scenes, texts, np.array([[true for _, true in scene] for scene in pairs], np.int8))
+        truth = np.array([[true for _, true in scene] for scene in pairs], np.int8)
+        return Chunk(scenes, texts, truth * ~ruined[:, None], second)
     if stream in ("draw", "name"):
         if stream == "draw":
             prompts = [prompt_of(rng, scene) for scene in listed]
@@ -361,8 +373,12 @@ def make_chunk(
         turns = [
             invented_question(rng, scene) if has else next(asked) for scene, has in zip(listed, other, strict=True)
         ]
+        turns = [
+            _asked_of_spoilt(rng, scene) if bad else turn
+            for scene, bad, turn in zip(listed, ruined, turns, strict=True)
+        ]
         sequences = [encoder.question(_as_asked_for(rng, question), answer) for question, answer in turns]
-    return Chunk(scenes, as_texts(sequences, encoder.pad), told)
+    return Chunk(scenes, as_texts(sequences, encoder.pad), told, second)
 
 
 def make(stream: Stream, count: int, seed: int, encoder: WordEncoder, kinds: Sequence[str], workers: int = 0) -> Chunk:
@@ -394,15 +410,18 @@ class _Call:
 def _joined(chunks: Sequence[Chunk], pad: int) -> Chunk:
     width = max(chunk.texts.ids.shape[1] for chunk in chunks)
     ids = [np.pad(c.texts.ids, ((0, 0), (0, width - c.texts.ids.shape[1])), constant_values=pad) for c in chunks]
-    scenes: dict[str, Any] = {
-        f.name: np.concatenate([getattr(chunk.scenes, f.name) for chunk in chunks]) for f in fields(SceneBatch)
-    }
+
+    def scenes(name: str) -> SceneBatch:
+        parts = [getattr(chunk, name) for chunk in chunks]
+        return SceneBatch(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SceneBatch)))
+
     return Chunk(
-        SceneBatch(**scenes),
+        scenes("scenes"),
         Texts(
             np.concatenate(ids),
             np.concatenate([chunk.texts.length for chunk in chunks]),
             np.concatenate([chunk.texts.answer for chunk in chunks]),
         ),
         np.concatenate([chunk.attributes for chunk in chunks]),
+        scenes("second"),
     )

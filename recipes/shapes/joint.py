@@ -372,7 +372,9 @@ def make_pools(
         latents = tuple(torch.randn(len(c.texts), shape, device=device).bfloat16() for c in (chunks.draw, chunks.read))
     else:
         siglip = frozen_encoder(args, words, preset, device)
-        latents = tuple(pools.latent_pool(siglip, c.scenes, preset, device) for c in (chunks.draw, chunks.read))
+        latents = tuple(
+            pools.latent_pool(siglip, c.scenes, preset, device, c.second) for c in (chunks.draw, chunks.read)
+        )
     made = Pools(preset, words, chunks.draw, chunks.name, chunks.read, (latents[0], latents[1]), device)
     if device.type == "cuda":
         torch.cuda.synchronize()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from recipes.shapes import invented
+from recipes.shapes import invented, spoilt
 from recipes.shapes.networks import image_tokens, latent_of, normalised
 from recipes.shapes.settings import Preset
 from scale_rae.shapes.draw import draw
@@ -32,10 +33,23 @@ def latents_of_images(siglip: Any, images: Tensor, chunk: int = 4096) -> Tensor:
     return torch.cat(parts)
 
 
-def latent_pool(siglip: Any, scenes: SceneBatch, preset: Preset, device: torch.device, chunk: int = 4096) -> Tensor:
-    """Latents [N, L·C] bfloat16 of scenes; the pictures are not kept."""
+def latent_pool(
+    siglip: Any,
+    scenes: SceneBatch,
+    preset: Preset,
+    device: torch.device,
+    second: SceneBatch | None = None,
+    chunk: int = 4096,
+) -> Tensor:
+    """Latents [N, L·C] bfloat16 of scenes; the pictures are not kept. Where `second` has other colours, pictures mix both."""
+    generator = torch.Generator().manual_seed(0)
     pool = torch.empty(len(scenes), preset.tokens * preset.channels, dtype=torch.bfloat16, device=device)
     for start in range(0, len(scenes), chunk):
         images = draw(scenes[start : start + chunk], device, preset.image, atlas=invented.atlas())
+        if second is not None:
+            rows = start + np.flatnonzero(spoilt.which(scenes[start : start + chunk], second[start : start + chunk]))
+            others = draw(second[rows], device, preset.image, atlas=invented.atlas())
+            at = torch.from_numpy(rows - start).to(device)
+            images[at] = spoilt.mixed(images[at], others, generator)
         pool[start : start + chunk] = latents_of_images(siglip, images, chunk)
     return pool

@@ -82,7 +82,9 @@ class Loss:
         each = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")
         loss = (each * truth).sum() / truth.sum() + (each * (1 - truth)).sum() / (1 - truth).sum()
         best = (logits - 1e9 * (1 - truth)).amax(1) > (logits - 1e9 * truth).amax(1)
-        return loss, {"right": ((logits > 0) == (truth > 0)).float().mean(), "true_first": best.float().mean()}
+        some = truth.amax(1)  # 0 where the picture is spoilt
+        first = (best.float() * some).sum() / some.sum()
+        return loss, {"right": ((logits > 0) == (truth > 0)).float().mean(), "true_first": first}
 
 
 @torch.no_grad()
@@ -120,7 +122,7 @@ def main(argv: list[str] | None = None) -> bool:
     device, dtype = prepare_device(args.device)
     common.set_seed(args.seed)
     siglip = frozen_encoder(args, words, preset, device)
-    latents = pools.latent_pool(siglip, chunk.scenes, preset, device)
+    latents = pools.latent_pool(siglip, chunk.scenes, preset, device, chunk.second)
     parts = trained_parts(siglip)
     for part in parts.values():
         part.requires_grad_(True)

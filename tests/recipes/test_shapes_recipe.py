@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.shapes import common, curves, data, encoder, invented, joint, networks, settings, train
+from recipes.shapes import common, curves, data, encoder, invented, joint, networks, settings, spoilt, train
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import LoopOptions, Trainer
 from recipes.shapes.optim import FlatModel, OptimizerOptions, matrices_in, orthogonalised
@@ -26,6 +26,7 @@ from scale_rae.language import Conversation, LanguageModel
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.shapes import draw, world
+from scale_rae.shapes.judge import judge
 
 CPU = torch.device("cpu")
 
@@ -103,7 +104,7 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
         ("name", data.DRAW_KINDS),
     ):
         chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)  # type: ignore[arg-type]
-        for scene in invented.named(chunk.scenes):
+        for scene in (*invented.named(chunk.scenes), *invented.named(chunk.second)):
             shapes = [thing.shape for thing in scene.objects]
             assert color_shapes.isdisjoint((thing.color, thing.shape) for thing in scene.objects)
             assert pairs.isdisjoint((a, b) for a in shapes for b in shapes)
@@ -189,6 +190,31 @@ def test_some_alignment_questions_quote_a_request(vocabulary: Vocabulary) -> Non
     assert 0.05 < len(quoting) / len(asked) < 0.2
     assert any("prompt: Can you generate a photo of" in text for text in quoting)
     assert not any(wording.partition("{")[0] in text for wording in world.HELD_OUT_WORDINGS for text in quoting)
+
+
+def test_no_text_is_true_of_a_spoilt_picture(vocabulary: Vocabulary) -> None:
+    reads = data.make("read", 2000, 0, vocabulary.encoder, world.SCENE_KINDS, workers=1)
+    ruined = np.flatnonzero(spoilt.which(reads.scenes, reads.second))
+    assert 0.03 < len(ruined) / len(reads.scenes) < 0.15
+    assert all(
+        {thing.color for thing in scene.objects} <= set(world.COLORS) for scene in invented.named(reads.scenes[ruined])
+    )
+    for ids, length in zip(reads.texts.ids[ruined], reads.texts.length[ruined], strict=True):
+        assert vocabulary.tokenizer.decode(ids[:length].tolist()).endswith("No.")
+    pairs = data.make("match", 2000, 0, vocabulary.encoder, world.SCENE_KINDS, workers=1)
+    assert (pairs.attributes.any(1) == ~spoilt.which(pairs.scenes, pairs.second)).all()
+
+    scenes, second = reads.scenes[ruined], reads.second[ruined]
+    pictures = spoilt.mixed(draw.draw(scenes), draw.draw(second), torch.Generator().manual_seed(0))
+    told = [[*world.true_prompts(a), *world.true_prompts(b)] for a, b in zip(scenes, second, strict=True)]
+    accepted = [
+        any(judge(picture.permute(1, 2, 0).numpy(), prompt.metadata()).correct for prompt in prompts)
+        for picture, prompts in zip(pictures, told, strict=True)
+    ]
+    assert np.mean(accepted) < 0.02
+    for name, chunk in (("draw", data.DRAW_KINDS), ("encode", world.SCENE_KINDS)):
+        other = data.make(name, 200, 0, vocabulary.encoder, chunk, workers=1)  # type: ignore[arg-type]
+        assert not spoilt.which(other.scenes, other.second).any()
 
 
 def test_quads_exchange_names_some_of_them_made_up(vocabulary: Vocabulary) -> None:
