@@ -320,6 +320,13 @@ def _estimate(value: float, resampled: Floats) -> Estimate:
     return Estimate(value, float(low), float(high))
 
 
+def _without_folder(part: Any) -> Any:
+    """Of a model, or part of one, in a folder of this machine, the folder's own name alone: figures are for others to read."""
+    if isinstance(part, dict) and Path(str(part.get("name", ""))).is_absolute():
+        return part | {"name": Path(part["name"]).name}
+    return part
+
+
 def analyse(path: Path) -> dict[str, Any]:
     """All figures of a results file.
 
@@ -349,7 +356,7 @@ def analyse(path: Path) -> dict[str, Any]:
         kinds = {kind: float(drawn[which].mean()) for kind, which in _kinds(lines).items()}
         rounds[f"{keep}x{r}"] = {"drawn": bootstrap.share(drawn).__dict__ | {"kinds": kinds}, "chosen": chosen}
     return {
-        "study": study,
+        "study": {name: _without_folder(part) for name, part in study.items()},
         "prompts": len(lines),
         "images": sum(len(line.get("correct", "")) for line in lines),
         "failed": sum("failed" in line for line in lines),

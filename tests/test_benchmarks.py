@@ -114,7 +114,8 @@ def line(index: int, correct: str, answers: str, confidences: list[float], tag: 
 
 def results(path: Path, lines: list[dict[str, Any]], rounds: int = 2) -> Path:
     settings = {"n_samples": 2, "scaling_rounds": rounds, "guidance_level": 3.0, "solver": "ab2", "steps": 20}
-    study = {"settings": settings | {"dtype": "float32", "seed": 42}, "device": "cpu", "workers": 2}
+    study: dict[str, Any] = {"settings": settings | {"dtype": "float32", "seed": 42}, "device": "cpu", "workers": 2}
+    study["model"] = {"name": "/somewhere/trained", "files": {}}
     path.write_text("".join(json.dumps(x) + "\n" for x in ({"study": study}, *lines)))
     return path
 
@@ -143,6 +144,7 @@ def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) ->
     assert figures["answers"]["latent"]["overall"] == {"right": 5, "yes_to_right": 4, "wrong": 3, "yes_to_wrong": 1}
     assert figures["prompts_by_correct"] == {"none": 1, "up to half": 1, "most": 1, "all": 0}
     assert figures["seconds"] == {"reply": 0.5, "drawing": 5.0, "judging": 2.0, "total": 6.5, "encoding": 0.5}
+    assert figures["study"]["model"]["name"] == "trained"
     text = study.markdown(figures)
     assert "| latent mode | 3.50 | 6.50 |" in text
     assert "| image mode | 3.75 | 7.00 |" in text
