@@ -339,7 +339,7 @@ def make_chunk(
     other = np.zeros(count, dtype=bool)
     if stream in ("draw", "read"):
         scenes, other = invented.put_in(generator, scenes)
-    second = spoilt.recolored(generator, scenes, ~other & (stream in ("read", "match")))
+    second = spoilt.recolored(generator, scenes, ~other) if stream in ("read", "match") else scenes
     ruined = spoilt.which(scenes, second)
     rng = random.Random(f"{seed}/{stream}/{number}")
     listed = invented.named(scenes)
@@ -415,13 +415,14 @@ def _joined(chunks: Sequence[Chunk], pad: int) -> Chunk:
         parts = [getattr(chunk, name) for chunk in chunks]
         return SceneBatch(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SceneBatch)))
 
+    joined = scenes("scenes")
     return Chunk(
-        scenes("scenes"),
+        joined,
         Texts(
             np.concatenate(ids),
             np.concatenate([chunk.texts.length for chunk in chunks]),
             np.concatenate([chunk.texts.answer for chunk in chunks]),
         ),
         np.concatenate([chunk.attributes for chunk in chunks]),
-        scenes("second"),
+        joined if all(chunk.second is chunk.scenes for chunk in chunks) else scenes("second"),
     )

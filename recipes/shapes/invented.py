@@ -153,13 +153,12 @@ def put_in(rng: np.random.Generator, scenes: SceneBatch) -> tuple[SceneBatch, ND
     attr = scenes.kind == world.SCENE_KINDS.index("color_attr")
     same = attr & new_color.all(1, where=there) & (color[:, 0] == color[:, 1])  # this kind names two colours
     new_color[same, 1] = False
-    palette = np.concatenate((world.PALETTE, HUES))
-    rgb = palette[color] + rng.uniform(-world.JITTER, world.JITTER, scenes.rgb.shape).astype(np.float32)
+    rgb = world.tints(rng, color, np.concatenate((world.PALETTE, HUES)))
     changed = dataclasses.replace(
         scenes,
         shape=np.where(new_shape, order, scenes.shape).astype(np.int8),
         color=np.where(new_color, color, scenes.color).astype(np.int8),
-        rgb=np.where(new_color[:, :, None], rgb.clip(0, 1), scenes.rgb).astype(np.float32),
+        rgb=np.where(new_color[:, :, None], rgb, scenes.rgb),
     )
     return changed, (new_shape | new_color).any(1)
 

@@ -167,7 +167,7 @@ def sample(rng: np.random.Generator, n: int, kinds: Sequence[str] = KINDS, held_
         shape[todo], color[todo], wanted = _contents(rng, kind[todo], held_out)
         todo = todo[~wanted]
     center, radius = _places(rng, (shape >= 0).sum(1), kind == SCENE_KINDS.index("position"))
-    rgb = PALETTE[color] + rng.uniform(-JITTER, JITTER, (n, MAX_OBJECTS, 3)).astype(np.float32)
+    rgb = tints(rng, color)
     # Pale and nearly grey, so that no background can be taken for yellow or pink; a third is plain.
     back = rng.uniform(0.87, 1.0, (n, 2, 1)) - rng.uniform(0.0, 0.06, (n, 2, 3))
     back[:, 1] = np.where(rng.random((n, 1)) < 1 / 3, back[:, 0], back[:, 1])
@@ -178,7 +178,7 @@ def sample(rng: np.random.Generator, n: int, kinds: Sequence[str] = KINDS, held_
         center=center,
         radius=radius,
         tilt=rng.uniform(-MAX_TILT, MAX_TILT, (n, MAX_OBJECTS)).astype(np.float32),
-        rgb=rgb.clip(0, 1),
+        rgb=rgb,
         back=back.astype(np.float32),
         back_angle=rng.uniform(0, 2 * math.pi, n).astype(np.float32),
     )
@@ -205,12 +205,12 @@ def _contents(
         # A shape has one held-out colour at most, so one step away is enough; refusing the scene would make shapes unequally
         # frequent in counting.
         step = rng.integers(1, len(COLORS), (n, MAX_OBJECTS), dtype=np.int8)
-        color = np.where(_is_color_shape(color, shape), (color + step) % len(COLORS), color)
+        color = np.where(is_color_shape(color, shape), (color + step) % len(COLORS), color)
     absent = np.arange(MAX_OBJECTS) >= count[:, None]
     shape[absent] = -1
     color[absent] = -1
 
-    has_color_shape = _is_color_shape(color, shape).any(1)
+    has_color_shape = is_color_shape(color, shape).any(1)
     number = (shape[:, :, None] == np.arange(len(SHAPES))).sum(1)  # [N, 8]
     index = SHAPES.index
     has_pair = np.any([(number[:, index(a)] > 0) & (number[:, index(b)] > 0) for a, b in HELD_OUT_SHAPE_PAIRS], axis=0)
@@ -228,7 +228,15 @@ def _contents(
     return shape, color, wanted
 
 
-def _is_color_shape(color: NDArray[np.int8], shape: NDArray[np.int8]) -> NDArray[np.bool_]:
+def tints(
+    rng: np.random.Generator, color: NDArray[np.integer], palette: NDArray[np.float32] = PALETTE
+) -> NDArray[np.float32]:
+    """RGB [..., 3] in 0..1 of objects whose colours [...] are rows of `palette`, each a little off its colour."""
+    rgb: NDArray[np.float32] = palette[color] + rng.uniform(-JITTER, JITTER, (*color.shape, 3)).astype(np.float32)
+    return rgb.clip(0, 1)
+
+
+def is_color_shape(color: NDArray[np.int8], shape: NDArray[np.int8]) -> NDArray[np.bool_]:
     """Which objects are held-out (colour, shape) pairs; same shape as the arguments."""
     held = [(color == COLORS.index(c)) & (shape == SHAPES.index(s)) for c, s in HELD_OUT_COLOR_SHAPES]
     return np.any(held, axis=0)  # type: ignore[no-any-return]
