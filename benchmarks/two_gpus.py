@@ -7,7 +7,8 @@ Writes a checkpoint in the published layout (bfloat16; the sizes of Scale-RAE-Qw
 decoder, 10 GB; weights made up, so the pictures show nothing) and runs `scale-rae scale t2i` on it twice: 4 x 2 images a prompt,
 49 steps, latent questions, siglip reward. The made-up model answers every message by asking for an image.
 
-Throughput is images over the seconds from the first worker's having loaded to the end.
+Throughput is images over the seconds from the first worker's having loaded to the end. A few prompts on all devices come before
+and are not counted: the first processes on a machine read kernels and libraries from its disk, the later ones from memory.
 """
 
 from __future__ import annotations
@@ -178,11 +179,12 @@ def write_prompts(path: Path, count: int) -> None:
     path.write_text("\n".join(lines) + "\n")
 
 
-def scale(out: Path, model: Path, devices: str, steps: int, compile: str) -> dict[str, float]:
-    """Runs the experiment in a process of its own; its throughput."""
+def scale(out: Path, model: Path, devices: str, steps: int, compile: str, limit: int | None = None) -> dict[str, float]:
+    """Runs the experiment, or its first `limit` prompts, in a process of its own; its throughput."""
     command = [sys.executable, "-m", "scale_rae", "scale", "t2i", "--model-path", str(model), "--devices", devices]
     command += ["--metadata-file", str(model.parent / "prompts.jsonl"), "--output-dir", str(out), "--reward", "siglip"]
     command += ["--steps", str(steps), "--batch-size", "8", "--compile", compile]
+    command += [] if limit is None else ["--limit", str(limit)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     if "cpu" in devices:
         environment["OMP_NUM_THREADS"] = "1"  # else one worker alone would have the other's cores too
@@ -190,7 +192,7 @@ def scale(out: Path, model: Path, devices: str, steps: int, compile: str) -> dic
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     (described,) = out.glob("model/*/experiment.json")
     record = json.loads(described.read_text())
-    seconds, images = record["seconds"], record["prompts"]["count"] * 8
+    seconds, images = record["seconds"], (limit or record["prompts"]["count"]) * 8
     return {
         "images": images,
         "seconds": seconds["total"],
@@ -248,6 +250,7 @@ def main() -> None:
     write_checkpoint(args.out, TINY if args.tiny else FULL)
     write_prompts(args.out / "prompts.jsonl", args.prompts)
     model = args.out / "model"
+    scale(args.out / "before", model, args.devices, 4, args.compile, 2 * len(args.devices.split(",")))
     one = scale(args.out / "one", model, args.devices.split(",")[0], args.steps, args.compile)
     several = scale(args.out / "several", model, args.devices, args.steps, args.compile)
     files = compare(args.out / "one", args.out / "several")

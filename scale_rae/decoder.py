@@ -136,7 +136,7 @@ class PixelDecoder(nn.Module):
 
 def to_uint8(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:
     """Normalised pixels [B, 3, H, W] -> uint8 [B, H, W, 3]: × std + mean, clipped to [0, 1], × 255 truncated."""
-    return (denormalise(pixels, mean, std).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return (denormalise(pixels, mean, std).clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
 def denormalise(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:

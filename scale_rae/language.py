@@ -121,7 +121,8 @@ class LanguageModel(nn.Module):
 
     def project(self, latents: Sequence[Tensor]) -> Tensor:
         """Embeddings [N, L, H] of latents [L, C]."""
-        projected: Tensor = self.model.mm_projector(torch.stack(list(latents)).to(self.device, self.dtype))
+        shown = torch.stack([latent.to(self.device) for latent in latents])
+        projected: Tensor = self.model.mm_projector(shown.to(self.dtype))
         return projected
 
     def embed(self, conversations: Sequence[Conversation]) -> list[Tensor]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -534,7 +535,7 @@ class ScaleRAE:
         decoder, (mean, std) = self.decoder, self._pixel_scale()
 
         def draw(start: int, stop: int) -> list[Image.Image]:
-            batch = torch.stack(checked[start:stop]).to(self.device, self.dtype)
+            batch = torch.stack([latent.to(self.device) for latent in checked[start:stop]]).to(self.dtype)
             with attention_kernels(self.device):
                 pixels = self._decodes.run(len(batch), decoder, batch)
             pixels = to_uint8(pixels, mean, std)
@@ -679,7 +680,8 @@ class ScaleRAE:
                 f"the latent is {list(latent.shape)} {latent.dtype}; this model's latents are {expected} floats"
             )
         latent = latent.detach().float().cpu()
-        if not latent.isfinite().all():
+        # numpy's, on one thread: torch would wake a thread for every core, which after a drawing takes longer than the work.
+        if not np.isfinite(latent.numpy()).all():
             raise InputError("the latent holds values that are not finite (NaN or infinity)")
         return latent
 
