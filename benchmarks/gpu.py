@@ -37,6 +37,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+import torch._dynamo
 from torch import Tensor, nn
 
 from scale_rae import flow
@@ -389,10 +390,11 @@ def checks(b: Bench) -> None:
         "fast eager": (torch.float32, Speed("off"), 1e-4),
         "fast eager bf16": (torch.bfloat16, Speed("off"), 2e-2),
         "fast compiled bf16": (torch.bfloat16, Speed("on"), 2e-2),
-        "overlapped bf16": (torch.bfloat16, Speed("on", overlap=True), 2e-2),
+        "fast compiled bf16, nothing deferred": (torch.bfloat16, Speed("on", defer=False), 2e-2),
     }
     if b.device.type == "cuda":
         ways["float8"] = (torch.bfloat16, Speed("on", "fp8"), 1e-1)
+        ways["float8 without our kernels"] = (torch.bfloat16, Speed("on", "fp8", kernels=False), 1e-1)
     with torch.inference_mode():
         for guidance in (1.0, 1.5):
             exact = sample(reference, cpu, guidance, None)
@@ -777,26 +779,36 @@ def ladder(b: Bench, size: str) -> None:
     dit = made_dit(size, b.device, b.dtype)
     config = parse_config(config_of(size), Path("config.json"))
     flops = dit_flops(config.dit) * EVALUATIONS
-    off: dict[str, Any] = {"graph": False, "pad": False, "group": False}
+    off: dict[str, Any] = {"graph": False, "pad": False, "group": False, "defer": False, "kernels": False}
+    padded = off | {"pad": True}
+    captured = padded | {"graph": True}
+    grouped = captured | {"group": True}
+    deferred = grouped | {"defer": True}
     # Name, tricks, batches, whether guided.
     steps: tuple[tuple[str, Speed, tuple[int, ...], bool], ...] = (
         ("plain bf16, eager", Speed("off", **off), (1, 8, 32), False),
-        ("eager in a CUDA graph", Speed("off", **off | {"graph": True}), (1, 8, 32), False),
+        ("eager in a CUDA graph", Speed("off", **off | {"graph": True}), (1, 8), False),
         ("blocks compiled", Speed("on", **off), (1, 8), False),
-        ("and SwiGLU padded", Speed("on", **off | {"pad": True}), (1, 8), False),
-        ("and a CUDA graph", Speed("on", **off | {"pad": True, "graph": True}), (1, 8), False),
-        ("and grouped modulations", Speed("on"), (1, 2, 4), False),
-        ("and overlapped modulations", Speed("on", overlap=True), (1, 2, 4), False),
-        ("but time embeddings at each step", Speed("on", before=False), (1, 2, 4), False),
-        ("and cuDNN's attention", Speed("on", cudnn=True), (1, 8), False),
+        ("and SwiGLU padded", Speed("on", **padded), (1, 8), False),
+        ("and a CUDA graph", Speed("on", **captured), (1, 8), False),
+        ("and grouped modulations", Speed("on", **grouped), (1, 2), False),
+        ("and sums deferred", Speed("on", **deferred), (1, 8), False),
+        ("and kernels of our own", Speed("on", cudnn=False), (1, 8, 32), False),
+        ("and cuDNN's attention", Speed("on", cudnn=True), (1, 8, 32), False),
+        ("but time embeddings at each step", Speed("on", before=False), (1,), False),
         ("guided", Speed("on"), (8,), True),
         ("guided, but both branches modulated alike", Speed("on", null=False), (8,), True),
         ("guided, but one branch after the other", Speed("on", together=False), (8,), True),
+        ("float8 without kernels of our own", Speed("on", "fp8", kernels=False), (8,), False),
+        ("float8", Speed("on", "fp8"), (8,), False),
     )
     with torch.inference_mode():
         for name, speed, batches, guided in steps:
             if b.device.type == "cpu" and speed.compile == "on":
                 continue
+            torch._dynamo.reset()  # what was compiled is measured with its first run, and lets go of the network before
+            if speed.quantize is not None:  # which cannot be taken back
+                dit = made_dit(size, b.device, b.dtype)
             fast = FastDiT(dit, speed)
             for batch in batches:
                 with b.reported(f"ladder: {name}, batch {batch}"):
@@ -806,23 +818,6 @@ def ladder(b: Bench, size: str) -> None:
                     b.add("ladder", f"{DIT_NAME[size]}, batch {batch}: {name}", each, "s/image", first=first, **share)
             fast.forget()
             b.release()
-
-
-def autotune_stage(b: Bench, size: str) -> None:
-    """Matrix products chosen by trying them, bf16 and then fp8: seconds per image from 6 evaluations."""
-    if b.device.type != "cuda":
-        return
-    dit = made_dit(size, b.device, b.dtype)
-    config = parse_config(config_of(size), Path("config.json"))
-    for quantized, batch in ((None, 1), (None, 8), ("fp8", 8)):
-        with torch.inference_mode():
-            fast = FastDiT(dit, Speed("on", quantized, autotune=True))
-            each, first = evaluations(b, fast, config, batch)
-        name = f"{DIT_NAME[size]}{' fp8' if quantized else ''}, batch {batch}: autotuned"
-        share = dit_flops(config.dit) * EVALUATIONS / each / b.ceiling
-        b.add("autotune", name, each, "s/image", share=share, first=first)
-        fast.forget()
-        b.release()
 
 
 def attention_stage(b: Bench, size: str) -> None:
@@ -974,7 +969,6 @@ ALONE: dict[str, Callable[[Bench, str], None]] = {
     "attention": attention_stage,
     "gemm": gemm_stage,
     "load": load_stage,
-    "autotune": autotune_stage,
 }
 OF_7B = ("dit", "tokens", "fp8")
 STAGES = ("ceilings", "checks", *WITH_MODEL, *ALONE)
@@ -1052,13 +1046,15 @@ def main() -> int:
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="in the stages on a whole model")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the benchmark itself")
     parser.add_argument("--json", type=Path, help="also write the figures here, after every stage")
-    parser.add_argument("--markdown", type=Path, metavar="JSON", help="only print tables from a file written before")
+    parser.add_argument(
+        "--markdown", type=Path, nargs="+", metavar="JSON", help="only print tables from files written before"
+    )
     parser.add_argument(
         "--into", type=Path, metavar="FILE", help="with --markdown: put them between FILE's marks instead"
     )
     args = parser.parse_args()
     if args.markdown:
-        tables = markdown(args.markdown)
+        tables = "\n\n".join(markdown(file) for file in args.markdown)
         if args.into:
             before, mark, rest = re.split(r"(<!-- figures: begin.*?-->\n)", args.into.read_text(), maxsplit=1)
             after = rest[rest.index("<!-- figures: end") :]

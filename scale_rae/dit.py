@@ -10,12 +10,15 @@ the weights. The result has the dtype of `x`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256
 TIME_SEED = 114514  # the published networks' frequencies are not in their files: they are drawn from this seed
 
@@ -79,21 +82,40 @@ def rope_table(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring channel pairs: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin). x [..., L, head_dim]; the
-    product is float32 like the tables, the result has x's dtype."""
+    """Turns neighbouring channel pairs: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin). x [B, L, heads, head_dim], the tables
+    [L, head_dim]; the product is float32 like the tables, the result has x's dtype."""
     swapped = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return (x * cos + swapped * sin).to(x.dtype)
+    return (x * cos[:, None] + swapped * sin[:, None]).to(x.dtype)
+
+
+def attend(
+    qkv: Tensor,
+    heads: int,
+    cos: Tensor,
+    sin: Tensor,
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
+    """What the heads see [B, L, D], of queries, keys and values [B, L, 3D] that are not rotated yet."""
+    batch, tokens, width = qkv.shape
+    qkv = qkv.view(batch, tokens, 3 * heads, -1)  # [B, L, 3 heads, head_dim]
+    qk = rotate(qkv[:, :, : 2 * heads], cos, sin)
+    q, k, v = (x.transpose(1, 2) for x in (*qk.chunk(2, dim=2), qkv[:, :, 2 * heads :]))
+    return attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
+
+
+Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * gain over the last axis, computed in float32 with eps 1e-6; returns the input's dtype."""
+    """x / rms(x) * gain over the last axis, computed in float32; returns the input's dtype."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        normed: Tensor = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=1e-6)
+        normed: Tensor = F.rms_norm(x.float(), x.shape[-1:], self.weight.float(), eps=NORM_EPS)
         return normed.to(x.dtype)
 
 
@@ -104,12 +126,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        batch, tokens, width = x.shape
-        qkv = self.qkv(x).view(batch, tokens, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [B, heads, L, head_dim]
-        out = F.scaled_dot_product_attention(rotate(q, cos, sin), rotate(k, cos, sin), v)
-        return self.proj(out.transpose(1, 2).reshape(batch, tokens, width))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend = attend) -> Tensor:
+        return self.proj(attend(self.qkv(x), self.heads, cos, sin))  # type: ignore[no-any-return]
 
 
 class SwiGLU(nn.Module):
@@ -129,10 +147,34 @@ def modulation(condition_width: int, width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(condition_width, chunks * width))
 
 
-def of_both_branches(conditional: Tensor, null: Tensor) -> Tensor:
-    """Modulations [2B, L, W] of guidance's two branches: [B, L, W] of the conditional, [W] of the null at every token."""
+def of_both_branches(conditional: Tensor, null: Tensor | None) -> Tensor:
+    """Modulations [2B, L, W] of guidance's two branches: [B, L, W] of the conditional, [W] of the null at every token.
+
+    Without the null's, the conditional's.
+    """
+    if null is None:
+        return conditional
     first = torch.arange(2, device=null.device).view(2, 1, 1, 1) == 0
     return torch.where(first, conditional, null).flatten(0, 1)  # compiled, it is never made but read in place
+
+
+class Deferred(NamedTuple):
+    """A block's result as the sum that it is: x + gate · update, the gate being the last sixth of the block's modulations.
+
+    x, update [B, L, D], modulation [B, L, 6D], null as in `Block.modulated`. Without an update, x is the result.
+    """
+
+    x: Tensor
+    update: Tensor | None = None
+    modulation: Tensor | None = None
+    null: Tensor | None = None
+
+
+def summed(block: Deferred) -> Tensor:
+    """The block's result [B, L, D]."""
+    if block.update is None or block.modulation is None:
+        return block.x
+    return block.x + of_both_branches(block.modulation, block.null).chunk(6, dim=-1)[5] * block.update
 
 
 class Block(nn.Module):
@@ -149,12 +191,22 @@ class Block(nn.Module):
 
     def modulated(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None) -> Tensor:
         """The block given its modulations [B, L, 6D]; with those of the null branch, [6D], x is [2B, L, D]: both branches."""
-        if null is not None:
-            modulation = of_both_branches(modulation, null)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
-        out: Tensor = x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
-        return out
+        return summed(self.deferred(Deferred(x), modulation, cos, sin, null))
+
+    def deferred(
+        self,
+        before: Deferred,
+        modulation: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        null: Tensor | None = None,
+        attend: Attend = attend,
+    ) -> Deferred:
+        """`modulated` with its last sum left to what comes next, which so reads what was summed from where it was made."""
+        x = summed(before)
+        shift1, scale1, gate1, shift2, scale2, _ = of_both_branches(modulation, null).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin, attend)
+        return Deferred(x, self.mlp(self.norm2(x) * (1 + scale2) + shift2), modulation, null)
 
 
 class FinalLayer(nn.Module):
@@ -169,9 +221,7 @@ class FinalLayer(nn.Module):
 
     def modulated(self, x: Tensor, modulation: Tensor, null: Tensor | None = None) -> Tensor:
         """The layer given its modulations [B, L, 2D]; `null` as in `Block.modulated`."""
-        if null is not None:
-            modulation = of_both_branches(modulation, null)
-        shift, scale = modulation.chunk(2, dim=-1)
+        shift, scale = of_both_branches(modulation, null).chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
 

@@ -5,10 +5,11 @@
 - `together`: both branches of guidance run as one batch, so weights are read once.
 - `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
 - `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
-- `overlap`: those products, which do not wait for the blocks, run beside them (not measured yet, so off).
+- `defer`: a block's last sum is left to the next block's first norm.
 - `graph`: one evaluation is captured as a CUDA graph for each (batch, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears in float8 (quantize.py).
+- `kernels`: float8 is made, and pairs of channels are rotated, by kernels of our own (kernels.py); needs `defer`.
 - `ahead`: the language model's next token is asked for before the host has seen this one (language.py).
 
 docs/performance.md has what each gains.
@@ -23,6 +24,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_rae.dit import Block, DiT, FinalLayer, SwiGLU
+from scale_rae.dit import Block, Deferred, DiT, FinalLayer, SwiGLU, summed
 from scale_rae.errors import InputError
 from scale_rae.flow import Velocity
 from scale_rae.quantize import Float8Linear, check_device, quantize
@@ -47,8 +49,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 
 @dataclass(frozen=True)
 class Speed:
-    """Which tricks are used. `graph`, `pad`, `group`, `overlap` and `ahead` act on CUDA devices only. `null` needs `together`.
-    `cudnn` takes cuDNN's attention; `autotune` lets the compiler choose matrix products by trying them, which takes minutes.
+    """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
+    `cudnn` takes cuDNN's attention in compiled code, not for float32; it needs `kernels`.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -62,10 +64,10 @@ class Speed:
     before: bool = True
     null: bool = True
     together: bool = True
+    defer: bool = True
+    kernels: bool = True
     ahead: bool = True
-    overlap: bool = False
     cudnn: bool = False
-    autotune: bool = False
 
     def check(self) -> None:
         """Raises InputError for values that there are not."""
@@ -75,7 +77,7 @@ class Speed:
             raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
 
 
-def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function compiled for each shape it meets, whole or with an error.
 
     Compiled code is kept between runs, in $TORCHINDUCTOR_CACHE_DIR or the user's cache folder.
@@ -87,8 +89,7 @@ def compiled(function: Callable[..., Any], autotune: bool = False) -> Callable[.
     # Every batch size is a compilation of the same function; torch gives up at 8, and at 256 in all.
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, name, max(MOST_SHAPES, getattr(torch._dynamo.config, name)))
-    options: dict[str, str | int | bool | Callable[..., Any]] | None = {"max_autotune_gemm": True} if autotune else None
-    return torch.compile(function, dynamic=False, fullgraph=True, options=options)
+    return torch.compile(function, dynamic=False, fullgraph=True)
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
@@ -244,7 +245,7 @@ class _Parts:
     """The network's parts as functions, compiled or not."""
 
     read: Callable[..., Any]
-    block: Callable[..., Tensor]
+    block: Callable[..., Deferred]
     plain_block: Callable[..., Tensor]
     final: Callable[..., Tensor]
     plain_final: Callable[..., Tensor]
@@ -259,6 +260,33 @@ def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
 def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
     read, _ = _read(time, condition)
     return read, quantize(read)
+
+
+def _whole_block(
+    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None
+) -> Deferred:
+    return Deferred(block.modulated(before.x, modulation, cos, sin, null))
+
+
+def _final(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor | None) -> Tensor:
+    return final.modulated(summed(before), modulation, null)
+
+
+def _block_function(speed: Speed, device: torch.device, dtype: torch.dtype, compile: bool) -> Callable[..., Deferred]:
+    """A block's, as `Block.deferred`."""
+    if not speed.defer:
+        return _whole_block
+    kernels = (
+        speed.kernels and device.type == "cuda" and find_spec("triton") is not None
+    )  # it is where CUDA code is compiled
+    cudnn = kernels and compile and speed.cudnn and dtype != torch.float32
+    if not kernels or (compile and speed.quantize is None and not cudnn):
+        return Block.deferred
+    from scale_rae.kernels import cudnn_block, float8_block, float8_cudnn_block, plain_block
+
+    if speed.quantize is None:
+        return cudnn_block if cudnn else plain_block
+    return float8_cudnn_block if cudnn else float8_block
 
 
 class FastDiT:
@@ -288,19 +316,13 @@ class FastDiT:
         if speed.quantize is not None and self.stacked is not None:
             self.stacked.quantize(self.layers)
             _quantize_blocks(dit)
-        functions = (
-            _read if speed.quantize is None else _read_float8,
-            Block.modulated,
-            Block.forward,
-            FinalLayer.modulated,
-            FinalLayer.forward,
-        )
-        self._eager = _Parts(*functions)
-        self._functions = functions
+        read = _read if speed.quantize is None else _read_float8
+        eager, compiled_block = (_block_function(speed, self.device, dit.dtype, compile) for compile in (False, True))
+        self._eager = _Parts(read, eager, Block.forward, _final, FinalLayer.forward)
+        self._functions = (read, compiled_block, Block.forward, _final, FinalLayer.forward)
         self._compiled: _Parts | None = None
         self._compiled_sizes: set[tuple[int, bool]] = set()
         self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
-        self._side = torch.cuda.Stream(self.device) if speed.overlap and on_cuda else None  # type: ignore[no-untyped-call]
 
     def velocities(
         self, condition: Tensor, times: Sequence[float], guided: bool, compile: bool
@@ -377,7 +399,7 @@ class FastDiT:
         size = (len(inputs[0]), len(inputs) > 3)  # images, whether with the null branch's modulations
         if compile:
             self._compiled_sizes.add(size)
-        with nullcontext() if self.speed.cudnn else attention_kernels(self.device):
+        with attention_kernels(self.device):
             return self._captures.run((*size, compile), function, *inputs, when_it_comes_again=False)
 
     def _evaluate_eager(self, *inputs: Tensor) -> Tensor:
@@ -385,7 +407,7 @@ class FastDiT:
 
     def _evaluate_compiled(self, *inputs: Tensor) -> Tensor:
         if self._compiled is None:
-            self._compiled = _Parts(*(compiled(f, self.speed.autotune) for f in self._functions))
+            self._compiled = _Parts(*(compiled(f) for f in self._functions))
         return self.evaluate(self._compiled, *inputs)
 
     def evaluate(
@@ -404,13 +426,20 @@ class FastDiT:
         tokens = x.to(dit.dtype)
         plain, read = parts.read(time, condition)
         h = dit.x_embedder(tokens) + dit.pos_embed  # [B, L, D]
-        h = torch.cat([h] * copies)
+        h = h.repeat(copies, 1, 1) if copies > 1 else h
+        state: Deferred | None = None
         for block, modulation, null_modulation in zip(self.shared, self._modulations(read, len(x)), null, strict=False):
-            h = parts.block(block, h, modulation, dit.rope_cos, dit.rope_sin, null_modulation)
+            if (
+                state is None
+            ):  # a sum like the others, so that all blocks are one piece of code; other tensors, for the same reason
+                no_more = None if null_modulation is None else null_modulation[:]
+                state = Deferred(h, torch.zeros_like(h), modulation[:], no_more)
+            state = parts.block(block, state, modulation, dit.rope_cos, dit.rope_sin, null_modulation)
+        assert state is not None
         if self.final_shared:
-            v = parts.final(dit.final_layer, h, dit.final_layer.adaLN_modulation[1](plain), null[-1])
+            v = parts.final(dit.final_layer, state, dit.final_layer.adaLN_modulation[1](plain), null[-1])
         else:  # DDT: what the first blocks made is the others' condition
-            s = F.silu(h)
+            s = F.silu(summed(state))
             if hasattr(dit, "s_projector"):
                 s = dit.s_projector(s)
             h = torch.cat([dit.s_embedder(tokens)] * copies)
@@ -428,20 +457,8 @@ class FastDiT:
         depth = len(self.layers)
         most = max(1, GROUP_ROWS // (batch * self.dit.config.tokens)) if self.speed.group else 1
         at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # of one size: other strides, other code
-        groups = [(i, i + at_once) for i in range(0, depth, at_once)]
-        if self._side is None or at_once == 1:
-            for first, stop in groups:
-                yield from self.stacked(read, first, stop).chunk(stop - first, dim=-1)
-            return
-        main, side = torch.cuda.current_stream(self.device), self._side
-        side.wait_stream(main)
-        ready = []
-        with torch.cuda.stream(side):
-            for first, stop in groups:
-                ready.append((self.stacked(read, first, stop), side.record_event()))
-        for (first, stop), (modulations, event) in zip(groups, ready, strict=True):
-            main.wait_event(event)
-            yield from modulations.chunk(stop - first, dim=-1)
+        for first in range(0, depth, at_once):
+            yield from self.stacked(read, first, first + at_once).chunk(at_once, dim=-1)
 
 
 def _quantize_blocks(dit: DiT) -> None:

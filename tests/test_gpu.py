@@ -10,13 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from scale_rae.dit import Deferred, of_both_branches, rope_table, rotate, summed
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
+from scale_rae.quantize import FLOAT8, quantize
 from scale_rae.speed import Speed
 from tests.test_goldens import DRAW
 
 pytestmark = pytest.mark.gpu
 
-PLAIN: dict[str, Any] = {"graph": False, "pad": False, "group": False}
+PLAIN: dict[str, Any] = {"graph": False, "pad": False, "group": False, "defer": False, "kernels": False}
 
 
 def off_by(value: Tensor, reference: Tensor) -> float:
@@ -54,8 +56,12 @@ WAYS = {
     "captured, one branch after the other": ("bfloat16", Speed("off", together=False), 2e-2),
     "compiled float32": ("float32", Speed("on"), 1e-4),
     "compiled": ("bfloat16", Speed("on"), 2e-2),
-    "compiled, overlapped": ("bfloat16", Speed("on", overlap=True), 2e-2),
+    "compiled, cuDNN's attention": ("bfloat16", Speed("on", cudnn=True), 2e-2),
+    "compiled without kernels of our own": ("bfloat16", Speed("on", kernels=False), 2e-2),
+    "compiled, nothing deferred": ("bfloat16", Speed("on", defer=False), 2e-2),
+    "captured float8": ("bfloat16", Speed("off", "fp8"), 1.5e-1),
     "compiled float8": ("bfloat16", Speed("on", "fp8"), 1.5e-1),
+    "compiled float8 without kernels of our own": ("bfloat16", Speed("on", "fp8", kernels=False), 1.5e-1),
 }
 
 
@@ -85,6 +91,70 @@ def test_float8_is_not_bf16(checkpoints: dict[str, Path]) -> None:
     exact = latents(model, steps=8)
     rough = latents(model, Speed("off", "fp8"), steps=8)
     assert 1e-3 < off_by(rough, exact) < 1.5e-1
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(len(shape))).to(dtype)
+
+
+def assert_quantized(values: Tensor, scale: Tensor, exact: Tensor) -> None:
+    """As near to the exact float32 rows as `quantize` brings them."""
+    best = quantize(exact)
+    assert values.shape == exact.shape
+    assert (values.dtype, scale.dtype) == (FLOAT8, torch.float32)
+    torch.testing.assert_close(scale, best.scale, rtol=4e-3, atol=0)
+    assert off_by(values.float() * scale, exact) <= 1.05 * off_by(best.values.float() * best.scale, exact)
+
+
+@pytest.mark.parametrize("width", [160, 2048, 3072])
+def test_kernels_quantize_what_they_are_said_to(width: int) -> None:
+    from scale_rae import kernels
+
+    x = 3 * random(2, 5, width)
+    assert_quantized(*kernels.quantize_rows(x), x.float())
+    pairs = random(2, 5, 2 * width)
+    gate, value = pairs.float().chunk(2, dim=-1)
+    assert_quantized(*kernels.quantize_swiglu(pairs), torch.nn.functional.silu(gate) * value)
+    rows, scale = kernels.quantize_rows(torch.zeros_like(x))
+    assert not rows.float().any()
+    assert scale.isfinite().all()
+
+
+@pytest.mark.parametrize("heads", [6, 32])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_kernel_rotates(heads: int, dtype: torch.dtype) -> None:
+    from scale_rae import kernels
+
+    cos, sin = (table.cuda() for table in rope_table(4, 16))
+    x = random(3, 16, heads + 1, 16, dtype=dtype)[:, :, :heads]  # in larger rows
+    torch.testing.assert_close(kernels.rotate_pairs(x, cos, sin), rotate(x, cos, sin))
+
+
+@pytest.mark.parametrize("guided", [False, True])
+def test_kernel_of_sum_norm_and_modulation(guided: bool) -> None:
+    from scale_rae import kernels
+
+    width, weight = 176, random(176, dtype=torch.float32)
+    modulation, before = random(2, 5, 6 * width), random(2, 5, 12 * width)[..., 6 * width :]  # one of a group
+    null, null_before = random(6 * width), random(6 * width).flip(0)
+    x, update = random(4 if guided else 2, 5, width), random(4 if guided else 2, 5, width).flip(0)
+    of = modulation.chunk(6, dim=-1), null.chunk(6)
+    got, values, scale = kernels.quantize_normed(
+        x,
+        update,
+        before.chunk(6, dim=-1)[5],
+        null_before.chunk(6)[5] if guided else None,
+        *of[0][:2],
+        *(of[1][:2] if guided else (None, None)),
+        weight,
+        1e-6,
+    )
+    state = Deferred(x, update, before, null_before if guided else None)
+    summed_ = summed(Deferred(*(None if t is None else t.float() for t in state)))  # type: ignore[arg-type]
+    torch.testing.assert_close(got.float(), summed_, rtol=1 / 128, atol=1e-6)
+    shift, factor, *_ = of_both_branches(modulation.float(), null.float() if guided else None).chunk(6, dim=-1)
+    normed = torch.nn.functional.rms_norm(got.float(), (width,), weight, 1e-6)
+    assert_quantized(values, scale, normed * (1 + factor) + shift)
 
 
 @pytest.mark.parametrize("compile", ["off", "on"], ids=["captured", "compiled"])

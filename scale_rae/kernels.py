@@ -1,0 +1,320 @@
+"""Triton kernels for what PyTorch's compiler makes less well of the blocks.
+
+- Float8 rows in one pass: each token's row is read once, kept in registers, scaled and written. Compiled, a row's largest
+  value and its float8 values are two passes over what it is made from.
+- The rotary embedding, whose channel pairs are read as they lie, and once. (Compiled for bfloat16, PyTorch's is as fast.)
+
+They are torch operators, which compiled blocks call as they are, and need Triton, which comes with PyTorch's CUDA builds.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, RMSNorm, attend
+from scale_rae.quantize import FLOAT8, LARGEST, Float8Linear, Quantized
+
+_LEAST = 1e-12  # of a row's largest value, as in `quantize`
+
+
+@triton.jit
+def _store_quantized(values, out, scale, row, i, inside, width, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    largest = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
+    tl.store(scale + row, largest / LARGEST)
+    scaled = values * (LARGEST / largest)
+    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
+    tl.store(out + row * width + i, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _rows_kernel(x, out, scale, width, BLOCK: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    values = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+    _store_quantized(values, out, scale, row, i, inside, width, LARGEST, LEAST)
+
+
+@triton.jit
+def _swiglu(x, i, inside, width):
+    gate = tl.load(x + i, mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + width + i, mask=inside, other=0.0).to(tl.float32)
+    return gate * tl.sigmoid(gate) * value
+
+
+@triton.jit
+def _swiglu_kernel(
+    x, out, scale, width, MOST: tl.constexpr, REST: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr
+):
+    # A row is a power of two and a rest: 5504 = 4096 + 1408 takes 6144 lanes so, and 8192 as one.
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, MOST)
+    values = _swiglu(x + row * 2 * width, i, i < width, width)
+    largest = tl.max(tl.abs(values), axis=0)
+    if REST > 0:
+        j = MOST + tl.arange(0, REST)
+        others = _swiglu(x + row * 2 * width, j, j < width, width)
+        largest = tl.maximum(largest, tl.max(tl.abs(others), axis=0))
+    largest = tl.maximum(largest, LEAST)
+    tl.store(scale + row, largest / LARGEST)
+    factor = LARGEST / largest
+    values = tl.minimum(tl.maximum(values * factor, -LARGEST), LARGEST)
+    tl.store(out + row * width + i, values.to(out.dtype.element_ty), mask=i < width)
+    if REST > 0:
+        others = tl.minimum(tl.maximum(others * factor, -LARGEST), LARGEST)
+        tl.store(out + row * width + j, others.to(out.dtype.element_ty), mask=j < width)
+
+
+@triton.jit
+def _rotate_kernel(x, cos, sin, out, x_row, x_token, tokens, width, head, BLOCK: tl.constexpr):
+    """A token's channels [width], heads of `head` side by side; x may lie in larger rows, out does not."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    given = tl.load(x + token // tokens * x_row + token % tokens * x_token + i, mask=inside, other=0.0).to(tl.float32)
+    x0, x1 = tl.split(given.reshape(BLOCK // 2, 2))
+    pair = 2 * tl.arange(0, BLOCK // 2)  # the tables have each pair's angle twice
+    table = token % tokens * head + pair % head
+    c, s = tl.load(cos + table), tl.load(sin + table)
+    rotated = tl.join(x0 * c - x1 * s, x1 * c + x0 * s).reshape(BLOCK)
+    tl.store(out + token * width + i, rotated.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_kernel(
+    x,
+    update,
+    gate,
+    shift,
+    factor,
+    weight,
+    x_out,
+    out,
+    scale,
+    first,
+    gate_stride,
+    modulation_stride,
+    width,
+    eps,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+    LEAST: tl.constexpr,
+):
+    place = tl.program_id(0).to(tl.int64)
+    row = place + first
+    i = tl.arange(0, BLOCK)
+    inside = i < width
+    h = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
+    added = tl.load(update + row * width + i, mask=inside, other=0.0).to(tl.float32)
+    h += tl.load(gate + place * gate_stride + i, mask=inside, other=0.0).to(tl.float32) * added
+    rounded = h.to(x_out.dtype.element_ty)
+    tl.store(x_out + row * width + i, rounded, mask=inside)
+    h = rounded.to(tl.float32)
+    h *= tl.rsqrt(tl.sum(h * h, axis=0) / width + eps)
+    h *= tl.load(weight + i, mask=inside, other=0.0).to(tl.float32)
+    h *= 1.0 + tl.load(factor + place * modulation_stride + i, mask=inside, other=0.0).to(tl.float32)
+    h += tl.load(shift + place * modulation_stride + i, mask=inside, other=0.0).to(tl.float32)
+    _store_quantized(h, out, scale, row, i, inside, width, LARGEST, LEAST)
+
+
+def _sizes(width: int) -> dict[str, int | float]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8, "LARGEST": LARGEST, "LEAST": _LEAST}
+
+
+def _empty_rows(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    values = torch.empty((*x.shape[:-1], width), dtype=FLOAT8, device=x.device)
+    return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
+
+
+@torch.library.custom_op("scale_rae::quantize_rows", mutates_args=())
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, scale) of `quantize.quantize` for rows [..., K]."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    values, scale = _empty_rows(x, width)
+    with torch.cuda.device(x.device):
+        _rows_kernel[(x.numel() // width,)](x, values, scale, width, **_sizes(width))
+    return values, scale
+
+
+@quantize_rows.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x, x.shape[-1])
+
+
+@torch.library.custom_op("scale_rae::quantize_swiglu", mutates_args=())
+def quantize_swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
+    """(values, scale) of SiLU(gate) · value, for gate and value side by side in [..., 2 K]."""
+    x = x.contiguous()
+    width = x.shape[-1] // 2
+    values, scale = _empty_rows(x, width)
+    sizes = _sizes(width)
+    most = sizes.pop("BLOCK")
+    if most > width:
+        most //= 2
+    rest = triton.next_power_of_2(width - most) if width > most else 0
+    with torch.cuda.device(x.device):
+        _swiglu_kernel[(x.numel() // x.shape[-1],)](x, values, scale, width, MOST=most, REST=rest, **sizes)
+    return values, scale
+
+
+@quantize_swiglu.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x, x.shape[-1] // 2)
+
+
+@torch.library.custom_op("scale_rae::quantize_normed", mutates_args=())
+def quantize_normed(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    null_gate: Tensor | None,
+    shift: Tensor,
+    factor: Tensor,
+    null_shift: Tensor | None,
+    null_factor: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x', values, scale): x' = x + gate · update, and what is made of norm(x') · (1 + factor) + shift, float8 by rows.
+
+    x, update [..., L, D]; gate, shift, factor [B, L, D], the last axis of them dense. With the null branch's, each [D], x has
+    twice as many rows, of which the second half is the null branch's.
+    """
+    x, update = x.contiguous(), update.contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    x_out = torch.empty_like(x)
+    values, scale = _empty_rows(x, width)
+    with torch.cuda.device(x.device):
+        conditional = rows if null_gate is None else rows // 2
+        gates, shifts, factors = gate.flatten(0, -2), shift.flatten(0, -2), factor.flatten(0, -2)
+        if shifts.stride(0) != factors.stride(0):
+            raise ValueError("shift and factor must lie in one tensor of modulations")
+        common = (weight, x_out, values, scale)
+        sizes = _sizes(width)
+        strides = (gates.stride(0), shifts.stride(0))
+        _norm_kernel[(conditional,)](x, update, gates, shifts, factors, *common, 0, *strides, width, eps, **sizes)
+        if null_gate is not None:
+            _norm_kernel[(rows - conditional,)](
+                x, update, null_gate, null_shift, null_factor, *common, conditional, 0, 0, width, eps, **sizes
+            )
+    return x_out, values, scale
+
+
+@quantize_normed.register_fake
+def _(
+    x: Tensor,
+    update: Tensor,
+    gate: Tensor,
+    null_gate: Tensor | None,
+    shift: Tensor,
+    factor: Tensor,
+    null_shift: Tensor | None,
+    null_factor: Tensor | None,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x.contiguous()), *_empty_rows(x, x.shape[-1])
+
+
+@torch.library.custom_op("scale_rae::rotate_pairs", mutates_args=())
+def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`dit.rotate` of x [B, L, heads, head_dim], whose last two axes are dense."""
+    batch, tokens, heads, head = x.shape
+    if x.stride(3) != 1 or x.stride(2) != head:
+        x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    block = triton.next_power_of_2(heads * head)
+    with torch.cuda.device(x.device):
+        _rotate_kernel[(batch * tokens,)](
+            x, cos, sin, out, x.stride(0), x.stride(1), tokens, heads * head, head, BLOCK=block, num_warps=4
+        )
+    return out
+
+
+@rotate_pairs.register_fake
+def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+
+
+def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    # By name, since code compiled with PyTorch's own choice is kept under the same key whatever that choice was.
+    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
+    return out
+
+
+def _attend(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    return attend(qkv, heads, cos, sin, rotate_pairs)
+
+
+def _attend_cudnn(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    return attend(qkv, heads, cos, sin, rotate_pairs, _cudnn_attention)
+
+
+def plain_block(
+    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+) -> Deferred:
+    """`Block.deferred`, with its pairs rotated here."""
+    return block.deferred(before, modulation, cos, sin, null, _attend)
+
+
+def cudnn_block(
+    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+) -> Deferred:
+    """`plain_block` with cuDNN's attention."""
+    return block.deferred(before, modulation, cos, sin, null, _attend_cudnn)
+
+
+def float8_block(
+    block: Block,
+    before: Deferred,
+    modulation: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    null: Tensor | None = None,
+    attend: Attend = _attend,
+) -> Deferred:
+    """`Block.deferred` after a sum, for a block whose linears are `Float8Linear`."""
+    vectors = modulation.chunk(6, dim=-1)
+    nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
+    qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
+    assert before.update is not None
+    assert before.modulation is not None
+    gates = before.modulation.chunk(6, dim=-1)[5], (None if before.null is None else before.null.chunk(6, dim=-1)[5])
+    x, read = _normed(block.norm1, before.x, before.update, gates, vectors[:2], nulls[:2])
+    seen = attend(qkv.product(read), block.attn.heads, cos, sin)
+    update = proj.product(Quantized(*quantize_rows(seen)))
+    x, read = _normed(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
+    update = w3.product(Quantized(*quantize_swiglu(w12.product(read))))
+    return Deferred(x, update, modulation, null)
+
+
+def float8_cudnn_block(
+    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+) -> Deferred:
+    """`float8_block` with cuDNN's attention."""
+    return float8_block(block, before, modulation, cos, sin, null, _attend_cudnn)
+
+
+def _float8(linear: object) -> Float8Linear:
+    assert isinstance(linear, Float8Linear)
+    return linear
+
+
+def _normed(
+    norm: RMSNorm,
+    x: Tensor,
+    update: Tensor,
+    gates: tuple[Tensor, Tensor | None],
+    vectors: tuple[Tensor, ...],
+    nulls: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Quantized]:
+    """`quantize_normed` with (shift, factor) of both branches."""
+    (shift, factor), (null_shift, null_factor) = vectors, nulls
+    x, values, scale = quantize_normed(x, update, *gates, shift, factor, null_shift, null_factor, norm.weight, NORM_EPS)
+    return x, Quantized(values, scale)
