@@ -793,14 +793,19 @@ def ladder(b: Bench, size: str) -> None:
         ("and a CUDA graph", Speed("on", **captured), (1, 8), False),
         ("and grouped modulations", Speed("on", **grouped), (1, 2), False),
         ("and sums deferred", Speed("on", **deferred), (1, 8), False),
-        ("and kernels of our own", Speed("on", cudnn=False), (1, 8, 32), False),
-        ("and cuDNN's attention", Speed("on", cudnn=True), (1, 8, 32), False),
+        ("and kernels of our own", Speed("on"), (1, 8, 32), False),
+        ("with cuDNN's attention", Speed("on", attention="cudnn"), (1, 8, 32), False),
+        ("with our attention", Speed("on", attention="own"), (1, 8, 32), False),
+        ("kernels of our own, nothing compiled", Speed("off"), (1,), False),
+        ("our attention too, nothing compiled", Speed("off", attention="own"), (1,), False),
         ("but time embeddings at each step", Speed("on", before=False), (1,), False),
         ("guided", Speed("on"), (8,), True),
         ("guided, but both branches modulated alike", Speed("on", null=False), (8,), True),
         ("guided, but one branch after the other", Speed("on", together=False), (8,), True),
         ("float8 without kernels of our own", Speed("on", "fp8", kernels=False), (8,), False),
         ("float8", Speed("on", "fp8"), (8,), False),
+        ("float8 with cuDNN's attention", Speed("on", "fp8", attention="cudnn"), (8,), False),
+        ("float8 with our attention", Speed("on", "fp8", attention="own"), (8,), False),
     )
     with torch.inference_mode():
         for name, speed, batches, guided in steps:

@@ -54,9 +54,13 @@ async def clients(url: str, count: int, seconds: float, cases: list[Case], optio
     """[case, seconds, start, end, status, sha256 of the pixels or None, PNG in base64 of each case's first] of each request."""
     import hashlib
 
-    import httpx2 as httpx
     import numpy as np
     from PIL import Image
+
+    try:
+        import httpx2 as httpx
+    except ImportError:  # its name before, on machines that have that
+        import httpx  # type: ignore[no-redef]
 
     done: list[Any] = []
     seen: dict[tuple[int, str], bool] = {}
@@ -91,7 +95,7 @@ def ask(url: str, count: int, seconds: float, cases: list[Case], options: dict[s
     """`clients` in another process."""
     order = json.dumps([url, count, seconds, cases, options])
     command = [sys.executable, __file__, "--as-clients"]
-    return list(json.loads(subprocess.run(command, input=order, check=True, capture_output=True, text=True).stdout))
+    return list(json.loads(subprocess.run(command, input=order, check=True, stdout=subprocess.PIPE, text=True).stdout))
 
 
 # Server and offline ------------------------------------------------------------------------------------------------------------

@@ -3,18 +3,22 @@
 - Float8 rows in one pass: each token's row is read once, kept in registers, scaled and written. Compiled, a row's largest
   value and its float8 values are two passes over what it is made from.
 - The rotary embedding, whose channel pairs are read as they lie, and once. (Compiled for bfloat16, PyTorch's is as fast.)
+- Attention over a picture's tokens, rotation included: they are few enough that a block of queries sees all keys at once.
 
 They are torch operators, which compiled blocks call as they are, and need Triton, which comes with PyTorch's CUDA builds.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, RMSNorm, attend
+from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, DiTConfig, RMSNorm, attend
 from scale_rae.quantize import FLOAT8, LARGEST, Float8Linear, Quantized
 
 _LEAST = 1e-12  # of a row's largest value, as in `quantize`
@@ -76,8 +80,7 @@ def _rotate_kernel(x, cos, sin, out, x_row, x_token, tokens, width, head, BLOCK:
     inside = i < width
     given = tl.load(x + token // tokens * x_row + token % tokens * x_token + i, mask=inside, other=0.0).to(tl.float32)
     x0, x1 = tl.split(given.reshape(BLOCK // 2, 2))
-    pair = 2 * tl.arange(0, BLOCK // 2)  # the tables have each pair's angle twice
-    table = token % tokens * head + pair % head
+    table = token % tokens * (head // 2) + tl.arange(0, BLOCK // 2) % (head // 2)
     c, s = tl.load(cos + table), tl.load(sin + table)
     rotated = tl.join(x0 * c - x1 * s, x1 * c + x0 * s).reshape(BLOCK)
     tl.store(out + token * width + i, rotated.to(out.dtype.element_ty), mask=inside)
@@ -118,6 +121,40 @@ def _norm_kernel(
     h *= 1.0 + tl.load(factor + place * modulation_stride + i, mask=inside, other=0.0).to(tl.float32)
     h += tl.load(shift + place * modulation_stride + i, mask=inside, other=0.0).to(tl.float32)
     _store_quantized(h, out, scale, row, i, inside, width, LARGEST, LEAST)
+
+
+@triton.jit
+def _rotated(x, cos, sin, token, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """Rows x [ROWS, HEAD] at places `token` of the tables."""
+    x0, x1 = tl.split(x.to(tl.float32).reshape(ROWS, HEAD // 2, 2))
+    at = token[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
+    c, s = tl.load(cos + at), tl.load(sin + at)
+    return tl.join(x0 * c - x1 * s, x1 * c + x0 * s).reshape(ROWS, HEAD)
+
+
+@triton.jit
+def _attend_kernel(
+    qkv, cos, sin, out, tokens, heads, factor, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr
+):
+    image = tl.program_id(1) // heads
+    head = tl.program_id(1) % heads
+    width = heads * HEAD
+    channel = head * HEAD + tl.arange(0, HEAD)[None, :]
+    start = qkv + image.to(tl.int64) * tokens * 3 * width
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    key = tl.arange(0, KEYS)
+    is_row, is_key = row < tokens, key < tokens
+    row, key = tl.where(is_row, row, 0), tl.where(is_key, key, 0)  # what there is not, is read elsewhere and left out
+    k = _rotated(tl.load(start + width + key[:, None] * 3 * width + channel), cos, sin, key, KEYS, HEAD)
+    q = _rotated(tl.load(start + row[:, None] * 3 * width + channel), cos, sin, row, ROWS, HEAD) * factor
+    scores = tl.dot(q.to(out.dtype.element_ty), tl.trans(k.to(out.dtype.element_ty)))
+    scores = tl.where(is_key[None, :], scores, -float("inf"))
+    weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+    total = tl.sum(weights, axis=1)
+    v = tl.load(start + 2 * width + key[:, None] * 3 * width + channel)
+    seen = tl.dot(weights.to(out.dtype.element_ty), v) / total[:, None]
+    place = out + (image.to(tl.int64) * tokens + row[:, None]) * width + channel
+    tl.store(place, seen.to(out.dtype.element_ty), mask=is_row[:, None])
 
 
 def _sizes(width: int) -> dict[str, int | float]:
@@ -222,9 +259,14 @@ def _(
     return torch.empty_like(x.contiguous()), *_empty_rows(x, x.shape[-1])
 
 
+def of_pairs(table: Tensor) -> Tensor:
+    """A rotary table [L, head_dim] with each pair's angle once: [L, head_dim / 2]."""
+    return table[:, ::2].contiguous()
+
+
 @torch.library.custom_op("scale_rae::rotate_pairs", mutates_args=())
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.rotate` of x [B, L, heads, head_dim], whose last two axes are dense."""
+    """`dit.rotate` of x [B, L, heads, head_dim], whose last two axes are dense, by `of_pairs` of the tables."""
     batch, tokens, heads, head = x.shape
     if x.stride(3) != 1 or x.stride(2) != head:
         x = x.contiguous()
@@ -242,63 +284,86 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+MOST_KEYS = 256  # that a block of queries sees at once; the published networks' number
+_FEW_ROWS = 1 << 14  # queries of all heads for which blocks of 128 do not fill a GPU
+_HEADS = (16, 32, 64, 128)  # channels of a head
+
+
+@torch.library.custom_op("scale_rae::attend_pairs", mutates_args=())
+def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """`dit.attend` in one kernel, for 16-bit floats and sizes that `attends` takes, by `of_pairs` of the tables."""
+    qkv = qkv.contiguous()
+    batch, tokens, width = qkv.shape
+    head = width // 3 // heads
+    out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
+    factor = math.log2(math.e) / math.sqrt(head)
+    keys = max(16, triton.next_power_of_2(tokens))
+    rows = 64 if batch * heads * tokens <= _FEW_ROWS else 128
+    with torch.cuda.device(qkv.device):
+        _attend_kernel[(triton.cdiv(tokens, rows), batch * heads)](
+            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=rows // 16
+        )
+    return out
+
+
+@attend_pairs.register_fake
+def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
+
+
 def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     # By name, since code compiled with PyTorch's own choice is kept under the same key whatever that choice was.
     out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
     return out
 
 
-def _attend(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+def attend_flash(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """`dit.attend` with its pairs rotated here, by `of_pairs` of the tables."""
     return attend(qkv, heads, cos, sin, rotate_pairs)
 
 
-def _attend_cudnn(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+def attend_cudnn(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """And with cuDNN's attention, for 16-bit floats."""
     return attend(qkv, heads, cos, sin, rotate_pairs, _cudnn_attention)
 
 
-def plain_block(
-    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
-) -> Deferred:
-    """`Block.deferred`, with its pairs rotated here."""
-    return block.deferred(before, modulation, cos, sin, null, _attend)
+def attends(config: DiTConfig, dtype: torch.dtype) -> bool:
+    """Whether `attend_pairs` takes a network's sizes."""
+    return dtype != torch.float32 and config.tokens <= MOST_KEYS and config.width // config.heads in _HEADS
 
 
-def cudnn_block(
-    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
-) -> Deferred:
-    """`plain_block` with cuDNN's attention."""
-    return block.deferred(before, modulation, cos, sin, null, _attend_cudnn)
+def bfloat16_block(attend: Attend) -> Callable[..., Deferred]:
+    """`Block.deferred` that attends so."""
+
+    def run(
+        block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+    ) -> Deferred:
+        return block.deferred(before, modulation, cos, sin, null, attend)
+
+    return run
 
 
-def float8_block(
-    block: Block,
-    before: Deferred,
-    modulation: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    null: Tensor | None = None,
-    attend: Attend = _attend,
-) -> Deferred:
-    """`Block.deferred` after a sum, for a block whose linears are `Float8Linear`."""
-    vectors = modulation.chunk(6, dim=-1)
-    nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
-    qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
-    assert before.update is not None
-    assert before.modulation is not None
-    gates = before.modulation.chunk(6, dim=-1)[5], (None if before.null is None else before.null.chunk(6, dim=-1)[5])
-    x, read = _normed(block.norm1, before.x, before.update, gates, vectors[:2], nulls[:2])
-    seen = attend(qkv.product(read), block.attn.heads, cos, sin)
-    update = proj.product(Quantized(*quantize_rows(seen)))
-    x, read = _normed(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
-    update = w3.product(Quantized(*quantize_swiglu(w12.product(read))))
-    return Deferred(x, update, modulation, null)
+def float8_block(attend: Attend) -> Callable[..., Deferred]:
+    """`Block.deferred` after a sum that attends so, for a block whose linears are `Float8Linear`."""
 
+    def run(
+        block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+    ) -> Deferred:
+        vectors = modulation.chunk(6, dim=-1)
+        nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
+        qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
+        assert before.update is not None
+        assert before.modulation is not None
+        gate = before.modulation.chunk(6, dim=-1)[5]
+        null_gate = None if before.null is None else before.null.chunk(6, dim=-1)[5]
+        x, read = _normed(block.norm1, before.x, before.update, (gate, null_gate), vectors[:2], nulls[:2])
+        seen = attend(qkv.product(read), block.attn.heads, cos, sin)
+        update = proj.product(Quantized(*quantize_rows(seen)))
+        x, read = _normed(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
+        update = w3.product(Quantized(*quantize_swiglu(w12.product(read))))
+        return Deferred(x, update, modulation, null)
 
-def float8_cudnn_block(
-    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
-) -> Deferred:
-    """`float8_block` with cuDNN's attention."""
-    return float8_block(block, before, modulation, cos, sin, null, _attend_cudnn)
+    return run
 
 
 def _float8(linear: object) -> Float8Linear:

@@ -23,7 +23,7 @@ import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from scale_rae.quantize import Float8Linear, check_device, quantize
 
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
+ATTENTION = ("flash", "cudnn", "own")
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = (
     2048  # tokens of a batch for that one block's adaLN product fills the GPU; fewer take several blocks at once
@@ -50,7 +51,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 @dataclass(frozen=True)
 class Speed:
     """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
-    `cudnn` takes cuDNN's attention in compiled code, not for float32; it needs `kernels`.
+    `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn") or ours ("own"); the last two need `kernels`, and are
+    not for float32.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -67,12 +69,14 @@ class Speed:
     defer: bool = True
     kernels: bool = True
     ahead: bool = True
-    cudnn: bool = False
+    attention: str = "flash"
 
     def check(self) -> None:
         """Raises InputError for values that there are not."""
         if self.compile not in COMPILE:
             raise InputError(f"compile {self.compile!r}: use one of {', '.join(COMPILE)}")
+        if self.attention not in ATTENTION:
+            raise InputError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
 
@@ -242,13 +246,15 @@ class _StackedModulations:
 
 @dataclass(frozen=True)
 class _Parts:
-    """The network's parts as functions, compiled or not."""
+    """The network's parts as functions, compiled or not, and the rotary tables that `block` takes."""
 
     read: Callable[..., Any]
     block: Callable[..., Deferred]
     plain_block: Callable[..., Tensor]
     final: Callable[..., Tensor]
     plain_final: Callable[..., Tensor]
+    cos: Tensor
+    sin: Tensor
 
 
 def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
@@ -272,21 +278,24 @@ def _final(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor
     return final.modulated(summed(before), modulation, null)
 
 
-def _block_function(speed: Speed, device: torch.device, dtype: torch.dtype, compile: bool) -> Callable[..., Deferred]:
-    """A block's, as `Block.deferred`."""
-    if not speed.defer:
-        return _whole_block
-    kernels = (
-        speed.kernels and device.type == "cuda" and find_spec("triton") is not None
-    )  # it is where CUDA code is compiled
-    cudnn = kernels and compile and speed.cudnn and dtype != torch.float32
-    if not kernels or (compile and speed.quantize is None and not cudnn):
-        return Block.deferred
-    from scale_rae.kernels import cudnn_block, float8_block, float8_cudnn_block, plain_block
+def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:
+    """The parts to be run as they are, or to be compiled."""
+    block: Callable[..., Deferred] = Block.deferred if speed.defer else _whole_block
+    cos, sin = dit.rope_cos, dit.rope_sin
+    # Triton is where code for CUDA can be compiled.
+    if speed.defer and speed.kernels and dit.pos_embed.device.type == "cuda" and find_spec("triton") is not None:
+        from scale_rae import kernels
 
-    if speed.quantize is None:
-        return cudnn_block if cudnn else plain_block
-    return float8_cudnn_block if cudnn else float8_block
+        attend = kernels.attend_flash
+        if speed.attention == "cudnn" and compile and dit.dtype != torch.float32:
+            attend = kernels.attend_cudnn
+        elif speed.attention == "own" and kernels.attends(dit.config, dit.dtype):
+            attend = kernels.attend_pairs
+        if not compile or speed.quantize is not None or attend is not kernels.attend_flash:
+            block = kernels.bfloat16_block(attend) if speed.quantize is None else kernels.float8_block(attend)
+            cos, sin = kernels.of_pairs(cos), kernels.of_pairs(sin)
+    read = _read if speed.quantize is None else _read_float8
+    return _Parts(read, block, Block.forward, _final, FinalLayer.forward, cos, sin)
 
 
 class FastDiT:
@@ -316,10 +325,7 @@ class FastDiT:
         if speed.quantize is not None and self.stacked is not None:
             self.stacked.quantize(self.layers)
             _quantize_blocks(dit)
-        read = _read if speed.quantize is None else _read_float8
-        eager, compiled_block = (_block_function(speed, self.device, dit.dtype, compile) for compile in (False, True))
-        self._eager = _Parts(read, eager, Block.forward, _final, FinalLayer.forward)
-        self._functions = (read, compiled_block, Block.forward, _final, FinalLayer.forward)
+        self._eager, self._to_compile = (_parts(speed, dit, compile) for compile in (False, True))
         self._compiled: _Parts | None = None
         self._compiled_sizes: set[tuple[int, bool]] = set()
         self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
@@ -407,7 +413,11 @@ class FastDiT:
 
     def _evaluate_compiled(self, *inputs: Tensor) -> Tensor:
         if self._compiled is None:
-            self._compiled = _Parts(*(compiled(f) for f in self._functions))
+            own = self._to_compile
+            functions: dict[str, Any] = {
+                f.name: compiled(value) for f in fields(own) if callable(value := getattr(own, f.name))
+            }
+            self._compiled = replace(own, **functions)
         return self.evaluate(self._compiled, *inputs)
 
     def evaluate(
@@ -434,7 +444,7 @@ class FastDiT:
             ):  # a sum like the others, so that all blocks are one piece of code; other tensors, for the same reason
                 no_more = None if null_modulation is None else null_modulation[:]
                 state = Deferred(h, torch.zeros_like(h), modulation[:], no_more)
-            state = parts.block(block, state, modulation, dit.rope_cos, dit.rope_sin, null_modulation)
+            state = parts.block(block, state, modulation, parts.cos, parts.sin, null_modulation)
         assert state is not None
         if self.final_shared:
             v = parts.final(dit.final_layer, state, dit.final_layer.adaLN_modulation[1](plain), null[-1])

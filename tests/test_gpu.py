@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_rae.dit import Deferred, of_both_branches, rope_table, rotate, summed
+from scale_rae.dit import Deferred, attend, of_both_branches, rope_table, rotate, summed
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from scale_rae.quantize import FLOAT8, quantize
 from scale_rae.speed import Speed
@@ -56,7 +56,9 @@ WAYS = {
     "captured, one branch after the other": ("bfloat16", Speed("off", together=False), 2e-2),
     "compiled float32": ("float32", Speed("on"), 1e-4),
     "compiled": ("bfloat16", Speed("on"), 2e-2),
-    "compiled, cuDNN's attention": ("bfloat16", Speed("on", cudnn=True), 2e-2),
+    "compiled, cuDNN's attention": ("bfloat16", Speed("on", attention="cudnn"), 2e-2),
+    "compiled, our attention": ("bfloat16", Speed("on", attention="own"), 2e-2),
+    "captured, our attention": ("bfloat16", Speed("off", attention="own"), 2e-2),
     "compiled without kernels of our own": ("bfloat16", Speed("on", kernels=False), 2e-2),
     "compiled, nothing deferred": ("bfloat16", Speed("on", defer=False), 2e-2),
     "captured float8": ("bfloat16", Speed("off", "fp8"), 1.5e-1),
@@ -127,7 +129,20 @@ def test_kernel_rotates(heads: int, dtype: torch.dtype) -> None:
 
     cos, sin = (table.cuda() for table in rope_table(4, 16))
     x = random(3, 16, heads + 1, 16, dtype=dtype)[:, :, :heads]  # in larger rows
-    torch.testing.assert_close(kernels.rotate_pairs(x, cos, sin), rotate(x, cos, sin))
+    pairs = kernels.of_pairs(cos), kernels.of_pairs(sin)
+    torch.testing.assert_close(kernels.rotate_pairs(x, *pairs), rotate(x, cos, sin))
+
+
+@pytest.mark.parametrize(("batch", "side", "heads", "head"), [(3, 16, 4, 64), (2, 4, 3, 16), (1, 3, 2, 32)])
+def test_kernel_attends(batch: int, side: int, heads: int, head: int) -> None:
+    from scale_rae import kernels
+
+    cos, sin = (table.cuda() for table in rope_table(side, head))
+    qkv = random(batch, side * side, 3 * heads * head)
+    exact = attend(qkv.float(), heads, cos, sin)
+    flash = attend(qkv, heads, cos, sin)
+    own = kernels.attend_pairs(qkv, heads, kernels.of_pairs(cos), kernels.of_pairs(sin))
+    assert off_by(own.float(), exact) <= 1.2 * off_by(flash.float(), exact)
 
 
 @pytest.mark.parametrize("guided", [False, True])
