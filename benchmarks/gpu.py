@@ -422,21 +422,24 @@ def sampling(
     options: SamplingOptions,
     target: str = "",
     repeat: int = 0,
+    one_prompt: bool = False,
 ) -> float:
-    """Seconds per image of `model.sample`: noise, all evaluations, latents back on the CPU."""
+    """Seconds per image of `model.sample`: noise, all evaluations, latents back on the CPU. Each image has a condition of its
+    own, or all are of `one_prompt`."""
     shape = (model.config.tokens, model.config.dit.condition_width)
     generator = torch.Generator().manual_seed(batch)
     conditions = [torch.randn(shape, generator=generator).to(b.device, b.dtype) for _ in range(batch)]
+    conditions = conditions[:1] * batch if one_prompt else conditions
     seeds = list(range(batch))
     first, seconds = b.seconds(lambda: model.sample(conditions, seeds, options, batch), repeat or b.repeat)
     each = seconds / batch
     evaluations = len(flow.evaluation_times(options.solver, options.steps, 3.0))
     flops = dit_flops(model.config.dit) * evaluations
     more = {"first": first, "images_per_second": 1 / each, "batch": batch, "guidance": options.guidance}
-    if options.guidance == 1.0:
+    if options.guidance == 1.0 and not one_prompt:
         more["share"] = flops / each / b.ceiling
-        if DIT_NAME["1.5b"] in name:
-            more["times_official"] = OFFICIAL_DIT / each
+    if options.guidance == 1.0 and DIT_NAME["1.5b"] in name:
+        more["times_official"] = OFFICIAL_DIT / each
     b.add(stage, name, each, "s/image", target, **more)
     return each
 
@@ -463,6 +466,7 @@ def dit_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     sampling(
         b, model, "dit", f"{network}, batch 32", 32, plain, "share ≥ 80 %, ≥ 18 x official", 1 if not b.tiny else 0
     )
+    sampling(b, model, "dit", f"{network}, batch 8, of one prompt", 8, plain, one_prompt=True)
     sampling(b, model, "dit", f"{network}, batch 1, guidance 1.5", 1, guided_)
     sampling(b, model, "dit", f"{network}, batch 32, guidance 1.5", 32, guided_, "", 1)
 
@@ -487,6 +491,7 @@ def fp8_stage(b: Bench, model: ScaleRAE, size: str) -> None:
             b.add("fp8", f"{network} fp8 over bf16, batch {batch}", before[0] / each, "×", target)
     if size != "7b":
         profile_stage(b, model, size)
+        sampling(b, model, "fp8", f"{network} fp8, batch 8, of one prompt", 8, SamplingOptions(), one_prompt=True)
     for steps in (12, 16, 20):
         options = SamplingOptions(steps=steps, solver="ab2")
         sampling(b, model, "fp8", f"{network} fp8, {steps} evaluations of ab2, batch 8", 8, options, "≥ 60 x official")

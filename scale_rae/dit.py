@@ -147,21 +147,26 @@ def modulation(condition_width: int, width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(condition_width, chunks * width))
 
 
-def of_both_branches(conditional: Tensor, null: Tensor | None) -> Tensor:
-    """Modulations [2B, L, W] of guidance's two branches: [B, L, W] of the conditional, [W] of the null at every token.
+def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
+    """Modulations [P, L, W] of P prompts for `images` drawings, those of a prompt one after the other: [images, L, W].
 
-    Without the null's, the conditional's.
+    With the null branch's, [W] for every token, the second half of the images has those. Alone, one prompt's [1, L, W] are
+    left as they are, which broadcast. Compiled, what is spread is never made but read in place.
     """
+    prompts = len(modulation)
     if null is None:
-        return conditional
-    first = torch.arange(2, device=null.device).view(2, 1, 1, 1) == 0
-    return torch.where(first, conditional, null).flatten(0, 1)  # compiled, it is never made but read in place
+        if prompts in (1, images):
+            return modulation
+        return modulation[:, None].expand(-1, images // prompts, -1, -1).flatten(0, 1)
+    first = torch.arange(2, device=null.device).view(2, 1, 1, 1, 1) == 0
+    conditional = modulation[:, None].expand(-1, images // prompts // 2, -1, -1)
+    return torch.where(first, conditional, null).flatten(0, 2)
 
 
 class Deferred(NamedTuple):
     """A block's result as the sum that it is: x + gate · update, the gate being the last sixth of the block's modulations.
 
-    x, update [B, L, D], modulation [B, L, 6D], null as in `Block.modulated`. Without an update, x is the result.
+    x, update [B, L, D], modulation and null as in `Block.modulated`. Without an update, x is the result.
     """
 
     x: Tensor
@@ -174,7 +179,7 @@ def summed(block: Deferred) -> Tensor:
     """The block's result [B, L, D]."""
     if block.update is None or block.modulation is None:
         return block.x
-    return block.x + of_both_branches(block.modulation, block.null).chunk(6, dim=-1)[5] * block.update
+    return block.x + spread(block.modulation, block.null, len(block.x)).chunk(6, dim=-1)[5] * block.update
 
 
 class Block(nn.Module):
@@ -190,7 +195,8 @@ class Block(nn.Module):
         return self.modulated(x, self.adaLN_modulation(condition), cos, sin)
 
     def modulated(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None) -> Tensor:
-        """The block given its modulations [B, L, 6D]; with those of the null branch, [6D], x is [2B, L, D]: both branches."""
+        """The block given its modulations [P, L, 6D] of P prompts, x [B, L, D] being B / P images of each in turn; with those of
+        the null branch, [6D], x is [2B, L, D]: both branches."""
         return summed(self.deferred(Deferred(x), modulation, cos, sin, null))
 
     def deferred(
@@ -204,7 +210,7 @@ class Block(nn.Module):
     ) -> Deferred:
         """`modulated` with its last sum left to what comes next, which so reads what was summed from where it was made."""
         x = summed(before)
-        shift1, scale1, gate1, shift2, scale2, _ = of_both_branches(modulation, null).chunk(6, dim=-1)
+        shift1, scale1, gate1, shift2, scale2, _ = spread(modulation, null, len(x)).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin, attend)
         return Deferred(x, self.mlp(self.norm2(x) * (1 + scale2) + shift2), modulation, null)
 
@@ -220,8 +226,8 @@ class FinalLayer(nn.Module):
         return self.modulated(x, self.adaLN_modulation(condition))
 
     def modulated(self, x: Tensor, modulation: Tensor, null: Tensor | None = None) -> Tensor:
-        """The layer given its modulations [B, L, 2D]; `null` as in `Block.modulated`."""
-        shift, scale = of_both_branches(modulation, null).chunk(2, dim=-1)
+        """The layer given its modulations [P, L, 2D], as `Block.modulated`."""
+        shift, scale = spread(modulation, null, len(x)).chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
 

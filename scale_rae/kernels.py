@@ -98,6 +98,8 @@ def _norm_kernel(
     out,
     scale,
     first,
+    tokens,
+    each,
     gate_stride,
     modulation_stride,
     width,
@@ -106,8 +108,8 @@ def _norm_kernel(
     LARGEST: tl.constexpr,
     LEAST: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    row = place + first
+    row = tl.program_id(0).to(tl.int64) + first
+    place = row // tokens // each * tokens + row % tokens  # of a prompt that has `each` images
     i = tl.arange(0, BLOCK)
     inside = i < width
     h = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
@@ -219,26 +221,29 @@ def quantize_normed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(x', values, scale): x' = x + gate · update, and what is made of norm(x') · (1 + factor) + shift, float8 by rows.
 
-    x, update [..., L, D]; gate, shift, factor [B, L, D], the last axis of them dense. With the null branch's, each [D], x has
-    twice as many rows, of which the second half is the null branch's.
+    x, update [B, L, D]; gate, shift, factor [P, L, D] of prompts with as many images each, the last axis of them dense. With
+    the null branch's, each [D], the second half of x is the null branch's.
     """
     x, update = x.contiguous(), update.contiguous()
-    width = x.shape[-1]
-    rows = x.numel() // width
+    images, tokens, width = x.shape
+    conditional = images if null_gate is None else images // 2
+    each = conditional // len(gate)
     x_out = torch.empty_like(x)
     values, scale = _empty_rows(x, width)
     with torch.cuda.device(x.device):
-        conditional = rows if null_gate is None else rows // 2
         gates, shifts, factors = gate.flatten(0, -2), shift.flatten(0, -2), factor.flatten(0, -2)
         if shifts.stride(0) != factors.stride(0):
             raise ValueError("shift and factor must lie in one tensor of modulations")
         common = (weight, x_out, values, scale)
         sizes = _sizes(width)
         strides = (gates.stride(0), shifts.stride(0))
-        _norm_kernel[(conditional,)](x, update, gates, shifts, factors, *common, 0, *strides, width, eps, **sizes)
+        rows = conditional * tokens
+        _norm_kernel[(rows,)](
+            x, update, gates, shifts, factors, *common, 0, tokens, each, *strides, width, eps, **sizes
+        )
         if null_gate is not None:
-            _norm_kernel[(rows - conditional,)](
-                x, update, null_gate, null_shift, null_factor, *common, conditional, 0, 0, width, eps, **sizes
+            _norm_kernel[(rows,)](
+                x, update, null_gate, null_shift, null_factor, *common, rows, tokens, each, 0, 0, width, eps, **sizes
             )
     return x_out, values, scale
 

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import numpy as np
@@ -474,7 +475,8 @@ class ScaleRAE:
         self._expected = max(self._expected, len(seeds))
 
         def draw(start: int, stop: int) -> list[Tensor]:
-            batch = torch.stack(list(conditions[start:stop]))
+            some = conditions[start:stop]
+            batch = torch.stack(_one_for_each_prompt(some) if self.speed.shared else list(some))
             drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback).unbind())
             self._expected -= len(drawn)
             self._drawn[len(drawn)] += len(drawn)
@@ -486,12 +488,13 @@ class ScaleRAE:
         self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
     ) -> Tensor:
         config = self.config
+        """Latents [B, L, C] of conditions [P, L, Z], each of which B / P seeds in turn are for."""
         noise = _noises(seeds, config.channels, config.dit.side, self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
         times = flow.evaluation_times(options.solver, options.steps, shift)
         guided = options.guidance != 1.0
         conditional, null, both = self._fast_dit.velocities(
-            condition, times, guided, compile=self._compiles(len(seeds), len(times), guided)
+            condition, times, guided, compile=self._compiles(len(seeds), len(times), guided, len(condition))
         )
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
         latents = self._latents(flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback))
@@ -520,13 +523,13 @@ class ScaleRAE:
         """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
         self._expected = images
 
-    def _compiles(self, batch: int, evaluations: int, guided: bool) -> bool:
+    def _compiles(self, batch: int, evaluations: int, guided: bool, prompts: int) -> bool:
         """Whether to draw a batch of this size by compiled code."""
         if self.speed.compile != "auto":
             return self.speed.compile == "on"
         images = max(self._expected, self._drawn[batch])  # who has drawn many will go on
         pays = images * evaluations * flops(self.config.dit) >= COMPILE_PAYS
-        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch, guided))
+        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch, guided, prompts))
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
@@ -748,6 +751,12 @@ class MemoryErrors:
         listed = f"{', '.join(others)}, or {last}" if others else last
         memory = "memory" if self.device.type == "cpu" else "GPU memory"
         raise DeviceError(f"{self.device}: out of {memory}{free} while {self.what}; try {listed}") from error
+
+
+def _one_for_each_prompt(conditions: Sequence[Tensor]) -> list[Tensor]:
+    """Of conditions that follow each other and are the same tensor, one; all of them where they are not equally many."""
+    runs = [list(run) for _, run in groupby(conditions, id)]
+    return [run[0] for run in runs] if len({len(run) for run in runs}) == 1 else list(conditions)
 
 
 def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 - `before`: time embeddings are computed before the steps, all at once.
 - `null`: so are, under guidance, the modulations of the null branch, whose condition is the same for every token and image.
+- `shared`: images of one prompt have one condition, so their modulations are computed once.
 - `together`: both branches of guidance run as one batch, so weights are read once.
 - `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
 - `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
@@ -41,9 +42,7 @@ COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
 ATTENTION = ("flash", "cudnn", "own")
 PAD_TO = 64  # elements of SwiGLU's inner width
-GROUP_ROWS = (
-    2048  # tokens of a batch for that one block's adaLN product fills the GPU; fewer take several blocks at once
-)
+GROUP_ROWS = 2048  # tokens of a batch's prompts for that one block's adaLN product fills the GPU; fewer take several blocks at once
 MOST_GRAPHS = 12  # kept at once
 MOST_SHAPES = 4096  # that a function is compiled for
 
@@ -66,6 +65,7 @@ class Speed:
     before: bool = True
     null: bool = True
     together: bool = True
+    shared: bool = True
     defer: bool = True
     kernels: bool = True
     ahead: bool = True
@@ -258,7 +258,7 @@ class _Parts:
 
 
 def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
-    """What the adaLN linears read of time [1, Z] and condition [B, L, Z]: SiLU(c), for the final layer and for the blocks."""
+    """What the adaLN linears read of time [1, Z] and condition [P, L, Z]: SiLU(c), for the final layer and for the blocks."""
     read = F.silu(F.silu(time[:, None] + condition))
     return read, read
 
@@ -327,7 +327,7 @@ class FastDiT:
             _quantize_blocks(dit)
         self._eager, self._to_compile = (_parts(speed, dit, compile) for compile in (False, True))
         self._compiled: _Parts | None = None
-        self._compiled_sizes: set[tuple[int, bool]] = set()
+        self._compiled_sizes: set[tuple[int, int, bool]] = set()
         self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
 
     def velocities(
@@ -335,7 +335,7 @@ class FastDiT:
     ) -> tuple[Velocity, Velocity, Callable[[Tensor, float], tuple[Tensor, Tensor]]]:
         """(conditional, null, both) velocities of a batch, as `flow.guided` takes them, at any of `times`.
 
-        condition [B, L, Z]. The null branch is there when `guided`.
+        condition [P, L, Z], of P prompts with B / P images each, one after the other. The null branch is there when `guided`.
         """
         null = self.dit.null_condition
         condition = condition.to(self.device, self.dit.dtype)
@@ -372,11 +372,12 @@ class FastDiT:
 
         return conditional, unconditional, both
 
-    def is_compiled(self, batch: int, guided: bool) -> bool:
-        """Whether batches of this size, guided or not, have compiled code already."""
+    def is_compiled(self, batch: int, guided: bool, prompts: int) -> bool:
+        """Whether batches of so many images of so many prompts, guided or not, have compiled code already."""
         if guided and self.speed.together:
-            return ((batch, True) if self.speed.null else (2 * batch, False)) in self._compiled_sizes
-        return (batch, False) in self._compiled_sizes
+            size = (batch, prompts, True) if self.speed.null else (2 * batch, 2 * prompts, False)
+            return size in self._compiled_sizes
+        return (batch, prompts, False) in self._compiled_sizes
 
     def forget(self) -> None:
         """Lets go of captured graphs and the memory they hold."""
@@ -402,7 +403,11 @@ class FastDiT:
 
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
-        size = (len(inputs[0]), len(inputs) > 3)  # images, whether with the null branch's modulations
+        size = (
+            len(inputs[0]),
+            len(inputs[2]),
+            len(inputs) > 3,
+        )  # images, prompts, whether with the null branch's modulations
         if compile:
             self._compiled_sizes.add(size)
         with attention_kernels(self.device):
@@ -423,7 +428,7 @@ class FastDiT:
     def evaluate(
         self, parts: _Parts, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None
     ) -> Tensor:
-        """One evaluation: velocities [B, C, S, S] float32 of x [B, C, S, S], time [1, Z] embedded, condition [B, L, Z].
+        """One evaluation: velocities [B, C, S, S] float32 of x [B, C, S, S], time [1, Z] embedded, condition [P, L, Z].
 
         With the null branch's modulations [W] at this time: [2B, C, S, S], the conditional velocities and then the null.
         """
@@ -438,10 +443,10 @@ class FastDiT:
         h = dit.x_embedder(tokens) + dit.pos_embed  # [B, L, D]
         h = h.repeat(copies, 1, 1) if copies > 1 else h
         state: Deferred | None = None
-        for block, modulation, null_modulation in zip(self.shared, self._modulations(read, len(x)), null, strict=False):
-            if (
-                state is None
-            ):  # a sum like the others, so that all blocks are one piece of code; other tensors, for the same reason
+        for block, modulation, null_modulation in zip(
+            self.shared, self._modulations(read, len(condition)), null, strict=False
+        ):
+            if state is None:  # a sum, of tensors of its own, as all later ones are: so they are one piece of code
                 no_more = None if null_modulation is None else null_modulation[:]
                 state = Deferred(h, torch.zeros_like(h), modulation[:], no_more)
             state = parts.block(block, state, modulation, parts.cos, parts.sin, null_modulation)
@@ -458,14 +463,14 @@ class FastDiT:
             v = parts.plain_final(dit.final_layer, h, s)
         return v.transpose(1, 2).reshape(copies * x.shape[0], *x.shape[1:]).float()  # [B or 2B, C, S, S]
 
-    def _modulations(self, read: Any, batch: int) -> Iterator[Tensor]:
-        """The modulations [B, L, 6D] of each block in turn."""
+    def _modulations(self, read: Any, prompts: int) -> Iterator[Tensor]:
+        """The modulations [P, L, 6D] of each block in turn."""
         if self.stacked is None:
             for layer in self.layers:
                 yield layer(read)
             return
         depth = len(self.layers)
-        most = max(1, GROUP_ROWS // (batch * self.dit.config.tokens)) if self.speed.group else 1
+        most = max(1, GROUP_ROWS // (prompts * self.dit.config.tokens)) if self.speed.group else 1
         at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # of one size: other strides, other code
         for first in range(0, depth, at_once):
             yield from self.stacked(read, first, first + at_once).chunk(at_once, dim=-1)

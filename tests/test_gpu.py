@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_rae.dit import Deferred, attend, of_both_branches, rope_table, rotate, summed
+from scale_rae.dit import Deferred, attend, rope_table, rotate, spread, summed
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from scale_rae.quantize import FLOAT8, quantize
 from scale_rae.speed import Speed
@@ -145,14 +146,15 @@ def test_kernel_attends(batch: int, side: int, heads: int, head: int) -> None:
     assert off_by(own.float(), exact) <= 1.2 * off_by(flash.float(), exact)
 
 
+@pytest.mark.parametrize("each", [1, 3])
 @pytest.mark.parametrize("guided", [False, True])
-def test_kernel_of_sum_norm_and_modulation(guided: bool) -> None:
+def test_kernel_of_sum_norm_and_modulation(guided: bool, each: int) -> None:
     from scale_rae import kernels
 
-    width, weight = 176, random(176, dtype=torch.float32)
+    width, weight, images = 176, random(176, dtype=torch.float32), (4 if guided else 2) * each
     modulation, before = random(2, 5, 6 * width), random(2, 5, 12 * width)[..., 6 * width :]  # one of a group
     null, null_before = random(6 * width), random(6 * width).flip(0)
-    x, update = random(4 if guided else 2, 5, width), random(4 if guided else 2, 5, width).flip(0)
+    x, update = random(images, 5, width), random(images, 5, width).flip(0)
     of = modulation.chunk(6, dim=-1), null.chunk(6)
     got, values, scale = kernels.quantize_normed(
         x,
@@ -167,7 +169,7 @@ def test_kernel_of_sum_norm_and_modulation(guided: bool) -> None:
     state = Deferred(x, update, before, null_before if guided else None)
     summed_ = summed(Deferred(*(None if t is None else t.float() for t in state)))  # type: ignore[arg-type]
     torch.testing.assert_close(got.float(), summed_, rtol=1 / 128, atol=1e-6)
-    shift, factor, *_ = of_both_branches(modulation.float(), null.float() if guided else None).chunk(6, dim=-1)
+    shift, factor, *_ = spread(modulation.float(), null.float() if guided else None, images).chunk(6, dim=-1)
     normed = torch.nn.functional.rms_norm(got.float(), (width,), weight, 1e-6)
     assert_quantized(values, scale, normed * (1 + factor) + shift)
 
@@ -183,6 +185,25 @@ def test_batch_changes_rounding_only(checkpoints: dict[str, Path], compile: str)
         seeds = [image_seed(42, 0, i) for i in range(5)]
         apart = torch.stack(model.sample([condition] * 5, seeds, options, batch_size=size))
         assert off_by(apart, together) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("dtype", "speed", "tolerance"),
+    [("float32", Speed("off"), 1e-4), ("float32", Speed("on"), 1e-4), ("bfloat16", Speed("on", "fp8"), 1e-1)],
+    ids=["captured", "compiled", "compiled float8"],
+)
+@pytest.mark.parametrize("guidance", [1.0, 1.5])
+def test_images_of_one_prompt_share_its_modulations(
+    checkpoints: dict[str, Path], dtype: str, speed: Speed, tolerance: float, guidance: float
+) -> None:
+    model = ScaleRAE.from_pretrained(str(checkpoints["siglip"]), device="cuda", dtype=dtype)
+    condition = model.reply([DRAW])[0].condition
+    shared = latents(model, speed, count=4, condition=condition, steps=8, guidance=guidance)
+    model.speed = replace(speed, shared=False)
+    options = SamplingOptions(steps=8, guidance=guidance)
+    assert condition is not None
+    alone = torch.stack(model.sample([condition] * 4, [image_seed(42, 0, i) for i in range(4)], options))
+    assert off_by(shared, alone) <= tolerance
 
 
 @pytest.mark.parametrize("compile", ["off", "on"], ids=["captured", "compiled"])

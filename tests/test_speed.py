@@ -109,8 +109,30 @@ def test_switched_off(kind: str, off: str) -> None:
     fast._evaluate_compiled = fast._evaluate_eager  # type: ignore[method-assign]
     with torch.inference_mode():
         fast.velocities(y, TIMES, guided=True, compile=True)[2](x, TIMES[0])
-    assert fast.is_compiled(2, guided=True)
-    assert not fast.is_compiled(3, guided=True)
+    assert fast.is_compiled(2, guided=True, prompts=2)
+    assert not fast.is_compiled(3, guided=True, prompts=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("prompts", [1, 2, 3])
+@pytest.mark.parametrize("options", [{}, {"defer": False}, {"null": False}, {"together": False}], ids=str)
+def test_images_of_one_prompt_share_its_modulations(kind: str, prompts: int, options: dict[str, Any]) -> None:
+    fast = with_cuda_weights(made(kind), **options)
+    x, _ = inputs(6)
+    y = inputs(prompts)[1]
+    read: list[int] = []
+    for layer in fast.layers:
+        layer.register_forward_hook(lambda layer, args, out: read.append(len(args[0])))
+    fast.stacked = None  # so that the layers are called
+    with torch.inference_mode():
+        conditional, null, both = fast.velocities(y, TIMES, guided=True, compile=False)
+        expected = reference(made(kind), x, 0.9, y.repeat_interleave(6 // prompts, dim=0))
+        read.clear()
+        values = [conditional(x, 0.9)]
+        assert set(read) == {prompts}
+        values += [null(x, 0.9), *both(x, 0.9)]
+    for value, wanted in zip(values, (*expected, *expected), strict=True):
+        assert float((value - wanted).norm() / wanted.norm()) <= 1e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -152,8 +174,8 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
     assert (
         torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     )  # one reading; block and final layer, guided or not
-    assert fast.is_compiled(2, guided=True)
-    assert not fast.is_compiled(3, guided=True)
+    assert fast.is_compiled(2, guided=True, prompts=2)
+    assert not fast.is_compiled(3, guided=True, prompts=3)
 
 
 def test_a_solver_that_looks_elsewhere() -> None:
@@ -285,38 +307,39 @@ def published(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> S
     monkeypatch.setattr(model, "device", torch.device("cuda"))
     monkeypatch.setattr(model, "_expected", 1)
     monkeypatch.setattr(model, "_drawn", Counter[int]())
-    monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[tuple[int, bool]]())
+    monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[tuple[int, int, bool]]())
     return model
 
 
 def test_auto_compiles_when_it_pays(published: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
     model = published
-    assert not model._compiles(1, 49, False)
+    assert not model._compiles(1, 49, False, 1)
     model.expect(553 * 8)
-    assert model._compiles(8, 49, False)
-    assert not model._compiles(8, 1, False)  # too little work
+    assert model._compiles(8, 49, False, 8)
+    assert not model._compiles(8, 1, False, 8)  # too little work
     model.expect(20)  # the last ones of a run
-    assert not model._compiles(8, 49, False)
-    model._fast_dit._compiled_sizes.add((8, False))
-    assert model._compiles(8, 49, False)  # unless code for this size is there
-    assert not model._compiles(8, 49, True)
-    assert not model._compiles(5, 49, False)
+    assert not model._compiles(8, 49, False, 8)
+    model._fast_dit._compiled_sizes.add((8, 8, False))
+    assert model._compiles(8, 49, False, 8)  # unless code for this size is there
+    assert not model._compiles(8, 49, True, 8)
+    assert not model._compiles(8, 49, False, 1)  # and for as many prompts
+    assert not model._compiles(5, 49, False, 5)
     model._drawn[5] = 1000  # one by one, and nobody said how many
-    assert model._compiles(5, 49, False)
+    assert model._compiles(5, 49, False, 5)
     monkeypatch.setattr(model, "device", torch.device("cpu"))
-    assert not model._compiles(5, 49, False)
+    assert not model._compiles(5, 49, False, 5)
     for mode, expected in (("on", True), ("off", False)):
         monkeypatch.setattr(model, "speed", Speed(mode))
-        assert model._compiles(1, 49, False) is expected
+        assert model._compiles(1, 49, False, 1) is expected
 
 
 def test_small_models_are_not_compiled_for_little(models: dict[str, ScaleRAE], published: ScaleRAE) -> None:
     published.expect(1000)
-    assert published._compiles(8, 49, False)
+    assert published._compiles(8, 49, False, 8)
     bundled = ScaleRAE.from_pretrained("shapes", device="cpu")
     bundled.device = torch.device("cuda")
     bundled.expect(1000)
-    assert not bundled._compiles(8, 49, False)
+    assert not bundled._compiles(8, 49, False, 8)
 
 
 def test_what_is_drawn_is_counted(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,11 +266,11 @@ def test_the_model_does_not_halve_batches_by_itself(scale: Scale, monkeypatch: p
     sizes = list[int]()
     draw = ScaleRAE._sample_batch
 
-    def limited(self: ScaleRAE, condition: torch.Tensor, *args: Any) -> torch.Tensor:
-        sizes.append(len(condition))
-        if len(condition) > 2:
+    def limited(self: ScaleRAE, condition: torch.Tensor, seeds: list[int], *args: Any) -> torch.Tensor:
+        sizes.append(len(seeds))
+        if len(seeds) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return draw(self, condition, *args)
+        return draw(self, condition, seeds, *args)
 
     monkeypatch.setattr(ScaleRAE, "_sample_batch", limited)
     result = scale("--batch-size", 4, "--limit", 1)
