@@ -274,7 +274,7 @@ class Engine:
             latents: list[Tensor] = []
             for guidance in guidances:
                 options = SamplingOptions(2, "euler", guidance)
-                latents = self.model.sample([condition] * size, range(size), options, size)
+                latents = self.model.sample(_each_its_own([condition] * size), range(size), options, size)
             for _ in range(2):
                 self.model.decode(latents, batch_size=size)
             _log.info("warmed up for batches of %d in %.1f s", size, time.perf_counter() - start)
@@ -473,7 +473,8 @@ class Engine:
         if self.model.device.type != "cpu":
             size = next(s for s in self._sizes() if s >= count)
         padded = tiles + [tiles[-1]] * (size - count)
-        conditions = [tile.job.reply.condition for tile in padded if tile.job.reply is not None]
+        replies = [tile.job.reply for tile in padded if tile.job.reply is not None]
+        conditions = _each_its_own([reply.condition for reply in replies if reply.condition is not None])
         seeds = [tile.job.seed_of(tile.index) for tile in padded]
 
         def step(*evaluation: object) -> None:
@@ -482,9 +483,7 @@ class Engine:
 
         try:
             with self.metrics.stage("sample"):
-                latents = self.model.sample(
-                    [c for c in conditions if c is not None], seeds, tiles[0].job.options, size, step
-                )
+                latents = self.model.sample(conditions, seeds, tiles[0].job.options, size, step)
             with self.metrics.stage("decode"):
                 images = self.model.decode(latents, batch_size=1 if self.model.device.type == "cpu" else size)[:count]
         except _Deserted:
@@ -580,6 +579,15 @@ class Engine:
         elif not isinstance(error, Refused):
             self.report(error)
         self._finish(job, error)
+
+
+def _each_its_own(conditions: Sequence[Tensor]) -> list[Tensor]:
+    """Conditions of which `sample` takes no two for one prompt's.
+
+    Which of a batch's images are of one prompt is another matter each time: each way of it would be compiled while requests
+    wait, and on a CPU might change a picture's last digits.
+    """
+    return [condition[:] for condition in conditions]
 
 
 class _Deserted(Exception):
