@@ -763,10 +763,10 @@ def decode_stage(b: Bench, model: ScaleRAE, size: str) -> None:
 
 
 def evaluations(
-    b: Bench, fast: FastDiT, config: ScaleRAEConfig, batch: int, guided: bool = False
+    b: Bench, fast: FastDiT, config: ScaleRAEConfig, batch: int, guided: bool = False, prompts: int | None = None
 ) -> tuple[float, float]:
     """Seconds per image, from 6 of its evaluations, and of the first run of those 6."""
-    y = torch.randn(batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
+    y = torch.randn(prompts or batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
     x = torch.randn(batch, config.channels, config.dit.side, config.dit.side, device=b.device)
     times = flow.evaluation_times("euler", EVALUATIONS, 8.0)[:6]
     velocity, _, both = fast.velocities(y, times, guided, fast.speed.compile == "on")
@@ -789,7 +789,7 @@ def ladder(b: Bench, size: str) -> None:
     captured = padded | {"graph": True}
     grouped = captured | {"group": True}
     deferred = grouped | {"defer": True}
-    # Name, tricks, batches, whether guided.
+    # Name, tricks, batches (negative: of one prompt), whether guided.
     steps: tuple[tuple[str, Speed, tuple[int, ...], bool], ...] = (
         ("plain bf16, eager", Speed("off", **off), (1, 8, 32), False),
         ("eager in a CUDA graph", Speed("off", **off | {"graph": True}), (1, 8), False),
@@ -797,13 +797,13 @@ def ladder(b: Bench, size: str) -> None:
         ("and SwiGLU padded", Speed("on", **padded), (1, 8), False),
         ("and a CUDA graph", Speed("on", **captured), (1, 8), False),
         ("and grouped modulations", Speed("on", **grouped), (1, 2), False),
-        ("and sums deferred", Speed("on", **deferred), (1, 8), False),
-        ("and kernels of our own", Speed("on"), (1, 8, 32), False),
+        ("and sums deferred", Speed("on", **deferred), (1, 8, 32), False),
         ("with cuDNN's attention", Speed("on", attention="cudnn"), (1, 8, 32), False),
         ("with our attention", Speed("on", attention="own"), (1, 8, 32), False),
         ("kernels of our own, nothing compiled", Speed("off"), (1,), False),
         ("our attention too, nothing compiled", Speed("off", attention="own"), (1,), False),
         ("but time embeddings at each step", Speed("on", before=False), (1,), False),
+        ("images of one prompt", Speed("on"), (-8,), False),
         ("guided", Speed("on"), (8,), True),
         ("guided, but both branches modulated alike", Speed("on", null=False), (8,), True),
         ("guided, but one branch after the other", Speed("on", together=False), (8,), True),
@@ -821,11 +821,12 @@ def ladder(b: Bench, size: str) -> None:
                 dit = made_dit(size, b.device, b.dtype)
             fast = FastDiT(dit, speed)
             for batch in batches:
-                with b.reported(f"ladder: {name}, batch {batch}"):
-                    each, first = evaluations(b, fast, config, batch, guided)
-                    # A guided evaluation's operations depend on the tricks.
-                    share: dict[str, Any] = {} if guided else {"share": flops / each / b.ceiling}
-                    b.add("ladder", f"{DIT_NAME[size]}, batch {batch}: {name}", each, "s/image", first=first, **share)
+                with b.reported(f"ladder: {name}, batch {abs(batch)}"):
+                    each, first = evaluations(b, fast, config, abs(batch), guided, 1 if batch < 0 else None)
+                    # How many operations a guided evaluation, or one of one prompt, has depends on the tricks.
+                    share: dict[str, Any] = {} if guided or batch < 0 else {"share": flops / each / b.ceiling}
+                    title = f"{DIT_NAME[size]}, batch {abs(batch)}: {name}"
+                    b.add("ladder", title, each, "s/image", first=first, **share)
             fast.forget()
             b.release()
 

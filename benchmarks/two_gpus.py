@@ -186,8 +186,8 @@ def scale(out: Path, model: Path, devices: str, steps: int, compile: str, limit:
     command += ["--steps", str(steps), "--batch-size", "8", "--compile", compile]
     command += [] if limit is None else ["--limit", str(limit)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    if "cpu" in devices:
-        environment["OMP_NUM_THREADS"] = "1"  # else one worker alone would have the other's cores too
+    # As many for one worker as for each of several: on the CPU, else, it would have the other's cores too.
+    environment["OMP_NUM_THREADS"] = "1" if "cpu" in devices else "4"
     print(f"--devices {devices}", file=sys.stderr, flush=True)
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     (described,) = out.glob("model/*/experiment.json")

@@ -179,7 +179,9 @@ def summed(block: Deferred) -> Tensor:
     """The block's result [B, L, D]."""
     if block.update is None or block.modulation is None:
         return block.x
-    return block.x + spread(block.modulation, block.null, len(block.x)).chunk(6, dim=-1)[5] * block.update
+    gate, null = (None if m is None else m.chunk(6, dim=-1)[5] for m in (block.modulation, block.null))
+    assert gate is not None
+    return block.x + spread(gate, null, len(block.x)) * block.update
 
 
 class Block(nn.Module):

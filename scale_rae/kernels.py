@@ -10,6 +10,8 @@ They are torch operators, which compiled blocks call as they are, and need Trito
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 from collections.abc import Callable
 
@@ -21,6 +23,7 @@ from torch import Tensor
 from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, DiTConfig, RMSNorm, attend
 from scale_rae.quantize import FLOAT8, LARGEST, Float8Linear, Quantized
 
+_log = logging.getLogger("scale_rae")
 _LEAST = 1e-12  # of a row's largest value, as in `quantize`
 
 
@@ -28,9 +31,8 @@ _LEAST = 1e-12  # of a row's largest value, as in `quantize`
 def _store_quantized(values, out, scale, row, i, inside, width, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     largest = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
     tl.store(scale + row, largest / LARGEST)
-    scaled = values * (LARGEST / largest)
-    scaled = tl.minimum(tl.maximum(scaled, -LARGEST), LARGEST)
-    tl.store(out + row * width + i, scaled.to(out.dtype.element_ty), mask=inside)
+    # What rounding brings beyond the largest, the conversion brings back; NaN stays NaN, which tl.minimum would hide.
+    tl.store(out + row * width + i, (values * (LARGEST / largest)).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -65,11 +67,9 @@ def _swiglu_kernel(
     largest = tl.maximum(largest, LEAST)
     tl.store(scale + row, largest / LARGEST)
     factor = LARGEST / largest
-    values = tl.minimum(tl.maximum(values * factor, -LARGEST), LARGEST)
-    tl.store(out + row * width + i, values.to(out.dtype.element_ty), mask=i < width)
+    tl.store(out + row * width + i, (values * factor).to(out.dtype.element_ty), mask=i < width)
     if REST > 0:
-        others = tl.minimum(tl.maximum(others * factor, -LARGEST), LARGEST)
-        tl.store(out + row * width + j, others.to(out.dtype.element_ty), mask=j < width)
+        tl.store(out + row * width + j, (others * factor).to(out.dtype.element_ty), mask=j < width)
 
 
 @triton.jit
@@ -232,8 +232,8 @@ def quantize_normed(
     values, scale = _empty_rows(x, width)
     with torch.cuda.device(x.device):
         gates, shifts, factors = gate.flatten(0, -2), shift.flatten(0, -2), factor.flatten(0, -2)
-        if shifts.stride(0) != factors.stride(0):
-            raise ValueError("shift and factor must lie in one tensor of modulations")
+        if shifts.stride(0) != factors.stride(0) or each * len(gate) != conditional or len(gate) != len(shift):
+            raise ValueError("the modulations must be of one tensor, and their prompts have equally many images")
         common = (weight, x_out, values, scale)
         sizes = _sizes(width)
         strides = (gates.stride(0), shifts.stride(0))
@@ -289,14 +289,29 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
+@functools.cache
+def usable(device: torch.device) -> bool:
+    """Whether Triton works here: it needs a C compiler. Where not, says so, and what is slower without."""
+    try:
+        with torch.inference_mode():
+            rotate_pairs(torch.zeros(1, 1, 1, 2, device=device), *torch.zeros(2, 1, 1, device=device))
+    except Exception as e:
+        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
+        _log.warning(
+            "Triton does not work on %s (%s): what is not compiled is slower, compiling will fail", device, reason
+        )
+        return False
+    return True
+
+
 MOST_KEYS = 256  # that a block of queries sees at once; the published networks' number
 _FEW_ROWS = 1 << 14  # queries of all heads for which blocks of 128 do not fill a GPU
-_HEADS = (16, 32, 64, 128)  # channels of a head
+_HEADS = (16, 32, 64)  # channels of a head
 
 
 @torch.library.custom_op("scale_rae::attend_pairs", mutates_args=())
 def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` in one kernel, for 16-bit floats and sizes that `attends` takes, by `of_pairs` of the tables."""
+    """`dit.attend` in one kernel, for 16-bit floats and sizes for which `attention_fits`, by `of_pairs` of the tables."""
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     head = width // 3 // heads
@@ -306,7 +321,7 @@ def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     rows = 64 if batch * heads * tokens <= _FEW_ROWS else 128
     with torch.cuda.device(qkv.device):
         _attend_kernel[(triton.cdiv(tokens, rows), batch * heads)](
-            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=rows // 16
+            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=8
         )
     return out
 
@@ -332,12 +347,12 @@ def attend_cudnn(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     return attend(qkv, heads, cos, sin, rotate_pairs, _cudnn_attention)
 
 
-def attends(config: DiTConfig, dtype: torch.dtype) -> bool:
+def attention_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
     """Whether `attend_pairs` takes a network's sizes."""
     return dtype != torch.float32 and config.tokens <= MOST_KEYS and config.width // config.heads in _HEADS
 
 
-def bfloat16_block(attend: Attend) -> Callable[..., Deferred]:
+def plain_block(attend: Attend) -> Callable[..., Deferred]:
     """`Block.deferred` that attends so."""
 
     def run(

@@ -171,7 +171,7 @@ class ScaleRAE:
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
         self._expected = 0  # images still to be drawn
-        self._drawn = Counter[int]()  # so far, by size of batch
+        self._drawn = Counter[tuple[int, int]]()  # so far, by size of batch
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | VaeDecoder | None = None
@@ -462,7 +462,10 @@ class ScaleRAE:
         batch_size: int | None = None,
         callback: flow.StepCallback | None = None,
     ) -> list[Tensor]:
-        """Latents [L, C] of conditions [L, Z], one noise seed each (REFERENCE §6)."""
+        """Latents [L, C] of conditions [L, Z], one noise seed each (REFERENCE §6).
+
+        A tensor given several times in turn is computed with once, which is faster than equal tensors are.
+        """
         options = options or SamplingOptions()
         options.check()
         self._check_guidance(options.guidance)
@@ -473,13 +476,16 @@ class ScaleRAE:
         if size < 1:
             raise InputError(f"batch size {size}: must be at least 1")
         self._expected = max(self._expected, len(seeds))
+        each = _images_of_each(conditions) if self.speed.shared else 1
+        if 1 < each < size:
+            size -= size % each  # prompts stay whole, so that in every batch they have equally many images
 
         def draw(start: int, stop: int) -> list[Tensor]:
             some = conditions[start:stop]
-            batch = torch.stack(_one_for_each_prompt(some) if self.speed.shared else list(some))
+            batch = torch.stack(list(some[:: _images_of_each(some) if self.speed.shared else 1]))
             drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback).unbind())
             self._expected -= len(drawn)
-            self._drawn[len(drawn)] += len(drawn)
+            self._drawn[len(drawn), len(batch)] += len(drawn)
             return drawn
 
         return self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
@@ -487,8 +493,8 @@ class ScaleRAE:
     def _sample_batch(
         self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
     ) -> Tensor:
-        config = self.config
         """Latents [B, L, C] of conditions [P, L, Z], each of which B / P seeds in turn are for."""
+        config = self.config
         noise = _noises(seeds, config.channels, config.dit.side, self.device)  # [B, C, S, S]
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
         times = flow.evaluation_times(options.solver, options.steps, shift)
@@ -527,7 +533,7 @@ class ScaleRAE:
         """Whether to draw a batch of this size by compiled code."""
         if self.speed.compile != "auto":
             return self.speed.compile == "on"
-        images = max(self._expected, self._drawn[batch])  # who has drawn many will go on
+        images = max(self._expected, self._drawn[batch, prompts])  # who has drawn many will go on
         pays = images * evaluations * flops(self.config.dit) >= COMPILE_PAYS
         return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch, guided, prompts))
 
@@ -753,10 +759,10 @@ class MemoryErrors:
         raise DeviceError(f"{self.device}: out of {memory}{free} while {self.what}; try {listed}") from error
 
 
-def _one_for_each_prompt(conditions: Sequence[Tensor]) -> list[Tensor]:
-    """Of conditions that follow each other and are the same tensor, one; all of them where they are not equally many."""
-    runs = [list(run) for _, run in groupby(conditions, id)]
-    return [run[0] for run in runs] if len({len(run) for run in runs}) == 1 else list(conditions)
+def _images_of_each(conditions: Sequence[Tensor]) -> int:
+    """How often each tensor comes in turn; 1 where they differ in that."""
+    counts = {len(list(run)) for _, run in groupby(conditions, id)}
+    return counts.pop() if len(counts) == 1 else 1
 
 
 def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@
 - `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
 - `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
 - `defer`: a block's last sum is left to the next block's first norm.
-- `graph`: one evaluation is captured as a CUDA graph for each (batch, guided or not) and replayed.
+- `graph`: one evaluation is captured as a CUDA graph for each (images, prompts, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears in float8 (quantize.py).
 - `kernels`: float8 is made, and pairs of channels are rotated, by kernels of our own (kernels.py); needs `defer`.
@@ -50,8 +50,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 @dataclass(frozen=True)
 class Speed:
     """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
-    `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn") or ours ("own"); the last two need `kernels`, and are
-    not for float32.
+    `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn") or ours ("own"); the last two need `kernels`; networks
+    in float32, and heads that ours has no place for, go on with PyTorch's.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -77,6 +77,8 @@ class Speed:
             raise InputError(f"compile {self.compile!r}: use one of {', '.join(COMPILE)}")
         if self.attention not in ATTENTION:
             raise InputError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
+        if self.attention != "flash" and not (self.kernels and self.defer):
+            raise InputError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
 
@@ -282,17 +284,19 @@ def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:
     """The parts to be run as they are, or to be compiled."""
     block: Callable[..., Deferred] = Block.deferred if speed.defer else _whole_block
     cos, sin = dit.rope_cos, dit.rope_sin
-    # Triton is where code for CUDA can be compiled.
-    if speed.defer and speed.kernels and dit.pos_embed.device.type == "cuda" and find_spec("triton") is not None:
+    device = dit.pos_embed.device
+    if speed.defer and speed.kernels and device.type == "cuda" and find_spec("triton") is not None:
         from scale_rae import kernels
 
         attend = kernels.attend_flash
         if speed.attention == "cudnn" and compile and dit.dtype != torch.float32:
             attend = kernels.attend_cudnn
-        elif speed.attention == "own" and kernels.attends(dit.config, dit.dtype):
+        elif speed.attention == "own" and kernels.attention_fits(dit.config, dit.dtype):
             attend = kernels.attend_pairs
-        if not compile or speed.quantize is not None or attend is not kernels.attend_flash:
-            block = kernels.bfloat16_block(attend) if speed.quantize is None else kernels.float8_block(attend)
+        # What PyTorch compiles for a plain block is as fast.
+        needed = not compile or speed.quantize is not None or attend is not kernels.attend_flash
+        if needed and kernels.usable(device):
+            block = kernels.plain_block(attend) if speed.quantize is None else kernels.float8_block(attend)
             cos, sin = kernels.of_pairs(cos), kernels.of_pairs(sin)
     read = _read if speed.quantize is None else _read_float8
     return _Parts(read, block, Block.forward, _final, FinalLayer.forward, cos, sin)
@@ -448,7 +452,7 @@ class FastDiT:
         ):
             if state is None:  # a sum, of tensors of its own, as all later ones are: so they are one piece of code
                 no_more = None if null_modulation is None else null_modulation[:]
-                state = Deferred(h, torch.zeros_like(h), modulation[:], no_more)
+                state = Deferred(h, torch.zeros_like(h), modulation[:], no_more) if self.speed.defer else Deferred(h)
             state = parts.block(block, state, modulation, parts.cos, parts.sin, null_modulation)
         assert state is not None
         if self.final_shared:

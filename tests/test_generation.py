@@ -91,7 +91,15 @@ def test_many_prompts_at_once_are_each_alone(siglip: ScaleRAE) -> None:
 
 @pytest.mark.parametrize(
     ("counts", "batch_size", "prompts"),
-    [([4], 4, [1]), ([4], 3, [1, 1]), ([2, 2, 2], 6, [3]), ([2, 2, 2], 4, [2, 1]), ([1, 2], 3, [3]), ([1, 1], 2, [2])],
+    [
+        ([4], 4, [1]),
+        ([4], 3, [1, 1]),
+        ([2, 2, 2], 6, [3]),
+        ([2, 2, 2], 4, [2, 1]),
+        ([3, 3, 3], 8, [2, 1]),
+        ([1, 2], 3, [3]),
+        ([1, 1], 2, [2]),
+    ],
 )
 def test_images_of_one_prompt_are_drawn_from_one_condition(
     siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch, counts: list[int], batch_size: int, prompts: list[int]

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import scale_rae
 from scale_rae import flow, speed
-from scale_rae.dit import DiT, DiTConfig, SwiGLU, flops
+from scale_rae.dit import Block, DiT, DiTConfig, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantize import Float8Linear, check_device, quantize
@@ -178,6 +181,53 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
     assert not fast.is_compiled(3, guided=True, prompts=3)
 
 
+FLASH, CUDNN, OWN = (lambda: "flash"), (lambda: "cudnn"), (lambda: "own")
+CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
+    ({}, False, ("plain", FLASH)),
+    ({}, True, Block.deferred),  # PyTorch compiles it as well
+    ({"defer": False}, False, speed._whole_block),
+    ({"kernels": False}, False, Block.deferred),
+    ({"attention": "own"}, False, ("plain", OWN)),
+    ({"attention": "own"}, True, ("plain", OWN)),
+    ({"attention": "cudnn"}, False, ("plain", FLASH)),
+    ({"attention": "cudnn"}, True, ("plain", CUDNN)),
+    ({"quantize": "fp8"}, True, ("float8", FLASH)),
+    ({"quantize": "fp8", "attention": "own"}, False, ("float8", OWN)),
+    ({"quantize": "fp8", "kernels": False}, True, Block.deferred),
+]
+
+
+@pytest.mark.parametrize(("options", "compile", "expected"), CHOICES)
+@pytest.mark.parametrize("usable", [True, False], ids=["triton", "broken triton"])
+def test_which_block_runs_on_cuda(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], compile: bool, expected: Any, usable: bool
+) -> None:
+    kernels = SimpleNamespace(
+        attend_flash=FLASH,
+        attend_cudnn=CUDNN,
+        attend_pairs=OWN,
+        attention_fits=lambda config, dtype: dtype == torch.bfloat16,
+        plain_block=lambda attend: ("plain", attend),
+        float8_block=lambda attend: ("float8", attend),
+        of_pairs=lambda table: ("pairs", table),
+        usable=lambda device: usable,
+    )
+    monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
+    monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
+    monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    dit: Any = SimpleNamespace(pos_embed=on_cuda, dtype=torch.bfloat16, config=CONFIG, rope_cos="cos", rope_sin="sin")
+    parts = speed._parts(Speed(**options), dit, compile)
+    ours = isinstance(expected, tuple)
+    assert parts.block == (expected if usable or not ours else Block.deferred)
+    assert parts.cos == (("pairs", "cos") if ours and usable else "cos")
+    if options.get("attention") == "own":
+        dit.dtype = torch.float32
+        assert speed._parts(Speed(**options), dit, compile).block in (Block.deferred, (expected[0], FLASH))
+    dit.pos_embed = SimpleNamespace(device=torch.device("cpu"))
+    assert not isinstance(speed._parts(Speed(**options), dit, compile).block, tuple)
+
+
 def test_a_solver_that_looks_elsewhere() -> None:
     """Times that were not announced are embedded when they are met."""
     x, y = inputs()
@@ -248,6 +298,19 @@ def test_float8_needs_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
         check_device(torch.device("cuda"), torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"attention": "slow"}, "attention 'slow': use one of flash, cudnn, own"),
+        ({"attention": "own", "kernels": False}, "attention 'own': needs kernels and defer"),
+        ({"attention": "cudnn", "defer": False}, "attention 'cudnn': needs kernels and defer"),
+    ],
+)
+def test_bad_speed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        FastDiT(made(), Speed(**options))
+
+
 @pytest.mark.parametrize(("name", "value"), [("compile", "maybe"), ("compile", ""), ("quantize", "int3")])
 def test_bad_options(name: str, value: str) -> None:
     with pytest.raises(InputError, match=f"{name} '{value}': use "):
@@ -306,7 +369,7 @@ def published(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> S
     monkeypatch.setattr(model, "config", dataclasses.replace(model.config, dit=sizes))
     monkeypatch.setattr(model, "device", torch.device("cuda"))
     monkeypatch.setattr(model, "_expected", 1)
-    monkeypatch.setattr(model, "_drawn", Counter[int]())
+    monkeypatch.setattr(model, "_drawn", Counter[tuple[int, int]]())
     monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[tuple[int, int, bool]]())
     return model
 
@@ -324,7 +387,7 @@ def test_auto_compiles_when_it_pays(published: ScaleRAE, monkeypatch: pytest.Mon
     assert not model._compiles(8, 49, True, 8)
     assert not model._compiles(8, 49, False, 1)  # and for as many prompts
     assert not model._compiles(5, 49, False, 5)
-    model._drawn[5] = 1000  # one by one, and nobody said how many
+    model._drawn[5, 5] = 1000  # one by one, and nobody said how many
     assert model._compiles(5, 49, False, 5)
     monkeypatch.setattr(model, "device", torch.device("cpu"))
     assert not model._compiles(5, 49, False, 5)
@@ -344,11 +407,11 @@ def test_small_models_are_not_compiled_for_little(models: dict[str, ScaleRAE], p
 
 def test_what_is_drawn_is_counted(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> None:
     model = models["siglip"]
-    monkeypatch.setattr(model, "_drawn", Counter[int]())
+    monkeypatch.setattr(model, "_drawn", Counter[tuple[int, int]]())
     model.expect(10)
     model.generate(DRAW, num_images=5, steps=2, batch_size=3, decode=False)
     assert model._expected == 5
-    assert model._drawn == {3: 3, 2: 2}
+    assert model._drawn == {(3, 1): 3, (2, 1): 2}
 
 
 def test_operations_of_the_published_network() -> None:
