@@ -294,7 +294,7 @@ def usable(device: torch.device) -> bool:
     """Whether Triton works here: it needs a C compiler. Where not, says so, and what is slower without."""
     try:
         with torch.inference_mode():
-            rotate_pairs(torch.zeros(1, 1, 1, 2, device=device), *torch.zeros(2, 1, 1, device=device))
+            rotate_pairs(torch.zeros(1, 1, 1, 64, device=device), *torch.zeros(2, 1, 32, device=device))
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         _log.warning(
