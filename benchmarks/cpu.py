@@ -131,15 +131,26 @@ def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[st
 
 
 class NetworkClock:
-    """Seconds in which any thread was inside a torch module's forward, while entered."""
+    """Seconds in which any thread was inside a network, while entered: a torch module's forward, an evaluation of the velocity
+    network or a pass of the language model, whose layers are functions."""
 
     def __init__(self) -> None:
         self.seconds, self._inside, self._begun = 0.0, 0, 0.0
         self._lock, self._own = threading.Lock(), threading.local()
         self._hooks: list[Any] = []
+        self._methods: list[tuple[Any, str, Any]] = []
 
     def __enter__(self) -> None:
         from torch.nn.modules import module
+
+        from scale_rae.context import Context
+        from scale_rae.speed import FastDiT
+
+        self._methods = [
+            (owner, name, getattr(owner, name)) for owner, name in ((FastDiT, "evaluate"), (Context, "_forward"))
+        ]
+        for owner, name, method in self._methods:
+            setattr(owner, name, self._timed(method))
 
         self._hooks = [
             module.register_module_forward_pre_hook(self._enter),
@@ -149,6 +160,18 @@ class NetworkClock:
     def __exit__(self, *error: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        for owner, name, method in self._methods:
+            setattr(owner, name, method)
+
+    def _timed(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any, **options: Any) -> Any:
+            self._enter()
+            try:
+                return method(*args, **options)
+            finally:
+                self._leave()
+
+        return timed
 
     def _enter(self, *call: object) -> None:
         self._own.depth = getattr(self._own, "depth", 0) + 1

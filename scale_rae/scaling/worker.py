@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 Listener = Callable[[dict[str, Any]], None]
 
 SPARE = 0.1  # share of a GPU's memory that `--batch-size auto` leaves free: prompts differ in length
+MOST_AT_ONCE = 4  # images that a thread of a CPU draws together; more are hardly faster
 PATIENCE = 0.5  # seconds between looks at prompts that other workers are at
 
 
@@ -114,6 +115,8 @@ def loaded(
     worker.batch_size = worker.fits = _join_experiment(store, settings, order, session, reward, listen, worker.measure)
     # All of the experiment's, whoever draws them: so that what is compiled doesn't depend on that.
     session.model.expect(order.description["prompts"]["count"] * settings.total)
+    if session.model.device.type == "cpu":
+        worker.find_at_once()
     worker.seconds = {"loading": time.perf_counter() - start}
     log(f"loaded in {worker.seconds['loading']:.1f} s; batches of {worker.batch_size}")
     listen({"event": "loaded", "rank": order.rank, "device": str(session.model.device)})
@@ -268,6 +271,7 @@ class Worker:
         self.seconds: dict[str, float] = {}  # of work in each stage, summed over threads
         self.drawn = 0
         self.artists: ThreadPoolExecutor | None = None
+        self.at_once = 1  # images that one of them draws
         self.encoders: ThreadPoolExecutor
         self.stopped = threading.Event()  # ends what other threads draw
         self._clock = threading.Lock()
@@ -379,6 +383,23 @@ class Worker:
                 continue
             left = left[len(batch) :]
 
+    def find_at_once(self) -> None:
+        """Finds how many images each thread of a CPU draws at once, to the bit as if alone."""
+        import torch
+
+        from scale_rae.exact import exact_batch
+
+        threads = torch.get_num_threads()
+        most = min(MOST_AT_ONCE, -(-min(self.batch_size, self.settings.total) // threads))
+        options = [self.options]
+        if self.options.interval is not None:  # outside it, without guidance
+            options.append(dataclasses.replace(self.options, guidance=1.0, interval=None))
+        torch.set_num_threads(1)  # as in `_threads`
+        try:
+            self.at_once = exact_batch(self.model, most, options, one_prompt=True)
+        finally:
+            torch.set_num_threads(threads)
+
     def _step(self, *evaluation: object) -> None:
         if self.stopped.is_set():
             raise ScaleRAEError("stopped")
@@ -419,7 +440,7 @@ class Worker:
 
         settings = self.settings
         seeds = [image_seed(settings.seed, prompt.index, i) for i in samples]
-        parts: list[list[int]] = [[seed] for seed in seeds] if self.artists is not None else [seeds]
+        parts = [seeds[i : i + self.at_once] for i in range(0, len(seeds), self.at_once)] if self.artists else [seeds]
         latents: list[Tensor] = []
         pngs: list[Future[bytes]] = []
         judged: list[dict[str, Any]] = []
@@ -431,10 +452,13 @@ class Worker:
                 self.encoders.submit(png_bytes, image, png_text(settings, request, seed))
                 for image, seed in zip(images, part, strict=True)
             ]
-            part_judged, part_rewards = self._judge(prompt, request, reply, part_latents, images)
             latents += part_latents
-            judged += part_judged
-            rewards += part_rewards
+            each = 1 if self.artists else len(part)
+            for i in range(0, len(part), each):
+                few = slice(i, i + each)
+                few_judged, few_rewards = self._judge(prompt, request, reply, part_latents[few], images[few])
+                judged += few_judged
+                rewards += few_rewards
         check_finite(judged, rewards)
         with self.timed("writing"):
             files = {f"{i:05}.png": png.result() for i, png in zip(samples, pngs, strict=True)}
@@ -453,7 +477,7 @@ class Worker:
         with self.timed("drawing"):
             latents = self.model.sample([reply.condition] * len(seeds), seeds, options, len(seeds), self._step)
         with self.timed("decoding"):
-            return latents, self.model.decode(latents, batch_size=len(seeds))
+            return latents, self.model.decode(latents, batch_size=1 if self.artists else len(seeds))
 
     def _judge(
         self,
@@ -485,10 +509,11 @@ class Worker:
 
 @contextlib.contextmanager
 def _threads(model: ScaleRAE) -> Iterator[ThreadPoolExecutor | None]:
-    """On the CPU, threads that draw one image each; None where images are drawn in batches.
+    """On the CPU, threads that draw some images each; None where images are drawn in batches.
 
-    Sums come out in other last digits with another number of threads or images at once. So torch has one thread for
-    each image, which is as fast, and an image and its scores do not depend on workers, cores or the batch size.
+    Sums come out in other last digits with another number of threads or, on some CPUs, images at once. So torch has one
+    thread for what is drawn together, which is as fast, and of that no more than comes out as if alone (`find_at_once`): an
+    image and its scores do not depend on workers, cores or the batch size.
     """
     import torch
 

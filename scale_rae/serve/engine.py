@@ -30,6 +30,7 @@ from torch import Tensor
 
 from scale_rae import __version__
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
+from scale_rae.exact import exact_batch
 from scale_rae.language import Conversation, Reply
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
@@ -241,7 +242,9 @@ class Engine:
             if on_cpu:
                 self._workers = torch.get_num_threads()
                 torch.set_num_threads(1)
-                self.batch_size = _exact_batch(self.model, self._wanted_batch or BATCH_CPU)
+                guidances = (1.0, 3.0) if self.model.config.dit.null_condition else (1.0,)
+                options = [SamplingOptions(guidance=guidance) for guidance in guidances]
+                self.batch_size = exact_batch(self.model, self._wanted_batch or BATCH_CPU, options, one_prompt=False)
             else:
                 self.batch_size = self._wanted_batch or BATCH_GPU
                 if self._warm_up or (self._warm_up is None and self.model.device.type == "cuda"):
@@ -592,31 +595,6 @@ def _each_its_own(conditions: Sequence[Tensor]) -> list[Tensor]:
 
 class _Deserted(Exception):
     """Nobody waits for this batch any more."""
-
-
-def _exact_batch(model: ScaleRAE, most: int) -> int:
-    """The largest of `most` and smaller powers of two whose drawings are, to the bit, those made one by one on one thread."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (model.config.tokens, model.config.dit.condition_width)
-    conditions = [torch.randn(shape, generator=generator).to(model.dtype) for _ in range(most)]
-    guidances = (1.0, 3.0) if model.config.dit.null_condition else (1.0,)
-
-    def draw(guidance: float, size: int) -> list[Tensor]:
-        return model.sample(conditions, range(most), SamplingOptions(2, "euler", guidance), size)
-
-    alone = {guidance: draw(guidance, 1) for guidance in guidances} if most > 1 else {}
-    size = most
-    while size > 1:
-        # Every size up to this one is drawn in.
-        if all(
-            torch.equal(x, y)
-            for guidance, expected in alone.items()
-            for some in range(2, size + 1)
-            for x, y in zip(draw(guidance, some), expected, strict=True)
-        ):
-            return size
-        size //= 2
-    return 1
 
 
 def _png_text(job: Job, index: int) -> dict[str, str]:

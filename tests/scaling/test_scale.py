@@ -99,7 +99,7 @@ def test_a_worker_takes_over_what_others_leave(
     assert snapshot(scale.folder) == reference
 
 
-def test_batch_size_and_threads_do_not_decide_on_the_cpu(scale: Scale) -> None:
+def test_batch_size_and_threads_do_not_decide_on_the_cpu(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the reward, which sees every pixel, and enough steps for rounding to show."""
 
     def run(name: str, threads: int, batch_size: int) -> dict[str, bytes]:
@@ -115,10 +115,38 @@ def test_batch_size_and_threads_do_not_decide_on_the_cpu(scale: Scale) -> None:
             torch.set_num_threads(1)
         return {n: data for n, data in snapshot(scale.folder).items() if not n.startswith(".work")}
 
+    together: list[int] = []
+    draw = ScaleRAE._sample_batch
+
+    def watched(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
+        together.append(len(seeds))
+        return draw(self, condition, seeds, *rest)
+
+    monkeypatch.setattr(ScaleRAE, "_sample_batch", watched)
     reference = run("one", 1, 4)
     assert len(reference) == 3 * 5
+    assert max(together) == 4, "this CPU's sums depend on the batch"
     assert run("two", 2, 4) == reference
     assert run("three", 3, 3) == reference
+    monkeypatch.setattr("scale_rae.scaling.worker.MOST_AT_ONCE", 1)
+    together.clear()
+    assert run("one by one", 2, 4) == reference
+    assert set(together) == {1}
+
+
+def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves what it always left."""
+    together: list[int] = []
+    draw = ScaleRAE._sample_batch
+
+    def rounds(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
+        together.append(len(seeds))
+        return draw(self, condition, seeds, *rest) + 1e-6 * (len(seeds) > 1)
+
+    monkeypatch.setattr(ScaleRAE, "_sample_batch", rounds)
+    assert scale("--limit", 1).code == 0
+    tried = len(together) - together[::-1].index(2)
+    assert together[tried:] == [1, 1, 1, 1]
 
 
 @pytest.mark.usefixtures("in_batches")
