@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from scale_rae.errors import out_of_memory
+
 if TYPE_CHECKING:
     from scale_rae.pipeline import SamplingOptions, ScaleRAE
 
@@ -16,7 +18,8 @@ if TYPE_CHECKING:
 def exact_batch(model: ScaleRAE, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:
     """The largest of `most` and smaller powers of two whose drawings are, to the bit, those made one by one on one thread.
 
-    Tried in two steps of each of `options`, of `one_prompt` or of as many as drawings. Call it with one thread of arithmetic.
+    Tried in two steps of each of `options`, of `one_prompt` or of as many as drawings; what there is no memory for will not do.
+    Call it with one thread of arithmetic.
     """
     generator = torch.Generator().manual_seed(0)
     shape = (model.config.tokens, model.config.dit.condition_width)
@@ -26,16 +29,20 @@ def exact_batch(model: ScaleRAE, most: int, options: Sequence[SamplingOptions], 
     def draw(option: SamplingOptions, size: int) -> list[Tensor]:
         return model.sample(conditions, range(most), replace(option, steps=2), size)
 
-    alone = [draw(option, 1) for option in options] if most > 1 else []
+    def exact(option: SamplingOptions, size: int) -> bool:
+        """Whether in every size up to this one, since all are drawn in."""
+        alone = draw(option, 1)
+        return all(
+            torch.equal(x, y) for some in range(2, size + 1) for x, y in zip(draw(option, some), alone, strict=True)
+        )
+
     size = most
     while size > 1:
-        # Every size up to this one is drawn in.
-        if all(
-            torch.equal(x, y)
-            for option, expected in zip(options, alone, strict=True)
-            for some in range(2, size + 1)
-            for x, y in zip(draw(option, some), expected, strict=True)
-        ):
-            return size
+        try:
+            if all(exact(option, size) for option in options):
+                return size
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
         size //= 2
     return 1

@@ -80,6 +80,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the CPU draw a batch's images at once, as other devices do, and not apart."""
     monkeypatch.setattr("scale_rae.scaling.worker._threads", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr("scale_rae.scaling.worker.Worker.find_at_once", lambda worker: None)
 
 
 @pytest.fixture

@@ -149,6 +149,18 @@ def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(scale: Scale, mon
     assert together[tried:] == [1, 1, 1, 1]
 
 
+def test_a_cpu_without_memory_for_several_draws_one_by_one(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = ScaleRAE._sample_batch
+
+    def limited(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
+        if len(seeds) > 1:
+            raise torch.OutOfMemoryError("not enough memory")
+        return draw(self, condition, seeds, *rest)
+
+    monkeypatch.setattr(ScaleRAE, "_sample_batch", limited)
+    assert scale("--limit", 1).code == 0
+
+
 @pytest.mark.usefixtures("in_batches")
 def test_another_batch_size_differs_by_rounding(scale: Scale, tmp_path: Path) -> None:
     """As on a GPU; there in bfloat16 rounding is coarser."""
