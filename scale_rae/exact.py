@@ -29,17 +29,18 @@ def exact_batch(model: ScaleRAE, most: int, options: Sequence[SamplingOptions], 
     def draw(option: SamplingOptions, size: int) -> list[Tensor]:
         return model.sample(conditions, range(most), replace(option, steps=2), size)
 
-    def exact(option: SamplingOptions, size: int) -> bool:
-        """Whether in every size up to this one, since all are drawn in."""
-        alone = draw(option, 1)
-        return all(
-            torch.equal(x, y) for some in range(2, size + 1) for x, y in zip(draw(option, some), alone, strict=True)
-        )
-
+    alone: list[list[Tensor]] = []
     size = most
     while size > 1:
         try:
-            if all(exact(option, size) for option in options):
+            alone = alone or [draw(option, 1) for option in options]
+            # Every size up to this one is drawn in.
+            if all(
+                torch.equal(x, y)
+                for option, expected in zip(options, alone, strict=True)
+                for some in range(2, size + 1)
+                for x, y in zip(draw(option, some), expected, strict=True)
+            ):
                 return size
         except Exception as e:
             if not out_of_memory(e):

@@ -15,6 +15,7 @@ from scale_rae.errors import DeviceError, InputError
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn
+LEAST = 1e-12  # that a row's largest value is taken for, so that a row of zeros has a scale
 _MULTIPLE = 16  # of which the product takes rows and channels
 
 
@@ -41,7 +42,7 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
 
 def quantize(x: Tensor) -> Quantized:
     """Rows [..., K] scaled so that the largest value is float8's largest."""
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=LEAST) / LARGEST
     return Quantized((x.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale)
 
 

@@ -407,11 +407,8 @@ class FastDiT:
 
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
-        size = (
-            len(inputs[0]),
-            len(inputs[2]),
-            len(inputs) > 3,
-        )  # images, prompts, whether with the null branch's modulations
+        # Images, prompts, whether with the null branch's modulations.
+        size = (len(inputs[0]), len(inputs[2]), len(inputs) > 3)
         if compile:
             self._compiled_sizes.add(size)
         with attention_kernels(self.device):

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,6 +33,20 @@ def models(checkpoints: dict[str, Path]) -> dict[str, ScaleRAE]:
 @pytest.fixture(scope="session", params=GOLDEN_CASES)
 def golden_model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) -> Iterator[tuple[str, ScaleRAE]]:
     return request.param, models[request.param]
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """(conditions, images) of each batch that is drawn from now on."""
+    sizes: list[tuple[int, int]] = []
+    draw = ScaleRAE._sample_batch
+
+    def watched(self: ScaleRAE, condition: torch.Tensor, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+        sizes.append((len(condition), len(seeds)))
+        return draw(self, condition, seeds, *rest)
+
+    monkeypatch.setattr(ScaleRAE, "_sample_batch", watched)
+    return sizes
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -99,7 +99,9 @@ def test_a_worker_takes_over_what_others_leave(
     assert snapshot(scale.folder) == reference
 
 
-def test_batch_size_and_threads_do_not_decide_on_the_cpu(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_size_and_threads_do_not_decide_on_the_cpu(
+    scale: Scale, monkeypatch: pytest.MonkeyPatch, batches: list[tuple[int, int]]
+) -> None:
     """With the reward, which sees every pixel, and enough steps for rounding to show."""
 
     def run(name: str, threads: int, batch_size: int) -> dict[str, bytes]:
@@ -115,23 +117,15 @@ def test_batch_size_and_threads_do_not_decide_on_the_cpu(scale: Scale, monkeypat
             torch.set_num_threads(1)
         return {n: data for n, data in snapshot(scale.folder).items() if not n.startswith(".work")}
 
-    together: list[int] = []
-    draw = ScaleRAE._sample_batch
-
-    def watched(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
-        together.append(len(seeds))
-        return draw(self, condition, seeds, *rest)
-
-    monkeypatch.setattr(ScaleRAE, "_sample_batch", watched)
     reference = run("one", 1, 4)
     assert len(reference) == 3 * 5
-    assert max(together) == 4, "this CPU's sums depend on the batch"
+    assert max(images for _, images in batches) == 4, "this CPU's sums depend on the batch"
     assert run("two", 2, 4) == reference
     assert run("three", 3, 3) == reference
     monkeypatch.setattr("scale_rae.scaling.worker.MOST_AT_ONCE", 1)
-    together.clear()
+    batches.clear()
     assert run("one by one", 2, 4) == reference
-    assert set(together) == {1}
+    assert {images for _, images in batches} == {1}
 
 
 def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:

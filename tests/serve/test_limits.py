@@ -443,24 +443,14 @@ def test_one_that_fails_does_not_take_its_neighbours_along(
     assert engine.idle
 
 
-def test_pictures_of_one_request_are_drawn_as_those_of_several(
-    engine: Engine, shapes: ScaleRAE, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_of_one_request_are_drawn_as_those_of_several(engine: Engine, batches: list[tuple[int, int]]) -> None:
     """So that what was compiled in advance, and on a CPU tried for its last digits, serves every batch."""
-    sizes: list[tuple[int, int]] = []  # conditions, images
-    draw = ScaleRAE._sample_batch
-
-    def watched(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
-        sizes.append((len(condition), len(seeds)))
-        return draw(self, condition, seeds, *rest)
-
-    monkeypatch.setattr(ScaleRAE, "_sample_batch", watched)
     engine._warm()
-    assert {images for _, images in sizes} == set(engine._sizes())
+    assert {images for _, images in batches} == set(engine._sizes())
     inbox: list[Any] = []
     engine.submit(job(CIRCLE, 0, inbox, count=4, best_of=4))
     assert isinstance(outcomes(inbox, 1)[0], Result)
-    assert all(conditions == images for conditions, images in sizes)
+    assert all(conditions == images for conditions, images in batches)
 
 
 def test_pictures_too_many_to_encode_at_once_are_encoded_apart(
