@@ -11,6 +11,7 @@
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears in float8 (quantize.py).
 - `kernels`: float8 is made, and pairs of channels are rotated, by kernels of our own (kernels.py); needs `defer`.
+- `attention`: of few images by a kernel of our own, which rotates as it reads, of more by cuDNN's (kernels.py).
 - `ahead`: the language model's next token is asked for before the host has seen this one (language.py).
 
 docs/performance.md has what each gains.
@@ -33,14 +34,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_rae.dit import Block, Deferred, DiT, FinalLayer, SwiGLU, summed
+from scale_rae.dit import Attend, Block, Deferred, DiT, FinalLayer, SwiGLU, summed
 from scale_rae.errors import InputError
 from scale_rae.flow import Velocity
 from scale_rae.quantize import Float8Linear, check_device, quantize
 
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
-ATTENTION = ("flash", "cudnn", "own")
+ATTENTION = ("auto", "flash", "cudnn", "own")
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # tokens of a batch's prompts for that one block's adaLN product fills the GPU; fewer take several blocks at once
 MOST_GRAPHS = 12  # kept at once
@@ -50,8 +51,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 @dataclass(frozen=True)
 class Speed:
     """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
-    `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn") or ours ("own"); the last two need `kernels`; networks
-    in float32, and heads that ours has no place for, go on with PyTorch's.
+    `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn"), ours ("own"), or the fastest for the number of
+    images ("auto"), which is PyTorch's without `kernels` and `defer`. The others need both.
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -69,7 +70,7 @@ class Speed:
     defer: bool = True
     kernels: bool = True
     ahead: bool = True
-    attention: str = "flash"
+    attention: str = "auto"
 
     def check(self) -> None:
         """Raises InputError for values that there are not."""
@@ -77,7 +78,7 @@ class Speed:
             raise InputError(f"compile {self.compile!r}: use one of {', '.join(COMPILE)}")
         if self.attention not in ATTENTION:
             raise InputError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
-        if self.attention != "flash" and not (self.kernels and self.defer):
+        if self.attention in ("cudnn", "own") and not (self.kernels and self.defer):
             raise InputError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
@@ -280,6 +281,25 @@ def _final(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor
     return final.modulated(summed(before), modulation, null)
 
 
+def _attention(speed: Speed, dit: DiT, compile: bool) -> Attend:
+    """How the network attends on CUDA.
+
+    float32, and heads that our kernel has no place for, go on with PyTorch's; what is not compiled too rather than cuDNN's,
+    which makes a plan for every shape; and before Hopper everything does unless it is named, for it was not measured there.
+    """
+    from scale_rae import kernels
+
+    name, fits = speed.attention, kernels.attention_fits(dit.config, dit.dtype)
+    if name == "auto" and torch.cuda.get_device_capability(dit.pos_embed.device) < (9, 0):
+        name = "flash"
+    larger = kernels.attend_cudnn if compile and dit.dtype != torch.float32 else kernels.attend_flash
+    if name == "auto":
+        return kernels.attend_fewer(larger) if fits else larger
+    if name == "own" and fits:
+        return kernels.attend_pairs
+    return larger if name == "cudnn" else kernels.attend_flash
+
+
 def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:
     """The parts to be run as they are, or to be compiled."""
     block: Callable[..., Deferred] = Block.deferred if speed.defer else _whole_block
@@ -288,11 +308,7 @@ def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:
     if speed.defer and speed.kernels and device.type == "cuda" and find_spec("triton") is not None:
         from scale_rae import kernels
 
-        attend = kernels.attend_flash
-        if speed.attention == "cudnn" and compile and dit.dtype != torch.float32:
-            attend = kernels.attend_cudnn
-        elif speed.attention == "own" and kernels.attention_fits(dit.config, dit.dtype):
-            attend = kernels.attend_pairs
+        attend = _attention(speed, dit, compile)
         # What PyTorch compiles for a plain block is as fast.
         needed = not compile or speed.quantize is not None or attend is not kernels.attend_flash
         if needed and kernels.usable(device):

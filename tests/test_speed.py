@@ -183,15 +183,18 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
 
 FLASH, CUDNN, OWN = (lambda: "flash"), (lambda: "cudnn"), (lambda: "own")
 CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
-    ({}, False, ("plain", FLASH)),
-    ({}, True, Block.deferred),  # PyTorch compiles it as well
+    ({}, False, ("plain", ("own for a few", FLASH))),
+    ({}, True, ("plain", ("own for a few", CUDNN))),
     ({"defer": False}, False, speed._whole_block),
     ({"kernels": False}, False, Block.deferred),
+    ({"attention": "flash"}, False, ("plain", FLASH)),
+    ({"attention": "flash"}, True, Block.deferred),  # PyTorch compiles it as well
     ({"attention": "own"}, False, ("plain", OWN)),
     ({"attention": "own"}, True, ("plain", OWN)),
     ({"attention": "cudnn"}, False, ("plain", FLASH)),
     ({"attention": "cudnn"}, True, ("plain", CUDNN)),
-    ({"quantize": "fp8"}, True, ("float8", FLASH)),
+    ({"quantize": "fp8"}, True, ("float8", ("own for a few", CUDNN))),
+    ({"quantize": "fp8", "attention": "flash"}, True, ("float8", FLASH)),
     ({"quantize": "fp8", "attention": "own"}, False, ("float8", OWN)),
     ({"quantize": "fp8", "kernels": False}, True, Block.deferred),
 ]
@@ -206,6 +209,7 @@ def test_which_block_runs_on_cuda(
         attend_flash=FLASH,
         attend_cudnn=CUDNN,
         attend_pairs=OWN,
+        attend_fewer=lambda larger: ("own for a few", larger),
         attention_fits=lambda config, dtype: dtype == torch.bfloat16,
         plain_block=lambda attend: ("plain", attend),
         float8_block=lambda attend: ("float8", attend),
@@ -215,15 +219,23 @@ def test_which_block_runs_on_cuda(
     monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
     monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     dit: Any = SimpleNamespace(pos_embed=on_cuda, dtype=torch.bfloat16, config=CONFIG, rope_cos="cos", rope_sin="sin")
     parts = speed._parts(Speed(**options), dit, compile)
     ours = isinstance(expected, tuple)
     assert parts.block == (expected if usable or not ours else Block.deferred)
     assert parts.cos == (("pairs", "cos") if ours and usable else "cos")
-    if options.get("attention") == "own":
-        dit.dtype = torch.float32
+    # Not measured before Hopper, and in float32 there is PyTorch's only.
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    if ours and usable and "attention" not in options:
         assert speed._parts(Speed(**options), dit, compile).block in (Block.deferred, (expected[0], FLASH))
+    else:
+        assert speed._parts(Speed(**options), dit, compile).block == parts.block
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    dit.dtype = torch.float32
+    in_float32 = speed._parts(Speed(**options), dit, compile).block
+    assert in_float32 == parts.block if not ours else in_float32 in (Block.deferred, (expected[0], FLASH))
     dit.pos_embed = SimpleNamespace(device=torch.device("cpu"))
     assert not isinstance(speed._parts(Speed(**options), dit, compile).block, tuple)
 
@@ -301,7 +313,7 @@ def test_float8_needs_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "slow"}, "attention 'slow': use one of flash, cudnn, own"),
+        ({"attention": "slow"}, "attention 'slow': use one of auto, flash, cudnn, own"),
         ({"attention": "own", "kernels": False}, "attention 'own': needs kernels and defer"),
         ({"attention": "cudnn", "defer": False}, "attention 'cudnn': needs kernels and defer"),
     ],
