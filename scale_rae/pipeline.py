@@ -779,8 +779,11 @@ def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device
     def draw(place: int, seed: int) -> None:
         noise[place].normal_(generator=torch.Generator("cpu").manual_seed(seed))
 
-    with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
-        list(pool.map(draw, range(len(seeds)), seeds))
+    if len(seeds) == 1:  # a thread takes a while to start
+        draw(0, seeds[0])
+    else:
+        with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
+            list(pool.map(draw, range(len(seeds)), seeds))
     return noise.to(device, non_blocking=True)
 
 
