@@ -6,7 +6,7 @@
 
 The server runs in this process, the clients (OpenAI's interface, each asking again as soon as it has its picture) in another.
 They ask for pictures of a fixed set of prompts and seeds, each of which is also drawn alone beforehand: every picture that comes
-is compared with that. Offline is the same set through `ScaleRAE.generate` and into PNGs, measured before and after the load.
+is compared with that, on the CPU to the byte. Offline is the same set through `ScaleRAE.generate` and into PNGs, measured before and after the load.
 The made-up model answers every message by asking for an image at once, so a reply is one token there.
 """
 
@@ -283,7 +283,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     lone_after = offline.alone(cases, args.lone)
     engine.close()
 
-    wrong, farthest = compare(rows, references, 0 if on_cpu else 1)
+    wrong, farthest = compare(rows, references, exact=on_cpu)
     latencies = sorted(row[1] for row in rows)
     span = max(row[3] for row in rows) - min(row[2] for row in rows)
     batches, drawn = (now - then for now, then in zip(loaded, before, strict=True))
@@ -324,19 +324,27 @@ def counts(engine: Any) -> tuple[float, float]:
     return value("scale_rae_batch_size_count", {"stage": "draw"}) or 0, value("scale_rae_images_total") or 0
 
 
-def compare(rows: list[Any], references: list[Any], tolerance: int) -> tuple[int, int]:
-    """(pictures farther than `tolerance` in any pixel from those drawn alone, the farthest of all)."""
+def compare(rows: list[Any], references: list[Any], exact: bool) -> tuple[int, int]:
+    """(pictures that are not those drawn alone, the farthest pixel of all).
+
+    Not `exact`, rounding may differ, as it does on a GPU from batch to batch: the mean difference from the picture that was
+    asked for must be less than a tenth of that from every other.
+    """
     import numpy as np
     from PIL import Image
 
-    distances: dict[tuple[int, str], int] = {}
+    right: dict[tuple[int, str], bool] = {}
+    farthest = 0
+    drawn_alone = np.stack(references).astype(np.int16)
     for case, *_, digest, png in rows:
         if png is not None:
             with Image.open(io.BytesIO(base64.b64decode(png))) as image:
-                difference = np.abs(np.asarray(image).astype(int) - references[case].astype(int))
-            distances[case, digest] = int(difference.max())
-    of_rows = [distances[case, digest] for case, *_, digest, _ in rows if digest is not None]
-    return sum(distance > tolerance for distance in of_rows), max(of_rows, default=0)
+                differences = np.abs(drawn_alone - np.asarray(image))
+            farthest = max(farthest, int(differences[case].max()))
+            means = differences.reshape(len(references), -1).mean(axis=1)
+            others = np.delete(means, case).min(initial=np.inf)
+            right[case, digest] = bool(means[case] == 0 if exact else means[case] < others / 10)
+    return sum(not right[case, digest] for case, *_, digest, _ in rows if digest is not None), farthest
 
 
 def main() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
+import io
 import json
 import os
 import random
@@ -13,7 +15,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 
@@ -64,6 +68,25 @@ def test_two_devices(tmp_path: Path) -> None:
     assert figures["files"]["files"] == 3 * 9
     assert figures["throughput_ratio"] > 0
     assert "27 files of prompts: the same bytes" in shown
+
+
+def test_load_finds_pictures_of_another_seed() -> None:
+    compare = script("serve").compare
+    chance = np.random.default_rng(0)
+    references = list(chance.integers(50, 200, (3, 8, 8, 3), dtype=np.uint8))
+
+    def row(case: int, picture: Any, digest: str) -> tuple[Any, ...]:
+        file = io.BytesIO()
+        Image.fromarray(picture).save(file, "PNG")
+        return case, 0.1, 0.0, 0.1, 200, digest, base64.b64encode(file.getvalue()).decode()
+
+    rounded = references[1] + chance.integers(0, 4, references[1].shape, dtype=np.uint8)
+    rows = [row(0, references[0], "a"), row(1, rounded, "b"), (1, 0.1, 0.0, 0.1, 200, "b", None)]
+    rows.append((2, 0.1, 0.0, 0.1, 429, None, None))  # refused: counted elsewhere
+    assert compare(rows, references, exact=True) == (2, 3)
+    assert compare(rows, references, exact=False) == (0, 3)
+    another = [*rows, row(2, references[0], "c")]
+    assert compare(another, references, exact=False)[0] == 1
 
 
 def test_load_on_a_server(tmp_path: Path) -> None:
