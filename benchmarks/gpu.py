@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --tiny --device cpu                   # does it run at all
     python benchmarks/gpu.py --markdown gpu.json                   # tables from figures measured before (--into FILE: into a page)
 
-Every figure is the median of repeats after a first run, which is given apart (it compiles and captures). Clocks are read
-with the device synchronised. Weights and inputs are random, never zero. A stage that fails is reported and the others go on.
-"Share" is of the bf16 matrix product rate that the same run measured first.
+Every figure is the median of one to five repeats after a first run, which is given apart (it compiles and captures). Clocks are
+read with the device synchronised. Weights and inputs are random, never zero. A stage that fails is reported and the others go on.
+"Share" is of the bf16 matrix product rate that the same run measured first: in a burst and, apart, sustained for a second.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from scale_rae import flow
 from scale_rae.checkpoint import Source
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import DecoderConfig, PixelDecoder
-from scale_rae.dit import DiT
+from scale_rae.dit import Attend, DiT, rope_table
 from scale_rae.dit import flops as dit_flops
 from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.outputs import png_bytes
@@ -55,7 +55,7 @@ from scale_rae.quantize import Float8Linear, quantize
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Order, Worker, WorkerLog
-from scale_rae.speed import FastDiT, Speed, graph_memory
+from scale_rae.speed import Captured, FastDiT, Speed, attention_kernels, graph_memory
 from tests.made_checkpoints import write_tokenizer
 
 OFFICIAL_DIT = 2.13  # seconds per image in the official implementation's DiT on one H200, float32
@@ -210,7 +210,7 @@ class Bench:
     errors: dict[str, str] = field(default_factory=dict)
     skipped: list[str] = field(default_factory=list)
     ceiling: float = math.nan  # FLOP/s of a large bf16 product
-    held: float = math.nan  # of one after the other for as long as a batch of 8 takes
+    sustained: float = math.nan  # of one after the other for a second
     began: float = field(default_factory=time.perf_counter)
 
     def sync(self) -> None:
@@ -306,15 +306,23 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+COLUMNS = {  # what a figure may have besides its value, as it is printed
+    "share": ("share", "{:.1%}"),
+    "share_sustained": ("sustained", "{:.1%}"),
+    "times_official": ("x official", "{:.1f}"),
+    "first": ("first run", "{:.2g} s"),
+    "peak_gib": ("GiB", "{:.3g}"),
+}
+
+
 def _line(row: dict[str, Any]) -> str:
     value = row["value"]
     shown = "-" if value is None or (isinstance(value, float) and math.isnan(value)) else f"{value:.4g}"
     parts = [f"{row['stage']:9} {row['name']:52} {shown:>9} {row['unit']:9}"]
-    for key in ("share", "share_of_held", "times_official", "first", "peak_gib"):
+    for key, (label, form) in COLUMNS.items():
         number = row.get(key)
         if isinstance(number, float) and math.isfinite(number):
-            label = {"times_official": "x official", "first": "first s", "peak_gib": "GiB"}.get(key, key)
-            parts.append(f"{label.replace('_', ' ')} {number:.1%}" if "share" in key else f"{label} {number:.3g}")
+            parts.append(f"{label} {form.format(number)}")
     if row["target"]:
         parts.append(f"[target {row['target']}]")
     return "  ".join(parts)
@@ -342,10 +350,10 @@ def ceilings(b: Bench) -> None:
     _, seconds = b.seconds(lambda: products(times), 5)
     b.ceiling = 2.0 * side**3 * times / seconds
     b.add("ceilings", f"bf16 matrix product {side}³", b.ceiling / 1e12, "TFLOP/s")
-    many = 4 if b.tiny else 600  # a chip at its power limit does not keep up what it does in a burst
+    many = 4 if b.tiny else round(b.ceiling / (2.0 * side**3))  # a chip at its power limit slows down on the way
     _, seconds = b.seconds(lambda: products(many), 1)
-    b.held = 2.0 * side**3 * many / seconds
-    b.add("ceilings", f"bf16 matrix product {side}³, one after the other for 1 s", b.held / 1e12, "TFLOP/s")
+    b.sustained = 2.0 * side**3 * many / seconds
+    b.add("ceilings", f"bf16 matrix product {side}³, sustained for {seconds:.2f} s", b.sustained / 1e12, "TFLOP/s")
     count = 1 << (20 if b.tiny else 30)
     source = torch.randint(0, 100, (count,), dtype=torch.int32, device=b.device)
     copy = torch.empty_like(source)
@@ -398,7 +406,9 @@ def checks(b: Bench) -> None:
         "fast compiled bf16, nothing deferred": (torch.bfloat16, Speed("on", defer=False), 2e-2),
     }
     if b.device.type == "cuda":
+        ways["cuDNN's attention"] = (torch.bfloat16, Speed("on", attention="cudnn"), 2e-2)
         ways["float8"] = (torch.bfloat16, Speed("on", "fp8"), 1e-1)
+        ways["float8, cuDNN's attention"] = (torch.bfloat16, Speed("on", "fp8", attention="cudnn"), 1e-1)
         ways["float8 without our kernels"] = (torch.bfloat16, Speed("on", "fp8", kernels=False), 1e-1)
     with torch.inference_mode():
         for guidance in (1.0, 1.5):
@@ -442,7 +452,7 @@ def sampling(
     flops = dit_flops(model.config.dit) * evaluations
     more = {"first": first, "images_per_second": 1 / each, "batch": batch, "guidance": options.guidance}
     if options.guidance == 1.0 and not one_prompt:
-        more["share"], more["share_of_held"] = flops / each / b.ceiling, flops / each / b.held
+        more["share"], more["share_sustained"] = flops / each / b.ceiling, flops / each / b.sustained
     if options.guidance == 1.0 and DIT_NAME["1.5b"] in name:
         more["times_official"] = OFFICIAL_DIT / each
     b.add(stage, name, each, "s/image", target, **more)
@@ -805,10 +815,10 @@ def ladder(b: Bench, size: str) -> None:
         ("and sums deferred", Speed("on", **deferred), (1, 8, 32), False),
         ("with cuDNN's attention", Speed("on", attention="cudnn"), (1, 4, 8, 32), False),
         ("with our attention", Speed("on", attention="own"), (1, 4, 8, 32), False),
-        ("with ours or cuDNN's", Speed("on"), (1, 8, 32), False),
-        ("kernels of our own, nothing compiled", Speed("off", attention="flash"), (1,), False),
-        ("our attention too, nothing compiled", Speed("off"), (1,), False),
-        ("but time embeddings at each step", Speed("on", before=False), (1,), False),
+        ("default", Speed("on"), (1, 8, 32), False),
+        ("default but PyTorch's attention, nothing compiled", Speed("off", attention="flash"), (1,), False),
+        ("default, nothing compiled", Speed("off"), (1,), False),
+        ("default, but time embeddings at each step", Speed("on", before=False), (1,), False),
         ("images of one prompt", Speed("on"), (-8,), False),
         ("guided", Speed("on"), (8,), True),
         ("guided, but both branches modulated alike", Speed("on", null=False), (8,), True),
@@ -838,24 +848,37 @@ def ladder(b: Bench, size: str) -> None:
 
 
 def attention_stage(b: Bench, size: str) -> None:
-    """Which fused attention is fastest at the DiT's shape, per call."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
+    """The ways to attend at the DiT's shape, rotation included, µs a call: each of many on inputs that no cache holds."""
     if b.device.type != "cuda":
         return
+    from scale_rae import kernels
+
     config = parse_config(config_of(size), Path("config.json")).dit
-    for batch in (1, 8, 32):
-        shape = (batch, config.tokens, 3, config.heads, config.width // config.heads)
-        q, k, v = torch.randn(shape, device=b.device, dtype=b.dtype).permute(2, 0, 3, 1, 4)
-        for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-            with contextlib.suppress(Exception), sdpa_kernel(backend):
+    cos, sin = (kernels.of_pairs(table.to(b.device)) for table in rope_table(config.side, config.width // config.heads))
+    ways: dict[str, Attend] = {
+        "PyTorch's": kernels.attend_flash,
+        "cuDNN's": kernels.attend_cudnn,
+        "ours": kernels.attend_pairs,
+    }
+    for batch in (1, 2, 4, 8, 16, 32):
+        count = max(4, 320 // batch)
+        inputs = torch.randn(count, batch, config.tokens, 3 * config.width, device=b.device, dtype=b.dtype)
+        for name, way in ways.items():
+            if way is kernels.attend_pairs and not kernels.attention_fits(config, b.dtype):
+                continue
 
-                def run(q: Tensor = q, k: Tensor = k, v: Tensor = v) -> None:
-                    for _ in range(50):
-                        nn.functional.scaled_dot_product_attention(q, k, v)
+            def attend_all(x: Tensor, way: Attend = way) -> Tensor:
+                for qkv in x:
+                    seen = way(qkv, config.heads, cos, sin)
+                return seen
 
-                _, seconds = b.seconds(run)
-                b.add("attention", f"{DIT_NAME[size]}, batch {batch}: {backend.name}", seconds / 50 * 1e6, "µs")
+            with b.reported(f"attention: {name}, batch {batch}"), attention_kernels(b.device), torch.inference_mode():
+                captured = Captured(attend_all, [inputs])
+                _, seconds = b.seconds(captured.graph.replay)
+                b.add("attention", f"{DIT_NAME[size]}, batch {batch}: {name}", seconds / count * 1e6, "µs")
+                del captured
+        del inputs
+        b.release()
 
 
 def official(b: Bench, size: str) -> None:
@@ -1038,12 +1061,11 @@ def markdown(file: Path) -> str:
             stage = row["stage"]
             lines += [
                 "",
-                f"| {stage} | | share of the ceiling | of the one held | × official | first run | target |",
+                f"| {stage} | | share of the ceiling | of the sustained one | × official | first run | target |",
                 "|---|---|---|---|---|---|---|",
             ]
         cells = [row["name"], "–" if row["value"] is None else f"{_number(row['value'])} {row['unit']}"]
-        forms = {"share": "{:.1%}", "share_of_held": "{:.1%}", "times_official": "{:.1f}", "first": "{:.1f} s"}
-        for key, form in forms.items():
+        for key, form in {key: form for key, (_, form) in COLUMNS.items() if key != "peak_gib"}.items():
             cells.append(form.format(row[key]) if row.get(key) is not None else "")
         lines.append("| " + " | ".join([*cells, row["target"]]) + " |")
     for name, error in data["errors"].items():

@@ -293,8 +293,9 @@ def usable(device: torch.device) -> bool:
 
 
 MOST_KEYS = 256  # that a block of queries sees at once; the published networks' number
-_FEW_ROWS = 1 << 14  # queries of all heads (two images' of the 2.4B network) for which blocks of 128 do not fill a GPU
-_MOST_ROWS = 1 << 15  # for which rotating as it reads makes up for what cuDNN's kernel does better
+# Queries of all heads. One image of the 2.4B network has 8192, and guidance has two of each image. Measured with that network.
+_SMALL_BLOCK_ROWS = 1 << 14  # up to which blocks of 64 fill a GPU better than blocks of 128
+_OWN_ROWS = 1 << 15  # up to which rotating while reading makes up for what cuDNN's kernel does better
 _HEADS = (16, 32, 64)  # channels of a head
 
 
@@ -307,10 +308,10 @@ def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
     factor = math.log2(math.e) / math.sqrt(head)
     keys = max(16, triton.next_power_of_2(tokens))
-    rows = 64 if batch * heads * tokens <= _FEW_ROWS else 128  # of which as many warps as are fastest
+    rows = 64 if batch * heads * tokens <= _SMALL_BLOCK_ROWS else 128
     with torch.cuda.device(qkv.device):
         _attend_kernel[(triton.cdiv(tokens, rows), batch * heads)](
-            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=4 if rows == 64 else 8
+            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=rows // 16
         )
     return out
 
@@ -332,15 +333,15 @@ def attend_flash(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attend_cudnn(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """And with cuDNN's attention, for 16-bit floats."""
+    """And with cuDNN's attention, for sizes for which `cudnn_fits`."""
     return attend(qkv, heads, cos, sin, rotate_pairs, _cudnn_attention)
 
 
-def attend_fewer(larger: Attend) -> Attend:
+def attend_by_size(larger: Attend) -> Attend:
     """Our attention for a few images, `larger` for more."""
 
     def run(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-        few = qkv.shape[0] * qkv.shape[1] * heads <= _MOST_ROWS
+        few = qkv.shape[0] * qkv.shape[1] * heads <= _OWN_ROWS
         return (attend_pairs if few else larger)(qkv, heads, cos, sin)
 
     return run
@@ -349,6 +350,12 @@ def attend_fewer(larger: Attend) -> Attend:
 def attention_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
     """Whether `attend_pairs` takes a network's sizes."""
     return dtype != torch.float32 and config.tokens <= MOST_KEYS and config.width // config.heads in _HEADS
+
+
+def cudnn_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
+    """Whether `attend_cudnn` takes a network's sizes."""
+    head = config.width // config.heads
+    return torch.backends.cudnn.is_available() and dtype != torch.float32 and head % 8 == 0 and head <= 128
 
 
 def plain_block(attend: Attend) -> Callable[..., Deferred]:

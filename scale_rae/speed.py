@@ -52,7 +52,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 class Speed:
     """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
     `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn"), ours ("own"), or the fastest for the number of
-    images ("auto"), which is PyTorch's without `kernels` and `defer`. The others need both.
+    images ("auto"). "cudnn" and "own" need `kernels` and `defer`, without which "auto" is PyTorch's; so it is where the others
+    cannot be had (`_attention`).
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -100,7 +101,8 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, not cuDNN's attention: it makes a plan for every shape it meets, which takes longer than it saves here."""
+    """On CUDA, what PyTorch may choose from: not cuDNN's attention, which makes a plan for every shape it meets. (Compiled
+    blocks, whose shapes are few, name it: `kernels.attend_cudnn`.)"""
     if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -282,22 +284,28 @@ def _final(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor
 
 
 def _attention(speed: Speed, dit: DiT, compile: bool) -> Attend:
-    """How the network attends on CUDA.
+    """How the blocks that read the condition attend on CUDA. (DDT's others attend as PyTorch does.)
 
-    float32, and heads that our kernel has no place for, go on with PyTorch's; what is not compiled too rather than cuDNN's,
-    which makes a plan for every shape; and before Hopper everything does unless it is named, for it was not measured there.
+    What cannot be had goes on with PyTorch's attention: ours and cuDNN's in float32 or for heads that they have no place for,
+    cuDNN's where nothing is compiled, since it makes a plan for every shape. "auto" is PyTorch's too but on Hopper, where it
+    was measured.
     """
     from scale_rae import kernels
 
-    name, fits = speed.attention, kernels.attention_fits(dit.config, dit.dtype)
-    if name == "auto" and torch.cuda.get_device_capability(dit.pos_embed.device) < (9, 0):
-        name = "flash"
-    larger = kernels.attend_cudnn if compile and dit.dtype != torch.float32 else kernels.attend_flash
+    name, plain = speed.attention, kernels.attend_flash
+    fits = kernels.attention_fits(dit.config, dit.dtype)
+    larger = kernels.attend_cudnn if compile and kernels.cudnn_fits(dit.config, dit.dtype) else plain
     if name == "auto":
-        return kernels.attend_fewer(larger) if fits else larger
+        if not _is_hopper(dit.pos_embed.device):
+            return plain
+        return kernels.attend_by_size(larger) if fits else larger
     if name == "own" and fits:
         return kernels.attend_pairs
-    return larger if name == "cudnn" else kernels.attend_flash
+    return larger if name == "cudnn" else plain
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:

@@ -87,6 +87,8 @@ def test_load_finds_pictures_of_another_seed() -> None:
     assert compare(rows, references, exact=False) == (0, 3)
     another = [*rows, row(2, references[0], "c")]
     assert compare(another, references, exact=False)[0] == 1
+    fifth = references[1] + (references[0].astype(int) - references[1]) / 5  # of the way to another
+    assert compare([*rows, row(1, fifth.astype(np.uint8), "d")], references, exact=False)[0] == 1
 
 
 def test_load_on_a_server(tmp_path: Path) -> None:
@@ -269,10 +271,13 @@ def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
     stages = {row["stage"] for row in result["figures"]}
     assert stages >= {"ceilings", "checks", "dit", "t2i", "tokens", "scaling", "decode", "official", "ladder", "load"}
     assert all(row["value"] > 0 for row in result["figures"] if row["stage"] != "checks")
+    sampled = [row for row in result["figures"] if row["name"] == "tiny, batch 8"]
+    assert [row["share_sustained"] > 0 for row in sampled] == [True]
     assert "s in all" in shown
     command = [sys.executable, "benchmarks/gpu.py", "--markdown", str(file)]
     table = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
     assert all(row["name"] in table for row in result["figures"])
+    assert f"| {sampled[0]['share_sustained']:.1%} |" in table
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())
     for _ in range(2):

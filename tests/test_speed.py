@@ -181,6 +181,7 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
     assert not fast.is_compiled(3, guided=True, prompts=3)
 
 
+UNFIT = dataclasses.replace(CONFIG)  # to be told from CONFIG
 FLASH, CUDNN, OWN = (lambda: "flash"), (lambda: "cudnn"), (lambda: "own")
 CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
     ({}, False, ("plain", ("own for a few", FLASH))),
@@ -194,6 +195,7 @@ CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
     ({"attention": "cudnn"}, False, ("plain", FLASH)),
     ({"attention": "cudnn"}, True, ("plain", CUDNN)),
     ({"quantize": "fp8"}, True, ("float8", ("own for a few", CUDNN))),
+    ({"quantize": "fp8", "attention": "cudnn"}, True, ("float8", CUDNN)),
     ({"quantize": "fp8", "attention": "flash"}, True, ("float8", FLASH)),
     ({"quantize": "fp8", "attention": "own"}, False, ("float8", OWN)),
     ({"quantize": "fp8", "kernels": False}, True, Block.deferred),
@@ -209,8 +211,9 @@ def test_which_block_runs_on_cuda(
         attend_flash=FLASH,
         attend_cudnn=CUDNN,
         attend_pairs=OWN,
-        attend_fewer=lambda larger: ("own for a few", larger),
-        attention_fits=lambda config, dtype: dtype == torch.bfloat16,
+        attend_by_size=lambda larger: ("own for a few", larger),
+        attention_fits=lambda config, dtype: dtype == torch.bfloat16 and config is not UNFIT,
+        cudnn_fits=lambda config, dtype: dtype == torch.bfloat16 and config is not UNFIT,
         plain_block=lambda attend: ("plain", attend),
         float8_block=lambda attend: ("float8", attend),
         of_pairs=lambda table: ("pairs", table),
@@ -219,23 +222,29 @@ def test_which_block_runs_on_cuda(
     monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
     monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
     monkeypatch.setattr(speed, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    hopper, others = ("12.8", (9, 0)), (("12.8", (8, 0)), ("12.8", (10, 0)), (None, (9, 4)))  # the last of ROCm
+
+    def on(cuda: str | None, capability: tuple[int, int]) -> Any:
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        return speed._parts(Speed(**options), dit, compile).block
+
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     dit: Any = SimpleNamespace(pos_embed=on_cuda, dtype=torch.bfloat16, config=CONFIG, rope_cos="cos", rope_sin="sin")
-    parts = speed._parts(Speed(**options), dit, compile)
     ours = isinstance(expected, tuple)
-    assert parts.block == (expected if usable or not ours else Block.deferred)
-    assert parts.cos == (("pairs", "cos") if ours and usable else "cos")
-    # Not measured before Hopper, and in float32 there is PyTorch's only.
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    if ours and usable and "attention" not in options:
-        assert speed._parts(Speed(**options), dit, compile).block in (Block.deferred, (expected[0], FLASH))
-    else:
-        assert speed._parts(Speed(**options), dit, compile).block == parts.block
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    dit.dtype = torch.float32
-    in_float32 = speed._parts(Speed(**options), dit, compile).block
-    assert in_float32 == parts.block if not ours else in_float32 in (Block.deferred, (expected[0], FLASH))
+    expected = expected if usable or not ours else Block.deferred
+    assert on(*hopper) == expected
+    assert speed._parts(Speed(**options), dit, compile).cos == (("pairs", "cos") if ours and usable else "cos")
+    # PyTorch's attention: in a block of ours if float8 or the rotation is.
+    flash = expected
+    if ours and usable:
+        flash = Block.deferred if compile and "quantize" not in options else (expected[0], FLASH)
+    for elsewhere in others:
+        assert on(*elsewhere) == (expected if "attention" in options else flash)
+    dit.config = UNFIT
+    assert on(*hopper) == flash
+    dit.config, dit.dtype = CONFIG, torch.float32
+    assert on(*hopper) == flash
     dit.pos_embed = SimpleNamespace(device=torch.device("cpu"))
     assert not isinstance(speed._parts(Speed(**options), dit, compile).block, tuple)
 
