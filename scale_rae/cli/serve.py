@@ -108,7 +108,7 @@ def command(
 ) -> None:
     """Serve a model to OpenAI's clients: images/generations and chat/completions, with what waits drawn together.
 
-    SIGTERM or Ctrl-C finishes what runs and refuses the rest; a second one stops at once.
+    SIGTERM or Ctrl-C finishes what runs and refuses the rest; a second one refuses that too.
     """
     missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
     if missing:

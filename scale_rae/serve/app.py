@@ -33,6 +33,7 @@ from scale_rae.serve.pictures import read_data_url
 from scale_rae.serve.settings import LOOPBACK, OWN_JUDGEMENT, Limits, ServeSettings
 
 OPEN_PATHS = ("/health", "/ready")  # without a key
+_LEFT = "scale_rae.left"  # in a request's scope: whether its client left in the middle of a stream
 _PING = 15.0  # seconds of silence after which a stream says that it is alive
 _log = logging.getLogger("scale_rae.serve")
 
@@ -162,6 +163,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
             max_new_tokens=most,
             draws=body.modalities is None or "image" in body.modalities,
             asked_in="messages",
+            streams=bool(body.stream),
         )
         name = f"chatcmpl-{secrets.token_hex(12)}"
         if body.stream:
@@ -261,6 +263,7 @@ async def _stream(
         return chunk([{"index": i, "delta": values, "finish_reason": reason, "logprobs": None} for i in indices])
 
     gone = asyncio.create_task(_gone(request))
+    request.scope[_LEFT] = True  # unless it comes to its end
     try:
         yield delta({"role": "assistant", "content": ""})
         while True:
@@ -283,8 +286,10 @@ async def _stream(
         yield delta({}, reason="length" if event.cut_off else "stop")
         if usage:
             yield chunk([], usage=_usage(event).model_dump())
+        request.scope[_LEFT] = False
         yield "data: [DONE]\n\n"
     except Exception as e:
+        request.scope[_LEFT] = False
         _, body, _ = _error_of(e)
         yield f"data: {json.dumps(body)}\n\n"
     finally:
@@ -479,7 +484,12 @@ def _violation(errors: Sequence[Any]) -> tuple[str, str]:
             path.append(str(part)[:64])
     if error["type"] == "json_invalid":
         return "body", "not valid JSON"
-    said = {"extra_forbidden": "no such field", "missing": "is missing"}.get(error["type"], error["msg"])
+    said = {
+        "extra_forbidden": "no such field",
+        "missing": "is missing",
+        "model_attributes_type": "is not a JSON object"
+        + (" that comes with Content-Type: application/json" if len(where) == 1 else ""),
+    }.get(error["type"], error["msg"])
     return ".".join(path) or "body", said
 
 
@@ -537,10 +547,11 @@ class _Guard:
             self._held -= len(body)
             route = self._route(scope["path"])
             seconds = time.monotonic() - start
-            self._engine.metrics.requests.labels(route, str(status or 499)).inc()
+            status = 499 if not status or scope.get(_LEFT) else status
+            self._engine.metrics.requests.labels(route, str(status)).inc()
             self._engine.metrics.latency.labels(route).observe(seconds)
             if route not in ("/health", "/ready", "/metrics"):
-                _log.info("%s %s %s %d %.0f ms", name, scope["method"], route, status or 499, 1000 * seconds)
+                _log.info("%s %s %s %d %.0f ms", name, scope["method"], route, status, 1000 * seconds)
 
     def _route(self, path: str) -> str:
         """The path if it is one of ours: nobody else's words get into logs and metrics."""

@@ -55,6 +55,10 @@ class Refused(ScaleRAEError):
         self.status, self.code, self.field = status, code, field
 
 
+def _shutting_down() -> Refused:
+    return Refused(503, "shutting_down", "the server is shutting down")
+
+
 @dataclass
 class Drawing:
     """One drawn image, as PNG, and what it was scored if only the best were wanted."""
@@ -98,9 +102,10 @@ class Job:
     draws: bool = True  # whether a reply that asks for a drawing gets it
     must_draw: bool = False  # whether a reply that asks for none is an error
     asked_in: str = "prompt"  # the request's field, to be named when its text is too long
+    streams: bool = False  # whether the client has its text as it is written, which then cannot be refused any more
     # The engine's own:
     arrived: float = field(default_factory=time.monotonic)
-    begun: bool = False
+    begun: bool = False  # being answered or drawn, or a part of it is: what a server that shuts down finishes
     left: bool = False  # the client has gone
     over: bool = False
     reply: Reply | None = None
@@ -184,7 +189,7 @@ class Engine:
     def check_open(self) -> None:
         """Raises what `submit` would."""
         if self.draining or self._closed:
-            raise Refused(503, "shutting_down", "the server is shutting down")
+            raise _shutting_down()
         if not self.ready.is_set():
             raise Refused(503, "loading", "the model is still loading")
         if len(self._jobs) >= self.most_jobs:
@@ -200,24 +205,28 @@ class Engine:
         """Takes no more jobs, refuses those not begun, and lets the others end."""
         with self._wake:
             self.draining = True
-            waiting = [job for job in self._replies if not job.begun]
+            waiting = [job for job in self._jobs if not job.begun]
             self._wake.notify_all()
         for job in waiting:
-            self._finish(job, Refused(503, "shutting_down", "the server is shutting down"))
+            self._finish(job, _shutting_down())
 
     @property
     def idle(self) -> bool:
         """Whether no job is left."""
         return not self._jobs
 
-    def close(self) -> None:
-        """Ends the threads; jobs that are left fail."""
+    def abandon(self) -> None:
+        """Refuses the jobs that are left; the threads end at their next step."""
         with self._wake:
             self._closed = self.draining = True
             left = list(self._jobs)
             self._wake.notify_all()
         for job in left:
-            self._finish(job, Refused(503, "shutting_down", "the server is shutting down"))
+            self._finish(job, _shutting_down())
+
+    def close(self) -> None:
+        """Ends the threads; jobs that are left fail."""
+        self.abandon()
         for thread in self._threads:
             thread.join()
         self._encoders.shutdown()
@@ -323,8 +332,7 @@ class Engine:
                     self._replies.popleft() for _ in range(min(len(self._replies), 1 if on_cpu else self.batch_size))
                 ]
                 self._replies_first -= len(jobs)
-                for job in jobs:
-                    job.begun = True
+                self._begin(jobs)
                 return self._answer, jobs
             if not self._tiles:
                 return self._nothing, []
@@ -335,7 +343,13 @@ class Engine:
             taken = set(map(id, chosen))
             self._tiles = deque(tile for tile in self._tiles if id(tile) not in taken)
             self._replies_first = len(self._replies)
+            self._begin([tile.job for tile in chosen])
             return self._draw, chosen
+
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            job.begun = True
+        self._count()
 
     def _nothing(self, batch: Sequence[object]) -> None: ...
 
@@ -444,9 +458,13 @@ class Engine:
                     self._complete(job, [])
                 continue
             with self._wake:
-                if not job.over:
+                refused = self.draining and not job.streams and not job.over
+                if not job.over and not refused:
+                    job.begun = job.streams  # it waits again, for its drawings
                     self._tiles.extend(_Tile(job, i) for i in range(job.best_of))
                     self._wake.notify_all()
+            if refused:
+                self._finish(job, _shutting_down())
         self._count()
 
     def _encode(self, jobs: list[Job]) -> None:

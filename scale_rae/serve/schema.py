@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic_core import PydanticCustomError
 
 from scale_rae.flow import DEFAULT_STEPS
 from scale_rae.pipeline import SamplingOptions
@@ -18,6 +19,16 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
+def _no(value: bool) -> bool:
+    if value:
+        raise PydanticCustomError("only_false", "only false is possible here")
+    return value
+
+
+# Literal[False] would take 0 too.
+No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"type": "boolean", "const": False})]
+
+
 # An image of one pixel.
 PIXEL = (
     "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
@@ -25,7 +36,8 @@ PIXEL = (
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, hide_input_in_errors=True)
+    # Strict: a number in quotes, or true for 1, is not what the document says.
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
 
 
 class _Sampling(_Strict):
@@ -33,7 +45,7 @@ class _Sampling(_Strict):
 
     seed: Seed | None = Field(None, description="The same seed draws the same image; one is picked if none is given.")
     guidance: Annotated[float, Field(ge=0, le=100)] = Field(1.0, description="Classifier-free guidance; 1 is none.")
-    guidance_interval: tuple[Finite, Finite] | None = Field(
+    guidance_interval: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = Field(  # a list is meant
         None, description="[lo, hi]: guide only where t is in it; noise is t = 1."
     )
     steps: int | None = Field(
@@ -70,7 +82,7 @@ class ImageRequest(_Sampling):
     quality: Literal["auto", "standard"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto", "low"] | None = None
-    stream: Literal[False] | None = None
+    stream: No | None = None
     user: str | None = None
 
 
@@ -150,10 +162,10 @@ class ChatRequest(_Sampling):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Ignored.")
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Ignored.")
     response_format: TextFormat | None = None
-    logprobs: Literal[False] | None = None
+    logprobs: No | None = None
     stop: Annotated[list[str], Field(max_length=0)] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     user: str | None = None
 
 

@@ -61,8 +61,8 @@ def bind(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Uvicorn, with an engine behind it that begins to load when the server starts.
 
-    At the first SIGTERM or SIGINT it goes on to listen, so that it can refuse, until what runs is done; at the second it
-    stops at once.
+    At the first SIGTERM or SIGINT it goes on to listen, so that it can refuse, until what runs is done; at the second it refuses
+    that too and stops (`cut_short`).
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings, say: Callable[[str], None] = lambda text: None) -> None:
@@ -79,10 +79,12 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.engine, self._say = engine, say
         self._asked = threading.Event()
+        self.cut_short = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._asked.is_set():
+        if self.cut_short:
             self.should_exit = self.force_exit = True
+        self.cut_short = self._asked.is_set()
         self._asked.set()
 
     def stop(self) -> None:
@@ -93,6 +95,9 @@ class Server(uvicorn.Server):
         engine = self.engine
         if engine.error is not None:
             return True
+        if self.cut_short:
+            await asyncio.to_thread(engine.abandon)
+            return True
         if self._asked.is_set():
             if not engine.draining:
                 self._say("shutting down: finishing what runs")
@@ -100,6 +105,21 @@ class Server(uvicorn.Server):
             if engine.idle or not engine.ready.is_set():
                 return True
         return await super().on_tick(counter)
+
+
+def _brief(engine: Engine) -> Callable[[logging.LogRecord], bool]:
+    """A filter of uvicorn's log: errors without what they say, as the engine reports its own; none for requests that a signal
+    cuts off."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        if error is None:
+            return True
+        if not isinstance(error, asyncio.CancelledError):
+            engine.report(error)
+        return False
+
+    return keep
 
 
 def serve(
@@ -122,10 +142,15 @@ def serve(
             say(f"{settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({engine.describe()})")
 
     threading.Thread(target=announce, daemon=True).start()
-    with contextlib.closing(listener):
-        server.run(sockets=[listener])
+    log, brief = logging.getLogger("uvicorn.error"), _brief(engine)
+    log.addFilter(brief)
+    try:
+        with contextlib.closing(listener):
+            server.run(sockets=[listener])
+    finally:
+        log.removeFilter(brief)
     if engine.error is not None:
         raise engine.error
-    if server.force_exit:
+    engine.close()  # what is still computed ends at its next step; Python must not end under it
+    if server.cut_short:
         raise ScaleRAEError("stopped before everything was done")
-    engine.close()

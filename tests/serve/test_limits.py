@@ -107,6 +107,16 @@ VIOLATIONS: list[tuple[str, Any, str]] = [
     (IMAGES, {"prompt": "a", "best_of": 2, "reward": "pickscore"}, "reward"),
     (IMAGES, {"prompt": "a", "reward": "answer"}, "reward"),
     (IMAGES, {"prompt": "a", "style": "vivid"}, "style"),
+    (IMAGES, {"prompt": "a", "n": "2"}, "n"),
+    (IMAGES, {"prompt": "a", "seed": True}, "seed"),
+    (IMAGES, {"prompt": "a", "guidance": "3"}, "guidance"),
+    (IMAGES, {"prompt": "a", "guidance": True}, "guidance"),
+    (IMAGES, {"prompt": "a", "guidance_interval": ["0.1", 1]}, "guidance_interval.0"),
+    (IMAGES, {"prompt": "a", "stream": 0}, "stream"),
+    (CHAT, {"messages": [USER], "stream": "yes"}, "stream"),
+    (CHAT, {"messages": [USER], "max_tokens": "3"}, "max_tokens"),
+    (CHAT, {"messages": [USER], "temperature": "1"}, "temperature"),
+    (CHAT, {"messages": [USER], "stream_options": {"include_usage": "on"}}, "stream_options.include_usage"),
     (IMAGES, {"prompt": "a", "model": "gpt-image-1"}, "model"),
     (IMAGES, [1, 2], "body"),
     (IMAGES, b"{", "body"),
@@ -165,6 +175,15 @@ def test_a_violation_is_a_4xx_that_names_the_field(running: Running, path: str, 
         assert "data:image/png;base64" in error["message"]
     assert "/etc" not in json.dumps(answer)
     assert "word word" not in json.dumps(answer)
+
+
+def test_a_body_without_its_type(running: Running) -> None:
+    request = urllib.request.Request(running.url + IMAGES, b'{"prompt": "a"}', {"Content-Type": "text/plain"})
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        urllib.request.urlopen(request)
+    assert caught.value.code == 400
+    error = json.load(caught.value)["error"]
+    assert error["message"] == "body: is not a JSON object that comes with Content-Type: application/json"
 
 
 def test_an_unknown_route_and_method(running: Running) -> None:
@@ -277,6 +296,7 @@ def test_work_of_a_client_that_left_is_dropped(serve: Serve, stream: bool) -> No
         assert post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})[0] == 200
         assert time.monotonic() - start < 10  # of 30 that its images would have taken
         assert running.metric("scale_rae_images_total") == 1
+        running.wait_for(lambda: running.metric("scale_rae_requests_total", route=CHAT, status="499") == 1)
 
 
 def test_shutting_down(shapes: ScaleRAE) -> None:
@@ -296,6 +316,21 @@ def test_shutting_down(shapes: ScaleRAE) -> None:
         status, answer, _ = first.result()
         assert status == 200
         assert picture(answer["data"][0]["b64_json"]).shape == (128, 128, 3)
+        running.thread.join(60)
+        assert not running.thread.is_alive()
+
+
+def test_what_waits_to_be_drawn_is_refused_too(shapes: ScaleRAE) -> None:
+    """Its reply is there already, which nobody has seen."""
+    with serving(shapes) as running, ThreadPoolExecutor(16) as pool:
+        engine = running.engine
+        asked = [pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "n": 4, "steps": 30}) for _ in range(16)]
+        running.wait_for(lambda: len({tile.job for tile in engine._tiles if tile.job.reply and not tile.job.begun}) > 8)
+        assert running.metric("scale_rae_requests_waiting") > 4
+        running.server.stop()
+        statuses = [f.result()[0] for f in asked]
+        assert set(statuses) == {200, 503}
+        assert statuses.count(503) > 4
         running.thread.join(60)
         assert not running.thread.is_alive()
 

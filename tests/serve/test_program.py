@@ -45,7 +45,7 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
         assert get(url + "/v1/models")[0] == 401
         assert json.loads(get(url + "/v1/models", key)[1])["data"][0]["id"] == "shapes"
         running = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150, "seed": 3}, key)
-        while b'stage_seconds_count{stage="reply"} 1.0' not in get(url + "/metrics", key)[1]:
+        while b'batch_size_count{stage="draw"} 1.0' not in get(url + "/metrics", key)[1]:
             time.sleep(0.01)
         waiting = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150}, key)
         while b"requests_waiting 1.0" not in get(url + "/metrics", key)[1]:
@@ -61,6 +61,24 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
     assert "Traceback" not in log
     for secret in (SECRET, "red circle"):
         assert secret not in log
+
+
+def test_a_second_sigterm_ends_it_at_once() -> None:
+    key = {"Authorization": f"Bearer {SECRET}"}
+    with program() as (process, url), ThreadPoolExecutor(1) as pool:
+        running = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 250, "n": 8}, key)
+        while b'batch_size_count{stage="draw"} 1.0' not in get(url + "/metrics", key)[1]:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        while get(url + "/ready", key)[0] == 200:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 1
+        status, answer, _ = running.result()
+        assert (status, answer["error"]["code"]) == (503, "shutting_down")
+        log = process.stderr.read() if process.stderr else ""
+    assert "stopped before everything was done" in log
+    assert "Traceback" not in log
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
