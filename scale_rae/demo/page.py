@@ -41,8 +41,13 @@ TITLE = "Scale-RAE"
 REMEMBERED = 24  # drawings that a visitor can pick from
 QUEUE = 32  # visitors who may wait
 NO_REWARD = "none"
-SHAPES_PROMPTS = ["a red circle", "two green stars", "a blue square left of a yellow triangle"]
-QUESTIONS = ["Describe this image.", "Is there a red circle?", "How many shapes are there?"]
+# What the bundled model was trained to draw, and to be asked.
+SHAPES_PROMPTS = ["a red circle", "three stars", "a blue square and a pink star", "a star below a ring"]
+QUESTIONS = [
+    "Describe this image.",
+    "How many objects are there?",
+    "Does this image align with the prompt: a photo of a red circle?",
+]
 METRIC_NAMES = {
     "combined": "answer, then reward and confidence",
     "answer_conf": "answer and its confidence",
@@ -118,7 +123,9 @@ def launch(page: gr.Blocks, host: str, port: int | None, folders: Sequence[Path]
             css=CSS,
         )
     except OSError as e:
-        raise ScaleRAEError(f"{host}: {e}; choose another --port") from e
+        which = f"port {port}" if port is not None else "any port from 7860 on"
+        why = "" if "empty port" in str(e) else f" ({e})"  # gradio's words for a taken one, with advice for programs
+        raise ScaleRAEError(f"cannot listen on {host}, {which}{why}; choose another --port") from e
     return str(url)
 
 
@@ -190,7 +197,7 @@ def whole_number(text: str | int | float | None, name: str) -> int:
     """
     plain = str("" if text is None else text).strip()
     if not re.fullmatch(r"-?[0-9]{1,20}", plain):
-        raise InputError(f"{name} is {plain or 'empty'!r}: it must be a whole number.")
+        raise InputError(f"{name} is {repr(plain) if plain else 'empty'}: it must be a whole number.")
     return int(plain)
 
 
@@ -370,7 +377,7 @@ def _drawing_updates(steps: Generator[Progress, None, Any], drawn: list[Drawing]
 
 def _model_event(trigger: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], status: Any) -> Any:
     """A handler that uses the model: one at a time over all visitors and tabs, others queue."""
-    return trigger(
+    event = trigger(
         told(function),
         inputs,
         outputs,
@@ -380,6 +387,13 @@ def _model_event(trigger: Any, function: Callable[..., Any], inputs: list[Any], 
         show_progress_on=status,
         api_visibility="private",
     )
+    _after_error(event, lambda: "", [status])
+    return event
+
+
+def _after_error(event: Any, function: Callable[..., Any], outputs: list[Any]) -> None:
+    """Has outputs as they are to be after an event's error, which else would stay on them as a word."""
+    event.failure(function, outputs=outputs, queue=False, show_progress="hidden", api_visibility="private")
 
 
 def _stop(button: Any, events: list[Any], status: Any) -> None:
@@ -513,6 +527,8 @@ def _look_tab(studio: Studio, drawn: Any) -> None:
                 elem_id="look-picture",
                 alt_text="The picture that is asked about",
             )
+            # The file as it was dropped: gradio would read it before the handlers, whose errors are sentences.
+            picture.preprocess = lambda payload: payload.path if payload else None
             source = gr.HTML(note(_NO_PICTURE), elem_id="look-source")
             gallery = gr.Gallery(
                 label="Drawn on this page",
@@ -546,18 +562,16 @@ def _look_tab(studio: Studio, drawn: Any) -> None:
     )
 
     def own(file: str | None) -> list[Any]:
+        if file:
+            studio.picture(Path(file))
         words = "The picture is read through the encoder." if file else _NO_PICTURE
         return [None, note(words), []]
 
+    places = [chosen, source, talk.chat]
     for change in (picture.upload, picture.clear):
-        change(
-            told(own),
-            picture,
-            [chosen, source, talk.chat],
-            queue=False,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        # In the queue, for elsewhere an error has no words.
+        event = change(told(own), picture, places, show_progress="hidden", api_visibility="private")
+        _after_error(event, lambda: [None, *own(None)], [picture, *places])
 
     def ask(history: list[dict[str, Any]], text: str, file: str | None, latent: Tensor | None) -> Iterator[Any]:
         yield from conversation(studio, history, text, latent, Path(file) if file else None)
@@ -720,7 +734,8 @@ def _latent_tab(studio: Studio, drawn: Any) -> None:
         return [None, None, note(_NO_LATENT), []]
 
     places = [latent, picture, loaded, talk.chat]
-    _model_event(file.upload, load, [file], places, loaded)
+    event = _model_event(file.upload, load, [file], places, loaded)
+    _after_error(event, lambda: [None, *forget()], [file, *places])
     file.clear(forget, outputs=places, queue=False, show_progress="hidden", api_visibility="private")
 
     def ask(history: list[dict[str, Any]], text: str, tensor: Tensor | None) -> Iterator[Any]:

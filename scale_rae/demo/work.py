@@ -301,14 +301,21 @@ class Studio:
 
         return (yield from streamed(work))
 
+    def picture(self, file: Path) -> Image.Image:
+        """A picture that was dropped.
+
+        Raises:
+            InputError: naming the file, when it is no image that can be read.
+        """
+        try:
+            return load_image(file)
+        except InputError as e:
+            raise InputError(without_folder(str(e), file)) from e
+
     def _encoded(self, image: Path | None) -> Tensor:
         assert image is not None
         self.model.check_reads()
-        try:
-            picture = load_image(image)
-        except InputError as e:
-            raise InputError(without_folder(str(e), image)) from e
-        return self.model.encode([picture])[0]
+        return self.model.encode([self.picture(image)])[0]
 
     # --- latents -------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ import dataclasses
 import importlib.util
 import itertools
 import os
+import socket
 import time
 import uuid
 from collections import deque
@@ -28,6 +29,7 @@ from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import PATIENCE, Listener, Order, Worker, loaded
 
 LOOK = 1.0  # seconds between looks at the cluster
+REACH = 10.0  # seconds for a cluster to answer at its address
 PAUSE = 10.0  # seconds after a worker died while loading, before another is tried
 SILENT = 60.0  # seconds without any worker until that is said (again)
 TRIES = 3  # workers that may die of one prompt, or in a row while loading
@@ -73,6 +75,17 @@ class Cluster:
         return sum(int(node["Resources"].get(resource, 0) // each) for node in ray.nodes() if node["Alive"])
 
 
+def _check_address(address: str) -> None:
+    """Raises ScaleRAEError when nobody listens at [ray://]host:port, which Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return  # a name that Ray has for it
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
+    except (OSError, OverflowError) as e:
+        raise ScaleRAEError(f"no connection to the Ray cluster at {address} (RAY_ADDRESS): {e}") from e
+
+
 @contextlib.contextmanager
 def _connected(listen: Listener) -> Iterator[None]:
     """A connection to the cluster of RAY_ADDRESS, else that of `ray start` on this machine, else one started here."""
@@ -83,6 +96,7 @@ def _connected(listen: Listener) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    _check_address(os.environ.get("RAY_ADDRESS", ""))
     try:
         ray.init("auto", **quiet)
     except Exception as e:
@@ -118,8 +132,6 @@ class _Actor:
 
     def load(self, folder: str, settings: Settings, order: Order, holder: str) -> _Reply:
         """Loads the models. `holder` is what the results' folder says of who has it, if it is this folder."""
-        import socket
-
         # A name that no other writer has, be it on another machine or what is left of an earlier run.
         store = Store(results_folder(folder), settings, f"ray-{uuid.uuid4().hex}")
         if not store.remote and store.holder() != holder:

@@ -20,6 +20,7 @@ from PIL import Image
 from scale_rae.demo.work import Studio
 from scale_rae.session import ModelChoice, Session
 from tests.browser import DESKTOP, PHONE, chromium, needs_chromium
+from tests.png import png_of_size
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
@@ -175,7 +176,7 @@ def test_look(visit: Any, tmp_path: Path) -> None:
     visitor.pictures("look-gallery").first.click()
     sync_api.expect(visitor.get("look-source")).to_contain_text("read as it is (seed 42)")
     assert visitor.ask("look", "Describe this image.")
-    assert visitor.ask("look", "Is there a red circle?", 2)
+    assert visitor.ask("look", "How many objects are there?", 2)
     assert visitor.get("look-chat", "[data-testid=user]").count() == 2
     visitor.picture_of_page("look")
 
@@ -186,6 +187,25 @@ def test_look(visit: Any, tmp_path: Path) -> None:
     visitor.get("look-picture", "input[type=file]").set_input_files(own)
     sync_api.expect(visitor.get("look-source")).to_contain_text("through the encoder")
     assert visitor.ask("look", "Describe this image.")
+
+
+@pytest.mark.parametrize("kind", ["text", "damaged", "bomb"])
+def test_what_is_no_picture_is_told(visit: Any, tmp_path: Path, kind: str) -> None:
+    visitor = visit()
+    visitor.tab("Look")
+    file = tmp_path / "bad.png"
+    file.write_bytes({"text": b"no picture", "damaged": png_of_size(90, 60), "bomb": png_of_size(30_000, 30_000)}[kind])
+    visitor.get("look-picture", "input[type=file]").set_input_files(file)
+    said = visitor.toast()
+    assert "Bad.png" in said or "bad.png" in said
+    assert {"text": "not an image", "damaged": "damaged", "bomb": "pixels"}[kind] in said
+    assert str(tmp_path) not in said
+    # And the tab is as it was.
+    sync_api.expect(visitor.get("look-picture", "img")).to_have_count(0)
+    sync_api.expect(visitor.get("look-source")).to_contain_text("Drop a picture")
+    sync_api.expect(visitor.page.get_by_text("Error", exact=True).filter(visible=True)).to_have_count(
+        1
+    )  # the toast's title
 
 
 def test_best_of_n(visit: Any) -> None:
@@ -239,12 +259,16 @@ def test_latent(visit: Any, tmp_path: Path, studio: Studio) -> None:
     said = visitor.toast()
     assert "bad.pt: not a file that torch.save wrote." in said
     assert "Traceback" not in said
+    sync_api.expect(visitor.get("latent-loaded")).to_contain_text("Drop a latent")
+    sync_api.expect(visitor.get("latent-loaded")).not_to_contain_text("Error")
+    sync_api.expect(visitor.get("latent-file")).not_to_contain_text("bad.pt")
 
 
 def test_errors_are_sentences_and_nothing_is_lost(visit: Any) -> None:
     visitor = visit()
     visitor.draw("   ")
     assert "Write a prompt first" in visitor.toast()
+    sync_api.expect(visitor.get("draw-status")).to_have_text("")
     visitor.draw("<b>a red circle</b>")  # text is text
     visitor.drawn()
     assert "<b>" in visitor.get("draw-command").inner_text()

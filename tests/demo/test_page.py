@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ import torch
 from PIL import Image
 
 from scale_rae.demo.work import Drawing, Judged, Ranked, Studio
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.scaling.experiment import PROMPT_PREFIX, as_request
+from scale_rae.shapes.judge import find_objects
 
 gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 
@@ -104,7 +107,7 @@ def test_drawing_updates_end_with_the_drawings(studio: Studio) -> None:
 
 def test_a_conversation_grows(studio: Studio, drawing: Drawing) -> None:
     history: list[dict[str, Any]] = []
-    for question in ("Describe this image.", "Is there a red circle?"):
+    for question in page.QUESTIONS[:2]:
         updates = list(page.conversation(studio, history, question, drawing.latent, None))
         fields = [field for _, field in updates]
         assert fields[0] == ""
@@ -112,8 +115,31 @@ def test_a_conversation_grows(studio: Studio, drawing: Drawing) -> None:
         assert all(field == gr.skip() for field in fields[1:])  # what is typed meanwhile stays
         history = updates[-1][0]
     assert [message["role"] for message in history] == ["user", "assistant"] * 2
-    assert history[2]["content"] == "Is there a red circle?"
+    assert history[2]["content"] == page.QUESTIONS[1]
     assert all(message["content"] for message in history)
+
+
+def test_the_examples_are_of_the_bundled_models_world(studio: Studio) -> None:
+    """What is offered to be drawn and asked works."""
+    model = studio.model
+    wanted = {
+        "a red circle": [("red", "circle")],
+        "three stars": ["star"] * 3,
+        "a blue square and a pink star": [("blue", "square"), ("pink", "star")],
+        "a star below a ring": ["ring", "star"],
+    }
+    assert list(wanted) == page.SHAPES_PROMPTS
+    latents = []
+    for prompt, things in wanted.items():
+        (result,) = model.generate([as_request(prompt, PROMPT_PREFIX)], num_images=4, seed=2, guidance=3.0, steps=25)
+        seen = [find_objects(image.image) for image in result.images]
+        kinds = [[(f.color, f.shape) if isinstance(things[0], tuple) else f.shape for f in found] for found in seen]
+        assert sum(sorted(found) == sorted(things) for found in kinds) >= 3, (prompt, kinds)
+        latents.append(result.images[0].latent)
+    answers = [[a.text.strip() for a in model.answer(q, latents=latents, max_new_tokens=40)] for q in page.QUESTIONS]
+    assert answers[0][0] == "a photo of a red circle."
+    assert answers[1] == ["One.", "Three.", "Two.", "Two."]
+    assert answers[2] == ["Yes.", "No.", "No.", "No."]
 
 
 def judged(place: int, kept: bool, why: str | None = None) -> Judged:
@@ -130,6 +156,14 @@ def test_the_leaderboard_tells_all_and_escapes(drawing: Drawing) -> None:
     for part in ("model says yes", "model says neither", "<dd>−1.25</dd>", "<dd>–</dd>", str(2**62), "scale-rae t2i"):
         assert part in text
     assert page.leaderboard(Ranked([], 2, "", [])) == ""
+
+
+def test_a_taken_port(studio: Studio, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        built = page.build(studio, tmp_path)
+        with pytest.raises(ScaleRAEError, match=rf"^cannot listen on 127.0.0.1, port {port}; choose another --port$"):
+            page.launch(built, "127.0.0.1", port, [tmp_path])
 
 
 def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path) -> None:

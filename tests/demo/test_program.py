@@ -55,7 +55,4 @@ def test_a_taken_port_is_one_line(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "scale_rae", "demo", "--device", "cpu", "--port", port]
         run = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 1
-    assert run.stderr.startswith("error: 127.0.0.1: ")
-    assert run.stderr.count("\n") == 1
-    assert port in run.stderr
-    assert "--port" in run.stderr
+    assert run.stderr == f"error: cannot listen on 127.0.0.1, port {port}; choose another --port\n"

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -266,3 +267,16 @@ def test_importing_loads_neither_ray_nor_torch() -> None:
     code = "import scale_rae, sys, scale_rae.scaling.ray_launch; print({'ray', 'torch', 'upath'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ran.stdout == "set()\n"
+
+
+@needs_ray
+@pytest.mark.parametrize("form", ["127.0.0.1:{}", "ray://127.0.0.1:{}"])
+def test_an_address_where_nobody_listens(scale: Scale, monkeypatch: pytest.MonkeyPatch, form: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = form.format(server.getsockname()[1])
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    start = time.monotonic()
+    result = scale(*ON_RAY, device=False)
+    assert result.code == 1
+    assert f"no connection to the Ray cluster at {address} (RAY_ADDRESS)" in result.err
+    assert time.monotonic() - start < 30

@@ -6,12 +6,10 @@ import base64
 import json
 import logging
 import socket
-import struct
 import threading
 import time
 import urllib.error
 import urllib.request
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +24,7 @@ from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine, Job, Refused, Result
 from scale_rae.serve.settings import Limits
+from tests.png import png_of_size
 from tests.serve.conftest import CIRCLE, SLOW, Running, Serve, data_url, picture, serving
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
@@ -62,19 +61,7 @@ def held(running: Running) -> int:
 
 
 def bomb(width: int, height: int) -> str:
-    """A PNG of a few bytes that says it is as large as that."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    png = (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", header)
-        + chunk(b"IDAT", zlib.compress(b"\0" * 1000))
-        + chunk(b"IEND", b"")
-    )
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+    return "data:image/png;base64," + base64.b64encode(png_of_size(width, height)).decode()
 
 
 CUT_SHORT = data_url(Image.effect_noise((64, 64), 50))[:-400]
