@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import faulthandler
 import io
 import threading
 import time
@@ -89,6 +90,8 @@ def serving(
         engine.close()
         server.should_exit = True
         thread.join(30)
+        if thread.is_alive():
+            faulthandler.dump_traceback()
         assert not thread.is_alive()
 
 
