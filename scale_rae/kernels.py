@@ -311,7 +311,7 @@ def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     rows = 64 if batch * heads * tokens <= _SMALL_BLOCK_ROWS else 128
     with torch.cuda.device(qkv.device):
         _attend_kernel[(triton.cdiv(tokens, rows), batch * heads)](
-            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=rows // 16
+            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=4 if rows == 64 else 8
         )
     return out
 

@@ -375,8 +375,16 @@ def _drawing_updates(steps: Generator[Progress, None, Any], drawn: list[Drawing]
     ]
 
 
-def _model_event(trigger: Any, function: Callable[..., Any], inputs: list[Any], outputs: list[Any], status: Any) -> Any:
-    """A handler that uses the model: one at a time over all visitors and tabs, others queue."""
+def _model_event(
+    trigger: Any,
+    function: Callable[..., Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    status: Any,
+    after_error: tuple[Callable[..., Any], list[Any]] | None = None,
+) -> Any:
+    """A handler that uses the model: one at a time over all visitors and tabs, others queue. `after_error`: `_after_error`'s
+    function and outputs; by default the status is emptied."""
     event = trigger(
         told(function),
         inputs,
@@ -387,7 +395,7 @@ def _model_event(trigger: Any, function: Callable[..., Any], inputs: list[Any], 
         show_progress_on=status,
         api_visibility="private",
     )
-    _after_error(event, lambda: "", [status])
+    _after_error(event, *(after_error or (lambda: "", [status])))
     return event
 
 
@@ -734,8 +742,7 @@ def _latent_tab(studio: Studio, drawn: Any) -> None:
         return [None, None, note(_NO_LATENT), []]
 
     places = [latent, picture, loaded, talk.chat]
-    event = _model_event(file.upload, load, [file], places, loaded)
-    _after_error(event, lambda: [None, *forget()], [file, *places])
+    _model_event(file.upload, load, [file], places, loaded, (lambda: [None, *forget()], [file, *places]))
     file.clear(forget, outputs=places, queue=False, show_progress="hidden", api_visibility="private")
 
     def ask(history: list[dict[str, Any]], text: str, tensor: Tensor | None) -> Iterator[Any]:

@@ -75,15 +75,12 @@ class Cluster:
         return sum(int(node["Resources"].get(resource, 0) // each) for node in ray.nodes() if node["Alive"])
 
 
-def _check_address(address: str) -> None:
-    """Raises ScaleRAEError when nobody listens at [ray://]host:port, which Ray itself would try for minutes."""
+def _reach(address: str) -> None:
+    """Raises OSError when nobody listens at [ray://]host:port, which Ray itself would try for minutes."""
     host, colon, port = address.removeprefix("ray://").rpartition(":")
     if not colon or not port.isdigit():
         return  # a name that Ray has for it
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH).close()
-    except (OSError, OverflowError) as e:
-        raise ScaleRAEError(f"no connection to the Ray cluster at {address} (RAY_ADDRESS): {e}") from e
+    socket.create_connection((host.strip("[]"), int(port)), REACH).close()
 
 
 @contextlib.contextmanager
@@ -96,12 +93,13 @@ def _connected(listen: Listener) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    _check_address(os.environ.get("RAY_ADDRESS", ""))
+    address = os.environ.get("RAY_ADDRESS")
     try:
+        _reach(address or "")
         ray.init("auto", **quiet)
     except Exception as e:
-        if "RAY_ADDRESS" in os.environ or not isinstance(e, ConnectionError):
-            where = os.environ.get("RAY_ADDRESS", "auto")
+        if address is not None or not isinstance(e, ConnectionError):
+            where = "auto" if address is None else f"{address} (RAY_ADDRESS)"
             raise ScaleRAEError(f"no connection to the Ray cluster at {where}: {_first_line(e)}") from e
         listen({"event": "say", "text": "no Ray cluster here (RAY_ADDRESS, ray start): one is started on this machine"})
         # Results go to files: next to nothing passes through Ray's memory.

@@ -458,9 +458,11 @@ class Engine:
                     self._complete(job, [])
                 continue
             with self._wake:
-                refused = self.draining and not job.streams and not job.over
-                if not job.over and not refused:
-                    job.begun = job.streams  # it waits again, for its drawings
+                if job.over:
+                    continue
+                job.begun = job.streams  # it waits again, for its drawings
+                refused = self.draining and not job.begun
+                if not refused:
                     self._tiles.extend(_Tile(job, i) for i in range(job.best_of))
                     self._wake.notify_all()
             if refused:
