@@ -5,6 +5,9 @@
 - The rotary embedding, whose channel pairs are read as they lie, and once. (Compiled for bfloat16, PyTorch's is as fast.)
 - Attention over a picture's tokens, rotation included: they are few enough that a block of queries sees all keys at once.
 
+A rotary table is here the angles along one edge of the grid (`of_axis`), which fit in a multiprocessor's cache: a token's row turns
+the first half of a head by them, its column the second.
+
 They are torch operators, which compiled blocks call as they are, and need Triton, which comes with PyTorch's CUDA builds.
 """
 
@@ -72,17 +75,29 @@ def _swiglu_kernel(
 
 
 @triton.jit
-def _rotate_kernel(x, cos, sin, out, x_row, x_token, tokens, width, head, BLOCK: tl.constexpr):
-    """A token's channels [width], heads of `head` side by side; x may lie in larger rows, out does not."""
-    token = tl.program_id(0).to(tl.int64)
+def _angles(cos, sin, token, pair, side, HEAD: tl.constexpr):
+    """cos and sin for pairs of channels of a head; a table is [side, HEAD / 4]."""
+    at = tl.where(pair < HEAD // 4, token // side, token % side) * (HEAD // 4) + pair % (HEAD // 4)
+    return tl.load(cos + at), tl.load(sin + at)
+
+
+@triton.jit
+def _turned(x0, x1, c, s):
+    return x0 * c - x1 * s, x1 * c + x0 * s
+
+
+@triton.jit
+def _rotate_kernel(x, cos, sin, out, x_row, x_token, tokens, side, width, HEAD: tl.constexpr, BLOCK: tl.constexpr):
+    """A token's channels [width], heads of HEAD side by side; x may lie in larger rows, out does not."""
+    row = tl.program_id(0).to(tl.int64)
+    token = row % tokens
     i = tl.arange(0, BLOCK)
     inside = i < width
-    given = tl.load(x + token // tokens * x_row + token % tokens * x_token + i, mask=inside, other=0.0).to(tl.float32)
+    given = tl.load(x + row // tokens * x_row + token * x_token + i, mask=inside, other=0.0).to(tl.float32)
     x0, x1 = tl.split(given.reshape(BLOCK // 2, 2))
-    table = token % tokens * (head // 2) + tl.arange(0, BLOCK // 2) % (head // 2)
-    c, s = tl.load(cos + table), tl.load(sin + table)
-    rotated = tl.join(x0 * c - x1 * s, x1 * c + x0 * s).reshape(BLOCK)
-    tl.store(out + token * width + i, rotated.to(out.dtype.element_ty), mask=inside)
+    c, s = _angles(cos, sin, token, tl.arange(0, BLOCK // 2) % (HEAD // 2), side, HEAD)
+    x0, x1 = _turned(x0, x1, c, s)
+    tl.store(out + row * width + i, tl.join(x0, x1).reshape(BLOCK).to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -125,37 +140,87 @@ def _norm_kernel(
 
 
 @triton.jit
-def _rotated(x, cos, sin, token, ROWS: tl.constexpr, HEAD: tl.constexpr):
-    """Rows x [ROWS, HEAD] at places `token` of the tables."""
-    x0, x1 = tl.split(x.to(tl.float32).reshape(ROWS, HEAD // 2, 2))
-    at = token[:, None] * (HEAD // 2) + tl.arange(0, HEAD // 2)[None, :]
-    c, s = tl.load(cos + at), tl.load(sin + at)
-    return tl.join(x0 * c - x1 * s, x1 * c + x0 * s).reshape(ROWS, HEAD)
+def _words(at, HEAD: tl.constexpr, PAIRS: tl.constexpr):
+    """Pairs of 16-bit floats, each as one word [rows, PAIRS]. Pairs that a head does not have are zeros."""
+    if PAIRS == HEAD // 2:
+        words = tl.load(at)
+    else:
+        words = tl.load(at, mask=(tl.arange(0, PAIRS) < HEAD // 2)[None, :], other=0)
+    return words
+
+
+@triton.jit
+def _rotated_words(words, cos, sin, token, side, HEAD: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr):
+    """The rotated first ones and second ones of pairs, float32 [rows, PAIRS]."""
+    first = (words & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    second = (words >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
+    c, s = _angles(cos, sin, token[:, None], tl.arange(0, PAIRS)[None, :], side, HEAD)
+    return _turned(first, second, c, s)
 
 
 @triton.jit
 def _attend_kernel(
-    qkv, cos, sin, out, tokens, heads, factor, ROWS: tl.constexpr, KEYS: tl.constexpr, HEAD: tl.constexpr
+    qkv,
+    words,
+    cos,
+    sin,
+    out,
+    tokens,
+    side,
+    heads,
+    factor,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    HEAD: tl.constexpr,
+    STEPS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
-    image = tl.program_id(1) // heads
+    """STEPS blocks of ROWS queries of a head. `words` is qkv by pairs of channels; WHOLE: all keys and queries are there."""
+    TYPE: tl.constexpr = out.dtype.element_ty
+    image = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     width = heads * HEAD
     channel = head * HEAD + tl.arange(0, HEAD)[None, :]
-    start = qkv + image.to(tl.int64) * tokens * 3 * width
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    PAIRS: tl.constexpr = max(16, HEAD // 2)  # the least that a product takes
+    pair = head * (HEAD // 2) + tl.arange(0, PAIRS)[None, :]
+    start, start_word = qkv + image * tokens * 3 * width, words + image * tokens * 3 * (width // 2)
+    word_row = 3 * (width // 2)
+    # What there is not, is read elsewhere and left out.
     key = tl.arange(0, KEYS)
-    is_row, is_key = row < tokens, key < tokens
-    row, key = tl.where(is_row, row, 0), tl.where(is_key, key, 0)  # what there is not, is read elsewhere and left out
-    k = _rotated(tl.load(start + width + key[:, None] * 3 * width + channel), cos, sin, key, KEYS, HEAD)
-    q = _rotated(tl.load(start + row[:, None] * 3 * width + channel), cos, sin, row, ROWS, HEAD) * factor
-    scores = tl.dot(q.to(out.dtype.element_ty), tl.trans(k.to(out.dtype.element_ty)))
-    scores = tl.where(is_key[None, :], scores, -float("inf"))
-    weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
-    total = tl.sum(weights, axis=1)
-    v = tl.load(start + 2 * width + key[:, None] * 3 * width + channel)
-    seen = tl.dot(weights.to(out.dtype.element_ty), v) / total[:, None]
-    place = out + (image.to(tl.int64) * tokens + row[:, None]) * width + channel
-    tl.store(place, seen.to(out.dtype.element_ty), mask=is_row[:, None])
+    is_key = key < tokens
+    if not WHOLE:
+        key = tl.where(is_key, key, 0)
+    k = _words(start_word + width // 2 + key[:, None] * word_row + pair, HEAD, PAIRS)
+    k0, k1 = _rotated_words(k, cos, sin, key, side, HEAD, PAIRS, TYPE)
+    k0, k1 = tl.trans(k0.to(TYPE)), tl.trans(k1.to(TYPE))
+    if STEPS > 1:
+        v = tl.load(start + 2 * width + key[:, None] * 3 * width + channel)
+    row = tl.program_id(0) * (STEPS * ROWS) + tl.arange(0, ROWS)
+    is_row = row < tokens
+    here = row if WHOLE else tl.where(is_row, row, 0)
+    q = _words(start_word + here[:, None] * word_row + pair, HEAD, PAIRS)
+    for step in tl.static_range(STEPS):
+        q0, q1 = _rotated_words(q, cos, sin, here, side, HEAD, PAIRS, TYPE)
+        place, is_there = here, is_row
+        if step + 1 < STEPS:  # the next ones, on their way while these are seen to
+            row += ROWS
+            is_row = row < tokens
+            here = row if WHOLE else tl.where(is_row, row, 0)
+            q = _words(start_word + here[:, None] * word_row + pair, HEAD, PAIRS)
+        scores = tl.dot((q0 * factor).to(TYPE), k0)
+        scores = tl.dot((q1 * factor).to(TYPE), k1, scores)
+        if not WHOLE:
+            scores = tl.where(is_key[None, :], scores, -float("inf"))
+        weights = tl.exp2(scores - tl.max(scores, axis=1)[:, None])
+        total = tl.sum(weights, axis=1)
+        if STEPS == 1:
+            v = tl.load(start + 2 * width + key[:, None] * 3 * width + channel)
+        seen = tl.dot(weights.to(TYPE), v) / total[:, None]
+        at = out + (image * tokens + place[:, None]) * width + channel
+        if WHOLE:
+            tl.store(at, seen.to(TYPE))
+        else:
+            tl.store(at, seen.to(TYPE), mask=is_there[:, None])
 
 
 def _sizes(width: int) -> dict[str, int | float]:
@@ -252,22 +317,24 @@ def _(x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x.contiguous()), *_empty_rows(x, x.shape[-1])
 
 
-def of_pairs(table: Tensor) -> Tensor:
-    """A rotary table [L, head_dim] with each pair's angle once: [L, head_dim / 2]."""
-    return table[:, ::2].contiguous()
+def of_axis(table: Tensor) -> Tensor:
+    """The angles of a rotary table [S · S, head_dim] along one edge of the grid, once for each pair: [S, head_dim / 4]."""
+    side = math.isqrt(len(table))
+    return table[:side, table.shape[1] // 2 :: 2].contiguous()
 
 
 @torch.library.custom_op("scale_rae::rotate_pairs", mutates_args=())
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.rotate` of x [B, L, heads, head_dim], whose last two axes are dense, by `of_pairs` of the tables."""
+    """`dit.rotate` of x [B, L, heads, head_dim], whose last two axes are dense, by `of_axis` of the tables."""
     batch, tokens, heads, head = x.shape
     if x.stride(3) != 1 or x.stride(2) != head:
         x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    block = triton.next_power_of_2(heads * head)
+    width = heads * head
+    block = triton.next_power_of_2(width)
     with torch.cuda.device(x.device):
         _rotate_kernel[(batch * tokens,)](
-            x, cos, sin, out, x.stride(0), x.stride(1), tokens, heads * head, head, BLOCK=block, num_warps=4
+            x, cos, sin, out, x.stride(0), x.stride(1), tokens, len(cos), width, HEAD=head, BLOCK=block, num_warps=4
         )
     return out
 
@@ -282,7 +349,7 @@ def usable(device: torch.device) -> bool:
     """Whether Triton works here: it needs a C compiler. Where not, says so, and what is slower without."""
     try:
         with torch.inference_mode():
-            rotate_pairs(torch.zeros(1, 1, 1, 64, device=device), *torch.zeros(2, 1, 32, device=device))
+            rotate_pairs(torch.zeros(1, 1, 1, 64, device=device), *torch.zeros(2, 1, 16, device=device))
     except Exception as e:
         reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         _log.warning(
@@ -293,25 +360,41 @@ def usable(device: torch.device) -> bool:
 
 
 MOST_KEYS = 256  # that a block of queries sees at once; the published networks' number
-# Queries of all heads. One image of the 2.4B network has 8192, and guidance has two of each image. Measured with that network.
-_SMALL_BLOCK_ROWS = 1 << 14  # up to which blocks of 64 fill a GPU better than blocks of 128
-_OWN_ROWS = 1 << 15  # up to which rotating while reading makes up for what cuDNN's kernel does better
+_ROWS = 64  # queries of a block
+_MOST_STEPS = 4  # blocks that share rotated keys; a published network's heads have no more
+_PROGRAMS = 256  # that fill the GPU it was measured on, a Hopper of 132 multiprocessors
 _HEADS = (16, 32, 64)  # channels of a head
 
 
 @torch.library.custom_op("scale_rae::attend_pairs", mutates_args=())
 def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` in one kernel, for 16-bit floats and sizes for which `attention_fits`, by `of_pairs` of the tables."""
+    """`dit.attend` in one kernel, for 16-bit floats and sizes for which `attention_fits`, by `of_axis` of the tables."""
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     head = width // 3 // heads
     out = torch.empty((batch, tokens, width // 3), dtype=qkv.dtype, device=qkv.device)
     factor = math.log2(math.e) / math.sqrt(head)
     keys = max(16, triton.next_power_of_2(tokens))
-    rows = 64 if batch * heads * tokens <= _SMALL_BLOCK_ROWS else 128
+    blocks, steps = triton.cdiv(tokens, _ROWS), 1
+    while steps < min(_MOST_STEPS, blocks) and batch * heads * blocks // (2 * steps) >= _PROGRAMS:
+        steps *= 2
     with torch.cuda.device(qkv.device):
-        _attend_kernel[(triton.cdiv(tokens, rows), batch * heads)](
-            qkv, cos, sin, out, tokens, heads, factor, ROWS=rows, KEYS=keys, HEAD=head, num_warps=4 if rows == 64 else 8
+        _attend_kernel[(triton.cdiv(blocks, steps), batch * heads)](
+            qkv,
+            qkv.view(torch.int32),
+            cos,
+            sin,
+            out,
+            tokens,
+            len(cos),
+            heads,
+            factor,
+            ROWS=_ROWS,
+            KEYS=keys,
+            HEAD=head,
+            STEPS=steps,
+            WHOLE=tokens == keys and tokens % (_ROWS * steps) == 0,
+            num_warps=4,
         )
     return out
 
@@ -321,41 +404,14 @@ def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 
-def _cudnn_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    # By name, since code compiled with PyTorch's own choice is kept under the same key whatever that choice was.
-    out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
-    return out
-
-
 def attend_flash(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` with its pairs rotated here, by `of_pairs` of the tables."""
+    """`dit.attend` with its pairs rotated here, by `of_axis` of the tables."""
     return attend(qkv, heads, cos, sin, rotate_pairs)
-
-
-def attend_cudnn(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """And with cuDNN's attention, for sizes for which `cudnn_fits`."""
-    return attend(qkv, heads, cos, sin, rotate_pairs, _cudnn_attention)
-
-
-def attend_by_size(larger: Attend) -> Attend:
-    """Our attention for a few images, `larger` for more."""
-
-    def run(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-        few = qkv.shape[0] * qkv.shape[1] * heads <= _OWN_ROWS
-        return (attend_pairs if few else larger)(qkv, heads, cos, sin)
-
-    return run
 
 
 def attention_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
     """Whether `attend_pairs` takes a network's sizes."""
     return dtype != torch.float32 and config.tokens <= MOST_KEYS and config.width // config.heads in _HEADS
-
-
-def cudnn_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
-    """Whether `attend_cudnn` takes a network's sizes."""
-    head = config.width // config.heads
-    return torch.backends.cudnn.is_available() and dtype != torch.float32 and head % 8 == 0 and head <= 128
 
 
 def plain_block(attend: Attend) -> Callable[..., Deferred]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import hashlib
 import logging
@@ -498,7 +499,7 @@ class ScaleRAE:
     ) -> Tensor:
         """Latents [B, L, C] of conditions [P, L, Z], each of which B / P seeds in turn are for."""
         config = self.config
-        noise = _noises(seeds, config.channels, config.dit.side, self.device)  # [B, C, S, S]
+        noise = _noises(seeds, config.channels, config.dit.side, self.device)
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
         times = flow.evaluation_times(options.solver, options.steps, shift)
         guided = options.guidance != 1.0
@@ -506,7 +507,7 @@ class ScaleRAE:
             condition, times, guided, compile=self._compiles(len(seeds), len(times), guided, len(condition))
         )
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        latents = self._latents(flow.SOLVERS[options.solver](f, noise, options.steps, shift, callback))
+        latents = self._latents(flow.SOLVERS[options.solver](f, noise(), options.steps, shift, callback))
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         for seed, is_finite in zip(seeds, finite, strict=True):
             if not is_finite:
@@ -768,10 +769,17 @@ def _images_of_each(conditions: Sequence[Tensor]) -> int:
     return counts.pop() if len(counts) == 1 else 1
 
 
-def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Tensor:
+@functools.cache
+def _drawers() -> ThreadPoolExecutor:
+    """Threads that draw noise, kept, since starting them takes half as long as what they do for a batch."""
+    return ThreadPoolExecutor(os.cpu_count() or 1, "noise")
+
+
+def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Callable[[], Tensor]:
     """Standard normal [B, C, S, S] float32 on the device, drawn on the CPU so that a seed means one picture everywhere.
 
-    As `torch.randn(1, C, S, S)` gives it for each seed. On as many threads as there are cores, since a GPU would wait.
+    As `torch.randn(1, C, S, S)` gives it for each seed. Drawn on threads from now on, and waited for by calling what is returned,
+    since a GPU would wait.
     """
     noise = torch.empty(len(seeds), channels, side, side, pin_memory=device.type == "cuda")
 
@@ -779,12 +787,14 @@ def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device
     def draw(place: int, seed: int) -> None:
         noise[place].normal_(generator=torch.Generator("cpu").manual_seed(seed))
 
-    if len(seeds) == 1:  # a thread takes a while to start
-        draw(0, seeds[0])
-    else:
-        with ThreadPoolExecutor(min(len(seeds), os.cpu_count() or 1)) as pool:
-            list(pool.map(draw, range(len(seeds)), seeds))
-    return noise.to(device, non_blocking=True)
+    drawn = [_drawers().submit(draw, place, seed) for place, seed in enumerate(seeds)]
+
+    def wait() -> Tensor:
+        for one in drawn:
+            one.result()
+        return noise.to(device, non_blocking=True)
+
+    return wait
 
 
 def _read_norm_stats(

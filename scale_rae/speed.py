@@ -11,7 +11,7 @@
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears in float8 (quantize.py).
 - `kernels`: float8 is made, and pairs of channels are rotated, by kernels of our own (kernels.py); needs `defer`.
-- `attention`: of few images by a kernel of our own, which rotates as it reads, of more by cuDNN's (kernels.py).
+- `attention`: by a kernel of our own, which rotates as it reads (kernels.py).
 - `ahead`: the language model's next token is asked for before the host has seen this one (language.py).
 
 docs/performance.md has what each gains.
@@ -41,7 +41,7 @@ from scale_rae.quantize import Float8Linear, check_device, quantize
 
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
-ATTENTION = ("auto", "flash", "cudnn", "own")
+ATTENTION = ("auto", "flash", "own")
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # tokens of a batch's prompts for that one block's adaLN product fills the GPU; fewer take several blocks at once
 MOST_GRAPHS = 12  # kept at once
@@ -51,9 +51,8 @@ MOST_SHAPES = 4096  # that a function is compiled for
 @dataclass(frozen=True)
 class Speed:
     """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
-    `attention` is PyTorch's ("flash"), cuDNN's in compiled code ("cudnn"), ours ("own"), or the fastest for the number of
-    images ("auto"). "cudnn" and "own" need `kernels` and `defer`, without which "auto" is PyTorch's; so it is where the others
-    cannot be had (`_attention`).
+    `attention` is PyTorch's ("flash"), ours ("own"), or ours where it was measured to be faster ("auto"). "own" needs `kernels`
+    and `defer`, without which "auto" is PyTorch's; so it is where ours cannot be had (`_attention`).
 
     `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
     seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
@@ -79,7 +78,7 @@ class Speed:
             raise InputError(f"compile {self.compile!r}: use one of {', '.join(COMPILE)}")
         if self.attention not in ATTENTION:
             raise InputError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
-        if self.attention in ("cudnn", "own") and not (self.kernels and self.defer):
+        if self.attention == "own" and not (self.kernels and self.defer):
             raise InputError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
         if self.quantize is not None and self.quantize not in QUANTIZE:
             raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
@@ -101,8 +100,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, what PyTorch may choose from: not cuDNN's attention, which makes a plan for every shape it meets. (Compiled
-    blocks, whose shapes are few, name it: `kernels.attend_cudnn`.)"""
+    """On CUDA, what PyTorch may choose from: not cuDNN's attention, which makes a plan for every shape it meets."""
     if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -283,25 +281,17 @@ def _final(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor
     return final.modulated(summed(before), modulation, null)
 
 
-def _attention(speed: Speed, dit: DiT, compile: bool) -> Attend:
+def _attention(speed: Speed, dit: DiT) -> Attend:
     """How the blocks that read the condition attend on CUDA. (DDT's others attend as PyTorch does.)
 
-    What cannot be had goes on with PyTorch's attention: ours and cuDNN's in float32 or for heads that they have no place for,
-    cuDNN's where nothing is compiled, since it makes a plan for every shape. "auto" is PyTorch's too but on Hopper, where it
-    was measured.
+    Float32, and heads that ours has no place for, go on with PyTorch's attention; so does "auto" but on Hopper, where ours was
+    measured.
     """
     from scale_rae import kernels
 
-    name, plain = speed.attention, kernels.attend_flash
-    fits = kernels.attention_fits(dit.config, dit.dtype)
-    larger = kernels.attend_cudnn if compile and kernels.cudnn_fits(dit.config, dit.dtype) else plain
-    if name == "auto":
-        if not _is_hopper(dit.pos_embed.device):
-            return plain
-        return kernels.attend_by_size(larger) if fits else larger
-    if name == "own" and fits:
-        return kernels.attend_pairs
-    return larger if name == "cudnn" else plain
+    wanted = speed.attention == "own" or (speed.attention == "auto" and _is_hopper(dit.pos_embed.device))
+    own = wanted and kernels.attention_fits(dit.config, dit.dtype)
+    return kernels.attend_pairs if own else kernels.attend_flash
 
 
 def _is_hopper(device: torch.device) -> bool:
@@ -316,12 +306,12 @@ def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:
     if speed.defer and speed.kernels and device.type == "cuda" and find_spec("triton") is not None:
         from scale_rae import kernels
 
-        attend = _attention(speed, dit, compile)
+        attend = _attention(speed, dit)
         # What PyTorch compiles for a plain block is as fast.
         needed = not compile or speed.quantize is not None or attend is not kernels.attend_flash
         if needed and kernels.usable(device):
             block = kernels.plain_block(attend) if speed.quantize is None else kernels.float8_block(attend)
-            cos, sin = kernels.of_pairs(cos), kernels.of_pairs(sin)
+            cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
     read = _read if speed.quantize is None else _read_float8
     return _Parts(read, block, Block.forward, _final, FinalLayer.forward, cos, sin)
 

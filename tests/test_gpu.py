@@ -57,7 +57,6 @@ WAYS = {
     "captured, one branch after the other": ("bfloat16", Speed("off", together=False), 2e-2),
     "compiled float32": ("float32", Speed("on"), 1e-4),
     "compiled": ("bfloat16", Speed("on"), 2e-2),
-    "compiled, cuDNN's attention": ("bfloat16", Speed("on", attention="cudnn"), 2e-2),
     "compiled, our attention": ("bfloat16", Speed("on", attention="own"), 2e-2),
     "compiled, PyTorch's attention": ("bfloat16", Speed("on", attention="flash"), 2e-2),
     "captured, PyTorch's attention": ("bfloat16", Speed("off", attention="flash"), 2e-2),
@@ -65,7 +64,7 @@ WAYS = {
     "compiled, nothing deferred": ("bfloat16", Speed("on", defer=False), 2e-2),
     "captured float8": ("bfloat16", Speed("off", "fp8"), 1.5e-1),
     "compiled float8": ("bfloat16", Speed("on", "fp8"), 1.5e-1),
-    "compiled float8, cuDNN's attention": ("bfloat16", Speed("on", "fp8", attention="cudnn"), 1.5e-1),
+    "compiled float8, PyTorch's attention": ("bfloat16", Speed("on", "fp8", attention="flash"), 1.5e-1),
     "compiled float8 without kernels of our own": ("bfloat16", Speed("on", "fp8", kernels=False), 1.5e-1),
 }
 
@@ -140,35 +139,34 @@ def test_kernel_rotates(heads: int, dtype: torch.dtype) -> None:
 
     cos, sin = (table.cuda() for table in rope_table(4, 16))
     x = random(3, 16, heads + 1, 16, dtype=dtype)[:, :, :heads]  # in larger rows
-    pairs = kernels.of_pairs(cos), kernels.of_pairs(sin)
-    torch.testing.assert_close(kernels.rotate_pairs(x, *pairs), rotate(x, cos, sin))
+    angles = kernels.of_axis(cos), kernels.of_axis(sin)
+    torch.testing.assert_close(kernels.rotate_pairs(x, *angles), rotate(x, cos, sin))
 
 
-@pytest.mark.parametrize("size", [(3, 16, 4, 64), (2, 4, 3, 16), (1, 3, 2, 32), (2, 16, 32, 64), (3, 16, 32, 64)])
-def test_kernel_attends(size: tuple[int, int, int, int]) -> None:
-    """Images few and many enough for blocks of either size."""
+SIZES = [
+    (2, 4, 3, 16),
+    (1, 3, 2, 32),
+    (3, 16, 4, 64),
+    (2, 16, 32, 64),
+    (4, 16, 32, 64),
+    (6, 14, 43, 64),
+    (8, 16, 32, 64),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", SIZES)
+def test_kernel_attends(size: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """Images few and many enough for one, two and four blocks of queries together, whole ones and not."""
     from scale_rae import kernels
 
     batch, side, heads, head = size
-
     cos, sin = (table.cuda() for table in rope_table(side, head))
-    qkv = random(batch, side * side, 3 * heads * head)
+    qkv = random(batch, side * side, 3 * heads * head, dtype=dtype)
     exact = attend(qkv.float(), heads, cos, sin)
     flash = attend(qkv, heads, cos, sin)
-    own = kernels.attend_pairs(qkv, heads, kernels.of_pairs(cos), kernels.of_pairs(sin))
+    own = kernels.attend_pairs(qkv, heads, kernels.of_axis(cos), kernels.of_axis(sin))
     assert off_by(own.float(), exact) <= 1.2 * off_by(flash.float(), exact)
-
-
-@pytest.mark.parametrize("batch", [1, 4, 5])
-def test_attention_of_few_and_of_many(batch: int) -> None:
-    from scale_rae import kernels
-
-    cos, sin = (table.cuda() for table in rope_table(16, 64))
-    qkv, pairs = random(batch, 256, 3 * 32 * 64), (kernels.of_pairs(cos), kernels.of_pairs(sin))
-    expected = kernels.attend_pairs if batch <= 4 else kernels.attend_cudnn
-    result = kernels.attend_by_size(kernels.attend_cudnn)(qkv, 32, *pairs)
-    assert torch.equal(result, expected(qkv, 32, *pairs))
-    assert off_by(result.float(), attend(qkv.float(), 32, cos, sin)) <= 1e-2
 
 
 @pytest.mark.parametrize("each", [1, 3])

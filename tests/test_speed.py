@@ -182,20 +182,17 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
 
 
 UNFIT = dataclasses.replace(CONFIG)  # to be told from CONFIG
-FLASH, CUDNN, OWN = (lambda: "flash"), (lambda: "cudnn"), (lambda: "own")
+FLASH, OWN = (lambda: "flash"), (lambda: "own")
 CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
-    ({}, False, ("plain", ("own for a few", FLASH))),
-    ({}, True, ("plain", ("own for a few", CUDNN))),
+    ({}, False, ("plain", OWN)),
+    ({}, True, ("plain", OWN)),
     ({"defer": False}, False, speed._whole_block),
     ({"kernels": False}, False, Block.deferred),
     ({"attention": "flash"}, False, ("plain", FLASH)),
     ({"attention": "flash"}, True, Block.deferred),  # PyTorch compiles it as well
     ({"attention": "own"}, False, ("plain", OWN)),
     ({"attention": "own"}, True, ("plain", OWN)),
-    ({"attention": "cudnn"}, False, ("plain", FLASH)),
-    ({"attention": "cudnn"}, True, ("plain", CUDNN)),
-    ({"quantize": "fp8"}, True, ("float8", ("own for a few", CUDNN))),
-    ({"quantize": "fp8", "attention": "cudnn"}, True, ("float8", CUDNN)),
+    ({"quantize": "fp8"}, True, ("float8", OWN)),
     ({"quantize": "fp8", "attention": "flash"}, True, ("float8", FLASH)),
     ({"quantize": "fp8", "attention": "own"}, False, ("float8", OWN)),
     ({"quantize": "fp8", "kernels": False}, True, Block.deferred),
@@ -209,14 +206,11 @@ def test_which_block_runs_on_cuda(
 ) -> None:
     kernels = SimpleNamespace(
         attend_flash=FLASH,
-        attend_cudnn=CUDNN,
         attend_pairs=OWN,
-        attend_by_size=lambda larger: ("own for a few", larger),
         attention_fits=lambda config, dtype: dtype == torch.bfloat16 and config is not UNFIT,
-        cudnn_fits=lambda config, dtype: dtype == torch.bfloat16 and config is not UNFIT,
         plain_block=lambda attend: ("plain", attend),
         float8_block=lambda attend: ("float8", attend),
-        of_pairs=lambda table: ("pairs", table),
+        of_axis=lambda table: ("axis", table),
         usable=lambda device: usable,
     )
     monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
@@ -234,7 +228,7 @@ def test_which_block_runs_on_cuda(
     ours = isinstance(expected, tuple)
     expected = expected if usable or not ours else Block.deferred
     assert on(*hopper) == expected
-    assert speed._parts(Speed(**options), dit, compile).cos == (("pairs", "cos") if ours and usable else "cos")
+    assert speed._parts(Speed(**options), dit, compile).cos == (("axis", "cos") if ours and usable else "cos")
     # PyTorch's attention: in a block of ours if float8 or the rotation is.
     flash = expected
     if ours and usable:
@@ -322,9 +316,9 @@ def test_float8_needs_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "slow"}, "attention 'slow': use one of auto, flash, cudnn, own"),
+        ({"attention": "slow"}, "attention 'slow': use one of auto, flash, own"),
         ({"attention": "own", "kernels": False}, "attention 'own': needs kernels and defer"),
-        ({"attention": "cudnn", "defer": False}, "attention 'cudnn': needs kernels and defer"),
+        ({"attention": "own", "defer": False}, "attention 'own': needs kernels and defer"),
     ],
 )
 def test_bad_speed(options: dict[str, Any], message: str) -> None:
