@@ -775,6 +775,10 @@ def _drawers() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, "noise")
 
 
+if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
+    os.register_at_fork(after_in_child=_drawers.cache_clear)
+
+
 def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Callable[[], Tensor]:
     """Standard normal [B, C, S, S] float32 on the device, drawn on the CPU so that a seed means one picture everywhere.
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +19,7 @@ from torch import Tensor
 from scale_rae.context import Context
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
 from scale_rae.language import Reply
-from scale_rae.pipeline import DTYPES, MemoryErrors, SamplingOptions, ScaleRAE, image_seed
+from scale_rae.pipeline import DTYPES, MemoryErrors, SamplingOptions, ScaleRAE, _noises, image_seed
 from tests.test_language import PROMPTS
 
 DRAW = PROMPTS[0]
@@ -146,6 +149,21 @@ def test_same_seed_same_picture(siglip: ScaleRAE) -> None:
     assert np.array_equal(np.asarray(first.images[0].image), np.asarray(second.images[0].image))
     other = siglip.generate(DRAW, steps=3, seed=12)
     assert not torch.equal(first.images[0].latent, other.images[0].latent)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_draws_noise_after_a_fork() -> None:
+    """As torch's loaders and pools of processes fork: a child has none of its parent's threads."""
+    cpu = torch.device("cpu")
+    expected = torch.cat([torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
+    assert torch.equal(_noises([3, 4], 6, 4, cpu)(), expected)
+    time.sleep(0.1)  # until the threads wait for more
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not the test's own limit
+        signal.alarm(20)
+        os._exit(0 if torch.equal(_noises([3], 6, 4, cpu)(), expected[:1]) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_does_not_touch_torchs_own_randomness(siglip: ScaleRAE) -> None:
