@@ -146,6 +146,7 @@ def test_kernel_rotates(heads: int, dtype: torch.dtype) -> None:
 SIZES = [
     (2, 4, 3, 16),
     (1, 3, 2, 32),
+    (2, 8, 4, 64),
     (3, 16, 4, 64),
     (2, 16, 32, 64),
     (4, 16, 32, 64),
