@@ -709,12 +709,13 @@ def profile_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     if b.figures and any("fp8" in r["name"] for r in b.figures):
         return
     conversation = Conversation(model.tokenizer.chat(prompt_of(model, 40)))
-    for compile_steps in (False, True):
+    compiling = model.speed.compile == "on"
+    for compile_steps in (False, True) if compiling else (False,):
         model.language.compile_steps = compile_steps
         run = partial(model.language.reply, [conversation], [33], -1, -1)
         run()
         kernel_table(b, f"{size}: a reply of 33 tokens, compiled {compile_steps}", run, 1)
-    model.language.compile_steps = model.speed.compile == "on"
+    model.language.compile_steps = compiling
     latents = list(torch.randn(8, config.tokens, config.channels))
     judge = partial(
         model.score, latents, "a photo of a cat", request="a cat", request_reply=Reply([65]), max_new_tokens=4
