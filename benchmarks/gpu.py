@@ -44,7 +44,7 @@ from scale_rae import flow
 from scale_rae.checkpoint import Source
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import DecoderConfig, PixelDecoder
-from scale_rae.dit import Attend, DiT, attend, rope_table
+from scale_rae.dit import Attend, DiT, rope_table
 from scale_rae.dit import flops as dit_flops
 from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.outputs import png_bytes
@@ -698,18 +698,17 @@ def kernel_table(b: Bench, name: str, run: Callable[[], object], times: int, mos
 
 def profile_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     """Kernels of one DiT evaluation, one decoding step, one judging."""
-    config = model.config
+    config, compiling = model.config, model.speed.compile == "on"
     times = flow.evaluation_times("euler", EVALUATIONS, 8.0)
     for batch in (1, 8):
         y = torch.randn(batch, config.tokens, config.dit.condition_width, device=b.device, dtype=b.dtype)
         x = torch.randn(batch, config.channels, config.dit.side, config.dit.side, device=b.device)
         with torch.inference_mode():
-            velocity, _, _ = model._fast_dit.velocities(y, times, False, model.speed.compile == "on")
+            velocity, _, _ = model._fast_dit.velocities(y, times, False, compiling)
             kernel_table(b, f"{size}: an evaluation, batch {batch}", lambda f=velocity, x=x: f(x, times[0]), 3)  # type: ignore[misc]
     if b.figures and any("fp8" in r["name"] for r in b.figures):
         return
     conversation = Conversation(model.tokenizer.chat(prompt_of(model, 40)))
-    compiling = model.speed.compile == "on"
     for compile_steps in (False, True) if compiling else (False,):
         model.language.compile_steps = compile_steps
         run = partial(model.language.reply, [conversation], [33], -1, -1)
@@ -849,18 +848,20 @@ def attention_stage(b: Bench, size: str) -> None:
     """The ways to attend at the DiT's shape, rotation included, µs a call: each of many on inputs that no cache holds."""
     if b.device.type != "cuda":
         return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     from scale_rae import kernels
 
     config = parse_config(config_of(size), Path("config.json")).dit
     cos, sin = (kernels.of_axis(table.to(b.device)) for table in rope_table(config.side, config.width // config.heads))
 
-    def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, False)[0]
-        return out
+    def cudnn(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return kernels.attend_flash(x, heads, cos, sin)
 
     ways: dict[str, Attend] = {
         "PyTorch's": kernels.attend_flash,
-        "cuDNN's": lambda x, heads, cos, sin: attend(x, heads, cos, sin, kernels.rotate_pairs, cudnn),
+        "cuDNN's": cudnn,
         "ours": kernels.attend_pairs,
     }
     for batch in (1, 2, 4, 8, 16, 32):

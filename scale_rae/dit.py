@@ -94,14 +94,13 @@ def attend(
     cos: Tensor,
     sin: Tensor,
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate,
-    attention: Callable[[Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention,
 ) -> Tensor:
     """What the heads see [B, L, D], of queries, keys and values [B, L, 3D] that are not rotated yet."""
     batch, tokens, width = qkv.shape
     qkv = qkv.view(batch, tokens, 3 * heads, -1)  # [B, L, 3 heads, head_dim]
     qk = rotate(qkv[:, :, : 2 * heads], cos, sin)
     q, k, v = (x.transpose(1, 2) for x in (*qk.chunk(2, dim=2), qkv[:, :, 2 * heads :]))
-    return attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
 
 
 Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]
