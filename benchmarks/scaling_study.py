@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scale_rae.errors import InputError, ScaleRAEError
-from scale_rae.outputs import dump_json
+from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.scaling.experiment import Settings, judgement
 from scale_rae.scaling.select import METRICS, Prompt, rank

@@ -22,8 +22,8 @@ from zipfile import is_zipfile
 import torch
 from torch import Tensor, nn
 
-from scale_rae.config import read_json
-from scale_rae.errors import CheckpointError, HubError
+from scale_rae.errors import CheckpointError, HubError, first_line
+from scale_rae.jsonio import read_json
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "shapes"}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt")
@@ -182,7 +182,7 @@ def _hub_problem(error: BaseException, instead: str, broke_off: bool = False) ->
         if status in (401, 403):
             return f"the hub refused with status {status}; check HF_TOKEN, or {instead}"
         return f"the hub answered with status {status}; try again later, or {instead}"
-    reason = _first_line(error)
+    reason = first_line(error)
     if broke_off:
         return f"the download broke off ({reason}); run again to go on from there, or {instead}"
     return f"not downloaded yet, and the hub cannot be reached ({reason}); check the network, or {instead}"
@@ -355,7 +355,7 @@ def _open_safetensors(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt", device="cpu")
     except (SafetensorError, OSError) as e:
-        raise CheckpointError(f"{file}: damaged or cut short ({_first_line(e)}); copy or download it again") from e
+        raise CheckpointError(f"{file}: damaged or cut short ({first_line(e)}); copy or download it again") from e
 
 
 def _declared(file: Path) -> dict[str, StoredTensor]:
@@ -404,11 +404,7 @@ def _is_plain(value: object) -> bool:
 
 
 def _first_sentence(error: BaseException) -> str:
-    return _first_line(error).split(". ", 1)[0]
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n", 1)[0] or type(error).__name__
+    return first_line(error).split(". ", 1)[0]
 
 
 def _few(names: list[str], most: int = 20) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from scale_rae.dit import DiTConfig
 from scale_rae.errors import ConfigError
+from scale_rae.jsonio import read_json
 
 MODEL_TYPE = "cambrian_qwen"
 _REQUIRED = object()
@@ -37,25 +37,6 @@ class ScaleRAEConfig:
     tied_embeddings: bool
     max_length: int  # tokens of one conversation
     vae: str | None = None  # where a FLUX-VAE-aligned checkpoint's VAE is found; such a one cannot read its own latents
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
-
-    Raises:
-        ConfigError: naming the file, when it is missing, not JSON, or not an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as e:
-        raise ConfigError(f"{path}: no such file; a checkpoint in the published layout has one") from e
-    except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot be read ({e})") from e
-    except (ValueError, RecursionError) as e:
-        raise ConfigError(f"{path}: not valid JSON ({e})") from e
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path}: must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 class _Fields:

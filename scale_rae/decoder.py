@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_rae.config import read_json
 from scale_rae.encoder import resize_tokens
 from scale_rae.errors import ConfigError
+from scale_rae.jsonio import read_json
 
 
 @dataclass(frozen=True)

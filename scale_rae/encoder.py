@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, weight_files
-from scale_rae.config import read_json
-from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.errors import CheckpointError, ConfigError, last_line
+from scale_rae.jsonio import read_json
 
 SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
@@ -123,7 +123,7 @@ def _load_processor(path: Path, kind: str) -> tuple[Any, int]:
         processor = cls(**raw)
         size = processor(images=[Image.new("RGB", (8, 6))], return_tensors="pt")["pixel_values"].shape[-2:]
     except Exception as e:  # the library's many ways to refuse a value
-        raise ConfigError(f"{path}: not a usable image processor config ({_last_line(e)})") from e
+        raise ConfigError(f"{path}: not a usable image processor config ({last_line(e)})") from e
     if size[0] != size[1]:
         raise ConfigError(f"{path}: makes images of {size[1]} x {size[0]} pixels; they must be square")
     return processor, int(size[0])
@@ -140,7 +140,7 @@ def _vision_config(folder: Path, kind: str) -> Any:
     try:
         return (Dinov2Config if kind == "dinov2" else SiglipVisionConfig)(**vision)
     except Exception as e:  # the library's many ways to refuse a config
-        raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({_last_line(e)})") from e
+        raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({last_line(e)})") from e
 
 
 def _load_vision_model(folder: Path, kind: str, config: Any, dtype: torch.dtype) -> nn.Module:
@@ -169,7 +169,7 @@ def _load_vision_model(folder: Path, kind: str, config: Any, dtype: torch.dtype)
             attn_implementation="sdpa",
         )
     except Exception as e:  # sizes that make no network
-        raise CheckpointError(f"{folder}: the encoder cannot be built ({_last_line(e)})") from e
+        raise CheckpointError(f"{folder}: the encoder cannot be built ({last_line(e)})") from e
     finally:
         logging.set_verbosity(verbosity)
         if bars:
@@ -192,7 +192,3 @@ def _describe(entry: object) -> str:
     if isinstance(entry, tuple) and len(entry) == 3:
         return f"{entry[0]} is {list(entry[1])}, should be {list(entry[2])}"
     return str(entry)
-
-
-def _last_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

@@ -3,6 +3,14 @@
 The command line prints them in one line and exits 1.
 """
 
+from __future__ import annotations
+
+import importlib.util
+import re
+
+# Everything a terminal acts on instead of showing: C0 and C1 controls, and marks that turn the direction of text.
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
 
 class ScaleRAEError(Exception):
     """Base of every error this package raises on purpose."""
@@ -30,6 +38,37 @@ class DeviceError(ScaleRAEError):
 
 class OutputError(ScaleRAEError):
     """A result that could not be written."""
+
+
+class MissingExtraError(ScaleRAEError):
+    """A package that an optional part of scale-rae needs and that is not installed."""
+
+
+def need(extra: str, feature: str, *modules: str) -> None:
+    """Raises MissingExtraError unless all `modules` of the optional `extra` that `feature` needs are installed."""
+    if missing := [name for name in modules if importlib.util.find_spec(name) is None]:
+        verb = "is" if len(missing) == 1 else "are"
+        raise MissingExtraError(
+            f'{feature}: needs {", ".join(missing)}, which {verb} not installed; pip install "scale-rae[{extra}]"'
+        )
+
+
+def printable(text: str, lines: bool = False) -> str:
+    """Text from a file or a model as a terminal may show it: control characters are escaped (`\\x1b`).
+
+    Line ends and tabs stay when `lines` is true.
+    """
+    return _CONTROLS.sub(lambda m: m[0] if lines and m[0] in "\n\t" else ascii(m[0])[1:-1], text)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that is not empty, or the name of its class."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of an error's text that is not empty, or the name of its class."""
+    return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae import __version__
-from scale_rae.outputs import dump_json
+from scale_rae.jsonio import dump_json
 
 DEFAULT_STEPS = 49  # flow's, which imports torch; a test holds them equal
 

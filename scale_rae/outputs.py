@@ -7,7 +7,6 @@ The folder's name is the run's: making it is atomic, so it is also what keeps tw
 from __future__ import annotations
 
 import io
-import json
 import os
 import re
 import shutil
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError, OutputError
+from scale_rae.jsonio import dump_json, read_json
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -153,11 +153,6 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())  # some file systems notice a full disk only here
 
 
-def dump_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON in UTF-8's own letters."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
-
-
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
     """A PNG with text chunks (iTXt where Latin-1 does not do)."""
     from PIL.PngImagePlugin import PngInfo
@@ -217,14 +212,4 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         InputError: naming the file, when it is missing or not a JSON object.
     """
-    try:
-        value = json.loads(path.read_bytes().decode("utf-8"))
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such manifest") from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror})") from e
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{path}: not a manifest (not valid JSON: {e})") from e
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: not a manifest (holds a {type(value).__name__}, not an object)")
-    return value
+    return read_json(path, "manifest", InputError)

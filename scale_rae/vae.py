@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill, weight_files
-from scale_rae.config import read_json
-from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
+from scale_rae.errors import CheckpointError, ConfigError, first_line, need
+from scale_rae.jsonio import read_json
 
 PATCH = 2  # a token holds this many of the VAE's latents along each edge
 MEAN = STD = [0.5, 0.5, 0.5]  # what takes the VAE's pixels from [-1, 1] to [0, 1]
@@ -51,13 +51,9 @@ def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.devi
         ScaleRAEError: naming the extra, when diffusers is not installed.
         ConfigError, CheckpointError: naming the file and what is wrong with it.
     """
-    try:
-        from diffusers import AutoencoderKL
-    except ImportError as e:
-        raise ScaleRAEError(
-            f"{folder}: this checkpoint's pixels are made by a VAE of diffusers, which cannot be imported ({e}); "
-            'install the extra: pip install "scale-rae[vae]"'
-        ) from e
+    need("vae", f"{folder}: the VAE that makes this checkpoint's pixels", "diffusers")
+    from diffusers import AutoencoderKL
+
     path = folder / "config.json"
     raw = read_json(path)
     if raw.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
@@ -76,8 +72,7 @@ def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.devi
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(sizes | {"use_quant_conv": False, "use_post_quant_conv": False})
     except Exception as e:  # the library's many ways to refuse a value
-        reason = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise ConfigError(f"{path}: not a usable VAE config ({reason})") from e
+        raise ConfigError(f"{path}: not a usable VAE config ({first_line(e)})") from e
     del vae.encoder
     files = weight_files(folder)
     reader = TensorReader(files)

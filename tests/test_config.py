@@ -12,9 +12,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from scale_rae.config import ScaleRAEConfig, load_config, parse_config, read_json
+from scale_rae.config import ScaleRAEConfig, load_config, parse_config
 from scale_rae.dit import DiT
 from scale_rae.errors import ConfigError
+from scale_rae.jsonio import read_json
 from scale_rae.language import LanguageModel
 from tests.made_checkpoints import golden_case
 

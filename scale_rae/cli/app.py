@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from scale_rae import __version__
-from scale_rae.errors import ScaleRAEError
+from scale_rae.errors import ScaleRAEError, first_line, printable
 
 # name -> (module, what `scale-rae --help` says of it); the module is imported when its command is run
 COMMANDS = {
@@ -96,7 +96,7 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Ends the command with one line on stderr."""
-    typer.echo("error: " + " ".join(message.split("\n")), err=True)
+    typer.echo("error: " + printable(" ".join(message.split("\n"))), err=True)
     raise typer.Exit(code)
 
 
@@ -118,7 +118,6 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
                 traceback.print_exc()
             if isinstance(e, ScaleRAEError):
                 fail(str(e))
-            reason = next((line for line in str(e).splitlines() if line.strip()), "")
-            fail(f"unexpected {type(e).__name__}: {reason} (run with --debug for the traceback)")
+            fail(f"unexpected {type(e).__name__}: {first_line(e)} (run with --debug for the traceback)")
 
     return command

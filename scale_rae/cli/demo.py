@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from scale_rae.cli import options as o
 from scale_rae.cli.progress import Bars
-from scale_rae.errors import ScaleRAEError
+from scale_rae.errors import need
 from scale_rae.serve.settings import LOOPBACK
 
 PAGE = "Page"
@@ -51,8 +50,7 @@ def command(
 
     For one person or a few: visitors take turns. Nothing on it is fetched from or told to another machine.
     """
-    if importlib.util.find_spec("gradio") is None:
-        raise ScaleRAEError('demo needs gradio, which is not installed: pip install "scale-rae[demo]"')
+    need("demo", "scale-rae demo", "gradio")
     from scale_rae.outputs import check_folder
     from scale_rae.session import Session
 

@@ -15,8 +15,9 @@ import typer
 from scale_rae.cli.options import Output, PostQA, Sampling
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, OutputError
+from scale_rae.jsonio import dump_json
 from scale_rae.manifest import drawing_manifest, png_text
-from scale_rae.outputs import Sample, dump_json, save_run, timestamp
+from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.session import Session
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ def command(
     """
     if (folder is None) == (sample_dir is None):
         raise typer.BadParameter("name one folder", param_hint="--sample-dir")
-    from scale_rae.outputs import dump_json
+    from scale_rae.jsonio import dump_json
     from scale_rae.scaling.select import select
 
     source = sample_dir or folder

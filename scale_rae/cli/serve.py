@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from pathlib import Path
@@ -12,7 +11,7 @@ import typer
 
 from scale_rae.cli import options as o
 from scale_rae.cli.progress import Bars
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, need
 from scale_rae.scaling.experiment import PROMPT_PREFIX
 from scale_rae.serve.settings import API_KEY_VARIABLE as KEY_VARIABLE
 from scale_rae.serve.settings import LOOPBACK
@@ -110,9 +109,7 @@ def command(
 
     SIGTERM or Ctrl-C finishes what runs and refuses the rest; a second one refuses that too.
     """
-    missing = [name for name in ("fastapi", "uvicorn", "prometheus_client") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise InputError(f'{", ".join(missing)} not installed; pip install "scale-rae[serve]"')
+    need("serve", "scale-rae serve", "fastapi", "uvicorn", "prometheus_client")
     key = api_key if api_key is not None else os.environ.get(KEY_VARIABLE)
     if key is not None and (not key.strip() or not key.isascii() or not key.isprintable() or key != key.strip()):
         raise InputError("the API key must be printable ASCII without spaces around it, and not empty")

@@ -12,9 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import Source, find
-from scale_rae.config import read_json
-from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
+from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, last_line
 from scale_rae.images import to_rgb
+from scale_rae.jsonio import read_json
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -149,8 +149,3 @@ def checked(scores: Sequence[float], name: str) -> list[float]:
     if not all(map(math.isfinite, scores)):
         raise ScaleRAEError(f"the reward {name} came out with values that are not finite; try --dtype float32")
     return list(scores)
-
-
-def last_line(error: Exception) -> str:
-    """The last line of an error's message, where transformers says what is wrong."""
-    return str(error).strip().splitlines()[-1].strip() if str(error).strip() else type(error).__name__

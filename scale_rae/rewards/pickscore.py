@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from scale_rae.checkpoint import Source, TensorReader, fill, weight_files
-from scale_rae.config import read_json
-from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.errors import CheckpointError, ConfigError, last_line
+from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def _load_processor(path: Path, side: int) -> Any:
         processor = CLIPImageProcessorPil(**raw)
         shape = processor(images=[Image.new("RGB", (8, 6))], return_tensors="pt")["pixel_values"].shape
     except Exception as e:  # the library's many ways to refuse a value
-        raise ConfigError(f"{path}: not a usable image processor config ({parts.last_line(e)})") from e
+        raise ConfigError(f"{path}: not a usable image processor config ({last_line(e)})") from e
     if tuple(shape[-2:]) != (side, side):
         raise ConfigError(
             f"{path}: makes images of {shape[-1]} x {shape[-2]} pixels, but the model reads {side} x {side}"

@@ -13,8 +13,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill, weight_files
-from scale_rae.config import read_json
 from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:

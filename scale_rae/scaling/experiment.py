@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae import __version__
 from scale_rae.errors import InputError
-from scale_rae.outputs import dump_json
+from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord
 
 if TYPE_CHECKING:

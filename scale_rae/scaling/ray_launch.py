@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import os
 import socket
@@ -21,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.errors import InputError, ScaleRAEError, first_line, need
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.remote import results_folder
@@ -37,8 +36,7 @@ TRIES = 3  # workers that may die of one prompt, or in a row while loading
 
 def check_installed() -> None:
     """Raises InputError when Ray is not there."""
-    if importlib.util.find_spec("ray") is None:
-        raise InputError("--launcher ray needs the ray extra: pip install 'scale-rae[ray]'")
+    need("ray", "--launcher ray", "ray")
 
 
 @dataclass(frozen=True)
@@ -100,7 +98,9 @@ def _connected(listen: Listener) -> Iterator[None]:
     except Exception as e:
         if address is not None or not isinstance(e, ConnectionError):
             where = "auto" if address is None else f"{address} (RAY_ADDRESS)"
-            raise ScaleRAEError(f"no connection to the Ray cluster at {where}: {_first_line(e)}") from e
+            raise ScaleRAEError(
+                f"no connection to the Ray cluster at {where}: {type(e).__name__}: {first_line(e)}"
+            ) from e
         listen({"event": "say", "text": "no Ray cluster here (RAY_ADDRESS, ray start): one is started on this machine"})
         # Results go to files: next to nothing passes through Ray's memory.
         ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
@@ -275,7 +275,7 @@ class _Driver:
 
         self.hands.remove(hand)
         self._dismiss(hand)
-        how = _first_line(error)
+        how = f"{type(error).__name__}: {first_line(error)}"
         if prompt is None:
             self._say(f"worker {hand.number} died while it loaded ({how})")
             self.deaths_loading += 1
@@ -313,8 +313,3 @@ def _anywhere(name: Any) -> Any:
     if not name or name in BUNDLED or not Path(name).expanduser().exists():
         return name
     return str(Path(name).expanduser().absolute())
-
-
-def _first_line(error: Exception) -> str:
-    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {text}"

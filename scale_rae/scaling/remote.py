@@ -15,8 +15,8 @@ import uuid
 from pathlib import Path
 from typing import Any, cast
 
-from scale_rae.errors import InputError, OutputError
-from scale_rae.outputs import dump_json
+from scale_rae.errors import InputError, OutputError, need
+from scale_rae.jsonio import dump_json
 
 BEAT = 10.0  # seconds between a run's signs of life
 SILENCE = 35.0  # without one, a run is taken for dead
@@ -38,10 +38,9 @@ def results_folder(name: str) -> Path:
         if not rest.startswith("/"):
             raise InputError(f"{name}: a file's URL has three slashes and a full path, like file:///data/out")
         return Path(rest)
-    try:
-        from upath import UPath
-    except ImportError as e:
-        raise InputError(f"{name}: results in a store need the ray extra: pip install 'scale-rae[ray]'") from e
+    need("ray", f"{name}: results in a store", "upath")
+    from upath import UPath
+
     try:
         # What was listed once is not what is there now: other machines write.
         folder = UPath(name.rstrip("/"), use_listings_cache=False)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import InputError, OutputError
-from scale_rae.outputs import dump_json
+from scale_rae.jsonio import dump_json
 
 METRICS = (
     "combined",

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from scale_rae.errors import InputError, OutputError
-from scale_rae.outputs import dump_json
+from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import remote
 from scale_rae.scaling.experiment import Settings, prompt_record

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError, OutputError, ScaleRAEError, out_of_memory
-from scale_rae.outputs import dump_json, latent_bytes, png_bytes
+from scale_rae.jsonio import dump_json
+from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings, check_finite, judgement, png_text
 from scale_rae.scaling.store import Batch, Store

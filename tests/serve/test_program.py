@@ -87,7 +87,10 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "fastapi" else find(name))
     assert main(["serve", "--model-path", "shapes"]) == 1
-    assert capsys.readouterr().err == 'error: fastapi not installed; pip install "scale-rae[serve]"\n'
+    assert (
+        capsys.readouterr().err
+        == 'error: scale-rae serve: needs fastapi, which is not installed; pip install "scale-rae[serve]"\n'
+    )
 
 
 @pytest.mark.parametrize(
