@@ -193,5 +193,5 @@ def test_missing_or_unreadable_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json: no such file"):
         load_config(tmp_path)
     (tmp_path / "config.json").mkdir()
-    with pytest.raises(ConfigError, match=r"config\.json: cannot be read"):
+    with pytest.raises(ConfigError, match=r"config\.json: is a folder"):
         load_config(tmp_path)
