@@ -29,6 +29,7 @@ from scale_rae.prompt import SYSTEM, Turn
 from scale_rae.scaling.experiment import as_request
 from scale_rae.serve import schema
 from scale_rae.serve.engine import Engine, Job, Refused, Result, new_seed
+from scale_rae.serve.guard import known_host
 from scale_rae.serve.pictures import read_data_url
 from scale_rae.serve.settings import LOOPBACK, OWN_JUDGEMENT, Limits, ServeSettings
 
@@ -560,7 +561,7 @@ class _Guard:
         return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
 
     def _check(self, scope: Scope) -> None:
-        headers = {key: value for key, value in scope["headers"] if key in (b"authorization", b"host")}
+        headers = {key: value for key, value in scope["headers"] if key == b"authorization"}
         key = self._settings.api_key
         if key is not None:
             if scope["path"] in OPEN_PATHS:
@@ -568,13 +569,10 @@ class _Guard:
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(given.strip(), key.encode()) or scheme.lower() != b"bearer":
                 raise Refused(401, "invalid_api_key", "no API key, or a wrong one; send Authorization: Bearer …")
-        elif self._settings.host in LOOPBACK:
-            # A web page can have its own name lead to this machine; its requests then come with that name.
-            host = headers.get(b"host", b"localhost").decode("latin-1").lower()
-            if host.rpartition(":")[0].strip("[]") not in LOOPBACK and host.strip("[]") not in LOOPBACK:
-                raise Refused(
-                    403, "wrong_host", "this server answers to localhost only; behind a proxy, give it an API key"
-                )
+        elif self._settings.host in LOOPBACK and not known_host(scope):
+            raise Refused(
+                403, "wrong_host", "this server answers to localhost only; behind a proxy, give it an API key"
+            )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
         """The body, as far as it may be read; its bytes stay in `_held`."""
