@@ -41,11 +41,11 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from scale_rae import flow
-from scale_rae.checkpoint import Source
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import DecoderConfig, PixelDecoder
 from scale_rae.dit import Attend, DiT, rope_table
 from scale_rae.dit import flops as dit_flops
+from scale_rae.hub import Source
 from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE

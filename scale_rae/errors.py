@@ -66,6 +66,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's first line."""
+    return first_line(error).split(". ", 1)[0]
+
+
 def last_line(error: BaseException) -> str:
     """The last line of an error's text that is not empty, or the name of its class."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)

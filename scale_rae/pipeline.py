@@ -23,12 +23,13 @@ from torch import Tensor
 
 from scale_rae import flow
 from scale_rae.allocator import keep_freed_memory
-from scale_rae.checkpoint import Source, TensorReader, fill, find, vae_folder, weight_files
+from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
 from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError, out_of_memory
+from scale_rae.hub import Source, find, vae_folder, weight_files
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
 from scale_rae.prompt import ChatTokenizer

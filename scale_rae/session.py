@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from scale_rae import __version__
 
 if TYPE_CHECKING:
-    from scale_rae.checkpoint import Source
+    from scale_rae.hub import Source
     from scale_rae.pipeline import ScaleRAE
 
 
@@ -57,7 +57,7 @@ class Session:
         start = time.perf_counter()
         if not debug:
             silence_libraries()
-        from scale_rae.checkpoint import BUNDLED, find
+        from scale_rae.hub import BUNDLED, find
         from scale_rae.pipeline import ScaleRAE
 
         self._identities: dict[str, _Identity] = {}

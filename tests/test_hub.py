@@ -15,9 +15,9 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from scale_rae.checkpoint import find
 from scale_rae.cli import main
 from scale_rae.errors import CheckpointError, HubError
+from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
 from tests.fake_hub import FakeHub, Repo
 
@@ -269,6 +269,12 @@ def test_folders_come_before_the_hub(small: FakeHub, tmp_path: Path, monkeypatch
     assert small.requests == []
 
 
+def test_finding_needs_no_torch() -> None:
+    code = "import sys; from scale_rae.hub import find; find('shapes', 'model'); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
 def test_environment_variables(tmp_path: Path) -> None:
     """HF_ENDPOINT, HF_HOME and HF_TOKEN, which the library reads when it is imported, so in a process of its own."""
     with FakeHub() as hub:
@@ -279,7 +285,7 @@ def test_environment_variables(tmp_path: Path) -> None:
             "HF_HOME": str(tmp_path / "home"),
             "HF_TOKEN": "hf_mine",
         }
-        code = f"from scale_rae.checkpoint import find; print(find({MODEL!r}, 'model').folder)"
+        code = f"from scale_rae.hub import find; print(find({MODEL!r}, 'model').folder)"
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert Path(run.stdout.strip()).is_relative_to(tmp_path / "home")
         assert run.stderr == ""

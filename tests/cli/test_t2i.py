@@ -17,9 +17,9 @@ from PIL import Image
 
 import scale_rae
 from scale_rae import session
-from scale_rae.checkpoint import Source
 from scale_rae.cli import drawing
 from scale_rae.cli.options import Output
+from scale_rae.hub import Source
 from scale_rae.outputs import Sample
 from scale_rae.pipeline import ScaleRAE, image_seed
 from scale_rae.scores import QUESTION
