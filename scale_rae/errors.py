@@ -32,6 +32,10 @@ class InputError(ScaleRAEError):
     """A prompt, image, latent or option value that cannot be used."""
 
 
+class OptionError(InputError):
+    """An option's value that no run can use: out of its range, or not of its form. The command line exits 2."""
+
+
 class DeviceError(ScaleRAEError):
     """A device that is not there, or whose memory is too small."""
 

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from scale_rae import __version__
-from scale_rae.errors import ScaleRAEError, first_line, printable
+from scale_rae.errors import OptionError, ScaleRAEError, first_line, printable
 
 # name -> (module, what `scale-rae --help` says of it); the module is imported when its command is run
 COMMANDS = {
@@ -117,7 +117,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             if options.get("debug"):
                 traceback.print_exc()
             if isinstance(e, ScaleRAEError):
-                fail(str(e))
+                fail(str(e), 2 if isinstance(e, OptionError) else 1)
             fail(f"unexpected {type(e).__name__}: {first_line(e)} (run with --debug for the traceback)")
 
     return command
