@@ -47,6 +47,7 @@ from scale_rae.dit import Attend, DiT, rope_table
 from scale_rae.dit import flops as dit_flops
 from scale_rae.hub import Source
 from scale_rae.language import Conversation, LanguageModel, Reply
+from scale_rae.options import DEFAULT_STEPS
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import ChatTokenizer
@@ -59,7 +60,7 @@ from scale_rae.speed import Captured, FastDiT, Speed, attention_kernels, graph_m
 from tests.made_checkpoints import write_tokenizer
 
 OFFICIAL_DIT = 2.13  # seconds per image in the official implementation's DiT on one H200, float32
-EVALUATIONS = flow.DEFAULT_STEPS
+EVALUATIONS = DEFAULT_STEPS
 
 # Published sizes: Qwen2.5's and the DiT's, as config.json has them. "tiny" is for trying the benchmark itself.
 LANGUAGE = {

@@ -18,14 +18,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from scale_rae.errors import InputError
+from scale_rae.options import SOLVERS as NAMES
+from scale_rae.options import TRAINING_STEPS
 
 Velocity = Callable[[Tensor, float], Tensor]
 StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
 Solver = Callable[[Velocity, Tensor, int, float, StepCallback | None], Tensor]
-
-DEFAULT_STEPS = 49
-TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 
 
 def time_shift(channels: int, tokens: int, base_dim: int) -> float:
@@ -136,7 +134,7 @@ def ab2(velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: S
     return x
 
 
-SOLVERS: dict[str, Solver] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m, "ab2": ab2}
+SOLVERS: dict[str, Solver] = dict(zip(NAMES, (euler, heun, dpmpp_2m, ab2), strict=True))
 
 
 def evaluation_times(solver: str, steps: int, shift: float) -> tuple[float, ...]:
@@ -182,19 +180,3 @@ def guided(
         return v_null + guidance * (v_cond - v_null)
 
     return velocity
-
-
-def check_options(guidance: float, steps: int, solver: str, interval: tuple[float, float] | None) -> None:
-    """Raises InputError, naming the option, for values no sampler can use."""
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise InputError(f"guidance level {guidance}: must be a finite number of at least 0 (1 is no guidance)")
-    if solver not in SOLVERS:
-        raise InputError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
-    if steps < 1 and solver != "euler":
-        raise InputError(f"steps {steps}: must be at least 1")
-    if solver == "euler" and not 2 <= steps <= TRAINING_STEPS:
-        raise InputError(
-            f"steps {steps}: the euler solver picks from the published {TRAINING_STEPS}-time grid and takes 2 to 1000"
-        )
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"guidance interval {interval[0]} {interval[1]}: needs 0 <= LO < HI <= 1 (in t, noise is 1)")

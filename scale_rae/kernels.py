@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, DiTConfig, RMSNorm, attend
+from scale_rae.config import DiTConfig
+from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, RMSNorm, attend
 from scale_rae.quantize import FLOAT8, LARGEST, LEAST, Float8Linear, Quantized
 
 _log = logging.getLogger("scale_rae")

@@ -37,10 +37,9 @@ from torch import Tensor, nn
 from scale_rae.dit import Attend, Block, Deferred, DiT, FinalLayer, SwiGLU, summed
 from scale_rae.errors import InputError
 from scale_rae.flow import Velocity
+from scale_rae.options import check_speed
 from scale_rae.quantize import Float8Linear, check_device, quantize
 
-COMPILE = ("auto", "on", "off")
-QUANTIZE = ("fp8",)
 ATTENTION = ("auto", "flash", "own")
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # tokens of a batch's prompts for that one block's adaLN product fills the GPU; fewer take several blocks at once
@@ -74,14 +73,11 @@ class Speed:
 
     def check(self) -> None:
         """Raises InputError for values that there are not."""
-        if self.compile not in COMPILE:
-            raise InputError(f"compile {self.compile!r}: use one of {', '.join(COMPILE)}")
+        check_speed(self.compile, self.quantize)
         if self.attention not in ATTENTION:
             raise InputError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
         if self.attention == "own" and not (self.kernels and self.defer):
             raise InputError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
-        if self.quantize is not None and self.quantize not in QUANTIZE:
-            raise InputError(f"quantize {self.quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

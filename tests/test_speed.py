@@ -17,7 +17,8 @@ from torch import Tensor
 
 import scale_rae
 from scale_rae import flow, speed
-from scale_rae.dit import Block, DiT, DiTConfig, SwiGLU, flops
+from scale_rae.config import DiTConfig
+from scale_rae.dit import Block, DiT, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantize import Float8Linear, check_device, quantize
