@@ -93,7 +93,7 @@ class ChatTokenizer:
         """Ids of a system turn and others, with the assistant's next turn open.
 
         Raises:
-            InputError: when a user's turn has no text.
+            InputError: when a user's turn has neither text nor image.
         """
         newline = self.plain("\n")
         ids = [self.chat_start, *self.plain(f"system\n{system}"), self.chat_end, *newline]
@@ -103,7 +103,8 @@ class ChatTokenizer:
         return [*ids, self.chat_start, *self.plain("assistant\n")]
 
     def _user(self, turn: Turn) -> list[int]:
-        message = clean_message(turn.text)
+        is_text = turn.text.replace(IMAGE_PLACEHOLDER, "").strip() or not turn.images  # a picture alone is a message
+        message = clean_message(turn.text) if is_text else ""
         # A run of text between control tokens is tokenized as one, so "user\n" goes with the text that follows it.
         if not turn.images:
             return self.plain("user\n" + message)
