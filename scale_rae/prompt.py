@@ -116,6 +116,15 @@ class ChatTokenizer:
         return [*self.plain("assistant\n"), *self.plain(turn.text), *self.image() * turn.images]
 
 
+def chat_text(message: str) -> str:
+    """A message in the chat layout as text, with the assistant's turn open: what `ChatTokenizer.chat` gives the ids of.
+
+    It is for people and records to read; the model reads the ids, in which a message cannot forge control tokens.
+    """
+    turns = (("system", SYSTEM), ("user", clean_message(message)))
+    return "".join(f"{CHAT_START}{role}\n{text}{CHAT_END}\n" for role, text in turns) + f"{CHAT_START}assistant\n"
+
+
 def clean_message(text: str) -> str:
     """The text a person meant: without the image placeholder of the official code.
 

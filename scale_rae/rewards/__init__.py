@@ -19,7 +19,7 @@ from scale_rae.errors import InputError
 if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
 
-__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "load_reward"]
+__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "default_reward", "load_reward"]
 
 DEFAULT_REWARD = "imagereward"
 
@@ -36,6 +36,21 @@ class Reward(Protocol):
 
     def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
         """A score for each picture, higher for one that shows the prompt better; pictures may differ in size."""
+
+
+def default_reward(model: ScaleRAE) -> str:
+    """The reward that ranks the model's pictures where none is chosen: one that it brings itself, else DEFAULT_REWARD.
+
+    A model brings `siglip` when the encoder in its own folder has a text tower, as the bundled model's has. An encoder from
+    elsewhere does not count: published checkpoints share one that was made without them.
+    """
+    from scale_rae.rewards.siglip import why_unusable
+
+    _ = model.encoder  # finds its source
+    encoder = model.encoder_source
+    if encoder is None or model.source.folder not in encoder.folder.parents:
+        return DEFAULT_REWARD
+    return DEFAULT_REWARD if why_unusable(model) is not None else "siglip"
 
 
 def load_reward(name: str, model: ScaleRAE, path: str | None = None) -> Reward:

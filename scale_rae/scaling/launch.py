@@ -111,7 +111,7 @@ def run(
         OutputError: when another run has the folder, or something cannot be written; what is finished is kept.
         ScaleRAEError: when a model or reward cannot be loaded.
     """
-    from scale_rae.flow import check_options
+    from scale_rae.options import check_options
     from scale_rae.pipeline import pick_device, pick_dtype
     from scale_rae.quantize import check_device
     from scale_rae.speed import Speed
@@ -145,6 +145,7 @@ def run(
                 f"{store.folder}: holds an experiment with other settings: {'; '.join(found)}; choose another "
                 "--output-dir, or give those settings to go on with it"
             )
+        settings = store.settings = settings.resumed(recorded)
         chosen = list(prompts[:limit])
         todo = []
         untouched = store.remote and recorded is None  # nothing there: spares the requests of looking

@@ -23,7 +23,7 @@ from scale_rae.errors import InputError, OutputError, ScaleRAEError, out_of_memo
 from scale_rae.jsonio import dump_json
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings, check_finite, judgement, png_text
+from scale_rae.scaling.experiment import AUTO_REWARD, Settings, check_finite, judgement, png_text
 from scale_rae.scaling.store import Batch, Store
 
 if TYPE_CHECKING:
@@ -107,6 +107,8 @@ def loaded(
 
         torch.cuda.set_device(session.model.device)  # else what libraries do by themselves takes memory of cuda:0
     session.model.halves = False  # here it is known which images are together, and told when that changes
+    if settings.reward == AUTO_REWARD:
+        settings = store.settings = _with_reward(store, settings, order, session, listen)
     reward = None
     if settings.reward is not None:
         from scale_rae.rewards import load_reward
@@ -127,6 +129,21 @@ def loaded(
         except BaseException:
             worker.stopped.set()
             raise
+
+
+def _with_reward(store: Store, settings: Settings, order: Order, session: Session, listen: Listener) -> Settings:
+    """The settings with the reward that was left open: the experiment's, or of a new one the model's own or the guide's."""
+    from scale_rae.rewards import DEFAULT_REWARD, default_reward
+
+    settings = settings.resumed(store.read_experiment())
+    if settings.reward == AUTO_REWARD:
+        # A path to weights is a path to the guide's: the model's own reward has none.
+        name = default_reward(session.model) if settings.reward_path is None else DEFAULT_REWARD
+        settings = dataclasses.replace(settings, reward=name)
+        if name != DEFAULT_REWARD and order.rank == 0:
+            listen({"event": "say", "text": f"reward: {name}, which the model brings (--reward chooses another)"})
+    order.description["settings"]["reward"] = settings.reward
+    return settings
 
 
 def _join_experiment(

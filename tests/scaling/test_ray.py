@@ -244,7 +244,7 @@ def test_numbers_of_workers(scale: Scale, option: str) -> None:
     assert "only with --launcher ray" in " ".join(result.err.split())
     if importlib.util.find_spec("ray") is not None:
         result = scale("--launcher", "ray", option, 0, device=False)
-        assert result.code == 1
+        assert result.code == 2
         assert f"{option} 0: must be at least 1" in result.err
 
 
