@@ -41,7 +41,8 @@ class Settings:
     """Everything that decides an experiment's files. `batch_size` None is measured (8 on the CPU).
 
     `question` is a template with `{prompt}`; `question_name` and `post_qa_mode` are in the folder's name. `reward` may be
-    AUTO_REWARD until the model is loaded.
+    AUTO_REWARD until the model is loaded. `model_name` is what records call the model: the model_path that the experiment
+    was begun with, also where the same model is found under another path today.
     """
 
     metadata_file: str
@@ -68,6 +69,11 @@ class Settings:
     save_latents: bool = False
     compile: str = "auto"
     quantize: str | None = None
+    model_name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            object.__setattr__(self, "model_name", self.model_path)
 
     @property
     def total(self) -> int:
@@ -87,11 +93,15 @@ class Settings:
         check_options(self.guidance_level, self.steps, self.solver, self.guidance_interval)
 
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
-        """The settings to go on with: a reward that was left open is the experiment's, if there is one."""
+        """The settings to go on with: the model's name, and a reward that was left open, are as the experiment (if any) has them."""
         known = (recorded or {}).get("settings")
-        if self.reward != AUTO_REWARD or not isinstance(known, dict) or "reward" not in known:
+        if not isinstance(known, dict):
             return self
-        return dataclasses.replace(self, reward=known["reward"])
+        name = known.get("model_path")
+        settings = dataclasses.replace(self, model_name=name) if isinstance(name, str) else self
+        if self.reward != AUTO_REWARD or not isinstance(known.get("reward"), str | None):
+            return settings
+        return dataclasses.replace(settings, reward=known.get("reward"))
 
     def folder(self, output_dir: Path) -> Path:
         """OUT/<model name, dots to dashes>/<rounds>_<template>_scale_<mode>, as the guide has it."""
@@ -120,6 +130,7 @@ def as_request(prompt: str, prefix: str) -> str:
 def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
     """experiment.json's part on settings and prompts."""
     values = dataclasses.asdict(settings)
+    del values["model_name"]  # the first run's model_path
     if settings.guidance_interval is not None:
         values["guidance_interval"] = list(settings.guidance_interval)
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]
@@ -193,7 +204,7 @@ def prompt_record(
         "request": request,
         "input_prompt": chat_text(request),
         "output_text": output_text,
-        "model_path": settings.model_path,
+        "model_path": settings.model_name,
         "guidance_level": settings.guidance_level,
         "max_new_tokens": settings.max_new_tokens,
         "n_samples": settings.n_samples,

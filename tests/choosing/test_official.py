@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 from scale_rae.hub import BUNDLED
 from scale_rae.prompt import ChatTokenizer, chat_text
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings, prompt_record
+from scale_rae.scaling.experiment import Settings, describe, prompt_record, setting_differences
 from scale_rae.scaling.select import Experiment, Prompt, rank
 
 RESPONSE = {
@@ -52,6 +53,20 @@ def test_a_prompt_files_own_fields_are_not_lost() -> None:
     record = made(None, {"model_path": "mine", "tag": "colors"})
     assert (record["model_path"], record["tag"]) == ("nyu-visionx/model", "colors")
     assert record["prompt_fields"] == {"model_path": "mine"}
+
+
+def test_a_record_is_the_same_wherever_the_model_lies_today() -> None:
+    """A folder may move, and workers on a cluster are given its full path; neither damages what is finished."""
+    begun = Settings("p.jsonl", "models/shapes", reward=None)
+    today = Settings("p.jsonl", "/data/shapes", reward=None).resumed({"settings": {"model_path": "models/shapes"}})
+    on_a_cluster = dataclasses.replace(begun, model_path="/here/models/shapes")
+    records = [
+        prompt_record(settings, PromptRecord(1, "a cat", 0), "Sure.", [1], [RESPONSE], None)
+        for settings in (begun, today, on_a_cluster)
+    ]
+    assert records[0] == records[1] == records[2]
+    assert today.model_path == "/data/shapes"  # which is loaded
+    assert setting_differences(describe(begun, []), describe(today, [])) == []
 
 
 def test_records_without_these_fields_are_ranked_as_before() -> None:
