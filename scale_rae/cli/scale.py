@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 
 from scale_rae.cli import options as o
-from scale_rae.cli.app import fail
+from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.progress import Bars, ScalingDisplay
-from scale_rae.errors import OptionError, printable
+from scale_rae.errors import OptionError
 from scale_rae.options import check_device_name
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
@@ -218,7 +218,7 @@ def command(
     world = World.from_environment()
     if "{prompt}" not in question:
         begins = question if len(question) <= 80 else f"{question[:77]}..."
-        typer.echo(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end", err=True)
+        say(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end")
     display = ScalingDisplay(quiet=world.rank > 0)
     try:
         outcome = run(
@@ -240,18 +240,17 @@ def command(
         if outcome.unfinished:
             fail(f"rank {world.rank}: {len(outcome.unfinished)} prompts are unfinished")
         return
-    typer.echo(printable(str(outcome.folder)))
+    show(str(outcome.folder))
     done = outcome.prompts - len(outcome.failed) - len(outcome.unfinished)
     rate = f" ({outcome.drawn / outcome.working:.2f} images/s once loaded)" if outcome.drawn else ""
-    typer.echo(
+    say(
         f"{done} of {outcome.prompts} prompts done; {outcome.drawn} images drawn in {outcome.seconds:.0f} s{rate}",
-        err=True,
     )
     if outcome.failed:
         width = max(len(f"{index:05}") for index in outcome.failed)
-        typer.echo(f"{'prompt':{width}}  error", err=True)
+        say(f"{'prompt':{width}}  error")
         for index, error in sorted(outcome.failed.items()):
-            typer.echo(f"{index:05}  {printable(' '.join(error.split()))}", err=True)
+            say(f"{index:05}  {' '.join(error.split())}")
     if outcome.failed or outcome.unfinished:
         parts = [
             f"{len(which)} of {outcome.prompts} prompts {how}"

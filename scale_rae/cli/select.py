@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scale_rae.errors import InputError, printable
+from scale_rae.cli.app import say, show, show_json
+from scale_rae.errors import InputError
 
 if TYPE_CHECKING:
     from scale_rae.scaling.select import Selection
@@ -65,35 +66,34 @@ def command(
     """
     if (folder is None) == (sample_dir is None):
         raise typer.BadParameter("name one folder", param_hint="--sample-dir")
-    from scale_rae.jsonio import dump_json
     from scale_rae.scaling.select import select
 
     source = sample_dir or folder
     assert source is not None
     experiment, selections, record = select(source, metric, keep, reward_weight)
     for p in experiment.incomplete:
-        typer.echo(f"skipped {p.folder.name}: {printable(p.reason)}", err=True)
+        say(f"skipped {p.folder.name}: {p.reason}")
     if json:
-        typer.echo(dump_json(record))
+        show_json(record)
         return
     for s in selections:
-        typer.echo(_line(s))
+        show(_line(s))
     if bare := sum(s.ranking.without_reward for s in selections):
         whose = "the experiment has" if bare == len(selections) else f"{bare} of {len(selections)} prompts have"
-        typer.echo(f"note: {whose} no reward; chosen by confidence alone")
+        show(f"note: {whose} no reward; chosen by confidence alone")
     if partly := sum(None in s.ranking.scores for s in selections):
-        typer.echo(
+        show(
             f"note: in {_count(partly, 'prompt')} only some images have what {record['metric']} needs; the rest come last"
         )
     if record["keep"] is not None and (few := sum(len(s.kept) < record["keep"] for s in selections)):
-        typer.echo(f"note: {_count(few, 'prompt')} with fewer than {record['keep']} images, all of them kept")
+        show(f"note: {_count(few, 'prompt')} with fewer than {record['keep']} images, all of them kept")
     if experiment.incomplete:
-        typer.echo(f"skipped {_count(len(experiment.incomplete), 'incomplete prompt')}, listed above")
+        show(f"skipped {_count(len(experiment.incomplete), 'incomplete prompt')}, listed above")
     if experiment.not_begun:
-        typer.echo(f"note: {_count(experiment.not_begun, 'prompt')} of the experiment not begun")
+        show(f"note: {_count(experiment.not_begun, 'prompt')} of the experiment not begun")
     ratios = record["yes_ratios"]
-    typer.echo(f"best images kept: {_yes(ratios['kept'])}; {printable(record['verified'])}")
-    typer.echo(f"first images drawn, to compare: {_yes(ratios['ref'])}; {printable(record['ref'])}")
+    show(f"best images kept: {_yes(ratios['kept'])}; {record['verified']}")
+    show(f"first images drawn, to compare: {_yes(ratios['ref'])}; {record['ref']}")
 
 
 def _line(selection: Selection) -> str:

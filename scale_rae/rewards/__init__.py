@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from scale_rae.errors import InputError
+from scale_rae.options import REWARDS as NAMES
 
 if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
@@ -93,9 +94,7 @@ def _pickscore(model: ScaleRAE, path: str | None) -> Reward:
 
 
 # Functions, so that a reward's part of transformers is imported only when it is asked for.
-REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = {
-    "imagereward": _imagereward,
-    "siglip": _siglip,
-    "pickscore": _pickscore,
-}
+REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = dict(
+    zip(NAMES, (_imagereward, _siglip, _pickscore), strict=True)
+)
 """The names that `load_reward` knows, and what loads them."""
