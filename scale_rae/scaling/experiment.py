@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from scale_rae.scores import Score
 
 PROMPT_PREFIX = "Can you generate "  # before prompts that ask for nothing
+MOST_IMAGES = 1_000_000  # of a prompt; beyond, the plan alone fills the memory
 AUTO_REWARD = "auto"  # the model's own reward where it brings one, else the guide's; known once the model is loaded
 
 # A prompt that begins so asks for a picture already. Bare verbs ask only before an article or a number: "paint brushes"
@@ -86,6 +87,10 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise OptionError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.total > MOST_IMAGES:
+            raise OptionError(
+                f"--n-samples {self.n_samples} x --scaling-rounds {self.scaling_rounds}: at most {MOST_IMAGES:,} images of a prompt"
+            )
         if not 0 <= self.seed < 2**63:
             raise OptionError(f"--seed {self.seed}: must be at least 0 and less than 2^63")
         if not self.question.strip():
@@ -93,7 +98,7 @@ class Settings:
         check_options(self.guidance_level, self.steps, self.solver, self.guidance_interval)
 
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
-        """The settings to go on with: the model's name, and a reward that was left open, are as the experiment (if any) has them."""
+        """The settings to go on with: an open reward, and the model's name, are as the experiment (if any) has them."""
         known = (recorded or {}).get("settings")
         if not isinstance(known, dict):
             return self

@@ -304,6 +304,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     ("options", "error", "code"),  # 2 for values that no run can use, as for those that cannot be parsed
     [
         (["--n-samples", 0], "--n-samples 0: must be at least 1", 2),
+        (["--n-samples", 10**9, "--scaling-rounds", 10**9], "at most 1,000,000 images of a prompt", 2),
         (["--scaling-rounds", -1], "--scaling-rounds -1: must be at least 1", 2),
         (["--post-qa-max-new-tokens", 0], "--post-qa-max-new-tokens 0: must be at least 1", 2),
         (["--limit", 0], "--limit 0: must be at least 1", 2),
