@@ -16,6 +16,7 @@ import struct
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class Decoders:
         self._waiting: list[_Waiting] = []
         self._slow = 0  # workers that have a slow image
         self._turns = Turns()
+        self._clients: Counter[str] = Counter()  # of images that wait or are decoded
         self._closed = False
 
     async def read(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
@@ -67,6 +69,15 @@ class Decoders:
         Raises:
             Refused: naming the field, for what is no image or takes too long; when the server shuts down.
         """
+        self._clients[client] += 1
+        try:
+            return await self._try(url, field, client, then)
+        finally:
+            self._clients[client] -= 1
+            self._clients += Counter()  # without those at zero
+            self._turns.keep(self._clients)
+
+    async def _try(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
         limits = self._limits
         for is_slow, seconds in ((False, min(limits.quick, limits.decoding)), (True, limits.decoding)):
             worker = await self._take(client, is_slow)
@@ -131,7 +142,6 @@ class Decoders:
                 self._slow += is_slow
                 self._turns.serve([waits.client])
                 waits.turn.set_result(self._free.pop())
-        self._turns.keep({waits.client for waits in self._waiting})
 
     def _give_back(self, worker: _Worker, is_slow: bool, done: asyncio.Future[Any]) -> None:
         if not done.cancelled():

@@ -573,7 +573,7 @@ def test_images_that_take_for_ever_do_not_keep_others_waiting(hostile: None, mon
     monkeypatch.setattr(decoding, "_end_in", lambda limit, seconds: begun.append((limit, seconds)))
 
     async def crowd() -> None:
-        decoders = Decoders(Limits(quick=3, decoding=15, decoders=2), lambda error: None)
+        decoders = Decoders(Limits(quick=3000, decoding=9000, decoders=2), lambda error: None)
 
         def look(url: str, client: str) -> asyncio.Task[tuple[int, int]]:
             return asyncio.create_task(decoders.read(url, "url", client, lambda image: image.size))
@@ -583,7 +583,7 @@ def test_images_that_take_for_ever_do_not_keep_others_waiting(hostile: None, mon
             while len(begun) < count:
                 await asyncio.sleep(0.005)
             for index in which:
-                assert begun[index][1] == 3
+                assert begun[index][1] == 3000
                 begun[index][0].reschedule(asyncio.get_running_loop().time())
 
         async with asyncio.timeout(HANG):
@@ -595,7 +595,7 @@ def test_images_that_take_for_ever_do_not_keep_others_waiting(hostile: None, mon
             await expire(4, 1, 3)  # the second and third first try of the greedy one
             while len(begun) < 6:
                 await asyncio.sleep(0.005)
-            (first,) = [index for index in (4, 5) if begun[index][1] == 3]  # and one that had its first try
+            (first,) = [index for index in (4, 5) if begun[index][1] == 3000]  # and one that had its first try
             await expire(6, first)
             for client in ("honest", "greedy"):
                 assert await look(WHITE, client) == (8, 8)  # one decoder is left for first tries
