@@ -28,7 +28,15 @@ from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
 from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
-from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError, out_of_memory
+from scale_rae.errors import (
+    CheckpointError,
+    ConfigError,
+    DeviceError,
+    InputError,
+    OptionError,
+    ScaleRAEError,
+    out_of_memory,
+)
 from scale_rae.hub import Source, find, vae_folder, weight_files
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
@@ -114,13 +122,16 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
 
     Raises:
-        OptionError: for what is no name of a device. DeviceError: when the named device does not exist here.
+        DeviceError: for what is no name of a device, or of one that does not exist here.
     """
     if name is None:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
-    check_device_name(name)
+    try:
+        check_device_name(name)
+    except OptionError as e:
+        raise DeviceError(str(e)) from e
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
