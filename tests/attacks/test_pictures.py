@@ -83,8 +83,12 @@ def test_beginnings_of_files(data: bytes) -> None:
 
 @pytest.mark.parametrize("kind", ["TIFF", "BMP", "PPM", "AVIF", "JPEG2000"])
 def test_a_server_opens_fewer_formats(kind: str, no_decoder: None) -> None:
+    try:
+        data = save(kind)
+    except KeyError:
+        pytest.skip(f"this Pillow has no {kind}")
     with pytest.raises(InputError, match="field: not an image"):
-        read_data_url(url(save(kind)), "field", 1_000_000)
+        read_data_url(url(data), "field", 1_000_000)
 
 
 # Work
