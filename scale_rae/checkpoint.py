@@ -247,7 +247,7 @@ def fill(
     buffers, which are computed, are moved. `progress(done, total)` counts bytes as stored.
 
     Raises:
-        CheckpointError: listing every missing, unexpected and wrongly shaped tensor.
+        CheckpointError: listing missing, unexpected and wrongly shaped tensors, the first 20 of each.
     """
     targets: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
     first_name: dict[int, str] = {}
@@ -295,4 +295,4 @@ def _check_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, Store
         files = sorted({str(t.file) for t in stored.values()})
         where = files[0] if len(files) == 1 else f"{Path(files[0]).parent}" if files else "the weights"
         parts = [("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong)]
-        raise CheckpointError(f"{where}: " + "; ".join(f"{what}: {', '.join(names)}" for what, names in parts if names))
+        raise CheckpointError(f"{where}: " + "; ".join(f"{what}: {_few(names)}" for what, names in parts if names))

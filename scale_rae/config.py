@@ -15,6 +15,8 @@ MODEL_TYPE = "cambrian_qwen"
 _REQUIRED = object()
 # No checkpoint comes near these; a damaged file beyond them would have us build for hours before it fails.
 _WIDEST, _DEEPEST, _MOST_TOKENS = 1 << 20, 1 << 10, 1 << 14
+_WIDEST_HEAD = 1 << 10  # a rotary table has tokens x width of a head numbers
+_LARGEST = 1 << 24  # of any number in a config that a library reads
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,35 @@ class _Fields:
         if value not in allowed:
             raise self.fail(field, f"{value!r} is not supported (supported: {', '.join(allowed)})")
         return value
+
+
+def check_numbers(raw: dict[str, Any], path: Path, most: int) -> None:
+    """Raises ConfigError when a number anywhere in a config is larger than `most`: libraries allocate what they say."""
+    for field, value in raw.items():
+        waiting = [value]
+        while waiting:
+            part = waiting.pop()
+            if isinstance(part, dict | list):
+                waiting += part.values() if isinstance(part, dict) else part
+            elif isinstance(part, int | float) and not -most <= part <= most:
+                raise ConfigError(f"{path}: {field} holds {repr(part)[:40]}; at most {most} is supported")
+
+
+def library_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields of a network's config that transformers may see: none that stands for labels, no number without bound.
+
+    Raises:
+        ConfigError: naming the file and the field.
+    """
+    check_numbers(raw, path, _LARGEST)
+    layers = raw.get("num_hidden_layers")
+    if isinstance(layers, int) and not 0 < layers <= _DEEPEST:
+        raise ConfigError(f"{path}: num_hidden_layers is {layers}; must be 1 to {_DEEPEST}")
+    return {
+        key: library_fields(value, path) if isinstance(value, dict) else value  # text_config, vision_config
+        for key, value in raw.items()
+        if key not in ("num_labels", "id2label", "label2id")
+    }
 
 
 def _kind_name(kind: type | tuple[type, ...]) -> str:
@@ -206,6 +237,11 @@ def _dit_config(
             raise fields.fail(
                 "diffusion_model_heads", f"is {head_count}: width {width} must divide into heads of a multiple of 4"
             )
+        if width // head_count > _WIDEST_HEAD:
+            raise fields.fail(
+                "diffusion_model_heads",
+                f"is {head_count}: width {width} must divide into heads of at most {_WIDEST_HEAD}",
+            )
     encoder_depth = None
     if loss == "ddt-loss":
         encoder_depth = depths[0] if wide else fields.count("ddt_encoder_depth")
@@ -232,6 +268,10 @@ def _language_config(fields: _Fields) -> dict[str, Any]:
     groups = fields.count("num_key_value_heads", heads)
     if hidden % heads or (hidden // heads) % 2:
         raise fields.fail("num_attention_heads", f"is {heads}: hidden_size {hidden} must divide into even heads")
+    if hidden // heads > _WIDEST_HEAD:
+        raise fields.fail(
+            "num_attention_heads", f"is {heads}: hidden_size {hidden} must divide into heads of at most {_WIDEST_HEAD}"
+        )
     if heads % groups:
         raise fields.fail("num_key_value_heads", f"is {groups}; must divide num_attention_heads {heads}")
     rope = fields.get("rope_parameters", dict, {})  # where transformers 5 writes rope_theta

@@ -13,6 +13,8 @@ from scale_rae.encoder import resize_tokens
 from scale_rae.errors import ConfigError
 from scale_rae.jsonio import read_json
 
+_WIDEST, _MOST = 1 << 20, {"depth": 1 << 10, "image": 1 << 13, "patch": 1 << 13}  # no published decoder comes near
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -52,8 +54,11 @@ def load_decoder_config(folder: Path, channels: int) -> DecoderConfig:
     values: dict[str, int] = {}
     for ours, name in names.items():
         value = raw.get(name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{path}: {name} is {value!r}; a pixel decoder needs a positive whole number there")
+        most = _MOST.get(ours, _WIDEST)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            raise ConfigError(
+                f"{path}: {name} is {repr(value)[:40]}; a pixel decoder needs a positive whole number there, at most {most}"
+            )
         values[ours] = value
     if raw.get("hidden_act", "gelu") != "gelu":
         raise ConfigError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: gelu)")

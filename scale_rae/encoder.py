@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader
+from scale_rae.config import check_numbers, library_fields
 from scale_rae.errors import CheckpointError, ConfigError, last_line
-from scale_rae.hub import weight_files
+from scale_rae.hub import import_hub, weight_files
 from scale_rae.jsonio import read_json
 
 SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")
+LARGEST_IMAGE = 2048  # pixels along an edge, and the most that any number in a preprocessor's config may be
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
 
 
@@ -54,19 +57,31 @@ class Encoder:
                 f"{path}: model_type {kind!r} is not a supported encoder (supported: {', '.join(SUPPORTED)})"
             )
         self.kind: str = kind
-        self.processor, side = _load_processor(folder / "preprocessor_config.json", self.kind)
-        self.image_mean: list[float] = [float(x) for x in self.processor.image_mean]
-        self.image_std: list[float] = [float(x) for x in self.processor.image_std]
         self._folder = folder
-        self._config = config = _vision_config(folder, self.kind)
-        self.channels: int = config.hidden_size
-        layers = config.num_hidden_layers
+        self._preprocessor = _read_preprocessor(folder / "preprocessor_config.json")
+        self.image_mean: list[float] = [float(x) for x in self._preprocessor["image_mean"]]
+        self.image_std: list[float] = [float(x) for x in self._preprocessor["image_std"]]
+        side = _plain_side(self._preprocessor, self.kind)
+        if side is None:  # an unusual one, which has to be tried
+            side = self._processor_and_side[1]
+        self._config = config = _read_vision_config(folder, self.kind)
+        self.channels: int = config.width
+        layers = config.layers
         if self.kind != "dinov2" and not -layers - 1 <= select_layer <= layers:
             raise ConfigError(f"{path}: mm_vision_select_layer {select_layer} of an encoder with {layers} layers")
-        if self.kind == "dinov2" and side % config.patch_size:
-            raise ConfigError(f"{path}: patch_size {config.patch_size} does not divide the {side} pixels of an image")
-        if self.kind != "dinov2" and side != config.image_size:
-            raise ConfigError(f"{path}: image_size is {config.image_size}, but preprocessor_config.json makes {side}")
+        if self.kind == "dinov2" and side % config.patch:
+            raise ConfigError(f"{path}: patch_size {config.patch} does not divide the {side} pixels of an image")
+        if self.kind != "dinov2" and side != config.image:
+            raise ConfigError(f"{path}: image_size is {config.image}, but preprocessor_config.json makes {side}")
+
+    @cached_property
+    def _processor_and_side(self) -> tuple[Any, int]:
+        return _load_processor(self._preprocessor, self._folder / "preprocessor_config.json", self.kind)
+
+    @property
+    def processor(self) -> Any:
+        """transformers' image processor."""
+        return self._processor_and_side[0]
 
     @cached_property
     def model(self) -> Any:
@@ -93,15 +108,65 @@ class Encoder:
         return F.layer_norm(features, features.shape[-1:], eps=1e-6)
 
 
-def _load_processor(path: Path, kind: str) -> tuple[Any, int]:
-    """The image processor a preprocessor_config.json describes, on Pillow, and the side of the images it makes.
+def _read_preprocessor(path: Path) -> dict[str, Any]:
+    """A preprocessor_config.json whose mean and deviation are three numbers each, and whose sizes are bounded."""
+    raw = read_json(path)
+    for field in ("image_mean", "image_std"):
+        value = raw.get(field)
+        if (
+            not isinstance(value, list)
+            or len(value) != 3
+            or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
+            or (field == "image_std" and min(value) <= 0)
+        ):
+            raise ConfigError(f"{path}: {field} is {repr(value)[:100]}; must be three numbers")
+    check_numbers(raw, path, LARGEST_IMAGE)
+    return raw
+
+
+_PLAIN = {"do_resize", "do_rescale", "do_normalize", "do_center_crop", "do_convert_rgb"}  # what published files ask for
+_PLAIN_FIELDS = _PLAIN | {
+    "image_processor_type",
+    "image_mean",
+    "image_std",
+    "size",
+    "crop_size",
+    "resample",
+    "rescale_factor",
+}
+
+
+def _plain_side(raw: dict[str, Any], kind: str) -> int | None:
+    """The side of the images that a preprocessor of the published form makes; None for one of another form.
+
+    Drawing needs no more of the preprocessor, and importing transformers' takes a second.
+    """
+    published = "BitImageProcessor" if kind == "dinov2" else "SiglipImageProcessor"
+    name = raw.get("image_processor_type", published)
+    if not isinstance(name, str) or name.removesuffix("Fast") != published or not raw.keys() <= _PLAIN_FIELDS:
+        return None
+    if not all(raw.get(field, True) is True for field in _PLAIN):
+        return None
+    if raw.get("resample", 3) not in range(6) or type(raw.get("rescale_factor", 0.0)) is not float:
+        return None
+    size = raw.get("size")
+    if kind == "dinov2":  # the shorter edge becomes `size`, then the middle is cut out
+        shortest = size.get("shortest_edge") if isinstance(size, dict) and len(size) == 1 else None
+        size = raw.get("crop_size") if type(shortest) is int and shortest > 0 else None
+    side = size.get("height") if isinstance(size, dict) else None
+    return side if type(side) is int and side > 0 and size == {"height": side, "width": side} else None
+
+
+def _load_processor(raw: dict[str, Any], path: Path, kind: str) -> tuple[Any, int]:
+    """The image processor that a preprocessor_config.json describes, on Pillow, and the side of the images it makes.
 
     Pillow's resize on every machine, with or without torchvision, so that an image means one latent. The classes are
     asked for by name: transformers' AutoImageProcessor wants torchvision in some versions even for these.
     """
+    import_hub()
     from transformers import BitImageProcessorPil, SiglipImageProcessorPil
 
-    raw = read_json(path)
+    raw = dict(raw)
     classes: dict[str, Any] = {
         "SiglipImageProcessor": SiglipImageProcessorPil,
         "BitImageProcessor": BitImageProcessorPil,
@@ -111,15 +176,6 @@ def _load_processor(path: Path, kind: str) -> tuple[Any, int]:
     cls = classes.get(name.removesuffix("Fast")) if isinstance(name, str) else None
     if cls is None:
         raise ConfigError(f"{path}: image_processor_type {name!r} is not supported (supported: {', '.join(classes)})")
-    for field in ("image_mean", "image_std"):
-        value = raw.get(field)
-        if (
-            not isinstance(value, list)
-            or len(value) != 3
-            or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
-            or (field == "image_std" and min(value) <= 0)
-        ):
-            raise ConfigError(f"{path}: {field} is {value!r}; must be three numbers")
     try:
         processor = cls(**raw)
         size = processor(images=[Image.new("RGB", (8, 6))], return_tensors="pt")["pixel_values"].shape[-2:]
@@ -130,32 +186,75 @@ def _load_processor(path: Path, kind: str) -> tuple[Any, int]:
     return processor, int(size[0])
 
 
-def _vision_config(folder: Path, kind: str) -> Any:
-    """transformers' config of the vision model that a folder's config.json describes."""
-    from transformers import Dinov2Config, SiglipVisionConfig
+@dataclass(frozen=True)
+class VisionConfig:
+    """Sizes of a vision model, and all fields of its config for transformers."""
 
-    raw = read_json(folder / "config.json")
+    width: int
+    layers: int
+    image: int
+    patch: int
+    fields: dict[str, Any]
+
+
+def _read_vision_config(folder: Path, kind: str) -> VisionConfig:
+    """The config of the vision model that a folder's config.json describes, with transformers' defaults.
+
+    Raises:
+        ConfigError: naming the file, for sizes that no encoder has.
+    """
+    path = folder / "config.json"
+    raw = read_json(path)
     vision = raw.get("vision_config") if kind == "siglip" else raw
     if not isinstance(vision, dict):
-        raise ConfigError(f"{folder / 'config.json'}: vision_config is missing")
-    try:
-        return (Dinov2Config if kind == "dinov2" else SiglipVisionConfig)(**vision)
-    except Exception as e:  # the library's many ways to refuse a config
-        raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({last_line(e)})") from e
+        raise ConfigError(f"{path}: vision_config is missing")
+    defaults = _DINO if kind == "dinov2" else _SIGLIP
+    sizes = {}
+    for field, (default, most) in defaults.items():
+        value = sizes[field] = vision.get(field, default)
+        if type(value) is not int or not 1 <= value <= most:
+            what = f"{field} is {repr(value)[:40]}; must be a whole number from 1 to {most}"
+            raise ConfigError(f"{path}: not a usable encoder config ({what})")
+    if sizes["image_size"] // sizes["patch_size"] > _MOST_PATCHES:
+        what = f"image_size {sizes['image_size']} has more than {_MOST_PATCHES} patches of {sizes['patch_size']} a side"
+        raise ConfigError(f"{path}: not a usable encoder config ({what})")
+    fields = library_fields(vision, path)
+    return VisionConfig(
+        sizes["hidden_size"], sizes["num_hidden_layers"], sizes["image_size"], sizes["patch_size"], fields
+    )
 
 
-def _load_vision_model(folder: Path, kind: str, config: Any, dtype: torch.dtype) -> nn.Module:
+_MOST_PATCHES = 256  # along an edge of an image
+_SIZES = {  # transformers' defaults, and the most there may be
+    "hidden_size": (768, 1 << 20),
+    "num_hidden_layers": (12, 1 << 10),
+    "num_attention_heads": (12, 1 << 10),
+    "num_channels": (3, 3),
+    "image_size": (224, 1 << 13),
+}
+_SIGLIP = _SIZES | {"patch_size": (16, 1 << 13), "intermediate_size": (3072, 1 << 20)}
+_DINO = _SIZES | {"patch_size": (14, 1 << 13)}
+
+
+def _load_vision_model(folder: Path, kind: str, sizes: VisionConfig, dtype: torch.dtype) -> nn.Module:
     """Our reader reads the weights, so that what it refuses is refused here too; transformers knows where they go."""
-    from transformers import Dinov2Model, SiglipVisionModel
+    import_hub()
+    from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
     from transformers.utils import logging
 
     cls: Any = Dinov2Model if kind == "dinov2" else SiglipVisionModel
+    try:
+        config = (Dinov2Config if kind == "dinov2" else SiglipVisionConfig)(**sizes.fields)
+    except Exception as e:  # the library's many ways to refuse a config
+        raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({last_line(e)})") from e
     reader = TensorReader(weight_files(folder))
+    reader.check_depth(sizes.layers, "num_hidden_layers", folder / "config.json")
+    names = [n for n in reader.tensors if not n.startswith(_NOT_VISION) and not n.endswith("position_ids")]
+    reader.check_floats(names)
     tensors = {}
-    for name, stored in reader.tensors.items():
-        if not name.startswith(_NOT_VISION) and not name.endswith("position_ids"):
-            tensors[name] = torch.empty(stored.shape, dtype=dtype)
-            reader.read_into(name, tensors[name])
+    for name in names:
+        tensors[name] = torch.empty(reader.tensors[name].shape, dtype=dtype)
+        reader.read_into(name, tensors[name])
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()  # we say what is wrong with the weights ourselves
     logging.disable_progress_bar()

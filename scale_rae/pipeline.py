@@ -232,6 +232,11 @@ class ScaleRAE:
                 f"{source.folder}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size} (vocab_size)"
             )
         reader = TensorReader(weight_files(source.folder))
+        for name_of, depth in (
+            ("num_hidden_layers", config.language["num_hidden_layers"]),
+            ("diffusion_model_depth", config.dit.depth),
+        ):
+            reader.check_depth(depth, name_of, source.folder / "config.json")
         with torch.device("meta"):
             language, dit = LanguageModel(config), DiT(config.dit)
         if config.tied_embeddings:
@@ -290,6 +295,7 @@ class ScaleRAE:
                     f"channels (decoder_embed.weight), the model's have {self.config.channels}"
                 )
             decoder_config = load_decoder_config(folder, channels)
+            reader.check_depth(decoder_config.depth, "decoder_num_hidden_layers", folder / "config.json")
             with torch.device("meta"):
                 decoder = PixelDecoder(decoder_config)
             fill({"": decoder}, reader, self.dtype, self.device)

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import library_fields
 from scale_rae.errors import CheckpointError, ConfigError
 from scale_rae.hub import Source
 from scale_rae.jsonio import read_json
@@ -164,6 +165,7 @@ def load_network(folder: Path, dtype: torch.dtype, device: torch.device, heads: 
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
         if not isinstance(text.get(field), int) or text[field] < 1:
             raise ConfigError(f"{folder / CONFIG}: {field} is {text.get(field)!r}; must be a positive number")
+    text = library_fields(text, folder / CONFIG)
     reader = TensorReader([folder / WEIGHTS])
     blocks, cls = "blip.visual_encoder.blocks.", reader.tensors.get("blip.visual_encoder.cls_token")
     depth = len({name.removeprefix(blocks).split(".")[0] for name in reader.tensors if name.startswith(blocks)})
@@ -171,6 +173,7 @@ def load_network(folder: Path, dtype: torch.dtype, device: torch.device, heads: 
         raise CheckpointError(
             f"{folder / WEIGHTS}: has no vision tower (blip.visual_encoder.*); this is not ImageReward"
         )
+    parts.check_depth(reader, text, folder / CONFIG)
     width = cls.shape[-1]
     network = parts.build(lambda: Network(text, width, depth, heads or width // HEAD_WIDTH), folder / CONFIG)
     # A parameter that stands under two names is stored under the first: the published ones come first.

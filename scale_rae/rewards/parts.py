@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, last_line
 from scale_rae.files import check_file
 from scale_rae.hub import Source, find, import_hub
@@ -80,6 +81,7 @@ def build(make: Callable[[], Module], where: Path) -> Module:
     Raises:
         ConfigError: naming `where` the sizes come from, when they make no network.
     """
+    import_hub()
     try:
         with torch.device("meta"):
             module = make()
@@ -90,6 +92,13 @@ def build(make: Callable[[], Module], where: Path) -> Module:
             count = owner.get_buffer("position_ids").shape[-1]
             owner._buffers["position_ids"] = torch.arange(count)[None]
     return module
+
+
+def check_depth(reader: TensorReader, config: Any, path: Path) -> None:
+    """Raises ConfigError for a network of more layers than its weights can have."""
+    layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    if isinstance(layers, int):
+        reader.check_depth(layers, "num_hidden_layers", path)
 
 
 def read_tokenizer(folder: Path, kind: str) -> Tokenizer:

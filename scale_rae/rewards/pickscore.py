@@ -15,8 +15,10 @@ import torch
 from PIL import Image
 
 from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import check_numbers, library_fields
+from scale_rae.encoder import LARGEST_IMAGE
 from scale_rae.errors import CheckpointError, ConfigError, last_line
-from scale_rae.hub import Source, weight_files
+from scale_rae.hub import Source, import_hub, weight_files
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 
@@ -38,6 +40,7 @@ class PickScore:
         Raises:
             ConfigError, CheckpointError, HubError: as `load_reward` says.
         """
+        import_hub()
         from transformers import CLIPConfig, CLIPModel
 
         self.source = parts.locate(model, self.name, REPO, "config.json and weights", path)
@@ -49,7 +52,10 @@ class PickScore:
                 f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not clip: not PickScore"
             )
         reader = TensorReader(weight_files(folder))
-        network = parts.build(lambda: CLIPModel(CLIPConfig(**raw)), folder / "config.json")
+        fields = library_fields(raw, folder / "config.json")
+        for part in (fields.get("text_config"), fields.get("vision_config")):
+            parts.check_depth(reader, part, folder / "config.json")
+        network = parts.build(lambda: CLIPModel(CLIPConfig(**fields)), folder / "config.json")
         fill(
             {"": network},
             reader,
@@ -107,6 +113,7 @@ def _load_processor(path: Path, side: int) -> Any:
     from transformers import CLIPImageProcessorPil
 
     raw = read_json(path)
+    check_numbers(raw, path, LARGEST_IMAGE)
     for key in ("image_processor_type", "feature_extractor_type", "processor_class"):
         raw.pop(key, None)
     try:

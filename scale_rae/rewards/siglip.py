@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import library_fields
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
 from scale_rae.hub import weight_files
 from scale_rae.jsonio import read_json
@@ -59,9 +60,10 @@ class SiglipReward:
         if (problem := why_unusable(model)) is not None:
             raise problem
         folder = self.source.folder
-        raw = read_json(folder / "config.json")["text_config"]
+        fields = library_fields(read_json(folder / "config.json")["text_config"], folder / "config.json")
         reader = TensorReader(weight_files(folder))
-        self._text: Any = parts.build(lambda: SiglipTextModel(SiglipTextConfig(**raw)), folder / "config.json")
+        parts.check_depth(reader, fields, folder / "config.json")
+        self._text: Any = parts.build(lambda: SiglipTextModel(SiglipTextConfig(**fields)), folder / "config.json")
         self._logit = parts.build(_Logit, folder)
         config = self._text.config
         if config.projection_size != encoder.channels:
