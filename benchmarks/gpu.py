@@ -42,20 +42,23 @@ from torch import Tensor, nn
 
 from scale_rae import flow
 from scale_rae.checkpoint import Source
+from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, parse_config
+from scale_rae.cuda_graphs import Captured, graph_memory
 from scale_rae.decoder import DecoderConfig, PixelDecoder
-from scale_rae.dit import Attend, DiT, rope_table
+from scale_rae.dit import DiT, rope_table
 from scale_rae.dit import flops as dit_flops
+from scale_rae.fast_dit import Attend, FastDiT, attend_rotating
+from scale_rae.float8 import Float8Linear, quantize
 from scale_rae.language import Conversation, LanguageModel, Reply
+from scale_rae.options import Speed
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.promptfile import PromptRecord
-from scale_rae.quantize import Float8Linear, quantize
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Order, Worker, WorkerLog
-from scale_rae.speed import Captured, FastDiT, Speed, attention_kernels, graph_memory
 from tests.made_checkpoints import write_tokenizer
 
 OFFICIAL_DIT = 2.13  # seconds per image in the official implementation's DiT on one H200, float32
@@ -396,7 +399,7 @@ def checks(b: Bench) -> None:
         else:
             c, u, both = FastDiT(dit, speed).velocities(y, times, guidance != 1.0, speed.compile == "on")
             f = flow.guided(c, u, guidance, both=both)
-        return flow.euler(f, noise.to(device), 8, 3.0)
+        return flow.euler(f, noise.to(device), flow.official_times(8, 3.0))
 
     ways: dict[str, tuple[torch.dtype, Speed | None, float]] = {
         "plain": (torch.float32, None, 1e-4),
@@ -491,10 +494,8 @@ def fp8_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     if b.device.type != "cuda":
         return
     network = DIT_NAME[size]
-    speed = Speed("on", "fp8")
-    model._fast_dit.forget()
-    model._fast_dit = FastDiT(model.dit, speed)
-    model.speed = speed
+    model.release_memory()
+    model = model.with_speed(Speed("on", "fp8"))
     b.release()
     for batch in (8, 32, 1) if size != "7b" else (8,):
         target = "≥ 1.55 x bf16 (1.8)" if batch > 1 else ""
@@ -547,19 +548,16 @@ def t2i_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     """From a 40-token prompt to a PIL image: the whole of `generate`."""
     prompt = prompt_that_draws(b, model, 10)
     results: list[Any] = []
-    speed = model.speed
-    for mode, goal in (
-        (("", "≤ 0.30"), (", captured, not compiled", "")) if speed.compile == "on" else (("", "≤ 0.30"),)
-    ):
-        if mode:
-            model.speed, model.language.compile_steps = Speed("off"), False
-        first, seconds = b.seconds(lambda: results.append(model.generate(prompt)))
+    ways = [("", "≤ 0.30", model)]
+    if model.speed.compile == "on":
+        ways.append((", captured, not compiled", "", model.with_speed(Speed("off"))))
+    for mode, goal, model in ways:
+        first, seconds = b.seconds(partial(lambda model: results.append(model.generate(prompt)), model))
         assert len(results[-1].images) == 1
         stages = {k: round(v, 4) for k, v in results[-1].seconds.items()}
         name = f"{size}: end to end, warm, {len(results[-1].reply.ids)}-token reply{mode}"
         b.add("t2i", name, seconds, "s", goal, first=first, stages=stages)
         print(f"          {stages}", flush=True)
-    model.speed, model.language.compile_steps = speed, speed.compile == "on"
 
 
 def memory_stage(b: Bench, model: ScaleRAE, size: str) -> None:
@@ -586,11 +584,15 @@ def tokens_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     for kind, batch, compile_steps in cases:
         ids = model.tokenizer.chat(prompt, image=kind == "answer")
         conversations = [Conversation(ids, latent if kind == "answer" else None)] * batch
-        model.language.compile_steps = compile_steps
+        language = model.language if compile_steps == compiling else model.with_speed(Speed("off")).language
 
         runs: list[list[float]] = []  # of each, when it began and when each token was there
 
-        def run(conversations: Sequence[Conversation] = conversations, runs: list[list[float]] = runs) -> None:
+        def run(
+            language: LanguageModel = language,
+            conversations: Sequence[Conversation] = conversations,
+            runs: list[list[float]] = runs,
+        ) -> None:
             def hear(row: int, token: int) -> bool:
                 if row == 0:
                     at.append(time.perf_counter())
@@ -599,7 +601,7 @@ def tokens_stage(b: Bench, model: ScaleRAE, size: str) -> None:
             at = [time.perf_counter()]
             runs.append(at)
             limits = [count] * len(conversations)
-            replies = model.language.reply(conversations, limits, stop=-1, image_start=-1, listen=hear)
+            replies = language.reply(conversations, limits, stop=-1, image_start=-1, listen=hear)
             assert all(len(r.ids) == count for r in replies)
 
         first, seconds = b.seconds(run)
@@ -612,7 +614,6 @@ def tokens_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         b.add("tokens", f"{name}, {count} tokens", batch * count / seconds, "tokens/s", goal, first=first)
         b.add("tokens", f"{name}: prefill and first token", to_first, "s")
         b.add("tokens", f"{name}: each token after", each, "s")
-    model.language.compile_steps = compiling
     weights = sum(p.numel() * p.element_size() for p in model.language.parameters())
     b.add("tokens", f"{size}: weights read for each token", weights / 1e9, "GB")
 
@@ -710,11 +711,10 @@ def profile_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         return
     conversation = Conversation(model.tokenizer.chat(prompt_of(model, 40)))
     for compile_steps in (False, True) if compiling else (False,):
-        model.language.compile_steps = compile_steps
-        run = partial(model.language.reply, [conversation], [33], -1, -1)
+        language = model.language if compile_steps == compiling else model.with_speed(Speed("off")).language
+        run = partial(language.reply, [conversation], [33], -1, -1)
         run()
         kernel_table(b, f"{size}: a reply of 33 tokens, compiled {compile_steps}", run, 1)
-    model.language.compile_steps = compiling
     latents = list(torch.randn(8, config.tokens, config.channels))
     judge = partial(
         model.score, latents, "a photo of a cat", request="a cat", request_reply=Reply([65]), max_new_tokens=4
@@ -857,10 +857,10 @@ def attention_stage(b: Bench, size: str) -> None:
 
     def cudnn(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return kernels.attend_flash(x, heads, cos, sin)
+            return attend_rotating(x, heads, cos, sin)
 
     ways: dict[str, Attend] = {
-        "PyTorch's": kernels.attend_flash,
+        "PyTorch's": attend_rotating,
         "cuDNN's": cudnn,
         "ours": kernels.attend_pairs,
     }

@@ -106,8 +106,8 @@ def made_up(size: str, device: Any) -> Any:
     import torch
 
     from benchmarks.gpu import made_model
+    from scale_rae.options import Speed
     from scale_rae.pipeline import pick_dtype
-    from scale_rae.speed import Speed
 
     model = made_model(size, device, pick_dtype(None, device), Speed("auto"), Path(tempfile.mkdtemp()))
     # One channel that every token carries and no layer writes to leads to <im_start>.

@@ -32,13 +32,8 @@ STEPS = {
 }
 
 
-def exact_euler(velocity: flow.Velocity, noise: Tensor, steps: int, shift: float, callback: object = None) -> Tensor:
-    """Euler from t = 1 to t = 0, the reference when steps are many."""
-    t = flow.exact_grid(steps, shift).tolist()
-    x = noise
-    for i in range(steps):
-        x = x + (t[i + 1] - t[i]) * velocity(x, t[i])
-    return x
+# Euler from t = 1 to t = 0, the reference when steps are many.
+EXACT_EULER = flow.Sampler(flow.euler, flow.exact_times)
 
 
 def evaluations(solver: str, steps: int) -> int:
@@ -58,7 +53,7 @@ def measure(model_path: str, count: int, guidance: float) -> dict[str, list[tupl
         options = SamplingOptions(steps=steps, solver=solver, guidance=guidance)
         return torch.stack(model.sample(conditions, seeds, options, batch_size=len(seeds)))
 
-    flow.SOLVERS["exact_euler"] = exact_euler  # this script's process alone
+    flow.SAMPLERS["exact_euler"] = EXACT_EULER  # this script's process alone
     reference = latents("exact_euler", 1000)
     results: dict[str, list[tuple[int, float]]] = {}
     for solver, choices in {**STEPS, "exact_euler": STEPS["euler"]}.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import gc
 import hashlib
@@ -24,17 +25,20 @@ from torch import Tensor
 from scale_rae import flow
 from scale_rae.allocator import keep_freed_memory
 from scale_rae.checkpoint import Source, TensorReader, fill, find, vae_folder, weight_files
+from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, load_config
+from scale_rae.cuda_graphs import Captures
 from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
 from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError, out_of_memory
+from scale_rae.fast_dit import FastDiT
+from scale_rae.float8 import check_device
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
+from scale_rae.options import Speed
 from scale_rae.prompt import ChatTokenizer
-from scale_rae.quantize import check_device
 from scale_rae.scores import QUESTION, Score, score_latents, texts_of
-from scale_rae.speed import Captures, FastDiT, Speed, attention_kernels
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
@@ -165,8 +169,6 @@ class ScaleRAE:
         self.source, self.dtype, self.device = source, dtype, device
         self.speed = speed or Speed()
         self._fast_dit = FastDiT(dit, self.speed)
-        language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
-        language.graph, language.ahead = self.speed.graph, self.speed.ahead
         language.fuse()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused
@@ -220,7 +222,7 @@ class ScaleRAE:
             )
         reader = TensorReader(weight_files(source.folder))
         with torch.device("meta"):
-            language, dit = LanguageModel(config), DiT(config.dit)
+            language, dit = LanguageModel(config, speed), DiT(config.dit)
         if config.tied_embeddings:
             language.lm_head.weight = language.model.embed_tokens.weight
         norm_stats = _read_norm_stats(reader, config, torch_device)
@@ -501,13 +503,15 @@ class ScaleRAE:
         config = self.config
         noise = _noises(seeds, config.channels, config.dit.side, self.device)
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
-        times = flow.evaluation_times(options.solver, options.steps, shift)
+        sampler = flow.SAMPLERS[options.solver]
+        times = sampler.schedule(options.steps, shift)
+        evaluated = sampler.evaluated(times)
         guided = options.guidance != 1.0
         conditional, null, both = self._fast_dit.velocities(
-            condition, times, guided, compile=self._compiles(len(seeds), len(times), guided, len(condition))
+            condition, evaluated, guided, compile=self._compiles(len(seeds), len(evaluated), guided, len(condition))
         )
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        latents = self._latents(flow.SOLVERS[options.solver](f, noise(), options.steps, shift, callback))
+        latents = self._latents(sampler.solver(f, noise(), times, callback))
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         for seed, is_finite in zip(seeds, finite, strict=True):
             if not is_finite:
@@ -721,6 +725,25 @@ class ScaleRAE:
                 _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
                 self.release_memory()
         return done
+
+    def with_speed(self, speed: Speed) -> ScaleRAE:
+        """The same model, sharing its weights, with other choices of `speed`.
+
+        Choosing float8 changes the shared weights for good; a model in float8 takes another choice of `compile` only.
+
+        Raises:
+            InputError, DeviceError: for a choice that does not exist, or not here.
+        """
+        same_network = replace(speed, compile=self.speed.compile) == self.speed
+        if self.speed.quantize is not None and not same_network:
+            raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
+        other = copy.copy(self)
+        other.speed = speed
+        other.language = self.language.with_speed(speed)
+        if not same_network:
+            other._fast_dit = FastDiT(self.dit, speed)
+            other._decodes = Captures(speed.graph and self.device.type == "cuda", most=8)
+        return other
 
     def release_memory(self) -> None:
         """Gives back to the device what is kept between calls: captured graphs, and the language model's memory."""

@@ -16,8 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scale_rae.context import Context
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
+from scale_rae.kv_cache import KVCache
 from scale_rae.language import Reply
 from scale_rae.pipeline import DTYPES, MemoryErrors, SamplingOptions, ScaleRAE, _noises, image_seed
 from tests.test_language import PROMPTS
@@ -271,7 +271,7 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
         match=r"^cpu: out of memory while drawing 1 images at once; try --dtype bfloat16, which takes half of it$",
     ):
         latents(siglip, num_images=3)
-    monkeypatch.setattr(Context, "_forward", full)
+    monkeypatch.setattr(KVCache, "_forward", full)
     with pytest.raises(DeviceError, match=r"out of memory while answering 1 messages at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)

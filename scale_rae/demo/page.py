@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scale_rae.demo.work import MOST_IMAGES, MOST_STEPS, Drawing, Judged, Progress, Ranked, Studio, new_seed
 from scale_rae.errors import InputError, ScaleRAEError
-from scale_rae.flow import SOLVERS
+from scale_rae.flow import SAMPLERS
 from scale_rae.manifest import DEFAULT_STEPS, Sampling
 from scale_rae.rewards import DEFAULT_REWARD, REWARDS
 from scale_rae.scaling.explain import number
@@ -246,7 +246,7 @@ def _settings(studio: Studio, images: int, prefix: str) -> _Settings:
         )
     with gr.Row():
         steps = gr.Slider(2, MOST_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=140, elem_id=f"{prefix}-steps")
-        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", min_width=140, elem_id=f"{prefix}-solver")
+        solver = gr.Dropdown(list(SAMPLERS), value="euler", label="Solver", min_width=140, elem_id=f"{prefix}-solver")
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         seed = gr.Textbox(
             "42", label="Seed", max_lines=1, min_width=120, scale=3, elem_id=f"{prefix}-seed", max_length=20

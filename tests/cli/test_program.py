@@ -86,7 +86,7 @@ def test_wrong_usage_of_the_program(cli: Cli) -> None:
 def test_repeated_constants_are_the_pipeline_s() -> None:
     assert options.DEFAULT_MODEL == pipeline.DEFAULT_MODEL
     assert options.DEFAULT_STEPS == flow.DEFAULT_STEPS
-    assert tuple(flow.SOLVERS) == options.SOLVERS
+    assert tuple(flow.SAMPLERS) == options.SOLVERS
     assert tuple(pipeline.DTYPES) == options.DTYPES
     assert (speed.COMPILE, speed.QUANTIZE) == (options.COMPILE, options.QUANTIZE)
     assert tuple(rewards.REWARDS) == options.REWARDS
