@@ -41,7 +41,6 @@ import torch._dynamo
 from torch import Tensor, nn
 
 from scale_rae import flow
-from scale_rae.checkpoint import Source
 from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.cuda_graphs import Captured, graph_memory
@@ -50,8 +49,9 @@ from scale_rae.dit import DiT, rope_table
 from scale_rae.dit import flops as dit_flops
 from scale_rae.fast_dit import Attend, FastDiT, attend_rotating
 from scale_rae.float8 import Float8Linear, quantize
+from scale_rae.hub import Source
 from scale_rae.language import Conversation, LanguageModel, Reply
-from scale_rae.options import Speed
+from scale_rae.options import DEFAULT_STEPS, Speed
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import ChatTokenizer
@@ -62,7 +62,7 @@ from scale_rae.scaling.worker import Order, Worker, WorkerLog
 from tests.made_checkpoints import write_tokenizer
 
 OFFICIAL_DIT = 2.13  # seconds per image in the official implementation's DiT on one H200, float32
-EVALUATIONS = flow.DEFAULT_STEPS
+EVALUATIONS = DEFAULT_STEPS
 
 # Published sizes: Qwen2.5's and the DiT's, as config.json has them. "tiny" is for trying the benchmark itself.
 LANGUAGE = {

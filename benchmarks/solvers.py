@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import scale_rae
-from scale_rae import flow
+from scale_rae import flow, options
 from scale_rae.pipeline import SamplingOptions
 from scale_rae.shapes import world
 
@@ -50,10 +50,11 @@ def measure(model_path: str, count: int, guidance: float) -> dict[str, list[tupl
     seeds = list(range(len(conditions)))
 
     def latents(solver: str, steps: int) -> Tensor:
-        options = SamplingOptions(steps=steps, solver=solver, guidance=guidance)
-        return torch.stack(model.sample(conditions, seeds, options, batch_size=len(seeds)))
+        chosen = SamplingOptions(steps=steps, solver=solver, guidance=guidance)
+        return torch.stack(model.sample(conditions, seeds, chosen, batch_size=len(seeds)))
 
     flow.SAMPLERS["exact_euler"] = EXACT_EULER  # this script's process alone
+    options.SOLVERS += ("exact_euler",)
     reference = latents("exact_euler", 1000)
     results: dict[str, list[tuple[int, float]]] = {}
     for solver, choices in {**STEPS, "exact_euler": STEPS["euler"]}.items():

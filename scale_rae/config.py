@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_rae.dit import DiTConfig
 from scale_rae.errors import ConfigError
 from scale_rae.jsonio import read_json
 
@@ -16,6 +15,33 @@ MODEL_TYPE = "cambrian_qwen"
 _REQUIRED = object()
 # No checkpoint comes near these; a damaged file beyond them would have us build for hours before it fails.
 _WIDEST, _DEEPEST, _MOST_TOKENS = 1 << 20, 1 << 10, 1 << 14
+
+
+@dataclass(frozen=True)
+class DiTConfig:
+    """Sizes of a velocity network.
+
+    `encoder_depth` None is the plain DiT. Otherwise the first `encoder_depth` blocks read the latent and make a
+    per-token condition for the remaining `depth - encoder_depth` blocks (DDT), whose width and heads are
+    `decoder_width` and `decoder_heads` (equal to `width` and `heads` except in the wide DDT).
+    """
+
+    channels: int  # C
+    tokens: int  # L
+    condition_width: int  # Z
+    width: int  # D
+    depth: int
+    heads: int
+    encoder_depth: int | None = None
+    decoder_width: int | None = None
+    decoder_heads: int | None = None
+    wide: bool = False  # a wide DDT projects s when its widths differ
+    null_condition: bool = True
+
+    @property
+    def side(self) -> int:
+        """S, tokens along one edge of the latent grid."""
+        return math.isqrt(self.tokens)
 
 
 @dataclass(frozen=True)

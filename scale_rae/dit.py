@@ -10,42 +10,16 @@ the weights. The result has the dtype of `x`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scale_rae.config import DiTConfig
+
 NORM_EPS = 1e-6
 TIME_FREQUENCIES = 256
 TIME_SEED = 114514  # the published networks' frequencies are not in their files: they are drawn from this seed
-
-
-@dataclass(frozen=True)
-class DiTConfig:
-    """Sizes of a velocity network.
-
-    `encoder_depth` None is the plain DiT. Otherwise the first `encoder_depth` blocks read the latent and make a
-    per-token condition for the remaining `depth - encoder_depth` blocks (DDT), whose width and heads are
-    `decoder_width` and `decoder_heads` (equal to `width` and `heads` except in the wide DDT).
-    """
-
-    channels: int  # C
-    tokens: int  # L
-    condition_width: int  # Z
-    width: int  # D
-    depth: int
-    heads: int
-    encoder_depth: int | None = None
-    decoder_width: int | None = None
-    decoder_heads: int | None = None
-    wide: bool = False  # a wide DDT projects s when its widths differ
-    null_condition: bool = True
-
-    @property
-    def side(self) -> int:
-        """S, tokens along one edge of the latent grid."""
-        return math.isqrt(self.tokens)
 
 
 def flops(config: DiTConfig) -> float:

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from scale_rae.checkpoint import TensorReader, weight_files
+from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, last_line
+from scale_rae.hub import weight_files
 from scale_rae.jsonio import read_json
 
 SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")

@@ -6,7 +6,11 @@ The command line prints them in one line and exits 1.
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
 
 # Everything a terminal acts on instead of showing: C0 and C1 controls, and marks that turn the direction of text.
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -32,6 +36,10 @@ class InputError(ScaleRAEError):
     """A prompt, image, latent or option value that cannot be used."""
 
 
+class OptionError(InputError):
+    """An option's value that no run can use: out of its range, or not of its form. The command line exits 2."""
+
+
 class DeviceError(ScaleRAEError):
     """A device that is not there, or whose memory is too small."""
 
@@ -53,17 +61,39 @@ def need(extra: str, feature: str, *modules: str) -> None:
         )
 
 
-def printable(text: str, lines: bool = False) -> str:
-    """Text from a file or a model as a terminal may show it: control characters are escaped (`\\x1b`).
+def missing_package(error: ModuleNotFoundError) -> str:
+    """One line on a package that scale-rae stands on and this Python does not have; needs nothing but Python itself."""
+    name = (error.name or str(error)).split(".")[0]
+    root = Path(__file__).parents[1]
+    activate = root / ".venv" / ("Scripts" if os.name == "nt" else "bin") / "activate"
+    if activate.is_file() and Path(sys.prefix).resolve() != (root / ".venv").resolve():
+        command = activate if os.name == "nt" else f"source {activate}"
+        remedy = f"activate the environment that has it ({command}), or call {activate.with_name('scale-rae')}"
+    elif (root / "Makefile").is_file():
+        remedy = "run `make demo`, which installs everything into .venv, or: pip install -e ."
+    else:
+        remedy = "pip install scale-rae"
+    return f"the package {name} is not installed for {sys.executable}; {remedy}"
+
+
+def printable(
+    text: str, lines: bool = False, escape: Callable[[str], str] = lambda character: ascii(character)[1:-1]
+) -> str:
+    """Text from a file or a model as a terminal may show it: control characters are escaped (`\\x1b`, or as `escape` does).
 
     Line ends and tabs stay when `lines` is true.
     """
-    return _CONTROLS.sub(lambda m: m[0] if lines and m[0] in "\n\t" else ascii(m[0])[1:-1], text)
+    return _CONTROLS.sub(lambda m: m[0] if lines and m[0] in "\n\t" else escape(m[0]), text)
 
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not empty, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def first_sentence(error: BaseException) -> str:
+    """The first sentence of an error's first line."""
+    return first_line(error).split(". ", 1)[0]
 
 
 def last_line(error: BaseException) -> str:

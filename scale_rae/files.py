@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import stat
+import sys
 from pathlib import Path
+from typing import Any
 
 from scale_rae.errors import InputError, ScaleRAEError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 1 << 20
+_AT_FDCWD = -100
+_EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what systems and file systems without it answer
 
 
 def is_lfs_pointer(start: bytes) -> bool:
@@ -17,8 +24,8 @@ def is_lfs_pointer(start: bytes) -> bool:
     return start.startswith(_LFS_POINTER)
 
 
-def check_name(path: str | os.PathLike[str], what: str) -> None:
-    """Raises InputError for a name that no file can have, or that cannot be written down in a manifest.
+def check_name(path: str | os.PathLike[str], what: str, error: type[ScaleRAEError] = InputError) -> None:
+    """Raises `error` for a name that no file can have, or that cannot be written down in a manifest.
 
     A name that is not UTF-8 reaches Python with half surrogates in it, which no JSON file, PNG text or terminal takes.
     """
@@ -26,11 +33,31 @@ def check_name(path: str | os.PathLike[str], what: str) -> None:
     try:
         name.encode()
     except UnicodeEncodeError as e:
-        raise InputError(
+        raise error(
             f"{what} {os.fsencode(name)!r}: the name is not valid UTF-8, so it cannot be recorded; rename it"
         ) from e
     if "\0" in name:
-        raise InputError(f"{what} {name!r}: a file name cannot hold a null character")
+        raise error(f"{what} {name!r}: a file name cannot hold a null character")
+
+
+def check_file(path: Path, what: str, error: type[ScaleRAEError] = InputError, pipes: bool = False) -> None:
+    """Raises `error`, naming the file, unless it is a regular file (or, with `pipes`, a pipe or a character device)."""
+    check_name(path, what, error)
+    try:
+        kind = path.stat().st_mode
+    except FileNotFoundError as e:
+        raise error(f"{path}: no such {what}") from e
+    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a `~user` that does not exist
+        raise error(f"{path}: the {what} cannot be read ({getattr(e, 'strerror', None) or e})") from e
+    if stat.S_ISDIR(kind):
+        raise error(f"{path}: is a folder, not a {what}")
+    if not stat.S_ISREG(kind) and not (pipes and (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind))):
+        raise error(f"{path}: is not a regular file but a device, pipe or socket")
+
+
+def lfs_error(path: Path, error: type[ScaleRAEError]) -> ScaleRAEError:
+    """The error for a git-LFS pointer in place of a file."""
+    return error(f"{path}: is a git-LFS pointer, not the file itself; run `git lfs pull` in its repository")
 
 
 def read_bytes(path: Path, most: int, what: str, error: type[ScaleRAEError] = InputError, pipes: bool = False) -> bytes:
@@ -43,29 +70,42 @@ def read_bytes(path: Path, most: int, what: str, error: type[ScaleRAEError] = In
         `error`: naming the file, when it is missing, a folder, no regular file, unreadable, a git-LFS pointer, or larger
             than `most`.
     """
-    check_name(path, what)
+    check_file(path, what, error, pipes)
+    parts: list[bytes] = []
+    size = 0
     try:
-        kind = path.stat().st_mode
-        if stat.S_ISDIR(kind):
-            raise error(f"{path}: is a folder, not a {what}")
-        if not stat.S_ISREG(kind) and not (pipes and (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind))):
-            raise error(f"{path}: is not a regular file but a device, pipe or socket")
-        parts: list[bytes] = []
-        size = 0
         with path.open("rb") as file:
             while part := file.read(min(_CHUNK, most + 1 - size)):
                 parts.append(part)
                 size += len(part)
-    except FileNotFoundError as e:
-        raise error(f"{path}: no such {what}") from e
-    except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a `~user` that does not exist
-        raise error(f"{path}: the {what} cannot be read ({getattr(e, 'strerror', None) or e})") from e
+    except OSError as e:
+        raise error(f"{path}: the {what} cannot be read ({e.strerror or e})") from e
     if size > most:
         raise error(f"{path}: larger than {size_text(most)}, the most that is read of a {what}")
     data = b"".join(parts)
     if is_lfs_pointer(data):
-        raise error(f"{path}: is a git-LFS pointer, not the file itself; run `git lfs pull` in its repository")
+        raise lfs_error(path, error)
     return data
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Swaps what two names of one folder stand for, in one step that nobody sees half done; false where that is not known.
+
+    Raises:
+        OSError: as a rename does.
+    """
+    names = os.fsencode(one), os.fsencode(other)
+    libc: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if sys.platform == "linux" and hasattr(libc, "renameat2"):
+        failed = libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], ctypes.c_uint(_EXCHANGE))
+    elif sys.platform == "darwin" and hasattr(libc, "renamex_np"):
+        failed = libc.renamex_np(*names, ctypes.c_uint(_EXCHANGE))
+    else:
+        return False
+    code = ctypes.get_errno()
+    if failed and code not in _UNKNOWN:
+        raise OSError(code, os.strerror(code), str(one), None, str(other))
+    return not failed
 
 
 def size_text(count: int) -> str:

@@ -19,15 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from scale_rae.errors import InputError
+from scale_rae.options import TRAINING_STEPS
 
 Velocity = Callable[[Tensor, float], Tensor]
 StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
 Times = Sequence[tuple[float, float]]  # (from, to) of each step
 Solver = Callable[[Velocity, Tensor, Times, StepCallback | None], Tensor]
-
-DEFAULT_STEPS = 49
-TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 
 
 def time_shift(channels: int, tokens: int, base_dim: int) -> float:
@@ -208,19 +205,3 @@ def guided(
         return v_null + guidance * (v_cond - v_null)
 
     return velocity
-
-
-def check_options(guidance: float, steps: int, solver: str, interval: tuple[float, float] | None) -> None:
-    """Raises InputError, naming the option, for values no sampler can use."""
-    if not (math.isfinite(guidance) and guidance >= 0):
-        raise InputError(f"guidance level {guidance}: must be a finite number of at least 0 (1 is no guidance)")
-    if solver not in SAMPLERS:
-        raise InputError(f"solver {solver!r} is unknown; choose one of {', '.join(SAMPLERS)}")
-    if steps < 1 and solver != "euler":
-        raise InputError(f"steps {steps}: must be at least 1")
-    if solver == "euler" and not 2 <= steps <= TRAINING_STEPS:
-        raise InputError(
-            f"steps {steps}: the euler solver picks from the published {TRAINING_STEPS}-time grid and takes 2 to 1000"
-        )
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise InputError(f"guidance interval {interval[0]} {interval[1]}: needs 0 <= LO < HI <= 1 (in t, noise is 1)")

@@ -12,9 +12,9 @@ from scale_rae.files import read_bytes
 MOST_BYTES = 32 << 20  # of one JSON file; the largest that a checkpoint brings, an index of shards, has a few MB
 
 
-def dump_json(value: Any, indent: int | None = None) -> str:
-    """Strict JSON in UTF-8's own letters."""
-    return json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False)
+def dump_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
+    """Strict JSON in UTF-8's own letters, or in ASCII with escapes for the others."""
+    return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
 def parse_json(data: bytes | str, constants: bool = False) -> Any:

@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scale_rae.dit import DiTConfig
+from scale_rae.config import DiTConfig
 from scale_rae.errors import first_line
 from scale_rae.float8 import FLOAT8, LARGEST, LEAST
 

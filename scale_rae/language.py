@@ -51,7 +51,8 @@ class Conversation:
 class Reply:
     """What the model said. `logits` and `confidences` are those of each chosen token (REFERENCE §10).
 
-    `condition` [L, Z], in the model's dtype, is there when the reply asks for an image (its last id is <im_start>).
+    `condition` [L, Z], in the model's dtype, is there when the reply asks for an image (its last id is <im_start>) and
+    may have one.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -175,13 +176,14 @@ class LanguageModel(nn.Module):
         stop: int,
         image_start: int,
         listen: TokenListener | None = None,
+        draw: bool = True,
     ) -> list[Reply]:
         """Greedy replies to a batch of conversations, each ended by `stop` (left out), `image_start`, or its limit of
-        tokens, or by `listen`."""
+        tokens, or by `listen`. Without `draw`, replies that ask for an image get no condition."""
         rows = self.embed(conversations)
         longest = max(len(row) for row in rows)
         with self.cache(len(rows), longest + min(max(limits), _USUAL_REPLY) + 1 + self.config.tokens) as cache:
-            return self.reply_in(cache, rows, limits, stop, image_start, listen=listen)
+            return self.reply_in(cache, rows, limits, stop, image_start, draw, listen)
 
     def reply_in(
         self,

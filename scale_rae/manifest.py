@@ -4,29 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scale_rae import __version__
 from scale_rae.jsonio import dump_json
-
-DEFAULT_STEPS = 49  # flow's, which imports torch; a test holds them equal
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
-
-    num_images: int = 1
-    seed: int = 42
-    guidance_level: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
-    steps: int = DEFAULT_STEPS
-    solver: str = "euler"
-    max_new_tokens: int = 512
-    batch_size: int | None = None
-    image_seeds: tuple[int, ...] | None = None
+from scale_rae.options import Sampling
 
 
 def drawing_manifest(

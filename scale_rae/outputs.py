@@ -1,11 +1,13 @@
 """The files a run leaves: sample_<time>.png, …_latent.pt, …_manifest.json. Whole or not at all, and never over others.
 
 A run writes everything into a hidden folder beside its targets and then renames it all into place, the manifest last.
-The folder's name is the run's: making it is atomic, so it is also what keeps two processes from taking one name.
+The folder's name is the run's, and it is locked while the run writes: that keeps two processes from taking one name, and
+tells what a killed run left from what is being written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -19,6 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError, OutputError
 from scale_rae.jsonio import dump_json, read_json
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -79,35 +86,33 @@ def save_run(
     suffixes.append("_manifest.json")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        stem, staging = _reserve(folder, f"sample_{time_of_run}{label}", suffixes)
-        placed: list[Path] = []
-        try:
-            images, latents = [], []
-            for mark, sample, png in zip(marks, samples, _pngs(samples), strict=True):
-                if png is not None:
-                    images.append(stem + mark + ".png")
-                    _write(staging / images[-1], png)
-                if sample.latent is not None:
-                    latents.append(stem + mark + "_latent.pt")
-                    _write(staging / latents[-1], latent_bytes(sample.latent))
-            paths = [str(folder / name) for name in latents]
-            complete = manifest | {
-                "output_images": [str(folder / name) for name in images],
-                "latent_path": paths[0] if paths else None,
-                "latent_paths": paths,
-                "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
-            }
-            last = f"{stem}_manifest.json"
-            _write(staging / last, (dump_json(complete, indent=2) + "\n").encode())
-            for name in (*images, *latents, last):
-                placed.append(folder / name)
-                (staging / name).rename(folder / name)
-        except BaseException:  # Ctrl-C too
-            for path in placed:
-                path.unlink(missing_ok=True)
-            raise
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+        with _reserved(folder, f"sample_{time_of_run}{label}", suffixes) as (stem, staging):
+            placed: list[Path] = []
+            try:
+                images, latents = [], []
+                for mark, sample, png in zip(marks, samples, _pngs(samples), strict=True):
+                    if png is not None:
+                        images.append(stem + mark + ".png")
+                        _write(staging / images[-1], png)
+                    if sample.latent is not None:
+                        latents.append(stem + mark + "_latent.pt")
+                        _write(staging / latents[-1], latent_bytes(sample.latent))
+                paths = [str(folder / name) for name in latents]
+                complete = manifest | {
+                    "output_images": [str(folder / name) for name in images],
+                    "latent_path": paths[0] if paths else None,
+                    "latent_paths": paths,
+                    "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
+                }
+                last = f"{stem}_manifest.json"
+                _write(staging / last, (dump_json(complete, indent=2) + "\n").encode())
+                for name in (*images, *latents, last):
+                    placed.append(folder / name)
+                    (staging / name).rename(folder / name)
+            except BaseException:  # Ctrl-C too
+                for path in placed:
+                    path.unlink(missing_ok=True)
+                raise
     except OSError as e:
         raise OutputError(
             f"{folder}: the results cannot be written ({e.strerror or e}); "
@@ -129,21 +134,68 @@ def _pngs(samples: Sequence[Sample]) -> Iterator[bytes | None]:
         yield from pool.map(png, samples)
 
 
-def _reserve(folder: Path, stem: str, suffixes: Sequence[str]) -> tuple[str, Path]:
-    """The first of stem, stem-2, stem-3, … that no file and no other process has, and a folder that holds it."""
+@contextlib.contextmanager
+def _reserved(folder: Path, stem: str, suffixes: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """The first of stem, stem-2, stem-3, … that no file and no other process has, and a folder that holds it; gone at the end."""
     attempt, count = stem, 1
     while True:
         staging = folder / f".{attempt}.tmp"
-        try:
-            staging.mkdir()
-        except FileExistsError:
-            pass
-        else:
-            if not any(os.path.lexists(folder / (attempt + suffix)) for suffix in suffixes):
-                return attempt, staging
-            staging.rmdir()
+        with _held(staging) as held:
+            if held and not any(os.path.lexists(folder / (attempt + suffix)) for suffix in suffixes):
+                yield attempt, staging
+                return
         count += 1
         attempt = f"{stem}-{count}"
+
+
+@contextlib.contextmanager
+def _held(staging: Path) -> Iterator[bool]:
+    """Whether a folder is this process's alone: made now, or left by a run that was killed. If so, it is removed at the end.
+
+    A lock on the folder, which ends with the process, tells the two apart. Where there are no such locks, as on some
+    network file systems, a folder that is there already is taken for another process's.
+    """
+    try:
+        staging.mkdir()
+        made = True
+    except FileExistsError:
+        made = False
+    lock, taken = _lock(staging)
+    mine = lock is not None or (made and not taken)
+    try:
+        if mine and not made:
+            try:
+                for left in staging.iterdir():
+                    left.unlink()
+            except OSError:  # not what a run leaves
+                mine = False
+        yield mine
+    finally:
+        if mine:
+            shutil.rmtree(staging, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> tuple[int | None, bool]:
+    """A descriptor that locks a folder, None if there is none; and whether that is because it is another's."""
+    if fcntl is None:
+        return None, False
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # no folder, or gone again
+        return None, True
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.path.samestat(os.fstat(descriptor), folder.lstat()):
+            return descriptor, False
+        taken = True
+    except (BlockingIOError, FileNotFoundError):
+        taken = True
+    except OSError:  # no locks on this file system
+        taken = False
+    os.close(descriptor)
+    return None, taken
 
 
 def _write(path: Path, data: bytes) -> None:

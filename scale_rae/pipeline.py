@@ -24,7 +24,7 @@ from torch import Tensor
 
 from scale_rae import flow
 from scale_rae.allocator import keep_freed_memory
-from scale_rae.checkpoint import Source, TensorReader, fill, find, vae_folder, weight_files
+from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.cuda_graphs import Captures
@@ -34,18 +34,24 @@ from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, InputError, ScaleRAEError, out_of_memory
 from scale_rae.fast_dit import FastDiT
 from scale_rae.float8 import check_device
+from scale_rae.hub import Source, find, vae_folder, weight_files
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
-from scale_rae.options import Speed
+from scale_rae.options import (
+    DEFAULT_MODEL,
+    DEFAULT_STEPS,
+    PUBLISHED_DECODERS,
+    Speed,
+    check_device_name,
+    check_dtype_name,
+    check_options,
+)
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.scores import QUESTION, Score, score_latents, texts_of
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
 
-DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
-PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 READ_AT_ONCE = 64  # conversations
 COMPILE_PAYS = (
@@ -90,14 +96,14 @@ class Answer:
 class SamplingOptions:
     """How a latent is sampled. `guidance` 1 is no guidance; `interval` limits where in t it acts."""
 
-    steps: int = flow.DEFAULT_STEPS
+    steps: int = DEFAULT_STEPS
     solver: str = "euler"
     guidance: float = 1.0
     interval: tuple[float, float] | None = None
 
     def check(self) -> None:
         """Raises InputError for values no sampler can use."""
-        flow.check_options(self.guidance, self.steps, self.solver, self.interval)
+        check_options(self.guidance, self.steps, self.solver, self.interval)
 
 
 def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
@@ -112,22 +118,18 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
 
     Raises:
-        DeviceError: when the named device does not exist here.
+        OptionError: for what is no name of a device. DeviceError: when the named device does not exist here.
     """
     if name is None:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise DeviceError(f"device {name!r}: not a device name; use cpu, cuda, cuda:N or mps") from e
+    check_device_name(name)
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"device {name}: torch finds no MPS here; use cpu")
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise DeviceError(f"device {name}: not supported; use cpu, cuda, cuda:N or mps")
     return device
 
 
@@ -135,13 +137,13 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     """The dtype called `name`, or float32 on the CPU and bfloat16 elsewhere.
 
     Raises:
-        InputError: for a name that is none of DTYPES.
+        OptionError: for a name that is none of `options.DTYPES`.
     """
     if name is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r}: use one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    check_dtype_name(name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 class ScaleRAE:
@@ -185,7 +187,7 @@ class ScaleRAE:
     @classmethod
     def from_pretrained(
         cls,
-        name: str = DEFAULT_MODEL,
+        name: str | Source = DEFAULT_MODEL,
         decoder: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -194,7 +196,7 @@ class ScaleRAE:
         compile: str = "auto",
         quantize: str | None = None,
     ) -> ScaleRAE:
-        """Loads "shapes" (bundled), a folder in the published layout, or a hub id.
+        """Loads "shapes" (bundled), a folder in the published layout, a hub id, or what `hub.find` found.
 
         The encoder and the pixel decoder load when first used. `decoder` None means: a folder `decoder` inside or
         beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
@@ -213,7 +215,7 @@ class ScaleRAE:
             keep_freed_memory()
         if quantize is not None:
             check_device(torch_device, torch_dtype)
-        source = find(name, "model", revision=revision)
+        source = name if isinstance(name, Source) else find(name, "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = ChatTokenizer(source.folder, config.image_markers)
         if tokenizer.size > config.vocab_size:
@@ -298,13 +300,13 @@ class ScaleRAE:
             return find(self._decoder_name, "decoder", self.source.folder)
         for folder in (self.source.folder / "decoder", self.source.folder.parent / "decoder"):
             if folder.is_dir():
-                return Source("decoder", folder, own=True)
+                return Source("decoder", folder, own=True, what="decoder")
         return find(PUBLISHED_DECODERS["dinov2" if self.encoder.kind == "dinov2" else "siglip"], "decoder")
 
     def _find_vae(self, named: str) -> Source:
         here = self.source.folder
         places = [] if self._decoder_name else [here / "vae", here.parent / "vae"]
-        source = next((Source("vae", folder, own=True) for folder in places if folder.is_dir()), None)
+        source = next((Source("vae", folder, own=True, what="VAE") for folder in places if folder.is_dir()), None)
         source = source or find(self._decoder_name or named, "VAE", here)
         return replace(source, folder=vae_folder(source.folder))
 
@@ -330,13 +332,14 @@ class ScaleRAE:
         seed: int = 42,
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
-        steps: int = flow.DEFAULT_STEPS,
+        steps: int = DEFAULT_STEPS,
         solver: str = "euler",
         max_new_tokens: int = 512,
         latents: Sequence[Tensor] | None = None,
         image_seeds: Sequence[Sequence[int]] | None = None,
         batch_size: int | None = None,
         decode: bool = True,
+        draw: bool = True,
         callback: flow.StepCallback | None = None,
     ) -> Generation | list[Generation]:
         """Replies to messages and draws what the replies ask for.
@@ -349,6 +352,7 @@ class ScaleRAE:
             latents: one latent [L, C] for each prompt, shown to the model before the message.
             image_seeds: the noise seeds themselves, a list for each prompt, instead of `num_images` and `seed`.
             batch_size: images sampled at once (default 8 on the CPU, 32 elsewhere).
+            draw: draw what replies ask for; without it a reply that asks for an image ends there (`asks_for_image`).
             decode: make pixels; without it `GeneratedImage.image` is None.
             callback: `callback(evaluation, evaluations, t, x, v)` after each network evaluation of a batch.
 
@@ -367,7 +371,7 @@ class ScaleRAE:
                 raise InputError(f"number of images {num_images}: must be at least 1")
             image_seeds = [[image_seed(seed, i, j) for j in range(num_images)] for i in range(len(messages))]
         start = time.perf_counter()
-        replies = self.reply(messages, latents=latents, max_new_tokens=max_new_tokens)
+        replies = self.reply(messages, latents=latents, max_new_tokens=max_new_tokens, draw=draw)
         results = [
             Generation(message, self.tokenizer.decode(reply.ids), reply, [])
             for message, reply in zip(messages, replies, strict=True)
@@ -404,8 +408,9 @@ class ScaleRAE:
         latents: Sequence[Tensor] | None = None,
         max_new_tokens: int = 512,
         listen: TokenListener | None = None,
+        draw: bool = True,
     ) -> list[Reply]:
-        """Greedy replies to a batch of messages; a reply that asks for an image carries its condition [L, Z]."""
+        """Greedy replies to a batch of messages; a reply that asks for an image carries its condition [L, Z] if `draw`."""
         if max_new_tokens < 1:
             raise InputError(f"max new tokens {max_new_tokens}: must be at least 1")
         if latents is None:
@@ -418,13 +423,14 @@ class ScaleRAE:
                 Conversation(self.tokenizer.chat(m, image=True), self.check_latent(latent))
                 for m, latent in zip(messages, latents, strict=True)
             ]
-        return self.converse(conversations, [max_new_tokens] * len(conversations), listen)
+        return self.converse(conversations, [max_new_tokens] * len(conversations), listen, draw)
 
     def converse(
         self,
         conversations: Sequence[Conversation],
         max_new_tokens: Sequence[int],
         listen: TokenListener | None = None,
+        draw: bool = True,
     ) -> list[Reply]:
         """Greedy replies to conversations whose last turn is open, of at most so many tokens each.
 
@@ -439,9 +445,13 @@ class ScaleRAE:
         def answer(start: int, stop: int) -> list[Reply]:
             end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
             hear = None if listen is None else lambda row, token: listen(start + row, token)
-            return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear)
+            return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear, draw)
 
         return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
+
+    def asks_for_image(self, reply: Reply) -> bool:
+        """Whether a reply ends where an image begins, drawn or not."""
+        return reply.ids[-1:] == [self.tokenizer.image_start]
 
     def room(self, conversation: Conversation) -> int:
         """Tokens a reply may have so that conversation, reply and an image fit what the model reads.
@@ -627,7 +637,7 @@ class ScaleRAE:
         elif len(asked) == 1:
             asked *= len(shown)
         hear = None if listen is None else self._as_tokens(listen)
-        replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens, listen=hear)
+        replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens, listen=hear, draw=False)
         return [Answer(self.tokenizer.decode(reply.ids), reply) for reply in replies]
 
     def _as_tokens(self, listen: TextListener) -> TokenListener:

@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, first_line
+from scale_rae.files import read_bytes
+from scale_rae.jsonio import parse_json
 from scale_rae.prompt import clean_message
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
+MOST_BYTES = 256 << 20  # of a prompt file: two million long prompts
+MOST_TEMPLATE_BYTES = 1 << 20
+MOST_PROBLEMS = 10  # bad lines that an error names
+MOST_INDEX = 2**63  # indices stand in file names, and in 64-bit columns of those who read the results
 
 
 @dataclass(frozen=True)
@@ -29,22 +35,20 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     A record is a JSON object with "prompt" and perhaps "index" (a whole number; default: how many prompts come before).
 
     Raises:
-        InputError: when the file cannot be read or holds no prompt, or naming every line that is not UTF-8, not such a
-            record, empty of text, or repeats an index.
+        InputError: when the file cannot be read or holds no prompt, or naming the first lines that are not UTF-8, not such
+            a record, empty of text, or repeat an index.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such prompt file") from e
-    except OSError as e:
-        raise InputError(f"{path}: the prompt file cannot be read ({e.strerror})") from e
+    content = read_bytes(path, MOST_BYTES, "prompt file", pipes=True).removeprefix(b"\xef\xbb\xbf")
     as_records = path.suffix.lower() in RECORD_SUFFIXES
+    if problem := _not_lines(content):
+        raise InputError(f"{path}: {problem}")
     records: list[PromptRecord] = []
     problems: list[str] = []
+    more = 0  # bad lines after those
     line_of: dict[int, int] = {}
     ordinal = 0  # prompts before this line, bad ones included
-    for number, raw in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+    for number, raw in enumerate(content.split(b"\n"), start=1):
         if not raw.strip():
             continue
         try:
@@ -54,13 +58,43 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
             line_of[record.index] = number
             records.append(record)
         except InputError as e:
-            problems.append(f"line {number}: {e}")
+            if len(problems) < MOST_PROBLEMS:
+                problems.append(f"line {number}: {e}")
+            else:
+                more += 1
         ordinal += 1
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}")
+        raise InputError(f"{path}: {'; '.join(problems)}{f'; and {more} more lines' if more else ''}")
     if not records:
         raise InputError(f"{path}: holds no prompts")
     return records
+
+
+def _not_lines(content: bytes) -> str | None:
+    """What a file is that has no lines of UTF-8, None for one that may have."""
+    if content.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_like_utf16(content):
+        return "line 1: not valid UTF-8: the file is UTF-16; save it as UTF-8"
+    if b"\n" not in content and b"\r" in content.strip():
+        return "its lines end by carriage returns alone (CR), as on old Macs; save it with line feeds (LF or CRLF)"
+    if content.lstrip()[:1] == b"[" and content.rstrip()[-1:] == b"]" and isinstance(_value(content), list):
+        return 'is one JSON array; write a record a line, without the brackets and commas around: {"prompt": "…"}'
+    return None
+
+
+def _value(content: bytes | str) -> Any:
+    """The value of JSON text, None for what is no JSON."""
+    try:
+        return parse_json(content)
+    except ValueError:
+        return None
+
+
+def _looks_like_utf16(content: bytes) -> bool:
+    """Whether every second byte is zero and no other, as in UTF-16 of Latin letters without a mark."""
+    if len(content) < 8 or len(content) % 2:
+        return False
+    halves = content[::2], content[1::2]
+    return any(not one.strip(b"\0") and b"\0" not in other for one, other in (halves, halves[::-1]))
 
 
 def _decode(raw: bytes) -> str:
@@ -71,30 +105,28 @@ def _decode(raw: bytes) -> str:
 
 
 def _parse_text(line: str, number: int, ordinal: int) -> PromptRecord:
+    if line.startswith("{") and isinstance(record := _value(line), dict) and "prompt" in record:
+        raise InputError("is a JSON record, and not a prompt: give the file a name that ends by .jsonl")
     clean_message(line)
     return PromptRecord(number, line.strip(), ordinal)
 
 
 def _parse_record(line: str, number: int, ordinal: int) -> PromptRecord:
     try:
-        record = json.loads(line, parse_constant=_refuse)
+        record = parse_json(line)
     except json.JSONDecodeError as e:
         raise InputError(f"not valid JSON ({e.msg} at column {e.colno})") from e
-    except (ValueError, RecursionError) as e:  # NaN, numbers of thousands of digits, brackets in brackets in …
-        raise InputError(f"not valid JSON ({e})") from e
+    except ValueError as e:  # NaN, numbers of thousands of digits, brackets in brackets in …
+        raise InputError(f"not valid JSON ({first_line(e)})") from e
     if not isinstance(record, dict):
         raise InputError(f'must be an object like {{"prompt": "…"}}, not {type(record).__name__}')
     prompt, index = record.pop("prompt", None), record.pop("index", ordinal)
     if not isinstance(prompt, str):
         raise InputError('has no "prompt" text' if prompt is None else '"prompt" is not text')
-    if not isinstance(index, int) or isinstance(index, bool) or index < 0:
-        raise InputError(f'"index" is {json.dumps(index)[:40]}, not a whole number of at least 0')
+    if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < MOST_INDEX:
+        raise InputError(f'"index" is {json.dumps(index):.40}, not a whole number of at least 0 and below 2^63')
     clean_message(prompt)
     return PromptRecord(number, prompt.strip(), index, record)
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def read_template(path: Path) -> str:
@@ -104,11 +136,7 @@ def read_template(path: Path) -> str:
         InputError: naming the file, when it is missing, unreadable, not UTF-8, or empty.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig").strip()
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such question template") from e
-    except OSError as e:
-        raise InputError(f"{path}: the question template cannot be read ({e.strerror})") from e
+        text = read_bytes(path, MOST_TEMPLATE_BYTES, "question template", pipes=True).decode("utf-8-sig").strip()
     except UnicodeDecodeError as e:
         raise InputError(f"{path}: the question template is not valid UTF-8") from e
     if not text:

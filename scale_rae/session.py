@@ -7,29 +7,32 @@ import platform
 import threading
 import time
 import warnings
-from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from scale_rae import __version__
+from scale_rae.hub import changed_files
+from scale_rae.options import ModelChoice as ModelChoice
 
 if TYPE_CHECKING:
-    from scale_rae.checkpoint import Source
+    from scale_rae.hub import Source
     from scale_rae.pipeline import ScaleRAE
 
 
-@dataclass(frozen=True)
-class ModelChoice:
-    """Which checkpoint, and where it runs."""
+def find_model(choice: ModelChoice) -> Source:
+    """The files of the model that was chosen, fetched if need be, after all checks that need no torch.
 
-    model_path: str
-    decoder_repo: str | None = None
-    revision: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    compile: str = "auto"
-    quantize: str | None = None
+    Raises:
+        OptionError: for values that are no choice. CheckpointError, HubError: see `hub.find`. ConfigError: for a
+            config.json that cannot be used.
+    """
+    from scale_rae.config import load_config
+    from scale_rae.hub import find
+
+    choice.check()
+    source = find(choice.model_path, "model", revision=choice.revision)
+    load_config(source.folder)
+    return source
 
 
 class LoadingBar(Protocol):
@@ -43,33 +46,35 @@ class LoadingBar(Protocol):
 
 
 class Session:
-    """`Session(choice, bars)` loads the model; `decoder=True`, `encoder=True` load those at once as well."""
+    """`Session(choice, bars)` loads the model; `decoder=True`, `encoder=True` load those at once as well.
+
+    `source` is `find_model(choice)`, where a command has looked the model up already, before it imported torch.
+    """
 
     def __init__(
         self,
         choice: ModelChoice,
         bars: LoadingBar | None = None,
         *,
+        source: Source | None = None,
         decoder: bool = False,
         encoder: bool = False,
         debug: bool = False,
     ) -> None:
         start = time.perf_counter()
+        source = source or find_model(choice)
         if not debug:
             silence_libraries()
-        from scale_rae.checkpoint import BUNDLED, find
         from scale_rae.pipeline import ScaleRAE
 
         self._identities: dict[str, _Identity] = {}
-        if choice.model_path in BUNDLED or Path(choice.model_path).expanduser().is_dir():
-            self._identify("model", find(choice.model_path, "model"))  # hashed while it loads
+        self._identify("model", source)  # hashed while it loads
         try:
             self.model: ScaleRAE = ScaleRAE.from_pretrained(
-                choice.model_path,
+                source,
                 decoder=choice.decoder_repo,
                 device=choice.device,
                 dtype=choice.dtype,
-                revision=choice.revision,
                 progress=bars.load if bars is not None else None,
                 compile=choice.compile,
                 quantize=choice.quantize,
@@ -77,7 +82,6 @@ class Session:
         finally:
             if bars is not None:
                 bars.stop()
-        self._identify("model", self.model.source)
         if encoder:
             self.model.check_reads()
         if encoder or (decoder and self.model.config.vae is None):
@@ -177,12 +181,27 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if old["revision"] != new["revision"]:
                 found.append(f"{part}: revision {new['revision']} here, {old['revision']} then")
         elif isinstance(old.get("files"), dict) and "files" in new:
-            names = sorted(f for f in {*old["files"], *new["files"]} if old["files"].get(f) != new["files"].get(f))
-            if names:
+            what = "VAE" if part == "decoder" and "model.pt" not in new["files"] else part
+            if names := changed_files(old["files"], new["files"], what):
                 found.append(f"{part}: {', '.join(names)} in {new['name']}")
         else:
             found.append(f"{part}: {_kind(new)} here, {_kind(old)} then")
     return found
+
+
+def reward_differs(recorded: Any, now: Any) -> bool:
+    """Whether two rewards, described as `Reward.identity` does, differ in their files; folders may be called otherwise."""
+    if not isinstance(recorded, dict) or not isinstance(now, dict) or recorded.keys() != now.keys():
+        return bool(recorded != now)
+    return any(_part_differs(recorded[part], now[part]) for part in now)
+
+
+def _part_differs(old: Any, new: Any) -> bool:
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return bool(old != new)
+    if isinstance(old.get("files"), dict) and "files" in new:
+        return bool(changed_files(old["files"], new["files"], "reward"))
+    return any(old.get(key) != new.get(key) for key in {*old, *new} - {"name"})
 
 
 def _kind(source: dict[str, Any]) -> str:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_rae.checkpoint import TensorReader, fill, weight_files
+from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.errors import CheckpointError, ConfigError, first_line, need
+from scale_rae.hub import weight_files
 from scale_rae.jsonio import read_json
 
 PATCH = 2  # a token holds this many of the VAE's latents along each edge

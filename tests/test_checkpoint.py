@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader, find, weight_files
+from scale_rae.checkpoint import TensorReader
 from scale_rae.config import parse_config
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, InputError
+from scale_rae.hub import find, weight_files
 from scale_rae.language import LanguageModel
 from scale_rae.pipeline import ScaleRAE
 from tests.made_checkpoints import golden_case, made, write_tokenizer

@@ -18,8 +18,9 @@ from torch import Tensor
 import scale_rae
 from scale_rae import cuda_graphs, fast_dit
 from scale_rae.compiling import compiled
+from scale_rae.config import DiTConfig
 from scale_rae.cuda_graphs import Captures, graph_memory
-from scale_rae.dit import DiT, DiTConfig, SwiGLU, flops
+from scale_rae.dit import DiT, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.fast_dit import FastDiT, deferred_block, pad_swiglu, summed_block
 from scale_rae.float8 import Float8Linear, check_device, quantize

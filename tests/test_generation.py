@@ -19,7 +19,7 @@ from torch import Tensor
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
 from scale_rae.kv_cache import KVCache
 from scale_rae.language import Reply
-from scale_rae.pipeline import DTYPES, MemoryErrors, SamplingOptions, ScaleRAE, _noises, image_seed
+from scale_rae.pipeline import MemoryErrors, SamplingOptions, ScaleRAE, _noises, image_seed
 from tests.test_language import PROMPTS
 
 DRAW = PROMPTS[0]
@@ -315,7 +315,7 @@ def test_the_advice_when_memory_runs_out(
 ) -> None:
     with (
         pytest.raises(DeviceError, match=f"^{device}: out of .*memory while drawing; try {advice}$"),
-        MemoryErrors(torch.device(device), DTYPES[dtype], "drawing", remedy),
+        MemoryErrors(torch.device(device), getattr(torch, dtype), "drawing", remedy),
     ):
         raise error
 

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import _http
 
-from scale_rae.checkpoint import find
 from scale_rae.cli import main
 from scale_rae.errors import CheckpointError, HubError
+from scale_rae.hub import changed_files, find
 from scale_rae.pipeline import ScaleRAE
 from tests.fake_hub import FakeHub, Repo
 
@@ -34,18 +35,21 @@ PARTS = [  # a model with its encoder and decoder, and what training left behind
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """A hub that huggingface_hub talks to, with a cache of its own, no token, and no pauses between retries."""
+    proxies = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
     with FakeHub() as hub:
+        _http.close_session()  # a client keeps the variables that it was made with
         point_at(hub.url, monkeypatch)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        for name in (*("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), *proxies, *(name.lower() for name in proxies)):
+            monkeypatch.delenv(name, raising=False)
         # Only these modules' sleep, not everyone's.
         no_pause = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, monotonic=lambda: 0.0)
         monkeypatch.setattr("huggingface_hub.file_download.time", no_pause)
         monkeypatch.setattr("huggingface_hub.utils._http.time", no_pause)
         yield hub
+        _http.close_session()
 
 
 def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,12 +265,82 @@ def test_offline_mode(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert small.requests == []
 
 
+IN_THE_WAY = {
+    "ALL_PROXY": "socks://user:secret@127.0.0.1:7890",
+    "HTTPS_PROXY": "socks5://127.0.0.1:7890",
+    "HTTP_PROXY": "nonsense",
+    "HF_TOKEN": "hf_pässword",
+    "HF_ENDPOINT": "nonsense://",
+    "SSL_CERT_FILE": "/no/such/file",
+}
+
+
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
+@pytest.mark.parametrize("variable", IN_THE_WAY)
+def test_variables_that_keep_the_library_from_the_hub(
+    small: FakeHub, monkeypatch: pytest.MonkeyPatch, variable: str, offline: bool
+) -> None:
+    """The cache is used; without a copy there, the message names the variable, and no password."""
+    first = find(MODEL, "model")
+    point_at(IN_THE_WAY[variable] if variable == "HF_ENDPOINT" else "https://127.0.0.1:9", monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setenv(variable, IN_THE_WAY[variable])
+    _http.close_session()
+    assert find(MODEL, "model") == first
+    with pytest.raises(HubError) as caught:
+        find("some-lab/other", "model")
+    text = str(caught.value)
+    assert "secret" not in text
+    assert "\n" not in text
+    if offline:
+        assert "HF_HUB_OFFLINE forbids it" in text
+    else:
+        assert "the hub cannot be reached (" in text
+        assert variable in text
+
+
+@pytest.mark.parametrize("variable", ["HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT"])
+@pytest.mark.parametrize("value", ["", "soon"])
+def test_variables_that_the_library_cannot_be_imported_with(variable: str, value: str) -> None:
+    code = "from scale_rae.hub import import_hub; import_hub(); import huggingface_hub.constants"
+    environment = os.environ | {variable: value}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert run.stderr.startswith(f"{variable} is {value!r}: ignored (invalid literal")
+
+
+def test_identity_is_of_the_files_that_are_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoints["siglip"], folder)
+    before = find(str(folder), "model").identity()
+    assert set(before) == {"config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"}
+    for name in ("._config.json", "notes.txt", "training_args.bin", "pytorch_model.bin", "trainer_state.json"):
+        (folder / name).write_text("x")
+    assert find(str(folder), "model").identity() == before
+    (folder / "added_tokens.json").write_text("{}")
+    assert set(find(str(folder), "model").identity()) == {*before, "added_tokens.json"}
+
+
+def test_identities_that_earlier_versions_recorded() -> None:
+    old = {"config.json": "1", "model.safetensors": "2", "notes.txt": "3", "pytorch_model.bin": "4"}
+    assert changed_files(old, {"config.json": "1", "model.safetensors": "2"}, "model") == []
+    assert changed_files(old, {"config.json": "1", "model.safetensors": "5"}, "model") == ["model.safetensors"]
+    # Another format of weights than then, and a file that was not there then.
+    assert changed_files(old, {"config.json": "1", "pytorch_model.bin": "4"}, "model") == ["model.safetensors"]
+    assert changed_files(old, {**old, "vocab.json": "6"}, "model") == ["vocab.json"]
+
+
 def test_folders_come_before_the_hub(small: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(find(MODEL, "model").folder, tmp_path / MODEL)
     small.requests.clear()
     monkeypatch.chdir(tmp_path)
     assert find(MODEL, "model").folder == Path(MODEL)
     assert small.requests == []
+
+
+def test_finding_needs_no_torch() -> None:
+    code = "import sys; from scale_rae.hub import find; find('shapes', 'model'); print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
 
 
 def test_environment_variables(tmp_path: Path) -> None:
@@ -279,7 +353,7 @@ def test_environment_variables(tmp_path: Path) -> None:
             "HF_HOME": str(tmp_path / "home"),
             "HF_TOKEN": "hf_mine",
         }
-        code = f"from scale_rae.checkpoint import find; print(find({MODEL!r}, 'model').folder)"
+        code = f"from scale_rae.hub import find; print(find({MODEL!r}, 'model').folder)"
         run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert Path(run.stdout.strip()).is_relative_to(tmp_path / "home")
         assert run.stderr == ""

@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scale_rae.checkpoint import TensorReader, find, weight_files
+from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, DeviceError, HubError, InputError, ScaleRAEError
+from scale_rae.hub import find, weight_files
 from scale_rae.pipeline import ScaleRAE
 from tests.test_checkpoint import change_config, change_weights, load, shard
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scale_rae import promptfile
 from scale_rae.errors import InputError
 from scale_rae.promptfile import PromptRecord, read_prompts
 
@@ -101,11 +103,81 @@ def test_invalid_utf8(tmp_path: Path) -> None:
     assert "line 1: not valid UTF-8" in complaint(write(tmp_path, "abc".encode("utf-16"), "q.txt"))
 
 
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("a red circle\na blue star\n".encode("utf-16"), "the file is UTF-16; save it as UTF-8"),
+        ("a red circle\na blue star\n".encode("utf-16-le"), "the file is UTF-16; save it as UTF-8"),
+        ("a red circle\na blue star\n".encode("utf-16-be"), "the file is UTF-16; save it as UTF-8"),
+        (b"a red circle\ra blue star\r", "its lines end by carriage returns alone"),
+        (b'[{"prompt": "a red circle"},\n {"prompt": "a blue star"}]\n', "is one JSON array"),
+        (b'\xef\xbb\xbf[\n  "a red circle",\n  "a blue star"\n]\n', "is one JSON array"),
+    ],
+)
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json"])
+def test_files_of_other_kinds_are_named_as_that(tmp_path: Path, content: bytes, problem: str, name: str) -> None:
+    assert problem in complaint(write(tmp_path, content, name))
+
+
+def test_text_in_brackets_is_text(tmp_path: Path) -> None:
+    path = write(tmp_path, "[a red circle]\n{a blue star}\n{}\n[a ring]", "p.txt")
+    assert [r.prompt for r in read_prompts(path)] == ["[a red circle]", "{a blue star}", "{}", "[a ring]"]
+
+
+def test_records_in_a_text_file(tmp_path: Path) -> None:
+    """Which would be drawn as they are written, braces and all."""
+    assert "line 2: is a JSON record" in complaint(write(tmp_path, 'a\n{"prompt": "a red circle"}\n', "p.txt"))
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl"])
+def test_of_many_bad_lines_the_first_ten_are_named(tmp_path: Path, name: str) -> None:
+    text = complaint(write(tmp_path, b"\xff\n" * 100_000, name))
+    assert "line 1: " in text
+    assert "line 10: " in text
+    assert "line 11: " not in text
+    assert text.endswith("; and 99990 more lines")
+    assert len(text) < 1000
+
+
+@pytest.mark.parametrize("index", [2**63, 10**300])
+def test_an_index_that_no_file_name_holds(tmp_path: Path, index: int) -> None:
+    text = complaint(write(tmp_path, json.dumps({"prompt": "a", "index": index})))
+    assert '"index" is ' in text
+    assert len(text) < 150
+    assert read_prompts(write(tmp_path, json.dumps({"prompt": "a", "index": 2**63 - 1})))[0].index == 2**63 - 1
+
+
+def test_a_mark_before_any_record(tmp_path: Path) -> None:
+    """As in a file that several were joined to."""
+    path = write(tmp_path, '\ufeff{"prompt": "a"}\n\ufeff{"prompt": "b"}\n')
+    assert [r.prompt for r in read_prompts(path)] == ["a", "b"]
+
+
+def test_reading_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(promptfile, "MOST_BYTES", 10)
+    assert (
+        complaint(write(tmp_path, b"0123456789a\n")) == "larger than 10 bytes, the most that is read of a prompt file"
+    )
+    assert "larger than" in complaint(Path("/dev/zero"))
+    monkeypatch.setattr(promptfile, "MOST_TEMPLATE_BYTES", 10)
+    with pytest.raises(InputError, match="larger than 10 bytes"):
+        promptfile.read_template(Path("/dev/zero"))
+
+
+def test_prompts_through_a_pipe() -> None:
+    """As in --prompts <(grep cat all.txt)."""
+    read, written = os.pipe()
+    os.write(written, b"a cat\n")
+    os.close(written)
+    assert [r.prompt for r in read_prompts(f"/dev/fd/{read}")] == ["a cat"]
+    os.close(read)
+
+
 def test_nothing_to_read(tmp_path: Path) -> None:
     assert complaint(write(tmp_path, "", "p.txt")) == "holds no prompts"
     assert complaint(write(tmp_path, " \n\n")) == "holds no prompts"
     assert complaint(tmp_path / "none.txt") == "no such prompt file"
-    assert "cannot be read" in complaint(tmp_path)
+    assert complaint(tmp_path) == "is a folder, not a prompt file"
 
 
 def is_prompt(text: str) -> bool:
@@ -125,7 +197,9 @@ def test_any_prompts_come_back_from_records(tmp_path: Path, prompts: list[str]) 
 @SAME_FOLDER
 @given(
     prompts=st.lists(
-        TEXT.filter(lambda t: "\n" not in t and is_prompt(t.encode().strip().decode()) and t[0] != "\ufeff"),
+        TEXT.filter(
+            lambda t: "\n" not in t and "\r" not in t and is_prompt(t.encode().strip().decode()) and t[0] != "\ufeff"
+        ),
         min_size=1,
         max_size=8,
     )

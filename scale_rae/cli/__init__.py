@@ -1,23 +1,76 @@
 """The command line: `scale-rae …`, or `python cli.py …` in a checkout.
 
-Nothing heavy is imported until a command needs it, so that --help is quick.
+Nothing heavy is imported until a command needs it, so that --help is quick. This file needs nothing but Python itself, so
+that it can say what is missing.
 """
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Sequence
+from types import FrameType
+from typing import Any
+
+OLDEST_PYTHON = (3, 11)
+PATIENCE = 5.0  # seconds that cleaning up may take before another Ctrl-C ends the process at once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command line (default: the process's own) and returns its exit code.
 
-    0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted.
+    0 done, 1 failed (one line on stderr), 2 wrong usage, 130 interrupted by Ctrl-C, 143 by SIGTERM.
     """
-    try:
-        from scale_rae.cli.app import run
+    if sys.version_info < OLDEST_PYTHON:
+        wanted = ".".join(map(str, OLDEST_PYTHON))
+        print(f"error: Python {sys.version.split()[0]} is too old; scale-rae needs {wanted} or newer", file=sys.stderr)
+        return 1
+    with _Interruption() as interruption:
+        try:
+            from scale_rae.cli.app import run
 
-        return run(argv)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+            code = run(argv)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
+        except ModuleNotFoundError as e:
+            from scale_rae.errors import missing_package
+
+            print(f"error: {missing_package(e)}", file=sys.stderr)
+            code = 1
+    return 128 + interruption.number if code and interruption.number else code
+
+
+class _Interruption:
+    """While entered, the first Ctrl-C or SIGTERM raises KeyboardInterrupt; others are ignored for PATIENCE, then end all.
+
+    So neither cleaning up nor the end of the process is cut short: after an interruption the handlers stay.
+    """
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that came
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                # What a shell made a background job ignore stays ignored; a handler from outside Python (None) stays too.
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if not self.number:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if not self.number:
+            self.number, self._since = number, time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - self._since > PATIENCE:  # a library waits for its threads, perhaps, which download
+            os._exit(128 + number)

@@ -5,10 +5,14 @@ A new command is a file here with a function `command` (typer options, a docstri
 
 from __future__ import annotations
 
+import codecs
+import contextlib
 import functools
 import importlib
+import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -17,7 +21,17 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from scale_rae import __version__
-from scale_rae.errors import ScaleRAEError, first_line, printable
+from scale_rae.errors import (
+    InputError,
+    OptionError,
+    OutputError,
+    ScaleRAEError,
+    first_line,
+    missing_package,
+    printable,
+)
+from scale_rae.files import check_name
+from scale_rae.jsonio import dump_json
 
 # name -> (module, what `scale-rae --help` says of it); the module is imported when its command is run
 COMMANDS = {
@@ -48,10 +62,29 @@ class _LazyGroup(TyperGroup):
         return name, _load(name), rest
 
 
+class _Command(TyperCommand):
+    """A command that refuses an option of one value given twice, where the last would win without a word."""
+
+    def make_parser(self, ctx: Any) -> Any:
+        parser: Any = super().make_parser(ctx)
+        parse = parser.parse_args
+
+        def parse_once(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
+            values, rest, order = parse(args)
+            for option, count in Counter(order).items():
+                harmless = option.is_flag and not option.secondary_opts if option.param_type_name == "option" else True
+                if count > 1 and not option.multiple and not harmless:
+                    raise typer.BadParameter(f"is given {count} times; it takes one value", ctx=ctx, param=option)
+            return values, rest, order
+
+        parser.parse_args = parse_once
+        return parser
+
+
 def _load(name: str) -> Any:
     function = importlib.import_module(COMMANDS[name][0]).command
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name)(_guarded(function))
+    single.command(name, cls=_Command)(_guarded(function))
     return typer.main.get_command(single)
 
 
@@ -70,7 +103,7 @@ def _group(
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Parses and runs; returns the exit code."""
+    """Parses and runs; returns the exit code, once all that was printed is written out."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a reply in any script, on a terminal of any encoding
             stream.reconfigure(errors="backslashreplace")
@@ -90,14 +123,92 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         typer.main.get_command(app).main(args=None if argv is None else list(argv), prog_name=program)
     except SystemExit as e:
-        return e.code if isinstance(e.code, int) else 0 if e.code is None else 1
-    return 0
+        return _written_out(e.code if isinstance(e.code, int) else 0 if e.code is None else 1)
+    except OSError as e:  # of --help; commands tell their own
+        say(f"error: {_no_stdout(e)}")
+        return _written_out(1)
+    return _written_out(0)
+
+
+def _written_out(code: int) -> int:
+    """The exit code once stdout is flushed. What cannot be written is dropped: Python would complain of it as it exits."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not code and not isinstance(e, BrokenPipeError):
+            say(f"error: {_no_stdout(e)}")
+        return code or 1
+    return code
+
+
+def _no_stdout(error: OSError) -> str:
+    return f"the standard output cannot be written ({error.strerror or error}); send it elsewhere"
+
+
+def say(text: str) -> None:
+    """Prints one line on stderr; control characters, which files and models may hold, are escaped."""
+    with contextlib.suppress(OSError):  # there is nowhere to report it
+        typer.echo(printable(" ".join(text.split("\n"))), err=True)
+
+
+def show(text: str) -> None:
+    """Prints text, of one line or several, on stdout; control characters are escaped.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    _print(printable(text, lines=True))
+
+
+def show_json(value: Any) -> None:
+    """Prints a value as one line of JSON, in UTF-8's letters on a stdout that has them and in ASCII's escapes on others.
+
+    Raises:
+        OutputError: when it cannot be written.
+    """
+    try:
+        ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
+    except (LookupError, TypeError):
+        ascii_only = True
+    # Control characters stand in JSON only inside of texts, where an escape means the same.
+    _print(printable(dump_json(value, ascii_only=ascii_only), escape=lambda character: f"\\u{ord(character):04x}"))
+
+
+def _print(text: str) -> None:
+    try:
+        typer.echo(text)
+    except BrokenPipeError:
+        raise
+    except OSError as e:
+        raise OutputError(_no_stdout(e)) from e
 
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """Ends the command with one line on stderr."""
-    typer.echo("error: " + printable(" ".join(message.split("\n"))), err=True)
+    say(f"error: {message}")
     raise typer.Exit(code)
+
+
+def _check_texts(options: dict[str, Any]) -> None:
+    """Raises InputError for a value that is not Unicode text: it could be drawn from, and then not be recorded.
+
+    Arguments that are not valid UTF-8 reach Python with half surrogates in them.
+    """
+    for name, value in options.items():
+        what = name.replace("_", " ")
+        for item in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(item, Path):
+                check_name(item, what)
+            elif isinstance(item, str) and not item.isascii():
+                try:
+                    item.encode()
+                except UnicodeEncodeError as e:
+                    raise InputError(
+                        f"{what} {item!a:.80}: not valid Unicode text (it is not UTF-8), so it cannot be recorded"
+                    ) from e
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:
@@ -106,6 +217,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
         try:
+            _check_texts(options)
             function(*args, **options)
         except (typer.Exit, typer.Abort, typer.BadParameter, SystemExit):
             raise
@@ -115,9 +227,11 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
             raise  # whoever read our output has gone; click ends quietly
         except Exception as e:
             if options.get("debug"):
-                traceback.print_exc()
+                typer.echo(printable(traceback.format_exc(), lines=True), err=True, nl=False)
             if isinstance(e, ScaleRAEError):
-                fail(str(e))
+                fail(str(e), 2 if isinstance(e, OptionError) else 1)
+            if isinstance(e, ModuleNotFoundError):
+                fail(missing_package(e))
             fail(f"unexpected {type(e).__name__}: {first_line(e)} (run with --debug for the traceback)")
 
     return command

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import tempfile
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -34,6 +39,14 @@ def command(
             min=1, max=65535, show_default="the first free one from 7860 on", help="Port.", rich_help_panel=PAGE
         ),
     ] = None,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Another name that the page answers to, such as a reverse proxy's; may be repeated.",
+            rich_help_panel=PAGE,
+        ),
+    ] = None,
     open_browser: Annotated[
         bool, typer.Option("--open", help="Open the page in the browser.", rich_help_panel=PAGE)
     ] = False,
@@ -58,16 +71,50 @@ def command(
         check_folder(output_dir)
     bars = Bars()
     choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
-    with tempfile.TemporaryDirectory(prefix="scale-rae-demo-", ignore_cleanup_errors=True) as temporary:
+    with (
+        _signals() as ending,
+        tempfile.TemporaryDirectory(prefix="scale-rae-demo-", ignore_cleanup_errors=True) as temporary,
+        contextlib.ExitStack() as closing,
+    ):
+        closing.callback(ending.set)  # first of all that is done at the end, whatever ends it
+        folder, shown = output_dir or Path(temporary) / "drawn", Path(temporary) / "page"
+        for each in (folder, shown):
+            each.mkdir(parents=True, exist_ok=True)
         with bars.waiting("starting"):
-            from scale_rae.demo import page
+            from scale_rae.demo.surroundings import settle
+
+            settle(shown)
+            from scale_rae.demo import page, server
             from scale_rae.demo.work import Studio
         session = Session(choice, bars, decoder=True, debug=debug)
-        folder = output_dir or Path(temporary) / "drawn"
-        folder.mkdir(parents=True, exist_ok=True)
-        built = page.build(Studio(session, choice, folder), Path(temporary) / "page")
-        url = page.launch(built, host, port, [folder, Path(temporary)], browser=open_browser)
+        studio = Studio(session, choice, folder, shown / "drawn")
+        running = server.launch(page.build(studio, shown), host, port, shown, allow_host or (), open_browser)
         if host not in LOOPBACK:
             typer.echo(f"note: anyone who can reach {host} can use the model; the page has no password", err=True)
-        typer.echo(f"{url.rstrip('/')}  (Ctrl-C ends it)")
-        page.wait(built)
+        typer.echo(f"{running.url.rstrip('/')}  (Ctrl-C ends it)")
+        try:
+            while True:
+                ending.wait(0.5)  # a wait without end would not hear Ctrl-C on every system
+        except KeyboardInterrupt:
+            pass
+        finally:
+            ending.set()
+            running.close()
+            studio.close()
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """Makes SIGTERM end the command as Ctrl-C does; once the event is set, both are ignored, so that the end is orderly."""
+    ending = threading.Event()
+
+    def end(_signal: int, _frame: FrameType | None) -> None:
+        if not ending.is_set():
+            raise KeyboardInterrupt
+
+    before = {each: signal.signal(each, end) for each in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield ending
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)

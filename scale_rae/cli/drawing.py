@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-import typer
-
-from scale_rae.cli.options import Output, PostQA, Sampling
+from scale_rae.cli.app import fail, say, show, show_json
+from scale_rae.cli.options import Output, PostQA
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, OutputError
-from scale_rae.jsonio import dump_json
 from scale_rae.manifest import drawing_manifest, png_text
+from scale_rae.options import ModelChoice, Sampling
 from scale_rae.outputs import Sample, save_run, timestamp
-from scale_rae.session import Session
+from scale_rae.session import Session, find_model
+from scale_rae.wording import what_it_can
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from scale_rae.hub import Source
     from scale_rae.pipeline import Generation, ScaleRAE
 
 
@@ -43,27 +43,26 @@ class Message:
 
 
 class Outcome(NamedTuple):
-    """Whether a reply drew, had text, and was still going on when its limit of tokens was reached."""
+    """What became of a message: whether its reply drew, had text, was cut off by its limit of tokens, or asked for an image
+    where none was to be drawn."""
 
     drew: bool
     spoke: bool
     cut_off: bool
+    withheld: bool
 
 
-def prepare(sampling: Sampling, bars: Bars) -> None:
-    """Imports what is heavy, and raises InputError, before a model is loaded, for values that no sampler can use."""
-    if sampling.num_images < 1:
-        raise InputError(f"number of images {sampling.num_images}: must be at least 1")
-    if sampling.batch_size is not None and sampling.batch_size < 1:
-        raise InputError(f"batch size {sampling.batch_size}: must be at least 1")
-    if sampling.max_new_tokens < 1:
-        raise InputError(f"max new tokens {sampling.max_new_tokens}: must be at least 1")
-    if not 0 <= sampling.seed < 2**63:
-        raise InputError(f"seed {sampling.seed}: must be at least 0 and less than 2^63")
+def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
+    """The model's files, after every check that needs no torch. Then imports torch, and what is slow with it.
+
+    Raises:
+        OptionError: for values that no run can use. ScaleRAEError: for a model that is not there or cannot be used.
+    """
+    sampling.check()
+    source = find_model(choice)
     with bars.waiting("starting"):
-        from scale_rae.flow import check_options
         from scale_rae.pipeline import ScaleRAE  # noqa: F401
-    check_options(sampling.guidance_level, sampling.steps, sampling.solver, sampling.guidance_interval)
+    return source
 
 
 def send(
@@ -74,10 +73,12 @@ def send(
     output: Output,
     bars: Bars,
     post_qa: PostQA | None = None,
+    draw: bool = True,
 ) -> list[Outcome]:
     """Sends messages in batches, and saves and prints each batch as it is done.
 
     `mode` begins the manifests; `sampling.batch_size` images are drawn at once, of several messages where they are few.
+    Without `draw`, a reply that asks for an image ends there.
 
     Raises:
         InputError: before anything is drawn, for messages longer than the model reads.
@@ -98,7 +99,7 @@ def send(
             batch = messages[i : i + at_once]
             try:
                 results, images, seconds = _draw(
-                    model, batch, seeds[i : i + at_once], sampling, output, batch_size, bars
+                    model, batch, seeds[i : i + at_once], sampling, output, batch_size, bars, draw
                 )
             finally:
                 bars.stop()
@@ -136,8 +137,9 @@ def send(
                     for k, drawing in enumerate(result.images)
                 ]
                 writer.save(manifest, samples, message.label)
-                cut_off = not result.images and len(result.reply.ids) >= sampling.max_new_tokens
-                outcomes.append(Outcome(bool(result.images), bool(result.text.strip()), cut_off))
+                withheld = not result.images and model.asks_for_image(result.reply)
+                cut_off = not (result.images or withheld) and len(result.reply.ids) >= sampling.max_new_tokens
+                outcomes.append(Outcome(bool(result.images), bool(result.text.strip()), cut_off, withheld))
     return outcomes
 
 
@@ -171,12 +173,20 @@ class _Writer:
             print_results(self._underway.pop(0).result(), self._output)
 
 
-def note_shortcomings(outcomes: Sequence[Outcome], limit: int, flag: str) -> None:
-    """Says on stderr that an answer may not be all of it, or is nothing at all."""
-    if any(not outcome.drew and not outcome.spoke for outcome in outcomes):
-        typer.echo("note: the model answered with nothing that can be printed", err=True)
+def note_shortcomings(session: Session, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
+    """Says on stderr what is wrong with answers; fails where one would have been a picture, to draw which `instead` says how."""
+    withheld = sum(outcome.withheld for outcome in outcomes)
+    if any(not (outcome.drew or outcome.spoke or outcome.withheld) for outcome in outcomes):
+        say("note: the model answered with nothing that can be printed")
     if any(outcome.cut_off for outcome in outcomes):
-        typer.echo(f"note: the answer stops at {limit} tokens; {flag} allows more", err=True)
+        say(f"note: the answer stops at {limit} tokens; {flag} allows more")
+    if withheld:
+        how_many = "" if len(outcomes) == 1 else f" {withheld} of {len(outcomes)} times"
+        able = what_it_can(session.model.source)
+        fail(
+            f"the model began a picture{how_many} instead of answering, which was not drawn; "
+            f"put the question in other words, or {instead}" + (f" ({able})" if able else "")
+        )
 
 
 def _check_lengths(model: ScaleRAE, messages: Sequence[Message]) -> None:
@@ -210,6 +220,7 @@ def _draw(
     output: Output,
     batch_size: int,
     bars: Bars,
+    draw: bool,
 ) -> tuple[list[Generation], list[list[Any]], dict[str, float]]:
     """Replies and latents of a batch, the pixels of each reply's images (None when decoding is skipped), seconds."""
     shown = [message.latent for message in batch if message.latent is not None]
@@ -224,6 +235,7 @@ def _draw(
         latents=shown or None,
         batch_size=batch_size,
         decode=False,
+        draw=draw,
         callback=bars.step,
     )
     seconds = {name: round(value, 3) for name, value in results[0].seconds.items()}
@@ -260,22 +272,18 @@ def _ask_about(
 
 
 def print_results(manifest: dict[str, Any], output: Output) -> None:
+    """Prints a run: its text, the paths of its files, the answers about its images; or its manifest as JSON."""
     if output.json:
-        typer.echo(dump_json(manifest))
+        show_json(manifest)
         return
     text = (manifest["output_text"] or "").strip()
     if text:
-        typer.echo(text)
+        show(text)
     answers = manifest.get("post_qa", {}).get("answers", [])
     images, latents = manifest["output_images"], manifest["latent_paths"]
     for k in range(max(len(images), len(latents))):
         for paths in (images, latents):
             if paths:
-                typer.echo(paths[k])
+                show(paths[k])
         if answers:
-            typer.echo(f"  {answers[k]['question']} {answers[k]['answer'].strip()}")
-
-
-def is_finite_number(value: object) -> bool:
-    """Whether a value from JSON is a number (and not true or false)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            show(f"  {answers[k]['question']} {answers[k]['answer'].strip()}")

@@ -14,11 +14,21 @@ from scale_rae.cli.progress import Bars
 from scale_rae.outputs import check_folder
 from scale_rae.prompt import clean_message
 from scale_rae.session import Session
+from scale_rae.wording import asks_to_draw
 
 
 def command(
     image: Annotated[Path, typer.Option(help="The image file.")],
-    prompt: Annotated[str, typer.Option(help="A question, or what to draw after it.")],
+    prompt: Annotated[str, typer.Option(help='A question, or a request for another picture: "Make it blue."')],
+    draw: Annotated[
+        bool | None,
+        typer.Option(
+            "--draw/--no-draw",
+            help="Draw if the model replies by a picture, or never. Default: draw if the prompt is worded as a request.",
+            show_default=False,
+            rich_help_panel=o.SAMPLING,
+        ),
+    ] = None,
     model_path: o.ModelPath = o.DEFAULT_MODEL,
     decoder_repo: o.DecoderRepo = None,
     revision: o.Revision = None,
@@ -42,23 +52,26 @@ def command(
 ) -> None:
     """Ask about an image, or have it changed.
 
-    Prints the model's answer; when the answer is an image, or has one, saves that too.
+    Prints the model's answer. A prompt that is worded as a request ("Draw …", "Make it …", "Can you change …?") may be
+    answered by an image, which is saved; a question may not.
     """
+    sampling = o.Sampling(
+        num_images, seed, guidance_level, guidance_interval, steps, solver, max_new_tokens, batch_size
+    )
+    sampling.check()
     clean_message(prompt)
     from scale_rae.images import load_image
 
     picture = load_image(image)
     digest = hashlib.sha256(image.read_bytes()).hexdigest()
     check_folder(output_dir)
-    sampling = o.Sampling(
-        num_images, seed, guidance_level, guidance_interval, steps, solver, max_new_tokens, batch_size
-    )
     bars = Bars()
-    prepare(sampling, bars)
     choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
+    source = prepare(choice, sampling, bars)
     output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
-    session = Session(choice, bars, encoder=True, debug=debug)
+    session = Session(choice, bars, source=source, encoder=True, debug=debug)
     message = Message(prompt, session.model.encode([picture])[0])
     mode = {"mode": "img", "image": str(image), "image_sha256": digest}
-    outcomes = send(session, mode, [message], sampling, output, bars)
-    note_shortcomings(outcomes, max_new_tokens, "--max-new-tokens")
+    may_draw = asks_to_draw(prompt) if draw is None else draw
+    outcomes = send(session, mode, [message], sampling, output, bars, draw=may_draw)
+    note_shortcomings(session, outcomes, "--max-new-tokens", max_new_tokens, "have it drawn: --draw")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +16,7 @@ from scale_rae.cli.drawing import Message, note_shortcomings, prepare, print_res
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError
 from scale_rae.manifest import input_latents, png_text
-from scale_rae.outputs import Sample, check_folder, load_latent, save_run, timestamp
+from scale_rae.outputs import Sample, check_folder, save_run, timestamp
 from scale_rae.prompt import clean_message
 from scale_rae.session import Session
 
@@ -27,13 +29,13 @@ def command(
         str,
         typer.Option(
             callback=o.one_of("decode", "qa", "continue"),
-            help="decode: latent to image. qa: ask about it. continue: go on from it, to text or another image.",
+            help="decode: latent to image. qa: ask about it, in words. continue: go on from it, to text or another image.",
         ),
     ],
     latent: Annotated[
         list[Path] | None, typer.Option("--latent", help="A latent file, or several: --latent a.pt b.pt; required.")
     ] = None,
-    more: Annotated[list[Path] | None, typer.Argument(metavar="LATENT", hidden=True)] = None,
+    latents_after: Annotated[list[Path] | None, typer.Argument(metavar="LATENT", hidden=True)] = None,
     prompt: Annotated[str | None, typer.Option(help="The question or request; qa and continue need it.")] = None,
     model_path: o.ModelPath = o.DEFAULT_MODEL,
     decoder_repo: o.DecoderRepo = None,
@@ -60,17 +62,19 @@ def command(
     debug: o.Debug = False,
 ) -> None:
     """Decode saved latents, ask about them, or continue from them."""
-    paths = [*(latent or []), *(more or [])]
+    paths = [*(latent or []), *(latents_after or [])]
     if not paths:
         raise typer.BadParameter("name at least one latent file", param_hint="--latent")
     if action != "decode":
         if prompt is None:
             raise typer.BadParameter(f"--action {action} needs it", param_hint="--prompt")
         clean_message(prompt)
+    elif prompt is not None:
+        raise typer.BadParameter("cannot go with --action decode, which asks nothing", param_hint="--prompt")
     elif skip_decoder:
         raise typer.BadParameter("cannot go with --action decode", param_hint="--skip-decoder")
     for path in paths:
-        if not path.is_file():
+        if not os.path.isfile(path):  # noqa: PTH113 - pathlib's fails for names that no file system takes
             raise InputError(f"{path}: no such latent file")
     check_folder(output_dir)
     sampling = o.Sampling(
@@ -79,12 +83,13 @@ def command(
         batch_size,
     )
     bars = Bars()
-    prepare(sampling, bars)
-    latents = [load_latent(path) for path in paths]
-
     choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
+    source = prepare(choice, sampling, bars)
+    from scale_rae.checkpoint import load_latent
+
+    latents = [load_latent(path) for path in paths]
     output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
-    session = Session(choice, bars, decoder=action == "decode", debug=debug)
+    session = Session(choice, bars, source=source, decoder=action == "decode", debug=debug)
     for i, path in enumerate(paths):
         try:
             latents[i] = session.model.check_latent(latents[i])
@@ -100,10 +105,9 @@ def command(
         Message(prompt, shown, label=f"-{i:02}" if len(paths) > 1 else "", recorded=input_latents([path]))
         for i, (path, shown) in enumerate(zip(paths, latents, strict=True))
     ]
-    outcomes = send(session, mode, messages, sampling, output, bars)
-    note_shortcomings(
-        outcomes, sampling.max_new_tokens, "--max-new-tokens-qa" if action == "qa" else "--max-new-tokens"
-    )
+    outcomes = send(session, mode, messages, sampling, output, bars, draw=action == "continue")
+    flag = "--max-new-tokens-qa" if action == "qa" else "--max-new-tokens"
+    note_shortcomings(session, outcomes, flag, sampling.max_new_tokens, "have it drawn: --action continue")
 
 
 def _decode(
@@ -125,4 +129,6 @@ def _decode(
         Sample(image, shown if output.save_latent else None, text | {"latent": str(path)})
         for image, shown, path in zip(images, latents, paths, strict=True)
     ]
-    print_results(save_run(output.folder, manifest, samples, timestamp()), output)
+    with ThreadPoolExecutor(1) as pool:  # another thread's work is not interrupted
+        saved = pool.submit(save_run, output.folder, manifest, samples, timestamp()).result()
+    print_results(saved, output)

@@ -9,17 +9,13 @@ from typing import Annotated
 
 import typer
 
-from scale_rae.manifest import DEFAULT_STEPS as DEFAULT_STEPS
-from scale_rae.manifest import Sampling as Sampling
-from scale_rae.session import ModelChoice as ModelChoice
-
-# These repeat constants of modules that import torch, which --help must not; a test holds them equal.
-DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
-SOLVERS = ("euler", "heun", "dpmpp_2m", "ab2")
-DTYPES = ("float32", "bfloat16", "float16")
-COMPILE = ("auto", "on", "off")
-QUANTIZE = ("fp8",)
-REWARDS = ("imagereward", "siglip", "pickscore")
+from scale_rae.options import COMPILE, DTYPES, PUBLISHED_DECODERS, QUANTIZE, SOLVERS
+from scale_rae.options import DEFAULT_MODEL as DEFAULT_MODEL
+from scale_rae.options import DEFAULT_STEPS as DEFAULT_STEPS
+from scale_rae.options import POST_QA_MODES as POST_QA_MODES
+from scale_rae.options import REWARDS as REWARDS
+from scale_rae.options import ModelChoice as ModelChoice
+from scale_rae.options import Sampling as Sampling
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
 
@@ -44,7 +40,7 @@ DecoderRepo = Annotated[
     typer.Option(
         "--decoder-repo",
         help="Pixel decoder: hub id or folder. Default: the one that matches the model, which is a folder `decoder` "
-        "inside or beside it, else nyu-visionx/siglip2_decoder (SigLIP-2) or nyu-visionx/webssl300m_decoder (WebSSL).",
+        f"inside or beside it, else {PUBLISHED_DECODERS['siglip']} (SigLIP-2) or {PUBLISHED_DECODERS['dinov2']} (WebSSL).",
         show_default=False,
         rich_help_panel=MODEL,
     ),
@@ -140,9 +136,9 @@ class PostQA:
 
     def question(self, prompt: str) -> str:
         """The question about a drawing of `prompt`."""
-        from scale_rae.scores import ask_question
+        from scale_rae.scores import ask_question, put_prompt
 
         if self.template is not None:
             return ask_question(self.template, self.prompt or prompt)
         assert self.prompt is not None
-        return self.prompt.replace("{prompt}", prompt)
+        return put_prompt(self.prompt, prompt)

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import typer
+from scale_rae.cli.app import say
+from scale_rae.errors import printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -150,11 +151,11 @@ class ScalingDisplay:
         self._bar.update(self._task, completed=self._completed(), description=self._state())
 
     def _line(self, text: str) -> None:
-        text = " ".join(text.split("\n"))
         if self._bar is not None:
+            text = printable(" ".join(text.split("\n")))
             self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
-            typer.echo(text, err=True)
+            say(text)
 
     def stop(self) -> None:
         if self._bar is not None:

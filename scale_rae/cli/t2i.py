@@ -9,14 +9,16 @@ from typing import Annotated, Any
 import typer
 
 from scale_rae.cli import options as o
-from scale_rae.cli.app import fail
-from scale_rae.cli.drawing import Message, is_finite_number, prepare, send
+from scale_rae.cli.app import fail, say
+from scale_rae.cli.drawing import Message, prepare, send
 from scale_rae.cli.progress import Bars
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, OptionError
+from scale_rae.options import check_count
 from scale_rae.outputs import check_folder, read_manifest
 from scale_rae.prompt import clean_message
 from scale_rae.promptfile import read_prompts, read_template
 from scale_rae.session import Session, differences
+from scale_rae.wording import after_no_drawing
 
 # What a manifest decides, so that these options cannot go with --from-manifest.
 _RECORDED = ["num_images", "seed", "guidance_level", "guidance_interval", "steps", "solver", "max_new_tokens"]
@@ -73,7 +75,7 @@ def command(
     post_qa_mode: Annotated[
         str,
         typer.Option(
-            callback=o.one_of("latent", "image"),
+            callback=o.one_of(*o.POST_QA_MODES),
             help="latent: show the model its latent; image: show it the decoded image, encoded again.",
             rich_help_panel=o.QUESTIONS,
         ),
@@ -130,16 +132,15 @@ def command(
         messages = [Message(prompt)]
     check_folder(output_dir)
     bars = Bars()
-    prepare(sampling, bars)
-
-    session = Session(choice, bars, decoder=not skip_decoder, debug=debug)
+    source = prepare(choice, sampling, bars)
+    session = Session(choice, bars, source=source, decoder=not skip_decoder, debug=debug)
     if recorded is not None:
         _check_same_model(recorded, session, from_manifest, force)
     outcomes = send(session, {"mode": "t2i"}, messages, sampling, output, bars, post_qa)
     undrawn = [outcome for outcome in outcomes if not outcome.drew]
     if undrawn:
         how_many = "" if len(messages) == 1 else f" {len(undrawn)} of {len(messages)} prompts"
-        remedy = "ask for a picture: Can you generate a photo of …?"
+        remedy = after_no_drawing(session.model.source)
         if any(outcome.cut_off for outcome in undrawn):
             remedy = f"its reply was cut off by --max-new-tokens {sampling.max_new_tokens}"
         fail(f"the model answered{how_many} without drawing; {remedy}")
@@ -155,8 +156,7 @@ def _post_qa(prompt: str | None, template_path: Path | None, mode: str, max_new_
         return None
     if prompt is not None:
         clean_message(prompt)
-    if max_new_tokens < 1:
-        raise InputError(f"max new tokens of an answer {max_new_tokens}: must be at least 1")
+    check_count("max new tokens of an answer", max_new_tokens)
     template = read_template(template_path) if template_path is not None else None
     return o.PostQA(prompt, template, mode, max_new_tokens)
 
@@ -184,12 +184,14 @@ def _from_manifest(
     if not seeds:
         raise InputError(f"{path}: records no image (the model answered without drawing)")
     interval = get("guidance_interval", list, optional=True)
-    if interval is not None and not (len(interval) == 2 and all(is_finite_number(x) for x in interval)):
+    if interval is not None and (
+        len(interval) != 2 or any(not isinstance(x, int | float) or isinstance(x, bool) for x in interval)
+    ):
         raise InputError(f"{path}: not a manifest that can be drawn from: guidance_interval is {interval!r:.40}")
     sampling = o.Sampling(
         num_images=len(seeds),
         seed=get("seed", int),
-        guidance_level=float(get("guidance_level", (int, float))),
+        guidance_level=get("guidance_level", (int, float)),
         guidance_interval=(interval[0], interval[1]) if interval is not None else None,
         steps=get("steps", int),
         solver=get("solver", str),
@@ -213,7 +215,13 @@ def _from_manifest(
     kept = {str(k): manifest[k] for k in ("prompt_index", "prompt_line", "prompt_record") if k in manifest}
     message = Message(get("prompt", str), recorded=kept | {"from_manifest": str(path)})
     clean_message(message.prompt)
-    return [message], sampling, dataclasses.replace(choice, **changes)
+    choice = dataclasses.replace(choice, **changes)
+    try:  # here, where it is known that they are the file's values, and no options'
+        sampling.check()
+        choice.check()
+    except OptionError as e:
+        raise InputError(f"{path}: not a manifest that can be drawn from: {e}") from e
+    return [message], dataclasses.replace(sampling, guidance_level=float(sampling.guidance_level)), choice
 
 
 def _check_same_model(recorded: dict[str, Any], session: Session, path: Path | None, force: bool) -> None:
@@ -226,8 +234,8 @@ def _check_same_model(recorded: dict[str, Any], session: Session, path: Path | N
             "give the right --model-path and --decoder-repo, or draw with these: --force"
         )
     if found:
-        typer.echo(f"warning: other files than those of {path} ({'; '.join(found)})", err=True)
+        say(f"warning: other files than those of {path} ({'; '.join(found)})")
     then = recorded.get("versions", {})
     for name in ("torch", "transformers"):
         if isinstance(then, dict) and then.get(name) not in (None, now["versions"][name]):
-            typer.echo(f"note: {name} {now['versions'][name]} here, {then[name]} then: rounding may differ", err=True)
+            say(f"note: {name} {now['versions'][name]} here, {then[name]} then: rounding may differ")

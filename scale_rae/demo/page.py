@@ -14,30 +14,41 @@ import io
 import logging
 import os
 import re
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported, which reads it then
-
-import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from scale_rae.demo.work import MOST_IMAGES, MOST_STEPS, Drawing, Judged, Progress, Ranked, Studio, new_seed
-from scale_rae.errors import InputError, ScaleRAEError
-from scale_rae.flow import SAMPLERS
-from scale_rae.manifest import DEFAULT_STEPS, Sampling
+from scale_rae.demo.surroundings import settle, without_clients
+from scale_rae.demo.work import (
+    MOST_CHARACTERS,
+    MOST_IMAGES,
+    MOST_STEPS,
+    Drawing,
+    Judged,
+    Progress,
+    Ranked,
+    Studio,
+    new_seed,
+)
+from scale_rae.errors import InputError, ScaleRAEError, printable
+from scale_rae.options import DEFAULT_STEPS, SOLVERS, Sampling
 from scale_rae.rewards import DEFAULT_REWARD, REWARDS
 from scale_rae.scaling.explain import number
 from scale_rae.scaling.select import METRICS
+from scale_rae.wording import what_it_can
+
+settle()
+with without_clients():
+    import gradio as gr
 
 _log = logging.getLogger("scale_rae.demo")
 
 TITLE = "Scale-RAE"
+VISITORS = 100  # whose drawings and fields are held; of more, the longest idle are forgotten
 REMEMBERED = 24  # drawings that a visitor can pick from
 QUEUE = 32  # visitors who may wait
 NO_REWARD = "none"
@@ -75,8 +86,8 @@ THEME = gr.themes.Default(
 
 
 def build(studio: Studio, folder: Path) -> gr.Blocks:
-    """The page of a studio's model; `launch` shows it. Its own copies of what it shows go to `folder`."""
-    os.environ["GRADIO_TEMP_DIR"] = str(folder)  # read when components are made
+    """The page of a studio's model; `server.launch` shows it. What it shows is in `folder`, which nobody else may write to."""
+    settle(folder)  # read when components are made
     name = studio.choice.model_path
     with gr.Blocks(
         title=f"{TITLE}: {name}", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)
@@ -84,6 +95,8 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
         gr.Markdown(
             f"# {TITLE}\nModel `{name}` on `{studio.model.device}`. One visitor at a time draws; others wait in line."
         )
+        if able := what_it_can(studio.model.source):
+            gr.HTML(note(sentence(able, escape=False)), elem_id="able")
         drawn: Any = gr.State([])  # list[Drawing], newest first
         with gr.Tabs():
             with gr.Tab("Draw", id="draw"):
@@ -95,51 +108,53 @@ def build(studio: Studio, folder: Path) -> gr.Blocks:
             with gr.Tab("Latent", id="latent"):
                 _latent_tab(studio, drawn)
         page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
+    page.state_session_capacity = VISITORS
+    for block in page.blocks.values():
+        _fence(block, folder)
     return page
 
 
-def launch(page: gr.Blocks, host: str, port: int | None, folders: Sequence[Path], browser: bool = False) -> str:
-    """Shows the page at an address of this machine, which it returns; of files, it gives out those in `folders`.
+def _fence(block: Any, folder: Path) -> None:
+    """Lets a component's files be only those in `folder`: uploads, and the page's copies of drawings.
+
+    By itself gradio also takes addresses, which it fetches, and shows files of the working and the temporary folder.
+    """
+
+    async def inside(file: str | Path | None) -> str | None:
+        path = _inside(file, folder)
+        if path is not None:
+            block.temp_files.add(path)  # removed when it is a day old
+        return path
+
+    block.async_move_resource_to_block_cache = inside
+    if isinstance(block, gr.Image | gr.File):
+        # The file as it was dropped: gradio would open images before the handlers, with every decoder there is.
+        block.preprocess = lambda payload: _inside(payload.path, folder) if payload else None
+    elif isinstance(block, gr.Chatbot):
+        block.preprocess = texts  # gradio would make components and files of what a message says
+
+
+def _inside(file: str | Path | None, folder: Path) -> str | None:
+    """A file's path as it is.
 
     Raises:
-        ScaleRAEError: when the port, or every one that is tried, is taken.
+        gr.Error: when it is not in `folder`.
     """
-    try:
-        _, url, _ = page.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            inbrowser=browser,
-            quiet=True,
-            prevent_thread_lock=True,
-            ssr_mode=False,
-            pwa=False,
-            mcp_server=False,
-            enable_monitoring=False,
-            footer_links=["settings"],
-            allowed_paths=[str(folder) for folder in folders],
-            max_file_size="256mb",
-            theme=THEME,
-            css=CSS,
-        )
-    except OSError as e:
-        which = f"port {port}" if port is not None else "any port from 7860 on"
-        why = "" if "empty port" in str(e) else f" ({e})"  # gradio's words for a taken one, with advice for programs
-        raise ScaleRAEError(f"cannot listen on {host}, {which}{why}; choose another --port") from e
-    return str(url)
+    if file is None:
+        return None
+    if "\0" in str(file) or not Path(os.path.realpath(file)).is_relative_to(os.path.realpath(folder)):
+        raise gr.Error("Only a file that was uploaded to this page can be read.", print_exception=False)
+    return str(file)
 
 
-def wait(page: gr.Blocks) -> None:
-    """Until Ctrl-C or a signal to end, which close the page."""
-    ended = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: ended.set())
-    try:
-        while not ended.wait(0.5):  # a wait without end would not hear Ctrl-C on every system
-            pass
-    except KeyboardInterrupt:
-        pass
-    finally:
-        page.close(verbose=False)
+def texts(payload: Any) -> list[dict[str, Any]]:
+    """The messages of a conversation, as far as they are text; of each, who said it and what."""
+    said = []
+    for message in payload.root if payload else []:
+        text = "".join(part.text for part in message.content if part.type == "text")
+        if message.role in ("user", "assistant") and text:
+            said.append({"role": message.role, "content": text})
+    return said
 
 
 # --- words and errors ---------------------------------------------------------------------------------------------
@@ -153,7 +168,10 @@ def _told() -> Iterator[None]:
     except gr.Error:
         raise
     except ScaleRAEError as e:
-        raise gr.Error(sentence(str(e)), print_exception=False) from None
+        shown = without_paths(str(e))
+        if shown != str(e):
+            _log.warning("%s", printable(str(e)))
+        raise gr.Error(sentence(shown), print_exception=False) from None
     except Exception as e:
         _log.exception("unexpected error on the page")
         raise gr.Error(
@@ -162,12 +180,18 @@ def _told() -> Iterator[None]:
         ) from None
 
 
-def sentence(text: str) -> str:
-    """An error's text as a sentence, safe to show as HTML."""
+def without_paths(text: str) -> str:
+    """A text with the last names of files for their whole paths, which are the server's own matter."""
+    return re.sub(r"(?<![\w/\\:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":,;]+[/\\])+([^\s/\\'\":,;]*)", r"\1", text)
+
+
+def sentence(text: str, escape: bool = True) -> str:
+    """An error's text as a sentence, safe to show as HTML unless what shows it escapes by itself."""
     text = " ".join(text.split())
     if re.match(r"[a-z]+\b[^./\\]", text):  # a word, not a file's name
         text = text[:1].upper() + text[1:]
-    return html.escape(text if text.endswith((".", "?", "!", "…")) else text + ".")
+    text = text if text.endswith((".", "?", "!", "…")) else text + "."
+    return html.escape(text) if escape else text
 
 
 def told(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -231,7 +255,7 @@ def sampling(images: float, guidance: float, steps: float, solver: str, seed: st
 
 
 def _settings(studio: Studio, images: int, prefix: str) -> _Settings:
-    bundled = studio.choice.model_path == "shapes"
+    bundled = studio.bundled
     with gr.Row():
         count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
         guidance = gr.Slider(
@@ -246,7 +270,7 @@ def _settings(studio: Studio, images: int, prefix: str) -> _Settings:
         )
     with gr.Row():
         steps = gr.Slider(2, MOST_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=140, elem_id=f"{prefix}-steps")
-        solver = gr.Dropdown(list(SAMPLERS), value="euler", label="Solver", min_width=140, elem_id=f"{prefix}-solver")
+        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", min_width=140, elem_id=f"{prefix}-solver")
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         seed = gr.Textbox(
             "42", label="Seed", max_lines=1, min_width=120, scale=3, elem_id=f"{prefix}-seed", max_length=20
@@ -415,6 +439,17 @@ def _stop(button: Any, events: list[Any], status: Any) -> None:
     )
 
 
+@contextlib.contextmanager
+def _not_kept(file: str, studio: Studio) -> Iterator[None]:
+    """Removes an upload that is refused; a drawing of the page's own stays."""
+    try:
+        yield
+    except ScaleRAEError:
+        if studio.shown is None or not Path(file).is_relative_to(studio.shown):
+            Path(file).unlink(missing_ok=True)
+        raise
+
+
 # --- Draw ----------------------------------------------------------------------------------------------------------
 
 
@@ -427,9 +462,9 @@ def _draw_tab(studio: Studio, drawn: Any) -> None:
                 placeholder="a red circle",
                 elem_id="draw-prompt",
                 autofocus=True,
-                max_length=4000,
+                max_length=MOST_CHARACTERS,
             )
-            if studio.choice.model_path == "shapes":
+            if studio.bundled:
                 gr.Examples(
                     SHAPES_PROMPTS, prompt, label="This model knows shapes, and nothing else", api_visibility="private"
                 )
@@ -482,7 +517,7 @@ def _chat(prefix: str, placeholder: str) -> _Chat:
             label="Question",
             info="Each is asked by itself, without those before it.",
             placeholder=QUESTIONS[0],
-            max_length=4000,
+            max_length=MOST_CHARACTERS,
             max_lines=4,
             scale=4,
             min_width=180,
@@ -535,8 +570,6 @@ def _look_tab(studio: Studio, drawn: Any) -> None:
                 elem_id="look-picture",
                 alt_text="The picture that is asked about",
             )
-            # The file as it was dropped: gradio would read it before the handlers, whose errors are sentences.
-            picture.preprocess = lambda payload: payload.path if payload else None
             source = gr.HTML(note(_NO_PICTURE), elem_id="look-source")
             gallery = gr.Gallery(
                 label="Drawn on this page",
@@ -571,7 +604,8 @@ def _look_tab(studio: Studio, drawn: Any) -> None:
 
     def own(file: str | None) -> list[Any]:
         if file:
-            studio.picture(Path(file))
+            with _not_kept(file, studio):
+                studio.picture(Path(file))
         words = "The picture is read through the encoder." if file else _NO_PICTURE
         return [None, note(words), []]
 
@@ -591,11 +625,11 @@ def _look_tab(studio: Studio, drawn: Any) -> None:
 
 
 def _best_tab(studio: Studio, drawn: Any) -> None:
-    bundled = studio.choice.model_path == "shapes"
+    bundled = studio.bundled
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(
-                label="Prompt", lines=2, placeholder="a red circle", elem_id="best-prompt", max_length=4000
+                label="Prompt", lines=2, placeholder="a red circle", elem_id="best-prompt", max_length=MOST_CHARACTERS
             )
             with gr.Row():
                 keep = gr.Slider(1, MOST_IMAGES, 2, step=1, label="Keep", min_width=140, elem_id="best-keep")
@@ -721,7 +755,7 @@ def _latent_tab(studio: Studio, drawn: Any) -> None:
                     lines=2,
                     placeholder="Can you generate a photo of a red circle?",
                     elem_id="latent-prompt",
-                    max_length=4000,
+                    max_length=MOST_CHARACTERS,
                 )
                 with gr.Accordion("How to draw", open=False):
                     fields = _settings(studio, 1, "latent")
@@ -733,7 +767,8 @@ def _latent_tab(studio: Studio, drawn: Any) -> None:
     def load(path: str | None) -> list[Any]:
         if not path:
             return [None, None, note(_NO_LATENT), []]
-        tensor = studio.latent(Path(path))
+        with _not_kept(path, studio):
+            tensor = studio.latent(Path(path))
         image = studio.decode(tensor)
         words = f"{Path(path).name}: {tensor.shape[0]} tokens of {tensor.shape[1]} channels."
         return [tensor, image, note(words), []]

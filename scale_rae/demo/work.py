@@ -5,12 +5,16 @@ Closing a generator (a visitor who stops, or has gone) ends the work behind it a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
+import secrets
 import shlex
+import shutil
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -19,10 +23,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from scale_rae.checkpoint import load_latent
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.images import load_image
-from scale_rae.manifest import Sampling, drawing_manifest, input_latents, png_text
-from scale_rae.outputs import Sample, load_latent, save_run, timestamp
+from scale_rae.manifest import drawing_manifest, input_latents, png_text
+from scale_rae.options import Sampling
+from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
 from scale_rae.promptfile import PromptRecord
 from scale_rae.rewards import Reward, load_reward
@@ -30,12 +36,14 @@ from scale_rae.scaling.experiment import PROMPT_PREFIX, Settings, as_request, ch
 from scale_rae.scaling.explain import why_dropped
 from scale_rae.scaling.select import Prompt, Ranking, metric_named, rank
 from scale_rae.session import ModelChoice, Session
+from scale_rae.wording import after_no_drawing, is_bundled
 
 MOST_IMAGES = 16
 MOST_STEPS = 250
 ANSWER_TOKENS = 128
 PREVIEWS = 12  # pictures shown of one that forms
-LARGEST_LATENT = 256 << 20  # bytes of a file
+LARGEST_FILE = 64 << 20  # bytes of a picture or latent
+MOST_CHARACTERS = 4000  # of a prompt or question
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -144,24 +152,59 @@ def streamed(work: Callable[[_Emitter[T]], R]) -> Generator[T, None, R]:
     finally:
         emit.stopped.set()
     thread.join()
+    if error and isinstance(error[0], _Stopped):  # though somebody still listens
+        raise ScaleRAEError("The page is ending.")
     if error:
         raise error[0]
     return result[0]
 
 
 class Studio:
-    """One model for all visitors, one of them at a time; `folder` gets what is drawn."""
+    """One model for all visitors, one of them at a time; `folder` gets what is drawn.
 
-    def __init__(self, session: Session, choice: ModelChoice, folder: Path) -> None:
-        self.session, self.choice, self.folder = session, choice, folder
+    `shown` gets copies, each in a folder whose name cannot be guessed: the page gives out all that is there, and of `folder`, which
+    may hold other things, nothing. Without it, drawings are shown where they are.
+    """
+
+    def __init__(self, session: Session, choice: ModelChoice, folder: Path, shown: Path | None = None) -> None:
+        self.session, self.choice, self.folder, self.shown = session, choice, folder, shown
         self.model: ScaleRAE = session.model
         self.turn = threading.Lock()
         self._rewards: dict[str, Reward] = {}
+        self._under_way: weakref.WeakSet[_Emitter[Any]] = weakref.WeakSet()
+        self._closed = False
+
+    def close(self, patience: float = 20.0) -> None:
+        """Ends what is under way at its next step, and waits for that."""
+        self._closed = True
+        for emit in list(self._under_way):
+            emit.stopped.set()
+        if self.turn.acquire(timeout=patience):
+            self.turn.release()
+
+    @contextlib.contextmanager
+    def _turn(self, emit: _Emitter[Any]) -> Iterator[None]:
+        """The model for one visitor's work; a visitor who leaves while waiting does not get it."""
+        self._under_way.add(emit)
+        while not self.turn.acquire(timeout=0.2):
+            emit.check()
+        try:
+            if self._closed:
+                raise _Stopped
+            emit.check()
+            yield
+        finally:
+            self.turn.release()
 
     @property
     def guides(self) -> bool:
         """Whether the checkpoint has a null embedding, without which there is no guidance."""
         return self.model.config.dit.null_condition
+
+    @property
+    def bundled(self) -> bool:
+        """Whether the model is the one that comes with this package."""
+        return is_bundled(self.model.source)
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
@@ -176,10 +219,11 @@ class Studio:
         """
         shown = self.latent(latent_file) if latent_file is not None else None
         request = prompt.strip() if shown is not None else self.request(prompt)
+        check_length(request, "message")
         check_sampling(sampling)
 
         def work(emit: _Emitter[Progress]) -> Drawn:
-            with self.turn:
+            with self._turn(emit):
                 start = time.perf_counter()
                 watch = _Watch(self.model, emit, sampling.num_images)
                 result = self.model.generate(
@@ -195,7 +239,7 @@ class Studio:
                     callback=watch.step,
                 )
                 if not result.images and shown is None:
-                    raise InputError(_no_drawing(result.text))
+                    raise InputError(self._no_drawing(result.text))
                 mode: dict[str, Any] = {"mode": "t2i"}
                 if latent_file is not None:
                     mode = {"mode": "latent", "action": "continue", **input_latents([latent_file])}
@@ -213,6 +257,7 @@ class Studio:
         """The message that asks for a drawing of the prompt."""
         if not prompt.strip():
             raise InputError("Write a prompt first: what is to be drawn?")
+        check_length(prompt, "prompt")
         return as_request(prompt.strip(), PROMPT_PREFIX)
 
     def command(self, request: str, sampling: Sampling, latent_file: Path | None = None) -> str:
@@ -256,8 +301,7 @@ class Studio:
             mode, request, {}, described, alone, [seed], 1, 1, text, self.session.seconds
         )  # of one image: an image does not depend on those drawn with it
         saved = save_run(self.folder, manifest, [Sample(image, latent, png_text(manifest, seed))], timestamp())
-        png = Path(saved["output_images"][0])
-        latent_file = Path(saved["latent_path"])
+        png, latent_file = Path(saved["output_images"][0]), Path(saved["latent_path"])
         source = Path(mode["input_latents"][0]) if "input_latents" in mode else None
         return Drawing(
             image,
@@ -265,10 +309,16 @@ class Studio:
             seed,
             request,
             self.command(request, alone, source),
-            png,
-            latent_file,
-            png.with_name(f"{png.stem}_manifest.json"),
+            *self._copies(png, latent_file, png.with_name(f"{png.stem}_manifest.json")),
         )
+
+    def _copies(self, *files: Path) -> list[Path]:
+        """The files as the page gives them out."""
+        if self.shown is None:
+            return list(files)
+        folder = self.shown / secrets.token_urlsafe(16)
+        folder.mkdir(parents=True)
+        return [Path(shutil.copyfile(file, folder / file.name)) for file in files]
 
     # --- looking -------------------------------------------------------------------------------------------------
 
@@ -284,6 +334,7 @@ class Studio:
         """
         if not question.strip():
             raise InputError("Write a question first.")
+        check_length(question, "question")
         if latent is None and image is None:
             raise InputError("Choose a picture first: drop one, or pick one that was drawn.")
 
@@ -292,7 +343,7 @@ class Studio:
                 emit(text)
                 return True
 
-            with self.turn:
+            with self._turn(emit):
                 shown = latent if latent is not None else self._encoded(image)
                 (answer,) = self.model.answer(
                     question.strip(), latents=shown, max_new_tokens=ANSWER_TOKENS, listen=listen
@@ -326,8 +377,8 @@ class Studio:
             InputError: naming the file, when it is not a latent of this model.
         """
         try:
-            if file.is_file() and file.stat().st_size > LARGEST_LATENT:
-                raise InputError(f"{file}: larger than {LARGEST_LATENT >> 20} MB; no latent of one image is")
+            if file.is_file() and file.stat().st_size > LARGEST_FILE:
+                raise InputError(f"{file}: larger than {LARGEST_FILE >> 20} MB; no latent of one image is")
             loaded = load_latent(file)
         except InputError as e:
             raise InputError(without_folder(str(e), file)) from e
@@ -363,12 +414,12 @@ class Studio:
         text = prompt.strip()
 
         def work(emit: _Emitter[Ranked]) -> Ranked:
-            with self.turn:
+            with self._turn(emit):
                 reward = self._reward(reward_name)
                 reply = self.model.reply([request], max_new_tokens=sampling.max_new_tokens)[0]
                 said = self.model.tokenizer.decode(reply.ids)
                 if reply.condition is None:
-                    raise InputError(_no_drawing(said))
+                    raise InputError(self._no_drawing(said))
                 ranking = _Rankings(text, self.choice.model_path, sampling, keep, metric, reward_name, said)
                 options = SamplingOptions(
                     sampling.steps, sampling.solver, sampling.guidance_level, sampling.guidance_interval
@@ -399,6 +450,10 @@ class Studio:
                 return dataclasses.replace(done, drawings=drawings)
 
         return (yield from streamed(work))
+
+    def _no_drawing(self, text: str) -> str:
+        said = f' ("{text.strip()}")' if text.strip() else ""
+        return f"The model answered without drawing{said}; {after_no_drawing(self.model.source)}"
 
     def _reward(self, name: str | None) -> Reward | None:
         if name is None:
@@ -516,14 +571,15 @@ def check_sampling(sampling: Sampling) -> None:
     SamplingOptions(sampling.steps, sampling.solver, sampling.guidance_level, sampling.guidance_interval).check()
 
 
+def check_length(text: str, what: str) -> None:
+    """Raises InputError for a text that the page's fields do not hold."""
+    if len(text) > MOST_CHARACTERS + len(PROMPT_PREFIX):
+        raise InputError(f"The {what} has {len(text):,} characters: the page takes at most {MOST_CHARACTERS:,}.")
+
+
 def without_folder(text: str, file: Path) -> str:
     """An error's text with a file's name for its path, which is the server's own."""
     return text.replace(str(file), file.name)
-
-
-def _no_drawing(text: str) -> str:
-    said = f' ("{text.strip()}")' if text.strip() else ""
-    return f"The model answered without drawing{said}. Ask for a picture: Can you generate a photo of …?"
 
 
 def new_seed() -> int:

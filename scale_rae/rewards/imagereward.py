@@ -7,6 +7,7 @@ vocab.txt beside the weights, in a folder `tokenizer` there, or google-bert/bert
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scale_rae.checkpoint import Source, TensorReader, fill
+from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.hub import Source
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 
@@ -50,6 +52,8 @@ class ImageReward:
         folder = self.source.folder
         parts.require(folder, (WEIGHTS, CONFIG), self.name, REPO)
         self.tokenizer_source = _find_tokenizer(model, folder)
+        if self.tokenizer_source.folder == folder:
+            self.source = replace(self.source, files=(WEIGHTS, CONFIG, *self.tokenizer_source.files))
         self._tokenizer: Any = parts.read_tokenizer(self.tokenizer_source.folder, "bert")
         self._tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
         pad = self._tokenizer.token_to_id("[PAD]")
@@ -215,6 +219,7 @@ def _named(**children: nn.Module | nn.Parameter) -> nn.Module:
 
 def _find_tokenizer(model: ScaleRAE, folder: Path) -> Source:
     for place in (folder, folder / "tokenizer"):
-        if any((place / file).is_file() for file in ("tokenizer.json", "vocab.txt")):
-            return Source(place.name, place)
+        for file in ("tokenizer.json", "vocab.txt"):
+            if (place / file).is_file():
+                return Source(place.name, place, files=(file,))
     return parts.locate_part(model, ImageReward.name, TOKENIZER_REPO, "tokenizer", "tokenizer.json")

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scale_rae.checkpoint import Source, find
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, last_line
+from scale_rae.hub import Source, find
 from scale_rae.images import to_rgb
 from scale_rae.jsonio import read_json
 
@@ -31,7 +31,7 @@ Module = TypeVar("Module", bound=nn.Module)
 def locate(
     model: ScaleRAE, reward: str, repo: str, needs: str, path: str | None = None, files: tuple[str, ...] = ()
 ) -> Source:
-    """A reward's weights: the folder `path`, or what `checkpoint.find` finds by the hub id `repo`; `needs` says it in words.
+    """A reward's weights: the folder `path`, or what `hub.find` finds by the hub id `repo`; `needs` says it in words.
 
     Raises:
         ScaleRAEError: of the kind that `find` raises; says where the files come from and names the alternatives.

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from scale_rae.checkpoint import Source, TensorReader, fill, weight_files
+from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.errors import CheckpointError, ConfigError, last_line
+from scale_rae.hub import Source, weight_files
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 

@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from scale_rae.checkpoint import TensorReader, fill, weight_files
+from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.hub import weight_files
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 

@@ -308,7 +308,7 @@ class _Driver:
 
 def _anywhere(name: Any) -> Any:
     """A folder's name that is good in whatever folder a worker is started; other names as they are."""
-    from scale_rae.checkpoint import BUNDLED
+    from scale_rae.hub import BUNDLED
 
     if not name or name in BUNDLED or not Path(name).expanduser().exists():
         return name

@@ -6,38 +6,40 @@ import asyncio
 import base64
 import contextlib
 import functools
-import hmac
 import json
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.routing import APIRoute
+from PIL import Image
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from scale_rae import __version__
 from scale_rae.errors import InputError
-from scale_rae.images import to_rgb
+from scale_rae.jsonio import parse_json
 from scale_rae.prompt import SYSTEM, Turn
 from scale_rae.scaling.experiment import as_request
 from scale_rae.serve import schema
-from scale_rae.serve.engine import Engine, Job, Refused, Result, new_seed
-from scale_rae.serve.pictures import read_data_url
-from scale_rae.serve.settings import LOOPBACK, OWN_JUDGEMENT, Limits, ServeSettings
+from scale_rae.serve.decoding import Decoders
+from scale_rae.serve.engine import Engine, Job, Result, new_seed
+from scale_rae.serve.errors import Refused, client_left, error_body, invalid
+from scale_rae.serve.guard import LEFT, Guard, client_of
+from scale_rae.serve.settings import OWN_JUDGEMENT, Limits, ServeSettings
 
-OPEN_PATHS = ("/health", "/ready")  # without a key
-_LEFT = "scale_rae.left"  # in a request's scope: whether its client left in the middle of a stream
+IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
+ROUTES = ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
 _PING = 15.0  # seconds of silence after which a stream says that it is alive
 _log = logging.getLogger("scale_rae.serve")
 
-_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorResponse, "description": text}
     for status, text in (
@@ -55,10 +57,9 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
-    """The application: what `schema` describes, in front of an engine that somebody else starts and closes."""
+def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Guard:
+    """The application: what `schema` describes, in front of an engine and decoders that somebody else closes."""
     limits, created = settings.limits, int(time.time())
-    gate = asyncio.Semaphore(2)  # images decoded at a time: each may take 100 MB for a moment
     app = FastAPI(
         title="Scale-RAE",
         version=__version__,
@@ -67,6 +68,8 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         redoc_url=None,
         responses=_ERRORS,
     )
+    app.router.route_class = _Route
+    app.state.wait_hint = engine.wait_hint
     for kind in (RequestValidationError, HTTPException, Refused, InputError, Exception):
         app.add_exception_handler(kind, _handle)
     _describe_limits(app, settings)
@@ -103,7 +106,7 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         _check_model(model, settings)
         return card
 
-    @app.post("/v1/images/generations", response_model=schema.ImagesResponse, response_model_exclude_none=True)
+    @app.post(IMAGES, response_model=schema.ImagesResponse, response_model_exclude_none=True)
     async def images(body: schema.ImageRequest, request: Request) -> Any:
         """Draws."""
         engine.check_open()
@@ -111,12 +114,12 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         best_of = body.best_of or body.n
         _check_sampling(body, engine, limits, best_of, "best_of" if body.best_of else "n")
         if best_of < body.n:
-            raise _invalid("best_of", f"must be at least n, which is {body.n}")
+            raise invalid("best_of", f"must be at least n, which is {body.n}")
         _check_text(body.prompt, len(body.prompt), "prompt", limits)
         side = engine.model.image_size
         size = f"{side}x{side}"
         if body.size not in ("auto", size):
-            raise _invalid("size", f'this model draws "{size}"; give that or "auto"')
+            raise invalid("size", f'this model draws "{size}"; give that or "auto"')
         inbox = _Inbox(limits.deadline)
         job = Job(
             [Turn("user", as_request(body.prompt, settings.prompt_prefix))],
@@ -130,13 +133,14 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
             judge=_judge(body, engine, best_of),
             subject=body.prompt,
             must_draw=True,
+            client=_client(request),
         )
         result = await _result(engine, job, inbox, request)
         data = [schema.ImageData(b64_json=_base64(d.png), seed=d.seed, **d.scores) for d in result.drawings]
         return schema.ImagesResponse(created=int(time.time()), data=data, size=size)
 
     @app.post(
-        "/v1/chat/completions",
+        CHAT,
         response_model=schema.ChatResponse,
         response_model_exclude_none=True,
         responses={200: {"content": {"text/event-stream": {}}}},
@@ -148,7 +152,8 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
         _check_sampling(body, engine, limits, body.n, "n")
         inbox = _Inbox(limits.deadline)
         turns, system, urls = _conversation(body.messages, limits)
-        pixels = await _pixels(engine, urls, limits, gate)
+        async with _attended(request, inbox.deadline):
+            pixels = await _pixels(engine, urls, decoders, _client(request))
         most = min(body.max_completion_tokens or body.max_tokens or limits.new_tokens, limits.new_tokens)
         job = Job(
             turns,
@@ -164,13 +169,12 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
             draws=body.modalities is None or "image" in body.modalities,
             asked_in="messages",
             streams=bool(body.stream),
+            client=_client(request),
         )
         name = f"chatcmpl-{secrets.token_hex(12)}"
         if body.stream:
-            engine.submit(job)
-            usage = body.stream_options is not None and body.stream_options.include_usage
-            events = _stream(engine, job, inbox, request, name, settings.name, usage)
-            return StreamingResponse(events, media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            return _EventStream(functools.partial(_stream, engine, job, inbox, request, name, settings.name, usage))
         result = await _result(engine, job, inbox, request)
         choices = [
             schema.Choice(
@@ -186,7 +190,26 @@ def make_app(engine: Engine, settings: ServeSettings) -> ASGIApp:
             id=name, created=int(time.time()), model=settings.name, choices=choices, usage=_usage(result)
         )
 
-    return _Guard(app, engine, settings)
+    return Guard(app, engine, settings, ROUTES, (IMAGES, CHAT))
+
+
+class _Request(Request):
+    """A request whose JSON is UTF-8, with no number longer than any that means something."""
+
+    async def json(self) -> Any:
+        return parse_json(await self.body(), constants=True)  # NaN is refused by the field it is for
+
+
+class _Route(APIRoute):
+    """A route whose handler gets a `_Request`: FastAPI's way to read bodies otherwise."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handler(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return handler
 
 
 # Carrying out ----------------------------------------------------------------------------------------------------------------
@@ -208,16 +231,13 @@ class _Inbox:
         """The next event, or None after `patience`.
 
         Raises:
-            Refused: when the deadline has passed. What went wrong with the job.
+            Exception: what went wrong with the job.
         """
-        left = self.deadline - time.monotonic()
         try:
-            async with asyncio.timeout(max(0.0, left if patience is None else min(left, patience))):
+            async with asyncio.timeout(patience):
                 event = await self._queue.get()
         except TimeoutError:
-            if time.monotonic() < self.deadline:
-                return None
-            raise Refused(504, "deadline_exceeded", "the request was not done within the server's time limit") from None
+            return None
         if isinstance(event, BaseException):
             raise event
         return event
@@ -225,21 +245,38 @@ class _Inbox:
 
 async def _result(engine: Engine, job: Job, inbox: _Inbox, request: Request) -> Result:
     """Has a job done and waits for its result, or for its client to go."""
-    engine.submit(job)
+    async with _attended(request, inbox.deadline):
+        engine.submit(job)
+        try:
+            while not isinstance(event := await inbox.get(), Result):
+                pass
+            return event
+        finally:
+            engine.cancel(job)
+
+
+@contextlib.asynccontextmanager
+async def _attended(request: Request, deadline: float) -> AsyncIterator[None]:
+    """A block that ends with Refused when its client has gone (499), or at `deadline` on time.monotonic's clock (504)."""
     gone = asyncio.create_task(_gone(request))
     try:
-        while True:
-            waiting = asyncio.create_task(inbox.get())
-            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                waiting.cancel()
-                raise Refused(499, "client_left", "the client has gone")
-            event = waiting.result()
-            if isinstance(event, Result):
-                return event
+        async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as limit:
+
+            def end(gone: asyncio.Task[None]) -> None:
+                if not gone.cancelled():
+                    limit.reschedule(asyncio.get_running_loop().time())
+
+            gone.add_done_callback(end)
+            try:
+                yield
+            finally:
+                gone.remove_done_callback(end)
+    except TimeoutError:
+        if gone.done():
+            raise client_left() from None
+        raise Refused(504, "deadline_exceeded", "the request was not done within the server's time limit") from None
     finally:
         gone.cancel()
-        engine.cancel(job)
 
 
 async def _gone(request: Request) -> None:
@@ -248,10 +285,42 @@ async def _gone(request: Request) -> None:
         pass
 
 
+class _EventStream(StreamingResponse):
+    """Server-sent events that one coroutine writes, so that whatever ends it ends all that it has begun."""
+
+    def __init__(self, write: Callable[[Callable[[str], Awaitable[None]]], Awaitable[None]]) -> None:
+        super().__init__(iter(()), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        self._write = write
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def put(text: str) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
+
+        await self._write(put)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
 async def _stream(
-    engine: Engine, job: Job, inbox: _Inbox, request: Request, name: str, model: str, usage: bool
-) -> AsyncIterator[str]:
-    """Server-sent events: text as it is written, then images, then [DONE]."""
+    engine: Engine,
+    job: Job,
+    inbox: _Inbox,
+    request: Request,
+    name: str,
+    model: str,
+    usage: bool,
+    put: Callable[[str], Awaitable[None]],
+) -> None:
+    """Puts server-sent events: text as it is written, then images, then [DONE].
+
+    Raises:
+        Refused: when the job is not taken; nothing has been put then.
+    """
     created = int(time.time())
 
     def chunk(choices: list[dict[str, Any]], **more: Any) -> str:
@@ -262,39 +331,34 @@ async def _stream(
         indices = range(job.count) if index is None else (index,)
         return chunk([{"index": i, "delta": values, "finish_reason": reason, "logprobs": None} for i in indices])
 
-    gone = asyncio.create_task(_gone(request))
-    request.scope[_LEFT] = True  # unless it comes to its end
+    engine.submit(job)
     try:
-        yield delta({"role": "assistant", "content": ""})
-        while True:
-            waiting = asyncio.create_task(inbox.get(_PING))
-            await asyncio.wait({waiting, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not waiting.done():
-                waiting.cancel()
-                return
-            event = waiting.result()
-            if event is None:
-                yield ": working\n\n"
-            elif isinstance(event, str):
-                yield delta({"content": event})
-            else:
-                break
-        if event.drawings:
-            for i in range(job.count):
-                parts = [part.model_dump(exclude_none=True) for part in _image_parts(event, i)]
-                yield delta({"images": parts}, i)
-        yield delta({}, reason="length" if event.cut_off else "stop")
-        if usage:
-            yield chunk([], usage=_usage(event).model_dump())
-        request.scope[_LEFT] = False
-        yield "data: [DONE]\n\n"
+        async with _attended(request, inbox.deadline):
+            await put(delta({"role": "assistant", "content": ""}))
+            while not isinstance(event := await inbox.get(_PING), Result):
+                await put(": working\n\n" if event is None else delta({"content": event}))
+            if event.drawings:
+                for i in range(job.count):
+                    parts = [part.model_dump(exclude_none=True) for part in _image_parts(event, i)]
+                    await put(delta({"images": parts}, i))
+            await put(delta({}, reason="length" if event.cut_off else "stop"))
+            if usage:
+                await put(chunk([], usage=_usage(event).model_dump()))
+            await put("data: [DONE]\n\n")
     except Exception as e:
-        request.scope[_LEFT] = False
-        _, body, _ = _error_of(e)
-        yield f"data: {json.dumps(body)}\n\n"
+        status, body, _ = _error_of(e)
+        if status == 499:
+            request.scope[LEFT] = True
+        else:
+            if status == 500:
+                engine.report(e)
+            await put(f"data: {json.dumps(body)}\n\n")
     finally:
-        gone.cancel()
         engine.cancel(job)
+
+
+def _client(request: Request) -> str:
+    return client_of(request.client.host if request.client else None)
 
 
 def _image_parts(result: Result, index: int) -> list[schema.ImagePart]:
@@ -317,10 +381,6 @@ def _usage(result: Result) -> schema.Usage:
 # Reading requests ------------------------------------------------------------------------------------------------------------
 
 
-def _invalid(field: str, message: str) -> Refused:
-    return Refused(400, "invalid_value", f"{field}: {message}", field)
-
-
 def _check_model(name: str | None, settings: ServeSettings) -> None:
     if name is not None and name != settings.name:
         raise Refused(404, "model_not_found", f"no such model; this server has {settings.name!r}", "model")
@@ -328,40 +388,40 @@ def _check_model(name: str | None, settings: ServeSettings) -> None:
 
 def _check_text(text: str, length: int, field: str, limits: Limits) -> None:
     if length > limits.prompt:
-        raise _invalid(field, f"{length} characters of text; at most {limits.prompt}")
+        raise invalid(field, f"{length} characters of text; at most {limits.prompt}")
     if not text.strip():
-        raise _invalid(field, "is empty")
+        raise invalid(field, "is empty")
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise _invalid(field, "is not valid Unicode text") from None
+        raise invalid(field, "is not valid Unicode text") from None
 
 
 def _check_sampling(
     body: schema.ImageRequest | schema.ChatRequest, engine: Engine, limits: Limits, drawings: int, field: str
 ) -> None:
     if drawings > limits.drawings:
-        raise _invalid(field, f"{drawings} images to draw; at most {limits.drawings} in a request")
+        raise invalid(field, f"{drawings} images to draw; at most {limits.drawings} in a request")
     if body.steps is not None and body.steps > limits.steps:
-        raise _invalid("steps", f"{body.steps}; at most {limits.steps} on this server")
+        raise invalid("steps", f"{body.steps}; at most {limits.steps} on this server")
     if body.guidance != 1.0 and not engine.model.config.dit.null_condition:
-        raise _invalid("guidance", "this model was trained without condition dropout; only 1 works")
+        raise invalid("guidance", "this model was trained without condition dropout; only 1 works")
     interval = body.guidance_interval
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise _invalid("guidance_interval", "needs 0 <= lo < hi <= 1")
+        raise invalid("guidance_interval", "needs 0 <= lo < hi <= 1")
     try:
         body.options(limits.steps)
     except InputError as e:
-        raise _invalid("steps", str(e)) from None  # all else has been looked at
+        raise invalid("steps", str(e)) from None  # all else has been looked at
 
 
 def _judge(body: schema.ImageRequest, engine: Engine, best_of: int) -> str | None:
     """What picks the best, or None when there is nothing to pick."""
     there = [*engine.rewards, OWN_JUDGEMENT]
     if body.reward is not None and body.reward not in there:
-        raise _invalid("reward", f"not loaded on this server, which has {', '.join(there)}")
+        raise invalid("reward", f"not loaded on this server, which has {', '.join(there)}")
     if body.reward is not None and body.best_of is None:
-        raise _invalid("reward", "picks the best of best_of images; give best_of too")
+        raise invalid("reward", "picks the best of best_of images; give best_of too")
     return (body.reward or there[0]) if body.best_of is not None and best_of > body.n else None
 
 
@@ -396,62 +456,42 @@ def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], 
                 system.append(text)
         urls += shown
         if len(urls) > limits.images:
-            raise _invalid(shown[-1][0], f"more than {limits.images} images in a request")
+            raise invalid(shown[-1][0], f"more than {limits.images} images in a request")
     if not turns or turns[-1].role != "user":
-        raise _invalid("messages", "the last one must be a user's")
+        raise invalid("messages", "the last one must be a user's")
     return turns, "\n".join(system) or SYSTEM, urls
 
 
-async def _pixels(
-    engine: Engine, urls: Sequence[tuple[str, str]], limits: Limits, gate: asyncio.Semaphore
-) -> Tensor | None:
+async def _pixels(engine: Engine, urls: Sequence[tuple[str, str]], decoders: Decoders, client: str) -> Tensor | None:
     """The images, preprocessed: large ones are small before they wait."""
     if not urls:
         return None
     import torch
 
-    def read(field: str, url: str) -> Tensor:
-        try:
-            image = read_data_url(url, field, limits.pixels)
-        except InputError as e:
-            raise Refused(400, "invalid_image", str(e), field) from None
-        return engine.model.encoder.preprocess([to_rgb(image)])
+    def preprocess(image: Image.Image) -> Tensor:
+        return engine.model.encoder.preprocess([image])
 
-    parts = []
-    for field, url in urls:
-        async with gate:
-            parts.append(await asyncio.to_thread(read, field, url))
-    return torch.cat(parts)
+    return torch.cat([await decoders.read(url, field, client, preprocess) for field, url in urls])
 
 
 # Errors ----------------------------------------------------------------------------------------------------------------------
 
 
-def _error_body(status: int, code: str | None, message: str, field: str | None = None) -> dict[str, Any]:
-    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": field, "code": code}}
-
-
 def _error_of(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
     """Status, body and headers for an error; what an unexpected one says stays here."""
-    headers: dict[str, str] = {}
     if isinstance(error, RequestValidationError):
         field, message = _violation(error.errors())
-        return 400, _error_body(400, "invalid_value", f"{field}: {message}", field), headers
+        return 400, error_body(400, "invalid_value", f"{field}: {message}", field), {}
     if isinstance(error, Refused):
-        if error.status == 504:
-            headers["x-should-retry"] = "false"  # OpenAI's clients would ask for it all again
-        if error.status == 503:
-            headers["Retry-After"] = "5"
-        return error.status, _error_body(error.status, error.code, str(error), error.field), headers
+        return error.status, error_body(error.status, error.code, str(error), error.field), error.headers()
     if isinstance(error, InputError):
-        return 400, _error_body(400, "invalid_value", str(error)), headers
+        return 400, error_body(400, "invalid_value", str(error)), {}
     if isinstance(error, HTTPException):
         said = {404: "no such route", 405: "the route does not take this method"}.get(error.status_code)
         message = said or ("the body is not valid JSON" if error.status_code == 400 else "the request cannot be read")
         where = "body" if error.status_code == 400 else None
-        return error.status_code, _error_body(error.status_code, None, message, where), dict(error.headers or {})
-    return 500, _error_body(500, "internal_error", "an internal error; the server's log has more"), headers
+        return error.status_code, error_body(error.status_code, None, message, where), dict(error.headers or {})
+    return 500, error_body(500, "internal_error", "an internal error; the server's log has more"), {}
 
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
@@ -491,136 +531,6 @@ def _violation(errors: Sequence[Any]) -> tuple[str, str]:
         + (" that comes with Content-Type: application/json" if len(where) == 1 else ""),
     }.get(error["type"], error["msg"])
     return ".".join(path) or "body", said
-
-
-# Who may ask, and how much ---------------------------------------------------------------------------------------------------
-
-
-class _Guard:
-    """Around the application: key, host, size and time of bodies, metrics, and a line in the log for each request."""
-
-    def __init__(self, app: FastAPI, engine: Engine, settings: ServeSettings) -> None:
-        self._app, self._engine, self._settings = app, engine, settings
-        self._held = 0  # bytes of bodies
-        app.state.wait_hint = engine.wait_hint
-        self.openapi = app.openapi
-        self._routes = {"/health", "/ready", "/metrics", "/openapi.json", "/v1/models"} | {
-            "/v1/images/generations",
-            "/v1/chat/completions",
-        }
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        start, status, body = time.monotonic(), 0, b""
-        name = f"req_{secrets.token_hex(8)}"
-
-        async def answer(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                message = {**message, "headers": [*message["headers"], (b"x-request-id", name.encode())]}
-            await send(message)
-
-        try:
-            try:
-                self._check(scope)
-                if scope["method"] in ("POST", "PUT", "PATCH"):
-                    body = await self._body(scope, receive)
-                await self._app(scope, _replay(body, receive), answer)
-            except Refused as e:
-                code, value, headers = _error_of(e)
-                if code == 429:
-                    headers["Retry-After"] = str(self._engine.wait_hint())
-                if code in (408, 413) or e.code == "uploads_full":
-                    headers["Connection"] = "close"  # the rest of the body is not read
-                if code == 401:
-                    headers["WWW-Authenticate"] = "Bearer"
-                await JSONResponse(value, code, headers)(scope, receive, answer)
-        except Exception as e:
-            self._engine.report(e)
-            if not status:
-                code, value, headers = _error_of(e)
-                await JSONResponse(value, code, headers)(scope, receive, answer)
-        finally:
-            self._held -= len(body)
-            route = self._route(scope["path"])
-            seconds = time.monotonic() - start
-            status = 499 if not status or scope.get(_LEFT) else status
-            self._engine.metrics.requests.labels(route, str(status)).inc()
-            self._engine.metrics.latency.labels(route).observe(seconds)
-            if route not in ("/health", "/ready", "/metrics"):
-                _log.info("%s %s %s %d %.0f ms", name, scope["method"], route, status, 1000 * seconds)
-
-    def _route(self, path: str) -> str:
-        """The path if it is one of ours: nobody else's words get into logs and metrics."""
-        if path in self._routes:
-            return path
-        return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
-
-    def _check(self, scope: Scope) -> None:
-        headers = {key: value for key, value in scope["headers"] if key in (b"authorization", b"host")}
-        key = self._settings.api_key
-        if key is not None:
-            if scope["path"] in OPEN_PATHS:
-                return
-            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
-            if not hmac.compare_digest(given.strip(), key.encode()) or scheme.lower() != b"bearer":
-                raise Refused(401, "invalid_api_key", "no API key, or a wrong one; send Authorization: Bearer …")
-        elif self._settings.host in LOOPBACK:
-            # A web page can have its own name lead to this machine; its requests then come with that name.
-            host = headers.get(b"host", b"localhost").decode("latin-1").lower()
-            if host.rpartition(":")[0].strip("[]") not in LOOPBACK and host.strip("[]") not in LOOPBACK:
-                raise Refused(
-                    403, "wrong_host", "this server answers to localhost only; behind a proxy, give it an API key"
-                )
-
-    async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The body, as far as it may be read; its bytes stay in `_held`."""
-        if scope["path"].startswith("/v1/"):
-            self._engine.check_open()  # before it is read
-        most = self._settings.limits.body
-        declared = next((value for key, value in scope["headers"] if key == b"content-length"), b"0")
-        too_large = Refused(413, "body_too_large", f"the body is larger than {most} bytes")
-        if declared.isdigit() and int(declared) > most:
-            raise too_large
-        parts, size, whole = [], 0, False
-        try:
-            async with asyncio.timeout(self._settings.limits.upload):
-                while True:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise Refused(499, "client_left", "the client has gone")
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    self._held += len(parts[-1])
-                    if size > most:
-                        raise too_large
-                    if self._held > self._settings.limits.bodies:
-                        raise Refused(429, "uploads_full", "too much is being uploaded at once; try again later")
-                    if not message.get("more_body"):
-                        whole = True
-                        return b"".join(parts)
-        except TimeoutError:
-            raise Refused(408, "slow_body", "the body took too long to arrive") from None
-        finally:
-            if not whole:
-                self._held -= size
-
-
-def _replay(body: bytes, receive: Receive) -> Callable[[], Any]:
-    """A `receive` that gives the body, and then what comes after it."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if not given:
-            given = True
-            return {"type": "http.request", "body": body, "more_body": False}
-        return await receive()
-
-    return again
 
 
 def _describe_limits(app: FastAPI, settings: ServeSettings) -> None:

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import __version__
-from scale_rae.errors import DeviceError, InputError, ScaleRAEError
+from scale_rae.errors import DeviceError, InputError
 from scale_rae.exact import exact_batch
 from scale_rae.language import Conversation, Reply
 from scale_rae.outputs import png_bytes
@@ -38,25 +38,15 @@ from scale_rae.prompt import SYSTEM, Turn
 from scale_rae.rewards import Reward
 from scale_rae.scaling.experiment import judgement
 from scale_rae.scaling.select import ANSWERS
+from scale_rae.serve.errors import Refused, shutting_down
 from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.settings import OWN_JUDGEMENT
+from scale_rae.serve.turns import Turns
 
 BATCH_CPU, BATCH_GPU = 4, 32
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes on a GPU, for each of which code is compiled and graphs captured
 LINGER = 0.005  # seconds that an idle GPU waits for others to come with the first
 _log = logging.getLogger("scale_rae.serve")
-
-
-class Refused(ScaleRAEError):
-    """A job that was not taken, or not done: `status` is HTTP's, `code` says why in a word."""
-
-    def __init__(self, status: int, code: str, message: str, field: str | None = None) -> None:
-        super().__init__(message)
-        self.status, self.code, self.field = status, code, field
-
-
-def _shutting_down() -> Refused:
-    return Refused(503, "shutting_down", "the server is shutting down")
 
 
 @dataclass
@@ -102,6 +92,7 @@ class Job:
     draws: bool = True  # whether a reply that asks for a drawing gets it
     must_draw: bool = False  # whether a reply that asks for none is an error
     asked_in: str = "prompt"  # the request's field, to be named when its text is too long
+    client: str = ""  # whom it counts for when clients take turns
     streams: bool = False  # whether the client has its text as it is written, which then cannot be refused any more
     # The engine's own:
     arrived: float = field(default_factory=time.monotonic)
@@ -160,6 +151,7 @@ class Engine:
         self._replies: deque[Job] = deque()
         self._tiles: deque[_Tile] = deque()
         self._judging: deque[Job] = deque()
+        self._turns = Turns()
         self._replies_first = 0  # replies that were waiting when the last batch was drawn: they come before the next
         self._workers = 1
         self._threads: list[threading.Thread] = []
@@ -189,7 +181,7 @@ class Engine:
     def check_open(self) -> None:
         """Raises what `submit` would."""
         if self.draining or self._closed:
-            raise _shutting_down()
+            raise shutting_down()
         if not self.ready.is_set():
             raise Refused(503, "loading", "the model is still loading")
         if len(self._jobs) >= self.most_jobs:
@@ -208,7 +200,7 @@ class Engine:
             waiting = [job for job in self._jobs if not job.begun]
             self._wake.notify_all()
         for job in waiting:
-            self._finish(job, _shutting_down())
+            self._finish(job, shutting_down())
 
     @property
     def idle(self) -> bool:
@@ -222,7 +214,7 @@ class Engine:
             left = list(self._jobs)
             self._wake.notify_all()
         for job in left:
-            self._finish(job, _shutting_down())
+            self._finish(job, shutting_down())
 
     def close(self) -> None:
         """Ends the threads; jobs that are left fail."""
@@ -328,27 +320,29 @@ class Engine:
             if self._judging:
                 return self._judge, [self._judging.popleft()]
             if self._replies and (self._replies_first > 0 or not self._tiles):
-                jobs = [
-                    self._replies.popleft() for _ in range(min(len(self._replies), 1 if on_cpu else self.batch_size))
-                ]
+                jobs = self._turns.order(self._replies, lambda job: job.client)[: 1 if on_cpu else self.batch_size]
+                for job in jobs:
+                    self._replies.remove(job)
                 self._replies_first -= len(jobs)
                 self._begin(jobs)
                 return self._answer, jobs
             if not self._tiles:
                 return self._nothing, []
-            options = self._tiles[0].job.options
-            alike = [tile for tile in self._tiles if tile.job.options == options]
-            size = self._batch_of(len(alike), on_cpu)
-            chosen = alike[:size]
+            waiting = self._turns.order(self._tiles, lambda tile: tile.job.client)
+            alike = [tile for tile in waiting if tile.job.options == waiting[0].job.options]
+            chosen = alike[: self._batch_of(len(alike), on_cpu)]
             taken = set(map(id, chosen))
             self._tiles = deque(tile for tile in self._tiles if id(tile) not in taken)
-            self._replies_first = len(self._replies)
+            # Not all of them, so that a client who has one does not wait for the many of another.
+            self._replies_first = min(len(self._replies), self.batch_size * self._workers)
             self._begin([tile.job for tile in chosen])
             return self._draw, chosen
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             job.begun = True
+        self._turns.serve(dict.fromkeys(job.client for job in jobs))
+        self._turns.keep({job.client for job in self._jobs})
         self._count()
 
     def _nothing(self, batch: Sequence[object]) -> None: ...
@@ -466,7 +460,7 @@ class Engine:
                     self._tiles.extend(_Tile(job, i) for i in range(job.best_of))
                     self._wake.notify_all()
             if refused:
-                self._finish(job, _shutting_down())
+                self._finish(job, shutting_down())
         self._count()
 
     def _encode(self, jobs: list[Job]) -> None:

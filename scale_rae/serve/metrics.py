@@ -29,6 +29,9 @@ class Metrics:
             registry=registry,
             buckets=_SECONDS,
         )
+        self._dropped = Counter(
+            "scale_rae_connections_dropped", "Connections refused or ended.", ["reason"], registry=registry
+        )
         self.waiting = Gauge("scale_rae_requests_waiting", "Requests in the queue.", registry=registry)
         self.running = Gauge("scale_rae_requests_running", "Requests that are worked at.", registry=registry)
         self.batch = Histogram(
@@ -48,6 +51,10 @@ class Metrics:
         self._recent: deque[tuple[float, int]] = deque()
         self._lock = threading.Lock()
         self._began = time.monotonic()
+
+    def drop(self, reason: str) -> None:
+        """Counts a connection that was refused, or ended because its client broke a limit."""
+        self._dropped.labels(reason).inc()
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
 import threading
+import time
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.serve.app import make_app
+from scale_rae.serve.connections import Connection
+from scale_rae.serve.decoding import Decoders
 from scale_rae.serve.engine import Engine
-from scale_rae.serve.settings import ServeSettings
+from scale_rae.serve.settings import Limits, ServeSettings
 
 if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
     from scale_rae.session import LoadingBar
 
+BACKLOG = 128  # connections that wait to be accepted; asyncio accepts as many at once, before they are counted
+OTHER_FILES = 256 + BACKLOG  # that a server may have open besides its connections
 _log = logging.getLogger("scale_rae.serve")
 
 
@@ -58,6 +64,29 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host} port {port} ({e.strerror or e}); choose another --port") from e
 
 
+def make_room(limits: Limits) -> None:
+    """Lets this process open as many files as its connections need.
+
+    Raises:
+        InputError: when the system does not allow so many.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return
+    needed = limits.connections + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"--max-connections {limits.connections}: this process may open only {hard} files; "
+            f"choose at most {max(1, hard - OTHER_FILES)}, or raise the limit by `ulimit -n`"
+        ) from e
+
+
 class Server(uvicorn.Server):
     """Uvicorn, with an engine behind it that begins to load when the server starts.
 
@@ -66,20 +95,27 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings, say: Callable[[str], None] = lambda text: None) -> None:
+        self.decoders = Decoders(settings.limits, engine.report)
+        self._guard = make_app(engine, settings, self.decoders)
+        protocol: Any = functools.partial(Connection, settings.limits, engine.metrics.drop)
         config = uvicorn.Config(
-            make_app(engine, settings),
+            self._guard,
+            http=protocol,  # not what uvicorn chooses by what is installed: others have no limit on headers
+            ws="none",
             lifespan="off",
             access_log=False,  # with the query and the client's address; the application logs for itself
             log_config=None,
             server_header=False,
             timeout_graceful_shutdown=10,
             timeout_keep_alive=30,
-            h11_max_incomplete_event_size=64 * 1024,
+            h11_max_incomplete_event_size=settings.limits.head,
+            backlog=BACKLOG,
         )
         super().__init__(config)
         self.engine, self._say = engine, say
         self._asked = threading.Event()
         self.cut_short = False
+        self._reported = 0.0
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.cut_short:
@@ -91,8 +127,27 @@ class Server(uvicorn.Server):
         """As the first SIGTERM does."""
         self._asked.set()
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(self._loop_error)
+        await super().startup(sockets)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._guard.end_uploads()
+        self.decoders.close()
+        await super().shutdown(sockets)
+
+    def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Reports an error outside of requests; at most one a second, as some come by the thousand (no more open files)."""
+        if (now := time.monotonic()) - self._reported >= 1.0:
+            self._reported = now
+            error = context.get("exception")
+            self.engine.report(error if isinstance(error, BaseException) else RuntimeError())
+
     async def on_tick(self, counter: int) -> bool:
-        engine = self.engine
+        engine, now = self.engine, time.monotonic()
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.sweep(now)
         if engine.error is not None:
             return True
         if self.cut_short:
@@ -102,6 +157,8 @@ class Server(uvicorn.Server):
             if not engine.draining:
                 self._say("shutting down: finishing what runs")
                 await asyncio.to_thread(engine.drain)
+            self._guard.end_uploads()
+            self.decoders.close()
             if engine.idle or not engine.ready.is_set():
                 return True
         return await super().on_tick(counter)
@@ -114,7 +171,7 @@ def _brief(engine: Engine) -> Callable[[logging.LogRecord], bool]:
     def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
-            return True
+            return record.levelno >= logging.ERROR  # warnings are of what clients send; the metrics count that
         if not isinstance(error, asyncio.CancelledError):
             engine.report(error)
         return False
@@ -130,6 +187,7 @@ def serve(
     Raises:
         ScaleRAEError: when the port is taken, or the model cannot be loaded.
     """
+    make_room(settings.limits)
     listener = bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     engine = make_engine(settings, bars)

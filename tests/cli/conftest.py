@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,16 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def with_defaults(argv: Sequence[object], defaults: dict[str, object]) -> list[object]:
+    """The arguments, with the options of `defaults` that they do not give themselves: none may be given twice."""
+    return [*(word for flag, value in defaults.items() if flag not in argv for word in (flag, value)), *argv]
+
+
 @pytest.fixture
 def t2i(cli: Cli, checkpoints: dict[str, Path], out: Path) -> Cli:
-    """`t2i` with the siglip checkpoint, few steps, into `out`; options given later win."""
-
-    def run(*argv: object) -> Result:
-        return cli("t2i", "--model-path", checkpoints["siglip"], "--steps", 4, "--output-dir", out, *argv)
-
-    return run
+    """`t2i` with the siglip checkpoint, few steps, into `out`, unless it is given others."""
+    defaults = {"--model-path": checkpoints["siglip"], "--steps": 4, "--output-dir": out}
+    return lambda *argv: cli("t2i", *with_defaults(argv, defaults))
 
 
 @pytest.fixture

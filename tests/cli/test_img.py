@@ -12,7 +12,7 @@ from PIL import Image
 
 from scale_rae.images import load_image
 from scale_rae.pipeline import ScaleRAE
-from tests.cli.conftest import Cli, left, only_manifest
+from tests.cli.conftest import Cli, left, only_manifest, with_defaults
 from tests.made_checkpoints import GOLDENS
 
 LOOK = "Can you describe what's in this image?"
@@ -87,8 +87,8 @@ def test_sampling_flags_reach_the_drawing(
     ]
     for i, (flags, options) in enumerate(cases):
         folder = out / str(i)
-        common = ("--model-path", drawing_checkpoint, "--prompt", "Make it blue", "--steps", 4, "--save-latent")
-        common += ("--output-dir", folder, "--json", *flags)
+        common = ("--model-path", drawing_checkpoint, "--prompt", "Make it blue", "--save-latent")
+        common += ("--output-dir", folder, "--json", *with_defaults(flags, {"--steps": 4}))
         (manifest,) = cli("img", "--image", picture, *common).manifests
         drawn = torch.load(manifest["latent_path"], weights_only=True)
         (again,) = cli("latent", "--action", "continue", "--latent", tmp_path / "shown.pt", *common).manifests

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from scale_rae.pipeline import ScaleRAE
-from tests.cli.conftest import Cli, left, only_manifest
+from tests.cli.conftest import Cli, left, only_manifest, with_defaults
 
 
 @pytest.fixture(scope="session")
@@ -23,8 +23,9 @@ def latents(models: dict[str, ScaleRAE]) -> list[torch.Tensor]:
 
 @pytest.fixture
 def latent(cli: Cli, checkpoints: dict[str, Path], out: Path) -> Cli:
-    """`latent` with the siglip checkpoint into `out`."""
-    return lambda *argv: cli("latent", "--model-path", checkpoints["siglip"], "--steps", 4, "--output-dir", out, *argv)
+    """`latent` with the siglip checkpoint into `out`, unless it is given others."""
+    defaults = {"--model-path": checkpoints["siglip"], "--steps": 4, "--output-dir": out}
+    return lambda *argv: cli("latent", *with_defaults(argv, defaults))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from scale_rae import __version__, flow, pipeline, rewards, speed
+from scale_rae import __version__
 from scale_rae.cli import app, options
 from tests.cli.conftest import DRAW, Cli, left
 
@@ -81,17 +81,6 @@ def test_wrong_usage_of_the_program(cli: Cli) -> None:
     assert cli("--nonsense").code == 2
     nothing = cli()
     assert "Usage:" in nothing.out + nothing.err
-
-
-def test_repeated_constants_are_the_pipeline_s() -> None:
-    assert options.DEFAULT_MODEL == pipeline.DEFAULT_MODEL
-    assert options.DEFAULT_STEPS == flow.DEFAULT_STEPS
-    assert tuple(flow.SAMPLERS) == options.SOLVERS
-    assert tuple(pipeline.DTYPES) == options.DTYPES
-    assert (speed.COMPILE, speed.QUANTIZE) == (options.COMPILE, options.QUANTIZE)
-    assert tuple(rewards.REWARDS) == options.REWARDS
-    help_text = options.DecoderRepo.__metadata__[0].help  # type: ignore[attr-defined]
-    assert all(name in help_text for name in pipeline.PUBLISHED_DECODERS.values())
 
 
 def heed_interrupts() -> None:

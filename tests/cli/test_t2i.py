@@ -17,13 +17,13 @@ from PIL import Image
 
 import scale_rae
 from scale_rae import session
-from scale_rae.checkpoint import Source
 from scale_rae.cli import drawing
 from scale_rae.cli.options import Output
+from scale_rae.hub import Source
 from scale_rae.outputs import Sample
 from scale_rae.pipeline import ScaleRAE, image_seed
 from scale_rae.scores import QUESTION
-from tests.cli.conftest import DRAW, Cli, left, only_manifest
+from tests.cli.conftest import DRAW, Cli, left, only_manifest, with_defaults
 from tests.made_checkpoints import GOLDENS
 
 RED_CIRCLE = "Can you generate a photo of a red circle?"
@@ -74,8 +74,8 @@ def test_options_of_sampling_reach_the_sampler(
 ) -> None:
     """Each makes the latent that the Python interface makes of it, which is not that of the defaults."""
     result = cli(
-        *("t2i", "--model-path", "shapes", "--prompt", RED_CIRCLE, "--steps", 4, "--save-latent", "--skip-decoder"),
-        *("--output-dir", out, *flags),
+        *("t2i", "--model-path", "shapes", "--prompt", RED_CIRCLE, "--save-latent", "--skip-decoder"),
+        *("--output-dir", out, *with_defaults(flags, {"--steps": 4})),
     )
     assert result.code == 0, result.err
     model = scale_rae.load("shapes", device="cpu")
@@ -302,7 +302,11 @@ def test_manifests_that_cannot_be_drawn(cli: Cli, t2i: Cli, out: Path, tmp_path:
         ({"prompt": None}, "prompt is missing"),
         ({"prompt": " "}, "prompt is empty"),
         ({"guidance_level": -1}, "guidance level -1"),
+        ({"guidance_level": 10**400}, "guidance level 1000"),
         ({"guidance_interval": [0.5]}, "guidance_interval"),
+        ({"guidance_interval": [0.5, True]}, "guidance_interval"),
+        ({"guidance_interval": [0, 10**400]}, "guidance interval"),
+        ({"device": "toaster"}, "device 'toaster'"),
         ({"solver": "magic"}, "magic"),
         ({"dtype": "int4"}, "int4"),
         ({"model": None}, "model is missing"),
@@ -311,8 +315,13 @@ def test_manifests_that_cannot_be_drawn(cli: Cli, t2i: Cli, out: Path, tmp_path:
         path.write_text(json.dumps(good | change))
         result = cli("t2i", "--from-manifest", path, "--output-dir", tmp_path / "again")
         assert result.code == 1
+        assert result.error.startswith(f"{path}: ") or complaint == "prompt is empty"
         assert complaint in result.error
-    for content, complaint in ((b"[]", "not an object"), (b"{", "not valid JSON"), (b"\xff", "not valid JSON")):
+    for content, complaint in (
+        (b"[]", "must hold a JSON object, not list"),
+        (b"{", "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+    ):
         path.write_bytes(content)
         result = cli("t2i", "--from-manifest", path, "--output-dir", tmp_path / "again")
         assert result.code == 1
@@ -327,9 +336,7 @@ def test_differences_of_revisions() -> None:
     assert session.differences({"model": hub}, {"model": hub | {"revision": "2"}}) == ["model: revision 2 here, 1 then"]
     assert session.differences({"model": hub}, {"model": folder}) == ["model: folder /b here, hub revision 1 then"]
     assert session.differences({"decoder": None}, {"decoder": folder}) == []
-    assert session.differences({"model": folder}, {"model": {"name": "/c", "files": {"y": "1"}}}) == [
-        "model: x, y in /c"
-    ]
+    assert session.differences({"model": folder}, {"model": {"name": "/c", "files": {"y": "1"}}}) == ["model: y in /c"]
 
 
 # --- prompt files ------------------------------------------------------------------------------------------------
@@ -450,7 +457,7 @@ def test_post_qa_prompt(t2i: Cli, models: dict[str, ScaleRAE], out: Path) -> Non
 def test_post_qa_template(t2i: Cli, out: Path, tmp_path: Path) -> None:
     template = Path(scale_rae.__file__).parents[1] / "assets" / "qa_prompt_template.txt"
     (manifest,) = t2i("--prompt", DRAW, "--post-qa-template-path", template, "--json").manifests
-    assert manifest["post_qa"]["answers"][0]["question"] == QUESTION.replace("{prompt}", DRAW)
+    assert manifest["post_qa"]["answers"][0]["question"] == QUESTION.replace("{prompt}?", DRAW)
     (manifest,) = t2i(
         *("--prompt", DRAW, "--post-qa-template-path", template, "--post-qa-prompt", "a cat", "--json")
     ).manifests
@@ -489,6 +496,7 @@ def test_templates_are_one(tmp_path: Path) -> None:
         (["--guidance-level", "nan"], "guidance level nan"),
         (["--guidance-level", "inf"], "guidance level inf"),
         (["--guidance-interval", "0.9", "0.1"], "guidance interval"),
+        (["--guidance-interval", "0", "nan"], "guidance interval"),
         (["--steps", "0"], "steps 0"),
         (["--steps", "1"], "2 to 1000"),
         (["--num-images", "0"], "number of images 0"),
@@ -496,19 +504,36 @@ def test_templates_are_one(tmp_path: Path) -> None:
         (["--max-new-tokens", "0"], "max new tokens 0"),
         (["--max-new-tokens-qa", "0", "--post-qa-prompt", "x"], "max new tokens of an answer 0"),
         (["--seed", "-1"], "seed -1"),
+        (["--seed", "9" * 30], "less than 2^63"),
+        (["--device", "toaster"], "device 'toaster'"),
+    ],
+)
+def test_values_out_of_range(t2i: Cli, out: Path, options: list[str], complaint: str) -> None:
+    """Wrong usage, as values are that cannot be parsed."""
+    result = t2i("--prompt", DRAW, *options)
+    assert result.code == 2
+    assert complaint in result.error
+    assert result.out == ""
+    assert left(out) == []
+
+
+@pytest.mark.usefixtures("no_loading")
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
         (["--prompt", ""], "prompt is empty"),
         (["--prompt", " \n"], "prompt is empty"),
         (["--prompt", "a\udcffb"], "not valid Unicode"),
         (["--post-qa-prompt", ""], "prompt is empty"),
         (["--post-qa-template-path", "/none"], "/none: no such question template"),
-        (["--post-qa-template-path", "/dev"], "/dev: the question template cannot be read"),
+        (["--post-qa-template-path", "/dev"], "/dev: is a folder, not a question template"),
         (["--post-qa-template-path", "/dev/null"], "/dev/null: the question template is empty"),
         (["--output-dir", "/dev/null"], "/dev/null: cannot be an output folder"),
         (["--output-dir", "/dev/null/x"], "/dev/null/x: cannot be an output folder"),
     ],
 )
 def test_values_that_cannot_be(t2i: Cli, out: Path, options: list[str], complaint: str) -> None:
-    result = t2i("--prompt", DRAW, *options)
+    result = t2i(*with_defaults(options, {"--prompt": DRAW}))
     assert result.code == 1
     assert complaint in result.error
     assert result.out == ""
@@ -549,9 +574,9 @@ def test_a_very_long_prompt(t2i: Cli, out: Path) -> None:
 
 
 def test_a_device_that_is_not_there(t2i: Cli) -> None:
-    for device in ("cuda:99", "toaster"):
+    for device, code in (("cuda:99", 1), ("cuda:999", 2), ("toaster", 2), ("cuda:-1", 2)):
         result = t2i("--prompt", DRAW, "--device", device)
-        assert result.code == 1
+        assert result.code == code
         assert device in result.error
         assert "cpu" in result.error
 
@@ -651,7 +676,7 @@ def test_an_unexpected_error_is_one_line(t2i: Cli, out: Path, monkeypatch: pytes
 
 def test_debug_shows_where_a_known_error_is_from(t2i: Cli) -> None:
     result = t2i("--prompt", DRAW, "--steps", 0, "--debug")
-    assert result.code == 1
+    assert result.code == 2
     assert "Traceback" in result.err
     assert (
         result.err.splitlines()[-1]

@@ -26,6 +26,7 @@ pytest.importorskip("gradio", reason="needs the extra `demo`")
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 
 from scale_rae.demo import page as demo  # noqa: E402 - imports gradio
+from scale_rae.demo import server  # noqa: E402
 
 pytestmark = needs_chromium
 PATIENCE = 30_000  # ms; the machine may be busy
@@ -36,9 +37,11 @@ TABS = ["Draw", "Look", "Best of N", "Latent"]
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("demo")
     choice = ModelChoice("shapes", device="cpu")
-    built = demo.build(Studio(Session(choice, decoder=True), choice, folder), folder / "page")
-    yield demo.launch(built, "127.0.0.1", None, [folder])
-    built.close(verbose=False)
+    shown = folder / "page"
+    studio = Studio(Session(choice, decoder=True), choice, folder, shown / "drawn")
+    running = server.launch(demo.build(studio, shown), "127.0.0.1", None, shown)
+    yield running.url
+    running.close()
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from scale_rae.shapes.judge import find_objects
 
 gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 
-from scale_rae.demo import page  # noqa: E402 - imports gradio
+from scale_rae.demo import page, server  # noqa: E402 - imports gradio
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -163,7 +163,7 @@ def test_a_taken_port(studio: Studio, tmp_path: Path) -> None:
         port = taken.getsockname()[1]
         built = page.build(studio, tmp_path)
         with pytest.raises(ScaleRAEError, match=rf"^cannot listen on 127.0.0.1, port {port}; choose another --port$"):
-            page.launch(built, "127.0.0.1", port, [tmp_path])
+            server.launch(built, "127.0.0.1", port, tmp_path)
 
 
 def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path) -> None:

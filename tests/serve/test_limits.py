@@ -22,7 +22,8 @@ from PIL import Image
 from scale_rae.errors import CheckpointError, DeviceError
 from scale_rae.pipeline import SamplingOptions, ScaleRAE
 from scale_rae.prompt import Turn
-from scale_rae.serve.engine import Engine, Job, Refused, Result
+from scale_rae.serve.engine import Engine, Job, Result
+from scale_rae.serve.errors import Refused
 from scale_rae.serve.settings import Limits
 from tests.png import png_of_size
 from tests.serve.conftest import CIRCLE, SLOW, Running, Serve, data_url, picture, serving

@@ -12,7 +12,7 @@ import pytest
 from safetensors import safe_open
 
 import scale_rae
-from scale_rae.checkpoint import BUNDLED
+from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.shapes import evaluate, world
 

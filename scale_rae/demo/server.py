@@ -1,0 +1,157 @@
+"""Sockets and signals: from a page to a running server. Gradio's own asks itself over HTTP whether it runs; this one does not."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import functools
+import socket
+import threading
+import time
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from scale_rae.demo.gate import Gate
+from scale_rae.demo.page import CSS, THEME
+from scale_rae.demo.work import LARGEST_FILE
+from scale_rae.errors import ScaleRAEError
+from scale_rae.serve.connections import Connection
+from scale_rae.serve.settings import Limits
+
+PORTS = range(7860, 7960)  # tried when none is given
+LIMITS = Limits(deadline=120.0)  # of connections, heads, and what a client leaves unread; the rest is the gate's matter
+
+
+class _Server(uvicorn.Server):
+    """Uvicorn on a thread of its own, and on a socket that listens already."""
+
+    def __init__(self, app: Any, listener: socket.socket) -> None:
+        protocol: Any = functools.partial(Connection, LIMITS, lambda _why: None)
+        super().__init__(
+            uvicorn.Config(
+                app,
+                http=protocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                log_level="critical",  # errors of the page are logged by the gate
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=30,
+                timeout_graceful_shutdown=2,
+                h11_max_incomplete_event_size=LIMITS.head,
+            )
+        )
+        self._listener = listener
+        self._thread = threading.Thread(target=self._run_on_thread, name="page", daemon=True)
+        self._thread.start()
+
+    def _run_on_thread(self) -> None:
+        with contextlib.closing(self._listener):
+            self.run(sockets=[self._listener])
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)  # clients that left
+        await super().startup(sockets)
+
+    async def on_tick(self, counter: int) -> bool:
+        for connection in list(self.server_state.connections):
+            if isinstance(connection, Connection):
+                connection.sweep(time.monotonic())
+        return await super().on_tick(counter)
+
+    def wait_until_started(self) -> None:
+        """Returns when requests are answered; raises ScaleRAEError when the server ends before."""
+        while not self.started:
+            self._thread.join(0.01)
+            if not self._thread.is_alive():
+                raise ScaleRAEError("the page's server ended while it started")
+
+    def close(self) -> None:
+        """Ends the server; called by `gr.Blocks.close`."""
+        self.should_exit = True
+        self._thread.join(timeout=5)
+
+
+@dataclass(frozen=True)
+class Running:
+    """A page that is shown at `url`."""
+
+    url: str
+    page: Any  # gr.Blocks
+
+    def close(self) -> None:
+        """Ends it: the queue, streams and the server."""
+        self.page.close(verbose=False)
+
+
+def launch(
+    page: Any, host: str, port: int | None, folder: Path, names: Sequence[str] = (), browser: bool = False
+) -> Running:
+    """Shows a page that `page.build` made for `folder`; of files, it gives out only those there. `names`: see `Gate`.
+
+    Raises:
+        ScaleRAEError: when the port, or every one that is tried, is taken.
+    """
+    import gradio as gr  # after page.py, which says what it may read
+
+    host = host.strip("[]")
+    listener = bind(host, port)
+    parent = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    gr.mount_gradio_app(
+        parent,
+        page,
+        path="/",
+        root_path="",
+        footer_links=["settings"],
+        run_history=False,
+        allowed_paths=[],
+        show_error=False,
+        max_file_size=LARGEST_FILE,
+        ssr_mode=False,
+        enable_monitoring=False,
+        pwa=False,
+        mcp_server=False,
+        theme=THEME,
+        css=CSS,
+    )
+    page.app = parent.routes[-1].app  # type: ignore[attr-defined]  # for page.close
+    page.has_launched = True  # else gradio does not check which files a visitor names
+    page.server = _Server(Gate(parent, folder, host, names), listener)
+    page.server.wait_until_started()
+    shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
+    url = f"http://{shown}:{listener.getsockname()[1]}/"
+    if browser:
+        webbrowser.open(url)
+    return Running(url, page)
+
+
+def bind(host: str, port: int | None) -> socket.socket:
+    """A listening socket; without a port, on the first free one of `PORTS`.
+
+    Raises:
+        ScaleRAEError: when there is none.
+    """
+    error: OSError | None = None
+    for each in PORTS if port is None else [port]:
+        try:
+            family = socket.getaddrinfo(host, each, type=socket.SOCK_STREAM)[0][0]
+            return socket.create_server((host, each), family=family, backlog=128)
+        except OSError as e:
+            error = e
+            if e.errno != errno.EADDRINUSE:
+                break
+    assert error is not None
+    which = f"port {port}" if port is not None else "any port from 7860 on"
+    if error.errno == errno.EADDRINUSE:
+        raise ScaleRAEError(f"cannot listen on {host}, {which}; choose another --port") from error
+    raise ScaleRAEError(
+        f"cannot listen on {host}, {which} ({error.strerror or error}); choose another --host or --port"
+    ) from error

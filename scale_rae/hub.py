@@ -1,0 +1,356 @@
+"""A name or path -> local files, without torch: so a wrong name or a hub that does not answer is reported at once.
+
+Names are looked up as: the bundled model, an existing folder, a folder of that name inside the model's folder, beside
+it, and last the model hub (huggingface_hub: HF_HOME, HF_TOKEN and offline mode are its own).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import re
+import sys
+import traceback
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scale_rae.errors import CheckpointError, HubError, first_line, first_sentence
+from scale_rae.files import check_name
+from scale_rae.jsonio import read_json
+
+BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "shapes"}
+_HUB_TIMEOUT = 10.0  # seconds for the hub to say what a repository holds
+_DECODER_WEIGHTS = "model.pt"
+_SMALL_FILES = (
+    *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
+    *("added_tokens.json", "special_tokens_map.json"),
+)
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+_PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")  # each also in lower case
+_log = logging.getLogger("scale_rae")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where files came from: a local folder and, from the hub, the commit they are of."""
+
+    name: str
+    folder: Path
+    revision: str | None = None
+    own: bool = False  # a part found inside or beside the model's folder, and so found again wherever that goes
+    what: str = "model"  # decides, with `files` where those are not config and weights, which files are loaded
+    files: tuple[str, ...] = ()
+
+    @property
+    def address(self) -> str:
+        """A name that finds the files again from any folder (a part that lies with its model: given the model)."""
+        by_name = self.own or self.revision is not None or self.name in BUNDLED
+        return self.name if by_name else str(self.folder.absolute())
+
+    def identity(self) -> dict[str, str]:
+        """What pins these files: the hub's commit, or a SHA-256 of each file that is loaded."""
+        if self.revision:
+            return {"revision": self.revision}
+        names = [p.name for p in self.folder.iterdir() if p.is_file()]
+        loaded = [name for name in names if name in self.files] if self.files else needed(names, self.what)
+        return {name: _sha256(self.folder / name) for name in sorted(loaded)}
+
+
+def changed_files(recorded: dict[str, str], now: dict[str, str], what: str) -> list[str]:
+    """Names of files whose hashes differ between two identities of a `what`.
+
+    Earlier versions also recorded files that are not loaded; those do not count.
+    """
+    names = {*now, *needed(list(recorded), what)}
+    return sorted(name for name in names if recorded.get(name) != now.get(name))
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def find(
+    name: str,
+    what: str,
+    model_folder: Path | None = None,
+    revision: str | None = None,
+    files: tuple[str, ...] = (),
+) -> Source:
+    """Files of the `what` ("model", "encoder", "decoder", "reward", …) called `name`; see the module docstring for the order.
+
+    `files` are the only ones to fetch from the hub, where that isn't a config and weights; the first must be there.
+
+    Raises:
+        CheckpointError: when there is no such folder and the name cannot be a hub id.
+        HubError: when the hub cannot be reached or refuses, with what to do.
+    """
+    if source := find_folder(name, what, model_folder, files):
+        return source
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
+        bundled = '; the bundled model is "shapes"' if what == "model" else ""
+        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
+    return _download(name, what, revision, files)
+
+
+def find_folder(name: str, what: str, model_folder: Path | None = None, files: tuple[str, ...] = ()) -> Source | None:
+    """`find` on this machine only, without the hub; None when there is no such folder.
+
+    Raises:
+        CheckpointError: when it is a file, or a folder whose name cannot be recorded.
+    """
+    if model_folder is None and name in BUNDLED:
+        return Source(name, BUNDLED[name], what=what, files=files)
+    places = [(Path(os.path.expanduser(name)), False)]  # noqa: PTH111 - pathlib's fails where there is no such user
+    if model_folder is not None:
+        places += [(model_folder / name, True), (model_folder.parent / name, True)]
+    for place, own in places if name else ():
+        if os.path.isdir(place):  # noqa: PTH112 - pathlib's fails for names no file system takes
+            check_name(place, f"{what} folder", CheckpointError)
+            return Source(name, place, own=own, what=what, files=files)
+        if os.path.isfile(place):  # noqa: PTH113
+            raise CheckpointError(f"{place}: is a file; the {what} must be a folder or a hub id")
+    return None
+
+
+def import_hub() -> None:
+    """Imports huggingface_hub, which transformers needs too, also where an environment variable keeps it from that.
+
+    The library reads its variables when it is imported and fails at an empty or unreadable number. Such a variable is
+    ignored, and a warning names it.
+
+    Raises:
+        HubError: when the library cannot be imported for another reason.
+    """
+    while True:
+        try:
+            import huggingface_hub.constants  # noqa: F401
+        except Exception as e:
+            lines = " ".join(frame.line or "" for frame in traceback.extract_tb(e.__traceback__))
+            names = sorted(name for name in set(re.findall(r"\b[A-Z][A-Z_]{4,}\b", lines)) if name in os.environ)
+            if not names:
+                raise HubError(f"huggingface_hub cannot be imported ({first_line(e)}); install it again") from e
+            for name in names:
+                _log.warning("%s is %r: ignored (%s)", name, os.environ.pop(name), first_line(e))
+        else:
+            return
+
+
+def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...]) -> Source:
+    """The repository's files that a `what` needs, from the hub or, when it cannot be asked, from its cache.
+
+    A cut connection is taken up where it broke, several times, by huggingface_hub itself (Range requests). When that
+    fails too, the next run keeps the files that were finished and starts the others anew: the library puts
+    partial files away.
+    """
+    import_hub()
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.utils import tqdm, validate_repo_id
+
+    class Bar(tqdm):  # type: ignore[misc]
+        """The library's progress bar, on a terminal only."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            if not sys.stderr.isatty():
+                options["disable"] = True
+            super().__init__(*args, **options)
+
+    instead = f"use a local folder{', or the bundled model: --model-path shapes' if what == 'model' else ''}"
+    where = f"{what} {name}" + (f" at revision {revision}" if revision else "")
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id ({first_sentence(e)})") from e
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OfflineModeIsEnabled("")  # before a client is made, which a bad proxy variable would prevent
+        listed = HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT).siblings or []
+    except RevisionNotFoundError as e:
+        raise HubError(f"{where}: the hub's repository has no such revision") from e
+    except Exception as e:  # refusals, networks, and whatever a proxy, token or certificate variable makes of it
+        return _cached(name, what, revision, wanted, where, e, instead)
+
+    names = [file.rfilename for file in listed]
+    files = [name for name in names if name in wanted] if wanted else needed(names, what)
+    if not files or (wanted and wanted[0] not in files):
+        content = wanted[0] if wanted else "config.json and weights"
+        raise HubError(f"{where}: the hub's repository holds no {what} ({content}); {instead}")
+    try:
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=Bar))
+    except Exception as e:  # also RuntimeError: hf_xet's
+        raise HubError(f"{where}: {_hub_problem(e, instead, broke_off=True)}") from e
+    return Source(name, folder, folder.name, what=what, files=wanted)
+
+
+def _cached(
+    name: str, what: str, revision: str | None, wanted: tuple[str, ...], where: str, error: Exception, instead: str
+) -> Source:
+    """What an earlier download left, since the hub could not be asked for the reason `error`.
+
+    Raises:
+        HubError: when it is not there or not whole; says why the hub could not be asked.
+    """
+    from huggingface_hub import snapshot_download
+
+    patterns = wanted[:1] or ("*config.json" if what == "VAE" else "config.json")
+    try:
+        folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
+    except Exception:  # not in the cache, or the cache cannot be read
+        raise HubError(f"{where}: {_hub_problem(error, instead)}") from error
+    try:
+        if wanted or what == "decoder":
+            _existing(folder / (wanted[0] if wanted else _DECODER_WEIGHTS))
+        else:
+            weight_files(vae_folder(folder) if what == "VAE" else folder)
+    except CheckpointError as incomplete:
+        problem = _hub_problem(error, instead)
+        raise HubError(f"{where}: only part of it was downloaded ({incomplete}); {problem}") from error
+    return Source(name, folder, folder.name, what=what, files=wanted)
+
+
+def vae_folder(folder: Path) -> Path:
+    """Where in a folder a VAE is: there, or in `vae`, as whole image models have it."""
+    return folder / "vae" if not (folder / "config.json").is_file() and (folder / "vae").is_dir() else folder
+
+
+def _hub_problem(error: BaseException, instead: str, broke_off: bool = False) -> str:
+    """What went wrong between us and the hub, and what to do about it."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+    if isinstance(error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)) and not isinstance(error, HfHubHTTPError):
+        error = error.__cause__  # the library's "not in the cache either" hides what the hub said
+    if isinstance(error, GatedRepoError):
+        return "the hub asks for permission; accept its terms there and set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such folder here, and the hub has no such repository (or it is private: set HF_TOKEN)"
+    if isinstance(error, OfflineModeIsEnabled):
+        return f"not downloaded yet, and HF_HUB_OFFLINE forbids it; unset that, or {instead}"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status in (401, 403):
+            return f"the hub refused with status {status}; check HF_TOKEN, or {instead}"
+        return f"the hub answered with status {status}; try again later, or {instead}"
+    reason, variables = first_line(error), _in_the_way()
+    if broke_off:
+        check = f"check {variables}, " if variables else ""
+        return f"the download broke off ({reason}); {check}run again to go on from there, or {instead}"
+    check = variables or "the network"
+    return f"not downloaded yet, and the hub cannot be reached ({reason}); check {check}, or {instead}"
+
+
+def _in_the_way() -> str:
+    """Which environment variables may be why the hub cannot be reached, in words; "" when none is set.
+
+    Their values are not shown: proxies and tokens hold passwords.
+    """
+    from huggingface_hub import get_token
+
+    if not _fits_a_header(os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN") or ""):
+        names = [name for name in _TOKENS if os.environ.get(name)]
+        return f"{' and '.join(names)} (the token holds characters that no token has)"
+    if not _fits_a_header(get_token() or ""):
+        return "the saved token (HF_TOKEN_PATH), which holds characters that no token has"
+    proxies = {n: os.environ[n] for p in _PROXIES for n in (p, p.lower()) if os.environ.get(n)}
+    if socks := [n for n, value in proxies.items() if value.lower().startswith("socks")]:
+        return f"{' and '.join(socks)} (a SOCKS proxy needs the scheme socks5 and the package socksio)"
+    others = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR", "HF_ENDPOINT") if os.environ.get(n)]
+    return f"the network and {', '.join((*proxies, *others))}" if proxies or others else ""
+
+
+def _fits_a_header(token: str) -> bool:
+    return all(" " < letter <= "~" for letter in token.strip())
+
+
+def needed(names: list[str], what: str) -> list[str]:
+    """Which of a repository's files a `what` needs: one format of weights, not every one that is there.
+
+    Parts that live inside a model's repository (an encoder with its preprocessor, a decoder) come along.
+    """
+    folders: dict[str, list[str]] = {}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        folders.setdefault(folder, []).append(file)
+    own = folders.pop("", [])
+    if what == "decoder":
+        return [n for n in own if n in ("config.json", _DECODER_WEIGHTS)]
+    if what == "VAE" and "vae" in folders:  # of a whole image model
+        return [f"vae/{n}" for n in ("config.json", *_choose_weights(folders["vae"])) if n in folders["vae"]]
+    needed = [n for n in own if n in _SMALL_FILES] + _choose_weights(own)
+    if what == "model":
+        for folder, files in folders.items():
+            wanted = [n for n in files if n in _SMALL_FILES]
+            if folder.rpartition("/")[2] == "decoder":
+                wanted += [n for n in files if n == _DECODER_WEIGHTS]
+            elif "config.json" in files and "preprocessor_config.json" in files:
+                wanted += _choose_weights(files)
+            else:
+                continue
+            needed += [f"{folder}/{n}" for n in wanted]
+    return needed
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a folder: safetensors if there are any, else .bin; one file if there is one, else its shards.
+
+    Raises:
+        CheckpointError: when there are none, or a shard that the index or the file names promise is missing.
+    """
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    chosen = _choose_weights(names)
+    if not chosen:
+        raise CheckpointError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin)")
+    promised = set()
+    for name in chosen:
+        if name.endswith(".index.json"):
+            promised |= _indexed(folder / name)
+        else:
+            promised |= {name, *_numbered(name)}
+    missing = sorted(name for name in promised if not (folder / name).is_file())
+    if missing:
+        raise CheckpointError(f"{folder}: missing shards {', '.join(missing)}; copy or download them again")
+    return [folder / name for name in sorted(promised)]
+
+
+def _choose_weights(names: Iterable[str]) -> list[str]:
+    """The files of one set of weights among file names: a whole file, else an index and shards."""
+    present = sorted(names)
+    for stem, suffix in (
+        ("model", "safetensors"),
+        ("pytorch_model", "bin"),
+        ("diffusion_pytorch_model", "safetensors"),
+    ):
+        if f"{stem}.{suffix}" in present:
+            return [f"{stem}.{suffix}"]
+        shards = [n for n in present if re.fullmatch(rf"{stem}-\d{{5}}-of-\d{{5}}\.{suffix}", n)]
+        index = f"{stem}.{suffix}.index.json"
+        if index in present or shards:
+            return [index, *shards] if index in present else shards
+    return []
+
+
+def _indexed(index: Path) -> set[str]:
+    """The shards that an index names, each beside it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index}: weight_map must map tensor names to files")
+    files: set[str] = set(weight_map.values())
+    for name in sorted(files):
+        if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name):
+            raise CheckpointError(f"{index}: weight_map names {name!r}; shards must be .safetensors or .bin beside it")
+    return files
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """The shards that a name like model-00001-of-00003 says exist."""
+    if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", name):
+        yield from (f"{match[1]}{i:05}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1))
+
+
+def _existing(file: Path) -> Path:
+    if not file.is_file():
+        raise CheckpointError(f"{file}: no such file")
+    return file

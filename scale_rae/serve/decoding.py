@@ -1,0 +1,299 @@
+"""Decoding of images that clients send: in processes that can be ended, as nothing else ends a decoder of C.
+
+A worker process has no torch, no secrets of the server's environment, no room for more memory than its images need, and
+a clock that ends it. It gets a data URL and gives back pixels, in frames of fixed form: nothing that it says is unpickled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, TypeVar
+
+from PIL import Image
+
+from scale_rae.errors import InputError
+from scale_rae.serve.errors import Refused, shutting_down
+from scale_rae.serve.settings import Limits
+from scale_rae.serve.turns import Turns
+
+T = TypeVar("T")
+
+_QUESTION = struct.Struct(">IIQI")  # bytes of the field's name and of the URL, most pixels, seconds
+_ANSWER = struct.Struct(">BIIQ")  # kind, width, height, bytes that follow
+_IMAGE, _ERROR, _MEMORY = range(3)
+_READY = b"ready"
+_MEMORY_BASE, _MEMORY_PER_PIXEL = 768 << 20, 64  # 16-bit images go through three arrays of 8 bytes
+_ROOT = str(Path(__file__).parents[2])
+# -I: neither the working folder nor environment variables say what is imported.
+_PROGRAM = "import sys; sys.path += sys.argv[1:]; from scale_rae.serve.decoding import main; main()"
+_ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP")
+
+
+class Decoders:
+    """Reads data URLs in worker processes, which start when they are first needed."""
+
+    def __init__(self, limits: Limits, report: Callable[[BaseException], None]) -> None:
+        self._limits, self._report = limits, report
+        self._threads = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decoder")
+        self._all = [_Worker() for _ in range(limits.decoders)]
+        self._free = list(self._all)
+        self._waiting: list[tuple[str, asyncio.Future[_Worker]]] = []
+        self._running: Counter[str] = Counter()
+        self._turns = Turns()
+        self._closed = False
+
+    async def read(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
+        """`then`, on another thread, of the image in a data URL.
+
+        When this is cancelled, as when its request's time is over or its client has gone, the decoder is ended.
+
+        Raises:
+            Refused: naming the field, for what is no image or takes too long; when the server shuts down.
+        """
+        worker = await self._take(client)
+        work = asyncio.get_running_loop().run_in_executor(self._threads, self._read, worker, url, field, then)
+        work.add_done_callback(lambda done: self._give_back(worker, client, done))
+        try:
+            async with asyncio.timeout(self._limits.decoding):
+                return await asyncio.shield(work)
+        except TimeoutError:
+            if not work.done():  # else the worker is somebody else's by now
+                worker.end()
+            said = f"{field}: the image takes more than {self._limits.decoding:g} s to decode; send a simpler one"
+            raise Refused(400, "invalid_image", said, field) from None
+        except asyncio.CancelledError:
+            if not work.done():
+                worker.end()
+            raise
+
+    def close(self) -> None:
+        """Ends the workers; what waits is refused."""
+        self._closed = True
+        for _, turn in self._waiting:
+            if not turn.done():
+                turn.set_exception(shutting_down())
+        self._waiting.clear()
+        for worker in self._all:
+            worker.end()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    # Turns -----------------------------------------------------------------------------------------------------------
+
+    async def _take(self, client: str) -> _Worker:
+        """A free worker, when it is the client's turn."""
+        if self._closed:
+            raise shutting_down()
+        turn: asyncio.Future[_Worker] = asyncio.get_running_loop().create_future()
+        self._waiting.append((client, turn))
+        self._hand_out()
+        try:
+            return await turn
+        except asyncio.CancelledError:
+            self._waiting = [entry for entry in self._waiting if entry[1] is not turn]
+            if turn.done() and not turn.cancelled() and turn.exception() is None:
+                self._put_back(turn.result(), client)
+            raise
+
+    def _hand_out(self) -> None:
+        """Gives free workers to those who wait; one client never gets them all."""
+        most = max(1, len(self._all) - 1)
+        for entry in self._turns.order(self._waiting, lambda entry: entry[0]):
+            client, turn = entry
+            if not self._free or self._closed:
+                return
+            if not turn.done() and self._running[client] < most:
+                self._waiting.remove(entry)
+                self._running[client] += 1
+                self._turns.serve([client])
+                turn.set_result(self._free.pop())
+
+    def _give_back(self, worker: _Worker, client: str, done: asyncio.Future[Any]) -> None:
+        if not done.cancelled():
+            done.exception()  # which the request has got, unless it is over
+        self._put_back(worker, client)
+
+    def _put_back(self, worker: _Worker, client: str) -> None:
+        self._free.append(worker)
+        self._running[client] -= 1
+        self._running += Counter()  # without those at zero
+        self._turns.keep({*self._running, *(client for client, _ in self._waiting)})
+        self._hand_out()
+
+    # On a thread -----------------------------------------------------------------------------------------------------
+
+    def _read(self, worker: _Worker, url: str, field: str, then: Callable[[Image.Image], T]) -> T:
+        try:
+            image = worker.read(url, field, self._limits)
+        except InputError as e:
+            raise Refused(400, "invalid_image", str(e), field) from None
+        except _EndedError as e:
+            if self._closed:
+                raise shutting_down() from None
+            if not e.on_purpose:
+                self._report(e)
+            raise Refused(400, "invalid_image", f"{field}: the image is damaged or cannot be read", field) from None
+        return then(image)
+
+
+class _EndedError(Exception):
+    """A worker process that ended in the middle of an image."""
+
+    def __init__(self, on_purpose: bool) -> None:
+        super().__init__()
+        self.on_purpose = on_purpose
+
+
+class _Worker:
+    """One process, replaced when it has ended. `read` is called on one thread at a time, `end` on any."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._busy = self._ended = False
+
+    def read(self, url: str, field: str, limits: Limits) -> Image.Image:
+        """The image in a data URL.
+
+        Raises:
+            InputError: for what is no image.
+            _EndedError: when the process ended instead of answering.
+        """
+        with self._lock:
+            self._busy, self._ended = True, False
+        try:
+            return self._ask(url, field, limits)
+        except (OSError, EOFError) as e:
+            with self._lock:
+                self._busy = False
+            self.end(on_purpose=False)
+            raise _EndedError(self._ended) from e
+        finally:
+            with self._lock:
+                self._busy = False
+
+    def end(self, on_purpose: bool = True) -> None:
+        """Kills the process; a `read` that is under way raises."""
+        with self._lock:
+            self._ended = self._ended or (self._busy and on_purpose)
+            process, self._process = self._process, None
+            idle = not self._busy
+        if process is not None:
+            process.kill()
+            process.wait()
+            if idle:  # else `read` does, which uses the pipes now
+                _close(process)
+
+    def _ask(self, url: str, field: str, limits: Limits) -> Image.Image:
+        process = self._process
+        if process is None or process.poll() is not None:
+            process = self._start(_MEMORY_BASE + _MEMORY_PER_PIXEL * limits.pixels)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        name, data = field.encode(), url.encode("utf-8", "surrogatepass")
+        process.stdin.write(_QUESTION.pack(len(name), len(data), limits.pixels, math.ceil(limits.decoding) + 5))
+        process.stdin.write(name)
+        process.stdin.write(data)
+        process.stdin.flush()
+        kind, width, height, size = _ANSWER.unpack(_exactly(process.stdout, _ANSWER.size))
+        if (kind == _IMAGE and size != 3 * width * height) or size > 3 * limits.pixels + 4096:
+            raise EOFError
+        data = _exactly(process.stdout, size)
+        if kind == _IMAGE:
+            return Image.frombytes("RGB", (width, height), data)
+        if kind == _MEMORY:
+            raise InputError(f"{field}: the image needs too much memory to decode; send a simpler one")
+        raise InputError(data.decode("utf-8", "replace"))
+
+    def _start(self, memory: int) -> subprocess.Popen[bytes]:
+        here = Path.cwd()
+        folders = [path for path in sys.path if path and Path(path) != here]
+        command = [sys.executable, "-I", "-c", _PROGRAM, *folders, _ROOT]
+        environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SCALE_RAE_DECODER_MEMORY": str(memory)}
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,  # decoders of C say there what they like
+            env=environment,
+            cwd="/" if os.name == "posix" else None,
+            start_new_session=True,  # Ctrl-C is for the server
+        )
+        with self._lock:
+            self._process = process
+            ended = self._ended
+        if ended:
+            self.end()
+        assert process.stdout is not None
+        if _exactly(process.stdout, len(_READY)) != _READY:
+            raise EOFError
+        return process
+
+
+def _close(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        with contextlib.suppress(OSError):  # what was still to be written
+            if pipe is not None:
+                pipe.close()
+
+
+def _exactly(pipe: IO[bytes], size: int) -> bytes:
+    data = pipe.read(size)
+    if len(data) < size:
+        raise EOFError
+    return data
+
+
+# In the process --------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Answers questions on stdin until it ends."""
+    from scale_rae.serve.pictures import read_data_url
+
+    questions = sys.stdin.buffer
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing but answers goes to where they go
+    _limit_memory(int(os.environ["SCALE_RAE_DECODER_MEMORY"]))
+    has_clock = hasattr(signal, "setitimer")
+    answers.write(_READY)
+    answers.flush()
+    while len(head := questions.read(_QUESTION.size)) == _QUESTION.size:
+        name_size, url_size, pixels, seconds = _QUESTION.unpack(head)
+        name = questions.read(name_size).decode()
+        url = questions.read(url_size).decode("utf-8", "surrogatepass")
+        if has_clock:
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process even if the server has gone
+        size, data = (0, 0), b""
+        try:
+            image = read_data_url(url, name, pixels)
+            kind, size, data = _IMAGE, image.size, image.tobytes()
+        except InputError as e:
+            kind, data = _ERROR, str(e).encode("utf-8", "replace")[:4096]
+        except MemoryError:
+            kind = _MEMORY
+        if has_clock:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.write(_ANSWER.pack(kind, *size, len(data)))
+        answers.write(data)
+        answers.flush()
+
+
+def _limit_memory(most: int) -> None:
+    with contextlib.suppress(ImportError, OSError, ValueError):  # Windows and macOS have no such limit
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

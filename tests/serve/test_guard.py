@@ -1,0 +1,55 @@
+"""Who may ask, without a server."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from scale_rae.serve.guard import KnownHosts, known_host
+
+
+@pytest.mark.parametrize(
+    ("host", "known"),
+    [
+        ("localhost", True),
+        ("LocalHost:8000", True),
+        ("127.0.0.1:1", True),
+        ("[::1]:8000", True),
+        ("[::1]", True),
+        ("::1", True),
+        ("evil.example", False),
+        ("evil.example:8000", False),
+        ("localhost.evil.example", False),
+        ("localhost:80.evil.example", False),
+        ("localhost@evil.example", False),
+        ("127.0.0.1.evil.example:8000", False),
+        ("", False),
+    ],
+)
+def test_hosts(host: str, known: bool) -> None:
+    scope: Any = {"type": "http", "headers": [(b"host", host.encode())]}
+    assert known_host(scope) is known
+    assert asyncio.run(_asked(scope)) == (["app"] if known else [403, "body"])
+    scope["type"] = "websocket"
+    assert asyncio.run(_asked(scope)) == (["app"] if known else ["websocket.close"])
+
+
+def test_one_of_two_hosts_is_foreign() -> None:
+    assert not known_host({"type": "http", "headers": [(b"host", b"localhost"), (b"host", b"evil.example")]})
+
+
+async def _asked(scope: Any) -> list[Any]:
+    """What the middleware does with a request."""
+    done: list[Any] = []
+
+    async def app(*call: Any) -> None:
+        done.append("app")
+
+    async def send(message: Any) -> None:
+        done.append(message.get("status", message["type"].removeprefix("http.response.")))
+
+    nothing: Any = None
+    await KnownHosts(app)(scope, nothing, send)
+    return done
