@@ -56,7 +56,7 @@ def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
     import torch
 
     import scale_rae
-    from scale_rae.pipeline import SamplingOptions
+    from scale_rae.options import SamplingOptions
 
     imported = time.perf_counter() - start
     start = time.perf_counter()

@@ -51,9 +51,9 @@ from scale_rae.fast_dit import Attend, FastDiT, attend_rotating
 from scale_rae.float8 import Float8Linear, quantize
 from scale_rae.hub import Source
 from scale_rae.language import Conversation, LanguageModel, Reply
-from scale_rae.options import DEFAULT_STEPS, Speed
+from scale_rae.options import DEFAULT_STEPS, SamplingOptions, Speed
 from scale_rae.outputs import png_bytes
-from scale_rae.pipeline import SamplingOptions, ScaleRAE
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings
@@ -641,19 +641,15 @@ def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         if not store.has_record(record.index):
             raise RuntimeError(f"the prompt was not drawn: {store.failure(record.index)}")
 
-    model.halves = False  # as in a worker
-    try:
-        with ThreadPoolExecutor(4) as worker.encoders:
-            first, seconds = b.seconds(one_prompt)
-            stages = {name: round(value - before.get(name, 0.0), 4) for name, value in worker.seconds.items()}
-            name = f"{size}: 4×2 with latent QA (16 tokens) and scores"
-            b.add("scaling", name, seconds, "s/prompt", "≤ 1.5" if size != "7b" else "", first=first, stages=stages)
-            print(f"          {stages}", flush=True)
-            if b.device.type == "cuda":
-                share = _busy_seconds(one_prompt) / seconds
-                b.add("scaling", f"{size}: share of it in GPU kernels", share, "", "≥ 0.90")
-    finally:
-        model.halves = True
+    with ThreadPoolExecutor(4) as worker.encoders:
+        first, seconds = b.seconds(one_prompt)
+        stages = {name: round(value - before.get(name, 0.0), 4) for name, value in worker.seconds.items()}
+        name = f"{size}: 4×2 with latent QA (16 tokens) and scores"
+        b.add("scaling", name, seconds, "s/prompt", "≤ 1.5" if size != "7b" else "", first=first, stages=stages)
+        print(f"          {stages}", flush=True)
+        if b.device.type == "cuda":
+            share = _busy_seconds(one_prompt) / seconds
+            b.add("scaling", f"{size}: share of it in GPU kernels", share, "", "≥ 0.90")
 
 
 def _profiled(run: Callable[[], object]) -> tuple[Any, float]:

@@ -110,7 +110,7 @@ def _device_name(device: str | None) -> str:
 
     import torch
 
-    from scale_rae.pipeline import pick_device
+    from scale_rae.memory import pick_device
 
     found = pick_device(device)
     return torch.cuda.get_device_name(found) if found.type == "cuda" else f"{found.type} ({platform.machine()})"

@@ -106,8 +106,8 @@ def made_up(size: str, device: Any) -> Any:
     import torch
 
     from benchmarks.gpu import made_model
+    from scale_rae.memory import pick_dtype
     from scale_rae.options import Speed
-    from scale_rae.pipeline import pick_dtype
 
     model = made_model(size, device, pick_dtype(None, device), Speed("auto"), Path(tempfile.mkdtemp()))
     # One channel that every token carries and no layer writes to leads to <im_start>.
@@ -211,7 +211,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything; see the top of this file."""
     import torch
 
-    from scale_rae.pipeline import ScaleRAE, pick_device
+    from scale_rae.memory import pick_device
+    from scale_rae.pipeline import ScaleRAE
     from scale_rae.serve.engine import Engine
     from scale_rae.serve.server import Server, bind
     from scale_rae.serve.settings import Limits, ServeSettings

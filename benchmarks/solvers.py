@@ -21,7 +21,7 @@ from torch import Tensor
 
 import scale_rae
 from scale_rae import flow, options
-from scale_rae.pipeline import SamplingOptions
+from scale_rae.options import SamplingOptions
 from scale_rae.shapes import world
 
 STEPS = {

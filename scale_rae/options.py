@@ -46,6 +46,20 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
+class SamplingOptions:
+    """How a latent is sampled. `guidance` 1 is no guidance; `interval` limits where in t it acts."""
+
+    steps: int = DEFAULT_STEPS
+    solver: str = "euler"
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    def check(self) -> None:
+        """Raises OptionError for values no sampler can use."""
+        check_options(self.guidance, self.steps, self.solver, self.interval)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
 
@@ -58,6 +72,11 @@ class Sampling:
     max_new_tokens: int = 512
     batch_size: int | None = None
     image_seeds: tuple[int, ...] | None = None
+
+    @property
+    def options(self) -> SamplingOptions:
+        """How each latent is sampled."""
+        return SamplingOptions(self.steps, self.solver, self.guidance_level, self.guidance_interval)
 
     def check(self) -> None:
         """Raises OptionError, naming the option, for values that no run can use."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from scale_rae.dit import attend, rope_table, rotate
 from scale_rae.fast_dit import Deferred, spread, summed
 from scale_rae.float8 import FLOAT8, quantize
-from scale_rae.options import Speed
-from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
+from scale_rae.noise import image_seed
+from scale_rae.options import SamplingOptions, Speed
+from scale_rae.pipeline import ScaleRAE
 from tests.test_goldens import DRAW
 
 pytestmark = pytest.mark.gpu

@@ -113,8 +113,8 @@ def run(
     """
     from scale_rae.float8 import check_device
     from scale_rae.flow import check_options
+    from scale_rae.memory import pick_device, pick_dtype
     from scale_rae.options import Speed
-    from scale_rae.pipeline import pick_device, pick_dtype
 
     settings.check()
     Speed(settings.compile, settings.quantize).check()

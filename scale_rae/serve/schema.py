@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchem
 from pydantic_core import PydanticCustomError
 
 from scale_rae.flow import DEFAULT_STEPS
-from scale_rae.pipeline import SamplingOptions
+from scale_rae.options import SamplingOptions
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "ab2"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

@@ -97,7 +97,7 @@ def draw_prompts(
     The noise of prompt i is seeded by `image_seed(seed, i)`, whatever the batch. A reply without a drawing counts as wrong, with
     a white picture.
     """
-    from scale_rae.pipeline import image_seed
+    from scale_rae.noise import image_seed
 
     results: list[Drawn] = []
     for start in range(0, len(prompts), batch):

@@ -16,7 +16,8 @@ import torch
 from PIL import Image
 
 from scale_rae.language import Reply
-from scale_rae.pipeline import ScaleRAE, image_seed
+from scale_rae.noise import image_seed
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.scaling.experiment import Settings
 from tests.conftest import GOLDEN_CASES
 from tests.made_checkpoints import GOLDENS
