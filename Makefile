@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.installed
 	$(BIN)/scale-rae t2i --model-path shapes --prompt "Can you generate a photo of a blue cross and a pink square?"
+	@echo 'next: source $(BIN)/activate   (then `scale-rae --help`, `python cli.py --help`; without it: $(BIN)/scale-rae --help)'
 
 test: lint check
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import select
 import stat
 import sys
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from scale_rae.errors import InputError, ScaleRAEError
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 1 << 20
+_PIPE_WAIT = 10  # seconds
 _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what systems and file systems without it answer
@@ -41,7 +44,7 @@ def check_name(path: str | os.PathLike[str], what: str, error: type[ScaleRAEErro
 
 
 def check_file(path: Path, what: str, error: type[ScaleRAEError] = InputError, pipes: bool = False) -> None:
-    """Raises `error`, naming the file, unless it is a regular file (or, with `pipes`, a pipe or a character device)."""
+    """Raises `error`, naming the file, unless it is a regular file (or, with `pipes`, a pipe)."""
     check_name(path, what, error)
     try:
         kind = path.stat().st_mode
@@ -50,8 +53,8 @@ def check_file(path: Path, what: str, error: type[ScaleRAEError] = InputError, p
     except (OSError, ValueError, RuntimeError) as e:  # RuntimeError: a `~user` that does not exist
         raise error(f"{path}: the {what} cannot be read ({getattr(e, 'strerror', None) or e})") from e
     if stat.S_ISDIR(kind):
-        raise error(f"{path}: is a folder, not a {what}")
-    if not stat.S_ISREG(kind) and not (pipes and (stat.S_ISFIFO(kind) or stat.S_ISCHR(kind))):
+        raise error(f"{path}: is a folder, not {_a(what)}")
+    if not stat.S_ISREG(kind) and not (pipes and stat.S_ISFIFO(kind)):
         raise error(f"{path}: is not a regular file but a device, pipe or socket")
 
 
@@ -63,29 +66,53 @@ def lfs_error(path: Path, error: type[ScaleRAEError]) -> ScaleRAEError:
 def read_bytes(path: Path, most: int, what: str, error: type[ScaleRAEError] = InputError, pipes: bool = False) -> bytes:
     """The content of a file, read once and at most `most` bytes of it.
 
-    `what` names the kind of file in messages ("image", "manifest"). `pipes` also takes a pipe or a character device, as
-    `--image /dev/stdin` is; anything else that is no regular file is refused.
+    `what` names the kind of file in messages ("image", "manifest"). `pipes` also takes a pipe, as `--image /dev/stdin` and
+    `--image <(…)` are; anything else that is no regular file is refused.
 
     Raises:
-        `error`: naming the file, when it is missing, a folder, no regular file, unreadable, a git-LFS pointer, or larger
-            than `most`.
+        `error`: naming the file, when it is missing, a folder, no regular file, unreadable, a git-LFS pointer, larger than
+            `most`, or a pipe that nothing writes to.
     """
     check_file(path, what, error, pipes)
     parts: list[bytes] = []
     size = 0
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", buffering=0, opener=_open_without_waiting) as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                start = _start_of_pipe(file)
+                if start is None:
+                    raise error(f"{path}: is a pipe that nothing writes to")
+                parts, size = [start], len(start)
             while part := file.read(min(_CHUNK, most + 1 - size)):
                 parts.append(part)
                 size += len(part)
     except OSError as e:
         raise error(f"{path}: the {what} cannot be read ({e.strerror or e})") from e
     if size > most:
-        raise error(f"{path}: larger than {size_text(most)}, the most that is read of a {what}")
+        raise error(f"{path}: larger than {size_text(most)}, the most that is read of {_a(what)}")
     data = b"".join(parts)
     if is_lfs_pointer(data):
         raise lfs_error(path, error)
     return data
+
+
+def _a(what: str) -> str:
+    return f"{'an' if what[0] in 'aeiou' else 'a'} {what}"
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Opens a pipe at once, although nothing may have opened it for writing."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _start_of_pipe(file: FileIO) -> bytes | None:
+    """The first byte of a pipe, or nothing yet; None if no program opens it for writing within _PIPE_WAIT seconds."""
+    poll = select.poll()
+    poll.register(file, select.POLLIN)
+    found = poll.poll(1000 * _PIPE_WAIT)  # data, or a writer that has come and gone
+    start = file.read(1)  # None: there is a writer, but no data yet
+    os.set_blocking(file.fileno(), True)
+    return None if start == b"" and not found else start or b""
 
 
 def exchange(one: Path, other: Path) -> bool:

@@ -11,6 +11,8 @@ from scale_rae.files import read_bytes
 
 MOST_BYTES = 32 << 20  # of one JSON file; the largest that a checkpoint brings, an index of shards, has a few MB
 
+MOST_DIGITS = 400  # of an integer; no float has more, and their time grows with the square
+
 
 def dump_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
     """Strict JSON in UTF-8's own letters, or in ASCII with escapes for the others."""
@@ -23,11 +25,11 @@ def parse_json(data: bytes | str, constants: bool = False) -> Any:
     `constants` also takes NaN and Infinity, which are not JSON but which Python's own writer puts into configurations.
 
     Raises:
-        ValueError: saying why, for anything else: other encodings, nesting too deep, numbers of thousands of digits.
+        ValueError: saying why, for anything else: other encodings, nesting too deep, integers of over MOST_DIGITS.
     """
     text = data.removeprefix("\ufeff") if isinstance(data, str) else data.decode("utf-8-sig")
     try:
-        return json.loads(text, parse_constant=None if constants else _refuse)
+        return json.loads(text, parse_constant=None if constants else _refuse, parse_int=_integer)
     except RecursionError as e:
         raise ValueError("nested too deeply") from e
 
@@ -50,3 +52,9 @@ def read_json(path: Path, what: str = "file", error: type[ScaleRAEError] = Confi
 
 def _refuse(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)

@@ -93,7 +93,7 @@ class ChatTokenizer:
         """Ids of a system turn and others, with the assistant's next turn open.
 
         Raises:
-            InputError: when a user's turn has no text.
+            InputError: when a user's turn has neither text nor image.
         """
         newline = self.plain("\n")
         ids = [self.chat_start, *self.plain(f"system\n{system}"), self.chat_end, *newline]
@@ -103,7 +103,8 @@ class ChatTokenizer:
         return [*ids, self.chat_start, *self.plain("assistant\n")]
 
     def _user(self, turn: Turn) -> list[int]:
-        message = clean_message(turn.text)
+        is_text = turn.text.replace(IMAGE_PLACEHOLDER, "").strip() or not turn.images  # a picture alone is a message
+        message = clean_message(turn.text) if is_text else ""
         # A run of text between control tokens is tokenized as one, so "user\n" goes with the text that follows it.
         if not turn.images:
             return self.plain("user\n" + message)
@@ -113,6 +114,15 @@ class ChatTokenizer:
     def _assistant(self, turn: Turn) -> list[int]:
         # "assistant\n" apart from the text, since the model wrote the text after it.
         return [*self.plain("assistant\n"), *self.plain(turn.text), *self.image() * turn.images]
+
+
+def chat_text(message: str) -> str:
+    """A message in the chat layout as text, with the assistant's turn open: what `ChatTokenizer.chat` gives the ids of.
+
+    It is for people and records to read; the model reads the ids, in which a message cannot forge control tokens.
+    """
+    turns = (("system", SYSTEM), ("user", clean_message(message)))
+    return "".join(f"{CHAT_START}{role}\n{text}{CHAT_END}\n" for role, text in turns) + f"{CHAT_START}assistant\n"
 
 
 def clean_message(text: str) -> str:

@@ -56,6 +56,15 @@ def what_it_can(source: Source) -> str | None:
     )
 
 
+def is_refusal(source: Source, text: str) -> bool:
+    """Whether this is what the bundled model says where it can do nothing."""
+    if not is_bundled(source):
+        return False
+    from scale_rae.shapes.world import CHAT_REPLY
+
+    return text.strip() == CHAT_REPLY
+
+
 def after_no_drawing(source: Source) -> str:
     """What to do when a model answered in words where a picture was wanted."""
     return what_it_can(source) or (

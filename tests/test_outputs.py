@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ import torch
 from PIL import Image
 
 from scale_rae import outputs
+from scale_rae.checkpoint import load_latent
 from scale_rae.errors import InputError, OutputError
-from scale_rae.outputs import Sample, check_folder, latent_bytes, load_latent, png_bytes, read_manifest, save_run
+from scale_rae.outputs import Sample, check_folder, latent_bytes, png_bytes, read_manifest, save_run
 
 RED = Image.new("RGB", (4, 3), "red")
 
@@ -55,6 +58,43 @@ def test_taken_names_are_passed_over(tmp_path: Path, taken: str) -> None:
     save_run(tmp_path, {}, [Sample(RED)], "T")
     assert left(tmp_path) == sorted([taken, "sample_T-2.png", "sample_T-3.png", "sample_T-3_manifest.json"])
     assert (tmp_path / taken).read_text() == "mine"
+
+
+def test_what_a_killed_run_left_does_not_hold_its_name(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from scale_rae import outputs; from pathlib import Path\n"
+        "outputs._write = lambda path, data: (path.write_bytes(data), os.kill(os.getpid(), 9))\n"
+        "outputs.save_run(Path(sys.argv[1]), {}, [], 'T')\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == -9
+    assert left(tmp_path) == [".sample_T.tmp"]
+    save_run(tmp_path, {}, [Sample(RED)], "T")
+    assert left(tmp_path) == ["sample_T.png", "sample_T_manifest.json"]
+
+
+def test_a_folder_that_is_written_to_holds_its_name(tmp_path: Path) -> None:
+    (tmp_path / ".sample_T-2.tmp").mkdir()
+    (tmp_path / ".sample_T-2.tmp" / "not a run's").mkdir()
+    (tmp_path / ".sample_T-3.tmp").symlink_to(tmp_path)
+    with outputs._held(tmp_path / ".sample_T.tmp") as mine:
+        assert mine
+        save_run(tmp_path, {}, [], "T")
+        assert left(tmp_path) == [".sample_T-2.tmp", ".sample_T-3.tmp", ".sample_T.tmp", "sample_T-4_manifest.json"]
+    assert left(tmp_path) == [".sample_T-2.tmp", ".sample_T-3.tmp", "sample_T-4_manifest.json"]
+
+
+@pytest.mark.parametrize("problem", [OSError(errno.ENOTSUP, "no locks here"), None])
+def test_where_folders_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: OSError | None
+) -> None:
+    """As on some network file systems, and on Windows: a folder that is there is another process's."""
+    if problem is None:
+        monkeypatch.setattr(outputs, "fcntl", None)
+    else:
+        monkeypatch.setattr(outputs.fcntl, "flock", Mock(side_effect=problem))
+    (tmp_path / ".sample_T.tmp").mkdir()
+    save_run(tmp_path, {}, [], "T")
+    assert left(tmp_path) == [".sample_T.tmp", "sample_T-2_manifest.json"]
 
 
 def test_processes_in_one_folder_do_not_collide(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Interruption:
     """While entered, the first Ctrl-C or SIGTERM raises KeyboardInterrupt; others are ignored for PATIENCE, then end all.
 
-    So neither cleaning up nor the end of the process is cut short: after an interruption the handlers stay.
+    So cleaning up is not cut short. Nor is the end of the process: after an interruption both signals stay ignored.
     """
 
     def __init__(self) -> None:
@@ -64,9 +64,9 @@ class _Interruption:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if not self.number:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items():
+            # Python resets handlers as it ends, but nothing that is ignored.
+            signal.signal(number, signal.SIG_IGN if self.number else handler)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if not self.number:

@@ -64,18 +64,22 @@ def command(
     For one person or a few: visitors take turns. Nothing on it is fetched from or told to another machine.
     """
     need("demo", "scale-rae demo", "gradio")
+    from scale_rae.demo.listening import bind
     from scale_rae.outputs import check_folder
-    from scale_rae.session import Session
+    from scale_rae.session import Session, find_model
 
     if output_dir is not None:
         check_folder(output_dir)
-    bars = Bars()
     choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
+    source = find_model(choice)
+    listener = bind(host, port)
+    bars = Bars()
     with (
         _signals() as ending,
         tempfile.TemporaryDirectory(prefix="scale-rae-demo-", ignore_cleanup_errors=True) as temporary,
         contextlib.ExitStack() as closing,
     ):
+        closing.enter_context(contextlib.closing(listener))
         closing.callback(ending.set)  # first of all that is done at the end, whatever ends it
         folder, shown = output_dir or Path(temporary) / "drawn", Path(temporary) / "page"
         for each in (folder, shown):
@@ -86,9 +90,9 @@ def command(
             settle(shown)
             from scale_rae.demo import page, server
             from scale_rae.demo.work import Studio
-        session = Session(choice, bars, decoder=True, debug=debug)
+        session = Session(choice, bars, decoder=True, debug=debug, source=source)
         studio = Studio(session, choice, folder, shown / "drawn")
-        running = server.launch(page.build(studio, shown), host, port, shown, allow_host or (), open_browser)
+        running = server.launch(page.build(studio, shown), listener, shown, allow_host or (), open_browser)
         if host not in LOOPBACK:
             typer.echo(f"note: anyone who can reach {host} can use the model; the page has no password", err=True)
         typer.echo(f"{running.url.rstrip('/')}  (Ctrl-C ends it)")

@@ -17,7 +17,7 @@ from scale_rae.manifest import drawing_manifest, png_text
 from scale_rae.options import ModelChoice, Sampling
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.session import Session, find_model
-from scale_rae.wording import what_it_can
+from scale_rae.wording import is_refusal, what_it_can
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,11 +44,11 @@ class Message:
 
 
 class Outcome(NamedTuple):
-    """What became of a message: whether its reply drew, had text, was cut off by its limit of tokens, or asked for an image
-    where none was to be drawn."""
+    """What became of a message: whether its reply drew, what it said, whether it was cut off by its limit of tokens, or asked
+    for an image where none was to be drawn."""
 
     drew: bool
-    spoke: bool
+    text: str
     cut_off: bool
     withheld: bool
 
@@ -140,7 +140,7 @@ def send(
                 writer.save(manifest, samples, message.label)
                 withheld = not result.images and model.asks_for_image(result.reply)
                 cut_off = not (result.images or withheld) and len(result.reply.ids) >= sampling.max_new_tokens
-                outcomes.append(Outcome(bool(result.images), bool(result.text.strip()), cut_off, withheld))
+                outcomes.append(Outcome(bool(result.images), result.text.strip(), cut_off, withheld))
     return outcomes
 
 
@@ -177,13 +177,16 @@ class _Writer:
 def note_shortcomings(session: Session, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
     """Says on stderr what is wrong with answers; fails where one would have been a picture, to draw which `instead` says how."""
     withheld = sum(outcome.withheld for outcome in outcomes)
-    if any(not (outcome.drew or outcome.spoke or outcome.withheld) for outcome in outcomes):
+    if any(not (outcome.drew or outcome.text or outcome.withheld) for outcome in outcomes):
         say("note: the model answered with nothing that can be printed")
     if any(outcome.cut_off for outcome in outcomes):
         say(f"note: the answer stops at {limit} tokens; {flag} allows more")
+    source = session.model.source
+    if any(is_refusal(source, outcome.text) for outcome in outcomes):
+        say(f"note: {what_it_can(source)}")
     if withheld:
         how_many = "" if len(outcomes) == 1 else f" {withheld} of {len(outcomes)} times"
-        able = what_it_can(session.model.source)
+        able = what_it_can(source)
         fail(
             f"the model began a picture{how_many} instead of answering, which was not drawn; "
             f"put the question in other words, or {instead}" + (f" ({able})" if able else "")

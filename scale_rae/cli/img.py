@@ -60,10 +60,11 @@ def command(
     )
     sampling.check()
     clean_message(prompt)
-    from scale_rae.images import load_image
+    from scale_rae.images import decode_image, read_image
 
-    picture = load_image(image)
-    digest = hashlib.sha256(image.read_bytes()).hexdigest()
+    data = read_image(image)  # once: a pipe cannot be read again, and a file may change
+    picture = decode_image(data, str(image))
+    digest = hashlib.sha256(data).hexdigest()
     check_folder(output_dir)
     bars = Bars()
     choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)

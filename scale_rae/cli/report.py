@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from scale_rae.cli.app import say, show
 from scale_rae.cli.select import METRICS_HELP, Debug, Keep, RewardWeight, check_metric
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The experiment: the folder that holds 00000, 00001, ….")]
@@ -33,5 +34,5 @@ def command(
 
     path, experiment = write_report(folder, output, metric, keep, reward_weight, thumbnail)
     for p in experiment.incomplete:
-        typer.echo(f"incomplete {p.folder.name}: {p.reason}", err=True)
-    typer.echo(path)
+        say(f"incomplete {p.folder.name}: {p.reason}")
+    show(str(path))

@@ -8,12 +8,13 @@ from typing import Annotated
 import typer
 
 from scale_rae.cli import options as o
-from scale_rae.cli.app import fail
+from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.progress import Bars, ScalingDisplay
-from scale_rae.errors import InputError
+from scale_rae.errors import OptionError
+from scale_rae.options import check_device_name
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
-from scale_rae.scaling.experiment import PROMPT_PREFIX
+from scale_rae.scaling.experiment import AUTO_REWARD, PROMPT_PREFIX, Settings
 
 _TEMPLATE = Path("assets", "qa_prompt_template.txt")
 _PACKAGE = Path(__file__).parent.parent  # which has the template too, for those who run elsewhere
@@ -84,11 +85,12 @@ def command(
     reward: Annotated[
         str,
         typer.Option(
-            callback=o.one_of(*o.REWARDS, "none"),
-            help="What ranks the pictures: imagereward, siglip, pickscore, or none (the model's own confidence only).",
+            callback=o.one_of(AUTO_REWARD, *o.REWARDS, "none"),
+            help="What ranks the pictures: imagereward, siglip, pickscore, or none (the model's own confidence only). "
+            "auto: siglip for a model that brings it, as the bundled one does; else imagereward.",
             rich_help_panel=JUDGING,
         ),
-    ] = "imagereward",
+    ] = AUTO_REWARD,
     reward_path: Annotated[
         str | None, typer.Option(help="Folder with the reward's weights, instead of the hub.", rich_help_panel=JUDGING)
     ] = None,
@@ -158,32 +160,19 @@ def command(
             raise typer.BadParameter("only with --launcher ray", param_hint=[name])
     if post_qa_prompt is not None and post_qa_template_path is not None:
         raise typer.BadParameter("give one of them", param_hint=["--post-qa-prompt", "--post-qa-template-path"])
-    if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: must be at least 1")
+    for number, name in (
+        (limit, "--limit"),
+        (num_cpus_per_worker, "--num-cpus-per-worker"),
+        (num_workers, "--num-workers"),
+    ):
+        if number is not None and number < 1:
+            raise OptionError(f"{name} {number}: must be at least 1")
     names = None if devices is None else [name.strip() for name in devices.split(",")]
     if names is not None and not all(names):
-        raise InputError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
+        raise OptionError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
+    for place in names or (device,):
+        check_device_name(place)
     question, question_name = _question(post_qa_prompt, post_qa_template_path)
-    prompts = read_prompts(metadata_file)
-
-    bars = Bars()
-    with bars.waiting("starting"):
-        from scale_rae.scaling.experiment import Settings
-        from scale_rae.scaling.launch import World, default_devices, run
-        from scale_rae.scaling.ray_launch import Cluster, check_installed
-        from scale_rae.scaling.remote import is_remote, results_folder
-    cluster = None
-    if on_ray:
-        check_installed()
-        cluster = Cluster(num_cpus_per_worker, num_workers)
-        cluster.check()
-    folder = results_folder(output_dir)
-    if not is_remote(folder):
-        check_folder(folder)
-    world = World.from_environment()
-    if "{prompt}" not in question:
-        begins = question if len(question) <= 80 else f"{question[:77]}..."
-        typer.echo(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end", err=True)
     settings = Settings(
         metadata_file=str(metadata_file),
         model_path=model_path,
@@ -210,6 +199,26 @@ def command(
         compile=compile,
         quantize=quantize,
     )
+    settings.check()
+    prompts = read_prompts(metadata_file)
+
+    bars = Bars()
+    with bars.waiting("starting"):
+        from scale_rae.scaling.launch import World, default_devices, run
+        from scale_rae.scaling.ray_launch import Cluster, check_installed
+        from scale_rae.scaling.remote import is_remote, results_folder
+    cluster = None
+    if on_ray:
+        check_installed()
+        cluster = Cluster(num_cpus_per_worker, num_workers)
+        cluster.check()
+    folder = results_folder(output_dir)
+    if not is_remote(folder):
+        check_folder(folder)
+    world = World.from_environment()
+    if "{prompt}" not in question:
+        begins = question if len(question) <= 80 else f"{question[:77]}..."
+        say(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end")
     display = ScalingDisplay(quiet=world.rank > 0)
     try:
         outcome = run(
@@ -231,18 +240,17 @@ def command(
         if outcome.unfinished:
             fail(f"rank {world.rank}: {len(outcome.unfinished)} prompts are unfinished")
         return
-    typer.echo(str(outcome.folder))
+    show(str(outcome.folder))
     done = outcome.prompts - len(outcome.failed) - len(outcome.unfinished)
     rate = f" ({outcome.drawn / outcome.working:.2f} images/s once loaded)" if outcome.drawn else ""
-    typer.echo(
+    say(
         f"{done} of {outcome.prompts} prompts done; {outcome.drawn} images drawn in {outcome.seconds:.0f} s{rate}",
-        err=True,
     )
     if outcome.failed:
         width = max(len(f"{index:05}") for index in outcome.failed)
-        typer.echo(f"{'prompt':{width}}  error", err=True)
+        say(f"{'prompt':{width}}  error")
         for index, error in sorted(outcome.failed.items()):
-            typer.echo(f"{index:05}  {' '.join(error.split())}", err=True)
+            say(f"{index:05}  {' '.join(error.split())}")
     if outcome.failed or outcome.unfinished:
         parts = [
             f"{len(which)} of {outcome.prompts} prompts {how}"

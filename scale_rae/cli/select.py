@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scale_rae.cli.app import say, show, show_json
 from scale_rae.errors import InputError
+
+if TYPE_CHECKING:
+    from scale_rae.scaling.select import Selection
 
 
 def check_metric(value: str | None) -> str | None:
     """The metric an option names, in its full name."""
     from scale_rae.scaling.select import metric_named
 
+    return _checked(metric_named, value) if value is not None else None
+
+
+def _check_given(value: str) -> str:
+    """The metric an option names, as it was named: the folder is."""
+    from scale_rae.scaling.select import metric_as_given
+
+    return _checked(metric_as_given, value)
+
+
+def _checked(check: Callable[[str], str], value: str) -> str:
     try:
-        return metric_named(value) if value is not None else None
+        return check(value)
     except InputError as e:
         raise typer.BadParameter(str(e)) from e
 
@@ -37,7 +53,7 @@ def command(
     sample_dir: Annotated[
         Path | None, typer.Option(help="The experiment: the folder that holds 00000, 00001, …; required.")
     ] = None,
-    metric: Annotated[str, typer.Option(callback=check_metric, help=METRICS_HELP + ".")] = "combined",
+    metric: Annotated[str, typer.Option(callback=_check_given, help=METRICS_HELP + ".")] = "combined",
     keep: Keep = None,
     reward_weight: RewardWeight = 0.5,
     json: Annotated[bool, typer.Option("--json", help="Print selection.json, in one line, and nothing else.")] = False,
@@ -45,52 +61,60 @@ def command(
 ) -> None:
     """Keep the best images of each prompt: DIR_METRIC_verified beside DIR, and DIR_ref, the first ones unselected.
 
-    The two ratios at the end are the shares of images that the model itself says yes to: of those kept, and of as
-    many that were drawn first. They say what selection did, not how many images are right.
+    After each selection comes how many of these images the model itself says yes to, asked whether they show the prompt.
+    That says what selection did, not how many images are right.
     """
     if (folder is None) == (sample_dir is None):
         raise typer.BadParameter("name one folder", param_hint="--sample-dir")
-    from scale_rae.jsonio import dump_json
     from scale_rae.scaling.select import select
 
     source = sample_dir or folder
     assert source is not None
     experiment, selections, record = select(source, metric, keep, reward_weight)
     for p in experiment.incomplete:
-        typer.echo(f"skipped {p.folder.name}: {p.reason}", err=True)
+        say(f"skipped {p.folder.name}: {p.reason}")
     if json:
-        typer.echo(dump_json(record))
+        show_json(record)
         return
     for s in selections:
-        answers = s.answers()
-        asked = sum(a is not None for a in answers)
-        said = f"yes {sum(answers[i] == 'yes' for i in s.kept)}/{len(s.kept)}, drawn {answers.count('yes')}/{asked}"
-        kept = " ".join(str(i) for i in s.kept)
-        text = " ".join("".join(c if c.isprintable() else " " for c in s.prompt.text).split())
-        typer.echo(f"{s.prompt.name}: kept {kept} of {len(answers)}" + (f" ({said})" if asked else "") + f"  {text}")
+        show(_line(s))
     if bare := sum(s.ranking.without_reward for s in selections):
         whose = "the experiment has" if bare == len(selections) else f"{bare} of {len(selections)} prompts have"
-        typer.echo(f"note: {whose} no reward; chosen by confidence alone")
+        show(f"note: {whose} no reward; chosen by confidence alone")
     if partly := sum(None in s.ranking.scores for s in selections):
-        typer.echo(
+        show(
             f"note: in {_count(partly, 'prompt')} only some images have what {record['metric']} needs; the rest come last"
         )
     if record["keep"] is not None and (few := sum(len(s.kept) < record["keep"] for s in selections)):
-        typer.echo(f"note: {_count(few, 'prompt')} with fewer than {record['keep']} images kept whole")
+        show(f"note: {_count(few, 'prompt')} with fewer than {record['keep']} images, all of them kept")
     if experiment.incomplete:
-        typer.echo(f"skipped {_count(len(experiment.incomplete), 'incomplete prompt')}, listed above")
+        show(f"skipped {_count(len(experiment.incomplete), 'incomplete prompt')}, listed above")
     if experiment.not_begun:
-        typer.echo(f"note: {_count(experiment.not_begun, 'prompt')} of the experiment not begun")
+        show(f"note: {_count(experiment.not_begun, 'prompt')} of the experiment not begun")
     ratios = record["yes_ratios"]
-    typer.echo(f"yes among the kept:       {_share(ratios['kept'])}  {record['verified']}")
-    typer.echo(f"yes among the unselected: {_share(ratios['ref'])}  {record['ref']}")
+    show(f"best images kept: {_yes(ratios['kept'])}; {record['verified']}")
+    show(f"first images drawn, to compare: {_yes(ratios['ref'])}; {record['ref']}")
+
+
+def _line(selection: Selection) -> str:
+    """What was kept of one prompt."""
+    answers, kept = selection.answers(), selection.kept
+    text = " ".join("".join(c if c.isprintable() else " " for c in selection.prompt.text).split())
+    numbers = ", ".join(str(i) for i in kept)
+    line = f"{selection.prompt.name} {text}: kept {len(kept)} of {_count(len(answers), 'image')}, best first: {numbers}"
+    asked = sum(a is not None for a in answers)
+    if not asked:
+        return line
+    yes = sum(answers[i] == "yes" for i in kept)
+    all_asked = f"all {asked}" if asked == len(answers) else f"the {asked} it was asked about"
+    return f"{line}; the model says yes to {yes} of the kept and to {answers.count('yes')} of {all_asked}"
 
 
 def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _share(ratio: dict[str, Any]) -> str:
+def _yes(ratio: dict[str, Any]) -> str:
     if ratio["share"] is None:
-        return "not asked"
-    return f"{ratio['share']:.3f} ({ratio['yes']}/{ratio['asked']})"
+        return "the model was not asked about them"
+    return f"the model says yes to {ratio['yes']} of {ratio['asked']} ({ratio['share']:.3f})"

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from scale_rae.cli.app import say, show
 from scale_rae.cli.report import Folder
 from scale_rae.cli.select import METRICS_HELP, Debug, Keep, RewardWeight, check_metric
 
@@ -29,7 +30,7 @@ def command(
 
     path, experiment, shown = write_sheet(folder, output, metric, keep, reward_weight, thumbnail, columns, limit)
     for p in experiment.incomplete:
-        typer.echo(f"incomplete {p.folder.name}: {p.reason}", err=True)
+        say(f"incomplete {p.folder.name}: {p.reason}")
     if shown < len(experiment.prompts):
-        typer.echo(f"the first {shown} of {len(experiment.prompts)} prompts", err=True)
-    typer.echo(path)
+        say(f"the first {shown} of {len(experiment.prompts)} prompts")
+    show(str(path))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import functools
 import socket
 import threading
@@ -25,7 +24,6 @@ from scale_rae.errors import ScaleRAEError
 from scale_rae.serve.connections import Connection
 from scale_rae.serve.settings import Limits
 
-PORTS = range(7860, 7960)  # tried when none is given
 LIMITS = Limits(deadline=120.0)  # of connections, heads, and what a client leaves unread; the rest is the gate's matter
 
 
@@ -93,17 +91,18 @@ class Running:
 
 
 def launch(
-    page: Any, host: str, port: int | None, folder: Path, names: Sequence[str] = (), browser: bool = False
+    page: Any, listener: socket.socket, folder: Path, names: Sequence[str] = (), browser: bool = False
 ) -> Running:
-    """Shows a page that `page.build` made for `folder`; of files, it gives out only those there. `names`: see `Gate`.
+    """Shows a page that `page.build` made for `folder` on a socket of `bind`; of files, it gives out only those in `folder`.
+
+    `names`: see `Gate`.
 
     Raises:
-        ScaleRAEError: when the port, or every one that is tried, is taken.
+        ScaleRAEError: when the server does not start.
     """
     import gradio as gr  # after page.py, which says what it may read
 
-    host = host.strip("[]")
-    listener = bind(host, port)
+    host, port = listener.getsockname()[:2]
     parent = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     gr.mount_gradio_app(
         parent,
@@ -127,31 +126,7 @@ def launch(
     page.server = _Server(Gate(parent, folder, host, names), listener)
     page.server.wait_until_started()
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
-    url = f"http://{shown}:{listener.getsockname()[1]}/"
+    url = f"http://{shown}:{port}/"
     if browser:
         webbrowser.open(url)
     return Running(url, page)
-
-
-def bind(host: str, port: int | None) -> socket.socket:
-    """A listening socket; without a port, on the first free one of `PORTS`.
-
-    Raises:
-        ScaleRAEError: when there is none.
-    """
-    error: OSError | None = None
-    for each in PORTS if port is None else [port]:
-        try:
-            family = socket.getaddrinfo(host, each, type=socket.SOCK_STREAM)[0][0]
-            return socket.create_server((host, each), family=family, backlog=128)
-        except OSError as e:
-            error = e
-            if e.errno != errno.EADDRINUSE:
-                break
-    assert error is not None
-    which = f"port {port}" if port is not None else "any port from 7860 on"
-    if error.errno == errno.EADDRINUSE:
-        raise ScaleRAEError(f"cannot listen on {host}, {which}; choose another --port") from error
-    raise ScaleRAEError(
-        f"cannot listen on {host}, {which} ({error.strerror or error}); choose another --host or --port"
-    ) from error

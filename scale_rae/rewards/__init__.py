@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 from PIL import Image
 
 from scale_rae.errors import InputError
+from scale_rae.options import REWARDS as NAMES
 
 if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
 
-__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "load_reward"]
+__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "default_reward", "load_reward"]
 
 DEFAULT_REWARD = "imagereward"
 
@@ -36,6 +37,21 @@ class Reward(Protocol):
 
     def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
         """A score for each picture, higher for one that shows the prompt better; pictures may differ in size."""
+
+
+def default_reward(model: ScaleRAE) -> str:
+    """The reward that ranks the model's pictures where none is chosen: one that it brings itself, else DEFAULT_REWARD.
+
+    A model brings `siglip` when the encoder in its own folder has a text tower, as the bundled model's has. An encoder from
+    elsewhere does not count: published checkpoints share one that was made without them.
+    """
+    from scale_rae.rewards.siglip import why_unusable
+
+    _ = model.encoder  # finds its source
+    encoder = model.encoder_source
+    if encoder is None or model.source.folder not in encoder.folder.parents:
+        return DEFAULT_REWARD
+    return DEFAULT_REWARD if why_unusable(model) is not None else "siglip"
 
 
 def load_reward(name: str, model: ScaleRAE, path: str | None = None) -> Reward:
@@ -78,9 +94,7 @@ def _pickscore(model: ScaleRAE, path: str | None) -> Reward:
 
 
 # Functions, so that a reward's part of transformers is imported only when it is asked for.
-REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = {
-    "imagereward": _imagereward,
-    "siglip": _siglip,
-    "pickscore": _pickscore,
-}
+REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = dict(
+    zip(NAMES, (_imagereward, _siglip, _pickscore), strict=True)
+)
 """The names that `load_reward` knows, and what loads them."""

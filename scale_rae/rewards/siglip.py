@@ -13,13 +13,30 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
-from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
 from scale_rae.hub import weight_files
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
+
+
+def why_unusable(model: ScaleRAE) -> ScaleRAEError | None:
+    """Why the model's encoder cannot rank pictures; None when it is a SigLIP with its text tower."""
+    encoder, source = model.encoder, model.encoder_source
+    assert source is not None
+    folder = source.folder
+    no_text = f"{folder}: the reward siglip needs an encoder with a text tower, and this"
+    instead = "use --reward imagereward, pickscore or none"
+    if encoder.kind != "siglip" or not isinstance(read_json(folder / "config.json").get("text_config"), dict):
+        kind = "DINOv2" if encoder.kind == "dinov2" else f"{encoder.kind} (config.json)"
+        return ConfigError(f"{no_text} is a {kind} without one; {instead}")
+    if not any(name.startswith("text_model.") for name in TensorReader(weight_files(folder)).tensors):
+        return CheckpointError(f"{no_text} one's weights hold none (text_model.*); {instead}")
+    if not getattr(encoder.model.config, "vision_use_head", True):
+        return ConfigError(f"{no_text} one has no pooled image embedding (vision_use_head false); {instead}")
+    return None
 
 
 class SiglipReward:
@@ -39,18 +56,11 @@ class SiglipReward:
         self._encoder = encoder = model.encoder
         assert model.encoder_source is not None
         self.source = model.encoder_source
+        if (problem := why_unusable(model)) is not None:
+            raise problem
         folder = self.source.folder
-        raw = read_json(folder / "config.json").get("text_config")
-        no_text = f"{folder}: the reward siglip needs an encoder with a text tower, and this"
-        instead = "use --reward imagereward, pickscore or none"
-        if encoder.kind != "siglip" or not isinstance(raw, dict):
-            kind = "DINOv2" if encoder.kind == "dinov2" else f"{encoder.kind} (config.json)"
-            raise ConfigError(f"{no_text} is a {kind} without one; {instead}")
+        raw = read_json(folder / "config.json")["text_config"]
         reader = TensorReader(weight_files(folder))
-        if not any(name.startswith("text_model.") for name in reader.tensors):
-            raise CheckpointError(f"{no_text} one's weights hold none (text_model.*); {instead}")
-        if not getattr(encoder.model.config, "vision_use_head", True):
-            raise ConfigError(f"{no_text} one has no pooled image embedding (vision_use_head false); {instead}")
         self._text: Any = parts.build(lambda: SiglipTextModel(SiglipTextConfig(**raw)), folder / "config.json")
         self._logit = parts.build(_Logit, folder)
         config = self._text.config

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scale_rae import __version__
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, OptionError
 from scale_rae.jsonio import dump_json
+from scale_rae.options import check_options
+from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 
 if TYPE_CHECKING:
     from scale_rae.scores import Score
 
 PROMPT_PREFIX = "Can you generate "  # before prompts that ask for nothing
+MOST_IMAGES = 1_000_000  # of a prompt; beyond, the plan alone fills the memory
+AUTO_REWARD = "auto"  # the model's own reward where it brings one, else the guide's; known once the model is loaded
 
 # A prompt that begins so asks for a picture already. Bare verbs ask only before an article or a number: "paint brushes"
 # is a thing to draw, "paint a brush" a request.
@@ -37,7 +41,9 @@ _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo"
 class Settings:
     """Everything that decides an experiment's files. `batch_size` None is measured (8 on the CPU).
 
-    `question` is a template with `{prompt}`; `question_name` and `post_qa_mode` are in the folder's name.
+    `question` is a template with `{prompt}`; `question_name` and `post_qa_mode` are in the folder's name. `reward` may be
+    AUTO_REWARD until the model is loaded. `model_name` is what records call the model: the model_path that the experiment
+    was begun with, also where the same model is found under another path today.
     """
 
     metadata_file: str
@@ -64,6 +70,11 @@ class Settings:
     save_latents: bool = False
     compile: str = "auto"
     quantize: str | None = None
+    model_name: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.model_name:
+            object.__setattr__(self, "model_name", self.model_path)
 
     @property
     def total(self) -> int:
@@ -71,15 +82,31 @@ class Settings:
         return self.n_samples * self.scaling_rounds
 
     def check(self) -> None:
-        """Raises InputError for values that no experiment can use; the sampler's own are checked by the sampler."""
+        """Raises OptionError for values that no experiment can use."""
         for name in ("n_samples", "scaling_rounds", "max_new_tokens", "post_qa_max_new_tokens", "batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+                raise OptionError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        if self.total > MOST_IMAGES:
+            raise OptionError(
+                f"--n-samples {self.n_samples} x --scaling-rounds {self.scaling_rounds}: at most {MOST_IMAGES:,} images of a prompt"
+            )
         if not 0 <= self.seed < 2**63:
-            raise InputError(f"--seed {self.seed}: must be at least 0 and less than 2^63")
+            raise OptionError(f"--seed {self.seed}: must be at least 0 and less than 2^63")
         if not self.question.strip():
-            raise InputError("the question about the images is empty")
+            raise OptionError("the question about the images is empty")
+        check_options(self.guidance_level, self.steps, self.solver, self.guidance_interval)
+
+    def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
+        """The settings to go on with: an open reward, and the model's name, are as the experiment (if any) has them."""
+        known = (recorded or {}).get("settings")
+        if not isinstance(known, dict):
+            return self
+        name = known.get("model_path")
+        settings = dataclasses.replace(self, model_name=name) if isinstance(name, str) else self
+        if self.reward != AUTO_REWARD or not isinstance(known.get("reward"), str | None):
+            return settings
+        return dataclasses.replace(settings, reward=known.get("reward"))
 
     def folder(self, output_dir: Path) -> Path:
         """OUT/<model name, dots to dashes>/<rounds>_<template>_scale_<mode>, as the guide has it."""
@@ -108,6 +135,7 @@ def as_request(prompt: str, prefix: str) -> str:
 def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
     """experiment.json's part on settings and prompts."""
     values = dataclasses.asdict(settings)
+    del values["model_name"]  # the first run's model_path
     if settings.guidance_interval is not None:
         values["guidance_interval"] = list(settings.guidance_interval)
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]
@@ -127,6 +155,8 @@ def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
     for name in new:
         here, there = new[name], old.get(name)
         if name in _NAMES or here == there or (name in ("batch_size", "dtype") and here is None):
+            continue
+        if name == "reward" and here == AUTO_REWARD:
             continue
         found.append(f"{name} {_short(here)} here, {_short(there)} there")
     old_prompts = recorded.get("prompts")
@@ -168,20 +198,28 @@ def prompt_record(
     rewards: Sequence[float] | None,
 ) -> dict[str, Any]:
     """metadata.jsonl's object: a function of settings, prompt and what the models said, and nothing that varies."""
-    best = None
+    best = best_rewards = None
     if rewards is not None:
         best = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[: settings.n_samples]
+        best_rewards = [rewards[i] for i in best]
+    request = settings.request(prompt.prompt)
     record = {
         "index": prompt.index,
         "prompt": prompt.prompt,
-        "request": settings.request(prompt.prompt),
+        "request": request,
+        "input_prompt": chat_text(request),
         "output_text": output_text,
+        "model_path": settings.model_name,
+        "guidance_level": settings.guidance_level,
+        "max_new_tokens": settings.max_new_tokens,
         "n_samples": settings.n_samples,
         "scaling_rounds": settings.scaling_rounds,
+        "n_samples_generated": len(seeds),
         "qa_mode": settings.post_qa_mode,
         "reward": settings.reward,
         "image_seeds": list(seeds),
         "all_ir_scores": list(rewards) if rewards is not None else None,
+        "top_ir_scores": best_rewards,
         "top_ir_indices": best,
         "text_responses": {str(i): dict(entry) for i, entry in enumerate(judged)},
     }

@@ -6,7 +6,6 @@ import contextlib
 import os
 import queue
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import scale_rae
-from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError
+from scale_rae import processes
+from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError, printable
+from scale_rae.files import check_name
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings, describe, setting_differences
 from scale_rae.scaling.ray_launch import Cluster
@@ -112,11 +112,20 @@ def run(
         ScaleRAEError: when a model or reward cannot be loaded.
     """
     from scale_rae.float8 import check_device
-    from scale_rae.flow import check_options
     from scale_rae.memory import pick_device, pick_dtype
-    from scale_rae.options import Speed
+    from scale_rae.options import Speed, check_options
 
     settings.check()
+    for name, what in (
+        (str(output_dir), "output folder"),
+        (settings.metadata_file, "prompt file"),
+        (settings.question_name, "question template"),
+        (settings.model_path, "model"),
+        (settings.decoder_repo, "decoder"),
+        (settings.reward_path, "reward"),
+    ):
+        check_name(name or "", what)
+    listen = _printable(listen)
     Speed(settings.compile, settings.quantize).check()
     check_options(settings.guidance_level, settings.steps, settings.solver, settings.guidance_interval)
     world = world or World()
@@ -139,16 +148,26 @@ def run(
     description = describe(settings, prompts)
     lock = store.lock_run(world.rank, world.size)
     try:
+        if world.rank == 0 and (problem := store.restore_experiment()):
+            listen({"event": "say", "text": problem})
         recorded = store.read_experiment()
         if recorded is not None and (found := setting_differences(recorded, description)):
             raise InputError(
                 f"{store.folder}: holds an experiment with other settings: {'; '.join(found)}; choose another "
                 "--output-dir, or give those settings to go on with it"
             )
+        settings = store.settings = settings.resumed(recorded)
         chosen = list(prompts[:limit])
         todo = []
         untouched = store.remote and recorded is None  # nothing there: spares the requests of looking
-        for prompt, (finished, problems) in _each(store.check, chosen) if not untouched else ():
+
+        def look(prompt: PromptRecord) -> tuple[bool, list[str]]:
+            finished, problems = store.check(prompt)
+            if finished and world.rank == 0:
+                store.tidy(prompt.index)
+            return finished, problems
+
+        for prompt, (finished, problems) in _each(look, chosen) if not untouched else ():
             if world.rank == 0:
                 for problem in problems:
                     listen({"event": "say", "text": f"{problem}; made again"})
@@ -196,19 +215,41 @@ def run(
                 outcome.failed[prompt.index] = failure[1]
             elif not is_there:
                 outcome.unfinished.append(prompt.index)
-        if world.rank == 0 and todo:
-            before = (recorded or {}).get("seconds") or {}
-            now = {"total": outcome.seconds, "working": working} | stages
-            store.update_experiment(
-                {
-                    "seconds": {k: round(before.get(k, 0.0) + now.get(k, 0.0), 3) for k in {**before, **now}},
-                    "failed": sorted(outcome.failed),
-                    "unfinished": outcome.unfinished,
-                }
-            )
+        if world.rank == 0:
+            _note_end(store, recorded or {}, outcome, {p.index for p in chosen}, bool(todo))
         return outcome
     finally:
         lock.close()
+
+
+def _note_end(store: Store, recorded: Mapping[str, Any], outcome: Outcome, chosen: set[int], drew: bool) -> None:
+    """Adds to experiment.json how the run ended; where nothing was to do, only if the run before was killed too early for it.
+
+    What is recorded of prompts that were not `chosen` stays.
+    """
+    ended: dict[str, Any] = {}
+    for name, now in (("failed", outcome.failed), ("unfinished", outcome.unfinished)):
+        before = recorded.get(name)
+        others = [i for i in before if isinstance(i, int) and i not in chosen] if isinstance(before, list) else []
+        ended[name] = sorted([*now, *others])
+    if not drew and "seconds" in recorded and all(recorded.get(name) == value for name, value in ended.items()):
+        return
+    seconds = recorded.get("seconds")
+    summed = {"total": outcome.seconds, "working": outcome.working} | outcome.stages
+    for name, value in seconds.items() if isinstance(seconds, dict) else ():
+        if isinstance(value, int | float):
+            summed[name] = summed.get(name, 0.0) + value
+    summed = {name: round(value, 3) for name, value in summed.items()}
+    store.update_experiment({"seconds": summed, **ended})
+
+
+def _printable(listen: Listener) -> Listener:
+    """A listener whose events have no control characters in their texts, which come from prompts, models and files."""
+
+    def pass_on(event: dict[str, Any]) -> None:
+        listen({k: printable(v, lines=True) if isinstance(v, str) else v for k, v in event.items()})
+
+    return pass_on
 
 
 def _each(look: Callable[[PromptRecord], T], prompts: Sequence[PromptRecord]) -> Iterator[tuple[PromptRecord, T]]:
@@ -356,14 +397,12 @@ def _threads(device: str | None, devices: Sequence[str | None]) -> int:
 def _start(
     store: Store, settings: Settings, order: Order, orders: Sequence[Order], lock: RunLock
 ) -> subprocess.Popen[str]:
-    environment = dict(os.environ)
-    root = str(Path(scale_rae.__file__).parent.parent)  # found also when it is not installed
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (root, environment.get("PYTHONPATH")) if p)
+    environment = processes.environment()
     environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("OMP_NUM_THREADS", str(_threads(order.device, [o.device for o in orders])))
-    with store.log_file(order.rank).open("a") as log:
+    with store.open_log(order.rank) as log:
         worker = subprocess.Popen(
-            [sys.executable, "-m", "scale_rae.scaling.worker"],
+            processes.command("scale_rae.scaling.worker"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=log,

@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
+import importlib.metadata
 import itertools
 import os
+import re
+import secrets
 import socket
 import time
 import uuid
@@ -20,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import InputError, ScaleRAEError, first_line, need
+from scale_rae import processes
+from scale_rae.errors import InputError, MissingExtraError, ScaleRAEError, first_line, need
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.remote import results_folder
@@ -31,12 +36,23 @@ LOOK = 1.0  # seconds between looks at the cluster
 REACH = 10.0  # seconds for a cluster to answer at its address
 PAUSE = 10.0  # seconds after a worker died while loading, before another is tried
 SILENT = 60.0  # seconds without any worker until that is said (again)
+OLDEST_RAY = (2, 52)  # the first that asks for a token
 TRIES = 3  # workers that may die of one prompt, or in a row while loading
 
 
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+
+
 def check_installed() -> None:
-    """Raises InputError when Ray is not there."""
+    """Raises an error when Ray is not there, or is one whose clusters take orders from whoever reaches them."""
     need("ray", "--launcher ray", "ray")
+    version = importlib.metadata.version("ray")
+    if tuple(int(part) for part in re.findall(r"[0-9]+", version)[:2]) < OLDEST_RAY:
+        oldest = ".".join(map(str, OLDEST_RAY))
+        raise MissingExtraError(
+            f"--launcher ray: Ray {version} knows no tokens, so whoever reaches its ports could run code here; Ray "
+            f'{oldest} or newer is needed: pip install -U "scale-rae[ray]"'
+        )
 
 
 @dataclass(frozen=True)
@@ -90,24 +106,75 @@ def _connected(listen: Listener) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = os.environ.get("RAY_ADDRESS")
-    try:
-        _reach(address or "")
-        ray.init("auto", **quiet)
-    except Exception as e:
-        if address is not None or not isinstance(e, ConnectionError):
-            where = "auto" if address is None else f"{address} (RAY_ADDRESS)"
-            raise ScaleRAEError(
-                f"no connection to the Ray cluster at {where}: {type(e).__name__}: {first_line(e)}"
-            ) from e
-        listen({"event": "say", "text": "no Ray cluster here (RAY_ADDRESS, ray start): one is started on this machine"})
-        # Results go to files: next to nothing passes through Ray's memory.
-        ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **quiet)
-    try:
+    address = os.environ.get("RAY_ADDRESS") or None
+    with contextlib.ExitStack() as stack:
+        try:
+            _reach(address or "")
+            # Ray has workers search the driver's working folder, and before Python's own modules.
+            with contextlib.chdir(processes.search_folder()):
+                ray.init("auto", **_QUIET)
+            stack.callback(ray.shutdown)
+        except Exception as e:
+            if address is not None or not isinstance(e, ConnectionError):
+                where = "auto" if address is None else f"{address} (RAY_ADDRESS)"
+                raise ScaleRAEError(
+                    f"no connection to the Ray cluster at {where}: {type(e).__name__}: {first_line(e)}"
+                ) from e
+            text = "no Ray cluster here (RAY_ADDRESS, ray start): one is started on this machine"
+            listen({"event": "say", "text": text})
+            stack.enter_context(_started())
         yield
+
+
+@contextlib.contextmanager
+def _started() -> Iterator[None]:
+    """A cluster started on this machine, which obeys nobody but this process and its children.
+
+    Its ports are open to the network, whatever address it is given, and who may talk to them can run code. So they ask for a
+    token, which is made here and is in nothing but the environment of these processes.
+    """
+    import ray
+
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        with _environment(processes.environment() | token):
+            if not _read_authentication_again():
+                raise ScaleRAEError(
+                    f"--launcher ray: no cluster is started here, since Ray {ray.__version__} would not ask for a token; "
+                    "start one with `ray start --head`, or take another version of Ray"
+                )
+            with contextlib.chdir(processes.search_folder()):
+                # Results go to files: next to nothing passes through Ray's memory.
+                ray.init("local", include_dashboard=False, object_store_memory=100 * 2**20, **_QUIET)
+            yield
     finally:
         ray.shutdown()
+        _read_authentication_again()
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Has this process, and those it starts, see these variables and no others."""
+    before = dict(os.environ)
+    try:
+        _set_environment(values)
+        yield
+    finally:
+        _set_environment(before)
+
+
+def _set_environment(values: dict[str, str]) -> None:
+    for name in os.environ.keys() - values.keys():
+        del os.environ[name]
+    os.environ.update(values)
+
+
+def _read_authentication_again() -> bool:
+    """Has Ray read the RAY_AUTH_… variables, which it does once in a process; whether it asks for a token now."""
+    raylet: Any = importlib.import_module("ray._raylet")
+    raylet.Config.initialize("")
+    raylet.AuthenticationTokenLoader.instance().reset_cache()
+    return bool(raylet.get_authentication_mode() == raylet.AuthenticationMode.TOKEN)
 
 
 @dataclass

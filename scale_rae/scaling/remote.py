@@ -6,7 +6,6 @@ name, and a batch's record, put after its files, says that they are there. What 
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
@@ -15,8 +14,9 @@ import uuid
 from pathlib import Path
 from typing import Any, cast
 
-from scale_rae.errors import InputError, OutputError, need
-from scale_rae.jsonio import dump_json
+from scale_rae.errors import InputError, OutputError, first_line, need, printable
+from scale_rae.files import check_name, size_text
+from scale_rae.jsonio import dump_json, parse_json
 
 BEAT = 10.0  # seconds between a run's signs of life
 SILENCE = 35.0  # without one, a run is taken for dead
@@ -29,11 +29,12 @@ def results_folder(name: str) -> Path:
     A store's is no `pathlib.Path`, but has of its methods all that the results need.
 
     Raises:
-        InputError: for a URL that nothing installed can open.
+        InputError: for a URL that nothing installed can open, and a name that no folder can have.
     """
+    check_name(name, "output folder")
     scheme, is_url, rest = name.partition("://")
     if not is_url:
-        return Path(name)
+        return _home(name)
     if scheme == "file":
         if not rest.startswith("/"):
             raise InputError(f"{name}: a file's URL has three slashes and a full path, like file:///data/out")
@@ -52,6 +53,14 @@ def results_folder(name: str) -> Path:
     return cast(Path, folder)
 
 
+def _home(name: str) -> Path:
+    """A folder's path, with a `~` at its begin replaced, as a shell does where nothing comes before it."""
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as e:
+        raise InputError(f"output folder {name}: no such user ({first_line(e)})") from e
+
+
 def is_remote(folder: Path) -> bool:
     """Whether a folder is one in a store."""
     return not isinstance(folder, Path)
@@ -66,6 +75,24 @@ def put(path: Any, data: bytes) -> None:
             raise  # a bucket is not made for a slip of the pen
         path.fs.makedirs(path.parent.path, exist_ok=True)  # one of the stores that have real folders
         path.fs.pipe_file(path.path, data)
+
+
+def get(path: Any, most: int) -> bytes | None:
+    """An object's content, None when there is none.
+
+    Raises:
+        InputError: when it is larger than `most`, or the store refuses.
+    """
+    try:
+        with path.fs.open(path.path, "rb") as file:
+            data: bytes = file.read(most + 1)
+    except FileNotFoundError:
+        return None
+    except Exception as e:  # every store has errors of its own
+        raise InputError(f"{path}: cannot be read ({type(e).__name__}: {first_line(e)})") from e
+    if len(data) > most:
+        raise InputError(f"{path}: larger than {size_text(most)}, the most that is read of it")
+    return data
 
 
 def put_time(path: Any) -> int:
@@ -126,19 +153,19 @@ class Lease:
             pass  # the next start will wait until it is sure
 
     def _refusal(self, now: dict[str, Any]) -> OutputError:
-        who = now.get("who", "another process")
+        who = printable(str(now.get("who", "another process")))
         return OutputError(
             f"{self._path.parent.parent}: {who} is at work here; wait for it, or choose another --output-dir"
         )
 
     def _read(self) -> dict[str, Any]:
+        unreadable = {"who": "a run whose name cannot be read"}
         try:
-            value = json.loads(self._path.read_bytes())
-        except FileNotFoundError:
-            return {}
+            data = get(self._path, 1 << 16)
+            value = {} if data is None else parse_json(data)
         except ValueError:
-            return {"who": "a run whose name cannot be read"}
-        return value if isinstance(value, dict) else {}
+            return unreadable
+        return value if isinstance(value, dict) else unreadable
 
     def _put(self) -> None:
         self._beats += 1
@@ -149,7 +176,7 @@ class Lease:
             try:
                 now = self._read()
                 if now and now.get("run") != self._id:
-                    self._lost = str(now.get("who", "another process"))
+                    self._lost = printable(str(now.get("who", "another process")))
                     return
                 self._put()
             except Exception:

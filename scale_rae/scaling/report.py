@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -123,12 +124,12 @@ def render(
     keeps = sorted({len(s.kept) for s in first})
     return env.from_string(template).render(
         title=experiment.folder.name,
-        parent=str(experiment.folder.parent),
         metric=metric,
         metrics={name: TITLES[name] for name in chosen},
         short=SHORT,
         lower=sorted(LOWER_IS_BETTER),
-        unusable=unusable,
+        # The page may go to others: no path of this machine is on it.
+        unusable={name: why.replace(f"{experiment.folder}{os.sep}", "") for name, why in unusable.items()},
         reward_weight=reward_weight,
         without_reward="combined" in chosen and all(s.ranking.without_reward for s in chosen["combined"]),
         prompts=views,
@@ -214,7 +215,7 @@ def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:
     """A data URL: PNG of what is small anyway, else JPEG."""
     from PIL import Image
 
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         image = opened.convert("RGBA")
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A"))
@@ -263,12 +264,12 @@ def best_of_n_plots(selections: Sequence[Selection]) -> list[dict[str, str]]:
     plots = []
     if yes is not None:
         low, high = 0.0, 100.0
-        svg = line_plot([100 * v for v in yes], low, high, "samples drawn, n", "yes to the best of n, %")
-        plots.append({"title": "The model's own yes, best of n", "svg": svg})
+        svg = line_plot([100 * v for v in yes], low, high, "samples drawn, n", "yes about the best of n, %")
+        plots.append({"title": "How often the model says yes about the best of n", "svg": svg})
     if reward is not None:
         low, high = _padded(reward, 0.18)
         svg = line_plot(reward, low, high, "samples drawn, n", "reward of the best of n")
-        plots.append({"title": "Reward, best of n", "svg": svg})
+        plots.append({"title": "Reward of the best of n", "svg": svg})
     return plots
 
 

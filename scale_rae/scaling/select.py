@@ -13,13 +13,15 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import InputError, OutputError
-from scale_rae.jsonio import dump_json
+from scale_rae.errors import InputError, OptionError, OutputError, first_line
+from scale_rae.files import check_file, check_name, exchange, read_bytes
+from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
 
 METRICS = (
     "combined",
@@ -179,11 +181,17 @@ def read_experiment(folder: Path) -> Experiment:
     Raises:
         InputError: when it is no experiment, or experiment.json is damaged.
     """
+    check_name(folder, "experiment")
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
-    if not folder.is_dir():
-        raise InputError(
-            f"{folder}: {'is not a folder' if folder.exists() else 'no such folder'}; give one that `scale t2i` made"
-        )
+    advice = "give one that `scale t2i` made"
+    try:
+        kind = _mended(folder).stat().st_mode
+    except (FileNotFoundError, NotADirectoryError) as e:
+        raise InputError(f"{folder}: no such folder; {advice}") from e
+    except OSError as e:  # no permission, or a name that no file system takes
+        raise InputError(f"{_short(str(folder))}: cannot be read ({e.strerror}); {advice}") from e
+    if not stat.S_ISDIR(kind):
+        raise InputError(f"{folder}: is not a folder; {advice}")
     try:
         names = sorted((p for p in folder.iterdir() if p.name.isdecimal() and p.is_dir()), key=_by_number)
         if not names:
@@ -205,6 +213,19 @@ def read_experiment(folder: Path) -> Experiment:
     return Experiment(folder, n_samples, prompts, incomplete, max(0, count - len(names)))
 
 
+def _mended(folder: Path) -> Path:
+    """The folder; where a selection was killed on its way to replace it, what was there before is put back."""
+    with contextlib.suppress(OSError):
+        if not os.path.lexists(folder) and os.path.lexists(_old(folder)):
+            with _alone_in(folder.parent):  # one that is not dead puts its folder there by itself
+                _recover(folder)
+    return folder
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 120 else f"{name[:60]}…{name[-30:]}"
+
+
 def _by_number(path: Path) -> tuple[int, str]:
     return int(path.name), path.name
 
@@ -212,11 +233,11 @@ def _by_number(path: Path) -> tuple[int, str]:
 def _settings(path: Path) -> tuple[int | None, int]:
     """n_samples, None when there is none, and the number of prompts, 0 when it is not known."""
     try:
-        value = _read_object(path)
+        value = _read_object(path, "experiment.json")
     except FileNotFoundError:
         return None, 0
-    except (OSError, ValueError) as e:
-        raise InputError(f"{path}: {_why(e)}") from e
+    except ValueError as e:
+        raise InputError(f"{path}: {e}") from e
     settings = value.get("settings")
     n_samples = settings.get("n_samples") if isinstance(settings, dict) else None
     prompts = value.get("prompts")
@@ -230,25 +251,24 @@ def _settings(path: Path) -> tuple[int | None, int]:
     return n_samples, count
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    def refuse(name: str) -> None:
-        raise ValueError(f"holds {name}, which is not JSON")
+def _read_object(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]:
+    """The JSON object in a file.
 
+    Raises:
+        FileNotFoundError: when there is none.
+        ValueError: saying what is wrong with it, without its name.
+    """
+    if not os.path.lexists(path):
+        raise FileNotFoundError(path)
     try:
-        value = json.loads(path.read_bytes().decode("utf-8"), parse_constant=refuse)
-    except RecursionError as e:
-        raise ValueError("nested too deeply") from e
+        value = parse_json(read_bytes(path, most, what))
+    except InputError as e:
+        raise ValueError(str(e).removeprefix(f"{path}: ")) from e
+    except ValueError as e:
+        raise ValueError(f"is not valid JSON ({first_line(e)})") from e
     if not isinstance(value, dict):
         raise ValueError(f"holds a {type(value).__name__}, not an object")
     return value
-
-
-def _why(error: Exception) -> str:
-    if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
-        return f"is not valid JSON ({error})"
-    if isinstance(error, OSError):
-        return f"cannot be read ({error.strerror or error})"
-    return str(error)
 
 
 def _read_prompt(folder: Path) -> Prompt | Incomplete:
@@ -256,11 +276,11 @@ def _read_prompt(folder: Path) -> Prompt | Incomplete:
     if os.path.lexists(error_file):
         return Incomplete(folder, *_read_error(error_file))
     try:
-        metadata = _read_object(file)
+        metadata = _read_object(file, "metadata.jsonl")
     except FileNotFoundError:
         return Incomplete(folder, "has no metadata.jsonl")
-    except (OSError, ValueError) as e:
-        return Incomplete(folder, f"metadata.jsonl {_why(e)}")
+    except ValueError as e:
+        return Incomplete(folder, f"metadata.jsonl {e}")
     text = metadata.get("prompt")
     if not isinstance(text, str):
         return Incomplete(folder, "metadata.jsonl has no prompt")
@@ -290,7 +310,7 @@ def _read_prompt(folder: Path) -> Prompt | Incomplete:
 
 def _read_error(path: Path) -> tuple[str, str | None]:
     try:
-        value = _read_object(path)
+        value = _read_object(path, "error.json")
     except (OSError, ValueError):
         return "failed (error.json)", None
     message = next((value[key] for key in ("error", "message", "reason") if isinstance(value.get(key), str)), None)
@@ -318,7 +338,11 @@ def _unreadable(path: Path) -> str | None:
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        check_file(path, "image")  # opening a pipe would wait for ever
+    except InputError as e:
+        return str(e).removeprefix(f"{path}: ")
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
             image.load()
     except OSError as e:
         return f"cannot be read ({e.strerror})" if e.strerror else "is damaged or not an image"
@@ -327,17 +351,26 @@ def _unreadable(path: Path) -> str | None:
     return None
 
 
-def metric_named(name: str) -> str:
-    """The metric of that name; `loss` is `prompt_loss`, and dashes do for underscores.
+def metric_as_given(name: str) -> str:
+    """The name of a metric or alias as it is spelt in METRICS and ALIASES: dashes do for underscores.
 
     Raises:
-        InputError: when there is none.
+        OptionError: when there is none.
     """
     plain = name.strip().lower().replace("-", "_")
-    metric = ALIASES.get(plain, plain)
-    if metric not in METRICS:
-        raise InputError(f"{name!r} is not one of {', '.join((*METRICS, *ALIASES))}")
-    return metric
+    if plain not in METRICS and plain not in ALIASES:
+        raise OptionError(f"{name!r} is not one of {', '.join((*METRICS, *ALIASES))}")
+    return plain
+
+
+def metric_named(name: str) -> str:
+    """The metric of that name; `loss` is `prompt_loss`.
+
+    Raises:
+        OptionError: when there is none.
+    """
+    plain = metric_as_given(name)
+    return ALIASES.get(plain, plain)
 
 
 def rank(prompt: Prompt, metric: str, reward_weight: float = 0.5, at_least: int = 1) -> Ranking:
@@ -490,6 +523,8 @@ def select(
 ) -> tuple[Experiment, list[Selection], dict[str, Any]]:
     """Keeps the best images of each prompt, in `<folder>_<metric>_verified`; the first as many go to `<folder>_ref`.
 
+    The folder is named by the metric as it was given: `loss` and `prompt_loss` rank alike and have folders of their own.
+
     Both hold prompt folders as the experiment does, images renumbered (best first), and in metadata.jsonl
     "original_indices" beside all that was there, renumbered too; selection.json tells how they were chosen. Folders
     that are there from an earlier selection are replaced whole. The experiment's own folder is only read.
@@ -501,7 +536,7 @@ def select(
         InputError: when the folder is no experiment or lacks what the metric needs.
         OutputError: when a result cannot be written, or would replace what this tool did not write.
     """
-    metric = metric_named(metric)
+    named, metric = metric_as_given(metric), metric_named(metric)
     experiment = read_experiment(folder)
     selections = choose(experiment, metric, keep, reward_weight)
     source = experiment.folder
@@ -516,7 +551,7 @@ def select(
             "ref": _ratio(yes_share(selections, lambda s: s.ref)),
             "all": _ratio(yes_share(selections, lambda s: s.ranking.order)),
         },
-        "verified": str(source.with_name(f"{source.name}_{metric}_verified")),
+        "verified": str(source.with_name(f"{source.name}_{named}_verified")),
         "ref": str(source.with_name(f"{source.name}_ref")),
         "prompts": [
             {
@@ -553,7 +588,7 @@ def select(
                     shutil.rmtree(_new(target), ignore_errors=True)
     except OSError as e:
         raise OutputError(
-            f"{e.filename or source.parent}: the selection cannot be written ({e.strerror or e}); nothing is lost"
+            f"{source.parent}: the selection cannot be written there ({e.strerror or e}); what was there before still is"
         ) from e
     return experiment, selections, record
 
@@ -576,8 +611,12 @@ def renumbered(metadata: Mapping[str, Any], images: Sequence[int]) -> dict[str, 
         if isinstance(values, list) and all(i < len(values) for i in images):
             result[name] = [values[i] for i in images]
     new = {old: i for i, old in enumerate(images)}
-    if isinstance(metadata.get("top_ir_indices"), list):
-        result["top_ir_indices"] = [new[i] for i in metadata["top_ir_indices"] if i in new]
+    best, best_scores = metadata.get("top_ir_indices"), metadata.get("top_ir_scores")
+    if isinstance(best, list):
+        left = [(place, i) for place, i in enumerate(best) if i in new]
+        result["top_ir_indices"] = [new[i] for _, i in left]
+        if isinstance(best_scores, list) and len(best_scores) == len(best):
+            result["top_ir_scores"] = [best_scores[place] for place, _ in left]
     responses = metadata.get("text_responses")
     if isinstance(responses, dict):
         result["text_responses"] = {str(new[i]): responses[str(i)] for i in images if str(i) in responses}
@@ -614,6 +653,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _recover(target: Path) -> None:
     """Undoes what a killed selection left half done."""
+    for left in (_new(target), _old(target)):
+        if left.is_symlink():
+            raise OutputError(f"{left}: is a link, which no selection leaves; remove it")
     shutil.rmtree(_new(target), ignore_errors=True)
     if os.path.lexists(_old(target)):
         if os.path.lexists(target):
@@ -630,7 +672,7 @@ def _check_ours(target: Path) -> None:
     try:
         if target.is_symlink():
             raise ValueError
-        record = _read_object(target / _SELECTION)
+        record = _read_object(target / _SELECTION, _SELECTION, most=1 << 30)
         holds = record["holds"]
         if record.get("tool") != _TOOL:
             raise ValueError
@@ -675,13 +717,21 @@ def _write_json(path: Path, value: Mapping[str, Any], indent: int | None) -> Non
 
 
 def _swap(target: Path) -> None:
-    if os.path.lexists(target):
-        target.rename(_old(target))
+    """Puts the new folder in the place of the old one, which is there until that moment.
+
+    On file systems that cannot exchange two names there is a moment between two renames. A kill just then leaves the old
+    folder beside, where `_recover` finds it: by the next selection, or the next that reads the folder.
+    """
+    if not os.path.lexists(target):
+        _new(target).rename(target)
+        return
+    if exchange(_new(target), target):
+        return  # what was old is now called new, and removed with that
+    target.rename(_old(target))
     try:
         _new(target).rename(target)
     except OSError:
-        if os.path.lexists(_old(target)):
-            _old(target).rename(target)
+        _old(target).rename(target)
         raise
     shutil.rmtree(_old(target), ignore_errors=True)
 
@@ -692,13 +742,14 @@ def write_file(path: Path, data: bytes, source: Path) -> None:
     Raises:
         OutputError: naming the file.
     """
+    check_name(path, "output file")
     target = Path(os.path.abspath(path))  # noqa: PTH100
-    if source.resolve() in target.resolve().parents:
-        raise OutputError(f"{path}: is inside the experiment, which is only read; choose another -o")
-    if target.is_dir():
-        raise OutputError(f"{path}: is a folder; choose another -o")
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
+        if source.resolve() in target.resolve().parents:
+            raise OutputError(f"{path}: is inside the experiment, which is only read; choose another -o")
+        if target.is_dir():
+            raise OutputError(f"{path}: is a folder; choose another -o")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             with staging.open("xb") as file:
@@ -709,4 +760,4 @@ def write_file(path: Path, data: bytes, source: Path) -> None:
         finally:
             staging.unlink(missing_ok=True)
     except OSError as e:
-        raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from e
+        raise OutputError(f"{_short(str(path))}: cannot be written ({e.strerror or e}); choose another -o") from e

@@ -108,7 +108,7 @@ def _draw_prompt(
 def _tile(path: Path, size: int) -> Image.Image:
     from PIL import Image
 
-    with Image.open(path) as opened:
+    with Image.open(path, formats=("PNG",)) as opened:
         image = opened.convert("RGBA")
     flat = Image.new("RGB", image.size, "white")
     flat.paste(image, mask=image.getchannel("A"))

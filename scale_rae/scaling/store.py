@@ -6,10 +6,16 @@
     00000/error.json                   instead of it, when the prompt failed
     logs/worker-0.log
     .work/batches/00000/00000-00007.json   scores and SHA-256 of the files of samples 0 to 7, written after them
+    .work/experiment.json              a copy of what experiment.json said at the start
     .work/locks/, .work/tmp/, .work/run.lock
 
 A batch is finished when its record is there and every file it names has the recorded SHA-256. That is all that resuming
 needs to know: metadata.jsonl is a function of the batches. Locks are flock's, so they end with the process, however that ends.
+A prompt is finished by the rename that puts its metadata.jsonl there: an error.json beside it is a leftover.
+
+Nothing in the folder is believed for being there: a disk may damage it, and a stranger may have made it. Batch records and the
+copy of experiment.json end with a SHA-256 of themselves (`seal`). Version 0.1.0 wrote its records without; such a record
+counts only as far as metadata.jsonl says the same. Reading is bounded, and no link is followed where something is written.
 
 In an object store there is no .work/tmp and .work/locks, and .work/run.json is a lease (remote.py). There files are only looked
 for, not read again: the store answers for what it took.
@@ -18,25 +24,37 @@ for, not read again: the store answers for what it took.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import errno
 import fcntl
 import hashlib
 import io
-import json
+import math
 import os
+import re
 import socket
+import stat
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from scale_rae.errors import InputError, OutputError
-from scale_rae.jsonio import dump_json
+from scale_rae.errors import InputError, OutputError, first_line, printable
+from scale_rae.files import read_bytes
+from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import remote
 from scale_rae.scaling.experiment import Settings, prompt_record
 
 _LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
+_MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the published models have 4 MB
+_MOST_OF_AN_ERROR = 4000  # characters shown of a prompt's error
+_RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}\.json")
+_ADDED_AT_THE_END = ("seconds", "failed", "unfinished")  # to experiment.json, by each run
+# What version 0.1.0 wrote into every metadata.jsonl. Fields that came later may be missing in its experiments.
+_FIRST_FIELDS = {"index", "prompt", "request", "output_text", "n_samples", "scaling_rounds", "qa_mode", "reward"}
+_FIRST_FIELDS |= {"image_seeds", "all_ir_scores", "top_ir_indices", "text_responses"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,11 @@ class Batch:
     @property
     def samples(self) -> range:
         return range(self.start, self.start + len(self.judged))
+
+    @property
+    def name(self) -> str:
+        """The name of its record."""
+        return f"{self.samples[0]:05}-{self.samples[-1]:05}.json"
 
 
 @dataclass(frozen=True)
@@ -87,6 +110,9 @@ class Store:
         with self._disk_errors(self.folder):
             for folder in (self._work / "batches", self._work / "locks", self._work / "tmp", self.folder / "logs"):
                 folder.mkdir(parents=True, exist_ok=True)
+            for folder in (self._work, self._work / "batches", self._work / "locks", self._work / "tmp"):
+                if folder.is_symlink():
+                    raise OSError(errno.ELOOP, f"{folder} is a symbolic link, which is not followed")
 
     def write(self, path: Path, data: bytes) -> None:
         """Writes a file, whole or not at all, making its folder.
@@ -94,20 +120,24 @@ class Store:
         Raises:
             OutputError: naming the file, when it cannot be written.
         """
+        self._put(path, data)
+
+    def _put(self, path: Path, data: bytes, durable: bool = True) -> None:
         with self._disk_errors(path):
             if self.remote:
                 remote.put(path, data)
                 return
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with self._temporary.open("wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())  # some file systems notice a full disk only here
+                _make(self._temporary, data, durable)
                 self._temporary.rename(path)
             except OSError:
                 self._temporary.unlink(missing_ok=True)
                 raise
+
+    def open_log(self, rank: int) -> IO[str]:
+        """A worker's log file, to add to."""
+        return os.fdopen(_open(self.log_file(rank), os.O_APPEND), "a", encoding="utf-8")
 
     @contextlib.contextmanager
     def _disk_errors(self, path: Path) -> Iterator[None]:
@@ -121,28 +151,90 @@ class Store:
                 "what is finished is kept"
             ) from e
 
+    # --- reading -------------------------------------------------------------------------------------------------
+
+    def _read(self, path: Path, most: int = MOST_BYTES) -> bytes | None:
+        """The content of a file of the experiment, None when it is missing.
+
+        Raises:
+            InputError: naming the file, when it cannot be read, is no regular file, or is larger than `most`.
+        """
+        if self.remote:
+            return remote.get(path, most)
+        try:
+            return read_bytes(path, most, "file")
+        except InputError as e:
+            if isinstance(e.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def _read_object(self, path: Path) -> dict[str, Any] | None:
+        """The JSON object in a file of the experiment, None when it is missing.
+
+        Raises:
+            ValueError: when it is something else.
+            InputError: when it cannot be read.
+        """
+        data = self._read(path)
+        return None if data is None else _object(data)
+
     # --- experiment.json -----------------------------------------------------------------------------------------
 
     def read_experiment(self) -> dict[str, Any] | None:
-        """experiment.json, or None when there is none yet.
+        """experiment.json, or None when there is none yet. Where it is damaged, its copy tells what it said at the start.
 
         Raises:
-            InputError: when it cannot be read, or is missing although there are results.
+            InputError: when it cannot be read and has no copy, or is missing although there are results.
         """
-        path = self.folder / "experiment.json"
+        return self._read_experiment()[0]
+
+    def restore_experiment(self) -> str | None:
+        """Writes experiment.json anew from its copy when it is damaged; returns what was wrong with it."""
+        value, problem = self._read_experiment()
+        if problem is not None:
+            assert value is not None
+            self._write_experiment(value)
+        return problem
+
+    def _read_experiment(self) -> tuple[dict[str, Any] | None, str | None]:
+        """What experiment.json says, and what was wrong with it if that comes from its copy."""
+        path, value = self.folder / "experiment.json", None
         try:
-            value = json.loads(path.read_bytes().decode())
-        except FileNotFoundError:
-            if any((self._work / "batches").glob("*/*.json")) or any(self.folder.glob("[0-9]*/metadata.jsonl")):
-                raise InputError(
-                    f"{path}: missing, so it is not known what drew the results beside it; choose another --output-dir"
-                ) from None
+            value = self._read_object(path)
+            problem = "damaged"
+        except InputError as e:
+            problem = str(e).removeprefix(f"{path}: ")
+        except ValueError as e:
+            problem = f"cannot be read ({first_line(e)})"
+        else:
+            if value is None:
+                if any((self._work / "batches").glob("*/*.json")) or any(self.folder.glob("[0-9]*/metadata.jsonl")):
+                    remedy = f"put its copy {self._copy} there, or " if self._copy_of_experiment() is not None else ""
+                    raise InputError(
+                        f"{path}: missing, so it is not known what drew the results beside it; {remedy}choose another "
+                        "--output-dir"
+                    )
+                return None, None
+        copy = self._copy_of_experiment()
+        if copy is not None and (value is None or any(value.get(name) != part for name, part in copy.items())):
+            return copy, f"{path}: {problem}; restored from {self._copy}"
+        if value is None:
+            raise InputError(f"{path}: {problem}; choose another --output-dir")
+        return value, None
+
+    @property
+    def _copy(self) -> Path:
+        return self._work / "experiment.json"
+
+    def _copy_of_experiment(self) -> dict[str, Any] | None:
+        """What the copy of experiment.json says; None when there is none, or it is damaged too."""
+        if self.remote:
+            return None  # the store answers for what it took
+        try:
+            data = self._read(self._copy)
+            return None if data is None else unseal(data)
+        except (InputError, ValueError):
             return None
-        except (OSError, ValueError, RecursionError) as e:
-            raise InputError(f"{path}: cannot be read ({e}); choose another --output-dir") from e
-        if not isinstance(value, dict):
-            raise InputError(f"{path}: not an experiment's description; choose another --output-dir")
-        return value
 
     def claim(self, description: dict[str, Any]) -> dict[str, Any]:
         """Writes experiment.json unless another worker was first; returns what it says then."""
@@ -152,7 +244,9 @@ class Store:
             return self.read_experiment() or {}
         mine = self._temporary.with_suffix(".claim")
         with self._disk_errors(path):
-            mine.write_bytes((dump_json(description, indent=2) + "\n").encode())
+            if not path.exists():
+                self._copy.unlink(missing_ok=True)  # of an experiment that was here before
+            _make(mine, (dump_json(description, indent=2) + "\n").encode())
             try:
                 os.link(mine, path)
             except FileExistsError:
@@ -162,14 +256,30 @@ class Store:
                     mine.replace(path)
             finally:
                 mine.unlink(missing_ok=True)
+            _sync_folder(self.folder)
         recorded = self.read_experiment()
-        assert recorded is not None
+        if recorded is None:
+            raise OutputError(
+                f"{path}: cannot be made; something else of that name is there, or it was removed at once"
+            )
         return recorded
+
+    def keep_copy(self, recorded: Mapping[str, Any]) -> None:
+        """Sees to it that experiment.json, which says `recorded`, has a copy."""
+        description = {name: part for name, part in recorded.items() if name not in _ADDED_AT_THE_END}
+        if not self.remote and self._copy_of_experiment() != description:
+            self._put(self._copy, seal(description), durable=False)  # what it is a copy of is on the disk
 
     def update_experiment(self, changes: Mapping[str, Any]) -> None:
         """Adds to experiment.json what is known at the end."""
-        recorded = self.read_experiment() or {}
-        self.write(self.folder / "experiment.json", (dump_json({**recorded, **changes}, indent=2) + "\n").encode())
+        self._write_experiment({**(self.read_experiment() or {}), **changes})
+
+    def _write_experiment(self, value: Mapping[str, Any]) -> None:
+        path = self.folder / "experiment.json"
+        self.write(path, (dump_json(value, indent=2) + "\n").encode())
+        if not self.remote:
+            with self._disk_errors(path):
+                _sync_folder(self.folder)
 
     # --- batches and prompts -------------------------------------------------------------------------------------
 
@@ -179,39 +289,77 @@ class Store:
         for name, data in files.items():
             self.write(samples / name, data)
             batch.files[name] = hashlib.sha256(data).hexdigest()
-        name = f"{batch.samples[0]:05}-{batch.samples[-1]:05}.json"
-        self.write(self._work / "batches" / f"{index:05}" / name, dump_json(batch.__dict__).encode())
+        self.write(self._record_folder(index) / batch.name, seal(batch.__dict__))
+
+    def _record_folder(self, index: int) -> Path:
+        return self._work / "batches" / f"{index:05}"
 
     def batches(self, index: int) -> tuple[list[Batch], list[str]]:
         """A prompt's finished batches, in order and disjoint; and what was found wrong with files of others."""
-        batches: list[Batch] = []
+        sealed, unsealed, problems = self._batches(index)
+        return sorted([*sealed, *unsealed], key=lambda b: b.start), problems
+
+    def _batches(self, index: int) -> tuple[list[Batch], list[Batch], list[str]]:
+        """A prompt's finished batches, those with a checksum and those of version 0.1.0 without, and what is wrong."""
+        finished: tuple[list[Batch], list[Batch]] = ([], [])
         problems: list[str] = []
         samples, covered = self.prompt_folder(index) / "samples", set[int]()
         stored = {path.name for path in samples.glob("*")} if self.remote else None
-        for path in sorted((self._work / "batches" / f"{index:05}").glob("*.json")):
+        for path in sorted(self._record_folder(index).glob("*.json")):
+            if not _RECORD_NAME.fullmatch(path.name):
+                continue
             try:
-                batch = Batch(**json.loads(path.read_bytes().decode()))
-                in_order = batch.samples[0] >= 0 and batch.samples[-1] < self.settings.total
-                complete = len(batch.seeds) == len(batch.judged) and bool(batch.files)
-            except (OSError, ValueError, TypeError, IndexError, AttributeError, RecursionError):
+                data = self._read(path)
+                if data is None:
+                    continue  # gone since it was listed
+                is_sealed, batch = _batch_of(data, self.settings)
+                if batch.name != path.name:
+                    raise ValueError("of other samples than its name says")
+            except InputError as e:
+                problems.append(str(e))
+                continue
+            except ValueError:
                 problems.append(f"{path}: damaged")
+                continue
+            if not is_sealed and not self._is_vouched_for(index, batch):
+                problems.append(f"{path}: has no checksum, and metadata.jsonl does not say the same")
                 continue
             bad = [
                 problem
                 for name, sha in batch.files.items()
-                if (problem := _file_problem(samples / name, sha if stored is None else name in stored))
+                if (problem := self._file_problem(samples / name, sha if stored is None else name in stored))
             ]
             problems += bad
-            if not bad and in_order and complete and covered.isdisjoint(batch.samples):
-                batches.append(batch)
+            if not bad and covered.isdisjoint(batch.samples):
+                finished[0 if is_sealed else 1].append(batch)
                 covered.update(batch.samples)
-        return sorted(batches, key=lambda b: b.start), problems
+        return *finished, problems
+
+    def _is_vouched_for(self, index: int, batch: Batch) -> bool:
+        """Whether a prompt's metadata.jsonl says the same as a batch's record."""
+        try:
+            metadata = self._read_object(self.prompt_folder(index) / "metadata.jsonl")
+        except (InputError, ValueError):
+            return False
+        return metadata is not None and _says_the_same(metadata, batch)
+
+    def _file_problem(self, path: Path, sha: str | bool) -> str | None:
+        """What is wrong with a file that should have that SHA-256, or of which it is known whether it is there."""
+        if isinstance(sha, bool):
+            return None if sha else f"{path}: missing"
+        try:
+            data = self._read(path, _MOST_OF_A_SAMPLE)
+        except InputError as e:
+            return str(e)
+        if data is None:
+            return f"{path}: missing"
+        return None if hashlib.sha256(data).hexdigest() == sha else f"{path}: damaged ({len(data)} bytes)"
 
     def progress(self, index: int) -> Progress:
         """How far a prompt is, from names and times alone."""
         batches = {}
         with contextlib.suppress(OSError):
-            for entry in os.scandir(self._work / "batches" / f"{index:05}"):
+            for entry in os.scandir(self._record_folder(index)):
                 first, _, last = entry.name.removesuffix(".json").partition("-")
                 with contextlib.suppress(OSError, ValueError):
                     batches[entry.name] = (entry.stat().st_mtime_ns, int(last) - int(first) + 1)
@@ -242,12 +390,15 @@ class Store:
         expected = self.record(prompt, batches)
         path = self.prompt_folder(prompt.index) / "metadata.jsonl"
         try:
-            found = path.read_bytes()
-        except OSError:
+            found = self._read(path)
+        except InputError as e:
+            return False, [*problems, str(e)]
+        if found is None:
             return False, problems
         if expected is None:
             return False, problems or [f"{path}: belongs to images that are not there"]
-        return found == expected, problems if found == expected else [*problems, f"{path}: damaged"]
+        fits = _is_record(found, expected)
+        return fits, problems if fits else [*problems, f"{path}: damaged"]
 
     def has_record(self, index: int) -> bool:
         """Whether a prompt's metadata.jsonl is there, whatever is in it."""
@@ -256,22 +407,31 @@ class Store:
     def holder(self) -> str:
         """Who has the run's lock, as written in the folder; empty where that cannot be read."""
         try:
-            return (self._work / "holder").read_text().strip()
-        except OSError:
+            return printable((self._read(self._work / "holder", 1 << 10) or b"").decode().strip())
+        except (InputError, ValueError):
             return ""
 
     def answers(self, index: int) -> list[str]:
         """The model's answers about a finished prompt's images; none when its record has gone since."""
         try:
-            record = json.loads((self.prompt_folder(index) / "metadata.jsonl").read_bytes())
+            record = self._read_object(self.prompt_folder(index) / "metadata.jsonl") or {}
             return [entry["answer"] for entry in record["text_responses"].values()]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (InputError, ValueError, KeyError, TypeError, AttributeError):
             return []
 
-    def reopen(self, index: int) -> None:
-        """A prompt that has to be drawn, in whole or in part, has no record until it is finished."""
-        with self._disk_errors(self.prompt_folder(index)):
-            (self.prompt_folder(index) / "metadata.jsonl").unlink(missing_ok=True)
+    def reopen(self, index: int) -> list[Batch]:
+        """The finished batches of a prompt of which others must be drawn: until then it has no record.
+
+        Batches of version 0.1.0, which metadata.jsonl vouched for, get a checksum before that is removed.
+        """
+        folder = self.prompt_folder(index)
+        sealed, unsealed, _ = self._batches(index)
+        for batch in unsealed:
+            self.write(self._record_folder(index) / batch.name, seal(batch.__dict__))
+        with self._disk_errors(folder):
+            (folder / "error.json").unlink(missing_ok=True)
+            (folder / "metadata.jsonl").unlink(missing_ok=True)
+        return [*sealed, *unsealed]
 
     def finish(self, prompt: PromptRecord) -> dict[str, Any]:
         """Writes a prompt's metadata.jsonl from its batches and returns it."""
@@ -280,9 +440,20 @@ class Store:
         if data is None:
             raise OutputError(f"{self.prompt_folder(prompt.index)}: changed while it was drawn ({'; '.join(problems)})")
         self.write(self.prompt_folder(prompt.index) / "metadata.jsonl", data)
-        with self._disk_errors(self.prompt_folder(prompt.index)):
-            (self.prompt_folder(prompt.index) / "error.json").unlink(missing_ok=True)
-        return json.loads(data)  # type: ignore[no-any-return]
+        self.tidy(prompt.index)
+        if problems:  # records that were made again under other names would be complained of for ever
+            used = {batch.name for batch in batches}
+            with self._disk_errors(self._record_folder(prompt.index)):
+                for path in self._record_folder(prompt.index).glob("*.json"):
+                    if _RECORD_NAME.fullmatch(path.name) and path.name not in used:
+                        path.unlink(missing_ok=True)
+        return _object(data)
+
+    def tidy(self, index: int) -> None:
+        """Removes the error of an earlier run from beside a finished prompt's record."""
+        path = self.prompt_folder(index) / "error.json"
+        with self._disk_errors(path):
+            path.unlink(missing_ok=True)
 
     def fail(self, index: int, error: str, tries: int) -> None:
         """Records that a prompt failed."""
@@ -291,14 +462,21 @@ class Store:
         )
 
     def failure(self, index: int) -> tuple[int, str] | None:
-        """A failed prompt's time of failure (ns) and error."""
+        """A failed prompt's time of failure (ns) and error, as it may be shown; None for a prompt that has its record."""
         path = self.prompt_folder(index) / "error.json"
         try:
             time_of_failure = remote.put_time(path) if self.remote else path.stat().st_mtime_ns
-            return time_of_failure, str(json.loads(path.read_bytes())["error"])
+            if self.has_record(index):
+                return None  # killed between the two, or the failure is older
+            value = self._read_object(path)
+            return (
+                None
+                if value is None
+                else (time_of_failure, printable(str(value["error"])[:_MOST_OF_AN_ERROR], lines=True))
+            )
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, InputError, ValueError, KeyError):
             return 0, "(its error.json cannot be read)"
 
     # --- locks ---------------------------------------------------------------------------------------------------
@@ -328,7 +506,8 @@ class Store:
                 )
             lock.files.append(file)
         if rank == 0:
-            self.write(self._work / "holder", f"process {os.getpid()} on {socket.gethostname()}".encode())
+            holder = f"process {os.getpid()} on {socket.gethostname()}"
+            self._put(self._work / "holder", holder.encode(), durable=False)
         return lock
 
     def lock_prompt(self, index: int) -> IO[str] | None:
@@ -339,7 +518,7 @@ class Store:
 
     def _lock(self, path: Path, kind: int, patience: float) -> IO[str] | None:
         with self._disk_errors(path):
-            file = path.open("a")
+            file = os.fdopen(_open(path, os.O_APPEND), "a")
         deadline = time.monotonic() + patience
         while True:
             try:
@@ -378,14 +557,157 @@ class RunLock:
         self.close()
 
 
-def _file_problem(path: Path, sha: str | bool) -> str | None:
-    """What is wrong with a file that should have that SHA-256, or of which it is known whether it is there."""
-    if isinstance(sha, bool):
-        return None if sha else f"{path}: missing"
+def seal(value: Mapping[str, Any]) -> bytes:
+    """An object as JSON, with the SHA-256 of that JSON as its last field."""
+    digest = hashlib.sha256(dump_json(value).encode()).hexdigest()
+    return dump_json({**value, "sha256": digest}).encode()
+
+
+def unseal(data: bytes) -> dict[str, Any]:
+    """The object that `seal` made to bytes, without the checksum.
+
+    Raises:
+        ValueError: when not every byte is as it was.
+    """
+    value = _object(data)
+    value.pop("sha256", None)
+    if not _writes(lambda: seal(value), data):
+        raise ValueError("its checksum does not fit")
+    return value
+
+
+def _object(data: bytes) -> dict[str, Any]:
+    value = parse_json(data)
+    if not isinstance(value, dict):
+        raise ValueError("no JSON object")
+    return value
+
+
+def _writes(write: Callable[[], bytes], data: bytes) -> bool:
+    """Whether a value that was read from somewhere is written as those bytes."""
     try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        return f"{path}: missing"
+        return write() == data
+    except (ValueError, RecursionError):  # half surrogates, infinite numbers, brackets in brackets in …
+        return False
+
+
+def _batch_of(data: bytes, settings: Settings) -> tuple[bool, Batch]:
+    """The batch of a record, and whether the record has a checksum.
+
+    Raises:
+        ValueError: when it is not a record of this experiment, or not as it was written.
+    """
+    value = _object(data)
+    is_sealed = "sha256" in value
+    if is_sealed:
+        value = unseal(data)
+    elif not _writes(lambda: dump_json(value).encode(), data):
+        raise ValueError("not as it was written")
+    if value.keys() != {f.name for f in dataclasses.fields(Batch)}:
+        raise ValueError("other fields than a record's")
+    start, seeds, judged, rewards, files = (value[n] for n in ("start", "seeds", "judged", "rewards", "files"))
+    if not (_is_whole(start, settings.total) and isinstance(value["output_text"], str)):
+        raise ValueError("start or output_text is of another type or too large")
+    if not (isinstance(judged, list) and 0 < len(judged) <= settings.total - start):
+        raise ValueError("judged is not a list of the experiment's size")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("answer"), str) for entry in judged):
+        raise ValueError("judged has an entry without an answer")
+    if not (isinstance(seeds, list) and len(seeds) == len(judged) and all(_is_whole(n, 1 << 63) for n in seeds)):
+        raise ValueError("seeds are not one whole number for each image")
+    if settings.reward is None and rewards is not None:
+        raise ValueError("rewards, of which the experiment has none")
+    if settings.reward is not None and not (
+        isinstance(rewards, list) and len(rewards) == len(judged) and all(_is_number(x) for x in rewards)
+    ):
+        raise ValueError("rewards are not one number for each image")
+    batch = Batch(**value)
+    names = {f"{i:05}.png" for i in batch.samples}
+    if settings.save_latents:
+        names |= {f"{i:05}_latent.pt" for i in batch.samples}
+    if not (isinstance(files, dict) and files.keys() == names and all(isinstance(sha, str) for sha in files.values())):
+        raise ValueError("files are not those of its samples")
+    return is_sealed, batch
+
+
+def _is_whole(value: Any, end: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) and math.isfinite(value)
+
+
+def _says_the_same(metadata: Mapping[str, Any], batch: Batch) -> bool:
+    """Whether a prompt's metadata.jsonl agrees with all that a batch's record puts into it."""
+    try:
+        entries, seeds, rewards = (metadata[n] for n in ("text_responses", "image_seeds", "all_ir_scores"))
+        return (
+            (batch.start > 0 or metadata["output_text"] == batch.output_text)
+            and all(
+                dump_json(entries[str(i)]) == dump_json(entry)
+                for i, entry in zip(batch.samples, batch.judged, strict=True)
+            )
+            and seeds[batch.start : batch.samples.stop] == batch.seeds
+            and (
+                rewards is None if batch.rewards is None else rewards[batch.start : batch.samples.stop] == batch.rewards
+            )
+        )
+    except (ValueError, RecursionError, LookupError, TypeError):
+        return False
+
+
+def _is_record(found: bytes, expected: bytes) -> bool:
+    """Whether a metadata.jsonl is the expected one, or what version 0.1.0 wrote: that without fields that came later."""
+    if found == expected:
+        return True
+    try:
+        there, now = _object(found), _object(expected)
+    except ValueError:
+        return False
+    older = {name: value for name, value in now.items() if name in there}
+    return older.keys() >= _FIRST_FIELDS and found == (dump_json(older) + "\n").encode()
+
+
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of a file to write to, made if it is missing.
+
+    Raises:
+        OSError: when there is a link, which somebody else may have put there, or anything but a regular file.
+    """
+    flags |= os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # else a pipe waits for its reader
+    try:
+        descriptor = os.open(path, flags, 0o666)
     except OSError as e:
-        return f"{path}: cannot be read ({e.strerror})"
-    return None if hashlib.sha256(data).hexdigest() == sha else f"{path}: damaged ({len(data)} bytes)"
+        if e.errno == errno.ELOOP:
+            raise OSError(e.errno, "a symbolic link, which is not followed") from e
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return descriptor
+
+
+def _make(path: Path, data: bytes, durable: bool = True) -> None:
+    """Makes a file anew, in place of what a killed run left or somebody else put there."""
+    try:
+        descriptor = _open(path, os.O_EXCL)
+    except FileExistsError:
+        path.unlink()
+        descriptor = _open(path, os.O_EXCL)
+    with os.fdopen(descriptor, "wb") as file:
+        file.write(data)
+        file.flush()
+        if durable:
+            os.fsync(file.fileno())  # some file systems notice a full disk only here
+
+
+def _sync_folder(folder: Path) -> None:
+    """Has the names in a folder outlive a loss of power, on file systems that can."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,6 +1,6 @@
 """One worker: a model on one device that draws and judges prompts until none is left.
 
-Run by launch.py in its own process, or as `python -m scale_rae.scaling.worker`: then its order comes as a line of JSON on
+Run by launch.py in its own process, or with this module as the main one of another: then its order comes as a line of JSON on
 stdin, which stays open as long as the launcher lives, and its events go out as lines of JSON on stdout.
 """
 
@@ -19,11 +19,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.errors import InputError, OutputError, ScaleRAEError, printable
 from scale_rae.jsonio import dump_json
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings, check_finite, judgement, png_text
+from scale_rae.scaling.experiment import AUTO_REWARD, Settings, check_finite, judgement, png_text
 from scale_rae.scaling.store import Batch, Store
 
 if TYPE_CHECKING:
@@ -113,6 +113,8 @@ def loaded(
         import torch
 
         torch.cuda.set_device(session.model.device)  # else what libraries do by themselves takes memory of cuda:0
+    if settings.reward == AUTO_REWARD:
+        settings = store.settings = _with_reward(store, settings, order, session, listen)
     reward = None
     if settings.reward is not None:
         from scale_rae.rewards import load_reward
@@ -135,6 +137,21 @@ def loaded(
             raise
 
 
+def _with_reward(store: Store, settings: Settings, order: Order, session: Session, listen: Listener) -> Settings:
+    """The settings with the reward that was left open: the experiment's, or of a new one the model's own or the guide's."""
+    from scale_rae.rewards import DEFAULT_REWARD, default_reward
+
+    settings = settings.resumed(store.read_experiment())
+    if settings.reward == AUTO_REWARD:
+        # A path to weights is a path to the guide's: the model's own reward has none.
+        name = default_reward(session.model) if settings.reward_path is None else DEFAULT_REWARD
+        settings = dataclasses.replace(settings, reward=name)
+        if name != DEFAULT_REWARD and order.rank == 0:
+            listen({"event": "say", "text": f"reward: {name}, which the model brings (--reward chooses another)"})
+    order.description["settings"]["reward"] = settings.reward
+    return settings
+
+
 def _join_experiment(
     store: Store,
     settings: Settings,
@@ -148,11 +165,14 @@ def _join_experiment(
 
     Returns the experiment's batch size, for which the first worker asks `measure` when none is given.
     """
-    from scale_rae.session import differences
+    from scale_rae.session import differences, reward_differs
 
     model = session.model
     recorded = store.read_experiment()
-    size = settings.batch_size or (recorded or {}).get("settings", {}).get("batch_size")
+    size = settings.batch_size
+    if recorded is not None:
+        _check_description(store, recorded)
+        size = size or recorded["settings"]["batch_size"]
     if size is None:
         size = measure() if _measures(model) else 8
     described = session.describe()
@@ -166,8 +186,9 @@ def _join_experiment(
     }
     now = json.loads(dump_json(now))
     recorded = recorded or store.claim(now)
+    _check_description(store, recorded)
     found = differences(recorded, now)
-    if _without_paths(recorded.get("reward")) != _without_paths(now["reward"]):
+    if reward_differs(recorded.get("reward"), now["reward"]):
         found.append("the reward's files")
     if recorded.get("device") != now["device"]:
         found.append(f"device {now['device']} here, {recorded.get('device')} there")
@@ -177,25 +198,26 @@ def _join_experiment(
         raise InputError(
             f"{store.folder}: begun with others than these: {'; '.join(found)}; choose another --output-dir"
         )
+    store.keep_copy(recorded)
     for name, version in now["versions"].items():
-        then = recorded.get("versions", {}).get(name)
+        then = recorded["versions"].get(name)
         if then not in (None, version) and order.rank == 0:
             listen({"event": "say", "text": f"note: {name} {version} here, {then} before: rounding may differ"})
     return int(recorded["settings"]["batch_size"])
 
 
+def _check_description(store: Store, recorded: dict[str, Any]) -> None:
+    """Raises InputError when experiment.json lacks what is needed to go on."""
+    settings = recorded.get("settings")
+    size = settings.get("batch_size") if isinstance(settings, dict) else None
+    if not isinstance(size, int) or size < 1 or not isinstance(recorded.get("versions"), dict):
+        raise InputError(
+            f"{store.folder / 'experiment.json'}: has no settings.batch_size or no versions; choose another --output-dir"
+        )
+
+
 def _measures(model: ScaleRAE) -> bool:
     return model.device.type != "cpu"  # where there is no limit that one would notice in time
-
-
-def _without_paths(identity: Any) -> Any:
-    """A reward's identity without the names of its parts' folders, which may move."""
-    if not isinstance(identity, dict):
-        return identity
-    return {
-        name: {k: v for k, v in value.items() if k != "name"} if isinstance(value, dict) else value
-        for name, value in identity.items()
-    }
 
 
 class WorkerLog:
@@ -205,14 +227,14 @@ class WorkerLog:
     """
 
     def __init__(self, store: Store, rank: int) -> None:
-        self._path = store.log_file(rank)
-        self._to_stderr = store.remote
+        self._store, self._rank = store, rank
 
     def __call__(self, text: str) -> None:
-        if self._to_stderr:
+        text = printable(text, lines=True)
+        if self._store.remote:
             print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)
             return
-        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+        with contextlib.suppress(OSError), self._store.open_log(self._rank) as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 
@@ -307,8 +329,7 @@ class Worker:
         return True
 
     def _draw(self, prompt: PromptRecord, size: int) -> dict[str, Any]:
-        there = {i for batch in self.store.batches(prompt.index)[0] for i in batch.samples}
-        self.store.reopen(prompt.index)
+        there = {i for batch in self.store.reopen(prompt.index) for i in batch.samples}
         missing = [
             run
             for samples in self.settings.slices(self.batch_size)
@@ -548,15 +569,19 @@ def main() -> int:
     try:
         seconds = work(store, settings, order, listen)
     except ScaleRAEError as e:
-        traceback.print_exc()
+        _print_traceback()
         listen({"event": "fatal", "error": str(e), "kind": type(e).__name__})
         return 3
     except Exception as e:
-        traceback.print_exc()
+        _print_traceback()
         listen({"event": "say", "text": f"worker {order.rank}: unexpected {type(e).__name__}: {e}"})
         return 1
     listen({"event": "done", "rank": order.rank, "seconds": seconds})
     return 0
+
+
+def _print_traceback() -> None:
+    print(printable(traceback.format_exc(), lines=True), file=sys.stderr, flush=True)
 
 
 def _die_with_launcher() -> None:

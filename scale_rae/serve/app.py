@@ -446,7 +446,7 @@ def _conversation(messages: Sequence[Any], limits: Limits) -> tuple[list[Turn], 
         text = "\n".join(texts)
         length += len(text)
         if message.role == "user":
-            _check_text(text, length, field, limits)
+            _check_text(text or "-" if shown else text, length, field, limits)
             turns.append(Turn("user", text, len(shown)))
         else:
             _check_text(text or "-", length, field, limits)

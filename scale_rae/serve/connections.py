@@ -58,10 +58,11 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self._ended:
             return
-        if self.conn.their_state is h11.IDLE:
-            self._chunks = 0
         # Each chunk costs as much as a request's head: a body of one byte in each would keep the server busy.
-        self._chunks += len(_CHUNK.findall(data))
+        is_head = self.conn.their_state is h11.IDLE
+        start = data.find(b"\r\n\r\n") if is_head and b"\n" not in data[:3] else 0  # in case the head ends there
+        found = len(_CHUNK.findall(data, start)) if start >= 0 else 0
+        self._chunks = found if is_head else self._chunks + found
         if self._chunks > self._limits.chunks:
             self._dropped("chunks")
             self._give_up(400, "too_many_chunks", f"the body comes in more than {self._limits.chunks} chunks")

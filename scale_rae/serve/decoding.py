@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import os
 import signal
@@ -18,6 +19,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -42,16 +44,21 @@ _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH"
 
 
 class Decoders:
-    """Reads data URLs in worker processes, which start when they are first needed."""
+    """Reads data URLs in worker processes, which start when they are first needed.
+
+    Clients take turns. An image that takes long is stopped, and begins again when no other waits for a first try and a
+    worker is left for those that come: whatever it does, others wait for a few seconds.
+    """
 
     def __init__(self, limits: Limits, report: Callable[[BaseException], None]) -> None:
         self._limits, self._report = limits, report
         self._threads = ThreadPoolExecutor(limits.decoders, thread_name_prefix="decoder")
         self._all = [_Worker() for _ in range(limits.decoders)]
         self._free = list(self._all)
-        self._waiting: list[tuple[str, asyncio.Future[_Worker]]] = []
-        self._running: Counter[str] = Counter()
+        self._waiting: list[_Waiting] = []
+        self._slow = 0  # workers that have a slow image
         self._turns = Turns()
+        self._clients: Counter[str] = Counter()  # of images that wait or are decoded
         self._closed = False
 
     async def read(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
@@ -62,28 +69,44 @@ class Decoders:
         Raises:
             Refused: naming the field, for what is no image or takes too long; when the server shuts down.
         """
-        worker = await self._take(client)
-        work = asyncio.get_running_loop().run_in_executor(self._threads, self._read, worker, url, field, then)
-        work.add_done_callback(lambda done: self._give_back(worker, client, done))
+        self._clients[client] += 1
         try:
-            async with asyncio.timeout(self._limits.decoding):
-                return await asyncio.shield(work)
-        except TimeoutError:
-            if not work.done():  # else the worker is somebody else's by now
-                worker.end()
-            said = f"{field}: the image takes more than {self._limits.decoding:g} s to decode; send a simpler one"
-            raise Refused(400, "invalid_image", said, field) from None
-        except asyncio.CancelledError:
-            if not work.done():
-                worker.end()
-            raise
+            return await self._try(url, field, client, then)
+        finally:
+            self._clients[client] -= 1
+            self._clients += Counter()  # without those at zero
+            self._turns.keep(self._clients)
+
+    async def _try(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
+        limits = self._limits
+        for is_slow, seconds in ((False, min(limits.quick, limits.decoding)), (True, limits.decoding)):
+            worker = await self._take(client, is_slow)
+            if self._closed:
+                raise shutting_down()
+            loop = asyncio.get_running_loop()
+            limit = asyncio.timeout(None)
+
+            # Only decoding counts, not the start of a process.
+            started = functools.partial(loop.call_soon_threadsafe, _end_in, limit, seconds)
+            work = loop.run_in_executor(self._threads, self._read, worker, url, field, seconds, started, then)
+            work.add_done_callback(functools.partial(self._give_back, worker, is_slow))
+            try:
+                async with limit:
+                    return await asyncio.shield(work)
+            except TimeoutError:
+                pass
+            finally:
+                if not work.done():  # else the worker is somebody else's by now
+                    worker.end()
+        said = f"{field}: the image takes more than {limits.decoding:g} s to decode; send a simpler one"
+        raise Refused(400, "invalid_image", said, field)
 
     def close(self) -> None:
         """Ends the workers; what waits is refused."""
         self._closed = True
-        for _, turn in self._waiting:
-            if not turn.done():
-                turn.set_exception(shutting_down())
+        for waits in self._waiting:
+            if not waits.turn.done():
+                waits.turn.set_exception(shutting_down())
         self._waiting.clear()
         for worker in self._all:
             worker.end()
@@ -91,51 +114,58 @@ class Decoders:
 
     # Turns -----------------------------------------------------------------------------------------------------------
 
-    async def _take(self, client: str) -> _Worker:
+    async def _take(self, client: str, is_slow: bool) -> _Worker:
         """A free worker, when it is the client's turn."""
         if self._closed:
             raise shutting_down()
-        turn: asyncio.Future[_Worker] = asyncio.get_running_loop().create_future()
-        self._waiting.append((client, turn))
+        waits = _Waiting(client, is_slow, asyncio.get_running_loop().create_future())
+        self._waiting.append(waits)
         self._hand_out()
         try:
-            return await turn
+            return await waits.turn
         except asyncio.CancelledError:
-            self._waiting = [entry for entry in self._waiting if entry[1] is not turn]
-            if turn.done() and not turn.cancelled() and turn.exception() is None:
-                self._put_back(turn.result(), client)
+            if waits in self._waiting:
+                self._waiting.remove(waits)
+            elif not waits.turn.cancelled() and waits.turn.exception() is None:
+                self._put_back(waits.turn.result(), is_slow)
             raise
 
     def _hand_out(self) -> None:
-        """Gives free workers to those who wait; one client never gets them all."""
-        most = max(1, len(self._all) - 1)
-        for entry in self._turns.order(self._waiting, lambda entry: entry[0]):
-            client, turn = entry
-            if not self._free or self._closed:
-                return
-            if not turn.done() and self._running[client] < most:
-                self._waiting.remove(entry)
-                self._running[client] += 1
-                self._turns.serve([client])
-                turn.set_result(self._free.pop())
+        """Gives free workers to those who wait; slow images never get them all."""
+        most_slow = max(1, len(self._all) - 1)
+        for is_slow in (False, True):
+            waiting = [waits for waits in self._waiting if waits.is_slow == is_slow and not waits.turn.done()]
+            for waits in self._turns.order(waiting, lambda waits: waits.client):
+                if not self._free or self._closed or (is_slow and self._slow >= most_slow):
+                    break
+                self._waiting.remove(waits)
+                self._slow += is_slow
+                self._turns.serve([waits.client])
+                waits.turn.set_result(self._free.pop())
 
-    def _give_back(self, worker: _Worker, client: str, done: asyncio.Future[Any]) -> None:
+    def _give_back(self, worker: _Worker, is_slow: bool, done: asyncio.Future[Any]) -> None:
         if not done.cancelled():
             done.exception()  # which the request has got, unless it is over
-        self._put_back(worker, client)
+        self._put_back(worker, is_slow)
 
-    def _put_back(self, worker: _Worker, client: str) -> None:
+    def _put_back(self, worker: _Worker, is_slow: bool) -> None:
         self._free.append(worker)
-        self._running[client] -= 1
-        self._running += Counter()  # without those at zero
-        self._turns.keep({*self._running, *(client for client, _ in self._waiting)})
+        self._slow -= is_slow
         self._hand_out()
 
     # On a thread -----------------------------------------------------------------------------------------------------
 
-    def _read(self, worker: _Worker, url: str, field: str, then: Callable[[Image.Image], T]) -> T:
+    def _read(
+        self,
+        worker: _Worker,
+        url: str,
+        field: str,
+        seconds: float,
+        started: Callable[[], object],
+        then: Callable[[Image.Image], T],
+    ) -> T:
         try:
-            image = worker.read(url, field, self._limits)
+            image = worker.read(url, field, self._limits.pixels, seconds, started)
         except InputError as e:
             raise Refused(400, "invalid_image", str(e), field) from None
         except _EndedError as e:
@@ -145,6 +175,15 @@ class Decoders:
                 self._report(e)
             raise Refused(400, "invalid_image", f"{field}: the image is damaged or cannot be read", field) from None
         return then(image)
+
+
+@dataclass(eq=False)
+class _Waiting:
+    """A request that waits for a worker."""
+
+    client: str
+    is_slow: bool  # whether its image has been tried once
+    turn: asyncio.Future[_Worker]
 
 
 class _EndedError(Exception):
@@ -163,7 +202,7 @@ class _Worker:
         self._lock = threading.Lock()
         self._busy = self._ended = False
 
-    def read(self, url: str, field: str, limits: Limits) -> Image.Image:
+    def read(self, url: str, field: str, pixels: int, seconds: float, started: Callable[[], object]) -> Image.Image:
         """The image in a data URL.
 
         Raises:
@@ -173,7 +212,7 @@ class _Worker:
         with self._lock:
             self._busy, self._ended = True, False
         try:
-            return self._ask(url, field, limits)
+            return self._ask(url, field, pixels, seconds, started)
         except (OSError, EOFError) as e:
             with self._lock:
                 self._busy = False
@@ -195,19 +234,20 @@ class _Worker:
             if idle:  # else `read` does, which uses the pipes now
                 _close(process)
 
-    def _ask(self, url: str, field: str, limits: Limits) -> Image.Image:
+    def _ask(self, url: str, field: str, pixels: int, seconds: float, started: Callable[[], object]) -> Image.Image:
         process = self._process
         if process is None or process.poll() is not None:
-            process = self._start(_MEMORY_BASE + _MEMORY_PER_PIXEL * limits.pixels)
+            process = self._start(_MEMORY_BASE + _MEMORY_PER_PIXEL * pixels)
         assert process.stdin is not None
         assert process.stdout is not None
+        started()
         name, data = field.encode(), url.encode("utf-8", "surrogatepass")
-        process.stdin.write(_QUESTION.pack(len(name), len(data), limits.pixels, math.ceil(limits.decoding) + 5))
+        process.stdin.write(_QUESTION.pack(len(name), len(data), pixels, math.ceil(seconds) + 5))
         process.stdin.write(name)
         process.stdin.write(data)
         process.stdin.flush()
         kind, width, height, size = _ANSWER.unpack(_exactly(process.stdout, _ANSWER.size))
-        if (kind == _IMAGE and size != 3 * width * height) or size > 3 * limits.pixels + 4096:
+        if (kind == _IMAGE and size != 3 * width * height) or size > 3 * pixels + 4096:
             raise EOFError
         data = _exactly(process.stdout, size)
         if kind == _IMAGE:
@@ -240,6 +280,11 @@ class _Worker:
         if _exactly(process.stdout, len(_READY)) != _READY:
             raise EOFError
         return process
+
+
+def _end_in(limit: asyncio.Timeout, seconds: float) -> None:
+    with contextlib.suppress(RuntimeError):  # it is over already
+        limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:

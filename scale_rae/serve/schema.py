@@ -1,18 +1,19 @@
 """Requests and answers as they are on the wire: OpenAI's, and what a Scale-RAE can be told besides.
 
 Fields that OpenAI's clients send and that mean nothing here are either taken at every value that changes no promise (`user`,
-`temperature`: text is greedy), or at the one value that is true here. Anything else is refused by name.
+`temperature`: text is greedy), or at the values that are true here (`tool_choice: "none"`). Anything else is refused by
+name. null is the same as no field, everywhere. Lists end at their first error, and objects of very many fields at their
+number: a wrong request makes a few errors, however long it is.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from scale_rae.flow import DEFAULT_STEPS
-from scale_rae.options import SamplingOptions
+from scale_rae.options import DEFAULT_STEPS, SamplingOptions
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "ab2"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
@@ -24,6 +25,10 @@ def _no(value: bool) -> bool:
         raise PydanticCustomError("only_false", "only false is possible here")
     return value
 
+
+MOST_FIELDS = 100  # of an object
+NoList = Annotated[list[Any], Field(max_length=0)]
+Zero = Annotated[int, Field(ge=0, le=0)]  # as Literal[False] would take 0, Literal[0] would take false
 
 # Literal[False] would take 0 too.
 No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"type": "boolean", "const": False})]
@@ -37,7 +42,33 @@ PIXEL = (
 
 class _Strict(BaseModel):
     # Strict: a number in quotes, or true for 1, is not what the document says.
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, hide_input_in_errors=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        allow_inf_nan=False,
+        hide_input_in_errors=True,
+        json_schema_extra=lambda schema: _take_null(schema),
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_null(cls, value: Any) -> Any:
+        """Null is absent."""
+        if not isinstance(value, dict):
+            return value
+        if len(value) > MOST_FIELDS:
+            raise PydanticCustomError("too_many_fields", f"has more than {MOST_FIELDS} fields")
+        return {name: given for name, given in value.items() if given is not None}
+
+
+def _take_null(schema: dict[str, Any]) -> None:
+    """Says in an object's JSON schema that fields which may be absent may be null."""
+    for name, field in schema.get("properties", {}).items():
+        variants = field.get("anyOf", [field])
+        if name in schema.get("required", ()) or {"type": "null"} in variants or field.get("type") == "null":
+            continue
+        said = {key: field.pop(key) for key in ("title", "description", "default", "examples") if key in field}
+        schema["properties"][name] = {"anyOf": [*field.pop("anyOf", [dict(field)]), {"type": "null"}], **said}
 
 
 class _Sampling(_Strict):
@@ -82,8 +113,11 @@ class ImageRequest(_Sampling):
     quality: Literal["auto", "standard"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto", "low"] | None = None
+    output_compression: Annotated[int, Field(ge=100, le=100)] | None = None
+    partial_images: Zero | None = None
     stream: No | None = None
     user: str | None = None
+    safety_identifier: str | None = None
 
 
 class ImageURL(_Strict):
@@ -104,39 +138,42 @@ class TextPart(_Strict):
 
 
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Texts = Annotated[list[TextPart], Field(max_length=256, fail_fast=True)]
 
 
 class UserMessage(_Strict):
     role: Literal["user"]
-    content: str | Annotated[list[Part], Field(min_length=1)]
+    content: str | Annotated[list[Part], Field(min_length=1, max_length=256, fail_fast=True)]
     name: str | None = None
 
 
 class SystemMessage(_Strict):
     role: Literal["system", "developer"]
-    content: str | Annotated[list[TextPart], Field(min_length=1)]
+    content: str | Annotated[Texts, Field(min_length=1)]
     name: str | None = None
 
 
 class AssistantMessage(_Strict):
-    """What the model said before. `images` as they were in the answer."""
+    """What the model said before, with all that clients add to it. `images` as they were in the answer."""
 
     role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
-    images: list[ImagePart] = []
+    content: str | Texts | None = None
+    images: Annotated[list[ImagePart], Field(max_length=64, fail_fast=True)] = []
     name: str | None = None
-    refusal: None = None
-    annotations: list[Any] | None = None
+    refusal: Literal[""] | None = None
+    reasoning_content: Literal[""] | None = None
+    annotations: Annotated[list[Any], Field(max_length=256)] | None = None
     audio: None = None
     function_call: None = None
-    tool_calls: None = None
+    parsed: None = None
+    tool_calls: NoList | None = None
 
 
 Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
     include_obfuscation: bool | None = None
 
 
@@ -147,15 +184,15 @@ class TextFormat(_Strict):
 class ChatRequest(_Sampling):
     """POST /v1/chat/completions"""
 
-    messages: list[Message] = Field(min_length=1, max_length=1000)
+    messages: Annotated[list[Message], Field(min_length=1, max_length=1000, fail_fast=True)]
     model: str | None = None
     n: int = Field(1, ge=1, le=64, description="Choices. Their text is the same, their images have noise of their own.")
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    modalities: list[Literal["text", "image"]] | None = Field(
-        None, description='Without "image", what the answer asks to draw is not drawn.'
+    modalities: Annotated[list[Literal["text", "image"]], Field(max_length=16, fail_fast=True)] | None = Field(
+        None, description='Without "image", the answer ends where it would draw; without modalities, it draws.'
     )
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="Ignored: text is greedy.")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Ignored: text is greedy.")
@@ -163,8 +200,20 @@ class ChatRequest(_Sampling):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = Field(None, description="Ignored.")
     response_format: TextFormat | None = None
     logprobs: No | None = None
-    stop: Annotated[list[str], Field(max_length=0)] | None = None
-    tools: Annotated[list[Any], Field(max_length=0)] | None = None
+    top_logprobs: Zero | None = None
+    logit_bias: Annotated[dict[str, Any], Field(max_length=0)] | None = None
+    stop: NoList | None = None
+    tools: NoList | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    parallel_tool_calls: bool | None = None
+    functions: NoList | None = None
+    function_call: Literal["none", "auto"] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    verbosity: Literal["medium"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
     store: No | None = None
     user: str | None = None
 

@@ -33,6 +33,7 @@ class Limits:
     images: int = 8  # in a request
     decoders: int = 2  # processes that decode images
     decoding: float = 15.0  # seconds that one image may take to decode
+    quick: float = 3.0  # seconds of that after which an image gives its decoder to others, and begins again later
     drawings: int = 16  # that a request has drawn, those that best_of drops included
     steps: int = 250
     new_tokens: int = 1024

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -20,13 +21,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
-import typer
-from PIL import Image
-
 import scale_rae
-from scale_rae.shapes import world
-from scale_rae.shapes.judge import judge
+from scale_rae.errors import OptionError, missing_package, need, printable
+
+try:
+    import numpy as np
+    import typer
+    from PIL import Image
+
+    from scale_rae.options import DEFAULT_STEPS, ModelChoice, check_count, check_options
+    from scale_rae.shapes import world
+except ModuleNotFoundError as e:
+    if __name__ != "__main__":
+        raise
+    raise SystemExit(f"error: {missing_package(e)}") from None
 
 app = typer.Typer(
     add_completion=False,
@@ -98,6 +106,7 @@ def draw_prompts(
     a white picture.
     """
     from scale_rae.noise import image_seed
+    from scale_rae.shapes.judge import judge
 
     results: list[Drawn] = []
     for start in range(0, len(prompts), batch):
@@ -210,6 +219,16 @@ Count = Annotated[int, typer.Option(min=2, help="scenes")]
 Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
 
 
+def _load(
+    model_path: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+) -> scale_rae.ScaleRAE:
+    """The model, after the checks that need no torch."""
+    from scale_rae.session import find_model
+
+    source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize))
+    return scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize)
+
+
 def _table(title: str, rows: dict[str, Share]) -> None:
     print(title)
     for name, share in rows.items():
@@ -221,7 +240,7 @@ def draw_command(
     guidance: Annotated[list[float], typer.Option(help="guidance levels, each evaluated")] = [1.0],  # noqa: B006
     model_path: Model = "shapes",
     per_kind: Annotated[int, typer.Option(help="prompts of each kind")] = 100,
-    steps: Annotated[int, typer.Option(help="steps of the solver")] = 49,
+    steps: Annotated[int, typer.Option(help="steps of the solver")] = DEFAULT_STEPS,
     solver: Annotated[str, typer.Option(help="solver")] = "euler",
     guidance_interval: Annotated[tuple[float, float], typer.Option(help="where in t guidance acts")] = (0.0, 1.0),
     wordings: Annotated[Wording, typer.Option(help="how requests are worded")] = "default",
@@ -234,7 +253,11 @@ def draw_command(
     self_judge: Annotated[bool, typer.Option(help="also ask the model about its own latents")] = True,
 ) -> None:
     """Draw prompts, judge the pictures; ask the model about its own latents."""
-    model = scale_rae.load(model_path, device=device, dtype=dtype, quantize=quantize)
+    need("shapes", "python -m scale_rae.shapes.evaluate draw", "skimage", "scipy")
+    check_count("prompts of each kind", per_kind)
+    for level in guidance:
+        check_options(level, steps, solver, guidance_interval)
+    model = _load(model_path, device, dtype, quantize)
     prompts = world.prompts(per_kind, scenes, seed)
     for level in guidance:
         start = time.perf_counter()
@@ -286,7 +309,7 @@ def read_command(
     device: Device = None,
 ) -> None:
     """Yes/no alignment and descriptions of drawn scenes."""
-    model = scale_rae.load(model_path, device=device)
+    model = _load(model_path, device)
     _table(f"alignment, scenes {scenes}, seed {seed}", alignment(model, count, seed, scenes))
     described = description(model, count, seed + 1, scenes)
     print(f"Describe this image., fully right, scenes {scenes}: {described}")
@@ -297,7 +320,7 @@ def reconstruct_command(
     model_path: Model = "shapes", count: Count = 500, scenes: Scenes = "any", seed: Seed = 0, device: Device = None
 ) -> None:
     """PSNR of encode → decode of drawn scenes."""
-    model = scale_rae.load(model_path, device=device)
+    model = _load(model_path, device)
     print(f"encode -> decode, {count} scenes: {reconstruction(model, count, seed, scenes):.2f} dB PSNR")
 
 
@@ -306,7 +329,8 @@ def main() -> None:
     try:
         app()
     except scale_rae.ScaleRAEError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"error: {printable(str(error))}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, OptionError) else 1) from None
 
 
 if __name__ == "__main__":

@@ -199,6 +199,7 @@ def test_renumbered() -> None:
         "image_seeds": [10, 11, 12],
         "all_ir_scores": [0.1, 0.2, 0.3],
         "top_ir_indices": [2, 1],
+        "top_ir_scores": [0.3, 0.2],
         "text_responses": {"0": "a", "2": "c"},
     }
     new = renumbered(old, [2, 0])
@@ -207,6 +208,7 @@ def test_renumbered() -> None:
         "image_seeds": [12, 10],
         "all_ir_scores": [0.3, 0.1],
         "top_ir_indices": [0],
+        "top_ir_scores": [0.3],
         "text_responses": {"0": "c", "1": "a"},
         "original_indices": [2, 0],
     }

@@ -130,6 +130,18 @@ def test_prompts_are_text(experiment: Path, tmp_path: Path) -> None:
     assert len(page.all("section")) == 5
 
 
+def test_no_path_of_this_machine_is_on_the_page(tmp_path: Path) -> None:
+    """It is made to be passed on."""
+    folder = write_experiment(tmp_path / "e", 2, reward=False)
+    (folder / "00001" / "metadata.jsonl").unlink()
+    (folder / "00002" / "samples").mkdir(parents=True)
+    (folder / "00002" / "error.json").write_text(json.dumps({"error": "it failed"}))
+    assert main(["report", str(folder)]) == 0
+    text = (tmp_path / "e_report.html").read_text()
+    assert text.count("Incomplete: ") == 2
+    assert str(tmp_path) not in text
+
+
 def test_replies_and_data_cannot_break_out(tmp_path: Path) -> None:
     rng = random.Random(0)
     folder = tmp_path / "e" / "00000"
@@ -156,7 +168,7 @@ def test_without_rewards(tmp_path: Path) -> None:
     assert main(["report", str(folder)]) == 0
     text = (tmp_path / "e_report.html").read_text()
     assert "goes by confidence alone" in text
-    assert "image_reward cannot be used" in text
+    assert "cannot be ranked by image_reward: 00000/metadata.jsonl: all_ir_scores is null" in text
     assert "Reward against confidence" not in text
     assert main(["report", str(folder), "--metric", "image_reward"]) == 1
 

@@ -108,8 +108,21 @@ def test_a_selection_is_an_experiment_itself(experiment: Path, tmp_path: Path) -
 @pytest.mark.parametrize("keep", [1, 3, 8, 20])
 def test_keep(experiment: Path, tmp_path: Path, keep: int) -> None:
     select(experiment, "loss", keep)
-    assert len(names(tmp_path / "2_scale_prompt_loss_verified" / "00001" / "samples")) == min(keep, 8)
+    assert len(names(tmp_path / "2_scale_loss_verified" / "00001" / "samples")) == min(keep, 8)
     assert len(names(tmp_path / "2_scale_ref" / "00001" / "samples")) == min(keep, 8)
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"), [("loss", "loss"), ("prompt_loss", "prompt_loss"), ("Prompt-Loss", "prompt_loss")]
+)
+def test_the_folder_is_named_as_the_metric_was_given(
+    experiment: Path, tmp_path: Path, given: str, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the official verify_results.py, whose `--metric loss` writes DIR_loss_verified."""
+    assert main(["select", str(experiment), "--metric", given, "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert names(tmp_path) == ["2_scale", f"2_scale_{folder}_verified", "2_scale_ref"]
+    assert (record["metric"], record["verified"]) == ("prompt_loss", str(tmp_path / f"2_scale_{folder}_verified"))
 
 
 def test_a_second_selection_replaces_the_first_whole(experiment: Path, tmp_path: Path) -> None:
@@ -169,6 +182,54 @@ def test_a_failed_write_leaves_what_was_there(
     assert len(names(tmp_path)) == 3
 
 
+class Killed(BaseException):
+    """Stands for kill -9: from then on nothing is done any more, not even what would tidy up."""
+
+
+@pytest.mark.parametrize("exchanges", [True, False], ids=["exchanged", "renamed twice"])
+def test_the_old_folder_or_the_new_is_there_whenever_it_is_killed(
+    experiment: Path, tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exchanges and not module.exchange(tmp_path, tmp_path):
+        pytest.skip("this file system cannot exchange two names")
+    targets = [tmp_path / "2_scale_combined_verified", tmp_path / "2_scale_ref"]
+    select(experiment, keep=2)
+    sizes = {2, 3}
+    for killed_after in range(1, 40):
+        steps = 0
+
+        def step(do: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any, **options: Any) -> Any:
+                nonlocal steps
+                steps += 1
+                if steps > killed_after:  # noqa: B023
+                    raise Killed
+                return do(*args, **options)
+
+            return counted
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", step(Path.rename))
+            patch.setattr(module.shutil, "rmtree", step(shutil.rmtree))
+            patch.setattr(module, "exchange", step(module.exchange) if exchanges else lambda one, other: False)
+            try:
+                select(experiment, keep=3)
+                finished = True
+            except Killed:
+                finished = False
+        for target in targets:
+            if exchanges:
+                assert target.is_dir(), f"absent after a kill at step {killed_after}"
+            found = read_experiment(target)  # puts the old folder back where the file system can do no better
+            assert {len(p.images) for p in found.prompts} <= sizes
+            assert len(found.prompts) == 3
+        if finished:
+            break
+    assert finished
+    assert killed_after > 4
+    assert names(tmp_path) == ["2_scale", "2_scale_combined_verified", "2_scale_ref"]
+
+
 def test_what_a_kill_left_is_mended(experiment: Path, tmp_path: Path) -> None:
     select(experiment)
     whole = digest(tmp_path / "2_scale_ref").keys()
@@ -200,8 +261,14 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "half": (lambda f: os.truncate(f / "metadata.jsonl", 100), "metadata.jsonl is not valid JSON"),
     "latin": (lambda f: (f / "metadata.jsonl").write_bytes(b'{"prompt": "\xe9"}'), "metadata.jsonl is not valid JSON"),
     "list": (lambda f: (f / "metadata.jsonl").write_text("[]"), "metadata.jsonl holds a list, not an object"),
-    "nan": (lambda f: (f / "metadata.jsonl").write_text('{"prompt": NaN}'), "metadata.jsonl holds NaN"),
-    "deep": (lambda f: (f / "metadata.jsonl").write_text("[" * 10**6), "metadata.jsonl nested too deeply"),
+    "nan": (
+        lambda f: (f / "metadata.jsonl").write_text('{"prompt": NaN}'),
+        "metadata.jsonl is not valid JSON (NaN is not JSON)",
+    ),
+    "deep": (
+        lambda f: (f / "metadata.jsonl").write_text("[" * 10**6),
+        "metadata.jsonl is not valid JSON (nested too deeply)",
+    ),
     "prompt": (lambda f: (f / "metadata.jsonl").write_text("{}"), "metadata.jsonl has no prompt"),
     "png": (lambda f: (f / "samples" / "00003.png").unlink(), "samples lacks 00003.png"),
     "last": (lambda f: (f / "samples" / "00007.png").unlink(), "samples lacks 00007.png"),
@@ -251,7 +318,11 @@ def test_a_folder_of_the_official_code(tmp_path: Path, capsys: pytest.CaptureFix
     sample_dir = str(tmp_path / "2_scale")
     for metric in ("combined", "answer_conf", "loss", "image_reward"):
         assert main(["select", "--sample-dir", sample_dir, "--metric", metric]) == 0
-        assert "kept 0 1 of 4" in capsys.readouterr().out.replace("kept 1 0", "kept 0 1")
+        out = capsys.readouterr().out
+        assert "kept 2 of 4 images, best first: 0, 1; the model says yes to 1 of the kept" in out.replace(
+            "1, 0;", "0, 1;"
+        )
+        assert "and to 1 of the 2 it was asked about\n" in out
     assert main(["select", "--sample-dir", sample_dir, "--metric", "answer_conf", "--keep", "3"]) == 1
     assert capsys.readouterr().err == (
         f'error: {sample_dir}/00000/metadata.jsonl: text_responses["2"] is missing; '
@@ -265,13 +336,17 @@ def test_what_is_printed(experiment: Path, tmp_path: Path, capsys: pytest.Captur
     _, selections, record = select(experiment)
     assert main(["select", "--sample_dir", f"{experiment}/", "--metric", "combined"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    kept = " ".join(map(str, selections[0].kept))
-    assert lines[0].startswith(f"00000: kept {kept} of 8 (yes ")
-    assert lines[0].endswith(f")  {selections[0].prompt.text}")
+    kept = ", ".join(map(str, selections[0].kept))
+    begins = f"00000 {selections[0].prompt.text}: kept {len(selections[0].kept)} of 8 images, best first: {kept}; "
+    assert lines[0].startswith(f"{begins}the model says yes to ")
+    assert lines[0].endswith(" of all 8")
     ratio = record["yes_ratios"]
-    assert lines[-2].split()[:4] == ["yes", "among", "the", "kept:"]
-    assert f"{ratio['kept']['share']:.3f} ({ratio['kept']['yes']}/12)" in lines[-2]
-    assert f"{ratio['ref']['share']:.3f} ({ratio['ref']['yes']}/12)" in lines[-1]
+    for line, part, begins in (
+        (lines[-2], "kept", "best images kept: "),
+        (lines[-1], "ref", "first images drawn, to compare: "),
+    ):
+        assert line.startswith(begins)
+        assert f"the model says yes to {ratio[part]['yes']} of 12 ({ratio[part]['share']:.3f}); " in line
     assert main(["select", str(experiment), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == record
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from scale_rae.images import load_image
+from scale_rae.language import Reply
 from scale_rae.pipeline import ScaleRAE
 from tests.cli.conftest import Cli, left, only_manifest, with_defaults
 from tests.made_checkpoints import GOLDENS
@@ -67,6 +69,38 @@ def test_may_answer_with_images(
     assert np.array_equal(
         np.asarray(models["siglip"].decode([latent])[0]), np.asarray(Image.open(manifest["output_images"][0]))
     )
+
+
+def test_a_question_is_not_answered_by_drawing(
+    cli: Cli, drawing_checkpoint: Path, picture: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for --draw; a request is, but for --no-draw."""
+    monkeypatch.setattr("scale_rae.pipeline.ScaleRAE.converse", _asks_for_an_image)
+    for i, (prompt, flags, draws) in enumerate(
+        [
+            ("Is there a blue star?", [], False),
+            ("Is there a blue star?", ["--draw"], True),
+            ("Can you describe what's in this image?", [], False),
+            ("Can you make it blue?", [], True),
+            ("Make it blue", ["--no-draw"], False),
+        ]
+    ):
+        result = cli(
+            *("img", "--model-path", drawing_checkpoint, "--image", picture, "--prompt", prompt, "--steps", 2),
+            *("--output-dir", out / str(i), *flags),
+        )
+        assert bool(only_manifest(out / str(i))["output_images"]) == draws, prompt
+        assert result.code == (0 if draws else 1)
+        if not draws:
+            assert "began a picture instead of answering" in result.error
+            assert "--draw" in result.error
+
+
+def _asks_for_an_image(
+    self: ScaleRAE, conversations: Sequence[Any], limits: object, listen: object, draw: bool
+) -> list[Reply]:
+    condition = torch.zeros(self.config.tokens, self.config.dit.condition_width, dtype=self.dtype)
+    return [Reply([self.tokenizer.image_start], [0.0], [0.0], condition if draw else None) for _ in conversations]
 
 
 def test_sampling_flags_reach_the_drawing(

@@ -113,6 +113,27 @@ def test_question_about_several(
     assert len(left(out)) == 3
 
 
+def test_a_question_is_never_answered_by_drawing(
+    latent: Cli, drawing_checkpoint: Path, out: Path, tmp_path: Path
+) -> None:
+    """Which it would be, as `continue` shows."""
+    model = ScaleRAE.from_pretrained(str(drawing_checkpoint), device="cpu")
+    torch.save(model.encode([Image.new("RGB", (20, 20), "red")])[0], tmp_path / "red.pt")
+    common = ("--model-path", drawing_checkpoint, "--prompt", "Make it blue", "--output-dir", out)
+    asked = latent("--latent", tmp_path / "red.pt", "--action", "qa", *common, "--max-new-tokens-qa", 1)
+    assert asked.code == 1
+    assert asked.error == (
+        "the model began a picture instead of answering, which was not drawn; put the question in other words, or have it "
+        "drawn: --action continue"
+    )
+    assert only_manifest(out)["output_images"] == []
+    assert len(left(out)) == 1
+    several = latent("--latent", tmp_path / "red.pt", tmp_path / "red.pt", "--action", "qa", *common)
+    assert "began a picture 2 of 2 times" in several.error
+    assert latent("--latent", tmp_path / "red.pt", "--action", "continue", *common).code == 0
+    assert list(out.glob("*.png"))
+
+
 def test_continue_in_words(latent: Cli, files: list[Path], out: Path) -> None:
     result = latent("--latent", files[0], "--action", "continue", "--prompt", "Go on", "--max-new-tokens", 4)
     assert result.code == 0
@@ -198,6 +219,7 @@ def test_wrong_usage(latent: Cli, files: list[Path]) -> None:
         ["--latent", files[0], "--action", "qa"],
         ["--latent", files[0], "--action", "continue"],
         ["--latent", files[0], "--action", "decode", "--skip-decoder"],
+        ["--latent", files[0], "--action", "decode", "--prompt", "What?"],
     ):
         result = latent(*argv)
         assert result.code == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import resource
@@ -13,8 +14,9 @@ import threading
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
-from scale_rae import __version__
+from scale_rae import __version__, errors
 from scale_rae.cli import app, options
 from tests.cli.conftest import DRAW, Cli, left
 
@@ -48,6 +50,117 @@ def test_help_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
+def test_what_can_be_known_without_torch_is_said_without_it(tmp_path: Path) -> None:
+    """Options, files, folders, models that are not there, hubs that do not answer; which takes a fraction of a second."""
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    (tmp_path / "bad.json").write_text('{"mode": "t2i", "image_seeds": [1], "seed": 1, "guidance_level": 1e999}')
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "qwen2"}')
+    Image.new("RGB", (2, 2)).save(tmp_path / "good.png")
+    (tmp_path / "some.pt").write_bytes(b"x")
+    draw = ["t2i", "--prompt", "a cat"]
+    cases = [
+        [*draw, "--guidance-level", "-1", "--model-path", "shapes"],
+        [*draw, "--steps", "0", "--model-path", "shapes"],
+        [*draw, "--device", "toaster", "--model-path", "shapes"],
+        [*draw, "--dtype", "int4", "--model-path", "shapes"],
+        [*draw, "--prompt", "a dog"],
+        [*draw, "--model-path", "nope"],
+        [*draw, "--model-path", "folder"],
+        [*draw, "--model-path", "model"],
+        draw,  # the guide's first command without a network
+        [*draw, "--output-dir", "bad.txt"],
+        ["t2i", "--prompts", "bad.txt", "--model-path", "shapes"],
+        ["t2i", "--prompts", "none.txt", "--model-path", "shapes"],
+        ["t2i", "--from-manifest", "bad.json", "--model-path", "shapes"],
+        ["img", "--image", "none.png", "--prompt", "What?", "--model-path", "shapes"],
+        ["img", "--image", "bad.txt", "--prompt", "What?", "--model-path", "shapes"],
+        ["img", "--image", "good.png", "--prompt", "What?", "--model-path", "nope"],
+        ["latent", "--latent", "none.pt", "--action", "decode", "--model-path", "shapes"],
+        ["latent", "--latent", "some.pt", "--action", "decode", "--model-path", "nope"],
+        ["scale", "t2i", "--metadata-file", "none.jsonl", "--model-path", "shapes"],
+    ]
+    script = (
+        "import json, sys; from scale_rae.cli import main\n"
+        "for argv in json.loads(sys.argv[1]):\n"
+        "    assert main(argv) in (1, 2), argv\n"
+        "    heavy = {'torch', 'transformers'} & set(sys.modules)\n"
+        "    assert not heavy, (argv, heavy)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub"), "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", script, json.dumps(cases)],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    assert "unexpected" not in run.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["cli.py", "t2i"], ["scaling_experiment.py"], ["verify_results.py"], ["-m", "scale_rae.shapes.evaluate", "read"]],
+    ids=" ".join,
+)
+def test_a_python_without_our_packages(command: list[str]) -> None:
+    """As `python3 cli.py` in a new shell after `make demo`."""
+    run = subprocess.run([sys.executable, "-S", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert run.stderr.count("\n") == 1
+    assert run.stderr.startswith("error: the package ")
+    assert f"is not installed for {sys.executable}; " in run.stderr
+    assert run.stdout == ""
+
+
+def test_what_to_do_about_a_missing_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = ModuleNotFoundError("No module named 'a.b'", name="a.b")
+    monkeypatch.setattr(errors, "__file__", str(tmp_path / "scale_rae" / "errors.py"))
+    assert errors.missing_package(error).endswith("; pip install scale-rae")
+    (tmp_path / "Makefile").touch()
+    assert "run `make demo`" in errors.missing_package(error)
+    scripts = tmp_path / ".venv" / "bin"
+    scripts.mkdir(parents=True)
+    (scripts / "activate").touch()
+    assert f"source {scripts / 'activate'}" in errors.missing_package(error)
+    assert str(scripts / "scale-rae") in errors.missing_package(error)
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    assert "run `make demo`" in errors.missing_package(error)
+
+
+def test_a_package_that_is_missing_later(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def find(*args: object, **options: object) -> None:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr("scale_rae.hub.find", find)
+    assert cli("t2i", "--prompt", DRAW).error.startswith("the package torch is not installed for ")
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        (["--prompt", "a", "--prompt", "b"], 2),
+        (["--prompt", "a", "--prompt=b", "--prompt", "a"], 3),
+        (["--prompt", "a", "--model-path", "x", "--model_path", "shapes"], 2),
+        (["--prompt", "a", "--guidance-interval", "0", "1", "--guidance-interval", "0", "0.5"], 2),
+    ],
+)
+def test_an_option_given_twice(cli: Cli, options: list[str], count: int) -> None:
+    """Where the last would be taken without a word."""
+    result = cli("t2i", *options)
+    assert result.code == 2
+    assert f"is given {count} times; it takes one value" in " ".join(result.err.replace("│", " ").split())
+
+
+def test_flags_and_lists_may_be_given_twice(cli: Cli, tmp_path: Path) -> None:
+    lists = ("--latent", tmp_path / "a.pt", "--latent", tmp_path / "b.pt")
+    assert "a.pt: no such latent file" in cli("latent", "--json", *lists, "--json", "--action", "decode").error
+    assert cli("img", "--draw", "--no-draw", "--image", "x", "--prompt", "y").code == 2
+
+
 def test_two_names_of_one_program() -> None:
     installed = Path(sys.executable).parent / "scale-rae"
     texts = [
@@ -70,7 +183,10 @@ def test_every_command_and_flag_is_listed(cli: Cli, monkeypatch: pytest.MonkeyPa
     assert [f for f in flags.split() if f"--{f} " not in text] == []
     for default in (options.DEFAULT_MODEL, "nyu-visionx/siglip2_decoder", "nyu-visionx/webssl300m_decoder"):
         assert default in text  # unbroken, at 80 columns
-    for name, more in (("img", "--image"), ("latent", "--action --latent --prompt --max-new-tokens-qa")):
+    for name, more in (
+        ("img", "--image --draw --no-draw"),
+        ("latent", "--action --latent --prompt --max-new-tokens-qa"),
+    ):
         text = cli(name, "--help").out
         assert all(flag + " " in text for flag in more.split())
     assert cli("--version").out == f"scale-rae {__version__}\n"

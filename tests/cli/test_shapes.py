@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from scale_rae.cli import drawing
+from scale_rae.hub import BUNDLED, Source
+from scale_rae.shapes import evaluate
 from scale_rae.shapes.judge import judge
+from scale_rae.shapes.world import CHAT_REPLY
 from tests.cli.conftest import Cli
 
 SHAPES = ("--model-path", "shapes", "--device", "cpu")
@@ -52,3 +59,34 @@ def test_look_at_picture_and_latent(cli: Cli, drawn: Path, tmp_path: Path) -> No
     question = "Does this image align with the prompt: a photo of a blue cross and a pink square?"
     asked = cli("latent", *SHAPES, "--latent", latent, "--action", "qa", "--prompt", question, "--output-dir", tmp_path)
     assert asked.out.startswith("Yes.")
+
+
+def test_what_it_cannot_draw(cli: Cli, out: Path) -> None:
+    """It says what it can, instead of to ask in the way that was asked."""
+    result = cli("t2i", *SHAPES, "--prompt", "What is the capital of France?", "--output-dir", out)
+    assert result.code == 1
+    assert "answered without drawing; the bundled model draws one to four shapes (circle, " in result.error
+    assert "docs/bundled-model.md" in result.error
+    assert "ask for a picture" not in result.error
+
+
+def test_what_it_cannot_answer(capsys: pytest.CaptureFixture[str]) -> None:
+    session: Any = SimpleNamespace(model=SimpleNamespace(source=Source("shapes", BUNDLED["shapes"])))
+    drawing.note_shortcomings(session, [drawing.Outcome(False, "Green.", False, False)], "--x", 3, "")
+    assert capsys.readouterr().err == ""
+    drawing.note_shortcomings(session, [drawing.Outcome(False, CHAT_REPLY, False, False)], "--x", 3, "")
+    assert capsys.readouterr().err.startswith("note: the bundled model draws one to four shapes (circle, ")
+
+
+def test_evaluating_without_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "skimage", None)
+    for arguments, code, complaint in (
+        (["draw"], 1, 'needs skimage, which is not installed; pip install "scale-rae[shapes]"'),
+        (["read", "--model-path", "nope"], 1, "nope: no such model folder"),
+        (["read", "--device", "toaster"], 2, "device 'toaster'"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            evaluate.main()
+        assert ended.value.code == code
+        assert complaint in capsys.readouterr().err

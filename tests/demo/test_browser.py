@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_rae.demo.listening import bind
 from scale_rae.demo.work import Studio
 from scale_rae.session import ModelChoice, Session
 from tests.browser import DESKTOP, PHONE, chromium, needs_chromium
@@ -39,7 +40,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     choice = ModelChoice("shapes", device="cpu")
     shown = folder / "page"
     studio = Studio(Session(choice, decoder=True), choice, folder, shown / "drawn")
-    running = server.launch(demo.build(studio, shown), "127.0.0.1", None, shown)
+    running = server.launch(demo.build(studio, shown), bind("127.0.0.1", None), shown)
     yield running.url
     running.close()
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_rae.demo.listening import bind
 from scale_rae.demo.work import Drawing, Judged, Ranked, Studio
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.scaling.experiment import PROMPT_PREFIX, as_request
@@ -18,7 +19,7 @@ from scale_rae.shapes.judge import find_objects
 
 gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 
-from scale_rae.demo import page, server  # noqa: E402 - imports gradio
+from scale_rae.demo import page  # noqa: E402 - imports gradio
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
@@ -158,12 +159,13 @@ def test_the_leaderboard_tells_all_and_escapes(drawing: Drawing) -> None:
     assert page.leaderboard(Ranked([], 2, "", [])) == ""
 
 
-def test_a_taken_port(studio: Studio, tmp_path: Path) -> None:
+def test_a_taken_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        built = page.build(studio, tmp_path)
         with pytest.raises(ScaleRAEError, match=rf"^cannot listen on 127.0.0.1, port {port}; choose another --port$"):
-            server.launch(built, "127.0.0.1", port, tmp_path)
+            bind("127.0.0.1", port)
+    with pytest.raises(ScaleRAEError, match=r"^cannot listen on no.such.host, any port from 7860 on \(.*--host"):
+        bind("no.such.host", None)
 
 
 def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 from tests.cli.test_program import heed_interrupts
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
+httpx = pytest.importorskip("httpx")  # comes with gradio
 
 
 def test_opens_soon_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None:
@@ -43,6 +44,61 @@ def test_opens_soon_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None
     assert program.returncode == 0
     assert errors == ""
     assert not list(tmp_path.glob("scale-rae-demo-*"))
+
+
+HOSTILE = {
+    "ALL_PROXY": "socks://127.0.0.1:1",
+    "http_proxy": "http://127.0.0.1:1",
+    "SSL_CERT_FILE": "/nonexistent/cert.pem",
+    "GRADIO_SERVER_PORT": "abc",
+    "GRADIO_SERVER_NAME": "0.0.0.0",
+    "GRADIO_ROOT_PATH": "http://evil.example",
+    "GRADIO_SHARE": "true",
+    "GRADIO_ALLOWED_PATHS": "/",
+    "GRADIO_TEMP_DIR": "/proc/nothing",
+    "GRADIO_SSR_MODE": "true",
+    "GRADIO_MCP_SERVER": "true",
+    "GRADIO_ANALYTICS_ENABLED": "True",
+    "GRADIO_NUM_WORKERS": "x",
+    "GRADIO_DEFAULT_CONCURRENCY_LIMIT": "x",
+    "GRADIO_DEBUG": "x",
+    "GRADIO_WATCH_DIRS": "/",
+}
+
+
+def test_the_environment_neither_stops_nor_opens_it_and_sigterm_ends_it_while_it_draws(tmp_path: Path) -> None:
+    temporary, output = tmp_path / "tmp", tmp_path / "out"
+    temporary.mkdir()
+    (temporary / "gradio").touch()  # the folder that gradio would have is another user's
+    environment = os.environ | HOSTILE | {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "scale_rae", "demo", "--device", "cpu", "--output-dir", str(output)]
+    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    try:
+        assert program.stdout is not None
+        line = program.stdout.readline()
+        address = line.split()[0] if line else program.communicate(timeout=30)
+        assert str(address).startswith("http://127.0.0.1:")
+        with httpx.Client(base_url=str(address), trust_env=False, timeout=60) as http:
+            config = http.get("/config").json()
+            assert config["root"] == address
+            assert http.get("/gradio_api/file=/etc/hostname").status_code == 404
+            listening = {c.laddr.ip for c in psutil.Process(program.pid).net_connections() if c.status == "LISTEN"}
+            assert listening == {"127.0.0.1"}
+            (go,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "draw-go"]
+            function = next(d["id"] for d in config["dependencies"] if [go, "click"] in [list(t) for t in d["targets"]])
+            data = ["a red circle", 16, 1.0, 250, "euler", "1", None]
+            body = {"data": data, "fn_index": function, "session_hash": "s"}
+            assert http.post("/gradio_api/queue/join", json=body).status_code == 200
+            with http.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
+                next(text for text in stream.iter_lines() if "Step" in text)
+                program.send_signal(signal.SIGTERM)
+                _, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
+    assert program.returncode == 0
+    assert errors == ""
+    assert [path.name for path in temporary.iterdir()] == ["gradio"]
+    assert list(output.iterdir()) == []
 
 
 def test_a_taken_port_is_one_line(tmp_path: Path) -> None:

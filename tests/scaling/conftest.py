@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from scale_rae.cli import main
+from tests.cli.conftest import with_defaults
 
 NAME = Path("shapes") / "2_qa_prompt_template_scale_latent"
 QUICK = ["--model-path", "shapes", "--steps", "2", "--solver", "dpmpp_2m", "--reward", "none"]
@@ -29,7 +30,7 @@ class Result:
 
 
 class Scale:
-    """`scale(...)` runs `scale-rae scale t2i` with the three prompts, few steps, into `scale.folder`; later options win."""
+    """`scale(...)` runs `scale-rae scale t2i` with the three prompts, few steps, into `scale.folder`, unless told otherwise."""
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str] | None = None) -> None:
         self.prompts = write_prompts(root / "prompts.jsonl", PROMPTS)
@@ -38,8 +39,9 @@ class Scale:
         self._capsys = capsys
 
     def __call__(self, *more: object, device: bool = True) -> Result:
-        own = ["--metadata-file", self.prompts, "--output-dir", self.out, *(["--device", "cpu"] if device else [])]
-        argv = [str(a) for a in ("scale", "t2i", *QUICK, *own, *more)]
+        own = {"--metadata-file": self.prompts, "--output-dir": self.out} | ({"--device": "cpu"} if device else {})
+        quick = dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+        argv = [str(a) for a in ("scale", "t2i", *with_defaults(more, quick | own))]
         if self._capsys is None:
             return Result(main(argv), "", "")
         self._capsys.readouterr()

@@ -302,23 +302,26 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_loading")
 @pytest.mark.parametrize(
-    ("options", "error"),
+    ("options", "error", "code"),  # 2 for values that no run can use, as for those that cannot be parsed
     [
-        (["--n-samples", 0], "--n-samples 0: must be at least 1"),
-        (["--scaling-rounds", -1], "--scaling-rounds -1: must be at least 1"),
-        (["--post-qa-max-new-tokens", 0], "--post-qa-max-new-tokens 0: must be at least 1"),
-        (["--limit", 0], "--limit 0: must be at least 1"),
-        (["--seed", -1], "--seed -1: must be at least 0"),
-        (["--steps", 0], "steps"),
-        (["--guidance-interval", 1, 0], "interval"),
-        (["--post-qa-template-path", "nowhere.txt"], "nowhere.txt: no such question template"),
-        (["--device", "cuda:99"], "device cuda:99"),
-        (["--quantize", "fp8"], "fp8"),
+        (["--n-samples", 0], "--n-samples 0: must be at least 1", 2),
+        (["--n-samples", 10**9, "--scaling-rounds", 10**9], "at most 1,000,000 images of a prompt", 2),
+        (["--scaling-rounds", -1], "--scaling-rounds -1: must be at least 1", 2),
+        (["--post-qa-max-new-tokens", 0], "--post-qa-max-new-tokens 0: must be at least 1", 2),
+        (["--limit", 0], "--limit 0: must be at least 1", 2),
+        (["--seed", -1], "--seed -1: must be at least 0", 2),
+        (["--steps", 0], "steps", 2),
+        (["--guidance-level", -1], "guidance", 2),
+        (["--device", "gpu"], "device 'gpu'", 2),
+        (["--guidance-interval", 1, 0], "interval", 2),
+        (["--post-qa-template-path", "nowhere.txt"], "nowhere.txt: no such question template", 1),
+        (["--device", "cuda:99"], "device cuda:99", 1),
+        (["--quantize", "fp8"], "fp8", 1),
     ],
 )
-def test_bad_options(scale: Scale, options: list[object], error: str) -> None:
+def test_bad_options(scale: Scale, options: list[object], error: str, code: int) -> None:
     result = scale(*options)
-    assert result.code == 1
+    assert result.code == code
     assert result.err.startswith("error: ")
     assert error in result.err
     assert not scale.out.exists()

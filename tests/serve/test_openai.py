@@ -219,3 +219,115 @@ async def _crowd(running: Running) -> tuple[list[str], dict[int, str]]:
             asyncio.gather(*(draw(i) for i in range(16))), asyncio.gather(*(ask() for _ in range(4)))
         )
     return list(texts), dict(drawings)
+
+
+# What OpenAI's clients send besides -----------------------------------------------------------------------------------
+
+
+def test_null_is_absent(running: Running, shapes: ScaleRAE) -> None:
+    client = running.client()
+    optional = ("background", "model", "n", "output_format", "quality", "response_format", "size", "style", "stream")
+    body: dict[str, Any] = {"seed": 7, "steps": 2, "guidance": None, "solver": None, "guidance_interval": None}
+    answer: Any = client.images.generate(prompt=CIRCLE, extra_body=body | dict.fromkeys(optional))
+    assert np.array_equal(picture(answer.data[0].b64_json), alone(shapes, CIRCLE, 7, steps=2))
+    optional = (
+        "n", "seed", "stream", "stop", "tools", "tool_choice", "top_logprobs", "logit_bias", "metadata", "service_tier",
+        "modalities", "response_format", "temperature", "web_search_options", "audio", "prediction",
+    )  # fmt: skip
+    message: Any = {"role": "user", "content": CIRCLE, "name": None}
+    options: dict[str, Any] = dict.fromkeys(optional) | {"max_tokens": 3, "stream_options": {"include_usage": None}}
+    answer = client.chat.completions.create(model="shapes", messages=[message], extra_body=options)
+    assert answer.choices[0].message.content
+
+
+def test_values_that_promise_nothing(running: Running) -> None:
+    options: dict[str, Any] = {
+        "tool_choice": "none",
+        "tools": [],
+        "functions": [],
+        "function_call": "none",
+        "parallel_tool_calls": False,
+        "logit_bias": {},
+        "top_logprobs": 0,
+        "logprobs": False,
+        "metadata": {"team": "blue"},
+        "service_tier": "auto",
+        "store": False,
+        "stop": [],
+        "reasoning_effort": "none",
+        "verbosity": "medium",
+        "prompt_cache_key": "k",
+        "safety_identifier": "s",
+        "user": "u",
+        "max_tokens": 2,
+    }
+    messages: Any = [{"role": "user", "content": "hi"}]
+    assert running.client().chat.completions.create(model="shapes", messages=messages, extra_body=options).choices
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tool_choice", "required"),
+        ("tools", [{"type": "function", "function": {"name": "f"}}]),
+        ("logit_bias", {"50256": -100}),
+        ("top_logprobs", 3),
+        ("logprobs", True),
+        ("service_tier", "priority"),
+        ("reasoning_effort", "high"),
+        ("verbosity", "high"),
+        ("store", True),
+        ("prediction", {"type": "content", "content": "x"}),
+        ("web_search_options", {}),
+    ],
+)
+def test_what_cannot_be_done_is_refused_by_name(running: Running, field: str, value: Any) -> None:
+    messages: Any = [{"role": "user", "content": "hi"}]
+    with pytest.raises(openai.BadRequestError) as caught:
+        running.client().chat.completions.create(model="shapes", messages=messages, extra_body={field: value})
+    assert str(caught.value.param).startswith(field)
+
+
+@pytest.mark.parametrize("how", ["create", "parse", "stream"])
+def test_messages_that_the_package_returned_can_be_sent_back(running: Running, how: str) -> None:
+    completions: Any = running.client().chat.completions
+    asked: list[Any] = [{"role": "user", "content": CIRCLE}]
+    options: dict[str, Any] = {"model": "shapes", "seed": 3, "extra_body": {"steps": 2}}
+    if how == "stream":
+        with completions.stream(messages=asked, **options) as stream:
+            message = stream.get_final_completion().choices[0].message
+    else:
+        message = getattr(completions, how)(messages=asked, **options).choices[0].message
+    assert message.content
+    assert message.images[0]["image_url"]["url"].startswith("data:image/png;base64,")
+    again: Any = {"role": "user", "content": "Describe this image."}
+    options["extra_body"] = {"modalities": ["text"]}
+    expected = completions.create(messages=[*asked, message, again], **options)
+    # All of its fields, null ones too, as other programs store them; and what other servers' messages have besides.
+    stored = message.model_dump() | {"tool_calls": [], "reasoning_content": "", "refusal": None, "parsed": None}
+    answer = completions.create(messages=[*asked, stored, again], **options)
+    assert answer.usage == expected.usage
+    assert answer.choices[0].message.content == expected.choices[0].message.content
+    nothing = {"role": "assistant", "content": "Sure.", "images": None, "tool_calls": [], "reasoning_content": ""}
+    assert completions.create(messages=[*asked, nothing, again], **options).choices
+
+
+def test_a_picture_alone_is_a_message(running: Running) -> None:
+    part = {"type": "image_url", "image_url": {"url": data_url(Image.new("RGB", (128, 128), "white")), "detail": None}}
+    completions: Any = running.client().chat.completions
+    asked = {"model": "shapes", "modalities": ["text"], "max_tokens": 8}
+    used = []
+    for content in ([part], [{"type": "text", "text": ""}, part], [part, part]):
+        answer = completions.create(messages=[{"role": "user", "content": content}], **asked)
+        assert answer.choices[0].message.content
+        used.append(answer.usage.prompt_tokens)
+    assert used[0] == used[1] < used[2]
+
+
+def test_an_answer_without_the_image_modality_ends_where_it_would_draw(running: Running, shapes: ScaleRAE) -> None:
+    drawn = shapes.generate(CIRCLE, seed=1, steps=2, decode=False)
+    answer = running.client().chat.completions.create(
+        model="shapes", messages=[{"role": "user", "content": CIRCLE}], modalities=["text"]
+    )
+    assert answer.choices[0].message.content == drawn.text
+    assert answer.choices[0].finish_reason == "stop"

@@ -62,11 +62,11 @@ def mend(body: Any) -> None:
         body["size"] = "auto"
         if body.get("best_of") is not None:
             body["best_of"] = 4
-        if body["prompt"] and body.get("n", 1) > 2:
+        if body["prompt"] and (body.get("n") or 1) > 2:
             body["n"] = 2
         return
     for message in body["messages"]:
-        parts = message.get("images", []) + (message["content"] if isinstance(message.get("content"), list) else [])
+        parts = (message.get("images") or []) + (message["content"] if isinstance(message.get("content"), list) else [])
         for part in parts:
             if "image_url" in part:
                 part["image_url"]["url"] = PIXEL

@@ -1,0 +1,55 @@
+"""Child processes: they load this very package, and nothing that happens to lie in the working folder."""
+
+from __future__ import annotations
+
+import os
+import site
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent  # of the package
+
+# `python -m` and `-c` put the working folder before Python's own modules, PYTHONPATH whatever is beside this package. So the
+# package alone is loaded from where it is; the folder it is in comes last, for what the process starts in its turn.
+_START = """
+import importlib.util, runpy, sys
+spec = importlib.util.spec_from_file_location("scale_rae", sys.argv[1] + "/__init__.py")
+sys.modules["scale_rae"] = package = importlib.util.module_from_spec(spec)
+sys.path.append(sys.argv[1].rpartition("/")[0])
+spec.loader.exec_module(package)
+module = sys.argv[2]
+del sys.argv[1:3]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
+"""
+
+
+def command(module: str, *arguments: str) -> list[str]:
+    """The command that runs a module of this package, installed or not, in a process of its own."""
+    return [sys.executable, "-P", "-c", _START, str(FOLDER), module, *arguments]
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what puts the working folder on the path of Python processes."""
+    values = dict(os.environ)
+    values["PYTHONSAFEPATH"] = "1"  # for what they start, too
+    # An empty entry is the working folder, and easily made: PYTHONPATH=$PYTHONPATH:/somewhere.
+    there = [entry for entry in values.pop("PYTHONPATH", "").split(os.pathsep) if entry and not _is_here(entry)]
+    if there:
+        values["PYTHONPATH"] = os.pathsep.join(there)
+    return values
+
+
+def search_folder() -> Path:
+    """A folder that a process may search before all others: that of the package, or one in which nothing is found.
+
+    What is installed beside the package must not come before Python's own modules.
+    """
+    installed = {*site.getsitepackages(), site.getusersitepackages()}
+    return Path("/") if str(FOLDER.parent) in installed else FOLDER.parent
+
+
+def _is_here(folder: str) -> bool:
+    try:
+        return Path(folder).samefile(Path.cwd())
+    except OSError:
+        return False
