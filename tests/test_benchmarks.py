@@ -8,6 +8,7 @@ import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
@@ -18,6 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+
+from benchmarks.bench import Bench, write_between_marks
+from scale_rae.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 
@@ -41,12 +45,23 @@ def test_benchmarks_find_a_package_that_is_not_installed(tmp_path: Path) -> None
             runpy.run_path(script)
             import scale_rae.config
             sys.path[:] = path
-            for name in [name for name in sys.modules if name.split(".")[0] == "scale_rae"]:
+            for name in [name for name in sys.modules if name.split(".")[0] in ("scale_rae", "benchmarks", "recipes")]:
                 del sys.modules[name]
     """
-    scripts = sorted(str(path) for path in (ROOT / "benchmarks").glob("*.py"))
-    assert len(scripts) > 5
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *scripts], check=True, cwd=tmp_path)
+    files = (ROOT / "benchmarks").glob("*.py")
+    commands = sorted(str(file) for file in files if "__main__" in file.read_text())
+    assert len(commands) > 5
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *commands], check=True, cwd=tmp_path)
+
+
+def test_benchmarks_need_neither_tests_nor_private_names_of_the_package() -> None:
+    private = re.compile(
+        r"\bscale_rae[\w.]*\._|import _(?!_)|\b(?:model|language|dit|fast|worker|engine|tokenizer)\._[a-z]"
+    )
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        text = file.read_text()
+        assert not re.search(r"^\s*(?:from|import) tests\b", text, re.MULTILINE), file
+        assert not private.search(text), file
 
 
 def test_cpu_benchmark(tmp_path: Path) -> None:
@@ -260,7 +275,7 @@ def test_scaling_study_draws_and_goes_on(study: ModuleType, tmp_path: Path) -> N
 
 
 def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
-    """Every stage, on tiny networks on the CPU: it must not fail first on a GPU that is lent by the minute."""
+    """Every stage runs on tiny networks on the CPU, so that mistakes show before GPU time is paid for."""
     file = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--device", "cpu", "--repeat", "1", "--json", str(file)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -287,15 +302,10 @@ def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
 
 
 def test_gpu_benchmark_reports_what_fails(tmp_path: Path) -> None:
-    """A stage that fails does not take the others with it; one for that there is no time is named."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import gpu
-    finally:
-        sys.path.remove(str(ROOT))
+    """A stage that fails does not stop the others; stages that the time budget leaves out are listed."""
     import torch
 
-    bench = gpu.Bench(torch.device("cpu"), torch.bfloat16, 1, 1e9, tmp_path / "b.json", True)
+    bench = Bench(torch.device("cpu"), torch.bfloat16, 1, 1e9, tmp_path / "b.json", True)
     with bench.stage("one"):
         bench.add("one", "before", 1.0, "s")
         raise RuntimeError("no luck")
@@ -308,3 +318,12 @@ def test_gpu_benchmark_reports_what_fails(tmp_path: Path) -> None:
     assert "no luck" in result["errors"]["one"]
     assert [row["name"] for row in result["figures"]] == ["before", "after"]
     assert result["skipped"] == ["three"]
+
+
+def test_text_between_marks_is_replaced_and_a_page_without_marks_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- figures: begin (x) -->\nold\n<!-- figures: end -->\nb\n")
+    write_between_marks(page, "figures", "new\n")
+    assert page.read_text() == "a\n<!-- figures: begin (x) -->\nnew\n<!-- figures: end -->\nb\n"
+    with pytest.raises(InputError, match=r"page\.md.*study: begin"):
+        write_between_marks(page, "study", "new\n")
