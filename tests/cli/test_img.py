@@ -13,7 +13,7 @@ from PIL import Image
 from scale_rae.images import load_image
 from scale_rae.pipeline import ScaleRAE
 from tests.cli.conftest import Cli, left, only_manifest
-from tests.made_checkpoints import GOLDENS
+from tests.helpers.made_checkpoints import GOLDENS
 
 LOOK = "Can you describe what's in this image?"
 
