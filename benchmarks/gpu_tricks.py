@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench import Bench, relative_error
+from benchmarks.gpu_dit import EVALUATIONS
 from benchmarks.made_up import DIT_NAME, made_config, made_dit
 from scale_rae import flow
 from scale_rae.compiling import attention_kernels
@@ -17,8 +18,6 @@ from scale_rae.dit import DiT, rope_table
 from scale_rae.dit import flops as dit_flops
 from scale_rae.fast_dit import Attend, FastDiT, attend_rotating
 from scale_rae.options import Speed
-
-EVALUATIONS = flow.DEFAULT_STEPS
 
 
 def checks(b: Bench) -> None:
