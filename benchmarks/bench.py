@@ -215,8 +215,8 @@ def markdown(file: Path) -> str:
     for row in data["figures"]:
         if row["stage"] != stage:
             stage = row["stage"]
-            names = ("", "share of the ceiling", "of the sustained one", "× official", "first run", "target")
-            lines += ["", *table_head(stage, names)]
+            names = "share of the ceiling | of the sustained one | × official | first run | target"
+            lines += ["", f"| {stage} | | {names} |", "|---|---|---|---|---|---|---|"]
         cells = ["–" if row["value"] is None else f"{_number(row['value'])} {row['unit']}"]
         for key, (_, form) in COLUMNS.items():
             if key != "peak_gib":  # the tables have no column for it
