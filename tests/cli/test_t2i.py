@@ -25,7 +25,7 @@ from scale_rae.outputs import Sample
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.scores import QUESTION
 from tests.cli.conftest import DRAW, Cli, left, only_manifest, with_defaults
-from tests.made_checkpoints import GOLDENS
+from tests.helpers.made_checkpoints import GOLDENS
 
 RED_CIRCLE = "Can you generate a photo of a red circle?"
 TALK = "Show me five cats"  # this checkpoint answers it in words
