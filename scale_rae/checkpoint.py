@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import json
-import re
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
-from zipfile import is_zipfile
 
 import torch
 from torch import Tensor, nn
 
-from scale_rae.errors import CheckpointError, first_line, first_sentence
+from scale_rae.errors import CheckpointError, ConfigError, InputError, first_line
+from scale_rae.files import check_file, is_lfs_pointer, lfs_error, size_text
+from scale_rae.jsonio import parse_json
+from scale_rae.torch_file import (
+    LATENT,
+    WEIGHTS,
+    DamagedError,
+    FileTensor,
+    ForbiddenError,
+    UnusableError,
+    read_torch_file,
+)
 
+_MOST_HEADER = 16 << 20  # bytes of a safetensors file's header; one of 2,000 tensors has 200 kB
 _CHUNK_BYTES = 64 << 20  # mapped pages stay resident while a file is open, so it is closed this often
 
 
@@ -28,10 +35,12 @@ class StoredTensor:
     shape: tuple[int, ...]
     bytes: int
     offset: int
+    dtype: torch.dtype | None  # None: one that torch does not have
+    place: FileTensor | None = None  # of one in a torch file
 
 
 class TensorReader:
-    """Reads tensors piece by piece from safetensors files or torch pickles (weights only, memory mapped).
+    """Reads tensors piece by piece from safetensors files or those that torch.save wrote.
 
     Raises:
         CheckpointError: naming the file, when it is truncated, damaged, holds other things than tensors, or is a
@@ -49,19 +58,39 @@ class TensorReader:
                 raise CheckpointError(f"{file}: tensors that {self.tensors[twice[0]].file.name} has too: {_few(twice)}")
             self.tensors |= declared
 
+    def check_depth(self, layers: int, field: str, config: Path) -> None:
+        """Raises ConfigError when a network of so many `layers` cannot be in the files: each layer has tensors of its own.
+
+        Building thousands of layers takes minutes, and only then is it seen which tensors are missing.
+        """
+        if layers > len(self.tensors):
+            raise ConfigError(f"{config}: {field} is {layers}, but the weights hold only {len(self.tensors)} tensors")
+
+    def check_floats(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError unless the tensors called `names` hold floating-point numbers."""
+        for name in names:
+            stored = self.tensors[name]
+            if stored.dtype is None or not stored.dtype.is_floating_point:
+                kind = "numbers of a type that torch does not have" if stored.dtype is None else stored.dtype
+                raise CheckpointError(f"{stored.file}: {name} holds {kind}; weights must be floating-point numbers")
+
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies a tensor into one of its shape, of any dtype and on any device, 64 MB at a time."""
         stored = self.tensors[name]
         rows = stored.shape[0] if stored.shape else 1
         step = max(1, rows * _CHUNK_BYTES // max(stored.bytes, 1))
         for start in range(0, rows, step):
-            if stored.file != self._open_file or (self._read_bytes >= _CHUNK_BYTES and _is_mapped(stored.file)):
-                self._rows = lambda name, start, stop: torch.empty(0)  # lets go of the mapping before the next
-                self._rows = _opened(stored.file)
-                self._open_file, self._read_bytes = stored.file, 0
-            part = target[start : start + step] if stored.shape else target
-            part.copy_(self._rows(name, start, start + step))
-            self._read_bytes += stored.bytes * min(step, rows - start) // rows
+            if stored.place is not None:
+                part = _file_rows(stored.file, stored.place, start, start + step)
+            else:
+                if stored.file != self._open_file or self._read_bytes >= _CHUNK_BYTES:
+                    self._rows = lambda name, start, stop: torch.empty(0)  # lets go of the mapping before the next
+                    self._rows = _safetensors_rows(stored.file)
+                    self._open_file, self._read_bytes = stored.file, 0
+                self._read_bytes += stored.bytes * min(step, rows - start) // rows
+                part = self._rows(name, start, start + step)
+            place = target[start : start + step] if stored.shape else target
+            place.copy_(part)
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor on the CPU, in float32."""
@@ -73,21 +102,22 @@ class TensorReader:
 _Rows = Callable[[str, int, int], Tensor]  # rows start … stop of a tensor, or the whole of one without dimensions
 
 
-def _opened(file: Path) -> _Rows:
-    if file.suffix == ".safetensors":
-        handle = _open_safetensors(file)
-
-        def rows(name: str, start: int, stop: int) -> Tensor:
-            part = handle.get_slice(name)
-            return part[start:stop] if part.get_shape() else handle.get_tensor(name)  # type: ignore[no-any-return]
-
-        return rows
-    tensors = _load_pickle(file)
-    return lambda name, start, stop: tensors[name][start:stop] if tensors[name].dim() else tensors[name]
+def _file_rows(file: Path, tensor: FileTensor, start: int, stop: int) -> Tensor:
+    try:
+        with file.open("rb") as stream:
+            return tensor.read(stream, start, stop)
+    except DamagedError as e:
+        raise CheckpointError(f"{file}: damaged or not a torch file ({e})") from e
 
 
-def _is_mapped(file: Path) -> bool:
-    return file.suffix == ".safetensors" or is_zipfile(file)
+def _safetensors_rows(file: Path) -> _Rows:
+    handle = _open_safetensors(file)
+
+    def rows(name: str, start: int, stop: int) -> Tensor:
+        part = handle.get_slice(name)
+        return part[start:stop] if part.get_shape() else handle.get_tensor(name)  # type: ignore[no-any-return]
+
+    return rows
 
 
 def _open_safetensors(file: Path) -> Any:
@@ -99,49 +129,100 @@ def _open_safetensors(file: Path) -> Any:
         raise CheckpointError(f"{file}: damaged or cut short ({first_line(e)}); copy or download it again") from e
 
 
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+}
+
+
 def _declared(file: Path) -> dict[str, StoredTensor]:
+    _check_weights(file)
     if file.suffix != ".safetensors":
-        tensors = _load_pickle(file)
-        return {
-            name: StoredTensor(file, tuple(t.shape), t.numel() * t.element_size(), t.data_ptr())
-            for name, t in tensors.items()
-        }
-    _open_safetensors(file)  # the library checks the whole layout against the file's length
+        return _declared_by_torch(file)
     with file.open("rb") as stream:
-        header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        length = int.from_bytes(stream.read(8), "little")
+        # Beyond the file's end it is the library that says what is wrong.
+        if _MOST_HEADER < length < file.stat().st_size:
+            raise CheckpointError(
+                f"{file}: its header is larger than {size_text(_MOST_HEADER)}; copy or download it again"
+            )
+        _open_safetensors(file)  # the library checks the whole layout against the file's length
+        header = parse_json(stream.read(length), constants=True)
     declared = {}
     for name, entry in header.items():
         if name != "__metadata__":
             start, stop = entry["data_offsets"]
-            declared[name] = StoredTensor(file, tuple(entry["shape"]), stop - start, start)
+            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
+            declared[name] = StoredTensor(file, tuple(entry["shape"]), stop - start, start, dtype)
     return declared
 
 
-def _load_pickle(file: Path) -> dict[str, Tensor]:
-    """The tensors of a torch file, memory mapped; of one in torch's format before 1.6, read whole."""
+def _check_weights(file: Path) -> None:
+    """Raises CheckpointError for what is no regular file, or a git-LFS pointer."""
+    check_file(file, "file", CheckpointError)
     try:
-        with warnings.catch_warnings(action="ignore"):  # of pickle protocols
-            value = torch.load(file, map_location="cpu", weights_only=True, mmap=is_zipfile(file))
-    except FileNotFoundError as e:
-        raise CheckpointError(f"{file}: no such file") from e
-    except UnpicklingError as e:
-        if forbidden := re.search(r"GLOBAL (\S+)|Unsupported class (\S+)", str(e)):
-            name = forbidden[1] or forbidden[2]
-            raise CheckpointError(
-                f"{file}: refused, since loading it could run code ({name}); get it as safetensors"
-            ) from e
-        raise CheckpointError(f"{file}: damaged or not a torch file") from e
-    except Exception as e:  # a damaged pickle can fail inside the unpickler in any way
-        raise CheckpointError(f"{file}: damaged or not a torch file ({first_sentence(e)})") from e
+        with file.open("rb") as stream:
+            if is_lfs_pointer(stream.read(200)):
+                raise lfs_error(file, CheckpointError)
+    except OSError as e:
+        raise CheckpointError(f"{file}: cannot be read ({e.strerror or e})") from e
+
+
+def _declared_by_torch(file: Path) -> dict[str, StoredTensor]:
+    try:
+        value = read_torch_file(file, WEIGHTS)
+    except ForbiddenError as e:
+        raise CheckpointError(f"{file}: refused, since loading it could run code ({e}); get it as safetensors") from e
+    except DamagedError as e:
+        raise CheckpointError(f"{file}: damaged or not a torch file ({e})") from e
+    except UnusableError as e:
+        raise CheckpointError(f"{file}: holds {e}; weights must be plain tensors") from e
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         value = value["model"]
-    if not isinstance(value, dict) or not all(isinstance(n, str) and _is_plain(t) for n, t in value.items()):
+    if not isinstance(value, dict) or not all(
+        isinstance(n, str) and isinstance(t, FileTensor) for n, t in value.items()
+    ):
         raise CheckpointError(f"{file}: must hold a dict of tensors")
-    return value
+    return {name: StoredTensor(file, t.shape, t.bytes, t.start, t.dtype, t) for name, t in value.items()}
 
 
-def _is_plain(value: object) -> bool:
-    return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
+def load_latent(path: Path) -> Tensor:
+    """The tensor in a file saved by `torch.save`; `ScaleRAE.check_latent` says whether it is a latent of a model.
+
+    Raises:
+        InputError: naming the file, when it is missing, larger than any latent, no torch file, would run code when
+            loaded, or holds no plain tensor.
+    """
+    check_file(path, "latent file")
+    try:
+        with path.open("rb") as file:
+            if is_lfs_pointer(file.read(200)):
+                raise lfs_error(path, InputError)
+            value = read_torch_file(path, LATENT)
+            if isinstance(value, FileTensor):
+                return value.read(file)
+    except ForbiddenError as e:
+        raise InputError(f"{path}: refused, since loading it could run code ({e}); a latent is a plain tensor") from e
+    except DamagedError as e:
+        raise InputError(f"{path}: damaged, or not a file that torch.save wrote ({e})") from e
+    except UnusableError as e:
+        raise InputError(f"{path}: holds {e}; a latent is a plain tensor") from e
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
+    raise InputError(f"{path}: holds a {type(value).__name__}, not a tensor")
 
 
 def _few(names: list[str], most: int = 20) -> str:
@@ -179,6 +260,7 @@ def fill(
     )
     stored = {name: t for name, t in reader.tensors.items() if not ignore(name) and name not in tied}
     _check_tensors({n: tuple(places[0][2].shape) for n, places in targets.items()}, stored)
+    reader.check_floats(targets)
 
     total, done = sum(t.bytes for t in stored.values()), 0
     for name in sorted(targets, key=lambda n: (stored[n].file, stored[n].offset)):

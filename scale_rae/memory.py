@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from scale_rae.errors import DeviceError, ScaleRAEError
+from scale_rae.errors import DeviceError, OptionError, ScaleRAEError
 from scale_rae.options import check_device_name, check_dtype_name
 
 T = TypeVar("T")
@@ -19,13 +19,16 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
 
     Raises:
-        OptionError: for what is no name of a device. DeviceError: when the named device does not exist here.
+        DeviceError: for what is no name of a device, or of one that does not exist here.
     """
     if name is None:
         return torch.device(
             "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         )
-    check_device_name(name)
+    try:
+        check_device_name(name)
+    except OptionError as e:
+        raise DeviceError(str(e)) from e
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")

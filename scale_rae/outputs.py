@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -225,37 +224,6 @@ def latent_bytes(latent: Tensor) -> bytes:
     buffer = io.BytesIO()
     torch.save(latent.detach().to("cpu", torch.float32, copy=True).contiguous(), buffer)
     return buffer.getvalue()
-
-
-def load_latent(path: Path) -> Tensor:
-    """The tensor in a file saved by `torch.save`; `ScaleRAE.check_latent` says whether it is a latent of a model.
-
-    Raises:
-        InputError: naming the file, when it is missing, no torch file, would run code when loaded, or holds no tensor.
-    """
-    import pickle
-
-    import torch
-
-    try:
-        value = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as e:
-        raise InputError(f"{path}: no such latent file") from e
-    except IsADirectoryError as e:
-        raise InputError(f"{path}: is a folder, not a latent file") from e
-    except pickle.UnpicklingError as e:
-        if re.search(r"GLOBAL \S+|Unsupported class \S+", str(e)):
-            raise InputError(f"{path}: refused, since loading it could run code; a latent is a plain tensor") from e
-        raise InputError(f"{path}: not a file that torch.save wrote") from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
-    except Exception as e:  # damaged archives and pickles fail in many ways: RuntimeError, EOFError, KeyError, …
-        raise InputError(f"{path}: damaged, or not a file that torch.save wrote") from e
-    if not isinstance(value, torch.Tensor):
-        raise InputError(f"{path}: holds a {type(value).__name__}, not a tensor")
-    if value.layout is not torch.strided:
-        raise InputError(f"{path}: holds a sparse tensor; a latent is a plain one")
-    return value
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -49,6 +49,33 @@ def test_a_pipe_is_read_where_it_is_allowed(tmp_path: Path) -> None:
     writer.join()
 
 
+def test_a_pipe_that_nothing_writes_to_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scale_rae.files._PIPE_WAIT", 0)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe: is a pipe that nothing writes to"):
+        read_bytes(tmp_path / "pipe", 10, "thing", pipes=True)
+
+
+def test_a_writer_that_takes_its_time_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scale_rae.files._PIPE_WAIT", 0)
+    reading, writing = os.pipe()
+    real = os.set_blocking
+
+    def write_then_block(file: int, blocking: bool) -> None:  # only after the wait is over
+        os.write(writing, b"abc")
+        os.close(writing)
+        real(file, blocking)
+
+    monkeypatch.setattr(os, "set_blocking", write_then_block)
+    assert read_bytes(Path(f"/dev/fd/{reading}"), 10, "thing", pipes=True) == b"abc"
+    os.close(reading)
+
+
+def test_a_device_is_no_pipe() -> None:
+    with pytest.raises(InputError, match="/dev/zero: is not a regular file"):
+        read_bytes(Path("/dev/zero"), 10, "thing", pipes=True)
+
+
 @pytest.mark.parametrize("name", ["caf\udce9.png", "a\0b", "x" * 300, "~nosuchuser/x"])
 def test_names_that_no_file_has(tmp_path: Path, name: str) -> None:
     with pytest.raises(InputError):

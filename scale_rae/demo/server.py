@@ -110,7 +110,6 @@ def launch(
         path="/",
         root_path="",
         footer_links=["settings"],
-        run_history=False,
         allowed_paths=[],
         show_error=False,
         max_file_size=LARGEST_FILE,

@@ -13,7 +13,7 @@ from pathlib import Path
 
 # Read by the HTTP clients that gradio makes while it is imported. The page asks nobody for anything.
 _CLIENTS = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
-_ours = {"GRADIO_ANALYTICS_ENABLED": "False"}
+_ours = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
 
 
 def settle(folder: Path | None = None) -> None:

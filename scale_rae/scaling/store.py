@@ -189,12 +189,25 @@ class Store:
         return self._read_experiment()[0]
 
     def restore_experiment(self) -> str | None:
-        """Writes experiment.json anew from its copy when it is damaged; returns what was wrong with it."""
-        value, problem = self._read_experiment()
-        if problem is not None:
-            assert value is not None
+        """Writes experiment.json anew from its copy when it is damaged; returns what was wrong with it.
+
+        Where there are no results yet, nothing is lost with it: it is removed.
+        """
+        path = self.folder / "experiment.json"
+        try:
+            value, problem = self._read_experiment()
+        except InputError as e:
+            if self._has_results() or not path.is_file():
+                raise
+            with self._disk_errors(path):
+                path.unlink()
+            return f"{e.args[0].partition('; ')[0]}; made again, since there are no results yet"
+        if problem is not None and value is not None:
             self._write_experiment(value)
         return problem
+
+    def _has_results(self) -> bool:
+        return any((self._work / "batches").glob("*/*.json")) or any(self.folder.glob("[0-9]*/metadata.jsonl"))
 
     def _read_experiment(self) -> tuple[dict[str, Any] | None, str | None]:
         """What experiment.json says, and what was wrong with it if that comes from its copy."""
@@ -208,7 +221,7 @@ class Store:
             problem = f"cannot be read ({first_line(e)})"
         else:
             if value is None:
-                if any((self._work / "batches").glob("*/*.json")) or any(self.folder.glob("[0-9]*/metadata.jsonl")):
+                if self._has_results():
                     remedy = f"put its copy {self._copy} there, or " if self._copy_of_experiment() is not None else ""
                     raise InputError(
                         f"{path}: missing, so it is not known what drew the results beside it; {remedy}choose another "
@@ -294,6 +307,13 @@ class Store:
     def _record_folder(self, index: int) -> Path:
         return self._work / "batches" / f"{index:05}"
 
+    def _records(self, index: int) -> list[Path]:
+        """The files that are records by their name."""
+        try:
+            return sorted(p for p in self._record_folder(index).glob("*.json") if _RECORD_NAME.fullmatch(p.name))
+        except OSError:  # writing there will say why
+            return []
+
     def batches(self, index: int) -> tuple[list[Batch], list[str]]:
         """A prompt's finished batches, in order and disjoint; and what was found wrong with files of others."""
         sealed, unsealed, problems = self._batches(index)
@@ -305,9 +325,7 @@ class Store:
         problems: list[str] = []
         samples, covered = self.prompt_folder(index) / "samples", set[int]()
         stored = {path.name for path in samples.glob("*")} if self.remote else None
-        for path in sorted(self._record_folder(index).glob("*.json")):
-            if not _RECORD_NAME.fullmatch(path.name):
-                continue
+        for path in self._records(index):
             try:
                 data = self._read(path)
                 if data is None:
@@ -402,7 +420,10 @@ class Store:
 
     def has_record(self, index: int) -> bool:
         """Whether a prompt's metadata.jsonl is there, whatever is in it."""
-        return (self.prompt_folder(index) / "metadata.jsonl").is_file()
+        try:
+            return (self.prompt_folder(index) / "metadata.jsonl").is_file()
+        except OSError:
+            return False
 
     def holder(self) -> str:
         """Who has the run's lock, as written in the folder; empty where that cannot be read."""
@@ -444,8 +465,8 @@ class Store:
         if problems:  # records that were made again under other names would be complained of for ever
             used = {batch.name for batch in batches}
             with self._disk_errors(self._record_folder(prompt.index)):
-                for path in self._record_folder(prompt.index).glob("*.json"):
-                    if _RECORD_NAME.fullmatch(path.name) and path.name not in used:
+                for path in self._records(prompt.index):
+                    if path.name not in used:
                         path.unlink(missing_ok=True)
         return _object(data)
 
@@ -642,7 +663,7 @@ def _says_the_same(metadata: Mapping[str, Any], batch: Batch) -> bool:
     try:
         entries, seeds, rewards = (metadata[n] for n in ("text_responses", "image_seeds", "all_ir_scores"))
         return (
-            (batch.start > 0 or metadata["output_text"] == batch.output_text)
+            metadata["output_text"] == batch.output_text
             and all(
                 dump_json(entries[str(i)]) == dump_json(entry)
                 for i, entry in zip(batch.samples, batch.judged, strict=True)

@@ -1,4 +1,4 @@
-"""HTTP: routes, who may ask and how much, errors in OpenAI's shape."""
+"""Routes: from requests to jobs and from results to answers, errors in OpenAI's shape."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ class Engine:
         self._tiles: deque[_Tile] = deque()
         self._judging: deque[Job] = deque()
         self._turns = Turns()
-        self._replies_first = 0  # replies that were waiting when the last batch was drawn: they come before the next
+        self._replies_first = 0  # replies that come before the next batch of drawings
         self._workers = 1
         self._threads: list[threading.Thread] = []
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="png")
@@ -335,8 +335,9 @@ class Engine:
             chosen = alike[: self._batch_of(len(alike), on_cpu)]
             taken = set(map(id, chosen))
             self._tiles = deque(tile for tile in self._tiles if id(tile) not in taken)
-            # Not all of them, so that a client who has one does not wait for the many of another.
-            self._replies_first = min(len(self._replies), self.batch_size * self._workers)
+            # One of each client, and what fills the next batches: who asks for one image does not wait for all replies.
+            clients = len({job.client for job in self._replies})
+            self._replies_first = max(clients, self.batch_size * self._workers - len(self._tiles))
             self._begin([tile.job for tile in chosen])
             return self._draw, chosen
 

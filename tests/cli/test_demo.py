@@ -15,7 +15,7 @@ def test_without_gradio_the_extra_is_named(cli: Cli, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "gradio", None)
     run = cli("demo")
     assert run.code == 1
-    assert run.error == 'demo needs gradio, which is not installed: pip install "scale-rae[demo]"'
+    assert run.error == 'scale-rae demo: needs gradio, which is not installed; pip install "scale-rae[demo]"'
 
 
 def test_help_loads_neither_gradio_nor_torch() -> None:

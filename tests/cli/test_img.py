@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +177,22 @@ def test_unusual_images(cli: Cli, checkpoints: dict[str, Path], tmp_path: Path, 
         *("--max-new-tokens", 2, "--output-dir", out),
     )
     assert result.code == 0, result.err
+
+
+def test_the_hash_of_a_pipe_is_of_what_it_gave(
+    cli: Cli, checkpoints: dict[str, Path], picture: Path, tmp_path: Path, out: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=lambda: pipe.write_bytes(picture.read_bytes()), daemon=True)
+    writer.start()
+    result = cli(
+        *("img", "--model-path", checkpoints["webssl"], "--image", pipe, "--prompt", LOOK),
+        *("--max-new-tokens", 2, "--output-dir", out),
+    )
+    assert result.code == 0, result.err
+    writer.join()
+    assert only_manifest(out)["image_sha256"] == hashlib.sha256(picture.read_bytes()).hexdigest()
 
 
 @pytest.mark.usefixtures("no_loading")

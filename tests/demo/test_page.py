@@ -174,3 +174,14 @@ def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path)
     limits = {f.concurrency_id: f.concurrency_limit for f in built.fns.values() if f.queue}
     assert limits["model"] == 1
     assert not built.analytics_enabled
+
+
+def test_the_page_says_what_the_bundled_model_draws_and_answers(
+    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = str(page.build(studio, tmp_path).config)
+    for words in ("one to four shapes", "cross", "pink", "questions about such pictures", "docs/bundled-model.md"):
+        assert words in said
+    monkeypatch.setattr(studio.model.tokenizer, "image_start", studio.model.tokenizer.chat_end)
+    with pytest.raises(InputError, match=r"answered without drawing.*one to four shapes"):
+        list(studio.draw("a red circle", page.sampling(1, 1.0, 2, "euler", "5")))

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scale_rae import flow, manifest
+from scale_rae.checkpoint import load_latent
 from scale_rae.cli import main
 from scale_rae.demo.work import (
     MOST_IMAGES,
@@ -29,8 +29,7 @@ from scale_rae.demo.work import (
     streamed,
 )
 from scale_rae.errors import InputError, ScaleRAEError
-from scale_rae.manifest import Sampling
-from scale_rae.outputs import load_latent
+from scale_rae.options import Sampling
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -341,7 +340,3 @@ def test_seeds_fit_and_differ() -> None:
     seeds = {new_seed() for _ in range(5)}
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert len(seeds) > 1
-
-
-def test_the_default_steps_are_the_sampler_s() -> None:
-    assert manifest.DEFAULT_STEPS == flow.DEFAULT_STEPS

@@ -83,7 +83,7 @@ def test_one_display_for_all_processes_of_a_launch(scale: Scale, reference: dict
         return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
     ranks = [start("0")]
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # against hanging only
     while not (scale.folder / ".work" / "holder").exists():  # rank 0 counts what is to do
         assert time.monotonic() < deadline
         time.sleep(0.05)

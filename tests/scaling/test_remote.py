@@ -54,7 +54,16 @@ def test_names(tmp_path: Path) -> None:
     assert str(results_folder("memory://bucket/x/") / "y") == "memory://bucket/x/y"
 
 
-@pytest.mark.parametrize(("url", "problem"), [("file://a/b", "three slashes"), ("nope://a/b", "nope")])
+@pytest.mark.parametrize(
+    ("url", "problem"),
+    [
+        ("file://a/b", "three slashes"),
+        ("nope://a/b", "nope"),
+        ("~nosuch/x", "no such user"),
+        ("caf\udce9", "not valid UTF-8"),
+        ("a\0b", "null character"),
+    ],
+)
 def test_names_that_are_none(url: str, problem: str) -> None:
     with pytest.raises(InputError, match=problem):
         results_folder(url)

@@ -18,6 +18,7 @@ import torch
 
 from scale_rae.errors import DeviceError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.store import Store
 from tests.scaling.conftest import Scale, record, snapshot
 
@@ -81,7 +82,7 @@ def test_killed_worker_and_killed_launcher(scale: Scale, reference: dict[str, by
             os._exit(0)
 
     def wait(for_: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 240  # against hanging only
         while not (found := for_()):
             assert time.monotonic() < deadline
             time.sleep(0.02)
@@ -128,6 +129,85 @@ def test_damaged_files_are_named_and_made_again(scale: Scale, reference: dict[st
     assert snapshot(scale.folder) == reference
 
 
+def test_a_damaged_description_is_restored(scale: Scale, reference: dict[str, bytes]) -> None:
+    """As a loss of power leaves it, or a bad disk; other settings are still refused."""
+    assert scale().code == 0
+    path = scale.folder / "experiment.json"
+    good = json.loads(path.read_text())
+    for damaged in ("", path.read_text().replace('"seed": 42', '"seed": 43')):
+        path.write_text(damaged)
+        assert "seed 1 here, 42 there" in scale("--seed", 1).err
+        path.write_text(damaged)
+        result = scale()
+        assert result.code == 0
+        assert "experiment.json: " in result.err
+        assert f"restored from {scale.folder}/.work/experiment.json" in result.err
+        assert "3 prompts are done already, 0 to do" in result.err
+        restored = json.loads(path.read_text())
+        assert {**restored, "seconds": good["seconds"]} == good
+    assert snapshot(scale.folder) == reference
+
+
+def test_killed_at_the_very_end(scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the last prompt's metadata.jsonl, before an earlier error is removed and the run's end noted."""
+    assert scale("--limit", 2).code == 0
+    noted = json.loads((scale.folder / "experiment.json").read_text())
+
+    def kill(*args: object) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    store = Store(scale.folder, Settings("", "shapes"))
+    store.fail(2, "an earlier failure", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "tidy", lambda store, index: kill() if index == 2 else None)
+        patch.setattr(Store, "reopen", lambda store, index: store.batches(index)[0])  # so that the error is still there
+        assert killed(scale)
+    assert (scale.folder / "00002" / "metadata.jsonl").exists()
+    assert (scale.folder / "00002" / "error.json").exists()
+    path = scale.folder / "experiment.json"
+    path.write_text(json.dumps({k: v for k, v in noted.items() if k not in ("seconds", "failed", "unfinished")}))
+
+    result = scale()
+    assert result.code == 0
+    assert "3 prompts are done already, 0 to do" in result.err
+    assert not (scale.folder / "00002" / "error.json").exists()
+    ended = json.loads(path.read_text())
+    assert (ended["failed"], ended["unfinished"]) == ([], [])
+    assert ended["seconds"]["total"] >= 0
+    assert {**ended, "seconds": noted["seconds"]} == noted
+    assert snapshot(scale.folder) == reference
+
+
+def test_prompts_that_a_run_does_not_look_at_stay_failed(scale: Scale) -> None:
+    assert scale("--limit", 1).code == 0
+    path = scale.folder / "experiment.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"failed": [7], "unfinished": [0, 2]}))
+    assert scale("--limit", 1).code == 0
+    ended = json.loads(path.read_text())
+    assert (ended["failed"], ended["unfinished"]) == ([7], [2])
+
+
+@pytest.mark.parametrize(
+    ("name", "error"),
+    [
+        ("~nosuch/x", "no such user"),
+        ("x" * 300, "File name too long"),
+        ("new/" + "x" * 300, "File name too long"),
+        (os.fsdecode(b"caf\xe9"), "UTF-8"),
+    ],
+)
+def test_output_folders_that_cannot_be(
+    scale: Scale, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ScaleRAE, "from_pretrained", None)  # before any work
+    result = scale("--output-dir", name)
+    assert result.code in (1, 2)
+    assert result.err.count("\n") == 1
+    assert result.err.startswith("error: ")
+    assert error in result.err
+
+
 def test_other_settings_are_refused(scale: Scale, reference: dict[str, bytes], tmp_path: Path) -> None:
     assert scale("--limit", 1).code == 0
     before = snapshot(scale.folder)
@@ -160,8 +240,6 @@ def test_results_without_their_description_are_refused(scale: Scale) -> None:
 
 
 def test_a_second_start_is_refused_while_the_first_runs(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    from scale_rae.scaling.experiment import Settings
-
     monkeypatch.setattr("scale_rae.scaling.store._LOCK_WAIT", 0.2)
     store = Store(scale.folder, Settings("", "shapes"))
     with store.lock_run():

@@ -137,3 +137,34 @@ def test_options_repeat_what_the_package_has() -> None:
 
     assert serve.KEY_VARIABLE == settings.API_KEY_VARIABLE
     assert set(REWARDS) == {"imagereward", "siglip", "pickscore"}
+
+
+def test_limits_of_the_command_are_those_of_the_package() -> None:
+    import inspect
+
+    from scale_rae.cli.serve import command
+    from scale_rae.serve.settings import Limits
+
+    default = {name: parameter.default for name, parameter in inspect.signature(command).parameters.items()}
+    limits = Limits()
+    same = {
+        "requests": default["max_requests"],
+        "deadline": default["deadline"],
+        "connections": default["max_connections"],
+        "connections_each": default["max_client_connections"],
+        "headers": default["header_time"],
+        "head": default["max_header"] << 10,
+        "body": default["max_body"] << 20,
+        "bodies": default["max_bodies"] << 20,
+        "upload": default["upload_time"],
+        "items": default["max_items"],
+        "prompt": default["max_prompt"],
+        "pixels": default["max_pixels"],
+        "images": default["max_pictures"],
+        "decoders": default["decoders"],
+        "decoding": default["decode_time"],
+        "drawings": default["max_images"],
+        "steps": default["max_steps"],
+        "new_tokens": default["max_new_tokens"],
+    }
+    assert {name: getattr(limits, name) for name in same} == same
