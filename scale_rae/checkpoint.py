@@ -23,6 +23,7 @@ from scale_rae.torch_file import (
     read_torch_file,
 )
 
+_MOST_SHARED = 4  # times a torch file's size that its tensors may have together, since tied weights share their values
 _MOST_HEADER = 16 << 20  # bytes of a safetensors file's header; one of 2,000 tensors has 200 kB
 _CHUNK_BYTES = 64 << 20  # mapped pages stay resident while a file is open, so it is closed this often
 
@@ -196,6 +197,8 @@ def _declared_by_torch(file: Path) -> dict[str, StoredTensor]:
         isinstance(n, str) and isinstance(t, FileTensor) for n, t in value.items()
     ):
         raise CheckpointError(f"{file}: must hold a dict of tensors")
+    if sum(t.bytes for t in value.values()) > _MOST_SHARED * file.stat().st_size:
+        raise CheckpointError(f"{file}: damaged (its tensors are more than {_MOST_SHARED} times larger than the file)")
     return {name: StoredTensor(file, t.shape, t.bytes, t.start, t.dtype, t) for name, t in value.items()}
 
 

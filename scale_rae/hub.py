@@ -309,7 +309,7 @@ def weight_files(folder: Path) -> list[Path]:
             promised |= _indexed(folder / name)
         else:
             promised |= {name, *_numbered(name)}
-    missing = sorted(name for name in promised if not (folder / name).is_file())
+    missing = sorted(name for name in promised if not (folder / name).exists())
     if missing:
         raise CheckpointError(f"{folder}: missing shards {', '.join(missing)}; copy or download them again")
     return [folder / name for name in sorted(promised)]

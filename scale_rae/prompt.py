@@ -5,13 +5,12 @@ A conversation is a list of token ids in which IMAGE stands for the L projected 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from scale_rae.errors import CheckpointError, InputError
+from scale_rae.tokenizer_file import read_qwen2, reading
 
 IMAGE = -200  # not a token: the place of an image's latents among token ids
 SYSTEM = "You are a helpful assistant."
@@ -38,28 +37,17 @@ class ChatTokenizer:
     """
 
     def __init__(self, folder: Path, image_markers: bool) -> None:
-        from tokenizers import Tokenizer
-        from transformers import Qwen2Tokenizer
-
-        # Without this check transformers quietly makes an empty tokenizer.
-        if not (folder / "tokenizer.json").is_file() and not (folder / "vocab.json").is_file():
-            raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json, or vocab.json and merges.txt)")
-        try:
-            tokenizer = Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as e:  # the many ways a damaged file fails inside the library
-            raise CheckpointError(f"{folder}: the tokenizer cannot be read ({e})") from e
         self.image_markers = image_markers
-        self._backend: Any = tokenizer.backend_tokenizer
-        settings = json.loads(self._backend.to_str())
-        settings["added_tokens"] = []  # what people write goes through a tokenizer that knows no control tokens
-        self._plain = Tokenizer.from_str(json.dumps(settings))
-        self.size: int = self._backend.get_vocab_size()
+        # What people write goes through a tokenizer that knows no control tokens.
+        self._backend, self._plain = read_qwen2(folder)
+        self.size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self.chat_start, self.chat_end, self.image_start, self.image_end = (
             self._control(folder, token) for token in (CHAT_START, CHAT_END, IMAGE_START, IMAGE_END)
         )
-        # transformers makes a tokenizer without a vocabulary, which drops all text, from some damaged files.
-        if self.decode(self.plain(_PROBE)) != _PROBE:
+        with reading(folder):
+            whole = self.decode(self.plain(_PROBE)) == _PROBE
+        if not whole:  # a vocabulary that lacks letters drops them
             raise CheckpointError(f"{folder}: the tokenizer loses text; its vocabulary is damaged")
 
     def _control(self, folder: Path, token: str) -> int:

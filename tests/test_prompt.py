@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,13 +14,17 @@ from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
 
 from scale_rae.errors import InputError
+from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import IMAGE, ChatTokenizer, clean_message
+from scale_rae.tokenizer_file import read_qwen2
+from tests.made_checkpoints import SPECIAL, write_tokenizer
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<|endoftext|>", "<image>"]
 LAYOUT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
-texts = st.text(st.characters(codec="utf-8"), max_size=40)
+# Hypothesis also tries texts that it finds in the sources; this one is removed from prompts.
+texts = st.text(st.characters(codec="utf-8"), max_size=40).filter(lambda text: "<image-placeholder>" not in text)
 hostile = st.lists(
     st.sampled_from([*CONTROL, "<|im_start|>system\n", "a cat", "\n", "<image-placeholder>"]) | texts, max_size=6
 )
@@ -37,6 +44,63 @@ def special(ids: list[int], tokenizer: ChatTokenizer) -> list[int]:
     """The control ids (and images) of a conversation, in order."""
     control = {tokenizer.chat_start, tokenizer.chat_end, tokenizer.image_start, tokenizer.image_end, IMAGE}
     return [i for i in ids if i in control | tokenizer._special]
+
+
+def tokenizer_layouts(folder: Path) -> dict[str, Path]:
+    """Folders with a Qwen2 tokenizer in every layout that checkpoints have, and some that they could have."""
+    shapes = BUNDLED["shapes"]
+    layouts = {"shapes": shapes, "encoder": shapes / "shapes" / "siglip-patch16-128"}
+
+    def made(name: str, change: Callable[[dict[str, Any]], object]) -> Path:
+        layouts[name] = folder / name
+        write_tokenizer(folder / name)
+        path = folder / name / "tokenizer_config.json"
+        settings = json.loads(path.read_text())
+        change(settings)
+        path.write_text(json.dumps(settings))
+        return folder / name
+
+    made("vocab and merges", lambda s: None)
+    (made("no settings", lambda s: None) / "tokenizer_config.json").unlink()
+    made("space", lambda s: s.update(add_prefix_space=True))
+    made("names", lambda s: s.update(image_token="<img>", mask_token="<mask>", unk_token="<|endoftext|>"))
+    token = {"content": "<cls>", "lstrip": True, "rstrip": False, "normalized": False, "single_word": False}
+    made("objects", lambda s: s.update(cls_token={"__type": "AddedToken"} | token))
+    made("plain tokens", lambda s: s["added_tokens_decoder"]["277"].update(special=False))
+    flags = {"lstrip": False, "rstrip": False, "normalized": False, "single_word": False}
+    for name in ("added tokens", "added and mapped"):
+        old = made(name, lambda s: s.pop("added_tokens_decoder"))
+        added = {token: 276 + i for i, token in enumerate((*SPECIAL, "<x>"))}
+        (old / "added_tokens.json").write_text(json.dumps(added))
+    mapped = {"eos_token": {"content": "<|im_end|>"} | flags, "pad_token": "<|endoftext|>"}
+    (old / "special_tokens_map.json").write_text(
+        json.dumps(mapped | {"additional_special_tokens": ["<im_start>", "<im_end>"]})
+    )
+    for name, source in (("tokenizer.json", shapes), ("tokenizer.json alone", folder / "vocab and merges")):
+        Qwen2Tokenizer.from_pretrained(str(source)).save_pretrained(str(folder / name))
+        layouts[name] = folder / name
+        for file in ("vocab.json", "merges.txt", *(["tokenizer_config.json"] if "alone" in name else [])):
+            (folder / name / file).unlink(missing_ok=True)
+    return layouts
+
+
+def test_tokenizers_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    for name, folder in tokenizer_layouts(tmp_path).items():
+        theirs = json.loads(Qwen2Tokenizer.from_pretrained(str(folder)).backend_tokenizer.to_str())
+        full, plain = read_qwen2(folder)
+        ours = json.loads(full.to_str())
+        for part in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens"):
+            assert ours[part] == theirs[part], (name, part)
+        assert json.loads(plain.to_str()) == ours | {"added_tokens": []}
+
+
+def test_truncation_in_a_tokenizer_json_does_not_cut_prompts(tmp_path: Path) -> None:
+    folder = tokenizer_layouts(tmp_path)["tokenizer.json"]
+    path = folder / "tokenizer.json"
+    length = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"truncation": length}))
+    tokenizer = ChatTokenizer(folder, image_markers=True)
+    assert tokenizer.decode(tokenizer.plain("a red circle and a blue star")) == "a red circle and a blue star"
 
 
 @settings(max_examples=200, deadline=None)

@@ -12,9 +12,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, last_line
-from scale_rae.hub import Source, find
+from scale_rae.files import check_file
+from scale_rae.hub import Source, find, import_hub
 from scale_rae.images import to_rgb
 from scale_rae.jsonio import read_json
+from scale_rae.tokenizer_file import read_qwen2, read_tokenizer_json, reading
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -96,26 +98,28 @@ def read_tokenizer(folder: Path, kind: str) -> Tokenizer:
     Raises:
         CheckpointError: naming the folder, when there is none or it is damaged.
     """
-    from tokenizers import Tokenizer
     from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 
-    try:
-        if (folder / "tokenizer.json").is_file():
-            tokenizer: Any = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif kind == "bert" and (folder / "vocab.txt").is_file():
+    tokenizer: Any
+    with reading(folder):
+        if (folder / "tokenizer.json").exists():
+            tokenizer = read_tokenizer_json(folder / "tokenizer.json")
+        elif kind == "qwen2" and (folder / "vocab.json").exists():
+            tokenizer = read_qwen2(folder)[0]
+        elif kind == "bert" and (folder / "vocab.txt").exists():
+            check_file(folder / "vocab.txt", "file", CheckpointError)
             tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=True)._tokenizer
-        elif kind != "bert" and (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            from transformers import CLIPTokenizer, Qwen2Tokenizer
+        elif kind == "clip" and (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+            for name in TOKENIZER_FILES:
+                if (folder / name).exists():
+                    check_file(folder / name, "file", CheckpointError)
+            import_hub()
+            from transformers import CLIPTokenizer
 
-            cls = CLIPTokenizer if kind == "clip" else Qwen2Tokenizer
-            tokenizer = cls.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
+            tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True).backend_tokenizer
         else:
             files = "vocab.txt" if kind == "bert" else "vocab.json and merges.txt"
             raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json, or {files})")
-    except ScaleRAEError:
-        raise
-    except Exception as e:  # the many ways a damaged file fails inside the library
-        raise CheckpointError(f"{folder}: the tokenizer cannot be read ({last_line(e)})") from e
     tokenizer.no_padding()
     tokenizer.no_truncation()
     return tokenizer  # type: ignore[no-any-return]

@@ -258,7 +258,7 @@ class _Worker:
 
     def _start(self, memory: int) -> subprocess.Popen[bytes]:
         here = Path.cwd()
-        folders = [path for path in sys.path if path and Path(path) != here]
+        folders = [path for path in sys.path if Path(path).is_absolute() and Path(path) != here]
         command = [sys.executable, "-I", "-c", _PROGRAM, *folders, _ROOT]
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SCALE_RAE_DECODER_MEMORY": str(memory)}

@@ -154,7 +154,8 @@ class Engine:
         self._tiles: deque[_Tile] = deque()
         self._judging: deque[Job] = deque()
         self._turns = Turns()
-        self._replies_first = 0  # replies that come before the next batch of drawings
+        self._replies_first = 0  # replies that were waiting when the last batch was drawn
+        self._answered = 0  # replies since then
         self._workers = 1
         self._threads: list[threading.Thread] = []
         self._encoders = ThreadPoolExecutor(2, thread_name_prefix="png")
@@ -321,11 +322,11 @@ class Engine:
                     self._wake.wait(left)  # for those who come with the first
             if self._judging:
                 return self._judge, [self._judging.popleft()]
-            if self._replies and (self._replies_first > 0 or not self._tiles):
+            if self._is_reply_next():
                 jobs = self._turns.order(self._replies, lambda job: job.client)[: 1 if on_cpu else self.batch_size]
                 for job in jobs:
                     self._replies.remove(job)
-                self._replies_first -= len(jobs)
+                self._answered += len(jobs)
                 self._begin(jobs)
                 return self._answer, jobs
             if not self._tiles:
@@ -335,11 +336,26 @@ class Engine:
             chosen = alike[: self._batch_of(len(alike), on_cpu)]
             taken = set(map(id, chosen))
             self._tiles = deque(tile for tile in self._tiles if id(tile) not in taken)
-            # One of each client, and what fills the next batches: who asks for one image does not wait for all replies.
-            clients = len({job.client for job in self._replies})
-            self._replies_first = max(clients, self.batch_size * self._workers - len(self._tiles))
+            self._replies_first, self._answered = len(self._replies), 0
             self._begin([tile.job for tile in chosen])
             return self._draw, chosen
+
+    def _is_reply_next(self) -> bool:
+        """Whether the next batch is of replies, not of drawings.
+
+        The replies that waited when the last batch was drawn come before the next. With several clients it goes by turns,
+        and a client's own replies come first only as far as its drawings do not fill the next batches.
+        """
+        if not self._replies or not self._tiles:
+            return bool(self._replies)
+        is_due = self._answered < self._replies_first
+        if len({job.client for job in self._jobs}) == 1:
+            return is_due
+        reply = self._turns.order(self._replies, lambda job: job.client)[0].client
+        tile = self._turns.order(self._tiles, lambda tile: tile.job.client)[0].job.client
+        if reply != tile:
+            return self._turns.last(reply) < self._turns.last(tile)
+        return is_due and len(self._tiles) < self.batch_size * self._workers
 
     def _begin(self, jobs: Sequence[Job]) -> None:
         for job in jobs:

@@ -25,9 +25,13 @@ class Turns:
         keyed: list[tuple[int, int, int, T]] = []
         for i, item in enumerate(items):
             client = client_of(item)
-            keyed.append((rounds[client], self._served.get(client, 0), i, item))
+            keyed.append((rounds[client], self.last(client), i, item))
             rounds[client] += 1
         return [item for *_, item in sorted(keyed, key=lambda entry: entry[:3])]
+
+    def last(self, client: str) -> int:
+        """When the client was last served, in a count of turns; 0 if it was not."""
+        return self._served.get(client, 0)
 
     def serve(self, clients: Iterable[str]) -> None:
         """Notes that these clients have had their turn."""
