@@ -3,14 +3,13 @@
     python benchmarks/cpu.py                     # the bundled model
     python benchmarks/cpu.py --model-path DIR
 
-Every figure is the median of --repeat runs after one that is not counted, with the number of threads torch chooses; those of
-scaling are means over --repeat prompts.
+Every figure is the median of --repeat runs after one that is not counted, with the number of threads that torch chooses.
+Scaling's figures are means over --repeat prompts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import resource
 import statistics
@@ -25,20 +24,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks.bench import median_seconds, show, write_json
+
 PROMPT = "Can you generate a photo of a blue cross and a pink square?"
 COLORS = ("blue", "red", "green", "yellow", "black", "white", "orange", "purple")
 QUESTION = "Describe this image."
-
-
-def median_seconds(run: Callable[[], object], repeat: int) -> float:
-    """Median wall seconds of `run` over `repeat` calls after one that is not counted."""
-    run()
-    times = []
-    for _ in range(repeat):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def process_seconds(arguments: list[str]) -> float:
@@ -49,14 +39,14 @@ def process_seconds(arguments: list[str]) -> float:
 
 
 def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
-    """All figures of one model, seconds unless the name says otherwise."""
+    """All figures of one model, in seconds unless the name says otherwise."""
     bare = statistics.median(process_seconds(["-c", "pass"]) for _ in range(repeat))
     help_page = statistics.median(process_seconds(["-m", "scale_rae", "--help"]) for _ in range(repeat))
     start = time.perf_counter()
     import torch
 
     import scale_rae
-    from scale_rae.pipeline import SamplingOptions
+    from scale_rae.options import SamplingOptions
 
     imported = time.perf_counter() - start
     start = time.perf_counter()
@@ -75,7 +65,9 @@ def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
     }
     reply = model.reply([PROMPT])[0]
     if reply.condition is None:
-        raise SystemExit(f"{model_path} answers the benchmark's prompt without drawing; nothing to measure")
+        raise SystemExit(
+            f"error: {model_path}: the reply to the benchmark's prompt asks for no image; use a model that draws"
+        )
     condition, options = reply.condition, SamplingOptions(steps=steps)
     latent = model.sample([condition], [0], options)[0]
     figures["reply"] = median_seconds(lambda: model.reply([PROMPT]), repeat)
@@ -106,8 +98,8 @@ def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
 
 
 def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[str, float]:
-    """`scale t2i` of `count` prompts, 4 x 2 images each, latent questions, siglip reward: seconds a prompt once all is loaded,
-    and the share of them in which no network was at work."""
+    """`scale t2i` of `count` prompts (4 x 2 images, latent questions, siglip reward): seconds per prompt after loading, and the
+    share of them in which no network ran."""
     from scale_rae.promptfile import PromptRecord
     from scale_rae.scaling.experiment import Settings
     from scale_rae.scaling.launch import run
@@ -123,7 +115,7 @@ def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[st
     with tempfile.TemporaryDirectory() as folder, clock:
         outcome = run(settings, prompts, Path(folder), ["cpu"], listen=listen)
     if outcome.failed:
-        raise SystemExit(f"{model_path}: scaling failed: {outcome.failed}")
+        raise SystemExit(f"error: {model_path}: prompts failed: {outcome.failed}")
     return {
         "scaling_4x2_per_prompt": outcome.working / len(prompts),
         "scaling_4x2_share_outside_networks": 1 - clock.seconds / outcome.working,
@@ -131,8 +123,11 @@ def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[st
 
 
 class NetworkClock:
-    """Seconds in which any thread was inside a network, while entered: a torch module's forward, an evaluation of the velocity
-    network or a pass of the language model, whose layers are functions."""
+    """Counts, while entered, the seconds in which any thread was inside a network.
+
+    That is a torch module's forward, an evaluation of the velocity network, or a pass of the language model, whose layers are
+    functions.
+    """
 
     def __init__(self) -> None:
         self.seconds, self._inside, self._begun = 0.0, 0, 0.0
@@ -143,12 +138,11 @@ class NetworkClock:
     def __enter__(self) -> None:
         from torch.nn.modules import module
 
-        from scale_rae.context import Context
-        from scale_rae.speed import FastDiT
+        from scale_rae.fast_dit import FastDiT
+        from scale_rae.kv_cache import KVCache
 
-        self._methods = [
-            (owner, name, getattr(owner, name)) for owner, name in ((FastDiT, "evaluate"), (Context, "_forward"))
-        ]
+        passes = ((FastDiT, "evaluate"), (KVCache, "extend"), (KVCache, "step"))
+        self._methods = [(owner, name, getattr(owner, name)) for owner, name in passes]
         for owner, name, method in self._methods:
             setattr(owner, name, self._timed(method))
 
@@ -199,10 +193,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     figures = measure(args.model_path, args.repeat, args.steps)
-    for name, value in figures.items():
-        print(f"{name:36} {value:.4g}" if isinstance(value, float) else f"{name:36} {value}")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    show(figures, 36)
+    write_json(args.json, figures)
 
 
 if __name__ == "__main__":

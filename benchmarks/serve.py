@@ -1,13 +1,14 @@
-"""Load on `scale-rae serve`: is a request lost or wrong, and what does serving cost against one offline batch? JSON, table.
+"""Load on `scale-rae serve`: is a request lost or wrong, and how fast is serving against one offline batch? JSON, table.
 
     python benchmarks/serve.py --device cpu                          # the bundled model; 64 clients for two minutes
     python benchmarks/serve.py --full-size 1.5b --json serve.json    # made-up weights of the published sizes, on a GPU
-    python benchmarks/serve.py --full-size tiny --clients 4 --seconds 5 --device cpu    # does it run at all
+    python benchmarks/serve.py --full-size tiny --clients 4 --seconds 5 --device cpu    # tries the benchmark itself
 
-The server runs in this process, the clients (OpenAI's interface, each asking again as soon as it has its picture) in another.
-They ask for pictures of a fixed set of prompts and seeds, each of which is also drawn alone beforehand: every picture that comes
-is compared with that, on the CPU to the byte. Offline is the same set through `ScaleRAE.generate` and into PNGs, measured before and after the load.
-The made-up model answers every message by asking for an image at once, so a reply is one token there.
+The server runs in this process, the clients in another. They use OpenAI's interface, and each sends its next request as soon as
+it has its picture. They ask for pictures of a fixed set of prompts and seeds. Each of those is also drawn alone beforehand, and
+every picture received is compared with that one, on the CPU to the byte. "Offline" is the same set through
+`ScaleRAE.generate` and into PNGs, measured before and after the load. The made-up model's replies are one token, which asks for
+an image.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import asyncio
 import base64
 import io
+import itertools
 import json
 import platform
 import random
@@ -29,8 +31,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.bench import median_seconds, show, write_json
 
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
@@ -38,7 +41,7 @@ Case = tuple[str, int]  # prompt, seed
 
 
 def cases_of(count: int) -> list[Case]:
-    """Prompts of the bundled model's world, of one and two things, each with a seed of its own."""
+    """Prompts of the bundled model's world, of one and two things, each with its own seed."""
     chance = random.Random(0)
     cases = []
     for i in range(count):
@@ -102,22 +105,13 @@ def ask(url: str, count: int, seconds: float, cases: list[Case], options: dict[s
 
 
 def made_up(size: str, device: Any) -> Any:
-    """A model of the published sizes with random weights, whose every reply asks for an image."""
-    import torch
-
-    from benchmarks.gpu import made_model
-    from scale_rae.pipeline import pick_dtype
-    from scale_rae.speed import Speed
+    """A model of a published size with random weights; every reply asks for an image."""
+    from benchmarks.made_up import made_model, reply_with_images
+    from scale_rae.memory import pick_dtype
+    from scale_rae.options import Speed
 
     model = made_model(size, device, pick_dtype(None, device), Speed("auto"), Path(tempfile.mkdtemp()))
-    # One channel that every token carries and no layer writes to leads to <im_start>.
-    with torch.no_grad():
-        embedding = model.language.model.embed_tokens.weight
-        embedding[:, 0] = 3.0
-        embedding[model.tokenizer.image_start, 0] = 60.0
-        for name, weight in model.language.named_parameters():
-            if name.endswith(("o_proj.weight", "down_proj.weight")):
-                weight[0] = 0
+    reply_with_images(model.language, model.tokenizer.image_start)
     return model
 
 
@@ -126,16 +120,16 @@ class Offline:
 
     def __init__(self, model: Any, options: dict[str, Any], threads: int) -> None:
         self.model, self.options, self.threads = model, options, threads
-        self.cpu_seconds: list[float] = []  # of an image, in threads
+        self.cpu_seconds: list[float] = []  # per image, of each `rate_in_threads`
 
     def draw(self, cases: list[Case], batch_size: int | None = None) -> list[Any]:
-        """Images of cases, in batches."""
+        """The images of cases, drawn in batches."""
         prompts, seeds = [prompt for prompt, _ in cases], [[seed] for _, seed in cases]
         results = self.model.generate(prompts, image_seeds=seeds, batch_size=batch_size, **self.options)
         return [result.images[0].image for result in results]
 
     def rate(self, cases: list[Case]) -> float:
-        """Images a second of one big batch, PNGs included."""
+        """Images per second of one big batch, PNGs included."""
         import torch
 
         from scale_rae.outputs import png_bytes
@@ -149,7 +143,7 @@ class Offline:
         return rate
 
     def rate_in_threads(self, cases: list[Case]) -> float:
-        """On the CPU, images a second of as many batches at once as there are cores, on one thread each."""
+        """Images per second on the CPU with one batch per core at the same time, each on one thread."""
         import torch
 
         from scale_rae.outputs import png_bytes
@@ -162,22 +156,19 @@ class Offline:
         return len(cases) / (time.perf_counter() - start)
 
     def alone(self, cases: list[Case], repeat: int) -> float:
-        """Median seconds of one image by itself, PNG included."""
+        """Median seconds of one image drawn alone, PNG included."""
         import torch
 
         from scale_rae.outputs import png_bytes
 
         torch.set_num_threads(self.threads)
-        times = []
-        for i in range(repeat + 1):
-            start = time.perf_counter()
-            png_bytes(self.draw([cases[i % len(cases)]], 1)[0], {})
-            times.append(time.perf_counter() - start)
+        turn = itertools.cycle(cases)
+        seconds = median_seconds(lambda: png_bytes(self.draw([next(turn)], 1)[0], {}), repeat)
         torch.set_num_threads(1)
-        return statistics.median(times[1:])
+        return seconds
 
     def references(self, cases: list[Case]) -> list[Any]:
-        """Pixels of each case drawn alone: on the CPU on one thread each, as the exact bytes."""
+        """Pixels of each case drawn alone; on the CPU on one thread each, which gives the exact bytes."""
         import numpy as np
         import torch
 
@@ -187,7 +178,7 @@ class Offline:
 
 
 class Memory(threading.Thread):
-    """Resident memory of this process, MiB, every two seconds."""
+    """Samples the resident memory of this process, in MiB, every two seconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -202,16 +193,17 @@ class Memory(threading.Thread):
             self.samples.append(process.memory_info().rss / 2**20)
 
 
-def tell(text: str) -> None:
-    """Says on stderr how far it is."""
+def progress(text: str) -> None:
+    """Prints the time and the step that starts on stderr."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Everything; see the top of this file."""
+    """All figures; the module's docstring describes them."""
     import torch
 
-    from scale_rae.pipeline import ScaleRAE, pick_device
+    from scale_rae.memory import pick_device
+    from scale_rae.pipeline import ScaleRAE
     from scale_rae.serve.engine import Engine
     from scale_rae.serve.server import Server, bind
     from scale_rae.serve.settings import Limits, ServeSettings
@@ -247,9 +239,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
     options = {"steps": args.steps, "guidance": args.guidance}
     offline, cases = Offline(model, options, threads), cases_of(args.cases)
-    tell(f"ready: {engine.describe()}; drawing {len(cases)} pictures alone")
+    progress(f"ready: {engine.describe()}; drawing {len(cases)} pictures alone")
     references = offline.references(cases)
-    tell("offline")
+    progress("offline")
     offline.rate(cases[:8])
     on_cpu = device.type == "cpu"
     rates = [offline.rate(cases)]
@@ -261,21 +253,21 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     server = Server(engine, settings)
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])), daemon=True)
     thread.start()
-    tell("a lone client")
+    progress("a lone client")
     lone: list[float] = []
     while len(lone) < 3:
         lone = [row[1] for row in ask(url, 1, max(1.0, args.lone * lone_offline), cases, options)]
     before, cpu = counts(engine), time.process_time()
     memory = Memory()
     memory.start()
-    tell(f"{args.clients} clients")
+    progress(f"{args.clients} clients")
     rows = ask(url, args.clients, args.seconds, cases, options)
     memory.ended.set()
     statuses: dict[str, int] = {}
     for row in rows:
         statuses[str(row[4])] = statuses.get(str(row[4]), 0) + 1
     loaded, cpu = counts(engine), time.process_time() - cpu
-    tell(f"{len(rows)} requests {statuses}; offline again")
+    progress(f"{len(rows)} requests {statuses}; offline again")
     server.stop()
     thread.join()
     rates.append(offline.rate(cases))
@@ -302,8 +294,8 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             "images_per_second": statuses.get("200", 0) / span,
             "offline_images_per_second": rates,
             "offline_in_threads": in_threads,
-            "share_of_offline": statuses.get("200", 0) / span / best,  # of the faster way
-            # Bears a machine that has other things to do, which clocks do not.
+            "share_of_offline": statuses.get("200", 0) / span / best,  # of the faster offline way
+            # CPU seconds do not depend on what else the machine does; wall seconds do.
             "cpu_seconds_per_image": cpu / max(1, drawn),
             "offline_cpu_seconds_per_image": offline.cpu_seconds,
             "mean_batch": drawn / max(1, batches),
@@ -319,16 +311,16 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def counts(engine: Any) -> tuple[float, float]:
-    """Batches and images drawn so far."""
+    """(batches, images) that the engine has drawn so far."""
     value = engine.metrics.registry.get_sample_value
     return value("scale_rae_batch_size_count", {"stage": "draw"}) or 0, value("scale_rae_images_total") or 0
 
 
 def compare(rows: list[Any], references: list[Any], exact: bool) -> tuple[int, int]:
-    """(pictures that are not those drawn alone, the farthest pixel of all).
+    """(number of pictures that differ from those drawn alone, the largest difference of a pixel).
 
-    Not `exact`, rounding may differ, as it does on a GPU from batch to batch: the mean difference from the picture that was
-    asked for must be less than a tenth of that from every other.
+    Unless `exact`, rounding may differ, as it does on a GPU between batch sizes: then the mean difference from the picture
+    asked for must be less than a tenth of that from every other picture.
     """
     import numpy as np
     from PIL import Image
@@ -365,12 +357,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
     if args.cases < 2:
-        parser.error("--cases: at least 2, so that a picture of another seed can be told")
+        parser.error(f"--cases {args.cases}: must be at least 2, so that pictures of other seeds are recognised")
     figures = measure(args)
-    for name, value in figures.items():
-        print(f"{name:28} {value:.4g}" if isinstance(value, float) else f"{name:28} {value}")
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+    show(figures, 28)
+    write_json(args.json, figures)
     if figures["lost_or_refused"] or figures["wrong"]:
         sys.exit(1)
 

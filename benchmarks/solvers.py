@@ -10,7 +10,6 @@ bundled model's world with one noise each. The reference takes 1000 Euler steps 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -20,8 +19,9 @@ import torch
 from torch import Tensor
 
 import scale_rae
+from benchmarks.bench import write_json
 from scale_rae import flow, options
-from scale_rae.pipeline import SamplingOptions
+from scale_rae.options import SamplingOptions
 from scale_rae.shapes import world
 
 STEPS = {
@@ -32,13 +32,8 @@ STEPS = {
 }
 
 
-def exact_euler(velocity: flow.Velocity, noise: Tensor, steps: int, shift: float, callback: object = None) -> Tensor:
-    """Euler from t = 1 to t = 0, the reference when steps are many."""
-    t = flow.exact_grid(steps, shift).tolist()
-    x = noise
-    for i in range(steps):
-        x = x + (t[i + 1] - t[i]) * velocity(x, t[i])
-    return x
+# Euler from t = 1 to t = 0, the reference when steps are many.
+EXACT_EULER = flow.Sampler(flow.euler, flow.exact_times)
 
 
 def evaluations(solver: str, steps: int) -> int:
@@ -47,7 +42,7 @@ def evaluations(solver: str, steps: int) -> int:
 
 
 def measure(model_path: str, count: int, guidance: float) -> dict[str, list[tuple[int, float]]]:
-    """(evaluations, relative error) of each solver, rising in evaluations."""
+    """(evaluations, relative error) of each solver, in the order of evaluations."""
     model = scale_rae.load(model_path)
     prompts = [line["prompt"] for line in world.prompts(-(-count // 6), "only", 0)][:count]
     replies = model.reply([f"Can you generate {prompt}" for prompt in prompts])
@@ -58,7 +53,7 @@ def measure(model_path: str, count: int, guidance: float) -> dict[str, list[tupl
         chosen = SamplingOptions(steps=steps, solver=solver, guidance=guidance)
         return torch.stack(model.sample(conditions, seeds, chosen, batch_size=len(seeds)))
 
-    flow.SOLVERS["exact_euler"] = exact_euler  # in this script's process alone
+    flow.SAMPLERS["exact_euler"] = EXACT_EULER  # in this script's process alone
     options.SOLVERS += ("exact_euler",)
     reference = latents("exact_euler", 1000)
     results: dict[str, list[tuple[int, float]]] = {}
@@ -97,7 +92,7 @@ def plot(results: dict[str, list[tuple[int, float]]], file: Path) -> None:
 
 
 def main() -> None:
-    """Measures, prints, and writes what was asked for."""
+    """Measures, prints, and writes the files that the options name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model-path", default="shapes")
     parser.add_argument("--prompts", type=int, default=12)
@@ -106,8 +101,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
     results = measure(args.model_path, args.prompts, args.guidance)
-    if args.json:
-        args.json.write_text(json.dumps(results, indent=1) + "\n")
+    write_json(args.json, results)
     if args.plot:
         plot(results, args.plot)
 

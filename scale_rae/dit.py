@@ -10,8 +10,6 @@ the weights. The result has the dtype of `x`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,28 +54,24 @@ def rope_table(side: int, head_dim: int) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns neighbouring channel pairs: (x0, x1) -> (x0 cos - x1 sin, x1 cos + x0 sin). x [B, L, heads, head_dim], the tables
-    [L, head_dim]; the product is float32 like the tables, the result has x's dtype."""
+    """x [B, L, heads, head_dim] with neighbouring channels rotated: (x0 cos - x1 sin, x1 cos + x0 sin).
+
+    The tables are [L, head_dim]; the product is float32 like the tables, the result has x's dtype.
+    """
     swapped = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
     return (x * cos[:, None] + swapped * sin[:, None]).to(x.dtype)
 
 
-def attend(
-    qkv: Tensor,
-    heads: int,
-    cos: Tensor,
-    sin: Tensor,
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor] = rotate,
-) -> Tensor:
-    """What the heads see [B, L, D], of queries, keys and values [B, L, 3D] that are not rotated yet."""
-    batch, tokens, width = qkv.shape
-    qkv = qkv.view(batch, tokens, 3 * heads, -1)  # [B, L, 3 heads, head_dim]
-    qk = rotate(qkv[:, :, : 2 * heads], cos, sin)
-    q, k, v = (x.transpose(1, 2) for x in (*qk.chunk(2, dim=2), qkv[:, :, 2 * heads :]))
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, width // 3)
+def attend(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """The heads' outputs [B, L, D] for queries, keys and values [B, L, 3D] that are not rotated yet."""
+    qkv = qkv.view(*qkv.shape[:2], 3 * heads, -1)  # [B, L, 3 heads, head_dim]
+    return heads_output(rotate(qkv[:, :, : 2 * heads], cos, sin), qkv[:, :, 2 * heads :])
 
 
-Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]
+def heads_output(qk: Tensor, v: Tensor) -> Tensor:
+    """Full attention [B, L, D] of rotated queries and keys [B, L, 2 heads, head_dim] over values [B, L, heads, head_dim]."""
+    q, k, v = (x.transpose(1, 2) for x in (*qk.chunk(2, dim=2), v))  # [B, heads, L, head_dim]
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 class RMSNorm(nn.Module):
@@ -99,7 +93,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend = attend) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         return self.proj(attend(self.qkv(x), self.heads, cos, sin))  # type: ignore[no-any-return]
 
 
@@ -120,43 +114,6 @@ def modulation(condition_width: int, width: int, chunks: int) -> nn.Sequential:
     return nn.Sequential(nn.SiLU(), nn.Linear(condition_width, chunks * width))
 
 
-def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
-    """Modulations [P, L, W] of P prompts for `images` drawings, those of a prompt one after the other: [images, L, W].
-
-    With the null branch's, [W] for every token, the second half of the images has those. Alone, one prompt's [1, L, W] are
-    left as they are, which broadcast. Compiled, what is spread is never made but read in place.
-    """
-    prompts = len(modulation)
-    if null is None:
-        if prompts in (1, images):
-            return modulation
-        return modulation[:, None].expand(-1, images // prompts, -1, -1).flatten(0, 1)
-    first = torch.arange(2, device=null.device).view(2, 1, 1, 1, 1) == 0
-    conditional = modulation[:, None].expand(-1, images // prompts // 2, -1, -1)
-    return torch.where(first, conditional, null).flatten(0, 2)
-
-
-class Deferred(NamedTuple):
-    """A block's result as the sum that it is: x + gate · update, the gate being the last sixth of the block's modulations.
-
-    x, update [B, L, D], modulation and null as in `Block.modulated`. Without an update, x is the result.
-    """
-
-    x: Tensor
-    update: Tensor | None = None
-    modulation: Tensor | None = None
-    null: Tensor | None = None
-
-
-def summed(block: Deferred) -> Tensor:
-    """The block's result [B, L, D]."""
-    if block.update is None or block.modulation is None:
-        return block.x
-    gate, null = (None if m is None else m.chunk(6, dim=-1)[5] for m in (block.modulation, block.null))
-    assert gate is not None
-    return block.x + spread(gate, null, len(block.x)) * block.update
-
-
 class Block(nn.Module):
     def __init__(self, width: int, heads: int, condition_width: int) -> None:
         super().__init__()
@@ -167,27 +124,9 @@ class Block(nn.Module):
         self.adaLN_modulation = modulation(condition_width, width, 6)
 
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.modulated(x, self.adaLN_modulation(condition), cos, sin)
-
-    def modulated(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None) -> Tensor:
-        """The block given its modulations [P, L, 6D] of P prompts, x [B, L, D] being B / P images of each in turn; with those of
-        the null branch, [6D], x is [2B, L, D]: both branches."""
-        return summed(self.deferred(Deferred(x), modulation, cos, sin, null))
-
-    def deferred(
-        self,
-        before: Deferred,
-        modulation: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        null: Tensor | None = None,
-        attend: Attend = attend,
-    ) -> Deferred:
-        """`modulated` with its last sum left to what comes next, which so reads what was summed from where it was made."""
-        x = summed(before)
-        shift1, scale1, gate1, shift2, scale2, _ = spread(modulation, null, len(x)).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin, attend)
-        return Deferred(x, self.mlp(self.norm2(x) * (1 + scale2) + shift2), modulation, null)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
 
 
 class FinalLayer(nn.Module):
@@ -198,11 +137,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = modulation(condition_width, width, 2)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        return self.modulated(x, self.adaLN_modulation(condition))
-
-    def modulated(self, x: Tensor, modulation: Tensor, null: Tensor | None = None) -> Tensor:
-        """The layer given its modulations [P, L, 2D], as `Block.modulated`."""
-        shift, scale = spread(modulation, null, len(x)).chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
         return self.linear(self.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
 
 

@@ -99,16 +99,3 @@ def first_sentence(error: BaseException) -> str:
 def last_line(error: BaseException) -> str:
     """The last line of an error's text that is not empty, or the name of its class."""
     return next((line.strip() for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__)
-
-
-def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or was caused by, a lack of memory on whatever device."""
-    import torch
-
-    while error is not None:
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            return True
-        if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
-            return True  # the CPU's and MPS's
-        error = error.__cause__
-    return False

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scale_rae.errors import out_of_memory
+from scale_rae.memory import out_of_memory
 
 if TYPE_CHECKING:
-    from scale_rae.pipeline import SamplingOptions, ScaleRAE
+    from scale_rae.options import SamplingOptions
+    from scale_rae.pipeline import ScaleRAE
 
 
 def exact_batch(model: ScaleRAE, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:

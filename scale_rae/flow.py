@@ -1,29 +1,30 @@
-"""Rectified flow: time grids, guidance and solvers as plain functions of a velocity function.
+"""Rectified flow: schedules, guidance and solvers as plain functions of a velocity function.
 
 x_t = (1 - t) data + t noise and v = noise - data, so dx/dt = v: sampling starts from noise at t = 1 and goes to t = 0.
 The state is float32 [B, C, S, S]; `velocity(x, t)` takes it and the time all images share, and returns the same shape.
 
-A solver is one function `(velocity, noise, steps, shift, callback) -> x`; SOLVERS names them. `callback(step, steps, t, x, v)`,
-called after each network evaluation with the state before the step, lets a caller show progress or preview the
-data estimate x - t v.
+A schedule is a function `(steps, shift) -> times`, where `times` has the (from, to) times of each step. A solver is a function
+`(velocity, x, times, callback) -> x` that works on any schedule. SAMPLERS names the pairs of solver and schedule that can
+be chosen. `callback(evaluation, evaluations, t, x, v)`, called after each network evaluation with the state before the step,
+lets a caller show progress or preview the data estimate x - t v.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from scale_rae.options import SOLVERS as NAMES
 from scale_rae.options import TRAINING_STEPS
 
 Velocity = Callable[[Tensor, float], Tensor]
 StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
-Solver = Callable[[Velocity, Tensor, int, float, StepCallback | None], Tensor]
+Times = Sequence[tuple[float, float]]  # (from, to) of each step
+Solver = Callable[[Velocity, Tensor, Times, StepCallback | None], Tensor]
 
 
 def time_shift(channels: int, tokens: int, base_dim: int) -> float:
@@ -36,10 +37,23 @@ def shifted(u: Tensor, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
+# --- schedules -------------------------------------------------------------------------------------------------------
+
+
 def official_grid(steps: int, shift: float) -> Tensor:
     """The published sampler's times t_0 < … < t_steps = 1, float64 [steps + 1]: `steps`+1 of the 1000 training times."""
     k = torch.round(torch.arange(steps + 1, dtype=torch.float64) * (TRAINING_STEPS - 1) / steps)
     return shifted((k + 1) / TRAINING_STEPS, shift)
+
+
+def official_times(steps: int, shift: float) -> Times:
+    """The steps of the published loop on `official_grid`, as published.
+
+    They start at the grid's second highest time although x is pure noise. The last one is an odd one: it starts at that time
+    once more and goes the wrong way, to t = 1. Published results were made so.
+    """
+    t = official_grid(steps, shift).tolist()
+    return [*itertools.pairwise(reversed(t[:-1])), (t[-2], t[-1])]
 
 
 def exact_grid(steps: int, shift: float) -> Tensor:
@@ -47,33 +61,33 @@ def exact_grid(steps: int, shift: float) -> Tensor:
     return shifted(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
-def euler(velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: StepCallback | None = None) -> Tensor:
-    """The published loop, as published: `steps` evaluations on `official_grid`.
+def exact_times(steps: int, shift: float) -> Times:
+    """The steps between neighbours of `exact_grid`."""
+    return list(itertools.pairwise(exact_grid(steps, shift).tolist()))
 
-    It starts at the grid's second highest time although x is pure noise, and ends with one more step of the size of
-    the first, evaluated there again and taken the wrong way. Published results were made so.
-    """
-    t = official_grid(steps, shift).tolist()
-    last = steps - 1
-    moves = [(t[i], t[i - 1] - t[i]) for i in range(last, 0, -1)] + [(t[last], t[last + 1] - t[last])]
+
+# --- solvers ---------------------------------------------------------------------------------------------------------
+
+
+def euler(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+    """Euler's method: x' = x + (t' - t) v."""
     x = noise
-    for i, (time, delta) in enumerate(moves):
-        v = velocity(x, time)
+    for i, (now, then) in enumerate(times):
+        v = velocity(x, now)
         if callback:
-            callback(i + 1, len(moves), time, x, v)
-        x = torch.add(x, v, alpha=delta)  # one kernel
+            callback(i + 1, len(times), now, x, v)
+        x = torch.add(x, v, alpha=then - now)  # one kernel
     return x
 
 
-def heun(velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: StepCallback | None = None) -> Tensor:
-    """Heun's second order method on `exact_grid`: 2 steps - 1 evaluations, the last step Euler's (no network at t = 0).
+def heun(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+    """Heun's second order method: two evaluations a step, but one in a step that ends at t = 0, which is Euler's.
 
     Source: Karras et al. 2022 (EDM), algorithm 1.
     """
-    t = exact_grid(steps, shift).tolist()
-    evaluations, done = 2 * steps - 1, 0
+    evaluations, done = len(starts_and_ends(times)), 0
     x = noise
-    for now, then in itertools.pairwise(t):
+    for now, then in times:
         v = velocity(x, now)
         done += 1
         if callback:
@@ -89,23 +103,20 @@ def heun(velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: 
     return x
 
 
-def dpmpp_2m(
-    velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: StepCallback | None = None
-) -> Tensor:
-    """DPM-Solver++(2M) for a flow: second order, one evaluation a step, multistep in data predictions on `exact_grid`.
+def dpmpp_2m(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+    """DPM-Solver++(2M) for a flow: second order, one evaluation a step, multistep in data predictions.
 
     With alpha = 1 - t, sigma = t, lambda = log(alpha / sigma), h the step in lambda and D = x - t v the data estimate:
     x' = (sigma' / sigma) x + alpha' (1 - e^-h) D̃, where D̃ extrapolates the last two estimates to the step's middle.
     1 - e^-h equals 1 - (sigma' alpha) / (alpha' sigma), which stays finite at both ends. Source: Lu et al. 2022
     (2211.01095), algorithm 2.
     """
-    t = exact_grid(steps, shift).tolist()
     x, previous = noise, None
     previous_h = math.inf
-    for i, (now, then) in enumerate(itertools.pairwise(t)):
+    for i, (now, then) in enumerate(times):
         v = velocity(x, now)
         if callback:
-            callback(i + 1, steps, now, x, v)
+            callback(i + 1, len(times), now, x, v)
         data = x - now * v
         estimate = data
         h = math.inf if now == 1 or then == 0 else math.log((1 - then) / then) - math.log((1 - now) / now)
@@ -116,42 +127,56 @@ def dpmpp_2m(
     return x
 
 
-def ab2(velocity: Velocity, noise: Tensor, steps: int, shift: float, callback: StepCallback | None = None) -> Tensor:
-    """Adams-Bashforth of second order in v: one evaluation a step, multistep on `exact_grid`, first step Euler's.
+def ab2(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+    """Adams-Bashforth of second order in v: one evaluation a step, multistep, first step Euler's.
 
-    With d the step and d₀ the one before: x' = x + d (v + d / (2 d₀) (v - v₀)). Made for flows in that a straight path
-    has constant v, which it follows exactly. Source: any text on linear multistep methods, with variable steps.
+    With d the step and d₀ the one before: x' = x + d (v + d / (2 d₀) (v - v₀)). A straight path, whose v is constant, is
+    followed exactly. Source: any text on linear multistep methods, with variable steps.
     """
-    t = exact_grid(steps, shift).tolist()
     x, previous, previous_d = noise, None, 1.0
-    for i, (now, then) in enumerate(itertools.pairwise(t)):
+    for i, (now, then) in enumerate(times):
         v = velocity(x, now)
         if callback:
-            callback(i + 1, steps, now, x, v)
+            callback(i + 1, len(times), now, x, v)
         d = then - now
         x = x + d * (v if previous is None else v + d / (2 * previous_d) * (v - previous))
         previous, previous_d = v, d
     return x
 
 
-SOLVERS: dict[str, Solver] = dict(zip(NAMES, (euler, heun, dpmpp_2m, ab2), strict=True))
+def starts(times: Times) -> list[float]:
+    """The times at which a solver with one evaluation a step evaluates the velocity, in order."""
+    return [now for now, _ in times]
 
 
-def evaluation_times(solver: str, steps: int, shift: float) -> tuple[float, ...]:
-    """The times at which a solver evaluates the velocity, in order."""
-    return _evaluation_times(SOLVERS[solver], steps, shift)
+def starts_and_ends(times: Times) -> list[float]:
+    """The times at which `heun` evaluates the velocity, in order."""
+    return [t for now, then in times for t in ((now, then) if then > 0 else (now,))]
 
 
-@lru_cache
-def _evaluation_times(solver: Solver, steps: int, shift: float) -> tuple[float, ...]:
-    times: list[float] = []
+class Sampler(NamedTuple):
+    """A solver, the schedule that goes with it, and at which of a schedule's times it evaluates the velocity."""
 
-    def velocity(x: Tensor, t: float) -> Tensor:
-        times.append(t)
-        return x
+    solver: Solver
+    schedule: Callable[[int, float], Times]
+    evaluated: Callable[[Times], list[float]] = starts
 
-    solver(velocity, torch.zeros(1, 1, 1, 1, device="cpu"), steps, shift, None)
-    return tuple(times)
+
+SAMPLERS = {
+    "euler": Sampler(euler, official_times),
+    "heun": Sampler(heun, exact_times, starts_and_ends),
+    "dpmpp_2m": Sampler(dpmpp_2m, exact_times),
+    "ab2": Sampler(ab2, exact_times),
+}
+
+
+def evaluation_times(name: str, steps: int, shift: float) -> list[float]:
+    """The times at which the sampler called `name` evaluates the velocity, in order."""
+    sampler = SAMPLERS[name]
+    return sampler.evaluated(sampler.schedule(steps, shift))
+
+
+# --- guidance --------------------------------------------------------------------------------------------------------
 
 
 def guided(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-from collections.abc import Callable
 
 import torch
 import triton
@@ -24,8 +23,8 @@ import triton.language as tl
 from torch import Tensor
 
 from scale_rae.config import DiTConfig
-from scale_rae.dit import NORM_EPS, Attend, Block, Deferred, RMSNorm, attend
-from scale_rae.quantize import FLOAT8, LARGEST, LEAST, Float8Linear, Quantized
+from scale_rae.errors import first_line
+from scale_rae.float8 import FLOAT8, LARGEST, LEAST
 
 _log = logging.getLogger("scale_rae")
 
@@ -236,7 +235,7 @@ def _empty_rows(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("scale_rae::quantize_rows", mutates_args=())
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, scale) of `quantize.quantize` for rows [..., K]."""
+    """(values, scale) of `float8.quantize` for rows [..., K]."""
     x = x.contiguous()
     width = x.shape[-1]
     values, scale = _empty_rows(x, width)
@@ -352,9 +351,10 @@ def usable(device: torch.device) -> bool:
         with torch.inference_mode():
             rotate_pairs(torch.zeros(1, 1, 1, 64, device=device), *torch.zeros(2, 1, 16, device=device))
     except Exception as e:
-        reason = str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__
         _log.warning(
-            "Triton does not work on %s (%s): what is not compiled is slower, compiling will fail", device, reason
+            "Triton does not work on %s (%s): code that is not compiled is slower, and compiling will fail",
+            device,
+            first_line(e),
         )
         return False
     return True
@@ -405,64 +405,6 @@ def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 
-def attend_flash(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` with its pairs rotated here, by `of_axis` of the tables."""
-    return attend(qkv, heads, cos, sin, rotate_pairs)
-
-
 def attention_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
     """Whether `attend_pairs` takes a network's sizes."""
     return dtype != torch.float32 and config.tokens <= MOST_KEYS and config.width // config.heads in _HEADS
-
-
-def plain_block(attend: Attend) -> Callable[..., Deferred]:
-    """`Block.deferred` that attends so."""
-
-    def run(
-        block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
-    ) -> Deferred:
-        return block.deferred(before, modulation, cos, sin, null, attend)
-
-    return run
-
-
-def float8_block(attend: Attend) -> Callable[..., Deferred]:
-    """`Block.deferred` after a sum that attends so, for a block whose linears are `Float8Linear`."""
-
-    def run(
-        block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
-    ) -> Deferred:
-        vectors = modulation.chunk(6, dim=-1)
-        nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
-        qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
-        assert before.update is not None
-        assert before.modulation is not None
-        gate = before.modulation.chunk(6, dim=-1)[5]
-        null_gate = None if before.null is None else before.null.chunk(6, dim=-1)[5]
-        x, read = _normed(block.norm1, before.x, before.update, (gate, null_gate), vectors[:2], nulls[:2])
-        seen = attend(qkv.product(read), block.attn.heads, cos, sin)
-        update = proj.product(Quantized(*quantize_rows(seen)))
-        x, read = _normed(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
-        update = w3.product(Quantized(*quantize_swiglu(w12.product(read))))
-        return Deferred(x, update, modulation, null)
-
-    return run
-
-
-def _float8(linear: object) -> Float8Linear:
-    assert isinstance(linear, Float8Linear)
-    return linear
-
-
-def _normed(
-    norm: RMSNorm,
-    x: Tensor,
-    update: Tensor,
-    gates: tuple[Tensor, Tensor | None],
-    vectors: tuple[Tensor, ...],
-    nulls: tuple[Tensor | None, ...],
-) -> tuple[Tensor, Quantized]:
-    """`quantize_normed` with (shift, factor) of both branches."""
-    (shift, factor), (null_shift, null_factor) = vectors, nulls
-    x, values, scale = quantize_normed(x, update, *gates, shift, factor, null_shift, null_factor, norm.weight, NORM_EPS)
-    return x, Quantized(values, scale)

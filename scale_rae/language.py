@@ -3,11 +3,12 @@
 Text and condition are a function of the conversation alone; many images of one prompt differ only in the noise. The
 results do not depend on what else is in the batch.
 
-How the layers run, and what makes them fast, is in context.py.
+How the layers run is in qwen2.py, the KV cache in kv_cache.py.
 """
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -20,13 +21,13 @@ from transformers import Qwen2Config, Qwen2Model
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.context import Context, FusedLayer, Transfer, fuse, lend, self_certainty
+from scale_rae.kv_cache import CachePool, KVCache, Transfer
+from scale_rae.options import Speed
 from scale_rae.prompt import IMAGE
-
-__all__ = ["Conversation", "LanguageModel", "Reply", "self_certainty"]
+from scale_rae.qwen2 import FusedLayer, Qwen2, fuse, self_certainty
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
-_USUAL_REPLY = 64  # tokens for that there is memory from the start; longer replies get more when they need it
+_USUAL_REPLY = 64  # tokens; the cache is made for replies of this length and grows for longer ones
 
 TokenListener = Callable[[int, int], bool]
 """Called as `listen(row, token)` with each token as it is chosen; returns whether that reply is to go on."""
@@ -61,9 +62,12 @@ class Reply:
 
 
 class LanguageModel(nn.Module):
-    """Qwen2 with `latent_queries` and `mm_projector`; parameter names are the published ones."""
+    """Qwen2 with `latent_queries` and `mm_projector`; parameter names are the published ones.
 
-    def __init__(self, config: ScaleRAEConfig) -> None:
+    `speed` says whether, on CUDA, passes are captured, decoding steps compiled, and tokens asked for ahead of the host.
+    """
+
+    def __init__(self, config: ScaleRAEConfig, speed: Speed | None = None) -> None:
         super().__init__()
         qwen = Qwen2Config(**config.language)
         qwen._attn_implementation = "sdpa"
@@ -77,26 +81,51 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.condition_projector:
             self.diff_head_projector = nn.Linear(config.hidden_size, config.dit.condition_width)
-        self.graph = True  # on CUDA, whether steps are captured
-        self.ahead = True  # on CUDA, whether a token is asked for before the host has seen the one before it
-        self.compile_steps = False  # whether their layers are compiled
-        self._contexts: dict[int, list[Context]] = {}
-        self._fused: list[FusedLayer] = []
+        self._network: Qwen2 | None = None
+        self._set(speed or Speed())
+
+    def _set(self, speed: Speed) -> None:
+        self._ahead = speed.ahead
+        # Compiling takes seconds, which only tens of thousands of tokens make up for: "auto" does not.
+        self._caches = CachePool(speed.graph, compile_steps=speed.compile == "on")
+
+    def with_speed(self, speed: Speed) -> LanguageModel:
+        """The same model, sharing its weights, with other choices of `speed`."""
+        other = copy.copy(self)
+        other._set(speed)
+        return other
 
     def fuse(self) -> None:
-        """Lays weights that read the same side by side, for good: parameters stay what they are, but elsewhere in memory."""
+        """Fuses projections that share an input, in place: the parameters become views of the fused matrices."""
         with torch.inference_mode(False), torch.no_grad():
-            self._fused = [fuse(layer, for_good=True) for layer in self.model.layers]
+            self._network = self._as_network([fuse(layer, in_place=True) for layer in self.model.layers])
 
-    def layers(self) -> list[FusedLayer]:
-        """The layers as `qwen2_layer` wants them; copies of their weights when those were never fused or have moved."""
-        if self._fused and all(f.is_of(layer) for f, layer in zip(self._fused, self.model.layers, strict=True)):
-            return self._fused
-        return [fuse(layer) for layer in self.model.layers]
+    def network(self) -> Qwen2:
+        """The network for `KVCache`; with copies of the weights where `fuse` was not called or they have moved since."""
+        fused = self._network.layers if self._network is not None else []
+        if fused and all(f.is_of(layer) for f, layer in zip(fused, self.model.layers, strict=True)):
+            assert self._network is not None
+            return self._network
+        return self._as_network([fuse(layer) for layer in self.model.layers])
+
+    def _as_network(self, layers: Sequence[FusedLayer]) -> Qwen2:
+        qwen = self.model.config
+        return Qwen2(
+            embed_tokens=self.model.embed_tokens,
+            layers=layers,
+            norm=self.model.norm,
+            lm_head=self.lm_head,
+            rotary_emb=self.model.rotary_emb,
+            heads=qwen.num_attention_heads,
+            groups=qwen.num_key_value_heads,
+            head_dim=qwen.hidden_size // qwen.num_attention_heads,
+            dtype=self.dtype,
+            device=self.device,
+        )
 
     def forget(self) -> None:
-        """Lets go of contexts kept for later and the memory they hold."""
-        self._contexts.clear()
+        """Drops caches that are kept for later, and the memory they hold."""
+        self._caches.forget()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,11 +134,6 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.lm_head.weight.device
-
-    @property
-    def on_cuda(self) -> bool:
-        """Whether memory and steps are those for CUDA: fixed, captured, asked for ahead of the host."""
-        return self.device.type == "cuda"
 
     def condition(self, hidden: Tensor) -> Tensor:
         """Condition [..., L, Z] from the final-normed hidden states [..., L, H] at the latent queries."""
@@ -158,12 +182,12 @@ class LanguageModel(nn.Module):
         tokens, or by `listen`. Without `draw`, replies that ask for an image get no condition."""
         rows = self.embed(conversations)
         longest = max(len(row) for row in rows)
-        with self.context(len(rows), longest + min(max(limits), _USUAL_REPLY) + 1 + self.config.tokens) as context:
-            return self.reply_in(context, rows, limits, stop, image_start, draw, listen)
+        with self.cache(len(rows), longest + min(max(limits), _USUAL_REPLY) + 1 + self.config.tokens) as cache:
+            return self.reply_in(cache, rows, limits, stop, image_start, draw, listen)
 
     def reply_in(
         self,
-        context: Context,
+        cache: KVCache,
         rows: Sequence[Tensor] | Tensor,
         limits: Sequence[int],
         stop: int,
@@ -171,23 +195,23 @@ class LanguageModel(nn.Module):
         draw: bool = True,
         listen: TokenListener | None = None,
     ) -> list[Reply]:
-        """`reply` after the embeddings [T, H] that each conversation of a context goes on with.
+        """`reply` for conversations in a cache, each going on with the embeddings [T, H] of its row.
 
         Without `draw`, replies that ask for an image get no condition.
         """
-        hidden = context.extend(rows)
+        hidden = cache.extend(rows)
         last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]  # [B, H]
-        start = list(context.lengths)
+        start = list(cache.lengths)
         replies = [Reply() for _ in rows]
         open_rows = [row for row, limit in enumerate(limits) if limit > 0]
         most = max(limits)
-        # The GPU never waits for the host then, at the price of one step too many when the last reply ends.
-        ahead = 1 if self.on_cuda and self.ahead else 0
+        # So the GPU never waits for the host, at the price of one step too many when the last reply ends.
+        ahead = 1 if self._ahead and cache.network.on_cuda else 0
         asked, seen = 1, 0
-        underway = deque([Transfer(context.begin(last))]) if open_rows else deque[Transfer]()
+        underway = deque([Transfer(cache.begin(last))]) if open_rows else deque[Transfer]()
         while open_rows:
             while asked <= seen + ahead and asked < most:
-                underway.append(Transfer(context.step()))
+                underway.append(Transfer(cache.step()))
                 asked += 1
             values = underway.popleft().wait()
             seen += 1
@@ -207,19 +231,16 @@ class LanguageModel(nn.Module):
         drawing = [row for row, reply in enumerate(replies) if reply.ids and reply.ids[-1] == image_start]
         if drawing and draw:
             # The token <im_start> was chosen, but not read yet.
-            context.rewind([length + max(0, len(r.ids) - 1) for length, r in zip(start, replies, strict=True)])
+            cache.rewind([length + max(0, len(r.ids) - 1) for length, r in zip(start, replies, strict=True)])
             queries = torch.cat([self.tokens([image_start]), self.model.latent_queries.to(self.dtype)])  # [1 + L, H]
-            hidden = context.extend(queries.expand(len(rows), -1, -1))
+            hidden = cache.extend(queries.expand(len(rows), -1, -1))
             for row in drawing:
                 replies[row].condition = self.condition(hidden[row, 1:])
         return replies
 
-    def context(self, batch: int, tokens: int) -> AbstractContextManager[Context]:
-        """An empty context for a batch of conversations, at first of so many tokens each, to be used in a `with`.
-
-        On a GPU, the memory is that of an earlier one of the size if that isn't in use, with decoding steps captured.
-        """
-        return lend(self._contexts, self, batch, tokens)
+    def cache(self, batch: int, tokens: int) -> AbstractContextManager[KVCache]:
+        """An empty KV cache for a batch of conversations, at first with memory for so many tokens each, for a `with`."""
+        return self._caches.lend(self.network(), batch, tokens)
 
     @torch.inference_mode()
     def confidence_and_loss(self, hidden: Tensor, targets: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:

@@ -16,7 +16,8 @@ PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-vi
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
-SOLVERS = ("euler", "heun", "dpmpp_2m", "ab2")
+ATTENTION = ("auto", "flash", "own")
+SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
 DEFAULT_STEPS = 49
 TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 REWARDS = ("imagereward", "siglip", "pickscore")
@@ -45,6 +46,20 @@ class ModelChoice:
 
 
 @dataclass(frozen=True)
+class SamplingOptions:
+    """How a latent is sampled. `guidance` 1 is no guidance; `interval` limits where in t it acts."""
+
+    steps: int = DEFAULT_STEPS
+    solver: str = "euler"
+    guidance: float = 1.0
+    interval: tuple[float, float] | None = None
+
+    def check(self) -> None:
+        """Raises OptionError for values no sampler can use."""
+        check_options(self.guidance, self.steps, self.solver, self.interval)
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
 
@@ -58,6 +73,11 @@ class Sampling:
     batch_size: int | None = None
     image_seeds: tuple[int, ...] | None = None
 
+    @property
+    def options(self) -> SamplingOptions:
+        """How each latent is sampled."""
+        return SamplingOptions(self.steps, self.solver, self.guidance_level, self.guidance_interval)
+
     def check(self) -> None:
         """Raises OptionError, naming the option, for values that no run can use."""
         check_count("number of images", self.num_images)
@@ -65,6 +85,40 @@ class Sampling:
         check_count("max new tokens", self.max_new_tokens)
         check_seed(self.seed)
         check_options(self.guidance_level, self.steps, self.solver, self.guidance_interval)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Which tricks make the networks fast: those of fast_dit.py under the names explained there, and `ahead`.
+
+    `ahead`: the language model's next token is asked for before the host has seen this one. `graph`, `pad`, `group`,
+    `kernels` and `ahead` act on CUDA devices only; `null` needs `together`. `attention` is PyTorch's ("flash"), our kernel
+    ("own"), or our kernel where it was measured to be faster ("auto"). "own" needs `kernels` and `defer`; without them "auto"
+    means PyTorch's. `compile` "auto" compiles on CUDA once enough images are to be drawn (`ScaleRAE.expect`) to make up for
+    the seconds that compiling takes.
+    """
+
+    compile: str = "auto"
+    quantize: str | None = None
+    graph: bool = True
+    pad: bool = True
+    group: bool = True
+    before: bool = True
+    null: bool = True
+    together: bool = True
+    shared: bool = True
+    defer: bool = True
+    kernels: bool = True
+    ahead: bool = True
+    attention: str = "auto"
+
+    def check(self) -> None:
+        """Raises OptionError for values that do not exist."""
+        check_speed(self.compile, self.quantize)
+        if self.attention not in ATTENTION:
+            raise OptionError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
+        if self.attention == "own" and not (self.kernels and self.defer):
+            raise OptionError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
 
 
 def check_count(name: str, value: int | None) -> None:

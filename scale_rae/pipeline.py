@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import functools
+import copy
 import gc
-import hashlib
-import logging
-import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
@@ -23,35 +18,38 @@ from torch import Tensor
 
 from scale_rae import flow
 from scale_rae.allocator import keep_freed_memory
-from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, load_config
-from scale_rae.decoder import PixelDecoder, load_decoder_config, to_uint8
+from scale_rae.cuda_graphs import Captures
+from scale_rae.decoder import PixelDecoder, to_uint8
 from scale_rae.dit import DiT, flops
 from scale_rae.encoder import Encoder
-from scale_rae.errors import (
-    CheckpointError,
-    ConfigError,
-    DeviceError,
-    InputError,
-    OptionError,
-    ScaleRAEError,
-    out_of_memory,
-)
-from scale_rae.hub import Source, find, vae_folder, weight_files
+from scale_rae.errors import ConfigError, InputError, ScaleRAEError
+from scale_rae.fast_dit import FastDiT
+from scale_rae.float8 import check_device
+from scale_rae.hub import Source, find
 from scale_rae.images import to_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
+from scale_rae.loading import (
+    LoadProgress,
+    NormStats,
+    find_decoder,
+    load_decoder,
+    load_encoder,
+    load_networks,
+    load_tokenizer,
+)
+from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype
+from scale_rae.noise import draw_noise, image_seed
 from scale_rae.options import (
     DEFAULT_MODEL,
     DEFAULT_STEPS,
-    PUBLISHED_DECODERS,
-    check_device_name,
-    check_dtype_name,
-    check_options,
+    SamplingOptions,
+    Speed,
 )
 from scale_rae.prompt import ChatTokenizer
-from scale_rae.quantize import check_device
+from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.scores import QUESTION, Score, score_latents, texts_of
-from scale_rae.speed import Captures, FastDiT, Speed, attention_kernels
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
@@ -62,95 +60,8 @@ COMPILE_PAYS = (
     8e15  # operations from which on compilation, which takes seconds, is worth it: 130 images by the 2.4B DiT
 )
 
-LoadProgress = Callable[[str, int, int], None]
 TextListener = Callable[[int, str], bool]
 T = TypeVar("T")
-_log = logging.getLogger("scale_rae")
-
-
-@dataclass
-class GeneratedImage:
-    """One drawn image: its latent [L, C] float32 on the CPU, its pixels unless decoding was skipped, its own seed."""
-
-    latent: Tensor
-    image: Image.Image | None
-    seed: int
-
-
-@dataclass
-class Generation:
-    """What one prompt gave: the model's text, its drawings (none when the reply asked for none), seconds per stage."""
-
-    prompt: str
-    text: str
-    reply: Reply
-    images: list[GeneratedImage]
-    seconds: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The model's answer to a question: text, and for each of its tokens the id, logit and confidence."""
-
-    text: str
-    reply: Reply
-
-
-@dataclass(frozen=True)
-class SamplingOptions:
-    """How a latent is sampled. `guidance` 1 is no guidance; `interval` limits where in t it acts."""
-
-    steps: int = DEFAULT_STEPS
-    solver: str = "euler"
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None
-
-    def check(self) -> None:
-        """Raises InputError for values no sampler can use."""
-        check_options(self.guidance, self.steps, self.solver, self.interval)
-
-
-def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
-    """The seed of one image's noise. The first image of the first prompt uses `seed` as it is."""
-    if prompt_index == 0 and sample_index == 0:
-        return seed
-    digest = hashlib.sha256(f"{seed}/{prompt_index}/{sample_index}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1  # a non-negative 63-bit number, as torch's generators take
-
-
-def pick_device(name: str | None) -> torch.device:
-    """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
-
-    Raises:
-        DeviceError: for what is no name of a device, or of one that does not exist here.
-    """
-    if name is None:
-        return torch.device(
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
-    try:
-        check_device_name(name)
-    except OptionError as e:
-        raise DeviceError(str(e)) from e
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise DeviceError(f"device {name}: torch finds no MPS here; use cpu")
-    return device
-
-
-def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
-    """The dtype called `name`, or float32 on the CPU and bfloat16 elsewhere.
-
-    Raises:
-        OptionError: for a name that is none of `options.DTYPES`.
-    """
-    if name is None:
-        return torch.float32 if device.type == "cpu" else torch.bfloat16
-    check_dtype_name(name)
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
 
 
 class ScaleRAE:
@@ -166,25 +77,24 @@ class ScaleRAE:
         tokenizer: ChatTokenizer,
         language: LanguageModel,
         dit: DiT,
-        norm_stats: tuple[Tensor, Tensor] | None,
+        norm_stats: NormStats | None,
         source: Source,
         decoder_name: str | None,
         dtype: torch.dtype,
         device: torch.device,
         speed: Speed | None = None,
+        split_batches: bool = True,
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
-        self.norm_stats = norm_stats  # (mean, std), each float32 broadcastable to [L, C]
+        self.norm_stats = norm_stats
         self.source, self.dtype, self.device = source, dtype, device
         self.speed = speed or Speed()
         self._fast_dit = FastDiT(dit, self.speed)
-        language.compile_steps = self.speed.compile == "on"  # else not: it pays only after tens of thousands of tokens
-        language.graph, language.ahead = self.speed.graph, self.speed.ahead
         language.fuse()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
-        self.halves = True  # whether a batch that memory runs out for is done in halves, or raises DeviceError
+        self.split_batches = split_batches
         self._expected = 0  # images still to be drawn
         self._drawn = Counter[tuple[int, int]]()  # so far, by size of batch
         self._decoder_name = decoder_name
@@ -204,6 +114,7 @@ class ScaleRAE:
         progress: LoadProgress | None = None,
         compile: str = "auto",
         quantize: str | None = None,
+        split_batches: bool = True,
     ) -> ScaleRAE:
         """Loads "shapes" (bundled), a folder in the published layout, a hub id, or what `hub.find` found.
 
@@ -226,35 +137,14 @@ class ScaleRAE:
             check_device(torch_device, torch_dtype)
         source = name if isinstance(name, Source) else find(name, "model", revision=revision)
         config = load_config(source.folder)
-        tokenizer = ChatTokenizer(source.folder, config.image_markers)
-        if tokenizer.size > config.vocab_size:
-            raise CheckpointError(
-                f"{source.folder}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size} (vocab_size)"
+        tokenizer = load_tokenizer(source, config)
+        language, dit, norm_stats = load_networks(source, config, torch_dtype, torch_device, speed, progress)
+        with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint"):
+            return cls(
+                *(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device),
+                speed=speed,
+                split_batches=split_batches,
             )
-        reader = TensorReader(weight_files(source.folder))
-        for name_of, depth in (
-            ("num_hidden_layers", config.language["num_hidden_layers"]),
-            ("diffusion_model_depth", config.dit.depth),
-        ):
-            reader.check_depth(depth, name_of, source.folder / "config.json")
-        with torch.device("meta"):
-            language, dit = LanguageModel(config), DiT(config.dit)
-        if config.tied_embeddings:
-            language.lm_head.weight = language.model.embed_tokens.weight
-        norm_stats = _read_norm_stats(reader, config, torch_device)
-        size = sum(math.prod(stored.shape) for stored in reader.tensors.values()) * torch_dtype.itemsize / 2**30
-        what = f"loading the weights, {size:.1f} GiB as {str(torch_dtype).removeprefix('torch.')}"
-        with MemoryErrors(torch_device, torch_dtype, what, "a smaller checkpoint"):
-            fill(
-                {"": language, "diff_head.model.": dit},
-                reader,
-                torch_dtype,
-                torch_device,
-                keep_float32=_keeps_float32,
-                ignore=_is_computed if config.vae is None else _is_not_read,
-                progress=(lambda done, total: progress("model", done, total)) if progress else None,
-            )
-            return cls(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device, speed)
 
     # --- parts that load when first used -------------------------------------------------------------------------
 
@@ -263,43 +153,16 @@ class ScaleRAE:
         """The representation encoder; also knows the pixel normalisation the decoder undoes."""
         if self._encoder is None:
             self.encoder_source = find(self.config.encoder_name, "encoder", self.source.folder)
-            self._encoder = Encoder(
-                self.encoder_source.folder, self.config.tokens, self.config.encoder_layer, self.dtype, self.device
-            )
-            if self._encoder.channels != self.config.channels and self.config.vae is None:
-                raise ConfigError(
-                    f"{self.encoder_source.folder}: the encoder's hidden_size is {self._encoder.channels}, but the "
-                    f"model's latents have {self.config.channels} channels (diffusion_model_channels)"
-                )
+            self._encoder = load_encoder(self.encoder_source, self.config, self.dtype, self.device)
         return self._encoder
 
     @property
     def decoder(self) -> PixelDecoder | VaeDecoder:
         """The pixel decoder: the autoencoder's own or, of a FLUX-VAE-aligned checkpoint, the VAE's (extra `vae`)."""
         if self._decoder is None:
-            self.decoder_source = self._find_decoder()
-            folder = self.decoder_source.folder
-            if self.config.vae is not None:
-                from scale_rae.vae import load_vae
-
-                self._decoder = load_vae(folder, self.config.channels, self.dtype, self.device)
-                return self._decoder
-            if not (folder / "model.pt").is_file():
-                raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and model.pt")
-            reader = TensorReader([folder / "model.pt"])
-            embed = reader.tensors.get("decoder_embed.weight")
-            channels = embed.shape[-1] if embed and embed.shape else self.config.channels
-            if channels != self.config.channels:
-                raise CheckpointError(
-                    f"{folder / 'model.pt'}: this decoder is for another encoder: it takes latents of {channels} "
-                    f"channels (decoder_embed.weight), the model's have {self.config.channels}"
-                )
-            decoder_config = load_decoder_config(folder, channels)
-            reader.check_depth(decoder_config.depth, "decoder_num_hidden_layers", folder / "config.json")
-            with torch.device("meta"):
-                decoder = PixelDecoder(decoder_config)
-            fill({"": decoder}, reader, self.dtype, self.device)
-            self._decoder = decoder
+            kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
+            self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
+            self._decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.device)
         return self._decoder
 
     @property
@@ -307,23 +170,6 @@ class ScaleRAE:
         """Pixels along each edge of a decoded picture; loads the decoder."""
         decoder = self.decoder
         return decoder.config.image if isinstance(decoder, PixelDecoder) else decoder.image_size(self.config.tokens)
-
-    def _find_decoder(self) -> Source:
-        if self.config.vae is not None:
-            return self._find_vae(self.config.vae)
-        if self._decoder_name:
-            return find(self._decoder_name, "decoder", self.source.folder)
-        for folder in (self.source.folder / "decoder", self.source.folder.parent / "decoder"):
-            if folder.is_dir():
-                return Source("decoder", folder, own=True, what="decoder")
-        return find(PUBLISHED_DECODERS["dinov2" if self.encoder.kind == "dinov2" else "siglip"], "decoder")
-
-    def _find_vae(self, named: str) -> Source:
-        here = self.source.folder
-        places = [] if self._decoder_name else [here / "vae", here.parent / "vae"]
-        source = next((Source("vae", folder, own=True, what="VAE") for folder in places if folder.is_dir()), None)
-        source = source or find(self._decoder_name or named, "VAE", here)
-        return replace(source, folder=vae_folder(source.folder))
 
     def _pixel_scale(self) -> tuple[list[float], list[float]]:
         """(mean, std) that the decoder's pixels are normalised by."""
@@ -492,10 +338,12 @@ class ScaleRAE:
         options: SamplingOptions | None = None,
         batch_size: int | None = None,
         callback: flow.StepCallback | None = None,
+        compile: bool | None = None,
     ) -> list[Tensor]:
         """Latents [L, C] of conditions [L, Z], one noise seed each (REFERENCE §6).
 
-        A tensor given several times in turn is computed with once, which is faster than equal tensors are.
+        Images whose condition is the very same tensor, one after the other, share its modulations. `compile` says whether
+        compiled code draws them; None leaves that to `speed`.
         """
         options = options or SamplingOptions()
         options.check()
@@ -503,7 +351,7 @@ class ScaleRAE:
         for s in seeds:
             if not -(2**63) <= s < 2**64:  # what torch's generators take
                 raise InputError(f"seed {s}: must be at least -2^63 and below 2^64")
-        size = (8 if self.device.type == "cpu" else 32) if batch_size is None else batch_size
+        size = default_batch_size(self.device) if batch_size is None else batch_size
         if size < 1:
             raise InputError(f"batch size {size}: must be at least 1")
         self._expected = max(self._expected, len(seeds))
@@ -514,7 +362,7 @@ class ScaleRAE:
         def draw(start: int, stop: int) -> list[Tensor]:
             some = conditions[start:stop]
             batch = torch.stack(list(some[:: _images_of_each(some) if self.speed.shared else 1]))
-            drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback).unbind())
+            drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback, compile).unbind())
             self._expected -= len(drawn)
             self._drawn[len(drawn), len(batch)] += len(drawn)
             return drawn
@@ -522,19 +370,26 @@ class ScaleRAE:
         return self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
 
     def _sample_batch(
-        self, condition: Tensor, seeds: Sequence[int], options: SamplingOptions, callback: flow.StepCallback | None
+        self,
+        condition: Tensor,
+        seeds: Sequence[int],
+        options: SamplingOptions,
+        callback: flow.StepCallback | None,
+        compile: bool | None,
     ) -> Tensor:
         """Latents [B, L, C] of conditions [P, L, Z], each of which B / P seeds in turn are for."""
         config = self.config
-        noise = _noises(seeds, config.channels, config.dit.side, self.device)
+        noise = draw_noise(seeds, config.channels, config.dit.side, self.device)
         shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
-        times = flow.evaluation_times(options.solver, options.steps, shift)
+        sampler = flow.SAMPLERS[options.solver]
+        times = sampler.schedule(options.steps, shift)
+        evaluated = sampler.evaluated(times)
         guided = options.guidance != 1.0
-        conditional, null, both = self._fast_dit.velocities(
-            condition, times, guided, compile=self._compiles(len(seeds), len(times), guided, len(condition))
-        )
+        if compile is None:
+            compile = self._compiles(len(seeds), len(evaluated), guided, len(condition))
+        conditional, null, both = self._fast_dit.velocities(condition, evaluated, guided, compile)
         f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        latents = self._latents(flow.SOLVERS[options.solver](f, noise(), options.steps, shift, callback))
+        latents = self._latents(sampler.solver(f, noise(), times, callback))
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         for seed, is_finite in zip(seeds, finite, strict=True):
             if not is_finite:
@@ -728,26 +583,27 @@ class ScaleRAE:
     def _in_batches(
         self, count: int, size: int, run: Callable[[int, int], list[T]], what: str, remedy: str = "fewer at once"
     ) -> list[T]:
-        """`run(start, stop)`'s results over 0 … count, `size` at a time, or half as many whenever memory runs out.
+        release = self.release_memory if self.split_batches else None
+        return in_batches(count, size, run, self.memory_errors, what, remedy, release)
 
-        `what`, with the number in place of {}, says what is being done.
+    def with_speed(self, speed: Speed) -> ScaleRAE:
+        """The same model, sharing its weights, with other choices of `speed`.
+
+        Choosing float8 changes the shared weights for good; a model in float8 takes another choice of `compile` only.
+
+        Raises:
+            InputError, DeviceError: for a choice that does not exist, or not here.
         """
-        done: list[T] = []
-        while len(done) < count:
-            start, stop = len(done), min(len(done) + size, count)
-            halve = False
-            try:
-                with self.memory_errors(what.format(stop - start), remedy if stop - start > 1 else ""):
-                    done += run(start, stop)
-            except DeviceError as e:
-                if not self.halves or stop - start == 1 or not out_of_memory(e):
-                    raise
-                halve = True
-            if halve:  # outside the handler, where the error no longer holds what it met on its way
-                size = (stop - start) // 2
-                _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
-                self.release_memory()
-        return done
+        same_network = replace(speed, compile=self.speed.compile) == self.speed
+        if self.speed.quantize is not None and not same_network:
+            raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
+        other = copy.copy(self)
+        other.speed = speed
+        other.language = self.language.with_speed(speed)
+        if not same_network:
+            other._fast_dit = FastDiT(self.dit, speed)
+            other._decodes = Captures(speed.graph and self.device.type == "cuda", most=8)
+        return other
 
     def release_memory(self) -> None:
         """Gives back to the device what is kept between calls: captured graphs, and the language model's memory."""
@@ -763,107 +619,7 @@ class ScaleRAE:
         return MemoryErrors(self.device, self.dtype, what, remedy)
 
 
-class MemoryErrors:
-    """Turns an error of a device that has run out of memory into one that says what would help: `remedy`, if there is one."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, what: str, remedy: str) -> None:
-        self.device, self.what = device, what
-        remedies = [remedy] if remedy else []
-        if dtype == torch.float32:
-            remedies.append("--dtype bfloat16, which takes half of it")
-        if device.type != "cpu":
-            remedies += ["ending what else uses the device", "--device cpu"]
-        self.remedies = remedies or ["ending what else uses the memory"]
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if error is None or isinstance(error, ScaleRAEError) or not out_of_memory(error):
-            return
-        free = ""
-        if self.device.type == "cuda" and torch.cuda.is_available():
-            left, total = torch.cuda.mem_get_info(self.device)
-            free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
-        *others, last = self.remedies
-        listed = f"{', '.join(others)}, or {last}" if others else last
-        memory = "memory" if self.device.type == "cpu" else "GPU memory"
-        raise DeviceError(f"{self.device}: out of {memory}{free} while {self.what}; try {listed}") from error
-
-
 def _images_of_each(conditions: Sequence[Tensor]) -> int:
     """How often each tensor comes in turn; 1 where they differ in that."""
     counts = {len(list(run)) for _, run in groupby(conditions, id)}
     return counts.pop() if len(counts) == 1 else 1
-
-
-@functools.cache
-def _drawers() -> ThreadPoolExecutor:
-    """Threads that draw noise, kept, since starting them takes half as long as what they do for a batch."""
-    return ThreadPoolExecutor(os.cpu_count() or 1, "noise")
-
-
-if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
-    os.register_at_fork(after_in_child=_drawers.cache_clear)
-
-
-def _noises(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Callable[[], Tensor]:
-    """Standard normal [B, C, S, S] float32 on the device, drawn on the CPU so that a seed means one picture everywhere.
-
-    As `torch.randn(1, C, S, S)` gives it for each seed. Drawn on threads from now on, and waited for by calling what is returned,
-    since a GPU would wait.
-    """
-    noise = torch.empty(len(seeds), channels, side, side, pin_memory=device.type == "cuda")
-
-    @torch.inference_mode()
-    def draw(place: int, seed: int) -> None:
-        noise[place].normal_(generator=torch.Generator("cpu").manual_seed(seed))
-
-    drawn = [_drawers().submit(draw, place, seed) for place, seed in enumerate(seeds)]
-
-    def wait() -> Tensor:
-        for one in drawn:
-            one.result()
-        return noise.to(device, non_blocking=True)
-
-    return wait
-
-
-def _read_norm_stats(
-    reader: TensorReader, config: ScaleRAEConfig, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
-    """diff_head.data_mean and data_std, when the checkpoint has them."""
-    names = ("diff_head.data_mean", "diff_head.data_std")
-    present = [name in reader.tensors for name in names]
-    if not any(present):
-        return None
-    if not all(present):
-        file = next(reader.tensors[n].file for n in names if n in reader.tensors)
-        raise CheckpointError(f"{file}: has only one of {names[0]} and {names[1]}")
-    stats = []
-    for name in names:
-        value = reader.read(name).to(device, torch.float32, copy=True)
-        try:
-            torch.broadcast_to(value, (config.tokens, config.channels))
-        except RuntimeError as e:
-            raise CheckpointError(
-                f"{reader.tensors[name].file}: {name} is {list(value.shape)}, which does not broadcast to "
-                f"[{config.tokens}, {config.channels}]"
-            ) from e
-        stats.append(value)
-    return stats[0], stats[1]
-
-
-def _keeps_float32(name: str) -> bool:
-    """The time embedding and the DiT's norm gains stay float32 (Qwen2's norms compute in float32 by themselves)."""
-    return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)
-
-
-def _is_not_read(name: str) -> bool:
-    """Of a FLUX-VAE-aligned checkpoint also the projector, which takes latents of the encoder's width."""
-    return _is_computed(name) or name.startswith("model.mm_projector.")
-
-
-def _is_computed(name: str) -> bool:
-    """Stored constants that this package computes, and norm stats, which are read apart."""
-    constants = ("freqs_cos", "freqs_sin", "rotary_emb.inv_freq", "diff_head.data_mean", "diff_head.data_std")
-    return name.endswith(constants)

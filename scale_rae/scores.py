@@ -105,16 +105,16 @@ def score_latents(
     assert asked[:seen] == described[:seen]
     images = language.project(latents)  # [N, L, H]
     count, room = len(latents), language.config.tokens + max(len(asked) + max_new_tokens, len(described))
-    with language.context(count, room) as context:
+    with language.cache(count, room) as cache:
         before = language.tokens(asked[: seen - 1]).expand(count, -1, -1)
-        context.extend(torch.cat([before, images], dim=1))
-        lengths = list(context.lengths)
-        hidden = context.extend(language.tokens(described[seen:]).expand(count, -1, -1))
+        cache.extend(torch.cat([before, images], dim=1))
+        lengths = list(cache.lengths)
+        hidden = cache.extend(language.tokens(described[seen:]).expand(count, -1, -1))
         prompt_scores = _prompt_scores(language, hidden, prompt_ids)
-        context.rewind(lengths)
+        cache.rewind(lengths)
         rest = language.tokens(asked[seen:]).expand(count, -1, -1)
         limits = [max_new_tokens] * count
-        answers = language.reply_in(context, rest, limits, tokenizer.chat_end, tokenizer.image_start, draw=False)
+        answers = language.reply_in(cache, rest, limits, tokenizer.chat_end, tokenizer.image_start, draw=False)
     image_scores = _image_scores(language, tokenizer, images, request, request_reply)
     yes, no = answer_tokens(tokenizer, "yes"), answer_tokens(tokenizer, "no")
     scores = []
@@ -163,10 +163,10 @@ def _image_scores(
     ending = [images]
     if after := ids[seen + 1 :]:
         ending.append(language.tokens(after).expand(count, -1, -1))
-    with language.context(1, seen) as text, language.context(count, len(ids) + images.shape[1]) as context:
+    with language.cache(1, seen) as text, language.cache(count, len(ids) + images.shape[1]) as cache:
         beginning = text.extend(language.tokens(ids[:seen])[None])  # [1, T, H]
-        context.expand(text)
-        hidden = torch.cat([beginning.expand(count, -1, -1), context.extend(torch.cat(ending, dim=1))], dim=1)
+        cache.expand(text)
+        hidden = torch.cat([beginning.expand(count, -1, -1), cache.extend(torch.cat(ending, dim=1))], dim=1)
     at_image = hidden[:, len(drawn) + len(request_reply.ids) : -1]
     confidence, _ = language.confidence_and_loss(at_image.flatten(0, 1))
     return confidence.view(at_image.shape[:2]).mean(dim=1).tolist()  # type: ignore[no-any-return]

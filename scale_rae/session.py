@@ -60,6 +60,7 @@ class Session:
         decoder: bool = False,
         encoder: bool = False,
         debug: bool = False,
+        split_batches: bool = True,
     ) -> None:
         start = time.perf_counter()
         source = source or find_model(choice)
@@ -78,6 +79,7 @@ class Session:
                 progress=bars.load if bars is not None else None,
                 compile=choice.compile,
                 quantize=choice.quantize,
+                split_batches=split_batches,
             )
         finally:
             if bars is not None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scale_rae.pipeline import ScaleRAE
-from tests.made_checkpoints import golden_case, write_checkpoint
+from tests.helpers.made_checkpoints import golden_case, write_checkpoint
 
 GOLDEN_CASES = ("siglip", "webssl", "ddt", "wide")
 

@@ -3,33 +3,26 @@
 from __future__ import annotations
 
 import base64
-import importlib.util
 import io
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from benchmarks import serve, study_analysis, study_drawing, study_tables
+from benchmarks.bench import Bench, write_between_marks
+from scale_rae.errors import InputError
+
 ROOT = Path(__file__).parents[1]
-
-
-def script(name: str) -> ModuleType:
-    """A benchmark as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_benchmarks_find_a_package_that_is_not_installed(tmp_path: Path) -> None:
@@ -41,12 +34,23 @@ def test_benchmarks_find_a_package_that_is_not_installed(tmp_path: Path) -> None
             runpy.run_path(script)
             import scale_rae.config
             sys.path[:] = path
-            for name in [name for name in sys.modules if name.split(".")[0] == "scale_rae"]:
+            for name in [name for name in sys.modules if name.split(".")[0] in ("scale_rae", "benchmarks", "recipes")]:
                 del sys.modules[name]
     """
-    scripts = sorted(str(path) for path in (ROOT / "benchmarks").glob("*.py"))
-    assert len(scripts) > 5
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *scripts], check=True, cwd=tmp_path)
+    files = (ROOT / "benchmarks").glob("*.py")
+    commands = sorted(str(file) for file in files if "__main__" in file.read_text())
+    assert len(commands) > 5
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code), *commands], check=True, cwd=tmp_path)
+
+
+def test_benchmarks_need_neither_tests_nor_private_names_of_the_package() -> None:
+    private = re.compile(
+        r"\bscale_rae[\w.]*\._|import _(?!_)|\b(?:model|language|dit|fast|worker|engine|tokenizer)\._[a-z]"
+    )
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        text = file.read_text()
+        assert not re.search(r"^\s*(?:from|import) tests\b", text, re.MULTILINE), file
+        assert not private.search(text), file
 
 
 def test_cpu_benchmark(tmp_path: Path) -> None:
@@ -71,7 +75,6 @@ def test_two_devices(tmp_path: Path) -> None:
 
 
 def test_load_finds_pictures_of_another_seed() -> None:
-    compare = script("serve").compare
     chance = np.random.default_rng(0)
     references = list(chance.integers(50, 200, (3, 8, 8, 3), dtype=np.uint8))
 
@@ -83,12 +86,12 @@ def test_load_finds_pictures_of_another_seed() -> None:
     rounded = references[1] + chance.integers(0, 4, references[1].shape, dtype=np.uint8)
     rows = [row(0, references[0], "a"), row(1, rounded, "b"), (1, 0.1, 0.0, 0.1, 200, "b", None)]
     rows.append((2, 0.1, 0.0, 0.1, 429, None, None))  # refused: counted elsewhere
-    assert compare(rows, references, exact=True) == (2, 3)
-    assert compare(rows, references, exact=False) == (0, 3)
+    assert serve.compare(rows, references, exact=True) == (2, 3)
+    assert serve.compare(rows, references, exact=False) == (0, 3)
     another = [*rows, row(2, references[0], "c")]
-    assert compare(another, references, exact=False)[0] == 1
+    assert serve.compare(another, references, exact=False)[0] == 1
     fifth = references[1] + (references[0].astype(int) - references[1]) / 5  # of the way to another
-    assert compare([*rows, row(1, fifth.astype(np.uint8), "d")], references, exact=False)[0] == 1
+    assert serve.compare([*rows, row(1, fifth.astype(np.uint8), "d")], references, exact=False)[0] == 1
 
 
 def test_load_on_a_server(tmp_path: Path) -> None:
@@ -113,11 +116,6 @@ def test_load_on_a_server(tmp_path: Path) -> None:
     assert figures["requests"] >= 12
     assert figures["wrong"] == figures["lost_or_refused"] == 0
     assert figures["farthest_pixel"] == 0  # to the byte, on the CPU
-
-
-@pytest.fixture(scope="module")
-def study() -> ModuleType:
-    return script("scaling_study")
 
 
 def line(index: int, correct: str, answers: str, confidences: list[float], tag: str = "colors") -> dict[str, Any]:
@@ -145,14 +143,14 @@ def results(path: Path, lines: list[dict[str, Any]], rounds: int = 2) -> Path:
     return path
 
 
-def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) -> None:
+def test_scaling_study_counts_what_is_kept(tmp_path: Path) -> None:
     lines = [
         line(0, "0011", "nnyy", [0.0, 0.0, 1.0, 2.0]),  # both right ones found
         line(1, "0111", "yyyn", [3.0, 2.0, 1.0, 0.0]),  # one wrong one is believed
         {"index": 2, "tag": "position", "prompt": "prompt 2", "failed": "no image"},
     ]
     path = results(tmp_path / "results.jsonl", lines)
-    figures = study.analyse(path)
+    figures = study_analysis.analyse(path)
     one, two = figures["rounds"]["2x1"], figures["rounds"]["2x2"]
     assert one["drawn"]["value"] == pytest.approx((0 + 0.5 + 0) / 3)
     assert two["drawn"]["value"] == pytest.approx((0.5 + 0.75 + 0) / 3)
@@ -162,7 +160,7 @@ def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) ->
     assert combined["errors_removed"]["value"] == pytest.approx(1 - (0.5 + 1) / (0.5 + 0.25 + 1))
     assert combined["kinds"] == {"colors": 0.75, "position": 0.0}
     assert one["chosen"]["combined, siglip"]["errors_removed"]["value"] == pytest.approx(0)
-    assert two["chosen"][study.JUDGE]["kept"]["value"] == pytest.approx(2 / 3)
+    assert two["chosen"][study_analysis.JUDGE]["kept"]["value"] == pytest.approx(2 / 3)
     # Where every answer is no, and all else is equal, the first are kept.
     assert two["chosen"]["answer_logits, image mode"]["kept"]["value"] == pytest.approx((0 + 0.5) / 3)
     assert figures["failed"] == 1
@@ -170,38 +168,38 @@ def test_scaling_study_counts_what_is_kept(study: ModuleType, tmp_path: Path) ->
     assert figures["prompts_by_correct"] == {"none": 1, "up to half": 1, "most": 1, "all": 0}
     assert figures["seconds"] == {"reply": 0.5, "drawing": 5.0, "judging": 2.0, "total": 6.5, "encoding": 0.5}
     assert figures["study"]["model"]["name"] == "trained"
-    text = study.markdown(figures)
+    text = study_tables.markdown(figures)
     assert "| latent mode | 3.50 | 6.50 |" in text
     assert "| image mode | 3.75 | 7.00 |" in text
     page = tmp_path / "page.md"
     page.write_text("# Before\n<!-- study: begin (so) -->\nNot measured yet.\n<!-- study: end -->\nAfter\n")
     for _ in range(2):
-        study.write_into(page, study.summary(figures, "![x](plot.png)"))
+        write_between_marks(page, "study", study_tables.summary(figures, "![x](plot.png)"))
     text = page.read_text()
     assert text.startswith("# Before\n<!-- study: begin (so) -->\n3 held-out prompts")
     assert text.endswith("\n![x](plot.png)\n<!-- study: end -->\nAfter\n")
     assert "| combined, siglip | 0.167 | 0.500 (0.14) |" in text
     assert "measured yet" not in text
-    study.plot(figures, tmp_path / "plot.png")
+    study_tables.plot(figures, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_scaling_study_s_intervals(study: ModuleType, tmp_path: Path) -> None:
+def test_scaling_study_s_intervals(tmp_path: Path) -> None:
     rng = random.Random(0)
     lines = []
     for i in range(200):
         correct = "".join(rng.choice("01") for _ in range(4))
         lines.append(line(i, correct, correct.translate(str.maketrans("01", "ny")), [float(c) for c in correct]))
-    figures = study.analyse(results(tmp_path / "results.jsonl", lines))["rounds"]["2x2"]
+    figures = study_analysis.analyse(results(tmp_path / "results.jsonl", lines))["rounds"]["2x2"]
     drawn = figures["drawn"]
     spread = 1.96 * 0.25 / 200**0.5  # four coins a prompt have a standard deviation of a quarter
     assert drawn["high"] - drawn["low"] == pytest.approx(2 * spread, rel=0.1)
-    combined, judge = figures["chosen"]["combined, siglip"], figures["chosen"][study.JUDGE]
+    combined, judge = figures["chosen"]["combined, siglip"], figures["chosen"][study_analysis.JUDGE]
     assert combined["kept"] == judge["kept"]  # for it says yes to the right ones
     assert combined["errors_removed"]["low"] < combined["errors_removed"]["value"] < combined["errors_removed"]["high"]
 
 
-def test_scaling_study_ranks_as_select_does(study: ModuleType, tmp_path: Path) -> None:
+def test_scaling_study_ranks_as_select_does(tmp_path: Path) -> None:
     from scale_rae.scaling.select import METRICS, choose, read_experiment
     from tests.choosing.made_experiment import write_experiment
 
@@ -215,13 +213,13 @@ def test_scaling_study_ranks_as_select_does(study: ModuleType, tmp_path: Path) -
                 "index": 0,
                 "prompt": "",
                 "rewards": {"r": metadata["all_ir_scores"]},
-                "latent": study._columns(entries),
+                "latent": study_drawing.columns(entries),
             }
-            choice = study.Choice(metric, "latent", "r" if metric in study.NEED_REWARD else None)
-            assert study.order(made, choice, count) == selection.ranking.order
+            choice = study_analysis.Choice(metric, "latent", "r" if metric in study_analysis.NEED_REWARD else None)
+            assert study_analysis.order(made, choice, count) == selection.ranking.order
 
 
-def test_scaling_study_draws_and_goes_on(study: ModuleType, tmp_path: Path) -> None:
+def test_scaling_study_draws_and_goes_on(tmp_path: Path) -> None:
     def run(*more: str) -> str:
         command = [sys.executable, "benchmarks/scaling_study.py", "--out", str(tmp_path / "out"), "--steps", "2"]
         command += ["--n-samples", "1", "--rounds", "2", "--device", "cpu", *more]
@@ -260,7 +258,7 @@ def test_scaling_study_draws_and_goes_on(study: ModuleType, tmp_path: Path) -> N
 
 
 def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
-    """Every stage, on tiny networks on the CPU: it must not fail first on a GPU that is lent by the minute."""
+    """Every stage runs on tiny networks on the CPU, so that mistakes show before GPU time is paid for."""
     file = tmp_path / "gpu.json"
     command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--device", "cpu", "--repeat", "1", "--json", str(file)]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -287,15 +285,10 @@ def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
 
 
 def test_gpu_benchmark_reports_what_fails(tmp_path: Path) -> None:
-    """A stage that fails does not take the others with it; one for that there is no time is named."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from benchmarks import gpu
-    finally:
-        sys.path.remove(str(ROOT))
+    """A stage that fails does not stop the others; stages that the time budget leaves out are listed."""
     import torch
 
-    bench = gpu.Bench(torch.device("cpu"), torch.bfloat16, 1, 1e9, tmp_path / "b.json", True)
+    bench = Bench(torch.device("cpu"), torch.bfloat16, 1, 1e9, tmp_path / "b.json", True)
     with bench.stage("one"):
         bench.add("one", "before", 1.0, "s")
         raise RuntimeError("no luck")
@@ -308,3 +301,12 @@ def test_gpu_benchmark_reports_what_fails(tmp_path: Path) -> None:
     assert "no luck" in result["errors"]["one"]
     assert [row["name"] for row in result["figures"]] == ["before", "after"]
     assert result["skipped"] == ["three"]
+
+
+def test_text_between_marks_is_replaced_and_a_page_without_marks_is_refused(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- figures: begin (x) -->\nold\n<!-- figures: end -->\nb\n")
+    write_between_marks(page, "figures", "new\n")
+    assert page.read_text() == "a\n<!-- figures: begin (x) -->\nnew\n<!-- figures: end -->\nb\n"
+    with pytest.raises(InputError, match=r"page\.md.*study: begin"):
+        write_between_marks(page, "study", "new\n")

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.made_tokenizer import write_tokenizer
 from scale_rae.checkpoint import TensorReader
 from scale_rae.config import parse_config
 from scale_rae.dit import DiT
@@ -24,7 +25,7 @@ from scale_rae.errors import CheckpointError, InputError
 from scale_rae.hub import find, weight_files
 from scale_rae.language import LanguageModel
 from scale_rae.pipeline import ScaleRAE
-from tests.made_checkpoints import golden_case, made, write_tokenizer
+from tests.helpers.made_checkpoints import golden_case, made
 
 DRAW = "Can you generate a photo of a cat on a windowsill?"
 Weights = dict[str, Tensor]

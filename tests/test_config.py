@@ -17,7 +17,7 @@ from scale_rae.dit import DiT
 from scale_rae.errors import ConfigError
 from scale_rae.jsonio import read_json
 from scale_rae.language import LanguageModel
-from tests.made_checkpoints import golden_case
+from tests.helpers.made_checkpoints import golden_case
 
 PATH = Path("some/folder/config.json")
 BASE: dict[str, dict[str, Any]] = {name: golden_case(name)["model"]["config"] for name in ("siglip", "ddt", "wide")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from typing import Any
 
@@ -13,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from scale_rae import flow
+from scale_rae import flow, options
 from scale_rae.errors import InputError
-from scale_rae.flow import ab2, dpmpp_2m, euler, exact_grid, guided, heun, official_grid
+from scale_rae.flow import ab2, dpmpp_2m, euler, exact_grid, exact_times, guided, heun, official_grid
 from scale_rae.options import check_options
 
 MEAN, SPREAD = 1.5, 0.3
@@ -39,22 +38,28 @@ def mixture(x: Tensor, t: float) -> Tensor:
     return (logits.softmax(-1) * velocities).sum(-1)
 
 
-def euler_exact(velocity: flow.Velocity, noise: Tensor, steps: int, shift: float) -> Tensor:
-    x = noise
-    for now, then in itertools.pairwise(exact_grid(steps, shift).tolist()):
-        x = x + (then - now) * velocity(x, now)
-    return x
+def solve(
+    name: str,
+    velocity: flow.Velocity,
+    noise: Tensor,
+    steps: int,
+    shift: float,
+    callback: flow.StepCallback | None = None,
+) -> Tensor:
+    """The sampler of that name, on its own schedule."""
+    sampler = flow.SAMPLERS[name]
+    return sampler.solver(velocity, noise, sampler.schedule(steps, shift), callback)
 
 
-def order(solver: Any, velocity: flow.Velocity, exact: Tensor, shift: float) -> float:
-    """The slope of log error over log steps."""
+def order(solver: flow.Solver, velocity: flow.Velocity, exact: Tensor, shift: float) -> float:
+    """The slope of log error over log steps on the exact schedule."""
     steps = [256, 512, 1024, 2048]
-    errors = [float((solver(velocity, NOISE, n, shift) - exact).abs().max()) for n in steps]
+    errors = [float((solver(velocity, NOISE, exact_times(n, shift), None) - exact).abs().max()) for n in steps]
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
 # DPM-Solver++(2M) steps in log(alpha / sigma), which no grid in t makes small at both ends: n^-2 log n is its rate here.
-ORDERS = [(euler_exact, 0.95, 1.05), (heun, 1.9, 2.1), (dpmpp_2m, 1.5, 2.1), (ab2, 1.9, 2.2)]
+ORDERS = [(euler, 0.95, 1.05), (heun, 1.9, 2.1), (dpmpp_2m, 1.5, 2.1), (ab2, 1.9, 2.2)]
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -65,7 +70,7 @@ def test_order_of_convergence(solver: Any, least: float, most: float, shift: flo
 
 @pytest.mark.parametrize(("solver", "least", "most"), ORDERS)
 def test_order_of_convergence_on_a_mixture(solver: Any, least: float, most: float) -> None:
-    exact = heun(mixture, NOISE, 8192, 3.0)
+    exact = heun(mixture, NOISE, exact_times(8192, 3.0))
     assert least <= order(solver, mixture, exact, 3.0) <= most
 
 
@@ -74,14 +79,14 @@ def test_second_order_pays(solver: flow.Solver) -> None:
     exact = MEAN + SPREAD * NOISE
     for steps in (32, 64, 256):
         evaluations = 2 * steps - 1 if solver is heun else steps
-        error = (solver(gaussian, NOISE, steps, 3.0, None) - exact).abs().max()
-        assert error < (euler_exact(gaussian, NOISE, evaluations, 3.0) - exact).abs().max()
+        error = (solver(gaussian, NOISE, exact_times(steps, 3.0), None) - exact).abs().max()
+        assert error < (euler(gaussian, NOISE, exact_times(evaluations, 3.0)) - exact).abs().max()
 
 
 def test_published_loop_comes_near() -> None:
     """It stops short of t = 0 and ends with a step the wrong way, so it has a floor; it falls to it."""
     exact = MEAN + SPREAD * NOISE
-    errors = [float((euler(gaussian, NOISE, n, 3.0) - exact).abs().max()) for n in (10, 49, 200, 1000)]
+    errors = [float((solve("euler", gaussian, NOISE, n, 3.0) - exact).abs().max()) for n in (10, 49, 200, 1000)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.05
 
@@ -99,12 +104,12 @@ def test_published_loop_as_published() -> None:
     for i in range(48, 0, -1):
         x = x + (t[i - 1] - t[i]) * gaussian(x, float(t[i]))
     x = x + (t[49] - t[48]) * gaussian(x, float(t[48]))
-    torch.testing.assert_close(euler(velocity, NOISE, 49, 3.0), x, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(solve("euler", velocity, NOISE, 49, 3.0), x, rtol=1e-12, atol=1e-12)
     assert len(seen) == 49
     assert seen[0] == seen[-1] == float(t[48])
 
 
-@pytest.mark.parametrize("name", sorted(flow.SOLVERS))
+@pytest.mark.parametrize("name", sorted(flow.SAMPLERS))
 @pytest.mark.parametrize("steps", [2, 3, 7, 49])
 def test_callback_sees_every_evaluation(name: str, steps: int) -> None:
     calls = 0
@@ -120,18 +125,38 @@ def test_callback_sees_every_evaluation(name: str, steps: int) -> None:
         assert torch.equal(v, gaussian(x, t))
         seen.append((i, n, t))
 
-    result = flow.SOLVERS[name](velocity, NOISE, steps, 2.0, callback)
+    result = solve(name, velocity, NOISE, steps, 2.0, callback)
     expected = 2 * steps - 1 if name == "heun" else steps
     assert calls == expected
     assert [(i, n) for i, n, _ in seen] == [(i + 1, expected) for i in range(expected)]
     assert all(0 < t <= 1 for *_, t in seen)
-    assert torch.equal(result, flow.SOLVERS[name](gaussian, NOISE, steps, 2.0, None))
+    assert torch.equal(result, solve(name, gaussian, NOISE, steps, 2.0))
+
+
+@pytest.mark.parametrize("name", sorted(flow.SAMPLERS))
+@pytest.mark.parametrize("steps", [2, 7])
+def test_times_at_which_a_solver_evaluates(name: str, steps: int) -> None:
+    seen: list[float] = []
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        seen.append(t)
+        return gaussian(x, t)
+
+    solve(name, velocity, NOISE, steps, 3.0)
+    sampler = flow.SAMPLERS[name]
+    assert sampler.evaluated(sampler.schedule(steps, 3.0)) == seen
+
+
+@pytest.mark.parametrize("name", sorted(flow.SAMPLERS))
+def test_any_solver_works_on_any_schedule(name: str) -> None:
+    times = [(1.0, 0.7), (0.7, 0.25), (0.25, 0.0)]
+    assert flow.SAMPLERS[name].solver(gaussian, NOISE, times, None).isfinite().all()
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
 def test_one_step(name: str) -> None:
     """One evaluation at t = 1 and straight to the data estimate, which for pure noise is the mean of the data."""
-    result = flow.SOLVERS[name](gaussian, NOISE, 1, 3.0, None)
+    result = solve(name, gaussian, NOISE, 1, 3.0)
     torch.testing.assert_close(result, torch.full_like(NOISE, MEAN))
 
 
@@ -216,7 +241,7 @@ def test_bad_interval(interval: tuple[float, float]) -> None:
 @given(
     guidance=st.floats(),
     steps=st.integers(-5, 2000),
-    solver=st.sampled_from([*flow.SOLVERS, "x", ""]),
+    solver=st.sampled_from([*flow.SAMPLERS, "x", ""]),
     interval=st.none() | st.tuples(st.floats(), st.floats()),
 )
 def test_options_are_refused_or_work(guidance: float, steps: int, solver: str, interval: Any) -> None:
@@ -225,5 +250,9 @@ def test_options_are_refused_or_work(guidance: float, steps: int, solver: str, i
     except InputError:
         return
     velocity = guided(Counted(1.0), Counted(0.0), min(guidance, 1e6), interval or (0.0, 1.0))
-    x = flow.SOLVERS[solver](velocity, torch.zeros(1, 1, 1, 1), min(steps, 20), 3.0, None)
+    x = solve(solver, velocity, torch.zeros(1, 1, 1, 1), min(steps, 20), 3.0)
     assert x.isfinite().all()
+
+
+def test_every_solver_that_can_be_chosen_is_there() -> None:
+    assert tuple(flow.SAMPLERS) == options.SOLVERS

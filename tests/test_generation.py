@@ -16,10 +16,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scale_rae.context import Context
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
+from scale_rae.kv_cache import KVCache
 from scale_rae.language import Reply
-from scale_rae.pipeline import MemoryErrors, SamplingOptions, ScaleRAE, _noises, image_seed
+from scale_rae.memory import MemoryErrors
+from scale_rae.noise import draw_noise, image_seed
+from scale_rae.options import SamplingOptions
+from scale_rae.pipeline import ScaleRAE
 from tests.test_language import PROMPTS
 
 DRAW = PROMPTS[0]
@@ -156,13 +159,13 @@ def test_draws_noise_after_a_fork() -> None:
     """As torch's loaders and pools of processes fork: a child has none of its parent's threads."""
     cpu = torch.device("cpu")
     expected = torch.cat([torch.randn(1, 6, 4, 4, generator=torch.Generator().manual_seed(s)) for s in (3, 4)])
-    assert torch.equal(_noises([3, 4], 6, 4, cpu)(), expected)
+    assert torch.equal(draw_noise([3, 4], 6, 4, cpu)(), expected)
     time.sleep(0.1)  # until the threads wait for more
     child = os.fork()
     if child == 0:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)  # not the test's own limit
         signal.alarm(20)
-        os._exit(0 if torch.equal(_noises([3], 6, 4, cpu)(), expected[:1]) else 1)
+        os._exit(0 if torch.equal(draw_noise([3], 6, 4, cpu)(), expected[:1]) else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -271,7 +274,7 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
         match=r"^cpu: out of memory while drawing 1 images at once; try --dtype bfloat16, which takes half of it$",
     ):
         latents(siglip, num_images=3)
-    monkeypatch.setattr(Context, "_forward", full)
+    monkeypatch.setattr(KVCache, "_forward", full)
     with pytest.raises(DeviceError, match=r"out of memory while answering 1 messages at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)

@@ -14,7 +14,7 @@ from scale_rae import flow
 from scale_rae.decoder import denormalise
 from scale_rae.language import Reply
 from scale_rae.pipeline import ScaleRAE
-from tests.made_checkpoints import GOLDENS, made
+from tests.helpers.made_checkpoints import GOLDENS, made
 
 DRAW = "Can you generate a photo of a cat on a windowsill?"
 PROMPT = "a photo of a cat on a windowsill"

@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_rae.dit import Deferred, attend, rope_table, rotate, spread, summed
-from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
-from scale_rae.quantize import FLOAT8, quantize
-from scale_rae.speed import Speed
+from scale_rae.dit import attend, rope_table, rotate
+from scale_rae.fast_dit import Deferred, spread, summed
+from scale_rae.float8 import FLOAT8, quantize
+from scale_rae.noise import image_seed
+from scale_rae.options import SamplingOptions, Speed
+from scale_rae.pipeline import ScaleRAE
 from tests.test_goldens import DRAW
 
 pytestmark = pytest.mark.gpu
@@ -31,8 +33,7 @@ def latents(
 ) -> Tensor:
     """Latents of the golden prompt, [count, L, C], or of a condition."""
     if speed is not None:
-        model.speed = speed
-        model._fast_dit = type(model._fast_dit)(model.dit, speed)
+        model = model.with_speed(speed)
     condition = model.reply([DRAW])[0].condition if condition is None else condition
     assert condition is not None
     seeds = [image_seed(42, 0, i) for i in range(count)]
@@ -225,10 +226,10 @@ def test_images_of_one_prompt_share_its_modulations(
     one = model.reply([DRAW])[0].condition
     assert one is not None
     two = one.flip(0)
-    model._fast_dit = type(model._fast_dit)(model.dit, speed)
     options, drawn = SamplingOptions(steps=8, guidance=guidance), list[Tensor]()
     for shared in (True, False):
-        model.speed = replace(speed, shared=shared)
+        model = ScaleRAE.from_pretrained(str(checkpoints[case]), device="cuda", dtype=dtype)
+        model = model.with_speed(replace(speed, shared=shared))
         drawn.append(torch.stack(model.sample([one, one, one, two, two, two], [1, 2, 3, 1, 2, 3], options)))
     assert off_by(drawn[0][:3], drawn[0][3:]) > 2 * tolerance
     assert off_by(*drawn) <= tolerance
@@ -269,13 +270,13 @@ def test_scores_on_the_gpu_are_those_of_the_cpu(checkpoints: dict[str, Path]) ->
 def test_out_of_memory_halves_the_batch(checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
     """A limit that the real allocator enforces: 8 images do not fit, fewer do, and the pictures are the same."""
     model = ScaleRAE.from_pretrained(str(checkpoints["siglip"]), device="cuda", dtype="float32", compile="off")
-    model.speed = replace(model.speed, shared=False)
+    model = model.with_speed(replace(model.speed, shared=False))
     condition = model.reply([DRAW])[0].condition
     assert condition is not None
     count, options = 512, SamplingOptions(steps=2)
     seeds = list(range(count))
     whole = torch.stack(model.sample([condition] * count, seeds, options, batch_size=64))
-    model._fast_dit.forget()
+    model.release_memory()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     limit = torch.cuda.memory_allocated() + 6 * count * 256 * 768 * 4  # noise and a few of its size

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from scale_rae import context as context_module
+from scale_rae import kv_cache
 from scale_rae import language as language_module
-from scale_rae.context import Context, Transfer
+from scale_rae.cuda_graphs import GraphMemory
 from scale_rae.errors import InputError
-from scale_rae.language import Conversation, LanguageModel, Reply, self_certainty
+from scale_rae.kv_cache import CachePool, KVCache, Transfer
+from scale_rae.language import Conversation, Reply
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.speed import GraphMemory
+from scale_rae.qwen2 import Qwen2, self_certainty
 
 PROMPTS = [
     "Can you generate a photo of a cat on a windowsill?",
@@ -92,11 +93,11 @@ def test_max_new_tokens_out_of_range(model: ScaleRAE, limit: int) -> None:
 def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Makes the model say given tokens, and counts its passes."""
     passes: list[tuple[int, ...]] = []
-    original = Context._forward
+    original = KVCache._forward
 
-    def forward(context: Context, embeds: Tensor, *args: Any, **options: Any) -> Tensor:
+    def forward(cache: KVCache, embeds: Tensor, *args: Any, **options: Any) -> Tensor:
         passes.append(tuple(embeds.shape[:2]))
-        return original(context, embeds, *args, **options)
+        return original(cache, embeds, *args, **options)
 
     def start(*rows: list[int]) -> list[tuple[int, ...]]:
         step = iter(range(1000))
@@ -112,7 +113,7 @@ def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         passes.clear()
         return passes
 
-    monkeypatch.setattr(Context, "_forward", forward)
+    monkeypatch.setattr(KVCache, "_forward", forward)
     return start
 
 
@@ -269,8 +270,8 @@ def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> 
         return graph, graph.output
 
     monkeypatch.setattr(GraphMemory, "capture", capture)
-    monkeypatch.setattr(LanguageModel, "on_cuda", True)
-    monkeypatch.setattr(models["webssl"].language, "_contexts", {})
+    monkeypatch.setattr(Qwen2, "on_cuda", True)
+    monkeypatch.setattr(models["webssl"].language, "_caches", CachePool(graph=True, compile_steps=False))
     return captured
 
 
@@ -290,7 +291,7 @@ def test_captured_steps_say_the_same(
     model = models["webssl"]
     shown = list(torch.randn(len(PROMPTS), 256, model.config.channels, generator=torch.Generator().manual_seed(5)))
     with monkeypatch.context() as plain:
-        plain.setattr(LanguageModel, "on_cuda", False)
+        plain.setattr(Qwen2, "on_cuda", False)
         expected = model.reply(PROMPTS, max_new_tokens=30)
         answers = model.reply(PROMPTS, latents=shown, max_new_tokens=20)
         alone = model.reply(PROMPTS[:1], max_new_tokens=30)
@@ -303,13 +304,13 @@ def test_captured_steps_say_the_same(
             assert score.reply == one.reply
             assert score.prompt_loss == pytest.approx(one.prompt_loss, rel=1e-4)
             assert score.image_conf_score == pytest.approx(one.image_conf_score, rel=1e-3)
-    contexts = [c for waiting in model.language._contexts.values() for c in waiting]
-    assert sorted({c.rows for c in contexts}) == [1, 4, 8]
-    assert all(c.slots % 256 == 0 for c in contexts)
-    passes = [key for c in contexts for key in c._passes._graphs]
+    caches = [c for waiting in model.language._caches._free.values() for c in waiting]
+    assert sorted({c.rows for c in caches}) == [1, 4, 8]
+    assert all(c.slots % 256 == 0 for c in caches)
+    passes = [key for c in caches for key in c._passes._graphs]
     assert len(passes) > 5
     assert all(width % 32 == 0 for width, _ in passes)
-    assert len(as_on_cuda) == sum(len(c._graphs) for c in contexts) + len(passes)  # each was captured once
+    assert len(as_on_cuda) == sum(len(c._graphs) for c in caches) + len(passes)  # each was captured once
 
 
 def test_values_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -331,13 +332,13 @@ def test_replies_that_outgrow_their_memory(
     models: dict[str, ScaleRAE], as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = models["webssl"]
-    monkeypatch.setattr(context_module, "_SLOTS", 32)
+    monkeypatch.setattr(kv_cache, "_SLOTS", 32)
     monkeypatch.setattr(language_module, "_USUAL_REPLY", 8)
     conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:3]]
     limits = [400, 3, 290]
     long = model.language.reply(conversations, limits, -1, -1)
     assert [len(r.ids) for r in long] == limits
-    monkeypatch.setattr(LanguageModel, "on_cuda", False)
+    monkeypatch.setattr(Qwen2, "on_cuda", False)
     same(long, model.language.reply(conversations, limits, -1, -1))
 
 
@@ -360,7 +361,7 @@ def test_no_step_is_taken_beyond_the_limit(
     model: ScaleRAE, scripted: Any, as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ahead of the host by one step, and one step too many only where a reply ends before its limit."""
-    monkeypatch.setattr(model.language, "graph", False)
+    monkeypatch.setattr(model.language, "_caches", CachePool(graph=False, compile_steps=False))
     passes = scripted([65, 66, 67, 68, 69])
     assert len(model.reply(["A cat"], max_new_tokens=3)[0].ids) == 3
     assert len(passes) == 1 + 2
@@ -385,6 +386,6 @@ def test_compiled_layer_is_the_layer(
     model = models["webssl"]
     conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:2]]
     expected = model.language.reply(conversations, [3, 3], -1, -1)
-    monkeypatch.setattr(model.language, "compile_steps", True)
-    monkeypatch.setattr(Context, "_round", lambda context, slots: context.slots)  # one shape, one compilation
+    monkeypatch.setattr(model.language, "_caches", CachePool(graph=False, compile_steps=True))
+    monkeypatch.setattr(KVCache, "_round", lambda cache, slots: cache.slots)  # one shape, one compilation
     same(model.language.reply(conversations, [3, 3], -1, -1), expected)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from scale_rae.cli import main
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
-from tests.made_checkpoints import golden_case, write_checkpoint
+from tests.helpers.made_checkpoints import golden_case, write_checkpoint
 
 diffusers = pytest.importorskip("diffusers", reason="needs the extra `vae`")
 

@@ -20,8 +20,8 @@ from recipes.shapes.settings import Preset
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
+from scale_rae.fast_dit import pad_swiglu
 from scale_rae.language import LanguageModel
-from scale_rae.speed import pad_swiglu
 
 INIT_TOKENS = 0.02  # standard deviation of token and query embeddings
 INIT_CONDITION = 0.5  # of the condition, about

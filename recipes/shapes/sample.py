@@ -21,7 +21,8 @@ import torch
 from PIL import Image, ImageDraw
 
 from recipes.shapes.loop import say
-from scale_rae.pipeline import SamplingOptions, ScaleRAE
+from scale_rae.options import SamplingOptions
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.shapes import draw, world
 
 REQUEST = "Can you generate {prompt}"

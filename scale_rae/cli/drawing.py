@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scale_rae.hub import Source
-    from scale_rae.pipeline import Generation, ScaleRAE
+    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.results import Generation
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ def _check_lengths(model: ScaleRAE, messages: Sequence[Message]) -> None:
 
 
 def _seeds(message: Message, sampling: Sampling) -> list[int]:
-    from scale_rae.pipeline import image_seed
+    from scale_rae.noise import image_seed
 
     if sampling.image_seeds is not None:
         return list(sampling.image_seeds)

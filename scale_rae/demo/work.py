@@ -27,9 +27,10 @@ from scale_rae.checkpoint import load_latent
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
-from scale_rae.options import Sampling
+from scale_rae.noise import image_seed
+from scale_rae.options import Sampling, SamplingOptions
 from scale_rae.outputs import Sample, save_run, timestamp
-from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
 from scale_rae.rewards import Reward, load_reward
 from scale_rae.scaling.experiment import PROMPT_PREFIX, Settings, as_request, check_finite, judgement, prompt_record

@@ -111,10 +111,9 @@ def run(
         OutputError: when another run has the folder, or something cannot be written; what is finished is kept.
         ScaleRAEError: when a model or reward cannot be loaded.
     """
-    from scale_rae.options import check_options
-    from scale_rae.pipeline import pick_device, pick_dtype
-    from scale_rae.quantize import check_device
-    from scale_rae.speed import Speed
+    from scale_rae.float8 import check_device
+    from scale_rae.memory import pick_device, pick_dtype
+    from scale_rae.options import Speed, check_options
 
     settings.check()
     for name, what in (

@@ -19,7 +19,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from scale_rae.errors import InputError, OutputError, ScaleRAEError, out_of_memory, printable
+from scale_rae.errors import InputError, OutputError, ScaleRAEError, printable
 from scale_rae.jsonio import dump_json
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
@@ -27,12 +27,12 @@ from scale_rae.scaling.experiment import AUTO_REWARD, Settings, check_finite, ju
 from scale_rae.scaling.store import Batch, Store
 
 if TYPE_CHECKING:
-    import torch
     from PIL import Image
     from torch import Tensor
 
     from scale_rae.language import Reply
-    from scale_rae.pipeline import SamplingOptions, ScaleRAE
+    from scale_rae.options import SamplingOptions
+    from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
     from scale_rae.session import LoadingBar, Session
 
@@ -101,12 +101,18 @@ def loaded(
         settings.compile,
         settings.quantize,
     )
-    session = Session(choice, bars, decoder=True, encoder=True, debug=order.debug)
+    session = Session(
+        choice,
+        bars,
+        decoder=True,
+        encoder=True,
+        debug=order.debug,
+        split_batches=False,  # the worker itself knows which images belong together
+    )
     if session.model.device.type == "cuda":
         import torch
 
         torch.cuda.set_device(session.model.device)  # else what libraries do by themselves takes memory of cuda:0
-    session.model.halves = False  # here it is known which images are together, and told when that changes
     if settings.reward == AUTO_REWARD:
         settings = store.settings = _with_reward(store, settings, order, session, listen)
     reward = None
@@ -214,44 +220,6 @@ def _measures(model: ScaleRAE) -> bool:
     return model.device.type != "cpu"  # where there is no limit that one would notice in time
 
 
-def largest_batch(
-    most: int, attempt: Callable[[int], None], release: Callable[[], None], spare: Callable[[], float]
-) -> int:
-    """The largest of 1, 2, 4, … and `most` images that `attempt` does without running out of memory, and with some to spare.
-
-    `spare` tells which share of the memory was free at the worst moment so far, and `release` gives back what a failed
-    attempt took. 1 when not even that goes: then it is the drawing that fails, and says why.
-    """
-    fits, size = 1, 1
-    while True:
-        failed = False
-        try:
-            attempt(size)
-        except Exception as e:
-            if not out_of_memory(e):
-                raise
-            failed = True
-        if failed:  # outside the handler, where the error no longer holds what it met on its way
-            release()
-            return fits
-        if spare() < SPARE:
-            return fits
-        fits = size
-        if size == most:
-            return fits
-        size = min(2 * size, most)
-
-
-def spare_memory(device: torch.device) -> float:
-    """Which share of the memory that this process could have was free at the worst moment; 1 where torch does not say."""
-    import torch
-
-    if device.type != "cuda":
-        return 1.0
-    free, _ = torch.cuda.mem_get_info(device)
-    return 1 - torch.cuda.max_memory_allocated(device) / (free + torch.cuda.memory_reserved(device))
-
-
 class WorkerLog:
     """A worker's log file, opened anew for each line, so that nothing is lost and a full disk does no more harm.
 
@@ -283,7 +251,7 @@ class Worker:
         listen: Listener,
         log: WorkerLog,
     ) -> None:
-        from scale_rae.pipeline import SamplingOptions
+        from scale_rae.options import SamplingOptions
 
         self.store, self.settings, self.model, self.reward = store, settings, model, reward
         self.order, self.listen, self.log = order, listen, log
@@ -386,6 +354,8 @@ class Worker:
         self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int], size: int
     ) -> None:
         """Draws samples in batches of `size`, or of less once memory has run out."""
+        from scale_rae import memory
+
         left = list(samples)
         while left:
             batch = left[: min(size, self.fits)]
@@ -393,7 +363,7 @@ class Worker:
             try:
                 self._draw_batch(prompt, request, reply, batch)
             except Exception as e:
-                if not out_of_memory(e) or len(batch) == 1:
+                if not memory.out_of_memory(e) or len(batch) == 1:
                     raise
                 failed = True
             if failed:  # outside the handler, as in `largest_batch`
@@ -441,24 +411,21 @@ class Worker:
             return min(8, self.settings.total)
 
         def attempt(size: int) -> None:
-            latents, images = self._pictures(reply, range(size), options)
+            latents, images = self._pictures(reply, range(size), options, compile=False)
             self._judge(prompt, request, reply, latents, images)
 
-        speed = self.model.speed
-        self.model.speed = dataclasses.replace(speed, compile="off")  # not for every size that is tried
+        from scale_rae import memory
+
         try:
-            return largest_batch(
-                self.settings.total,
-                attempt,
-                self.model.release_memory,
-                lambda: spare_memory(self.model.device),
+            device = self.model.device
+            return memory.largest_batch(
+                self.settings.total, attempt, self.model.release_memory, lambda: memory.spare_memory(device), SPARE
             )
         finally:
-            self.model.speed = speed
             self.model.release_memory()
 
     def _draw_batch(self, prompt: PromptRecord, request: str, reply: Reply, samples: Sequence[int]) -> None:
-        from scale_rae.pipeline import image_seed
+        from scale_rae.noise import image_seed
 
         settings = self.settings
         seeds = [image_seed(settings.seed, prompt.index, i) for i in samples]
@@ -492,12 +459,12 @@ class Worker:
         self.listen({"event": "images", "rank": self.order.rank, "count": len(seeds)})
 
     def _pictures(
-        self, reply: Reply, seeds: Sequence[int], options: SamplingOptions
+        self, reply: Reply, seeds: Sequence[int], options: SamplingOptions, compile: bool | None = None
     ) -> tuple[list[Tensor], list[Image.Image]]:
         """Latents [L, C] and pixels of the reply's image, one of each seed, all at once."""
         assert reply.condition is not None
         with self.timed("drawing"):
-            latents = self.model.sample([reply.condition] * len(seeds), seeds, options, len(seeds), self._step)
+            latents = self.model.sample([reply.condition] * len(seeds), seeds, options, len(seeds), self._step, compile)
         with self.timed("decoding"):
             return latents, self.model.decode(latents, batch_size=1 if self.artists else len(seeds))
 

@@ -32,8 +32,10 @@ from scale_rae import __version__
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.exact import exact_batch
 from scale_rae.language import Conversation, Reply
+from scale_rae.noise import image_seed
+from scale_rae.options import SamplingOptions
 from scale_rae.outputs import png_bytes
-from scale_rae.pipeline import SamplingOptions, ScaleRAE, image_seed
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import SYSTEM, Turn
 from scale_rae.rewards import Reward
 from scale_rae.scaling.experiment import judgement

@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from scale_rae.options import DEFAULT_STEPS
-from scale_rae.pipeline import SamplingOptions
+from scale_rae.options import DEFAULT_STEPS, SamplingOptions
 
 Solver = Literal["euler", "heun", "dpmpp_2m", "ab2"]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]

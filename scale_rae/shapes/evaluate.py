@@ -105,7 +105,7 @@ def draw_prompts(
     The noise of prompt i is seeded by `image_seed(seed, i)`, whatever the batch. A reply without a drawing counts as wrong, with
     a white picture.
     """
-    from scale_rae.pipeline import image_seed
+    from scale_rae.noise import image_seed
     from scale_rae.shapes.judge import judge
 
     results: list[Drawn] = []

@@ -17,7 +17,7 @@ from scale_rae.images import load_image
 from scale_rae.language import Reply
 from scale_rae.pipeline import ScaleRAE
 from tests.cli.conftest import Cli, left, only_manifest, with_defaults
-from tests.made_checkpoints import GOLDENS
+from tests.helpers.made_checkpoints import GOLDENS
 
 LOOK = "Can you describe what's in this image?"
 

@@ -20,11 +20,12 @@ from scale_rae import session
 from scale_rae.cli import drawing
 from scale_rae.cli.options import Output
 from scale_rae.hub import Source
+from scale_rae.noise import image_seed
 from scale_rae.outputs import Sample
-from scale_rae.pipeline import ScaleRAE, image_seed
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.scores import QUESTION
 from tests.cli.conftest import DRAW, Cli, left, only_manifest, with_defaults
-from tests.made_checkpoints import GOLDENS
+from tests.helpers.made_checkpoints import GOLDENS
 
 RED_CIRCLE = "Can you generate a photo of a red circle?"
 TALK = "Show me five cats"  # this checkpoint answers it in words

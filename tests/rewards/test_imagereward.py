@@ -16,7 +16,7 @@ from scale_rae.errors import CheckpointError, ConfigError, InputError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import imagereward, load_reward
 from scale_rae.rewards.imagereward import load_network, preprocess
-from tests.made_checkpoints import GOLDENS, golden_case, made
+from tests.helpers.made_checkpoints import GOLDENS, golden_case, made
 
 WORDS = ["[PAD]", "[unused0]", "a", "photo", "of", "cat", "##s", "red", ".", "e"]
 VOCABULARY = [*WORDS, *(f"[unused{i}]" for i in range(1, 85)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]  # 98, and two more

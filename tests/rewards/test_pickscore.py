@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_rae.errors import CheckpointError, ConfigError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import load_reward
-from tests.made_checkpoints import made
+from tests.helpers.made_checkpoints import made
 from tests.rewards.test_imagereward import VOCABULARY as BERT_VOCABULARY
 from tests.rewards.test_imagereward import write_weights
 

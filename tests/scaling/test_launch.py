@@ -16,13 +16,13 @@ import pytest
 import torch
 
 from scale_rae.errors import DeviceError, InputError
+from scale_rae.memory import largest_batch, out_of_memory
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import launch
 from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.launch import World, _watching
 from scale_rae.scaling.store import Batch, Store
-from scale_rae.scaling.worker import largest_batch, out_of_memory
 from tests.scaling.conftest import PROMPTS, QUICK, Scale, snapshot, write_prompts
 
 
@@ -187,7 +187,7 @@ class Memory:
 )
 def test_largest_batch(most: int, room: float, size: int, tried: list[int]) -> None:
     memory = Memory(room)
-    assert largest_batch(most, memory.attempt, memory.release, memory.spare) == size
+    assert largest_batch(most, memory.attempt, memory.release, memory.spare, 0.1) == size
     assert memory.tried == tried
     assert memory.released == (tried[-1] > room)
 
@@ -206,7 +206,7 @@ def test_what_an_attempt_made_is_gone_when_its_memory_is_released() -> None:
     def release() -> None:
         assert made[-1]() is None
 
-    assert largest_batch(8, attempt, release, lambda: 1.0) == 2
+    assert largest_batch(8, attempt, release, lambda: 1.0, 0.1) == 2
     assert len(made) == 3
 
 
@@ -215,7 +215,7 @@ def test_largest_batch_passes_other_errors_on() -> None:
         raise InputError("no such prompt")
 
     with pytest.raises(InputError, match="no such prompt"):
-        largest_batch(8, attempt, lambda: None, lambda: 1.0)
+        largest_batch(8, attempt, lambda: None, lambda: 1.0, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ import torch
 from PIL import Image
 
 from scale_rae.errors import CheckpointError, DeviceError
-from scale_rae.pipeline import SamplingOptions, ScaleRAE
+from scale_rae.options import SamplingOptions
+from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine, Job, Result
 from scale_rae.serve.errors import Refused

@@ -14,7 +14,8 @@ import torch
 from openai import AsyncOpenAI
 from PIL import Image
 
-from scale_rae.pipeline import ScaleRAE, image_seed
+from scale_rae.noise import image_seed
+from scale_rae.pipeline import ScaleRAE
 from tests.serve.conftest import CIRCLE, Running, alone, data_url, picture, serving
 
 PROMPTS = (

@@ -1,197 +1,194 @@
-"""How the velocity network runs fast. Each trick is one place here, can be switched off, and changes results by rounding only.
+"""The velocity network as it runs fast. Each trick stands in one place, can be switched off, and changes only rounding.
 
-- `before`: time embeddings are computed before the steps, all at once.
-- `null`: so are, under guidance, the modulations of the null branch, whose condition is the same for every token and image.
-- `shared`: images of one prompt have one condition, so their modulations are computed once.
+- `before`: time embeddings of all steps are computed before the first.
+- `null`: under guidance, the null branch's modulations are computed before the first step too: its condition is the same
+  for every token and image.
+- `shared`: images of one prompt share their condition, so its modulations are computed once.
 - `together`: both branches of guidance run as one batch, so weights are read once.
-- `pad`: SwiGLU's inner width gets zeros up to a width that tensor cores like.
-- `group`: for few images, the adaLN products of several blocks become one that fills the GPU.
-- `defer`: a block's last sum is left to the next block's first norm.
+- `pad`: SwiGLU's inner width is padded with zeros to a multiple that tensor cores handle well.
+- `group`: for few images, the adaLN products of several blocks become one product that fills the GPU.
+- `defer`: a block's final residual addition is left to the next block's first norm, which fuses it.
 - `graph`: one evaluation is captured as a CUDA graph for each (images, prompts, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
-- `quantize`: the blocks' linears in float8 (quantize.py).
-- `kernels`: float8 is made, and pairs of channels are rotated, by kernels of our own (kernels.py); needs `defer`.
-- `attention`: by a kernel of our own, which rotates as it reads (kernels.py).
-- `ahead`: the language model's next token is asked for before the host has seen this one (language.py).
+- `quantize`: the blocks' linears are in float8 (float8.py).
+- `kernels`: Triton kernels (kernels.py) quantise to float8 and rotate queries and keys; needs `defer`.
+- `attention`: a Triton kernel (kernels.py) computes attention and rotates queries and keys as it reads them.
 
 docs/performance.md has what each gains.
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scale_rae.dit import Attend, Block, Deferred, DiT, FinalLayer, SwiGLU, summed
-from scale_rae.errors import InputError
+from scale_rae.compiling import attention_kernels, compiled
+from scale_rae.cuda_graphs import Captures
+from scale_rae.dit import NORM_EPS, Attention, Block, DiT, FinalLayer, RMSNorm, SwiGLU, attend, heads_output
+from scale_rae.float8 import Float8Linear, Quantized, check_device, quantize
 from scale_rae.flow import Velocity
-from scale_rae.options import check_speed
-from scale_rae.quantize import Float8Linear, check_device, quantize
+from scale_rae.options import Speed
 
-ATTENTION = ("auto", "flash", "own")
 PAD_TO = 64  # elements of SwiGLU's inner width
-GROUP_ROWS = 2048  # tokens of a batch's prompts for that one block's adaLN product fills the GPU; fewer take several blocks at once
+GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
 MOST_GRAPHS = 12  # kept at once
-MOST_SHAPES = 4096  # that a function is compiled for
+
+Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # as `dit.attend`
+
+_kernels = torch.ops.scale_rae  # the operators of kernels.py, once that is imported
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Which tricks are used. `graph`, `pad`, `group`, `kernels` and `ahead` act on CUDA devices only. `null` needs `together`.
-    `attention` is PyTorch's ("flash"), ours ("own"), or ours where it was measured to be faster ("auto"). "own" needs `kernels`
-    and `defer`, without which "auto" is PyTorch's; so it is where ours cannot be had (`_attention`).
+# --- modulations shared by images, and residual additions left to the next block ----------------------------------------
 
-    `compile`: "on", "off", or "auto", which compiles on CUDA once enough images are to be drawn to make up for the
-    seconds it takes (`ScaleRAE.expect`). `quantize`: None or "fp8".
+
+def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
+    """Modulations [images, L, W] from those of P prompts, [P, L, W]; a prompt's images stand one after the other.
+
+    With the null branch's [W], which serve every token, the second half of the images gets those. One prompt's [1, L, W]
+    alone stay as they are, since they broadcast. In compiled code the result is never stored: it is read in place.
+    """
+    prompts = len(modulation)
+    if null is None:
+        if prompts in (1, images):
+            return modulation
+        return modulation[:, None].expand(-1, images // prompts, -1, -1).flatten(0, 1)
+    first = torch.arange(2, device=null.device).view(2, 1, 1, 1, 1) == 0
+    conditional = modulation[:, None].expand(-1, images // prompts // 2, -1, -1)
+    return torch.where(first, conditional, null).flatten(0, 2)
+
+
+class Deferred(NamedTuple):
+    """A block's result as a sum that is not computed yet: x + gate · update, the gate being the last of the six modulations.
+
+    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. Without an update, x is the result.
     """
 
-    compile: str = "auto"
-    quantize: str | None = None
-    graph: bool = True
-    pad: bool = True
-    group: bool = True
-    before: bool = True
-    null: bool = True
-    together: bool = True
-    shared: bool = True
-    defer: bool = True
-    kernels: bool = True
-    ahead: bool = True
-    attention: str = "auto"
-
-    def check(self) -> None:
-        """Raises InputError for values that there are not."""
-        check_speed(self.compile, self.quantize)
-        if self.attention not in ATTENTION:
-            raise InputError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
-        if self.attention == "own" and not (self.kernels and self.defer):
-            raise InputError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
+    x: Tensor
+    update: Tensor | None = None
+    modulation: Tensor | None = None
+    null: Tensor | None = None
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for each shape it meets, whole or with an error.
+def summed(block: Deferred) -> Tensor:
+    """The block's result [B, L, D]."""
+    if block.update is None or block.modulation is None:
+        return block.x
+    gate, null = (None if m is None else m.chunk(6, dim=-1)[5] for m in (block.modulation, block.null))
+    assert gate is not None
+    return block.x + spread(gate, null, len(block.x)) * block.update
 
-    Compiled code is kept between runs, in $TORCHINDUCTOR_CACHE_DIR or the user's cache folder.
+
+# --- a block and the final layer, given their modulations ------------------------------------------------------------
+
+
+def deferred_block(
+    block: Block,
+    before: Deferred,
+    modulation: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    null: Tensor | None = None,
+    attend: Attend = attend,
+) -> Deferred:
+    """`Block.forward` for modulations [P, L, 6D] of P prompts; its final residual addition is left to the next block.
+
+    The B images of `before` are B / P of each prompt in turn. With the null branch's modulations [6D], there are 2B: those
+    of the conditional branch, then those of the null branch.
     """
-    import torch._dynamo
-
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scale_rae" / "inductor"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    # Every batch size is a compilation of the same function; torch gives up at 8, and at 256 in all.
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        setattr(torch._dynamo.config, name, max(MOST_SHAPES, getattr(torch._dynamo.config, name)))
-    return torch.compile(function, dynamic=False, fullgraph=True)
+    x = summed(before)
+    shift1, scale1, gate1, shift2, scale2, _ = spread(modulation, null, len(x)).chunk(6, dim=-1)
+    x = x + gate1 * _attention(block.attn, block.norm1(x) * (1 + scale1) + shift1, cos, sin, attend)
+    return Deferred(x, block.mlp(block.norm2(x) * (1 + scale2) + shift2), modulation, null)
 
 
-def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, what PyTorch may choose from: not cuDNN's attention, which makes a plan for every shape it meets."""
-    if device.type != "cuda":
-        return nullcontext()
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(kernels)  # type: ignore[no-any-return]
+def _attention(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
+    return attention.proj(attend(attention.qkv(x), attention.heads, cos, sin))  # type: ignore[no-any-return]
 
 
-class GraphMemory:
-    """What all CUDA graphs of a device share: the stream they are captured on, and with it the memory they work in, which
-    belongs to a stream. Hold `lock` from filling a graph's inputs until its output is copied: the next may write there.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.lock = device, threading.RLock()
-        self._stream: torch.cuda.Stream | None = None
-        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
-
-    def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
-        with self.lock:
-            if self._stream is None:
-                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            stream = self._stream
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(stream):
-                for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
-                    function()
-            torch.cuda.current_stream(self.device).wait_stream(stream)
-            pool = next((graph.pool() for graph in self._graphs), None)  # a new one once the last graph is gone
-            graph = torch.cuda.CUDAGraph()
-            try:
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                    output = function()
-            except RuntimeError as e:  # ending a capture that memory ran out in fails too, and hides why
-                if isinstance(e.__context__, torch.OutOfMemoryError):
-                    raise e.__context__ from None
-                raise
-            self._graphs.add(graph)
-            return graph, output
+def summed_block(
+    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+) -> Deferred:
+    """`deferred_block` with its final residual addition done (`defer` off)."""
+    return Deferred(summed(deferred_block(block, before, modulation, cos, sin, null)))
 
 
-@functools.cache
-def graph_memory(device: torch.device) -> GraphMemory:
-    """The device's."""
-    return GraphMemory(device)
+def float8_block(
+    block: Block,
+    before: Deferred,
+    modulation: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    null: Tensor | None = None,
+    attend: Attend = attend,
+) -> Deferred:
+    """`deferred_block` by Triton kernels, for a block whose linears are `Float8Linear` and that follows a residual addition."""
+    vectors = modulation.chunk(6, dim=-1)
+    nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
+    qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
+    assert before.update is not None
+    assert before.modulation is not None
+    gate = before.modulation.chunk(6, dim=-1)[5]
+    null_gate = None if before.null is None else before.null.chunk(6, dim=-1)[5]
+    x, read = _quantized_norm(block.norm1, before.x, before.update, (gate, null_gate), vectors[:2], nulls[:2])
+    seen = attend(qkv.product(read), block.attn.heads, cos, sin)
+    update = proj.product(Quantized(*_kernels.quantize_rows(seen)))
+    x, read = _quantized_norm(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
+    update = w3.product(Quantized(*_kernels.quantize_swiglu(w12.product(read))))
+    return Deferred(x, update, modulation, null)
 
 
-class Captured:
-    """A function of tensors as a CUDA graph, for inputs of the same shapes as `inputs`."""
-
-    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
-        self._memory = graph_memory(inputs[0].device)
-        self.inputs = [x.clone() for x in inputs]
-        self.graph, self.output = self._memory.capture(lambda: function(*self.inputs))
-
-    def __call__(self, *inputs: Tensor) -> Tensor:
-        with self._memory.lock:
-            for mine, given in zip(self.inputs, inputs, strict=True):
-                mine.copy_(given)
-            self.graph.replay()
-            return self.output.clone()
-
-
-class Captures:
-    """Runs functions of tensors as CUDA graphs, one for each `key`, which says what is run and for which shapes.
-
-    `enabled` False runs them as they are. Of more than `most`, the one that has not run for longest is let go of.
-    """
-
-    def __init__(self, enabled: bool, most: int) -> None:
-        self.enabled, self.most = enabled, most
-        self._graphs: dict[Hashable, Captured] = {}  # in the order of their last run
-        self._met: set[Hashable] = set()
+def with_attention(block: Callable[..., Deferred], attend: Attend) -> Callable[..., Deferred]:
+    """The block function `block` with `attend` for its attention."""
 
     def run(
-        self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor, when_it_comes_again: bool = True
-    ) -> Tensor:
-        """`function(*inputs)`. Capturing takes three runs, so by default what runs once is not captured."""
-        if not self.enabled:
-            return function(*inputs)
-        captured = self._graphs.pop(key, None)
-        if captured is None:
-            if when_it_comes_again and key not in self._met:
-                self._met.add(key)
-                return function(*inputs)
-            if len(self._graphs) >= self.most:
-                del self._graphs[next(iter(self._graphs))]
-            captured = Captured(function, inputs)
-        self._graphs[key] = captured
-        return captured(*inputs)
+        weights: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+    ) -> Deferred:
+        return block(weights, before, modulation, cos, sin, null, attend)
 
-    def forget(self) -> None:
-        """Lets go of the graphs and, with the last that anyone has, the memory they work in."""
-        self._graphs.clear()
+    return run
+
+
+def _float8(linear: object) -> Float8Linear:
+    assert isinstance(linear, Float8Linear)
+    return linear
+
+
+def _quantized_norm(
+    norm: RMSNorm,
+    x: Tensor,
+    update: Tensor,
+    gates: tuple[Tensor, Tensor | None],
+    vectors: tuple[Tensor, ...],
+    nulls: tuple[Tensor | None, ...],
+) -> tuple[Tensor, Quantized]:
+    """x' = x + gate · update, and norm(x') · (1 + scale) + shift in float8; (shift, scale) of both branches are given."""
+    (shift, factor), (null_shift, null_factor) = vectors, nulls
+    x, values, scale = _kernels.quantize_normed(
+        x, update, *gates, shift, factor, null_shift, null_factor, norm.weight, NORM_EPS
+    )
+    return x, Quantized(values, scale)
+
+
+def attend_rotating(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+    """`dit.attend` with a Triton kernel for the rotation; the tables are `kernels.of_axis`'s."""
+    qkv = qkv.view(*qkv.shape[:2], 3 * heads, -1)
+    return heads_output(_kernels.rotate_pairs(qkv[:, :, : 2 * heads], cos, sin), qkv[:, :, 2 * heads :])
+
+
+def final_layer(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor | None = None) -> Tensor:
+    """`FinalLayer.forward` for modulations [P, L, 2D] and, if given, the null branch's [2D], as in `deferred_block`."""
+    x = summed(before)
+    shift, scale = spread(modulation, null, len(x)).chunk(2, dim=-1)
+    return final.linear(final.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
 
 
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:
@@ -215,8 +212,8 @@ def pad_swiglu(dit: nn.Module, multiple: int) -> None:
         w12.out_features, w3.in_features = 2 * (inner + extra), inner + extra
 
 
-class _StackedModulations:
-    """The adaLN linears of blocks that read one condition, as one matrix of which the blocks' weights are parts."""
+class StackedModulations:
+    """The adaLN linears of blocks that share a condition, fused: the blocks' own weights are views of one matrix."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.width = layers[0].out_features
@@ -229,22 +226,34 @@ class _StackedModulations:
         self.float8: Float8Linear | None = None
 
     def quantize(self, layers: Sequence[nn.Linear]) -> None:
-        """Goes over to float8, and frees the weights."""
+        """Replaces the weights by float8 ones; the layers' own are freed."""
         self.float8 = Float8Linear(self.weight, self.bias)
         del self.weight
         for layer in layers:
             layer.weight = layer.bias = None  # type: ignore[assignment]
 
     def __call__(self, read: Any, first: int, stop: int) -> Tensor:
-        """[..., (stop - first) · 6D] of blocks `first` up to `stop`, for what `_read` made of the condition."""
+        """Modulations [..., (stop - first) · 6D] of blocks `first` to `stop - 1`, for what `_read` made of the condition."""
         rows = slice(first * self.width, stop * self.width)
         if self.float8 is not None:
             return self.float8.product(read, rows)
         return F.linear(read, self.weight[rows], self.bias[rows])
 
 
+def quantize_blocks(dit: DiT) -> None:
+    """Replaces the blocks' linears by float8 ones. Embedders, final linear and DDT projector stay as they are."""
+    for block in dit.dit_blocks:
+        for owner, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("w12", "w3"))):
+            for name in names:
+                linear: Any = getattr(owner, name)
+                setattr(owner, name, Float8Linear(linear.weight.detach(), linear.bias.detach()))
+
+
+# --- which functions run ---------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class _Parts:
+class Functions:
     """The network's parts as functions, compiled or not, and the rotary tables that `block` takes."""
 
     read: Callable[..., Any]
@@ -257,7 +266,7 @@ class _Parts:
 
 
 def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
-    """What the adaLN linears read of time [1, Z] and condition [P, L, Z]: SiLU(c), for the final layer and for the blocks."""
+    """SiLU(c), which the adaLN linears of the final layer and of the blocks read, for time [1, Z] and condition [P, L, Z]."""
     read = F.silu(F.silu(time[:, None] + condition))
     return read, read
 
@@ -267,49 +276,39 @@ def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
     return read, quantize(read)
 
 
-def _whole_block(
-    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None
-) -> Deferred:
-    return Deferred(block.modulated(before.x, modulation, cos, sin, null))
-
-
-def _final(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor | None) -> Tensor:
-    return final.modulated(summed(before), modulation, null)
-
-
-def _attention(speed: Speed, dit: DiT) -> Attend:
-    """How the blocks that read the condition attend on CUDA. (DDT's others attend as PyTorch does.)
-
-    Float32, and heads that ours has no place for, go on with PyTorch's attention; so does "auto" but on Hopper, where ours was
-    measured.
-    """
-    from scale_rae import kernels
-
-    wanted = speed.attention == "own" or (speed.attention == "auto" and _is_hopper(dit.pos_embed.device))
-    own = wanted and kernels.attention_fits(dit.config, dit.dtype)
-    return kernels.attend_pairs if own else kernels.attend_flash
-
-
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
-
-
-def _parts(speed: Speed, dit: DiT, compile: bool) -> _Parts:
-    """The parts to be run as they are, or to be compiled."""
-    block: Callable[..., Deferred] = Block.deferred if speed.defer else _whole_block
+def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
+    """The functions for a network on its device, to be run as they are or, with `compile`, to be compiled."""
+    block: Callable[..., Deferred] = deferred_block if speed.defer else summed_block
     cos, sin = dit.rope_cos, dit.rope_sin
     device = dit.pos_embed.device
     if speed.defer and speed.kernels and device.type == "cuda" and find_spec("triton") is not None:
         from scale_rae import kernels
 
-        attend = _attention(speed, dit)
-        # What PyTorch compiles for a plain block is as fast.
-        needed = not compile or speed.quantize is not None or attend is not kernels.attend_flash
+        attend = _choose_attention(speed, dit)
+        # A plain block that PyTorch compiles whole is as fast as one with our rotation.
+        needed = not compile or speed.quantize is not None or attend is not attend_rotating
         if needed and kernels.usable(device):
-            block = kernels.plain_block(attend) if speed.quantize is None else kernels.float8_block(attend)
+            block = with_attention(deferred_block if speed.quantize is None else float8_block, attend)
             cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
     read = _read if speed.quantize is None else _read_float8
-    return _Parts(read, block, Block.forward, _final, FinalLayer.forward, cos, sin)
+    return Functions(read, block, Block.forward, final_layer, FinalLayer.forward, cos, sin)
+
+
+def _choose_attention(speed: Speed, dit: DiT) -> Attend:
+    """The attention of the blocks that read the condition, on CUDA. (The other blocks of a DDT use PyTorch's.)
+
+    Float32 and head widths that our kernel does not take use PyTorch's attention. So does "auto" on anything but Hopper,
+    where our kernel was measured.
+    """
+    from scale_rae import kernels
+
+    wanted = speed.attention == "own" or (speed.attention == "auto" and _is_hopper(dit.pos_embed.device))
+    own = wanted and kernels.attention_fits(dit.config, dit.dtype)
+    return kernels.attend_pairs if own else attend_rotating
+
+
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device)[0] == 9
 
 
 class FastDiT:
@@ -333,14 +332,14 @@ class FastDiT:
         if (speed.pad and on_cuda) or speed.quantize is not None:
             pad_swiglu(dit, PAD_TO)
         self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.shared]  # type: ignore[index]
-        self.stacked: _StackedModulations | None = None
+        self.stacked: StackedModulations | None = None
         if (speed.group and on_cuda) or speed.quantize is not None:
-            self.stacked = _StackedModulations(self.layers)
+            self.stacked = StackedModulations(self.layers)
         if speed.quantize is not None and self.stacked is not None:
             self.stacked.quantize(self.layers)
-            _quantize_blocks(dit)
-        self._eager, self._to_compile = (_parts(speed, dit, compile) for compile in (False, True))
-        self._compiled: _Parts | None = None
+            quantize_blocks(dit)
+        self._eager, self._to_compile = (choose_functions(speed, dit, compile) for compile in (False, True))
+        self._compiled: Functions | None = None
         self._compiled_sizes: set[tuple[int, int, bool]] = set()
         self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
 
@@ -437,7 +436,7 @@ class FastDiT:
         return self.evaluate(self._compiled, *inputs)
 
     def evaluate(
-        self, parts: _Parts, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None
+        self, functions: Functions, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None
     ) -> Tensor:
         """One evaluation: velocities [B, C, S, S] float32 of x [B, C, S, S], time [1, Z] embedded, condition [P, L, Z].
 
@@ -450,7 +449,7 @@ class FastDiT:
             null = torch.split(null_modulations, widths)
         copies = 1 if null_modulations is None else 2
         tokens = x.to(dit.dtype)
-        plain, read = parts.read(time, condition)
+        plain, read = functions.read(time, condition)
         h = dit.x_embedder(tokens) + dit.pos_embed  # [B, L, D]
         h = h.repeat(copies, 1, 1) if copies > 1 else h
         state: Deferred | None = None
@@ -460,18 +459,18 @@ class FastDiT:
             if state is None:  # a sum, of tensors of its own, as all later ones are: so they are one piece of code
                 no_more = None if null_modulation is None else null_modulation[:]
                 state = Deferred(h, torch.zeros_like(h), modulation[:], no_more) if self.speed.defer else Deferred(h)
-            state = parts.block(block, state, modulation, parts.cos, parts.sin, null_modulation)
+            state = functions.block(block, state, modulation, functions.cos, functions.sin, null_modulation)
         assert state is not None
         if self.final_shared:
-            v = parts.final(dit.final_layer, state, dit.final_layer.adaLN_modulation[1](plain), null[-1])
+            v = functions.final(dit.final_layer, state, dit.final_layer.adaLN_modulation[1](plain), null[-1])
         else:  # DDT: what the first blocks made is the others' condition
             s = F.silu(summed(state))
             if hasattr(dit, "s_projector"):
                 s = dit.s_projector(s)
             h = torch.cat([dit.s_embedder(tokens)] * copies)
             for block in dit.dit_blocks[dit.encoder_depth :]:
-                h = parts.plain_block(block, h, s, dit.decoder_rope_cos, dit.decoder_rope_sin)
-            v = parts.plain_final(dit.final_layer, h, s)
+                h = functions.plain_block(block, h, s, dit.decoder_rope_cos, dit.decoder_rope_sin)
+            v = functions.plain_final(dit.final_layer, h, s)
         return v.transpose(1, 2).reshape(copies * x.shape[0], *x.shape[1:]).float()  # [B or 2B, C, S, S]
 
     def _modulations(self, read: Any, prompts: int) -> Iterator[Tensor]:
@@ -485,12 +484,3 @@ class FastDiT:
         at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # of one size: other strides, other code
         for first in range(0, depth, at_once):
             yield from self.stacked(read, first, first + at_once).chunk(at_once, dim=-1)
-
-
-def _quantize_blocks(dit: DiT) -> None:
-    """The blocks' linears in float8. The embedders, the final linear and the DDT projector stay as they are."""
-    for block in dit.dit_blocks:
-        for owner, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("w12", "w3"))):
-            for name in names:
-                linear: Any = getattr(owner, name)
-                setattr(owner, name, Float8Linear(linear.weight.detach(), linear.bias.detach()))

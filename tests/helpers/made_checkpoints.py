@@ -1,6 +1,6 @@
-"""Small checkpoints in the published layout, for tests: those the goldens were recorded on, and larger ones.
+"""Small checkpoints in the published layout, which the goldens were recorded on.
 
-Every tensor is a function of its name and shape, as tests/goldens/README.md says, so nothing has to be stored.
+Every tensor is a function of its name and shape (tests/goldens/README.md), so no weights are stored.
 """
 
 from __future__ import annotations
@@ -15,11 +15,9 @@ import torch
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
-GOLDENS = Path(__file__).parent / "goldens"
-SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>")
-MERGES = (
-    ["t h", "i n", "a n", "r e", "o n", "e r", "a t", "th e", "Ġ a", "Ġ the", "Ġ o", "i s", "o f", "Ġ of", "g e", "m a", "ma ge", "i mage", "Ġ image", "an d"]
-)  # fmt: skip
+from benchmarks.made_tokenizer import write_tokenizer
+
+GOLDENS = Path(__file__).parents[1] / "goldens"
 
 
 def made(name: str, shape: list[int]) -> NDArray[np.float32]:
@@ -36,33 +34,6 @@ def made(name: str, shape: list[int]) -> NDArray[np.float32]:
     else:
         values = 0.2 * values
     return values.astype(np.float32)
-
-
-def write_tokenizer(folder: Path) -> None:
-    """A byte-level BPE in Qwen2's file layout: 256 bytes, 20 merges, the five special tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = [b for b in range(256) if chr(b).isprintable() and b not in (32, 160, 173)]
-    spare = iter(range(256, 512))
-    alphabet = [chr(b) if b in letters else chr(next(spare)) for b in range(256)]
-    vocabulary = {letter: b for b, letter in enumerate(alphabet)}
-    for merge in MERGES:
-        vocabulary.setdefault(merge.replace(" ", ""), len(vocabulary))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {str(len(vocabulary) + i): {"content": token, **flags} for i, token in enumerate(SPECIAL)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
-    settings = {
-        "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": added,
-        "additional_special_tokens": list(SPECIAL[1:]),
-        "eos_token": "<|im_end|>",
-        "pad_token": "<|endoftext|>",
-        "bos_token": None,
-        "unk_token": None,
-        "add_prefix_space": False,
-        "model_max_length": 4096,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 def golden_case(name: str) -> dict[str, Any]:

@@ -16,13 +16,16 @@ import torch
 from torch import Tensor
 
 import scale_rae
-from scale_rae import flow, speed
+from scale_rae import cuda_graphs, fast_dit
+from scale_rae.compiling import compiled
 from scale_rae.config import DiTConfig
-from scale_rae.dit import Block, DiT, SwiGLU, flops
+from scale_rae.cuda_graphs import Captures, graph_memory
+from scale_rae.dit import DiT, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
+from scale_rae.fast_dit import FastDiT, deferred_block, pad_swiglu, summed_block
+from scale_rae.float8 import Float8Linear, check_device, quantize
+from scale_rae.options import Speed
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.quantize import Float8Linear, check_device, quantize
-from scale_rae.speed import Captures, FastDiT, Speed, graph_memory, pad_swiglu
 from tests.test_goldens import DRAW
 
 CONFIG = DiTConfig(channels=24, tokens=16, condition_width=32, width=80, depth=4, heads=2)
@@ -72,14 +75,14 @@ def check(fast: FastDiT, exact: DiT, tolerance: float, compile: bool = False) ->
 @pytest.fixture
 def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the tricks that are for CUDA alone, but work anywhere, run here."""
-    monkeypatch.setattr(speed, "check_device", lambda device, dtype: None)
+    monkeypatch.setattr(fast_dit, "check_device", lambda device, dtype: None)
 
 
 def with_cuda_weights(dit: DiT, **options: Any) -> FastDiT:
     """Padded, stacked and grouped, as a CUDA device would have it."""
-    pad_swiglu(dit, speed.PAD_TO)
+    pad_swiglu(dit, fast_dit.PAD_TO)
     fast = FastDiT(dit, Speed("off", **options))
-    fast.stacked = fast.stacked or speed._StackedModulations(fast.layers)
+    fast.stacked = fast.stacked or fast_dit.StackedModulations(fast.layers)
     return fast
 
 
@@ -142,7 +145,7 @@ def test_images_of_one_prompt_share_its_modulations(kind: str, prompts: int, opt
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("most_rows", [1, 40, 10000])
 def test_padded_stacked_and_grouped(kind: str, most_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(speed, "GROUP_ROWS", most_rows)
+    monkeypatch.setattr(fast_dit, "GROUP_ROWS", most_rows)
     dit = made(kind)
     check(with_cuda_weights(dit), made(kind), 1e-5)
     x, y = inputs()
@@ -183,20 +186,20 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
 
 
 UNFIT = dataclasses.replace(CONFIG)  # to be told from CONFIG
-FLASH, OWN = (lambda: "flash"), (lambda: "own")
+FLASH, OWN = fast_dit.attend_rotating, (lambda: "own")
 CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
     ({}, False, ("plain", OWN)),
     ({}, True, ("plain", OWN)),
-    ({"defer": False}, False, speed._whole_block),
-    ({"kernels": False}, False, Block.deferred),
+    ({"defer": False}, False, summed_block),
+    ({"kernels": False}, False, deferred_block),
     ({"attention": "flash"}, False, ("plain", FLASH)),
-    ({"attention": "flash"}, True, Block.deferred),  # PyTorch compiles it as well
+    ({"attention": "flash"}, True, deferred_block),  # PyTorch compiles it as well
     ({"attention": "own"}, False, ("plain", OWN)),
     ({"attention": "own"}, True, ("plain", OWN)),
     ({"quantize": "fp8"}, True, ("float8", OWN)),
     ({"quantize": "fp8", "attention": "flash"}, True, ("float8", FLASH)),
     ({"quantize": "fp8", "attention": "own"}, False, ("float8", OWN)),
-    ({"quantize": "fp8", "kernels": False}, True, Block.deferred),
+    ({"quantize": "fp8", "kernels": False}, True, deferred_block),
 ]
 
 
@@ -206,34 +209,35 @@ def test_which_block_runs_on_cuda(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], compile: bool, expected: Any, usable: bool
 ) -> None:
     kernels = SimpleNamespace(
-        attend_flash=FLASH,
         attend_pairs=OWN,
         attention_fits=lambda config, dtype: dtype == torch.bfloat16 and config is not UNFIT,
-        plain_block=lambda attend: ("plain", attend),
-        float8_block=lambda attend: ("float8", attend),
         of_axis=lambda table: ("axis", table),
         usable=lambda device: usable,
     )
     monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
     monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
-    monkeypatch.setattr(speed, "find_spec", lambda name: object())
+    monkeypatch.setattr(fast_dit, "find_spec", lambda name: object())
+    names = {deferred_block: "plain", fast_dit.float8_block: "float8"}
+    monkeypatch.setattr(fast_dit, "with_attention", lambda block, attend: (names[block], attend))
     hopper, others = ("12.8", (9, 0)), (("12.8", (8, 0)), ("12.8", (10, 0)), (None, (9, 4)))  # the last of ROCm
 
     def on(cuda: str | None, capability: tuple[int, int]) -> Any:
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return speed._parts(Speed(**options), dit, compile).block
+        return fast_dit.choose_functions(Speed(**options), dit, compile).block
 
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     dit: Any = SimpleNamespace(pos_embed=on_cuda, dtype=torch.bfloat16, config=CONFIG, rope_cos="cos", rope_sin="sin")
     ours = isinstance(expected, tuple)
-    expected = expected if usable or not ours else Block.deferred
+    expected = expected if usable or not ours else deferred_block
     assert on(*hopper) == expected
-    assert speed._parts(Speed(**options), dit, compile).cos == (("axis", "cos") if ours and usable else "cos")
+    assert fast_dit.choose_functions(Speed(**options), dit, compile).cos == (
+        ("axis", "cos") if ours and usable else "cos"
+    )
     # PyTorch's attention: in a block of ours if float8 or the rotation is.
     flash = expected
     if ours and usable:
-        flash = Block.deferred if compile and "quantize" not in options else (expected[0], FLASH)
+        flash = deferred_block if compile and "quantize" not in options else (expected[0], FLASH)
     for elsewhere in others:
         assert on(*elsewhere) == (expected if "attention" in options else flash)
     dit.config = UNFIT
@@ -241,7 +245,7 @@ def test_which_block_runs_on_cuda(
     dit.config, dit.dtype = CONFIG, torch.float32
     assert on(*hopper) == flash
     dit.pos_embed = SimpleNamespace(device=torch.device("cpu"))
-    assert not isinstance(speed._parts(Speed(**options), dit, compile).block, tuple)
+    assert not isinstance(fast_dit.choose_functions(Speed(**options), dit, compile).block, tuple)
 
 
 def test_a_solver_that_looks_elsewhere() -> None:
@@ -333,18 +337,6 @@ def test_bad_options(name: str, value: str) -> None:
         ScaleRAE.from_pretrained("shapes", device="cpu", **{name: value})
 
 
-@pytest.mark.parametrize("solver", sorted(flow.SOLVERS))
-def test_evaluation_times(solver: str) -> None:
-    seen: list[float] = []
-
-    def velocity(x: Tensor, t: float) -> Tensor:
-        seen.append(t)
-        return torch.zeros_like(x)
-
-    flow.SOLVERS[solver](velocity, torch.randn(1, 1, 2, 2), 7, 3.0, None)
-    assert flow.evaluation_times(solver, 7, 3.0) == tuple(seen)
-
-
 def test_the_graph_that_has_not_run_for_longest_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
 
@@ -356,7 +348,7 @@ def test_the_graph_that_has_not_run_for_longest_goes(monkeypatch: pytest.MonkeyP
         def __call__(self, *inputs: Tensor) -> Tensor:
             return self.function(*inputs)
 
-    monkeypatch.setattr(speed, "Captured", Plain)
+    monkeypatch.setattr(cuda_graphs, "Captured", Plain)
     captures = Captures(True, most=2)
 
     def run(size: int) -> None:
@@ -445,8 +437,8 @@ def test_operations_of_the_published_network() -> None:
 def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    speed.compiled(lambda x: x)
+    compiled(lambda x: x)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "scale_rae" / "inductor")
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
-    speed.compiled(lambda x: x)
+    compiled(lambda x: x)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"

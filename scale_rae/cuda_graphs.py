@@ -1,0 +1,100 @@
+"""CUDA graphs: passes that are captured once and replayed, since launching their kernels takes longer than running them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from collections.abc import Callable, Hashable, Sequence
+
+import torch
+from torch import Tensor
+
+
+class GraphMemory:
+    """What all CUDA graphs of a device share: the stream they are captured on, and with it the memory they work in, which
+    belongs to a stream. Hold `lock` from filling a graph's inputs until its output is copied: the next may write there.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.lock = device, threading.RLock()
+        self._stream: torch.cuda.Stream | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        """A graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
+        with self.lock:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream = self._stream
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(stream):
+                for _ in range(2):  # compiles, loads kernels, makes the libraries' workspaces
+                    function()
+            torch.cuda.current_stream(self.device).wait_stream(stream)
+            pool = next((graph.pool() for graph in self._graphs), None)  # a new one once the last graph is gone
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    output = function()
+            except RuntimeError as e:  # ending a capture that memory ran out in fails too, and hides why
+                if isinstance(e.__context__, torch.OutOfMemoryError):
+                    raise e.__context__ from None
+                raise
+            self._graphs.add(graph)
+            return graph, output
+
+
+@functools.cache
+def graph_memory(device: torch.device) -> GraphMemory:
+    """The device's."""
+    return GraphMemory(device)
+
+
+class Captured:
+    """A function of tensors as a CUDA graph, for inputs of the same shapes as `inputs`."""
+
+    def __init__(self, function: Callable[..., Tensor], inputs: Sequence[Tensor]) -> None:
+        self._memory = graph_memory(inputs[0].device)
+        self.inputs = [x.clone() for x in inputs]
+        self.graph, self.output = self._memory.capture(lambda: function(*self.inputs))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        with self._memory.lock:
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given)
+            self.graph.replay()
+            return self.output.clone()
+
+
+class Captures:
+    """Runs functions of tensors as CUDA graphs, one for each `key`, which says what is run and for which shapes.
+
+    `enabled` False runs them as they are. Of more than `most`, the one that has not run for longest is let go of.
+    """
+
+    def __init__(self, enabled: bool, most: int) -> None:
+        self.enabled, self.most = enabled, most
+        self._graphs: dict[Hashable, Captured] = {}  # in the order of their last run
+        self._met: set[Hashable] = set()
+
+    def run(
+        self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor, when_it_comes_again: bool = True
+    ) -> Tensor:
+        """`function(*inputs)`. Capturing takes three runs, so by default what runs once is not captured."""
+        if not self.enabled:
+            return function(*inputs)
+        captured = self._graphs.pop(key, None)
+        if captured is None:
+            if when_it_comes_again and key not in self._met:
+                self._met.add(key)
+                return function(*inputs)
+            if len(self._graphs) >= self.most:
+                del self._graphs[next(iter(self._graphs))]
+            captured = Captured(function, inputs)
+        self._graphs[key] = captured
+        return captured(*inputs)
+
+    def forget(self) -> None:
+        """Lets go of the graphs and, with the last that anyone has, the memory they work in."""
+        self._graphs.clear()

@@ -1,0 +1,231 @@
+"""The KV cache: keys and values of a batch of conversations, in memory of fixed size, and the passes that use it.
+
+- On CUDA, a decoding step is a CUDA graph, and so is any pass whose shape occurs twice.
+- A prefix that conversations share, or that is read twice, is prefilled once (`expand`, `rewind`).
+- The device is asked for the next token before the host has looked at this one (`Transfer`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scale_rae.compiling import attention_kernels
+from scale_rae.cuda_graphs import Captures, graph_memory
+from scale_rae.qwen2 import Qwen2, compiled_layer, qwen2_layer, self_certainty
+
+_SLOTS = 256  # on CUDA, memory for tokens comes in multiples of this, and so does what a captured pass looks at
+_WIDTHS = 32  # on CUDA, passes over several tokens are padded to a multiple of this, so that their shapes come again
+_MOST_GRAPHS = 32  # of passes over several tokens, for each size of batch
+
+
+class KVCache:
+    """A batch of conversations: the keys and values of row b's token at position p are in slot p.
+
+    Rows are padded on the right. A query at position p sees slots 0 … p, and a slot that holds padding or something rewound
+    is overwritten before any query sees it. So a mask by position is enough.
+
+    On CUDA, passes are captured if `graph`, and decoding steps compiled if `compile_steps`.
+    """
+
+    def __init__(self, network: Qwen2, rows: int, slots: int, graph: bool = True, compile_steps: bool = False) -> None:
+        self.network, self.rows, self.batch = network, rows, rows
+        self.compile_steps = compile_steps
+        self.lengths = [0] * rows
+        device = network.device
+        self._row = torch.arange(rows, device=device)[:, None]
+        self._token = torch.zeros(rows, dtype=torch.long, device=device)
+        self._position = torch.zeros(rows, dtype=torch.long, device=device)
+        self._steps = 0  # taken since `begin`
+        self._first = 0  # position of the first of them, of the longest row
+        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._passes = Captures(graph and self.network.on_cuda, _MOST_GRAPHS)
+        self.slots = 0
+        self._keys: list[Tensor] = []  # of each layer, [rows, slots, G, d]
+        self._values: list[Tensor] = []
+        self._grow(slots)
+
+    def restart(self, batch: int, slots: int) -> None:
+        """Empties the cache, for `batch` ≤ `rows` conversations."""
+        self.batch, self.lengths = batch, [0] * batch
+        self._grow(slots)
+
+    def rewind(self, lengths: Sequence[int]) -> None:
+        """Shortens each conversation to so many tokens."""
+        self.lengths = list(lengths)
+
+    def expand(self, other: KVCache) -> None:
+        """Starts every conversation with that of a cache of one."""
+        (length,) = other.lengths
+        self._grow(length)
+        for mine, its in zip((*self._keys, *self._values), (*other._keys, *other._values), strict=True):
+            mine[: self.batch, :length] = its[:1, :length]
+        self.lengths = [length] * self.batch
+
+    def extend(self, rows: Sequence[Tensor] | Tensor) -> Tensor:
+        """Hidden states [B, T, H] of new embeddings: [B, T, H], or [T_b, H] for each row, padded on the right."""
+        counts = [len(row) for row in rows]
+        longest = max(counts)
+        width = -(-longest // _WIDTHS) * _WIDTHS if self.network.on_cuda else longest
+        if isinstance(rows, Tensor):
+            embeds = F.pad(rows, (0, 0, 0, width - longest))
+        else:
+            embeds = torch.stack([F.pad(row, (0, 0, 0, width - len(row))) for row in rows])  # [B, T, H]
+        idle = self.rows - self.batch if self._passes.enabled else 0  # they come along, so that one shape serves all
+        embeds = F.pad(embeds, (0, 0, 0, 0, 0, idle))
+        past = torch.tensor([*self.lengths, *(0,) * idle], device=embeds.device)
+        reach = max(self.lengths) + width
+        self._grow(reach)
+        positions = past[:, None] + torch.arange(width, device=embeds.device)
+        reach = 0 if max(self.lengths) == 0 else self._round(reach)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        hidden = self._passes.run((width, reach), partial(self._forward, reach=reach), embeds, positions)
+        return hidden[: self.batch, :longest]
+
+    def begin(self, hidden: Tensor) -> Tensor:
+        """Chooses each conversation's next token, given the hidden states [B, H] before it.
+
+        Returns [3, B] float64: token, its logit, and self-certainty.
+        """
+        self._position[: self.batch] = torch.tensor(self.lengths, device=self._position.device)
+        self._steps, self._first = 0, max(self.lengths)
+        self._token[: self.batch], record = self._choose(hidden)
+        return record
+
+    def step(self) -> Tensor:
+        """Reads the tokens chosen last, and chooses the next: [3, B] as `begin`."""
+        reach = self._first + self._steps + 1
+        self._grow(reach)
+        reach = self._round(reach)
+        self._steps += 1
+        if not self._passes.enabled:
+            return self._step(reach)[:, : self.batch]
+        key = (reach, self.compile_steps)
+        memory = graph_memory(self.network.device)
+        if key not in self._graphs:
+            saved = self._token.clone(), self._position.clone()
+            self._graphs[key] = memory.capture(lambda: self._step(reach))
+            self._token.copy_(saved[0])  # capturing took steps of its own
+            self._position.copy_(saved[1])
+        with memory.lock:
+            graph, record = self._graphs[key]
+            graph.replay()
+            return record[:, : self.batch].clone()
+
+    def _step(self, reach: int) -> Tensor:
+        embeds = self.network.embed_tokens(self._token)[:, None]
+        hidden = self._forward(embeds, self._position[:, None], reach, step=True)[:, 0]
+        token, record = self._choose(hidden)
+        self._token.copy_(token)
+        # Rows whose reply has ended go on too; they must not leave the memory.
+        self._position.add_(1).clamp_(max=self.slots - 1)
+        return record
+
+    def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.network.lm_head(hidden).float()  # [B, V]
+        best, token = logits.max(dim=-1)
+        return token, torch.stack([token.double(), best.double(), self_certainty(logits).double()])
+
+    def _forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
+        """Final-normed hidden states [B, T, H] of embeddings at positions [B, T], which see the first `reach` slots up to
+        their own; `reach` 0 says that there is nothing before them and they are at 0 … T-1."""
+        batch = len(embeds)
+        cos, sin = self._cos[positions], self._sin[positions]  # [B, T, 1, d]
+        mask = None
+        if reach:
+            seen = torch.arange(reach, device=embeds.device) <= positions[:, None, :, None]  # [B, 1, T, reach]
+            mask = torch.zeros(seen.shape, dtype=embeds.dtype, device=embeds.device).masked_fill_(~seen, -torch.inf)
+            mask = mask.expand(-1, self.network.heads // self.network.groups, -1, -1).flatten(1, 2)[:, None]
+        layer = compiled_layer() if step and self.compile_steps else qwen2_layer
+        hidden = embeds
+        with attention_kernels(embeds.device):
+            for weights, keys, values in zip(self.network.layers, self._keys, self._values, strict=True):
+                memory = (keys[:batch], values[:batch])
+                hidden = layer(weights, hidden, cos, sin, *memory, self._row[:batch], positions, mask)
+        norm = self.network.norm
+        return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
+
+    def _round(self, slots: int) -> int:
+        """Slots to look at: on CUDA one of few numbers, for each of which a pass is captured."""
+        return min(-(-slots // _SLOTS) * _SLOTS, self.slots) if self.network.on_cuda else slots
+
+    def _grow(self, slots: int) -> None:
+        """Makes room for so many tokens a row."""
+        if slots <= self.slots:
+            return
+        step = _SLOTS if self.network.on_cuda else 64
+        slots = -(-slots // step) * step
+        network, old = self.network, self.slots
+        shape = (self.rows, slots, network.groups, network.head_dim)
+        for memory in (self._keys, self._values):
+            before = list(memory)
+            # Zeros, since what is masked must still be finite.
+            memory[:] = [torch.zeros(shape, dtype=network.dtype, device=network.device) for _ in network.layers]
+            for new, one in zip(memory, before, strict=False):
+                new[:, :old] = one
+        place = torch.arange(slots, device=network.device)[None]
+        cos, sin = network.rotary_emb(torch.zeros(1, dtype=network.dtype, device=network.device), place)
+        half = sin.shape[-1] // 2
+        self._cos = cos[0, :, None]  # [slots, 1, d]
+        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None]
+        self.slots = slots
+        self._graphs.clear()
+        self._passes.forget()
+
+
+class CachePool:
+    """The caches of a language model. On CUDA they are kept and lent again, with their captured passes."""
+
+    def __init__(self, graph: bool, compile_steps: bool) -> None:
+        self.graph, self.compile_steps = graph, compile_steps
+        self._free: dict[int, list[KVCache]] = {}  # by number of rows
+
+    @contextmanager
+    def lend(self, network: Qwen2, batch: int, tokens: int) -> Iterator[KVCache]:
+        """An empty cache for a batch of conversations, at first with memory for so many tokens each.
+
+        On CUDA its rows are a power of two, so that few sizes serve all batches.
+        """
+        if not network.on_cuda:
+            yield KVCache(network, batch, tokens)
+            return
+        rows = 1 << (batch - 1).bit_length()
+        waiting = self._free.setdefault(rows, [])
+        waiting[:] = [cache for cache in waiting if cache.network is network]  # others read weights that have moved
+        if waiting:
+            cache = waiting.pop()
+        else:  # with memory to spare, since growing loses the graphs
+            cache = KVCache(network, rows, max(tokens, 4 * _SLOTS), self.graph, self.compile_steps)
+        cache.restart(batch, tokens)
+        yield cache
+        waiting.append(cache)  # not after an error, which may have left it half written
+
+    def forget(self) -> None:
+        """Drops the caches that are not lent, and the memory they hold."""
+        self._free.clear()
+
+
+class Transfer:
+    """Values on their way to the host, while the device goes on."""
+
+    def __init__(self, values: Tensor) -> None:
+        self._event: torch.cuda.Event | None = None
+        if values.device.type != "cuda":
+            self._values = values
+            return
+        self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._values.copy_(values, non_blocking=True)
+        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Of the values' device, which need not be the current one.
+        self._event.record(torch.cuda.current_stream(values.device))
+
+    def wait(self) -> list[list[float]]:
+        """The values, once they are here."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._values.tolist()  # type: ignore[no-any-return]

@@ -1,0 +1,189 @@
+"""What `ScaleRAE.from_pretrained` does: files become networks with their weights on a device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import ScaleRAEConfig
+from scale_rae.decoder import PixelDecoder, load_decoder_config
+from scale_rae.dit import DiT
+from scale_rae.encoder import Encoder
+from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.hub import Source, find, vae_folder, weight_files
+from scale_rae.language import LanguageModel
+from scale_rae.memory import MemoryErrors
+from scale_rae.options import PUBLISHED_DECODERS, Speed
+from scale_rae.prompt import ChatTokenizer
+
+if TYPE_CHECKING:
+    from scale_rae.vae import VaeDecoder
+
+LoadProgress = Callable[[str, int, int], None]
+NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
+
+
+def load_tokenizer(source: Source, config: ScaleRAEConfig) -> ChatTokenizer:
+    """The model's tokenizer.
+
+    Raises:
+        CheckpointError: when its files are missing or damaged, or it has more tokens than the model.
+    """
+    tokenizer = ChatTokenizer(source.folder, config.image_markers)
+    if tokenizer.size > config.vocab_size:
+        raise CheckpointError(
+            f"{source.folder}: the tokenizer has {tokenizer.size} tokens, the model {config.vocab_size} (vocab_size)"
+        )
+    return tokenizer
+
+
+def load_networks(
+    source: Source,
+    config: ScaleRAEConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    speed: Speed,
+    progress: LoadProgress | None = None,
+) -> tuple[LanguageModel, DiT, NormStats | None]:
+    """The language model and the DiT with their weights in `dtype` on `device`, and the norm stats if there are any.
+
+    Raises:
+        CheckpointError: when weights are missing, damaged or of other shapes. DeviceError: out of memory.
+    """
+    reader = TensorReader(weight_files(source.folder))
+    for field, depth in (
+        ("num_hidden_layers", config.language["num_hidden_layers"]),
+        ("diffusion_model_depth", config.dit.depth),
+    ):
+        reader.check_depth(depth, field, source.folder / "config.json")
+    with torch.device("meta"):
+        language, dit = LanguageModel(config, speed), DiT(config.dit)
+    if config.tied_embeddings:
+        language.lm_head.weight = language.model.embed_tokens.weight
+    norm_stats = _read_norm_stats(reader, config, device)
+    size = sum(math.prod(stored.shape) for stored in reader.tensors.values()) * dtype.itemsize / 2**30
+    what = f"loading the weights, {size:.1f} GiB as {str(dtype).removeprefix('torch.')}"
+    with MemoryErrors(device, dtype, what, "a smaller checkpoint"):
+        fill(
+            {"": language, "diff_head.model.": dit},
+            reader,
+            dtype,
+            device,
+            keep_float32=_keeps_float32,
+            ignore=_is_computed if config.vae is None else _is_not_read,
+            progress=(lambda done, total: progress("model", done, total)) if progress else None,
+        )
+    return language, dit, norm_stats
+
+
+def load_encoder(source: Source, config: ScaleRAEConfig, dtype: torch.dtype, device: torch.device) -> Encoder:
+    """The representation encoder in `source`'s folder.
+
+    Raises:
+        ConfigError, CheckpointError: naming the file, when it does not fit the model or is damaged.
+    """
+    encoder = Encoder(source.folder, config.tokens, config.encoder_layer, dtype, device)
+    if encoder.channels != config.channels and config.vae is None:
+        raise ConfigError(
+            f"{source.folder}: the encoder's hidden_size is {encoder.channels}, but the "
+            f"model's latents have {config.channels} channels (diffusion_model_channels)"
+        )
+    return encoder
+
+
+def find_decoder(name: str | None, model: Source, config: ScaleRAEConfig, encoder_kind: Callable[[], str]) -> Source:
+    """The pixel decoder called `name` or, without a name, the one that belongs to the model.
+
+    That is a folder `decoder` inside or beside the model's folder, else the published decoder for its encoder. A
+    FLUX-VAE-aligned model takes a VAE: a folder `vae` inside or beside it, else the one its config.json names.
+    """
+    own = "decoder" if config.vae is None else "vae"
+    source = None
+    if name is None:
+        folders = (model.folder / own, model.folder.parent / own)
+        what = "decoder" if config.vae is None else "VAE"
+        source = next((Source(own, folder, own=True, what=what) for folder in folders if folder.is_dir()), None)
+    if config.vae is not None:
+        source = source or find(name or config.vae, "VAE", model.folder)
+        return replace(source, folder=vae_folder(source.folder))
+    if name is not None:
+        return find(name, "decoder", model.folder)
+    return source or find(PUBLISHED_DECODERS["dinov2" if encoder_kind() == "dinov2" else "siglip"], "decoder")
+
+
+def load_decoder(
+    source: Source, config: ScaleRAEConfig, dtype: torch.dtype, device: torch.device
+) -> PixelDecoder | VaeDecoder:
+    """The pixel decoder in `source`'s folder, or a FLUX-VAE-aligned model's VAE (extra `vae`).
+
+    Raises:
+        ConfigError, CheckpointError: naming the file, when it is missing, damaged, or made for other latents.
+    """
+    folder = source.folder
+    if config.vae is not None:
+        from scale_rae.vae import load_vae
+
+        return load_vae(folder, config.channels, dtype, device)
+    if not (folder / "model.pt").is_file():
+        raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and model.pt")
+    reader = TensorReader([folder / "model.pt"])
+    embed = reader.tensors.get("decoder_embed.weight")
+    channels = embed.shape[-1] if embed and embed.shape else config.channels
+    if channels != config.channels:
+        raise CheckpointError(
+            f"{folder / 'model.pt'}: this decoder is for another encoder: it takes latents of {channels} "
+            f"channels (decoder_embed.weight), the model's have {config.channels}"
+        )
+    decoder_config = load_decoder_config(folder, channels)
+    reader.check_depth(decoder_config.depth, "decoder_num_hidden_layers", folder / "config.json")
+    with torch.device("meta"):
+        decoder = PixelDecoder(decoder_config)
+    fill({"": decoder}, reader, dtype, device)
+    return decoder
+
+
+def _read_norm_stats(
+    reader: TensorReader, config: ScaleRAEConfig, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """diff_head.data_mean and data_std, when the checkpoint has them."""
+    names = ("diff_head.data_mean", "diff_head.data_std")
+    present = [name in reader.tensors for name in names]
+    if not any(present):
+        return None
+    if not all(present):
+        file = next(reader.tensors[n].file for n in names if n in reader.tensors)
+        raise CheckpointError(f"{file}: has only one of {names[0]} and {names[1]}")
+    stats = []
+    for name in names:
+        value = reader.read(name).to(device, torch.float32, copy=True)
+        try:
+            torch.broadcast_to(value, (config.tokens, config.channels))
+        except RuntimeError as e:
+            raise CheckpointError(
+                f"{reader.tensors[name].file}: {name} is {list(value.shape)}, which does not broadcast to "
+                f"[{config.tokens}, {config.channels}]"
+            ) from e
+        stats.append(value)
+    return stats[0], stats[1]
+
+
+def _keeps_float32(name: str) -> bool:
+    """The time embedding and the DiT's norm gains stay float32 (Qwen2's norms compute in float32 by themselves)."""
+    return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)
+
+
+def _is_not_read(name: str) -> bool:
+    """Of a FLUX-VAE-aligned checkpoint also the projector, which takes latents of the encoder's width."""
+    return _is_computed(name) or name.startswith("model.mm_projector.")
+
+
+def _is_computed(name: str) -> bool:
+    """Stored constants that this package computes, and norm stats, which are read apart."""
+    constants = ("freqs_cos", "freqs_sin", "rotary_emb.inv_freq", "diff_head.data_mean", "diff_head.data_std")
+    return name.endswith(constants)

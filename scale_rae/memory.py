@@ -1,0 +1,165 @@
+"""Devices, dtypes and their memory: what is there, what to say when it runs out, and batches that halve."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+from scale_rae.errors import DeviceError, OptionError, ScaleRAEError
+from scale_rae.options import check_device_name, check_dtype_name
+
+T = TypeVar("T")
+_log = logging.getLogger("scale_rae")
+
+
+def pick_device(name: str | None) -> torch.device:
+    """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
+
+    Raises:
+        DeviceError: for what is no name of a device, or of one that does not exist here.
+    """
+    if name is None:
+        return torch.device(
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        check_device_name(name)
+    except OptionError as e:
+        raise DeviceError(str(e)) from e
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DeviceError(f"device {name}: torch finds no MPS here; use cpu")
+    return device
+
+
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """The dtype called `name`, or float32 on the CPU and bfloat16 elsewhere.
+
+    Raises:
+        OptionError: for a name that is none of `options.DTYPES`.
+    """
+    if name is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    check_dtype_name(name)
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def default_batch_size(device: torch.device) -> int:
+    """Images drawn at once unless told otherwise."""
+    return 8 if device.type == "cpu" else 32
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error is, or was caused by, a lack of memory on whatever device."""
+    while error is not None:
+        if isinstance(error, MemoryError | torch.OutOfMemoryError):
+            return True
+        if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
+            return True  # the CPU's and MPS's
+        error = error.__cause__
+    return False
+
+
+class MemoryErrors:
+    """Turns an error of a device that has run out of memory into one that says what would help: `remedy`, if there is one."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, what: str, remedy: str) -> None:
+        self.device, self.what = device, what
+        remedies = [remedy] if remedy else []
+        if dtype == torch.float32:
+            remedies.append("--dtype bfloat16, which takes half of it")
+        if device.type != "cpu":
+            remedies += ["ending what else uses the device", "--device cpu"]
+        self.remedies = remedies or ["ending what else uses the memory"]
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, ScaleRAEError) or not out_of_memory(error):
+            return
+        free = ""
+        if self.device.type == "cuda" and torch.cuda.is_available():
+            left, total = torch.cuda.mem_get_info(self.device)
+            free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
+        *others, last = self.remedies
+        listed = f"{', '.join(others)}, or {last}" if others else last
+        memory = "memory" if self.device.type == "cpu" else "GPU memory"
+        raise DeviceError(f"{self.device}: out of {memory}{free} while {self.what}; try {listed}") from error
+
+
+def in_batches(
+    count: int,
+    size: int,
+    run: Callable[[int, int], list[T]],
+    errors: Callable[[str, str], MemoryErrors],
+    what: str,
+    remedy: str = "fewer at once",
+    release: Callable[[], None] | None = None,
+) -> list[T]:
+    """The results of `run(start, stop)` for 0 … count, `size` at a time, half as many whenever memory runs out.
+
+    `what`, with the number in place of {}, says what is being done; `errors(what, remedy)` makes the MemoryErrors.
+    `release` frees memory before a smaller batch is tried; without it an error is raised instead.
+    """
+    done: list[T] = []
+    while len(done) < count:
+        start, stop = len(done), min(len(done) + size, count)
+        halve = False
+        try:
+            with errors(what.format(stop - start), remedy if stop - start > 1 else ""):
+                done += run(start, stop)
+        except DeviceError as e:
+            if release is None or stop - start == 1 or not out_of_memory(e):
+                raise
+            halve = True
+        if halve and release is not None:  # outside the handler, where the error no longer holds tensors
+            size = (stop - start) // 2
+            _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
+            release()
+    return done
+
+
+def largest_batch(
+    most: int,
+    attempt: Callable[[int], None],
+    release: Callable[[], None],
+    spare: Callable[[], float],
+    least_spare: float,
+) -> int:
+    """The largest of 1, 2, 4, … and `most` images that `attempt` does without running out of memory, with some to spare.
+
+    `spare` returns which share of the memory was free at the worst moment so far, and `release` frees what a failed
+    attempt took. The result is 1 when not even one image fits: then drawing fails, and says why.
+    """
+    fits, size = 1, 1
+    while True:
+        failed = False
+        try:
+            attempt(size)
+        except Exception as e:
+            if not out_of_memory(e):
+                raise
+            failed = True
+        if failed:  # outside the handler, where the error no longer holds tensors
+            release()
+            return fits
+        if spare() < least_spare:
+            return fits
+        fits = size
+        if size == most:
+            return fits
+        size = min(2 * size, most)
+
+
+def spare_memory(device: torch.device) -> float:
+    """The share of this process's possible memory that was free at the worst moment; 1 where torch does not say."""
+    if device.type != "cuda":
+        return 1.0
+    free, _ = torch.cuda.mem_get_info(device)
+    return 1 - torch.cuda.max_memory_allocated(device) / (free + torch.cuda.memory_reserved(device))
