@@ -20,7 +20,7 @@ from scale_rae.cli import main
 from scale_rae.errors import CheckpointError, HubError
 from scale_rae.hub import changed_files, find
 from scale_rae.pipeline import ScaleRAE
-from tests.fake_hub import FakeHub, Repo
+from tests.helpers.fake_hub import FakeHub, Repo
 
 MODEL, ENCODER, DECODER = "some-lab/drawer", "google/siglip2-base-patch14-224", "nyu-visionx/siglip2_decoder"
 CONFIG = b'{"model_type": "x"}'

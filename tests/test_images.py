@@ -21,7 +21,7 @@ from PIL import BmpImagePlugin, Image, ImageOps, features
 from scale_rae.errors import InputError
 from scale_rae.images import decode_image, load_image, read_image, to_rgb
 from scale_rae.serve.pictures import read_data_url
-from tests.picture_files import (
+from tests.helpers.picture_files import (
     ASCII,
     BROKEN,
     LONG,
@@ -35,7 +35,7 @@ from tests.picture_files import (
     segment,
     with_exif,
 )
-from tests.png import chunk, with_chunk
+from tests.helpers.png import chunk, with_chunk
 
 
 def pixel(image: Image.Image, x: int = 0, y: int = 0) -> tuple[int, ...]:

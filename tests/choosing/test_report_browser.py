@@ -14,8 +14,8 @@ import pytest
 
 from scale_rae.scaling.report import write_report
 from scale_rae.scaling.select import choose, read_experiment
-from tests.browser import DESKTOP, PHONE, chromium, needs_chromium
 from tests.choosing.made_experiment import write_experiment
+from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
 
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 pytestmark = needs_chromium

@@ -20,8 +20,8 @@ from PIL import Image
 from scale_rae.demo.listening import bind
 from scale_rae.demo.work import Studio
 from scale_rae.session import ModelChoice, Session
-from tests.browser import DESKTOP, PHONE, chromium, needs_chromium
-from tests.png import png_of_size
+from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
+from tests.helpers.png import png_of_size
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")

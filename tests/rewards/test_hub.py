@@ -10,7 +10,7 @@ from PIL import Image
 from scale_rae.errors import HubError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import imagereward, load_reward, pickscore
-from tests.fake_hub import FakeHub, Repo
+from tests.helpers.fake_hub import FakeHub, Repo
 from tests.rewards.test_imagereward import VOCABULARY, write_weights
 from tests.test_hub import hub  # noqa: F401 - a fixture
 

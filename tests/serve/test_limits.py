@@ -26,7 +26,7 @@ from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine, Job, Result
 from scale_rae.serve.errors import Refused
 from scale_rae.serve.settings import Limits
-from tests.png import png_of_size
+from tests.helpers.png import png_of_size
 from tests.serve.conftest import CIRCLE, SLOW, Running, Serve, data_url, picture, serving
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.png import chunk, with_chunk
+from tests.helpers.png import chunk, with_chunk
 
 ASCII, SHORT, LONG, RATIONAL, SIGNED_RATIONAL = 2, 3, 4, 5, 10
 TURNED = (0x0112, SHORT, 1, 6)  # the camera was turned: the stored top is the picture's right
