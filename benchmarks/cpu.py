@@ -101,8 +101,8 @@ def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[st
     """`scale t2i` of `count` prompts (4 x 2 images, latent questions, siglip reward): seconds per prompt after loading, and the
     share of them in which no network ran."""
     from scale_rae.promptfile import PromptRecord
-    from scale_rae.scaling.experiment import Settings
     from scale_rae.scaling.launch import run
+    from scale_rae.scaling.settings import Settings
 
     prompts = [PromptRecord(i + 1, f"a photo of a {color} cross", i) for i, color in enumerate(COLORS[:count])]
     settings = Settings("", model_path, guidance_level=guidance, steps=steps, reward="siglip")

@@ -12,7 +12,7 @@ from benchmarks.gpu_kernels import busy_seconds
 from benchmarks.made_up import prompt_that_draws
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Order, Worker, WorkerLog
 

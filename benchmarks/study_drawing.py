@@ -18,7 +18,8 @@ from benchmarks.study_analysis import read_lines
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord, read_prompts
-from scale_rae.scaling.experiment import Settings, judgement
+from scale_rae.scaling.experiment import judgement
+from scale_rae.scaling.settings import Settings
 
 PER_KIND = 100  # prompts of each kind in the prompt file
 TEXT = ("question", "reply")  # columns left out: the same for all images, or implied by the answer

@@ -22,6 +22,7 @@ DEFAULT_STEPS = 49
 TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 REWARDS = ("imagereward", "siglip", "pickscore")
 POST_QA_MODES = ("latent", "image")
+PROMPT_PREFIX = "Can you generate "  # put before prompts that are not worded as requests
 
 _DEVICE = re.compile(r"(cpu|cuda|mps)(:[1-9]?\d)?")  # torch takes higher numbers, and makes others of them
 

@@ -27,6 +27,21 @@ _WISHES = (
 )
 _ASKS_TO_DRAW = re.compile(rf"\W*{_POLITELY}(?:{_VERBS}|{_WISHES})\b", re.IGNORECASE)
 
+# A prompt that begins so asks for a picture already. Bare verbs ask only before an article or a number: "paint brushes"
+# is a thing to draw, "paint a brush" a request.
+_REQUEST = re.compile(
+    r"(please|(can|could|would|will) (you|i)|(show|give) me|i (want|need|would like)|i['’]d like|let me see"
+    r"|(generate|draw|create|make|paint|produce|render)( me)? (an?|the|one|two|three|four|five|some|this|\d+))\b",
+    re.IGNORECASE,
+)
+
+
+def as_request(prompt: str, prefix: str) -> str:
+    """The prompt with the prefix before it, unless it is a request already."""
+    if not prefix.strip() or _REQUEST.match(prompt) or prompt.lower().startswith(prefix.strip().lower()):
+        return prompt
+    return f"{prefix}{'' if prefix[-1].isspace() else ' '}{prompt}"
+
 
 def asks_to_draw(message: str) -> bool:
     """Whether a message after a picture asks for another one ("Make it blue"), and not about the one there is.

@@ -11,10 +11,10 @@ from scale_rae.cli import options as o
 from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.errors import OptionError
-from scale_rae.options import check_device_name
+from scale_rae.options import PROMPT_PREFIX, check_device_name
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
-from scale_rae.scaling.experiment import AUTO_REWARD, PROMPT_PREFIX, Settings
+from scale_rae.scaling.settings import AUTO_REWARD, Settings
 
 _TEMPLATE = Path("assets", "qa_prompt_template.txt")
 _PACKAGE = Path(__file__).parent.parent  # which has the template too, for those who run elsewhere

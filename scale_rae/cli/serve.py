@@ -12,7 +12,7 @@ import typer
 from scale_rae.cli import options as o
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, need
-from scale_rae.scaling.experiment import PROMPT_PREFIX
+from scale_rae.options import PROMPT_PREFIX
 from scale_rae.serve.settings import API_KEY_VARIABLE as KEY_VARIABLE
 from scale_rae.serve.settings import LOOPBACK
 

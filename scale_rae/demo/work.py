@@ -28,16 +28,17 @@ from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
 from scale_rae.noise import image_seed
-from scale_rae.options import Sampling, SamplingOptions
+from scale_rae.options import PROMPT_PREFIX, Sampling, SamplingOptions
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
 from scale_rae.rewards import Reward, load_reward
-from scale_rae.scaling.experiment import PROMPT_PREFIX, Settings, as_request, check_finite, judgement, prompt_record
+from scale_rae.scaling.experiment import check_finite, judgement, prompt_record
 from scale_rae.scaling.explain import why_dropped
 from scale_rae.scaling.select import Prompt, Ranking, metric_named, rank
+from scale_rae.scaling.settings import Settings
 from scale_rae.session import ModelChoice, Session
-from scale_rae.wording import after_no_drawing, is_bundled
+from scale_rae.wording import after_no_drawing, as_request, is_bundled
 
 MOST_IMAGES = 16
 MOST_STEPS = 250

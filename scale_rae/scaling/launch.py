@@ -18,9 +18,10 @@ from scale_rae import processes
 from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError, printable
 from scale_rae.files import check_name
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings, describe, setting_differences
+from scale_rae.scaling.experiment import describe, setting_differences
 from scale_rae.scaling.ray_launch import Cluster
 from scale_rae.scaling.remote import is_remote
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import Listener, Order, encode_order, work
 

@@ -27,8 +27,8 @@ from typing import Any
 from scale_rae import processes
 from scale_rae.errors import InputError, MissingExtraError, ScaleRAEError, first_line, need
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.remote import results_folder
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import RunLock, Store
 from scale_rae.scaling.worker import PATIENCE, Listener, Order, Worker, loaded
 

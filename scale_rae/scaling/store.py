@@ -45,7 +45,8 @@ from scale_rae.files import read_bytes
 from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import remote
-from scale_rae.scaling.experiment import Settings, prompt_record
+from scale_rae.scaling.experiment import prompt_record
+from scale_rae.scaling.settings import Settings
 
 _LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
 _MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the published models have 4 MB

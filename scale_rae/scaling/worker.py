@@ -23,7 +23,8 @@ from scale_rae.errors import InputError, OutputError, ScaleRAEError, printable
 from scale_rae.jsonio import dump_json
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import AUTO_REWARD, Settings, check_finite, judgement, png_text
+from scale_rae.scaling.experiment import check_finite, judgement, png_text
+from scale_rae.scaling.settings import AUTO_REWARD, Settings
 from scale_rae.scaling.store import Batch, Store
 
 if TYPE_CHECKING:

@@ -27,13 +27,13 @@ from scale_rae import __version__
 from scale_rae.errors import InputError
 from scale_rae.jsonio import parse_json
 from scale_rae.prompt import SYSTEM, Turn
-from scale_rae.scaling.experiment import as_request
 from scale_rae.serve import schema
 from scale_rae.serve.decoding import Decoders
 from scale_rae.serve.engine import Engine, Job, Result, new_seed
 from scale_rae.serve.errors import Refused, client_left, error_body, invalid
 from scale_rae.serve.guard import LEFT, Guard, client_of
 from scale_rae.serve.settings import OWN_JUDGEMENT, Limits, ServeSettings
+from scale_rae.wording import as_request
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 ROUTES = ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models")

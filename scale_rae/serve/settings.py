@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scale_rae.scaling.experiment import PROMPT_PREFIX
+from scale_rae.options import PROMPT_PREFIX
 from scale_rae.session import ModelChoice
 
 API_KEY_VARIABLE = "SCALE_RAE_API_KEY"

@@ -24,8 +24,8 @@ from scale_rae.errors import InputError, OutputError
 from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import launch, remote
-from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.remote import results_folder
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import _FIRST_FIELDS, Batch, Store, seal, unseal
 from scale_rae.scaling.worker import Order, WorkerLog
 

@@ -11,8 +11,9 @@ import pytest
 from scale_rae.hub import BUNDLED
 from scale_rae.prompt import ChatTokenizer, chat_text
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import Settings, describe, prompt_record, setting_differences
+from scale_rae.scaling.experiment import describe, prompt_record, setting_differences
 from scale_rae.scaling.select import Experiment, Prompt, rank
+from scale_rae.scaling.settings import Settings
 
 RESPONSE = {
     "answer": "yes",

@@ -12,7 +12,8 @@ import pytest
 from scale_rae.hub import BUNDLED, Source
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import default_reward
-from scale_rae.scaling.experiment import Settings, describe, setting_differences
+from scale_rae.scaling.experiment import describe, setting_differences
+from scale_rae.scaling.settings import Settings
 from tests.scaling.conftest import Scale, record
 from tests.scaling.conftest import reward as reward
 from tests.scaling.conftest import scale as scale

@@ -14,8 +14,9 @@ from PIL import Image
 from scale_rae.demo.listening import bind
 from scale_rae.demo.work import Drawing, Judged, Ranked, Studio
 from scale_rae.errors import InputError, ScaleRAEError
-from scale_rae.scaling.experiment import PROMPT_PREFIX, as_request
+from scale_rae.options import PROMPT_PREFIX
 from scale_rae.shapes.judge import find_objects
+from scale_rae.wording import as_request
 
 gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 

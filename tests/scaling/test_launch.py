@@ -20,8 +20,8 @@ from scale_rae.memory import largest_batch, out_of_memory
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import launch
-from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.launch import World, _watching
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Batch, Store
 from tests.scaling.conftest import PROMPTS, QUICK, Scale, snapshot, write_prompts
 

@@ -22,9 +22,9 @@ import pytest
 from scale_rae.errors import InputError
 from scale_rae.promptfile import read_prompts
 from scale_rae.scaling import ray_launch, remote
-from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.launch import run
 from scale_rae.scaling.ray_launch import Cluster, _Actor, _Reply
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Order
 from tests.scaling.conftest import NAME, QUICK, Scale, snapshot

@@ -13,8 +13,8 @@ import pytest
 from scale_rae.errors import InputError, OutputError
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import remote
-from scale_rae.scaling.experiment import Settings
 from scale_rae.scaling.remote import Lease, is_remote, results_folder
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Batch, Store
 from tests.scaling.conftest import Scale
 

@@ -18,7 +18,7 @@ import torch
 
 from scale_rae.errors import DeviceError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.scaling.experiment import Settings
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from tests.scaling.conftest import Scale, record, snapshot
 

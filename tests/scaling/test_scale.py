@@ -18,7 +18,7 @@ from PIL import Image
 from scale_rae.language import Reply
 from scale_rae.noise import image_seed
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.scaling.experiment import Settings
+from scale_rae.scaling.settings import Settings
 from tests.conftest import GOLDEN_CASES
 from tests.helpers.made_checkpoints import GOLDENS
 from tests.scaling.conftest import NAME, PROMPTS, QUICK, Scale, record, snapshot, write_prompts
