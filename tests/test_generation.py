@@ -397,7 +397,7 @@ def test_out_of_memory_while_loading(checkpoints: Any, monkeypatch: pytest.Monke
     def full(*args: object, **options: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr("scale_rae.pipeline.fill", full)
+    monkeypatch.setattr("scale_rae.loading.fill", full)
     with pytest.raises(
         DeviceError,
         match=r"^cpu: out of memory while loading the weights, \d+\.\d GiB as float32; try a smaller checkpoint, or --dtype bfloat16",

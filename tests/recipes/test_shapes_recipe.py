@@ -321,8 +321,8 @@ def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp
         sequence = ids[i, : made.read.length[i]].tolist()
         talks.append(Conversation([*sequence[:place], -200, *sequence[place + made.tokens :]], latents[i]))
     embedded = language.embed(talks)
-    with torch.inference_mode(), language.context(len(talks), made.width) as context:
-        read = context.extend(embedded)
+    with torch.inference_mode(), language.cache(len(talks), made.width) as cache:
+        read = cache.extend(embedded)
     for ours, theirs, row in zip(hidden, read, embedded, strict=True):
         torch.testing.assert_close(ours[: len(row)], theirs[: len(row)], atol=1e-4, rtol=1e-4)
 
