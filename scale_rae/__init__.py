@@ -12,11 +12,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import ScaleRAEError
+from scale_rae.version import __version__
 
 if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
 
-__version__ = "0.1.0"
 __all__ = ["ScaleRAE", "ScaleRAEError", "__version__", "load"]
 
 

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scale_rae import __version__
 from scale_rae.jsonio import dump_json
 from scale_rae.options import Sampling
+from scale_rae.version import __version__
 
 
 def drawing_manifest(

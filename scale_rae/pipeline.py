@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import time
 from collections import Counter
@@ -17,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import flow
-from scale_rae.allocator import keep_freed_memory
 from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, load_config
+from scale_rae.cpu import exact_batch, keep_freed_memory
 from scale_rae.cuda_graphs import Captures
 from scale_rae.decoder import PixelDecoder, to_uint8
 from scale_rae.dit import DiT, flops
@@ -122,7 +123,7 @@ class ScaleRAE:
         beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
         A FLUX-VAE-aligned checkpoint takes a VAE for decoder: a folder `vae` inside or beside its own, else the one its
         config.json names. `progress(what, done, total)` counts bytes of weights. `compile` ("auto", "on", "off") and `quantize` (None, "fp8")
-        are those of `Speed`. On the CPU, the process keeps up to 256 MiB of what its tensors free (`allocator`).
+        are those of `Speed`. On the CPU, the process keeps up to 256 MiB of what its tensors free (`cpu.keep_freed_memory`).
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each saying what to do.
@@ -585,6 +586,21 @@ class ScaleRAE:
     ) -> list[T]:
         release = self.release_memory if self.split_batches else None
         return in_batches(count, size, run, self.memory_errors, what, remedy, release)
+    def exact_batch(self, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:
+        """The largest of `most` and its halves whose batches draw, to the bit, what drawing one at a time draws.
+
+        Each of `options` is tried in two steps, for images of one prompt or of as many prompts as images. Call this with
+        one thread of arithmetic, as images will be drawn (`cpu.one_thread`).
+        """
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.config.tokens, self.config.dit.condition_width)
+        conditions = [torch.randn(shape, generator=generator).to(self.dtype) for _ in range(most)]
+        conditions = conditions[:1] * most if one_prompt else conditions
+        draws = [
+            functools.partial(self.sample, conditions, range(most), replace(option, steps=2)) for option in options
+        ]
+        return exact_batch(most, draws)
+
 
     def with_speed(self, speed: Speed) -> ScaleRAE:
         """The same model, sharing its weights, with other choices of `speed`.

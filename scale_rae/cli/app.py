@@ -20,7 +20,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from scale_rae import __version__
 from scale_rae.errors import (
     InputError,
     OptionError,
@@ -32,6 +31,7 @@ from scale_rae.errors import (
 )
 from scale_rae.files import check_name
 from scale_rae.jsonio import dump_json
+from scale_rae.version import __version__
 
 # name -> (module, what `scale-rae --help` says of it); the module is imported when its command is run
 COMMANDS = {

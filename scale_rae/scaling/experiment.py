@@ -8,12 +8,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from scale_rae import __version__
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
 from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import AUTO_REWARD, Settings
+from scale_rae.version import __version__
 
 if TYPE_CHECKING:
     from scale_rae.scores import Score

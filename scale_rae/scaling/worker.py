@@ -378,20 +378,14 @@ class Worker:
 
     def find_at_once(self) -> None:
         """Finds how many images each thread of a CPU draws at once, to the bit as if alone."""
-        import torch
+        from scale_rae.cpu import one_thread
 
-        from scale_rae.exact import exact_batch
-
-        threads = torch.get_num_threads()
-        most = min(MOST_AT_ONCE, -(-min(self.batch_size, self.settings.total) // threads))
         options = [self.options]
         if self.options.interval is not None:  # outside it, without guidance
             options.append(dataclasses.replace(self.options, guidance=1.0, interval=None))
-        torch.set_num_threads(1)  # as in `_threads`
-        try:
-            self.at_once = exact_batch(self.model, most, options, one_prompt=True)
-        finally:
-            torch.set_num_threads(threads)
+        with one_thread() as threads:  # as in `_threads`
+            most = min(MOST_AT_ONCE, -(-min(self.batch_size, self.settings.total) // threads))
+            self.at_once = self.model.exact_batch(most, options, one_prompt=True)
 
     def _step(self, *evaluation: object) -> None:
         if self.stopped.is_set():
@@ -507,16 +501,16 @@ def _threads(model: ScaleRAE) -> Iterator[ThreadPoolExecutor | None]:
     """
     import torch
 
+    from scale_rae.cpu import one_thread
+
     if model.device.type != "cpu":
         yield None
         return
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as artists:
-            yield artists
-    finally:
-        torch.set_num_threads(threads)
+    with (
+        one_thread() as threads,
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        yield pool
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

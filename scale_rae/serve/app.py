@@ -23,7 +23,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
-from scale_rae import __version__
 from scale_rae.errors import InputError
 from scale_rae.jsonio import parse_json
 from scale_rae.prompt import SYSTEM, Turn
@@ -33,6 +32,7 @@ from scale_rae.serve.engine import Engine, Job, Result, new_seed
 from scale_rae.serve.errors import Refused, client_left, error_body, invalid
 from scale_rae.serve.guard import LEFT, Guard, client_of
 from scale_rae.serve.settings import OWN_JUDGEMENT, Limits, ServeSettings
+from scale_rae.version import __version__
 from scale_rae.wording import as_request
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"

@@ -28,9 +28,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scale_rae import __version__
 from scale_rae.errors import DeviceError, InputError
-from scale_rae.exact import exact_batch
 from scale_rae.language import Conversation, Reply
 from scale_rae.noise import image_seed
 from scale_rae.options import SamplingOptions
@@ -44,6 +42,7 @@ from scale_rae.serve.errors import Refused, shutting_down
 from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.settings import OWN_JUDGEMENT
 from scale_rae.serve.turns import Turns
+from scale_rae.version import __version__
 
 BATCH_CPU, BATCH_GPU = 4, 32
 LADDER = (1, 2, 4, 8, 16, 32, 64, 128)  # batch sizes on a GPU, for each of which code is compiled and graphs captured
@@ -248,7 +247,7 @@ class Engine:
                 torch.set_num_threads(1)
                 guidances = (1.0, 3.0) if self.model.config.dit.null_condition else (1.0,)
                 options = [SamplingOptions(guidance=guidance) for guidance in guidances]
-                self.batch_size = exact_batch(self.model, self._wanted_batch or BATCH_CPU, options, one_prompt=False)
+                self.batch_size = self.model.exact_batch(self._wanted_batch or BATCH_CPU, options, one_prompt=False)
             else:
                 self.batch_size = self._wanted_batch or BATCH_GPU
                 if self._warm_up or (self._warm_up is None and self.model.device.type == "cuda"):
