@@ -1,4 +1,4 @@
-"""The language model: Qwen2 (transformers) with latent queries and an image projector, and our decoding loop.
+"""The language model: Qwen2 with latent queries and an image projector, and our decoding loop.
 
 Text and condition are a function of the conversation alone; many images of one prompt differ only in the noise. The
 results do not depend on what else is in the batch.
@@ -17,14 +17,13 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen2Config, Qwen2Model
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import Speed
 from scale_rae.prompt import IMAGE
 from scale_rae.qwen2 import FusedLayer, Qwen2, fuse, self_certainty
+from scale_rae.qwen2_modules import Qwen2Modules
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
 _USUAL_REPLY = 64  # tokens; the cache is made for replies of this length and grows for longer ones
@@ -69,12 +68,8 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ScaleRAEConfig, speed: Speed | None = None) -> None:
         super().__init__()
-        qwen = Qwen2Config(**config.language)
-        qwen._attn_implementation = "sdpa"
         self.config = config
-        self.model = Qwen2Model(qwen)
-        with torch.device("cpu"):  # also when all else is on "meta": its table is computed, not loaded
-            self.model.rotary_emb = Qwen2RotaryEmbedding(config=qwen)
+        self.model = Qwen2Modules(config.language)
         self.model.latent_queries = nn.Parameter(torch.zeros(config.tokens, config.hidden_size))
         if config.vae is None:  # else it is of no use: it takes the encoder's latents, which are not those drawn
             self.model.mm_projector = _projector(config.channels, config.hidden_size, config.projector_depth)
@@ -109,16 +104,15 @@ class LanguageModel(nn.Module):
         return self._as_network([fuse(layer) for layer in self.model.layers])
 
     def _as_network(self, layers: Sequence[FusedLayer]) -> Qwen2:
-        qwen = self.model.config
         return Qwen2(
             embed_tokens=self.model.embed_tokens,
             layers=layers,
             norm=self.model.norm,
             lm_head=self.lm_head,
             rotary_emb=self.model.rotary_emb,
-            heads=qwen.num_attention_heads,
-            groups=qwen.num_key_value_heads,
-            head_dim=qwen.hidden_size // qwen.num_attention_heads,
+            heads=self.model.heads,
+            groups=self.model.groups,
+            head_dim=self.model.head_dim,
             dtype=self.dtype,
             device=self.device,
         )

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import logging
+import os
 import platform
+import sys
 import threading
 import time
 import warnings
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
-from scale_rae import __version__
 from scale_rae.hub import changed_files
 from scale_rae.options import ModelChoice as ModelChoice
+from scale_rae.version import __version__
 
 if TYPE_CHECKING:
     from scale_rae.hub import Source
@@ -106,7 +108,6 @@ class Session:
     def describe(self) -> dict[str, Any]:
         """The manifest's part on model, device and versions. Waits for the files' hashes if they are not done."""
         import torch
-        import transformers
 
         self._identify_loaded_parts()
         parts = {part: self._identities[part].describe() if part in self._identities else None for part in _PARTS}
@@ -119,7 +120,7 @@ class Session:
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,
-                "transformers": transformers.__version__,
+                "transformers": version("transformers"),
                 "python": platform.python_version(),
                 **{name: version(name) for name in ("numpy", "pillow", "safetensors", "tokenizers")},
             },
@@ -164,12 +165,17 @@ def silence_libraries() -> None:
     warnings.simplefilter("ignore")
     for name in ("transformers", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    import transformers.utils.logging as transformers_logging
-    from huggingface_hub.utils import logging as hub_logging
+    # Drawing imports neither; they set their own level when they are imported, by these.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        import transformers.utils.logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+        transformers_logging.set_verbosity_error()
+    if "huggingface_hub" in sys.modules:
+        from huggingface_hub.utils import logging as hub_logging
+
+        hub_logging.set_verbosity_error()
 
 
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:

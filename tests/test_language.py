@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import Qwen2Config, Qwen2Model
 
 from scale_rae import kv_cache
 from scale_rae import language as language_module
 from scale_rae.cuda_graphs import GraphMemory
 from scale_rae.errors import InputError
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
-from scale_rae.language import Conversation, Reply
+from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.qwen2 import Qwen2, self_certainty
 
@@ -157,6 +158,42 @@ def test_a_reply_that_is_cut_before_its_image_draws_nothing(model: ScaleRAE, scr
     assert len(model.generate("A cat", max_new_tokens=3, steps=2, decode=False).images) == 1
 
 
+def published(language: LanguageModel) -> Qwen2Model:
+    """Transformers' own Qwen2 with the weights of a language model."""
+    config = Qwen2Config(**language.config.language)
+    config._attn_implementation = "sdpa"
+    network = Qwen2Model(config)
+    extra = network.load_state_dict(language.model.state_dict(), strict=False)
+    assert not extra.missing_keys
+    assert {name.split(".")[0] for name in extra.unexpected_keys} <= {"latent_queries", "mm_projector"}
+    return network.eval()
+
+
+def test_modules_are_those_of_transformers(model: ScaleRAE) -> None:
+    """The same hidden states and gradients, which training the bundled model goes by."""
+    language, theirs = model.language, published(model.language)
+    theirs.requires_grad_(False)
+    for name, parameter in theirs.named_parameters():
+        assert language.model.get_parameter(name).shape == parameter.shape
+    generator = torch.Generator().manual_seed(0)
+    embeds = torch.randn(2, 7, language.config.hidden_size, generator=generator)
+    place = torch.arange(7)[None]
+    tables = language.model.rotary_emb(embeds, place)
+    assert all(torch.equal(a, b) for a, b in zip(tables, theirs.rotary_emb(embeds, place), strict=True))
+    mine, reference = (embeds.clone().requires_grad_() for _ in range(2))
+    hidden = mine
+    for layer in language.model.layers:
+        hidden = layer(hidden, tables)
+    hidden = language.model.norm(hidden)
+    expected = theirs(inputs_embeds=reference, use_cache=False).last_hidden_state
+    close(hidden, expected)
+    hidden.square().sum().backward()
+    expected.square().sum().backward()
+    assert mine.grad is not None
+    assert reference.grad is not None
+    close(mine.grad, reference.grad, 1e-4)
+
+
 def test_condition_is_one_pass_over_the_whole(model: ScaleRAE) -> None:
     """With a cache or without one: hidden states at the queries after the whole conversation (REFERENCE §4)."""
     reply = model.reply([PROMPTS[0]])[0]
@@ -164,7 +201,7 @@ def test_condition_is_one_pass_over_the_whole(model: ScaleRAE) -> None:
     with torch.inference_mode():
         ids = [*model.tokenizer.chat(PROMPTS[0]), *reply.ids]
         embeds = torch.cat([language.tokens(ids), language.model.latent_queries])
-        hidden = language.model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -256:]
+        hidden = published(language)(inputs_embeds=embeds[None], use_cache=False).last_hidden_state[0, -256:]
         assert reply.condition is not None
         close(reply.condition, language.condition(hidden), 2e-5)
 
@@ -350,7 +387,7 @@ def test_every_token_is_the_one_without_a_cache(model: ScaleRAE) -> None:
         ids = [*model.tokenizer.chat(prompt), *reply.ids]
         with torch.inference_mode():
             embeds = language.tokens(ids)[None]
-            hidden = language.model(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
+            hidden = published(language)(inputs_embeds=embeds, use_cache=False).last_hidden_state[0]
             logits = language.lm_head(hidden[len(ids) - len(reply.ids) - 1 : -1])
         assert logits.argmax(-1).tolist() == reply.ids
         close(reply.logits, logits.max(-1).values)

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import Qwen2Tokenizer
 
+from benchmarks.made_tokenizer import write_tokenizer
+from recipes.shapes.tokenizer import SPECIAL
 from scale_rae.errors import InputError
 from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import IMAGE, ChatTokenizer, clean_message
 from scale_rae.tokenizer_file import read_qwen2
-from tests.made_checkpoints import SPECIAL, write_tokenizer
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<|endoftext|>", "<image>"]
 LAYOUT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"

@@ -213,7 +213,7 @@ def hidden_states(language: LanguageModel, embeds: Tensor, rotary: tuple[Tensor,
     """
     hidden = embeds
     for layer in language.model.layers:
-        hidden = layer(hidden, attention_mask=None, position_ids=None, position_embeddings=rotary)
+        hidden = layer(hidden, rotary)
     return language.model.norm(hidden)  # type: ignore[no-any-return]
 
 

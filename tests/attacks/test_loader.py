@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from scale_rae.checkpoint import TensorReader, load_latent
-from scale_rae.errors import CheckpointError, ScaleRAEError
+from scale_rae.errors import ScaleRAEError
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.rewards import parts
 from scale_rae.tokenizer_file import reading
