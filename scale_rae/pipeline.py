@@ -48,7 +48,7 @@ from scale_rae.options import (
     SamplingOptions,
     Speed,
 )
-from scale_rae.prompt import ChatTokenizer
+from scale_rae.prompt import ChatTokenizer, TextStream
 from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.scores import QUESTION, Score, score_latents, texts_of
 
@@ -296,17 +296,26 @@ class ScaleRAE:
     ) -> list[Reply]:
         """Greedy replies to conversations whose last turn is open, of at most so many tokens each.
 
-        `listen(i, token)` is called with each token of reply i as it is chosen (anew from the first, should memory run
-        out on the way) and returns whether that reply is to go on.
+        `listen(i, token)` is called once with each token of reply i as it is chosen, also when memory runs out on the way and
+        the reply begins again, and returns whether that reply is to go on.
 
         Raises:
             InputError: for a conversation that is longer than the model reads.
         """
         limits = [min(most, self.room(c)) for c, most in zip(conversations, max_new_tokens, strict=True)]
+        heard = [0] * len(conversations)  # tokens that `listen` has had
 
         def answer(start: int, stop: int) -> list[Reply]:
             end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
-            hear = None if listen is None else lambda row, token: listen(start + row, token)
+            chosen = [0] * (stop - start)
+
+            def hear(row: int, token: int) -> bool:
+                chosen[row] += 1
+                if listen is None or chosen[row] <= heard[start + row]:
+                    return True
+                heard[start + row] += 1
+                return listen(start + row, token)
+
             return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear, draw)
 
         return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
@@ -505,23 +514,19 @@ class ScaleRAE:
             shown *= len(asked)
         elif len(asked) == 1:
             asked *= len(shown)
-        hear = None if listen is None else self._as_tokens(listen)
+        hear = None if listen is None else self.hear_text(listen)
         replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens, listen=hear, draw=False)
         return [Answer(self.tokenizer.decode(reply.ids), reply) for reply in replies]
 
-    def _as_tokens(self, listen: TextListener) -> TokenListener:
-        """A listener to tokens that tells a listener to text."""
-        heard: dict[int, list[int]] = {}
-        said: dict[int, str] = {}
+    def hear_text(self, listen: TextListener) -> TokenListener:
+        """A listener to tokens that calls `listen` with a reply's text whenever that has grown by whole characters."""
+        streams: dict[int, TextStream] = {}
+        texts: dict[int, str] = {}
 
         def hear(row: int, token: int) -> bool:
-            ids = heard.setdefault(row, [])
-            ids.append(token)
-            text = self.tokenizer.decode(ids)
-            if text == said.get(row, "") or text.endswith("\ufffd"):  # nothing new, or half a character
-                return True
-            said[row] = text
-            return listen(row, text)
+            new = streams.setdefault(row, self.tokenizer.text_stream()).add(token)
+            texts[row] = texts.get(row, "") + new
+            return not new or listen(row, texts[row])
 
         return hear
 
@@ -581,11 +586,6 @@ class ScaleRAE:
             raise InputError("the latent holds values that are not finite (NaN or infinity)")
         return latent
 
-    def _in_batches(
-        self, count: int, size: int, run: Callable[[int, int], list[T]], what: str, remedy: str = "fewer at once"
-    ) -> list[T]:
-        release = self.release_memory if self.split_batches else None
-        return in_batches(count, size, run, self.memory_errors, what, remedy, release)
     def exact_batch(self, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:
         """The largest of `most` and its halves whose batches draw, to the bit, what drawing one at a time draws.
 
@@ -601,6 +601,11 @@ class ScaleRAE:
         ]
         return exact_batch(most, draws)
 
+    def _in_batches(
+        self, count: int, size: int, run: Callable[[int, int], list[T]], what: str, remedy: str = "fewer at once"
+    ) -> list[T]:
+        release = self.release_memory if self.split_batches else None
+        return in_batches(count, size, run, self.memory_errors, what, remedy, release)
 
     def with_speed(self, speed: Speed) -> ScaleRAE:
         """The same model, sharing its weights, with other choices of `speed`.

@@ -65,6 +65,10 @@ class ChatTokenizer:
         known = [i for i in ids if i not in self._special and i < self.size]
         return str(self._backend.decode(known, skip_special_tokens=True))
 
+    def text_stream(self) -> TextStream:
+        """A decoder of token ids that come one by one."""
+        return TextStream(self)
+
     def image(self) -> list[int]:
         """Ids of an image as it stands at the beginning of a message or in a reply."""
         return [self.image_start, IMAGE, self.image_end] if self.image_markers else [IMAGE]
@@ -102,6 +106,34 @@ class ChatTokenizer:
     def _assistant(self, turn: Turn) -> list[int]:
         # "assistant\n" apart from the text, since the model wrote the text after it.
         return [*self.plain("assistant\n"), *self.plain(turn.text), *self.image() * turn.images]
+
+
+class TextStream:
+    """Text of token ids that come one by one, as `decode` has it, in time linear in their number.
+
+    Tokens are parts of UTF-8: half a character waits for its other half. `tokenizers.decoders.DecodeStream` decodes all
+    that waits again for each token, so that its time grows with the square where no token completes a character.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._waiting: list[int] = []  # since the last whole character
+
+    def add(self, token: int) -> str:
+        """The text that this token completes; empty for a control token and in the middle of a character."""
+        if not self._tokenizer.decode([token]):
+            return ""
+        self._waiting.append(token)
+        # A character has at most four bytes and a token at least one, so the last four tokens tell whether it is whole.
+        if self._tokenizer.decode(self._waiting[-4:]).endswith("\ufffd"):
+            return ""
+        return self.rest()
+
+    def rest(self) -> str:
+        """What waits, as it is: bytes that make no character are U+FFFD."""
+        text = self._tokenizer.decode(self._waiting)
+        self._waiting.clear()
+        return text
 
 
 def chat_text(message: str) -> str:

@@ -212,7 +212,7 @@ def test_half_a_character_is_not_told(studio: Studio) -> None:
         heard.append(text)
         return True
 
-    hear = studio.model._as_tokens(listen)
+    hear = studio.model.hear_text(listen)
     for token in studio.model.tokenizer.plain("né 猫!"):
         assert hear(0, token)
     assert heard[-1] == "né 猫!"
