@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import ConfigError
-from scale_rae.jsonio import read_json
+from scale_rae.jsonio import MOST_COUNT, Fields, read_json
 
 MODEL_TYPE = "cambrian_qwen"
-_REQUIRED = object()
 # No checkpoint comes near these; a damaged file beyond them would have us build for hours before it fails.
-_WIDEST, _DEEPEST, _MOST_TOKENS = 1 << 20, 1 << 10, 1 << 14
+_DEEPEST, _MOST_TOKENS = 1 << 10, 1 << 14
 _WIDEST_HEAD = 1 << 10  # a rotary table has tokens x width of a head numbers
-_LARGEST = 1 << 24  # of any number in a config that a library reads
+LARGEST_NUMBER = 1 << 24  # in a config that a library reads
 
 
 @dataclass(frozen=True)
@@ -67,44 +66,6 @@ class ScaleRAEConfig:
     vae: str | None = None  # where a FLUX-VAE-aligned checkpoint's VAE is found; such a one cannot read its own latents
 
 
-class _Fields:
-    """Typed access to a config's fields, with errors that name file and field."""
-
-    def __init__(self, raw: dict[str, Any], path: Path) -> None:
-        self.raw, self.path = raw, path
-
-    def fail(self, field: str, problem: str) -> ConfigError:
-        return ConfigError(f"{self.path}: {field} {problem}")
-
-    def get(self, field: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
-        value = self.raw.get(field)
-        if value is None:
-            if default is _REQUIRED:
-                raise self.fail(field, "is missing")
-            return default
-        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise self.fail(field, f"is {value!r}, not {_kind_name(kind)}")
-        return value
-
-    def count(self, field: str, default: Any = _REQUIRED, least: int = 1, most: int = _WIDEST) -> int:
-        value: int = self.get(field, int, default)
-        if not least <= value <= most:
-            raise self.fail(field, f"is {value}; must be {least} to {most}")
-        return value
-
-    def positive(self, field: str, default: float) -> float:
-        value = self.get(field, (int, float), default)
-        if not 0 < value < 1e300:  # neither NaN nor infinity nor a whole number beyond floats
-            raise self.fail(field, f"is {value}; must be a positive number")
-        return float(value)
-
-    def choice(self, field: str, allowed: tuple[str, ...], default: Any = _REQUIRED) -> str:
-        value: str = self.get(field, str, default)
-        if value not in allowed:
-            raise self.fail(field, f"{value!r} is not supported (supported: {', '.join(allowed)})")
-        return value
-
-
 def check_numbers(raw: dict[str, Any], path: Path, most: int) -> None:
     """Raises ConfigError when a number anywhere in a config is larger than `most`: libraries allocate what they say."""
     for field, value in raw.items():
@@ -123,7 +84,7 @@ def library_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     Raises:
         ConfigError: naming the file and the field.
     """
-    check_numbers(raw, path, _LARGEST)
+    check_numbers(raw, path, LARGEST_NUMBER)
     layers = raw.get("num_hidden_layers")
     if isinstance(layers, int) and not 0 < layers <= _DEEPEST:
         raise ConfigError(f"{path}: num_hidden_layers is {layers}; must be 1 to {_DEEPEST}")
@@ -134,14 +95,7 @@ def library_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def _kind_name(kind: type | tuple[type, ...]) -> str:
-    if kind == (int, float):
-        return "a number"
-    names = {int: "a whole number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
-    return " or ".join(names[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
-
-
-def _is_count(value: object, most: int = _WIDEST) -> bool:
+def _is_count(value: object, most: int = MOST_COUNT) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
 
 
@@ -157,7 +111,7 @@ def load_config(folder: Path) -> ScaleRAEConfig:
 
 def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
     """`load_config` on an object already read; `path` is only for error messages."""
-    fields = _Fields(raw, path)
+    fields = Fields(raw, path)
     model_type = fields.get("model_type", str)
     if model_type != MODEL_TYPE:
         raise fields.fail("model_type", f"is {model_type!r}: not a Scale-RAE checkpoint, which has {MODEL_TYPE!r}")
@@ -215,14 +169,14 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
 
 
 def _dit_config(
-    fields: _Fields, loss: str, channels: int, tokens: int, condition_width: int, null_condition: bool
+    fields: Fields, loss: str, channels: int, tokens: int, condition_width: int, null_condition: bool
 ) -> DiTConfig:
     sizes = {}
     names = ("diffusion_model_hidden_size", "diffusion_model_depth", "diffusion_model_heads")
     for name in names:
         value = fields.get(name, (int, list))
         values = value if isinstance(value, list) else [value]
-        most = _DEEPEST if name.endswith("depth") else _WIDEST
+        most = _DEEPEST if name.endswith("depth") else MOST_COUNT
         if len(values) not in (1, 2) or not all(_is_count(v, most) for v in values):
             raise fields.fail(name, f"is {value}; must be a positive whole number (at most {most}) or a list of two")
         sizes[name] = values
@@ -262,7 +216,7 @@ def _dit_config(
     )
 
 
-def _language_config(fields: _Fields) -> dict[str, Any]:
+def _language_config(fields: Fields) -> dict[str, Any]:
     """The Qwen2 fields; the published rope_scaling is ignored, as the official code ignores it."""
     hidden, heads = fields.count("hidden_size"), fields.count("num_attention_heads")
     groups = fields.count("num_key_value_heads", heads)
@@ -275,7 +229,7 @@ def _language_config(fields: _Fields) -> dict[str, Any]:
     if heads % groups:
         raise fields.fail("num_key_value_heads", f"is {groups}; must divide num_attention_heads {heads}")
     rope = fields.get("rope_parameters", dict, {})  # where transformers 5 writes rope_theta
-    theta = _Fields(rope, fields.path).positive("rope_theta", 10000.0)
+    theta = Fields(rope, fields.where).positive("rope_theta", 10000.0)
     return {
         "hidden_size": hidden,
         "num_attention_heads": heads,

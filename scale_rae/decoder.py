@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.encoder import resize_tokens
-from scale_rae.errors import ConfigError
-from scale_rae.jsonio import read_json
+from scale_rae.jsonio import MOST_COUNT, Fields, read_json
 
-_WIDEST, _MOST = 1 << 20, {"depth": 1 << 10, "image": 1 << 13, "patch": 1 << 13}  # no published decoder comes near
+_MOST = {"depth": 1 << 10, "image": 1 << 13, "patch": 1 << 13}  # no published decoder comes near
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def load_decoder_config(folder: Path, channels: int) -> DecoderConfig:
         ConfigError: naming the file and the field that is missing or not usable.
     """
     path = folder / "config.json"
-    raw = read_json(path)
+    fields = Fields(read_json(path), path)
     names = {
         "width": "decoder_hidden_size",
         "depth": "decoder_num_hidden_layers",
@@ -51,25 +50,16 @@ def load_decoder_config(folder: Path, channels: int) -> DecoderConfig:
         "patch": "patch_size",
         "image": "image_size",
     }
-    values: dict[str, int] = {}
-    for ours, name in names.items():
-        value = raw.get(name)
-        most = _MOST.get(ours, _WIDEST)
-        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
-            raise ConfigError(
-                f"{path}: {name} is {repr(value)[:40]}; a pixel decoder needs a positive whole number there, at most {most}"
-            )
-        values[ours] = value
-    if raw.get("hidden_act", "gelu") != "gelu":
-        raise ConfigError(f"{path}: hidden_act {raw['hidden_act']!r} is not supported (supported: gelu)")
-    eps = raw.get("layer_norm_eps", 1e-12)
-    if not isinstance(eps, float) or not 0 < eps < 1:
-        raise ConfigError(f"{path}: layer_norm_eps is {eps!r}; a pixel decoder needs a small positive number there")
-    config = DecoderConfig(channels=channels, **values, eps=eps)
+    sizes = {ours: fields.count(name, most=_MOST.get(ours, MOST_COUNT)) for ours, name in names.items()}
+    fields.choice("hidden_act", ("gelu",), "gelu")
+    eps = fields.positive("layer_norm_eps") if "layer_norm_eps" in fields.raw else 1e-12
+    if eps >= 1:
+        raise fields.fail("layer_norm_eps", f"is {eps}; must be a small positive number")
+    config = DecoderConfig(channels=channels, **sizes, eps=eps)
     if config.image % config.patch:
-        raise ConfigError(f"{path}: image_size {config.image} is not a multiple of patch_size {config.patch}")
+        raise fields.fail("image_size", f"{config.image} is not a multiple of patch_size {config.patch}")
     if config.width % config.heads:
-        raise ConfigError(f"{path}: decoder_hidden_size {config.width} does not divide into {config.heads} heads")
+        raise fields.fail("decoder_hidden_size", f"{config.width} does not divide into {config.heads} heads")
     return config
 
 

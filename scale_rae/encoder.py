@@ -18,7 +18,7 @@ from scale_rae.checkpoint import TensorReader
 from scale_rae.config import check_numbers, library_fields
 from scale_rae.errors import CheckpointError, ConfigError, last_line
 from scale_rae.hub import import_hub, weight_files
-from scale_rae.jsonio import read_json
+from scale_rae.jsonio import Fields, read_json, shortened
 
 SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")
 LARGEST_IMAGE = 2048  # pixels along an edge, and the most that any number in a preprocessor's config may be
@@ -119,7 +119,7 @@ def _read_preprocessor(path: Path) -> dict[str, Any]:
             or not all(isinstance(x, (int, float)) and math.isfinite(x) for x in value)
             or (field == "image_std" and min(value) <= 0)
         ):
-            raise ConfigError(f"{path}: {field} is {repr(value)[:100]}; must be three numbers")
+            raise ConfigError(f"{path}: {field} is {shortened(value)}; must be three numbers")
     check_numbers(raw, path, LARGEST_IMAGE)
     return raw
 
@@ -205,22 +205,19 @@ def _read_vision_config(folder: Path, kind: str) -> VisionConfig:
     """
     path = folder / "config.json"
     raw = read_json(path)
-    vision = raw.get("vision_config") if kind == "siglip" else raw
-    if not isinstance(vision, dict):
-        raise ConfigError(f"{path}: vision_config is missing")
-    defaults = _DINO if kind == "dinov2" else _SIGLIP
-    sizes = {}
-    for field, (default, most) in defaults.items():
-        value = sizes[field] = vision.get(field, default)
-        if type(value) is not int or not 1 <= value <= most:
-            what = f"{field} is {repr(value)[:40]}; must be a whole number from 1 to {most}"
-            raise ConfigError(f"{path}: not a usable encoder config ({what})")
+    vision = Fields(raw, path).get("vision_config", dict) if kind == "siglip" else raw
+    fields = Fields(vision, f"{path}: not a usable encoder config")
+    limits = _DINO if kind == "dinov2" else _SIGLIP
+    sizes = {field: fields.count(field, default, most=most) for field, (default, most) in limits.items()}
     if sizes["image_size"] // sizes["patch_size"] > _MOST_PATCHES:
-        what = f"image_size {sizes['image_size']} has more than {_MOST_PATCHES} patches of {sizes['patch_size']} a side"
-        raise ConfigError(f"{path}: not a usable encoder config ({what})")
-    fields = library_fields(vision, path)
+        problem = f"{sizes['image_size']} has more than {_MOST_PATCHES} patches of {sizes['patch_size']} per edge"
+        raise fields.fail("image_size", problem)
     return VisionConfig(
-        sizes["hidden_size"], sizes["num_hidden_layers"], sizes["image_size"], sizes["patch_size"], fields
+        width=sizes["hidden_size"],
+        layers=sizes["num_hidden_layers"],
+        image=sizes["image_size"],
+        patch=sizes["patch_size"],
+        fields=library_fields(vision, path),
     )
 
 

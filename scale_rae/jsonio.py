@@ -1,4 +1,4 @@
-"""JSON files: read with bounds and errors that name the file, written strictly."""
+"""JSON: files read with bounds, typed fields with errors that name file and field, strict writing."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ from scale_rae.files import read_bytes
 MOST_BYTES = 32 << 20  # of one JSON file; the largest that a checkpoint brings, an index of shards, has a few MB
 
 MOST_DIGITS = 400  # of an integer; no float has more, and their time grows with the square
+MOST_COUNT = 1 << 20  # of what a field counts, where no other limit is given; no published network has so wide a layer
+_LARGEST_FLOAT = 1e300
+_REQUIRED = object()
+_KINDS = {int: "a whole number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}
 
 
 def dump_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
@@ -48,6 +52,71 @@ def read_json(path: Path, what: str = "file", error: type[ScaleRAEError] = Confi
     if not isinstance(value, dict):
         raise error(f"{path}: must hold a JSON object, not {type(value).__name__}")
     return value
+
+
+class Fields:
+    """Typed access to the fields of a JSON object. `null` counts as missing, and true and false are no numbers.
+
+    Every method raises `error`, whose message begins with `where` (the file) and names the field.
+    """
+
+    def __init__(self, raw: dict[str, Any], where: Path | str, error: type[ScaleRAEError] = ConfigError) -> None:
+        self.raw, self.where, self.error = raw, where, error
+
+    def fail(self, field: str, problem: str) -> ScaleRAEError:
+        """The error for a field's problem, to be raised."""
+        return self.error(f"{self.where}: {field} {problem}")
+
+    def get(self, field: str, kind: type | tuple[type, ...], default: Any = _REQUIRED) -> Any:
+        """The field's value, of `kind` or one of those kinds."""
+        value = self.raw.get(field)
+        if value is None:
+            if default is _REQUIRED:
+                raise self.fail(field, "is missing")
+            return default
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+            raise self.fail(field, f"is {shortened(value)}, not {_kind_name(kind)}")
+        return value
+
+    def count(self, field: str, default: Any = _REQUIRED, least: int = 1, most: int = MOST_COUNT) -> int:
+        """A whole number from `least` to `most`."""
+        value: int = self.get(field, int, default)
+        if not least <= value <= most:
+            raise self.fail(field, f"is {shortened(value)}; must be {least} to {most}")
+        return value
+
+    def number(self, field: str, default: Any = _REQUIRED) -> float:
+        """A finite number."""
+        value = self.get(field, (int, float), default)
+        if not -_LARGEST_FLOAT < value < _LARGEST_FLOAT:  # neither NaN nor infinity nor an integer beyond floats
+            raise self.fail(field, f"is {shortened(value)}; must be a finite number")
+        return float(value)
+
+    def positive(self, field: str, default: Any = _REQUIRED) -> float:
+        """A finite number above 0."""
+        value = self.get(field, (int, float), default)
+        if not 0 < value < _LARGEST_FLOAT:
+            raise self.fail(field, f"is {shortened(value)}; must be a positive number")
+        return float(value)
+
+    def choice(self, field: str, allowed: tuple[str, ...], default: Any = _REQUIRED) -> str:
+        """One of the texts in `allowed`."""
+        value: str = self.get(field, str, default)
+        if value not in allowed:
+            raise self.fail(field, f"{shortened(value)} is not supported (supported: {', '.join(allowed)})")
+        return value
+
+
+def shortened(value: object) -> str:
+    """A JSON value for a message, cut after 100 characters."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def _kind_name(kind: type | tuple[type, ...]) -> str:
+    if kind == (int, float):
+        return "a number"
+    return " or ".join(_KINDS[k] for k in (kind if isinstance(kind, tuple) else (kind,)))
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.errors import CheckpointError, ConfigError, first_line, need
 from scale_rae.hub import weight_files
-from scale_rae.jsonio import read_json
+from scale_rae.jsonio import Fields, read_json
 
 PATCH = 2  # a token holds this many of the VAE's latents along each edge
 MEAN = STD = [0.5, 0.5, 0.5]  # what takes the VAE's pixels from [-1, 1] to [0, 1]
@@ -57,17 +57,18 @@ def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.devi
 
     path = folder / "config.json"
     raw = read_json(path)
-    if raw.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise ConfigError(f"{path}: _class_name {raw['_class_name']!r} is not supported (supported: AutoencoderKL)")
-    count = raw.get("latent_channels")
-    if not isinstance(count, int) or count * PATCH**2 != channels:
-        raise ConfigError(
-            f"{path}: latent_channels is {count!r}; the model's latents of {channels} channels "
-            f"(diffusion_model_channels) hold {channels / PATCH**2:g} in each of {PATCH} x {PATCH} places"
+    fields = Fields(raw, path)
+    fields.choice("_class_name", ("AutoencoderKL",), "AutoencoderKL")
+    count = fields.get("latent_channels", int)
+    if count * PATCH**2 != channels:
+        raise fields.fail(
+            "latent_channels",
+            f"is {count}; the model's latents of {channels} channels (diffusion_model_channels) hold "
+            f"{channels / PATCH**2:g} in each of {PATCH} x {PATCH} places",
         )
-    scaling, shift = (_number(raw, name, path) for name in ("scaling_factor", "shift_factor"))
+    scaling, shift = fields.number("scaling_factor"), fields.number("shift_factor")
     if scaling == 0:
-        raise ConfigError(f"{path}: scaling_factor is 0; latents are divided by it")
+        raise fields.fail("scaling_factor", "is 0; latents are divided by it")
     sizes = {name: value for name, value in raw.items() if not name.startswith("_")}
     try:
         with torch.device("meta"):
@@ -81,10 +82,3 @@ def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.devi
         raise CheckpointError(f"{files[0]}: has quant convolutions, which VAEs of 16 channels like FLUX's do without")
     fill({"": vae}, reader, dtype, device, ignore=lambda name: name.startswith("encoder."))
     return VaeDecoder(vae.eval(), scaling, shift)
-
-
-def _number(raw: dict[str, Any], name: str, path: Path) -> float:
-    value = raw.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise ConfigError(f"{path}: {name} is {value!r}; a FLUX VAE needs a number there")
-    return float(value)

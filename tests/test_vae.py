@@ -174,8 +174,8 @@ def test_a_folder_vae_with_the_model_comes_first(changed: Path, beside: bool) ->
     ("fields", "says"),
     [
         ({"latent_channels": 4}, "latent_channels is 4; the model's latents of 64 channels"),
-        ({"latent_channels": None}, "latent_channels is None"),
-        ({"scaling_factor": None}, "scaling_factor is None"),
+        ({"latent_channels": None}, "latent_channels is missing"),
+        ({"scaling_factor": None}, "scaling_factor is missing"),
         ({"shift_factor": float("nan")}, "shift_factor is nan"),
         ({"scaling_factor": 0}, "scaling_factor is 0"),
         ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny' is not supported"),

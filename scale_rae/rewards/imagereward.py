@@ -17,10 +17,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
-from scale_rae.config import library_fields
-from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.config import LARGEST_NUMBER, library_fields
+from scale_rae.errors import CheckpointError
 from scale_rae.hub import Source
-from scale_rae.jsonio import read_json
+from scale_rae.images import Picture
+from scale_rae.jsonio import Fields, read_json
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -163,8 +164,7 @@ def load_network(folder: Path, dtype: torch.dtype, device: torch.device, heads: 
     """
     text = read_json(folder / CONFIG)
     for field in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size"):
-        if not isinstance(text.get(field), int) or text[field] < 1:
-            raise ConfigError(f"{folder / CONFIG}: {field} is {text.get(field)!r}; must be a positive number")
+        Fields(text, folder / CONFIG).count(field, most=LARGEST_NUMBER)
     text = library_fields(text, folder / CONFIG)
     reader = TensorReader([folder / WEIGHTS])
     blocks, cls = "blip.visual_encoder.blocks.", reader.tensors.get("blip.visual_encoder.cls_token")
