@@ -9,22 +9,36 @@ Importing this package loads no torch; `load` does.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import ScaleRAEError
 from scale_rae.version import __version__
 
 if TYPE_CHECKING:
+    from scale_rae.loading import LoadProgress
     from scale_rae.pipeline import ScaleRAE
 
 __all__ = ["ScaleRAE", "ScaleRAEError", "__version__", "load"]
 
 
-def load(name: str = "shapes", **options: Any) -> ScaleRAE:
-    """The model `name`: "shapes" (bundled), a folder, or a hub id. See `ScaleRAE.from_pretrained` for options."""
+def load(
+    name: str | os.PathLike[str] = "shapes",
+    decoder: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    revision: str | None = None,
+    progress: LoadProgress | None = None,
+    compile: str = "auto",
+    quantize: str | None = None,
+    split_batches: bool = True,
+) -> ScaleRAE:
+    """The model `name`: "shapes" (bundled), a folder, or a hub id. See `ScaleRAE.from_pretrained` for the options."""
     from scale_rae.pipeline import ScaleRAE
 
-    return ScaleRAE.from_pretrained(name, **options)
+    return ScaleRAE.from_pretrained(
+        name, decoder, device, dtype, revision, progress, compile, quantize, split_batches=split_batches
+    )
 
 
 def __getattr__(name: str) -> Any:

@@ -86,6 +86,11 @@ def printable(
     return _CONTROLS.sub(lambda m: m[0] if lines and m[0] in "\n\t" else escape(m[0]), text)
 
 
+def shorten(text: str, most: int = 60) -> str:
+    """The text, or its beginning and an ellipsis when it is longer than `most` characters."""
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not empty, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import os
 import warnings
 from pathlib import Path
 
@@ -131,6 +132,23 @@ def _integers(image: Image.Image) -> np.ndarray:
         return values.clip(0, 65535).astype(np.uint16)
     unsigned = getattr(image, "tag_v2", {}).get(_SAMPLE_FORMAT, (_UNSIGNED,))[0] == _UNSIGNED
     return values.view(np.uint32) if unsigned else values
+
+
+Picture = Image.Image | str | os.PathLike[str]
+"""A picture as the Python API takes it: an image of Pillow's, or the path of a file."""
+
+
+def as_rgb(picture: Picture) -> Image.Image:
+    """`to_rgb` of an image, `load_image` of a path.
+
+    Raises:
+        InputError: for anything else, and as those do.
+    """
+    if isinstance(picture, Image.Image):
+        return to_rgb(picture)
+    if isinstance(picture, str | os.PathLike):
+        return load_image(Path(picture))
+    raise InputError(f"a picture must be a PIL image or a path, not {type(picture).__name__}")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

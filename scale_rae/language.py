@@ -59,6 +59,10 @@ class Reply:
     confidences: list[float] = field(default_factory=list)
     condition: Tensor | None = None
 
+    def __repr__(self) -> str:
+        asked = "" if self.condition is None else f", condition {list(self.condition.shape)}"
+        return f"Reply({len(self.ids)} tokens{asked})"
+
 
 class LanguageModel(nn.Module):
     """Qwen2 with `latent_queries` and `mm_projector`; parameter names are the published ones.

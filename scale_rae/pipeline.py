@@ -5,12 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from scale_rae.errors import ConfigError, InputError, ScaleRAEError
 from scale_rae.fast_dit import FastDiT
 from scale_rae.float8 import check_device
 from scale_rae.hub import Source, find
-from scale_rae.images import to_rgb
+from scale_rae.images import Picture, as_rgb
 from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
 from scale_rae.loading import (
     LoadProgress,
@@ -63,6 +64,24 @@ COMPILE_PAYS = (
 
 TextListener = Callable[[int, str], bool]
 T = TypeVar("T")
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `ScaleRAE.generate`, which says what they are."""
+
+    num_images: int
+    seed: int
+    guidance: float
+    guidance_interval: tuple[float, float] | None
+    steps: int
+    solver: str
+    max_new_tokens: int
+    latents: Sequence[Tensor] | None
+    image_seeds: Sequence[Sequence[int]] | None
+    batch_size: int | None
+    decode: bool
+    draw: bool
+    callback: flow.StepCallback | None
 
 
 class ScaleRAE:
@@ -107,7 +126,7 @@ class ScaleRAE:
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Source = DEFAULT_MODEL,
+        name: str | os.PathLike[str] | Source = DEFAULT_MODEL,
         decoder: str | None = None,
         device: str | None = None,
         dtype: str | None = None,
@@ -136,7 +155,7 @@ class ScaleRAE:
             keep_freed_memory()
         if quantize is not None:
             check_device(torch_device, torch_dtype)
-        source = name if isinstance(name, Source) else find(name, "model", revision=revision)
+        source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = load_tokenizer(source, config)
         language, dit, norm_stats = load_networks(source, config, torch_dtype, torch_device, speed, progress)
@@ -183,10 +202,10 @@ class ScaleRAE:
     # --- drawing -------------------------------------------------------------------------------------------------
 
     @overload
-    def generate(self, prompts: str, **options: Any) -> Generation: ...  # type: ignore[overload-overlap]
+    def generate(self, prompts: str, **options: Unpack[GenerateOptions]) -> Generation: ...  # type: ignore[overload-overlap]
     @overload
-    def generate(self, prompts: Sequence[str], **options: Any) -> list[Generation]: ...
-    def generate(  # type: ignore[misc]
+    def generate(self, prompts: Sequence[str], **options: Unpack[GenerateOptions]) -> list[Generation]: ...
+    def generate(
         self,
         prompts: str | Sequence[str],
         *,
@@ -459,18 +478,20 @@ class ScaleRAE:
                 "and decode, not read, answer or judge"
             )
 
-    def encode(self, images: Sequence[Image.Image], batch_size: int = 32) -> list[Tensor]:
-        """Latents [L, C] of pictures.
+    def encode(self, images: Picture | Sequence[Picture], batch_size: int = 32) -> list[Tensor]:
+        """Latents [L, C] of pictures: images of Pillow's or paths of files, one or several.
 
         Raises:
+            InputError: for a file that holds no picture.
             ConfigError: for a FLUX-VAE-aligned checkpoint, whose latents are others than its encoder's.
         """
         self.check_reads()
+        pictures = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
 
         def encode(start: int, stop: int) -> list[Tensor]:
-            return self._encode(self.encoder.preprocess([to_rgb(image) for image in images[start:stop]]))
+            return self._encode(self.encoder.preprocess([as_rgb(picture) for picture in pictures[start:stop]]))
 
-        return self._in_batches(len(images), batch_size, encode, "encoding {} images at once")
+        return self._in_batches(len(pictures), batch_size, encode, "encoding {} images at once")
 
     def encode_pixels(self, pixels: Tensor, batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of pictures [N, 3, H, W] as `encoder.preprocess` makes them."""
@@ -488,12 +509,14 @@ class ScaleRAE:
         self,
         questions: str | Sequence[str],
         *,
-        images: Image.Image | Sequence[Image.Image] | None = None,
+        images: Picture | Sequence[Picture] | None = None,
         latents: Tensor | Sequence[Tensor] | None = None,
         max_new_tokens: int = 512,
         listen: TextListener | None = None,
     ) -> list[Answer]:
         """Answers, one for each question and its picture or latent (one picture or latent serves all questions).
+
+        Pictures are images of Pillow's or paths of files.
 
         `listen(i, text)` is called with answer i as far as it goes whenever it has grown by whole characters, and returns
         whether that answer is to go on.
@@ -505,7 +528,7 @@ class ScaleRAE:
         if (images is None) == (latents is None):
             raise InputError("give either images or latents to ask about")
         if images is not None:
-            latents = self.encode([images] if isinstance(images, Image.Image) else images)
+            latents = self.encode(images)
         elif isinstance(latents, Tensor) and latents.dim() == 2:
             latents = [latents]
         assert latents is not None
@@ -574,13 +597,16 @@ class ScaleRAE:
         expected = [self.config.tokens, self.config.channels]
         if not isinstance(latent, Tensor):
             raise InputError(f"a latent must be a tensor {expected}, not {type(latent).__name__}")
+        if latent.is_nested or latent.layout is not torch.strided or latent.device.type == "meta":
+            kind = "nested" if latent.is_nested else "meta" if latent.device.type == "meta" else "sparse"
+            raise InputError(f"the latent is a {kind} tensor; a latent is a plain one, with values")
         if latent.dim() == 3 and latent.shape[0] == 1:
             latent = latent[0]
         if list(latent.shape) != expected or not latent.is_floating_point():
             raise InputError(
                 f"the latent is {list(latent.shape)} {latent.dtype}; this model's latents are {expected} floats"
             )
-        latent = latent.detach().float().cpu()
+        latent = latent.detach().resolve_neg().float().cpu()
         # numpy's, on one thread: torch would wake a thread for every core, which after a drawing takes longer than the work.
         if not np.isfinite(latent.numpy()).all():
             raise InputError("the latent holds values that are not finite (NaN or infinity)")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 from torch import Tensor
 
+from scale_rae.errors import shorten
 from scale_rae.language import Reply
 
 
@@ -17,6 +18,10 @@ class GeneratedImage:
     latent: Tensor
     image: Image.Image | None
     seed: int
+
+    def __repr__(self) -> str:
+        size = f"{self.image.width} x {self.image.height}" if self.image is not None else "not decoded"
+        return f"GeneratedImage(latent {list(self.latent.shape)}, {size}, seed {self.seed})"
 
 
 @dataclass
@@ -29,6 +34,9 @@ class Generation:
     images: list[GeneratedImage]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        return f"Generation({shorten(self.prompt)!r} -> {shorten(self.text)!r}, {len(self.images)} images)"
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -36,3 +44,6 @@ class Answer:
 
     text: str
     reply: Reply
+
+    def __repr__(self) -> str:
+        return f"Answer({shorten(self.text)!r}, {len(self.reply.ids)} tokens)"

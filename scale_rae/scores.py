@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, shorten
 from scale_rae.language import LanguageModel, Reply
 from scale_rae.prompt import IMAGE, ChatTokenizer
 
@@ -37,6 +37,10 @@ class Score:
     image_conf_score: float
     question: str
     reply: str
+
+    def __repr__(self) -> str:
+        numbers = f"yes {self.yes_logit:.3f}, no {self.no_logit:.3f}, prompt loss {self.prompt_loss:.3f}"
+        return f"Score({self.answer}, {numbers}, {shorten(self.reply)!r})"
 
 
 def ask_question(template: str, prompt: str) -> str:

@@ -340,3 +340,15 @@ def test_peak_memory_is_near_the_weights_size(checkpoints: dict[str, Path], tmp_
         assert size > 1.0e9
         assert size < peak <= 1.3 * size, name
         shutil.rmtree(tmp_path / name)
+
+
+def test_drawing_imports_neither_transformers_nor_the_compiler() -> None:
+    """Each takes more than a second, and a small drawing less."""
+    code = (
+        "import sys, scale_rae\n"
+        "model = scale_rae.load('shapes', device='cpu')\n"
+        "model.generate('Can you generate a photo of a red circle?', steps=2)\n"
+        "print([m for m in ('transformers', 'huggingface_hub', 'torch._dynamo', 'sympy', 'scipy') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_overloads
 
 import numpy as np
 import pytest
@@ -16,13 +18,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+import scale_rae
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
 from scale_rae.kv_cache import KVCache
 from scale_rae.language import Reply
 from scale_rae.memory import MemoryErrors
 from scale_rae.noise import draw_noise, image_seed
 from scale_rae.options import SamplingOptions
-from scale_rae.pipeline import ScaleRAE
+from scale_rae.pipeline import GenerateOptions, ScaleRAE
+from scale_rae.results import GeneratedImage
 from tests.test_language import PROMPTS
 
 DRAW = PROMPTS[0]
@@ -403,3 +407,66 @@ def test_out_of_memory_while_loading(checkpoints: Any, monkeypatch: pytest.Monke
         match=r"^cpu: out of memory while loading the weights, \d+\.\d GiB as float32; try a smaller checkpoint, or --dtype bfloat16",
     ):
         ScaleRAE.from_pretrained(str(checkpoints["siglip"]), device="cpu")
+
+
+def test_pictures_are_images_or_paths(models: dict[str, ScaleRAE], tmp_path: Path) -> None:
+    model = models["siglip"]
+    picture = Image.effect_noise((30, 20), 90).convert("RGB")
+    picture.save(tmp_path / "cat.png")
+    (expected,) = model.encode([picture])
+    for given in (tmp_path / "cat.png", str(tmp_path / "cat.png"), [tmp_path / "cat.png"], picture):
+        (latent,) = model.encode(given)
+        assert torch.equal(latent, expected)
+    said = [
+        model.answer("What is it?", images=given, max_new_tokens=3)[0].reply.ids
+        for given in (picture, tmp_path / "cat.png", str(tmp_path / "cat.png"), [str(tmp_path / "cat.png")])
+    ]
+    assert said == [said[0]] * 4
+    with pytest.raises(InputError, match=r"none\.png: no such image"):
+        model.answer("What is it?", images=tmp_path / "none.png")
+    with pytest.raises(InputError, match="a picture must be a PIL image or a path, not int"):
+        model.answer("What is it?", images=[3])  # type: ignore[list-item]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_are_no_latents(models: dict[str, ScaleRAE]) -> None:
+    model = models["siglip"]
+    latent = torch.zeros(256, 768)
+    for kind, tensor in {
+        "meta": latent.to("meta"),
+        "nested": torch.nested.nested_tensor([latent, latent[:2]]),
+        "sparse": latent.to_sparse(),
+    }.items():
+        with pytest.raises(InputError, match=f"the latent is a {kind} tensor"):
+            model.check_latent(tensor)
+    negative = torch.complex(latent, latent + 1).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(model.check_latent(negative), latent - 1)
+
+
+def test_options_have_names_that_a_type_checker_knows() -> None:
+    """So that `load(devcie="cpu")` and `generate(prompt, step=3)` are found before they run."""
+    options, of_load = (inspect.signature(f).parameters for f in (ScaleRAE.from_pretrained, scale_rae.load))
+    assert {n: (p.annotation, p.default) for n, p in of_load.items() if n != "name"} == {
+        n: (p.annotation, p.default) for n, p in options.items() if n != "name"
+    }
+    assert not any(p.kind is p.VAR_KEYWORD for p in of_load.values())
+    generate = inspect.signature(ScaleRAE.generate).parameters
+    keywords = [n for n, p in generate.items() if p.kind is p.KEYWORD_ONLY]
+    assert keywords == list(GenerateOptions.__annotations__)
+    for overload in get_overloads(ScaleRAE.generate):
+        assert inspect.signature(overload).parameters["options"].annotation == "Unpack[GenerateOptions]"
+
+
+def test_what_the_model_gives_back_is_shown_in_a_line(models: dict[str, ScaleRAE]) -> None:
+    model = models["siglip"]
+    result = model.generate("a cat " * 30, steps=2)
+    answer = model.answer("What is it?", latents=torch.zeros(256, 768), max_new_tokens=4)[0]
+    score = model.score([torch.zeros(256, 768)], "a cat", max_new_tokens=4)[0]
+    for value in (result, [result], *result.images, result.reply, answer, score):
+        text = repr(value)
+        assert len(text) < 220
+        assert "tensor(" not in text
+        assert "\n" not in text
+    assert repr(GeneratedImage(torch.zeros(4, 3), None, 7)) == "GeneratedImage(latent [4, 3], not decoded, seed 7)"
+    assert repr(Reply([1, 2], condition=torch.zeros(4, 3))) == "Reply(2 tokens, condition [4, 3])"

@@ -12,9 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
-
 from scale_rae.errors import InputError
+from scale_rae.images import Picture
 from scale_rae.options import REWARDS as NAMES
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ class Reward(Protocol):
     def identity(self) -> dict[str, Any]:
         """{"name"} and what pins its files: for each part {"name", "revision"} or {"name", "files": {file: SHA-256}}."""
 
-    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+    def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """A score for each picture, higher for one that shows the prompt better; pictures may differ in size."""
 
 

@@ -22,6 +22,7 @@ from scale_rae.errors import CheckpointError
 from scale_rae.hub import Source
 from scale_rae.images import Picture
 from scale_rae.jsonio import Fields, read_json
+from scale_rae.provenance import file_record
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -74,13 +75,13 @@ class ImageReward:
 
     def identity(self) -> dict[str, Any]:
         """What pins weights and tokenizer."""
-        identity = {"name": self.name, "weights": parts.pinned(self.source)}
+        identity = {"name": self.name, "weights": file_record(self.source)}
         if self.tokenizer_source.folder != self.source.folder:
-            identity["tokenizer"] = parts.pinned(self.tokenizer_source)
+            identity["tokenizer"] = file_record(self.tokenizer_source)
         return identity
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+    def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """Rewards, of mean 0 and deviation 1 over ImageReward's training set; the prompt is cut after 35 tokens."""
         text = self._tokenizer.encode(prompt)
         ids, mask = (torch.tensor([row], device=self._device) for row in (text.ids, text.attention_mask))  # [1, 35]

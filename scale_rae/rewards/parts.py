@@ -15,7 +15,7 @@ from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, last_line
 from scale_rae.files import check_file
 from scale_rae.hub import Source, find, import_hub
-from scale_rae.images import to_rgb
+from scale_rae.images import Picture, as_rgb
 from scale_rae.jsonio import read_json
 from scale_rae.tokenizer_file import read_qwen2, read_tokenizer_json, reading
 
@@ -66,13 +66,6 @@ def require(folder: Path, files: Sequence[str], reward: str, repo: str) -> None:
 
 def _origin(reward: str, repo: str, needs: str) -> str:
     return f"The reward {reward} needs the {needs} of https://huggingface.co/{repo}: copy them"
-
-
-def pinned(source: Source) -> dict[str, Any]:
-    """What pins a part's files: {"name", "revision"} for those of the hub, else {"name", "files": {file: SHA-256}}."""
-    if source.revision:
-        return {"name": source.name, "revision": source.revision}
-    return {"name": source.address, "files": source.identity()}
 
 
 def build(make: Callable[[], Module], where: Path) -> Module:
@@ -146,10 +139,10 @@ def pad_id(folder: Path, tokenizer: Tokenizer) -> int:
     return int(index)
 
 
-def batches(images: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
+def batches(images: Sequence[Picture]) -> Iterator[list[Image.Image]]:
     """The pictures as RGB, `BATCH` at a time."""
     for start in range(0, len(images), BATCH):
-        yield [to_rgb(image) for image in images[start : start + BATCH]]
+        yield [as_rgb(picture) for picture in images[start : start + BATCH]]
 
 
 def similarity(pictures: Tensor, text: Tensor) -> Tensor:

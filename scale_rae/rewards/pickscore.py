@@ -19,7 +19,9 @@ from scale_rae.config import check_numbers, library_fields
 from scale_rae.encoder import LARGEST_IMAGE
 from scale_rae.errors import CheckpointError, ConfigError, last_line
 from scale_rae.hub import Source, import_hub, weight_files
+from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
+from scale_rae.provenance import file_record
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -81,13 +83,13 @@ class PickScore:
 
     def identity(self) -> dict[str, Any]:
         """What pins weights, tokenizer and image processor."""
-        identity = {"name": self.name, "weights": parts.pinned(self.source)}
+        identity = {"name": self.name, "weights": file_record(self.source)}
         if self.processor_source.folder != self.source.folder:
-            identity["processor"] = parts.pinned(self.processor_source)
+            identity["processor"] = file_record(self.processor_source)
         return identity
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+    def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """Logits, about 20 for most pictures; the prompt is cut after 77 tokens."""
         ids = torch.tensor([self._tokenizer.encode(prompt).ids], device=self._device)  # [1, T], never padded
         text = self.network.get_text_features(input_ids=ids).pooler_output  # [1, D]

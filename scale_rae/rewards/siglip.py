@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.config import library_fields
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
 from scale_rae.hub import weight_files
+from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
+from scale_rae.provenance import file_record
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class SiglipReward:
 
     def identity(self) -> dict[str, Any]:
         """What pins the encoder's folder."""
-        return {"name": self.name, "weights": parts.pinned(self.source)}
+        return {"name": self.name, "weights": file_record(self.source)}
 
     def text_embeds(self, text: str) -> Tensor:
         """[1, D] of a text, lower-cased as SigLIP's training texts were."""
@@ -100,7 +101,7 @@ class SiglipReward:
         return self._text(input_ids=ids).pooler_output  # type: ignore[no-any-return]
 
     @torch.inference_mode()
-    def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+    def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """Logits: above 0 SigLIP finds that picture and prompt belong together."""
         encoder, text = self._encoder, self.text_embeds(prompt)
         scores: list[float] = []
