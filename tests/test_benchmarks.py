@@ -5,12 +5,13 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import random
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,26 @@ from benchmarks.bench import Bench, write_between_marks
 from scale_rae.errors import InputError
 
 ROOT = Path(__file__).parents[1]
+Script = Callable[..., str]
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Script:
+    """Runs a benchmark's file as a program, in this process, which has torch; returns what it printed."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(ROOT)
+
+    def run(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            runpy.run_path(str(ROOT / "benchmarks" / name), run_name="__main__")
+        except SystemExit as exit:
+            if exit.code:
+                pytest.fail(f"{name} ended with {exit.code}: {capsys.readouterr()}")
+        return capsys.readouterr().out
+
+    return run
 
 
 def test_benchmarks_find_a_package_that_is_not_installed(tmp_path: Path) -> None:
@@ -53,20 +74,16 @@ def test_benchmarks_need_neither_tests_nor_private_names_of_the_package() -> Non
         assert not private.search(text), file
 
 
-def test_cpu_benchmark(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/cpu.py", "--repeat", "1", "--steps", "4"]
-    command += ["--json", str(tmp_path / "cpu.json")]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
+def test_cpu_benchmark(script: Script, tmp_path: Path) -> None:
+    shown = script("cpu.py", "--repeat", 1, "--steps", 4, "--json", tmp_path / "cpu.json")
     figures = json.loads((tmp_path / "cpu.json").read_text())
     assert all(value > 0 for value in figures.values() if isinstance(value, float))
     assert all(name in shown for name in figures)
 
 
-def test_two_devices(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/two_gpus.py", "--devices", "cpu,cpu", "--tiny", "--prompts", "3"]
-    command += ["--steps", "2", "--out", str(tmp_path / "out"), "--json", str(tmp_path / "figures.json")]
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+def test_two_devices(script: Script, tmp_path: Path) -> None:
+    command = ["--devices", "cpu,cpu", "--tiny", "--prompts", 3, "--steps", 2, "--out", tmp_path / "out"]
+    shown = script("two_gpus.py", *command, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["one"]["images"] == figures["several"]["images"] == 24
     assert figures["files"]["files"] == 3 * 9
@@ -94,23 +111,9 @@ def test_load_finds_pictures_of_another_seed() -> None:
     assert serve.compare([*rows, row(1, fifth.astype(np.uint8), "d")], references, exact=False)[0] == 1
 
 
-def test_load_on_a_server(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/serve.py", "--full-size", "tiny", "--device", "cpu", "--clients", "6"]
-    command += [
-        "--seconds",
-        "4",
-        "--cases",
-        "8",
-        "--steps",
-        "12",
-        "--lone",
-        "2",
-        "--json",
-        str(tmp_path / "figures.json"),
-    ]
-    subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "2"}
-    )
+def test_load_on_a_server(script: Script, tmp_path: Path) -> None:
+    command = ["--full-size", "tiny", "--device", "cpu", "--clients", 6, "--seconds", 4, "--cases", 8, "--steps", 12]
+    script("serve.py", *command, "--lone", 2, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["statuses"] == {"200": figures["requests"]}
     assert figures["requests"] >= 12
@@ -219,20 +222,16 @@ def test_scaling_study_ranks_as_select_does(tmp_path: Path) -> None:
             assert study_analysis.order(made, choice, count) == selection.ranking.order
 
 
-def test_scaling_study_draws_and_goes_on(tmp_path: Path) -> None:
-    def run(*more: str) -> str:
-        command = [sys.executable, "benchmarks/scaling_study.py", "--out", str(tmp_path / "out"), "--steps", "2"]
-        command += ["--n-samples", "1", "--rounds", "2", "--device", "cpu", *more]
-        env = os.environ | {"OMP_NUM_THREADS": "1"}
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
-        assert ran.returncode == 0, ran.stderr
-        return ran.stdout
+def test_scaling_study_draws_and_goes_on(script: Script, tmp_path: Path) -> None:
+    def run(*more: object) -> str:
+        command = ["--out", tmp_path / "out", "--steps", 2, "--n-samples", 1, "--rounds", 2, "--device", "cpu"]
+        return script("scaling_study.py", *command, "--judges", 1, *more)
 
     file = tmp_path / "out" / "results.jsonl"
-    assert "4 images drawn" in run("--prompts", "2", "--only", "draw")
+    assert "4 images drawn" in run("--prompts", 2, "--only", "draw")
     first = file.read_text()
     file.write_text(first + '{"index": 2, "tag"')  # as if stopped while it wrote
-    shown = run("--prompts", "3")
+    shown = run("--prompts", 3)
     assert "2 images drawn" in shown
     assert "| combined, siglip |" in shown
     assert file.read_text().startswith(first)
@@ -257,12 +256,10 @@ def test_scaling_study_draws_and_goes_on(tmp_path: Path) -> None:
             assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
+def test_gpu_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
     """Every stage runs on tiny networks on the CPU, so that mistakes show before GPU time is paid for."""
     file = tmp_path / "gpu.json"
-    command = [sys.executable, "benchmarks/gpu.py", "--tiny", "--device", "cpu", "--repeat", "1", "--json", str(file)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    shown = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
+    shown = script("gpu.py", "--tiny", "--device", "cpu", "--repeat", 1, "--json", file)
     result = json.loads(file.read_text())
     assert result["errors"] == {}
     assert result["skipped"] == []
@@ -272,14 +269,13 @@ def test_gpu_benchmark_in_miniature(tmp_path: Path) -> None:
     sampled = [row for row in result["figures"] if row["name"] == "tiny, batch 8"]
     assert [row["share_sustained"] > 0 for row in sampled] == [True]
     assert "s in all" in shown
-    command = [sys.executable, "benchmarks/gpu.py", "--markdown", str(file)]
-    table = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT, env=env).stdout
+    table = script("gpu.py", "--markdown", file)
     assert all(row["name"] in table for row in result["figures"])
     assert f"| {sampled[0]['share_sustained']:.1%} |" in table
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "performance.md").read_text())
     for _ in range(2):
-        subprocess.run([*command, "--into", str(page)], check=True, cwd=ROOT, env=env)
+        script("gpu.py", "--markdown", file, "--into", page)
         assert page.read_text().count(table.strip()) == 1
     assert "## Tricks" in page.read_text()
 
