@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import library_fields
 from scale_rae.errors import CheckpointError, ConfigError, first_line, need
 from scale_rae.hub import weight_files
 from scale_rae.jsonio import Fields, read_json
@@ -69,15 +70,18 @@ def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.devi
     scaling, shift = fields.number("scaling_factor"), fields.number("shift_factor")
     if scaling == 0:
         raise fields.fail("scaling_factor", "is 0; latents are divided by it")
-    sizes = {name: value for name, value in raw.items() if not name.startswith("_")}
+    sizes = library_fields({name: value for name, value in raw.items() if not name.startswith("_")}, path)
+    files = weight_files(folder)
+    reader = TensorReader(files)
+    for name in ("block_out_channels", "layers_per_block"):
+        size = sizes.get(name)
+        reader.check_depth(len(size) if isinstance(size, list) else size if isinstance(size, int) else 0, name, path)
     try:
         with torch.device("meta"):
             vae = AutoencoderKL.from_config(sizes | {"use_quant_conv": False, "use_post_quant_conv": False})
     except Exception as e:  # the library's many ways to refuse a value
         raise ConfigError(f"{path}: not a usable VAE config ({first_line(e)})") from e
     del vae.encoder
-    files = weight_files(folder)
-    reader = TensorReader(files)
     if any(name.startswith(("quant_conv.", "post_quant_conv.")) for name in reader.tensors):
         raise CheckpointError(f"{files[0]}: has quant convolutions, which VAEs of 16 channels like FLUX's do without")
     fill({"": vae}, reader, dtype, device, ignore=lambda name: name.startswith("encoder."))

@@ -180,6 +180,9 @@ def test_a_folder_vae_with_the_model_comes_first(changed: Path, beside: bool) ->
         ({"scaling_factor": 0}, "scaling_factor is 0"),
         ({"_class_name": "AutoencoderTiny"}, "_class_name 'AutoencoderTiny' is not supported"),
         ({"up_block_types": ["NoSuchBlock"] * 3}, "not a usable VAE config"),
+        ({"layers_per_block": 10**5}, "layers_per_block is 100000, but the weights hold only"),
+        ({"block_out_channels": [32] * 10**4}, "block_out_channels is 10000, but the weights hold only"),
+        ({"sample_size": 1 << 40}, "sample_size holds 1099511627776; at most"),
     ],
 )
 def test_a_wrong_vae_config_is_named(changed: Path, fields: dict[str, Any], says: str) -> None:
