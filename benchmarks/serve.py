@@ -203,11 +203,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from scale_rae.memory import pick_device
+    from scale_rae.opening import silence_libraries
+    from scale_rae.options import ModelChoice
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.serve.engine import Engine
     from scale_rae.serve.server import Server, bind
     from scale_rae.serve.settings import Limits, ServeSettings
-    from scale_rae.session import ModelChoice, silence_libraries
 
     silence_libraries()
     device = pick_device(args.device)

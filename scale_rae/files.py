@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import os
 import select
 import stat
@@ -25,6 +26,12 @@ _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what systems and file 
 def is_lfs_pointer(start: bytes) -> bool:
     """Whether a file that begins so is git-LFS's placeholder for a file that was not downloaded."""
     return start.startswith(_LFS_POINTER)
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_name(path: str | os.PathLike[str], what: str, error: type[ScaleRAEError] = InputError) -> None:

@@ -6,7 +6,6 @@ it, and last the model hub (huggingface_hub: HF_HOME, HF_TOKEN and offline mode 
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -49,28 +48,6 @@ class Source:
         """A name that finds the files again from any folder (a part that lies with its model: given the model)."""
         by_name = self.own or self.revision is not None or self.name in BUNDLED
         return self.name if by_name else str(self.folder.absolute())
-
-    def identity(self) -> dict[str, str]:
-        """What pins these files: the hub's commit, or a SHA-256 of each file that is loaded."""
-        if self.revision:
-            return {"revision": self.revision}
-        names = [p.name for p in self.folder.iterdir() if p.is_file()]
-        loaded = [name for name in names if name in self.files] if self.files else needed(names, self.what)
-        return {name: _sha256(self.folder / name) for name in sorted(loaded)}
-
-
-def changed_files(recorded: dict[str, str], now: dict[str, str], what: str) -> list[str]:
-    """Names of files whose hashes differ between two identities of a `what`.
-
-    Earlier versions also recorded files that are not loaded; those do not count.
-    """
-    names = {*now, *needed(list(recorded), what)}
-    return sorted(name for name in names if recorded.get(name) != now.get(name))
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def find(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scale_rae.files import sha256
 from scale_rae.jsonio import dump_json
 from scale_rae.options import Sampling
 from scale_rae.version import __version__
@@ -16,7 +16,7 @@ def drawing_manifest(
     mode: Mapping[str, Any],
     prompt: str,
     recorded: Mapping[str, Any],
-    described: Mapping[str, Any],
+    opened: Mapping[str, Any],
     sampling: Sampling,
     image_seeds: Sequence[int],
     batch_size: int,
@@ -24,12 +24,12 @@ def drawing_manifest(
     output_text: str,
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
-    """One message's manifest, without the paths that writing adds. `described` is `Session.describe`'s."""
+    """One message's manifest, without the paths that writing adds. `opened` is `OpenedModel.record`'s."""
     return {
         **mode,
         "prompt": prompt,
         **recorded,
-        **described,
+        **opened,
         "seed": sampling.seed,
         "image_seeds": list(image_seeds),
         "guidance_level": sampling.guidance_level,
@@ -46,8 +46,7 @@ def drawing_manifest(
 
 def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
     """What a manifest records of the latents that were shown."""
-    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths]
-    return {"input_latents": [str(path) for path in paths], "input_latents_sha256": digests}
+    return {"input_latents": [str(path) for path in paths], "input_latents_sha256": [sha256(path) for path in paths]}
 
 
 def png_text(manifest: Mapping[str, Any], seed: int | None = None) -> dict[str, str]:

@@ -18,8 +18,9 @@ from huggingface_hub.utils import _http
 
 from scale_rae.cli import main
 from scale_rae.errors import CheckpointError, HubError
-from scale_rae.hub import changed_files, find
+from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.provenance import changed_files, file_hashes, file_record
 from tests.helpers.fake_hub import FakeHub, Repo
 
 MODEL, ENCODER, DECODER = "some-lab/drawer", "google/siglip2-base-patch14-224", "nyu-visionx/siglip2_decoder"
@@ -102,7 +103,7 @@ def test_draws_with_everything_from_the_hub(hub: FakeHub, checkpoints: dict[str,
     assert torch.equal(drawn.images[0].latent, local.images[0].latent)
     assert drawn.images[0].image is not None
     assert drawn.images[0].image.tobytes() == local.images[0].image.tobytes()  # type: ignore[union-attr]
-    assert model.source.identity() == {"revision": hub.repos[MODEL].commit("main")}
+    assert file_record(model.source) == {"name": MODEL, "revision": hub.repos[MODEL].commit("main")}
     assert model.encoder_source is not None
     assert model.encoder_source.name == ENCODER
     assert model.decoder_source is not None
@@ -141,7 +142,7 @@ def test_revision(small: FakeHub) -> None:
     now, old = find(MODEL, "model"), find(MODEL, "model", revision="v1")
     assert (now.folder / "config.json").read_bytes() == CONFIG
     assert (old.folder / "config.json").read_bytes() == b'{"old": 1}'
-    assert old.identity() == {"revision": small.repos[MODEL].commit("v1")}
+    assert file_record(old) == {"name": MODEL, "revision": small.repos[MODEL].commit("v1")}
     assert find(MODEL, "model", revision=old.revision).folder == old.folder
 
 
@@ -308,19 +309,19 @@ def test_variables_that_the_library_cannot_be_imported_with(variable: str, value
     assert run.stderr.startswith(f"{variable} is {value!r}: ignored (invalid literal")
 
 
-def test_identity_is_of_the_files_that_are_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_hashes_are_of_the_files_that_are_loaded(checkpoints: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(checkpoints["siglip"], folder)
-    before = find(str(folder), "model").identity()
+    before = file_hashes(find(str(folder), "model"))
     assert set(before) == {"config.json", "merges.txt", "model.safetensors", "tokenizer_config.json", "vocab.json"}
     for name in ("._config.json", "notes.txt", "training_args.bin", "pytorch_model.bin", "trainer_state.json"):
         (folder / name).write_text("x")
-    assert find(str(folder), "model").identity() == before
+    assert file_hashes(find(str(folder), "model")) == before
     (folder / "added_tokens.json").write_text("{}")
-    assert set(find(str(folder), "model").identity()) == {*before, "added_tokens.json"}
+    assert set(file_hashes(find(str(folder), "model"))) == {*before, "added_tokens.json"}
 
 
-def test_identities_that_earlier_versions_recorded() -> None:
+def test_records_of_earlier_versions() -> None:
     old = {"config.json": "1", "model.safetensors": "2", "notes.txt": "3", "pytorch_model.bin": "4"}
     assert changed_files(old, {"config.json": "1", "model.safetensors": "2"}, "model") == []
     assert changed_files(old, {"config.json": "1", "model.safetensors": "5"}, "model") == ["model.safetensors"]

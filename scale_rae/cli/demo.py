@@ -65,8 +65,8 @@ def command(
     """
     need("demo", "scale-rae demo", "gradio")
     from scale_rae.demo.listening import bind
+    from scale_rae.opening import OpenedModel, find_model
     from scale_rae.outputs import check_folder
-    from scale_rae.session import Session, find_model
 
     if output_dir is not None:
         check_folder(output_dir)
@@ -90,7 +90,7 @@ def command(
             settle(shown)
             from scale_rae.demo import page, server
             from scale_rae.demo.work import Studio
-        session = Session(choice, bars, decoder=True, debug=debug, source=source)
+        session = OpenedModel(choice, bars, decoder=True, debug=debug, source=source)
         studio = Studio(session, choice, folder, shown / "drawn")
         running = server.launch(page.build(studio, shown), listener, shown, allow_host or (), open_browser)
         if host not in LOOPBACK:

@@ -14,9 +14,9 @@ from scale_rae.cli.options import Output, PostQA
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, OutputError
 from scale_rae.manifest import drawing_manifest, png_text
+from scale_rae.opening import OpenedModel, find_model
 from scale_rae.options import ModelChoice, Sampling
 from scale_rae.outputs import Sample, save_run, timestamp
-from scale_rae.session import Session, find_model
 from scale_rae.wording import is_refusal, what_it_can
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
 
 
 def send(
-    session: Session,
+    session: OpenedModel,
     mode: dict[str, Any],
     messages: Sequence[Message],
     sampling: Sampling,
@@ -109,7 +109,7 @@ def send(
                 start = time.perf_counter()
                 answers = _ask_about(model, batch, results, images, post_qa, batch_size)
                 seconds["post_qa"] = round(time.perf_counter() - start, 3)
-            described = session.describe()
+            described = session.record()
             for j, (message, result) in enumerate(zip(batch, results, strict=True)):
                 manifest = drawing_manifest(
                     mode,
@@ -174,7 +174,7 @@ class _Writer:
             print_results(self._underway.pop(0).result(), self._output)
 
 
-def note_shortcomings(session: Session, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
+def note_shortcomings(session: OpenedModel, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
     """Says on stderr what is wrong with answers; fails where one would have been a picture, to draw which `instead` says how."""
     withheld = sum(outcome.withheld for outcome in outcomes)
     if any(not (outcome.drew or outcome.text or outcome.withheld) for outcome in outcomes):

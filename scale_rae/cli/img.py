@@ -11,9 +11,9 @@ import typer
 from scale_rae.cli import options as o
 from scale_rae.cli.drawing import Message, note_shortcomings, prepare, send
 from scale_rae.cli.progress import Bars
+from scale_rae.opening import OpenedModel
 from scale_rae.outputs import check_folder
 from scale_rae.prompt import clean_message
-from scale_rae.session import Session
 from scale_rae.wording import asks_to_draw
 
 
@@ -70,7 +70,7 @@ def command(
     choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
     source = prepare(choice, sampling, bars)
     output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
-    session = Session(choice, bars, source=source, encoder=True, debug=debug)
+    session = OpenedModel(choice, bars, source=source, encoder=True, debug=debug)
     message = Message(prompt, session.model.encode([picture])[0])
     mode = {"mode": "img", "image": str(image), "image_sha256": digest}
     may_draw = asks_to_draw(prompt) if draw is None else draw

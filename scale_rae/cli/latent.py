@@ -16,9 +16,9 @@ from scale_rae.cli.drawing import Message, note_shortcomings, prepare, print_res
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError
 from scale_rae.manifest import input_latents, png_text
+from scale_rae.opening import OpenedModel
 from scale_rae.outputs import Sample, check_folder, save_run, timestamp
 from scale_rae.prompt import clean_message
-from scale_rae.session import Session
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -89,7 +89,7 @@ def command(
 
     latents = [load_latent(path) for path in paths]
     output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
-    session = Session(choice, bars, source=source, decoder=action == "decode", debug=debug)
+    session = OpenedModel(choice, bars, source=source, decoder=action == "decode", debug=debug)
     for i, path in enumerate(paths):
         try:
             latents[i] = session.model.check_latent(latents[i])
@@ -111,7 +111,7 @@ def command(
 
 
 def _decode(
-    session: Session,
+    session: OpenedModel,
     mode: dict[str, Any],
     paths: Sequence[Path],
     latents: Sequence[Tensor],
@@ -122,7 +122,7 @@ def _decode(
     size = batch_size or 32
     images = session.model.decode(latents, size)
     seconds = session.seconds | {"decoding": round(time.perf_counter() - start, 3)}
-    manifest = {**mode, "prompt": None, **input_latents(paths), **session.describe(), "batch_size": size}
+    manifest = {**mode, "prompt": None, **input_latents(paths), **session.record(), "batch_size": size}
     manifest |= {"output_text": None, "seconds": seconds}
     text = png_text(manifest)
     samples = [

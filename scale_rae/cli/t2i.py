@@ -13,11 +13,12 @@ from scale_rae.cli.app import fail, say
 from scale_rae.cli.drawing import Message, prepare, send
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, OptionError
+from scale_rae.opening import OpenedModel
 from scale_rae.options import check_count
 from scale_rae.outputs import check_folder, read_manifest
 from scale_rae.prompt import clean_message
 from scale_rae.promptfile import read_prompts, read_template
-from scale_rae.session import Session, differences
+from scale_rae.provenance import differences
 from scale_rae.wording import after_no_drawing
 
 # What a manifest decides, so that these options cannot go with --from-manifest.
@@ -133,7 +134,7 @@ def command(
     check_folder(output_dir)
     bars = Bars()
     source = prepare(choice, sampling, bars)
-    session = Session(choice, bars, source=source, decoder=not skip_decoder, debug=debug)
+    session = OpenedModel(choice, bars, source=source, decoder=not skip_decoder, debug=debug)
     if recorded is not None:
         _check_same_model(recorded, session, from_manifest, force)
     outcomes = send(session, {"mode": "t2i"}, messages, sampling, output, bars, post_qa)
@@ -224,9 +225,9 @@ def _from_manifest(
     return [message], dataclasses.replace(sampling, guidance_level=float(sampling.guidance_level)), choice
 
 
-def _check_same_model(recorded: dict[str, Any], session: Session, path: Path | None, force: bool) -> None:
+def _check_same_model(recorded: dict[str, Any], session: OpenedModel, path: Path | None, force: bool) -> None:
     """Refuses, or with `force` warns, when the files loaded are not those that drew the manifest's images."""
-    now = session.describe()
+    now = session.record()
     found = differences(recorded, now)
     if found and not force:
         raise InputError(

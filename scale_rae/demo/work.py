@@ -28,7 +28,8 @@ from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
 from scale_rae.noise import image_seed
-from scale_rae.options import PROMPT_PREFIX, Sampling, SamplingOptions
+from scale_rae.opening import OpenedModel
+from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling, SamplingOptions
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
@@ -37,7 +38,6 @@ from scale_rae.scaling.experiment import check_finite, judgement, prompt_record
 from scale_rae.scaling.explain import why_dropped
 from scale_rae.scaling.select import Prompt, Ranking, metric_named, rank
 from scale_rae.scaling.settings import Settings
-from scale_rae.session import ModelChoice, Session
 from scale_rae.wording import after_no_drawing, as_request, is_bundled
 
 MOST_IMAGES = 16
@@ -168,7 +168,7 @@ class Studio:
     may hold other things, nothing. Without it, drawings are shown where they are.
     """
 
-    def __init__(self, session: Session, choice: ModelChoice, folder: Path, shown: Path | None = None) -> None:
+    def __init__(self, session: OpenedModel, choice: ModelChoice, folder: Path, shown: Path | None = None) -> None:
         self.session, self.choice, self.folder, self.shown = session, choice, folder, shown
         self.model: ScaleRAE = session.model
         self.turn = threading.Lock()
@@ -298,7 +298,7 @@ class Studio:
         text: str,
     ) -> Drawing:
         alone = dataclasses.replace(sampling, num_images=1, seed=seed)
-        described = self.session.describe()
+        described = self.session.record()
         manifest = drawing_manifest(
             mode, request, {}, described, alone, [seed], 1, 1, text, self.session.seconds
         )  # of one image: an image does not depend on those drawn with it

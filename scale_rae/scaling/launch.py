@@ -30,7 +30,7 @@ _LOOK = 1.0  # seconds between looks at the folder that a launcher's processes s
 T = TypeVar("T")
 
 if TYPE_CHECKING:
-    from scale_rae.session import LoadingBar
+    from scale_rae.opening import LoadingBar
 
 
 @dataclass(frozen=True)

@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from scale_rae.language import Reply
+    from scale_rae.opening import LoadingBar, OpenedModel
     from scale_rae.options import SamplingOptions
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
-    from scale_rae.session import LoadingBar, Session
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -87,7 +87,8 @@ def loaded(
     Raises:
         ScaleRAEError: when model or reward cannot be loaded, or are not the experiment's.
     """
-    from scale_rae.session import ModelChoice, Session
+    from scale_rae.opening import OpenedModel
+    from scale_rae.options import ModelChoice
 
     store.make_folders()
     log = WorkerLog(store, order.rank)
@@ -102,7 +103,7 @@ def loaded(
         settings.compile,
         settings.quantize,
     )
-    session = Session(
+    session = OpenedModel(
         choice,
         bars,
         decoder=True,
@@ -138,7 +139,7 @@ def loaded(
             raise
 
 
-def _with_reward(store: Store, settings: Settings, order: Order, session: Session, listen: Listener) -> Settings:
+def _with_reward(store: Store, settings: Settings, order: Order, session: OpenedModel, listen: Listener) -> Settings:
     """The settings with the reward that was left open: the experiment's, or of a new one the model's own or the guide's."""
     from scale_rae.rewards import DEFAULT_REWARD, default_reward
 
@@ -157,7 +158,7 @@ def _join_experiment(
     store: Store,
     settings: Settings,
     order: Order,
-    session: Session,
+    session: OpenedModel,
     reward: Reward | None,
     listen: Listener,
     measure: Callable[[], int],
@@ -166,7 +167,7 @@ def _join_experiment(
 
     Returns the experiment's batch size, for which the first worker asks `measure` when none is given.
     """
-    from scale_rae.session import differences, reward_differs
+    from scale_rae.provenance import differences, reward_differs
 
     model = session.model
     recorded = store.read_experiment()
@@ -176,7 +177,7 @@ def _join_experiment(
         size = size or recorded["settings"]["batch_size"]
     if size is None:
         size = measure() if _measures(model) else 8
-    described = session.describe()
+    described = session.record()
     now = {
         **order.description,
         "settings": order.description["settings"] | {"batch_size": size, "dtype": described["dtype"]},

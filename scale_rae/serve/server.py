@@ -23,9 +23,9 @@ from scale_rae.serve.engine import Engine
 from scale_rae.serve.settings import Limits, ServeSettings
 
 if TYPE_CHECKING:
+    from scale_rae.opening import LoadingBar
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
-    from scale_rae.session import LoadingBar
 
 BACKLOG = 128  # connections that wait to be accepted; asyncio accepts as many at once, before they are counted
 OTHER_FILES = 256 + BACKLOG  # that a server may have open besides its connections
@@ -36,10 +36,10 @@ def make_engine(settings: ServeSettings, bars: LoadingBar | None = None) -> Engi
     """An engine that will load the settings' model and rewards."""
 
     def load() -> tuple[ScaleRAE, dict[str, Reward]]:
+        from scale_rae.opening import OpenedModel
         from scale_rae.rewards import load_reward
-        from scale_rae.session import Session
 
-        model = Session(settings.choice, bars, decoder=True, encoder=True, debug=settings.debug).model
+        model = OpenedModel(settings.choice, bars, decoder=True, encoder=True, debug=settings.debug).model
         return model, {name: load_reward(name, model, settings.reward_path) for name in settings.rewards}
 
     return Engine(

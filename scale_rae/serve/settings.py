@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from scale_rae.options import PROMPT_PREFIX
-from scale_rae.session import ModelChoice
+from scale_rae.options import PROMPT_PREFIX, ModelChoice
 
 API_KEY_VARIABLE = "SCALE_RAE_API_KEY"
 OWN_JUDGEMENT = "answer"  # in place of a reward's name: the model's own yes or no about what it drew

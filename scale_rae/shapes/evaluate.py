@@ -223,7 +223,7 @@ def _load(
     model_path: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None
 ) -> scale_rae.ScaleRAE:
     """The model, after the checks that need no torch."""
-    from scale_rae.session import find_model
+    from scale_rae.opening import find_model
 
     source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize))
     return scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize)

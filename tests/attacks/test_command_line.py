@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from scale_rae import session
+from scale_rae import provenance
 from scale_rae.cli import app, drawing
 from scale_rae.cli.options import Output
 from scale_rae.cli.progress import ScalingDisplay
@@ -90,7 +90,7 @@ def test_progress_of_scaling_is_escaped(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_differences_from_a_manifest_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
-    found = session.differences(
+    found = provenance.differences(
         {"model": {"name": "a", "revision": HOSTILE}}, {"model": {"name": "a", "revision": "b"}}
     )
     app.say(f"warning: {found}")

@@ -22,7 +22,8 @@ httpx = pytest.importorskip("httpx")  # comes with gradio
 from scale_rae.demo import gate, page, server  # noqa: E402 - imports gradio
 from scale_rae.demo.listening import bind  # noqa: E402
 from scale_rae.demo.work import LARGEST_FILE, Studio  # noqa: E402
-from scale_rae.session import ModelChoice, Session  # noqa: E402
+from scale_rae.opening import OpenedModel  # noqa: E402
+from scale_rae.options import ModelChoice  # noqa: E402
 
 pytestmark = pytest.mark.attack
 API = "/gradio_api"
@@ -38,7 +39,7 @@ class Page:
         for folder in (self.output, self.folder):
             folder.mkdir()
         choice = ModelChoice("shapes", device="cpu")
-        self.studio = Studio(Session(choice, decoder=True), choice, self.output, self.folder / "drawn")
+        self.studio = Studio(OpenedModel(choice, decoder=True), choice, self.output, self.folder / "drawn")
         self.built = page.build(self.studio, self.folder)
         self.running = server.launch(self.built, bind("127.0.0.1", None), self.folder)
         self.url = self.running.url.rstrip("/")

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import scale_rae
-from scale_rae import session
+from scale_rae import provenance
 from scale_rae.cli import drawing
 from scale_rae.cli.options import Output
 from scale_rae.hub import Source
@@ -131,11 +131,11 @@ def test_manifest_says_all(t2i: Cli, out: Path, checkpoints: dict[str, Path]) ->
 
 def test_hashing_does_not_hold_up_the_drawing(t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = threading.Event()
-    identity, generate = Source.identity, ScaleRAE.generate
+    record, generate = provenance.file_record, ScaleRAE.generate
 
-    def slow_identity(self: Source) -> dict[str, str]:
+    def slow_record(source: Source) -> dict[str, Any]:
         assert drawn.wait(60), "the drawing waits for the hashes"
-        return identity(self)
+        return record(source)
 
     def noticed(self: ScaleRAE, *args: Any, **options: Any) -> Any:
         try:
@@ -143,7 +143,7 @@ def test_hashing_does_not_hold_up_the_drawing(t2i: Cli, out: Path, monkeypatch: 
         finally:
             drawn.set()
 
-    monkeypatch.setattr(Source, "identity", slow_identity)
+    monkeypatch.setattr(provenance, "file_record", slow_record)
     monkeypatch.setattr(ScaleRAE, "generate", noticed)
     assert t2i("--prompt", DRAW).code == 0
     assert "model.safetensors" in only_manifest(out)["model"]["files"]
@@ -333,11 +333,15 @@ def test_manifests_that_cannot_be_drawn(cli: Cli, t2i: Cli, out: Path, tmp_path:
 
 def test_differences_of_revisions() -> None:
     hub, folder = {"name": "a/b", "revision": "1"}, {"name": "/b", "files": {"x": "1"}}
-    assert session.differences({"model": hub}, {"model": hub | {"name": "c/d"}}) == []
-    assert session.differences({"model": hub}, {"model": hub | {"revision": "2"}}) == ["model: revision 2 here, 1 then"]
-    assert session.differences({"model": hub}, {"model": folder}) == ["model: folder /b here, hub revision 1 then"]
-    assert session.differences({"decoder": None}, {"decoder": folder}) == []
-    assert session.differences({"model": folder}, {"model": {"name": "/c", "files": {"y": "1"}}}) == ["model: y in /c"]
+    assert provenance.differences({"model": hub}, {"model": hub | {"name": "c/d"}}) == []
+    assert provenance.differences({"model": hub}, {"model": hub | {"revision": "2"}}) == [
+        "model: revision 2 here, 1 then"
+    ]
+    assert provenance.differences({"model": hub}, {"model": folder}) == ["model: folder /b here, hub revision 1 then"]
+    assert provenance.differences({"decoder": None}, {"decoder": folder}) == []
+    assert provenance.differences({"model": folder}, {"model": {"name": "/c", "files": {"y": "1"}}}) == [
+        "model: y in /c"
+    ]
 
 
 # --- prompt files ------------------------------------------------------------------------------------------------

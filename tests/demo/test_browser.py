@@ -19,7 +19,8 @@ from PIL import Image
 
 from scale_rae.demo.listening import bind
 from scale_rae.demo.work import Studio
-from scale_rae.session import ModelChoice, Session
+from scale_rae.opening import OpenedModel
+from scale_rae.options import ModelChoice
 from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
 from tests.helpers.png import png_of_size
 
@@ -40,7 +41,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("demo")
     choice = ModelChoice("shapes", device="cpu")
     shown = folder / "page"
-    studio = Studio(Session(choice, decoder=True), choice, folder, shown / "drawn")
+    studio = Studio(OpenedModel(choice, decoder=True), choice, folder, shown / "drawn")
     running = server.launch(demo.build(studio, shown), bind("127.0.0.1", None), shown)
     yield running.url
     running.close()

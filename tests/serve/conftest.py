@@ -17,12 +17,12 @@ import pytest
 from openai import OpenAI
 from PIL import Image
 
+from scale_rae.options import ModelChoice
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import Reward, load_reward
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.server import Server, bind
 from scale_rae.serve.settings import Limits, ServeSettings
-from scale_rae.session import ModelChoice
 
 CIRCLE = "Can you generate a photo of a red circle?"
 SLOW: dict[str, Any] = {"prompt": CIRCLE, "steps": 120}  # seconds of work
