@@ -50,13 +50,16 @@ def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
 
 
 def png_text(manifest: Mapping[str, Any], seed: int | None = None) -> dict[str, str]:
-    """What a PNG says of itself: the settings that drew it."""
+    """A PNG's text chunks: the settings in its manifest, and its noise seed."""
     keys = ("mode", "action", "prompt", "seed", "model_path", "guidance_level", "guidance_interval", "solver", "steps")
+    fields = {key: manifest.get(key) for key in (*keys, "max_new_tokens", "dtype", "quantize")}
+    return text_chunks(fields | {"image_seed": seed})
+
+
+def text_chunks(fields: Mapping[str, Any]) -> dict[str, str]:
+    """A PNG's text chunks: this package's version, then `fields`, as JSON unless they are text; None is left out."""
     text = {"Software": f"scale_rae {__version__}"}
-    for key in (*keys, "max_new_tokens", "dtype", "quantize"):
-        if manifest.get(key) is not None:
-            value = manifest[key]
+    for key, value in fields.items():
+        if value is not None:
             text[key] = value if isinstance(value, str) else dump_json(value)
-    if seed is not None:
-        text["image_seed"] = str(seed)
     return text

@@ -49,9 +49,9 @@ from scale_rae.options import (
     SamplingOptions,
     Speed,
 )
-from scale_rae.prompt import ChatTokenizer, TextStream
+from scale_rae.prompt import QUESTION, ChatTokenizer, TextStream
 from scale_rae.results import Answer, GeneratedImage, Generation
-from scale_rae.scores import QUESTION, Score, score_latents, texts_of
+from scale_rae.scores import Score, score_latents, texts_of
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder

@@ -16,6 +16,9 @@ IMAGE = -200  # not a token: the place of an image's latents among token ids
 SYSTEM = "You are a helpful assistant."
 CHAT_START, CHAT_END = "<|im_start|>", "<|im_end|>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+QUESTION = "Does this image align with the prompt: {prompt}?"
+DESCRIBE = "Describe this image."
+_END_MARKS = (".", "?", "!", "…", "。", "？", "！")  # of sentences
 _PROBE = "A photo of 12 cats, é 猫!\n"
 IMAGE_PLACEHOLDER = "<image-placeholder>"  # the official code removes it from prompts
 
@@ -134,6 +137,23 @@ class TextStream:
         text = self._tokenizer.decode(self._waiting)
         self._waiting.clear()
         return text
+
+
+def ask_question(template: str, prompt: str) -> str:
+    """The question about a prompt: `{prompt}` in the template replaced, or the prompt appended when it has none."""
+    if "{prompt}" in template:
+        return put_prompt(template, prompt)
+    return f"{template.rstrip()} {prompt}"
+
+
+def put_prompt(template: str, prompt: str) -> str:
+    """The template with each `{prompt}` replaced; a mark that follows it replaces the mark at the prompt's end.
+
+    "Does it show {prompt}?" asks about "a cat?", "a cat." and "a cat" in the same words, and never about "a cat??".
+    """
+    first, *rest = template.split("{prompt}")
+    unmarked = prompt.rstrip("".join(_END_MARKS)) or prompt
+    return first + "".join((unmarked if after.startswith(_END_MARKS) else prompt) + after for after in rest)
 
 
 def chat_text(message: str) -> str:

@@ -11,11 +11,7 @@ from torch import Tensor
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.errors import InputError, shorten
 from scale_rae.language import LanguageModel, Reply
-from scale_rae.prompt import IMAGE, ChatTokenizer
-
-QUESTION = "Does this image align with the prompt: {prompt}?"
-DESCRIBE = "Describe this image."
-_MARKS = (".", "?", "!", "…", "。", "？", "！")  # that end a sentence
+from scale_rae.prompt import DESCRIBE, IMAGE, ChatTokenizer, ask_question
 
 
 @dataclass(frozen=True)
@@ -41,23 +37,6 @@ class Score:
     def __repr__(self) -> str:
         numbers = f"yes {self.yes_logit:.3f}, no {self.no_logit:.3f}, prompt loss {self.prompt_loss:.3f}"
         return f"Score({self.answer}, {numbers}, {shorten(self.reply)!r})"
-
-
-def ask_question(template: str, prompt: str) -> str:
-    """The question about a prompt: `{prompt}` in the template replaced, or the prompt appended when it has none."""
-    if "{prompt}" in template:
-        return put_prompt(template, prompt)
-    return f"{template.rstrip()} {prompt}"
-
-
-def put_prompt(template: str, prompt: str) -> str:
-    """The template with each `{prompt}` replaced; where a mark follows that, it stands in place of the prompt's own.
-
-    "Does it show {prompt}?" asks about "a cat?", "a cat." and "a cat" in the same words, and never about "a cat??".
-    """
-    first, *rest = template.split("{prompt}")
-    unmarked = prompt.rstrip("".join(_MARKS)) or prompt
-    return first + "".join((unmarked if after.startswith(_MARKS) else prompt) + after for after in rest)
 
 
 def answer_tokens(tokenizer: ChatTokenizer, word: str) -> set[int]:

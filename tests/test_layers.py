@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parents[1] / "scale_rae"
 # stands: inside a function and under TYPE_CHECKING, too.
 ROAD = """
 version errors files jsonio options processes
-shapes shapes.world shapes.draw shapes.judge
 tokenizer_file prompt promptfile
+shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise
 compiling cuda_graphs
 qwen2 qwen2_modules kv_cache language

@@ -136,7 +136,7 @@ class PostQA:
 
     def question(self, prompt: str) -> str:
         """The question about a drawing of `prompt`."""
-        from scale_rae.scores import ask_question, put_prompt
+        from scale_rae.prompt import ask_question, put_prompt
 
         if self.template is not None:
             return ask_question(self.template, self.prompt or prompt)

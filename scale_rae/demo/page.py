@@ -36,6 +36,7 @@ from scale_rae.demo.work import (
 )
 from scale_rae.errors import InputError, ScaleRAEError, printable
 from scale_rae.options import DEFAULT_STEPS, SOLVERS, Sampling
+from scale_rae.prompt import DESCRIBE, QUESTION
 from scale_rae.rewards import DEFAULT_REWARD, REWARDS
 from scale_rae.scaling.explain import number
 from scale_rae.scaling.select import METRICS
@@ -55,9 +56,9 @@ NO_REWARD = "none"
 # What the bundled model was trained to draw, and to be asked.
 SHAPES_PROMPTS = ["a red circle", "three stars", "a blue square and a pink star", "a star below a ring"]
 QUESTIONS = [
-    "Describe this image.",
+    DESCRIBE,
     "How many objects are there?",
-    "Does this image align with the prompt: a photo of a red circle?",
+    QUESTION.format(prompt="a photo of a red circle"),
 ]
 METRIC_NAMES = {
     "combined": "answer, then reward and confidence",

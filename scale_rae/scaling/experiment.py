@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
+from scale_rae.manifest import text_chunks
 from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import AUTO_REWARD, Settings
-from scale_rae.version import __version__
 
 if TYPE_CHECKING:
     from scale_rae.scores import Score
@@ -118,13 +118,14 @@ def prompt_record(
 
 
 def png_text(settings: Settings, request: str, seed: int) -> dict[str, str]:
-    """What a PNG says of itself: how to draw it again."""
-    return {
-        "Software": f"scale_rae {__version__}",
-        "mode": "scale",
-        "prompt": request,
-        "image_seed": str(seed),
-        "guidance_level": str(settings.guidance_level),
-        "solver": settings.solver,
-        "steps": str(settings.steps),
-    }
+    """An experiment's PNG's text chunks; experiment.json has the other settings."""
+    return text_chunks(
+        {
+            "mode": "scale",
+            "prompt": request,
+            "image_seed": seed,
+            "guidance_level": settings.guidance_level,
+            "solver": settings.solver,
+            "steps": settings.steps,
+        }
+    )

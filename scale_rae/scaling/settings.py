@@ -10,6 +10,7 @@ from typing import Any
 
 from scale_rae.errors import OptionError
 from scale_rae.options import PROMPT_PREFIX, check_options
+from scale_rae.prompt import QUESTION
 from scale_rae.wording import as_request
 
 MOST_IMAGES = 1_000_000  # per prompt; the plan of a larger experiment fills the memory
@@ -32,7 +33,7 @@ class Settings:
     dtype: str | None = None
     n_samples: int = 4
     scaling_rounds: int = 2
-    question: str = "Does this image align with the prompt: {prompt}?"
+    question: str = QUESTION
     question_name: str = "qa_prompt_template"
     post_qa_mode: str = "latent"
     post_qa_max_new_tokens: int = 64

@@ -21,6 +21,9 @@ from typing import Any, Literal, NamedTuple, Protocol, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from scale_rae.prompt import DESCRIBE as DESCRIBE
+from scale_rae.prompt import QUESTION
+
 SIZE = 128
 MAX_OBJECTS = 4
 SHAPES = ("circle", "square", "triangle", "star", "heart", "ring", "cross", "diamond")
@@ -580,8 +583,7 @@ def request(wording: str, prompt: str) -> str:
 
 # Reading ----------------------------------------------------------------------------------------------------------------------
 
-DESCRIBE = "Describe this image."
-ALIGN = "Does this image align with the prompt: {prompt}?"
+ALIGN = QUESTION
 YES, NO = "Yes.", "No."
 OTHER_NUMBER = 0.15
 """Share of alignment questions, on scenes that some prompt describes, whose prompt names more or fewer objects than there are."""

@@ -100,6 +100,6 @@ def test_the_input_prompt_is_what_the_model_reads(message: str) -> None:
     ],
 )
 def test_a_question_has_one_mark_at_its_end(template: str, prompt: str, question: str) -> None:
-    from scale_rae.scores import ask_question
+    from scale_rae.prompt import ask_question
 
     assert ask_question(template, prompt) == question

@@ -23,7 +23,7 @@ from scale_rae.hub import Source
 from scale_rae.noise import image_seed
 from scale_rae.outputs import Sample
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.scores import QUESTION
+from scale_rae.prompt import QUESTION
 from tests.cli.conftest import DRAW, Cli, left, only_manifest, with_defaults
 from tests.helpers.made_checkpoints import GOLDENS
 
