@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,14 +9,17 @@ import pytest
 import torch
 
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import LatentSampler
 from tests.helpers.made_checkpoints import golden_case, write_checkpoint
+
+# Tests run in parallel, and so do the programs that they start: threads that wait for a core take ten times as long.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 GOLDEN_CASES = ("siglip", "webssl", "ddt", "wide")
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # Workers run in parallel; more threads than cores make each other slow.
     torch.set_num_threads(1)
 
 
@@ -39,13 +43,13 @@ def golden_model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) ->
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(conditions, images) of each batch that is drawn from now on."""
     sizes: list[tuple[int, int]] = []
-    draw = ScaleRAE._sample_batch
+    draw = LatentSampler.sample_batch
 
-    def watched(self: ScaleRAE, condition: torch.Tensor, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+    def watched(self: LatentSampler, condition: torch.Tensor, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
         sizes.append((len(condition), len(seeds)))
         return draw(self, condition, seeds, *rest)
 
-    monkeypatch.setattr(ScaleRAE, "_sample_batch", watched)
+    monkeypatch.setattr(LatentSampler, "sample_batch", watched)
     return sizes
 
 

@@ -27,10 +27,10 @@ EXPORT_SECONDS = 65  # kept of --stop-after for saving, export and look, and for
 LEAST_SECONDS = 60  # left of --stop-after, below which no stage is started
 
 TINY: dict[str, str] = {
-    "encoder": "--tiny --steps 60 --batch 48 --pool 1000 --workers 1 --log-every 10 --warmup 10 --no-compile",
+    "encoder": "--tiny --steps 40 --batch 48 --pool 1000 --workers 1 --log-every 10 --warmup 10 --no-compile",
     "decoder": "--tiny --steps 20 --batch 48 --pool 500 --workers 1 --log-every 10 --warmup 5 --no-compile",
     "reward": "--tiny --steps 20 --batch 32 --pool 500 --workers 1 --log-every 10 --warmup 5 --no-compile",
-    "joint": "--tiny --steps 60 --draw-batch 24 --follow-batch 4 --name-batch 8 --read-batch 12 --chat-batch 4 --draw-pool 1000 "
+    "joint": "--tiny --steps 40 --draw-batch 24 --follow-batch 4 --name-batch 8 --read-batch 12 --chat-batch 4 --draw-pool 1000 "
     "--name-pool 500 --read-pool 500 "
     "--workers 1 --log-every 10 --warmup 10 --no-compile",
 }

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import itertools
 import json
 import random
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,14 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Vocabulary:
     return common.vocabulary(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(autouse=True)
+def _same_precision() -> Iterator[None]:
+    """Training sets how matrices are multiplied, which other tests must not inherit."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def small_pools(vocabulary: Vocabulary, device: torch.device = CPU) -> joint.Pools:
@@ -504,9 +514,26 @@ def test_wrong_settings_are_refused(vocabulary: Vocabulary, tmp_path: Path) -> N
 # The whole recipe -------------------------------------------------------------------------------------------------------------
 
 
-def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path) -> None:
+@pytest.fixture
+def stages_in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Has `train` run every stage but the last, export's look, in this process; returns the stages run so far."""
+    alone, ran = train.run, list[str]()
+
+    def run(module: str, arguments: Sequence[str]) -> None:
+        ran.append(module)
+        if module == "sample":
+            alone(module, arguments)
+        else:
+            importlib.import_module(f"recipes.shapes.{module}").main(list(arguments))
+
+    monkeypatch.setattr(train, "run", run)
+    return ran
+
+
+def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path, stages_in_this_process: list[str]) -> None:
     out, target = tmp_path / "run", tmp_path / "model"
     assert train.main(["--tiny", "--out", str(out), "--export", str(target)])
+    assert stages_in_this_process == ["encoder", "decoder", "reward", "joint", "export", "sample"]
     for stage, name in (
         ("encoder", "loss"),
         ("decoder", "loss"),
