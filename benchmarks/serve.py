@@ -235,12 +235,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "steps": args.steps,
         "guidance": args.guidance,
         "clients": args.clients,
-        "engine": engine.describe(),
+        "engine": engine.summary(),
         "warm_up_seconds": time.perf_counter() - start,
     }
     options = {"steps": args.steps, "guidance": args.guidance}
     offline, cases = Offline(model, options, threads), cases_of(args.cases)
-    progress(f"ready: {engine.describe()}; drawing {len(cases)} pictures alone")
+    progress(f"ready: {engine.summary()}; drawing {len(cases)} pictures alone")
     references = offline.references(cases)
     progress("offline")
     offline.rate(cases[:8])

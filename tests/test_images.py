@@ -20,7 +20,7 @@ from PIL import BmpImagePlugin, Image, ImageOps, features
 
 from scale_rae.errors import InputError
 from scale_rae.images import decode_image, load_image, read_image, to_rgb
-from scale_rae.serve.pictures import read_data_url
+from scale_rae.serve.data_urls import read_data_url
 from tests.helpers.picture_files import (
     ASCII,
     BROKEN,
@@ -461,7 +461,7 @@ def test_a_data_url_imports_no_torch() -> None:
     url = "data:image/png;charset=utf-8;base64," + base64.b64encode(save("PNG")).decode()
     code = f"""
 import sys
-from scale_rae.serve.pictures import read_data_url
+from scale_rae.serve.data_urls import read_data_url
 assert read_data_url({url!r}, "it", 1000).size == (40, 24)
 assert not {{"torch", "transformers", "fastapi", "starlette"}} & {{*sys.modules}}
 """

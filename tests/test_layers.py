@@ -18,7 +18,7 @@ shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise
 compiling cuda_graphs
 qwen2 qwen2_modules kv_cache language
-dit flow float8 kernels fast_dit
+dit flow float8 kernels fast_dit sampling
 encoder decoder vae loading
 scores results
 pipeline scale_rae
@@ -26,8 +26,9 @@ provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards
 scaling scaling.settings scaling.experiment scaling.remote scaling.store scaling.worker scaling.ray_launch scaling.launch
 scaling.select scaling.explain scaling.report scaling.sheet
-serve serve.settings serve.errors serve.metrics serve.turns serve.pictures serve.schema serve.engine serve.guard
-serve.connections serve.decoding serve.app serve.server
+serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
+serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
+serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.listening demo.surroundings demo.work demo.page demo.gate demo.server
 cli.app cli.progress cli.options cli.drawing cli.t2i cli.img cli.latent cli.scale cli.select cli.report cli.sheet cli.serve
 cli.demo cli __main__

@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections: uvicorn's on h11, with limits on how many there are, and how long a client may take."""
+"""HTTP/1.1 connections: uvicorn's on h11, with limits on their number and on how long a client may take."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import Any
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from scale_rae.serve.errors import error_body
 from scale_rae.serve.guard import client_of
+from scale_rae.serve.refusals import error_body
 from scale_rae.serve.settings import Limits
 
 _CHUNK = re.compile(rb"\r\n[0-9A-Fa-f]{1,20}+[^\r\n]{0,64}+\r\n")
@@ -22,9 +22,10 @@ _REASONS = {400: "Bad Request", 408: "Request Timeout", 429: "Too Many Requests"
 
 
 class Connection(H11Protocol):
-    """One connection. `sweep` ends it when its client takes too long; the server calls that a few times a second.
+    """One connection. `sweep`, which the server calls a few times a second, ends it when its client takes too long.
 
-    `dropped` is told why a connection was refused or ended: in a word, for the metrics.
+    `dropped` is called with the reason when a connection is refused or ended: a word for the metrics. The times `head_since`,
+    `rest_since` and `unread_since` are None while the client owes nothing of the kind.
     """
 
     def __init__(self, limits: Limits, dropped: Callable[[str], None], **uvicorns: Any) -> None:
@@ -33,9 +34,9 @@ class Connection(H11Protocol):
         self.peer = ""
         self._refused = self._ended = False
         self._chunks = 0
-        self._head: float | None = None  # since when the next request's head is awaited or arriving
-        self._rest: float | None = None  # since when what is left of an answered request's body is arriving
-        self._unread: float | None = None  # since when the client has not taken all that was sent
+        self.head_since: float | None = None  # the next request's head is awaited or arriving
+        self.rest_since: float | None = None  # the rest of an answered request's body is arriving
+        self.unread_since: float | None = None  # the client has not taken all that was sent
 
     # What asyncio calls ----------------------------------------------------------------------------------------------
 
@@ -48,7 +49,7 @@ class Connection(H11Protocol):
         elif others[self.peer] >= self._limits.connections_each:
             self._refuse(transport, 429, "connections_full", "too many connections of one client are open")
         else:
-            self._head = time.monotonic()
+            self.head_since = time.monotonic()
             super().connection_made(transport)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -58,9 +59,9 @@ class Connection(H11Protocol):
     def data_received(self, data: bytes) -> None:
         if self._refused or self._ended:
             return
-        # Each chunk costs as much as a request's head: a body of one byte in each would keep the server busy.
+        # A chunk costs as much time as a request's head, so a body in chunks of one byte would keep the server busy.
         is_head = self.conn.their_state is h11.IDLE
-        start = data.find(b"\r\n\r\n") if is_head and b"\n" not in data[:3] else 0  # in case the head ends there
+        start = data.find(b"\r\n\r\n") if is_head and b"\n" not in data[:3] else 0  # else the head ends in these bytes
         found = len(_CHUNK.findall(data, start)) if start >= 0 else 0
         self._chunks = found if is_head else self._chunks + found
         if self._chunks > self._limits.chunks:
@@ -75,10 +76,10 @@ class Connection(H11Protocol):
         if self.conn.trailing_data[0] or self.conn.their_state is not h11.IDLE:
             self._note()
         else:
-            self._head = self._rest = None  # uvicorn's own limit on silence between requests holds
+            self.head_since = self.rest_since = None  # uvicorn's own limit on silence between requests holds
 
     def send_400_response(self, msg: str) -> None:
-        """For what is not HTTP."""
+        """Answers bytes that are not HTTP; uvicorn calls it."""
         self._dropped("not_http")
         self._give_up(400, "bad_request", "the request is not valid HTTP/1.1, or its head is too large")
 
@@ -87,27 +88,27 @@ class Connection(H11Protocol):
     def sweep(self, now: float) -> None:
         """Ends the connection if its client has taken too long for something."""
         if not self.transport.get_write_buffer_size():
-            self._unread = None
-        elif self._unread is None:
-            self._unread = now
+            self.unread_since = None
+        elif self.unread_since is None:
+            self.unread_since = now
         if self._ended:
-            self.transport.abort()  # its answer should have gone by now
-        elif self._head is not None and now - self._head > self._limits.headers:
+            self.transport.abort()  # it has had the time from one sweep to the next to take its answer
+        elif self.head_since is not None and now - self.head_since > self._limits.headers:
             self._dropped("slow_head")
             self._give_up(408, "slow_head", "the request's head took too long to arrive")
-        elif self._rest is not None and now - self._rest > self._limits.upload:
+        elif self.rest_since is not None and now - self.rest_since > self._limits.upload:
             self._dropped("slow_body")
             self.transport.abort()
-        elif self._unread is not None and now - self._unread > self._limits.deadline:
+        elif self.unread_since is not None and now - self.unread_since > self._limits.deadline:
             self._dropped("slow_reader")
             self.transport.abort()
 
     def _note(self) -> None:
-        """Takes the time at which the client began what it is at."""
+        """Records since when the client has been sending a head, or the rest of a body."""
         theirs, now = self.conn.their_state, time.monotonic()
-        self._head = (self._head or now) if theirs is h11.IDLE else None
+        self.head_since = (self.head_since or now) if theirs is h11.IDLE else None
         is_rest = theirs is h11.SEND_BODY and self.cycle is not None and self.cycle.response_complete
-        self._rest = (self._rest or now) if is_rest else None
+        self.rest_since = (self.rest_since or now) if is_rest else None
 
     def _refuse(self, transport: asyncio.Transport, status: int, code: str, message: str) -> None:
         self._refused = True
@@ -116,10 +117,10 @@ class Connection(H11Protocol):
         transport.close()
 
     def _give_up(self, status: int, code: str, message: str) -> None:
-        """Answers if nothing of an answer has been sent, and closes."""
+        """Closes, with an answer unless a part of one has been sent."""
         if self.cycle is not None and not self.cycle.response_complete:
             answered = self.cycle.response_started
-            self.cycle.disconnected = True  # for the application, whose answer cannot be sent any more
+            self.cycle.disconnected = True  # so that the application stops
             self.cycle.message_event.set()
         else:
             answered = False
@@ -132,7 +133,7 @@ class Connection(H11Protocol):
 
 
 def _answer(status: int, code: str, message: str) -> bytes:
-    """A whole response."""
+    """A complete response, as bytes."""
     body = json.dumps(error_body(status, code, message)).encode()
     head = f"HTTP/1.1 {status} {_REASONS[status]}\r\nConnection: close\r\nContent-Type: application/json\r\n"
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body

@@ -1,7 +1,7 @@
-"""Decoding of images that clients send: in processes that can be ended, as nothing else ends a decoder of C.
+"""Decoding of images that clients send, in processes that can be killed: nothing else stops a decoder written in C.
 
-A worker process has no torch, no secrets of the server's environment, no room for more memory than its images need, and
-a clock that ends it. It gets a data URL and gives back pixels, in frames of fixed form: nothing that it says is unpickled.
+A worker process has no torch, no secrets from the server's environment, a limit on its memory and a clock that ends it. It
+reads a data URL and writes pixels, in frames of a fixed form; nothing that it writes is unpickled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import IO, Any, TypeVar
 from PIL import Image
 
 from scale_rae.errors import InputError
-from scale_rae.serve.errors import Refused, shutting_down
+from scale_rae.serve.refusals import Refused, shutting_down
 from scale_rae.serve.settings import Limits
 from scale_rae.serve.turns import Turns
 
@@ -36,18 +36,18 @@ _QUESTION = struct.Struct(">IIQI")  # bytes of the field's name and of the URL, 
 _ANSWER = struct.Struct(">BIIQ")  # kind, width, height, bytes that follow
 _IMAGE, _ERROR, _MEMORY = range(3)
 _READY = b"ready"
-_MEMORY_BASE, _MEMORY_PER_PIXEL = 768 << 20, 64  # 16-bit images go through three arrays of 8 bytes
+_MEMORY_BASE, _MEMORY_PER_PIXEL = 768 << 20, 64  # of each pixel there are a few copies, of 4 bytes at most
 _ROOT = str(Path(__file__).parents[2])
-# -I: neither the working folder nor environment variables say what is imported.
-_PROGRAM = "import sys; sys.path += sys.argv[1:]; from scale_rae.serve.decoding import main; main()"
+# -I: modules come neither from the working folder nor from where environment variables say.
+PROGRAM = "import sys; sys.path += sys.argv[1:]; from scale_rae.serve.decoding import main; main()"
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "SYSTEMROOT", "TMPDIR", "TEMP", "TMP")
 
 
 class Decoders:
     """Reads data URLs in worker processes, which start when they are first needed.
 
-    Clients take turns. An image that takes long is stopped, and begins again when no other waits for a first try and a
-    worker is left for those that come: whatever it does, others wait for a few seconds.
+    Clients take turns. An image that takes longer than `Limits.quick` is stopped. It begins again when no image waits for a
+    first try and another worker stays free for new images, so that a slow image delays the rest by a few seconds only.
     """
 
     def __init__(self, limits: Limits, report: Callable[[BaseException], None]) -> None:
@@ -56,25 +56,25 @@ class Decoders:
         self._all = [_Worker() for _ in range(limits.decoders)]
         self._free = list(self._all)
         self._waiting: list[_Waiting] = []
-        self._slow = 0  # workers that have a slow image
+        self.slow = 0  # workers that have a slow image
         self._turns = Turns()
         self._clients: Counter[str] = Counter()  # of images that wait or are decoded
         self._closed = False
 
     async def read(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
-        """`then`, on another thread, of the image in a data URL.
+        """What `then` returns, on another thread, for the image in a data URL.
 
-        When this is cancelled, as when its request's time is over or its client has gone, the decoder is ended.
+        When this is cancelled, as at the end of its request's time, the decoder is killed.
 
         Raises:
-            Refused: naming the field, for what is no image or takes too long; when the server shuts down.
+            Refused: naming the field, when the URL holds no image or takes too long; when the server shuts down.
         """
         self._clients[client] += 1
         try:
             return await self._try(url, field, client, then)
         finally:
             self._clients[client] -= 1
-            self._clients += Counter()  # without those at zero
+            self._clients += Counter()  # drops clients at zero
             self._turns.keep(self._clients)
 
     async def _try(self, url: str, field: str, client: str, then: Callable[[Image.Image], T]) -> T:
@@ -86,8 +86,8 @@ class Decoders:
             loop = asyncio.get_running_loop()
             limit = asyncio.timeout(None)
 
-            # Only decoding counts, not the start of a process.
-            started = functools.partial(loop.call_soon_threadsafe, _end_in, limit, seconds)
+            # The clock starts when the process has started.
+            started = functools.partial(loop.call_soon_threadsafe, end_in, limit, seconds)
             work = loop.run_in_executor(self._threads, self._read, worker, url, field, seconds, started, then)
             work.add_done_callback(functools.partial(self._give_back, worker, is_slow))
             try:
@@ -96,13 +96,13 @@ class Decoders:
             except TimeoutError:
                 pass
             finally:
-                if not work.done():  # else the worker is somebody else's by now
+                if not work.done():  # else the worker is in use for another image by now
                     worker.end()
         said = f"{field}: the image takes more than {limits.decoding:g} s to decode; send a simpler one"
         raise Refused(400, "invalid_image", said, field)
 
     def close(self) -> None:
-        """Ends the workers; what waits is refused."""
+        """Kills the workers and refuses the images that wait."""
         self._closed = True
         for waits in self._waiting:
             if not waits.turn.done():
@@ -112,10 +112,15 @@ class Decoders:
             worker.end()
         self._threads.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def processes(self) -> list[int]:
+        """The ids of the workers that run."""
+        return [pid for worker in self._all if (pid := worker.pid) is not None]
+
     # Turns -----------------------------------------------------------------------------------------------------------
 
     async def _take(self, client: str, is_slow: bool) -> _Worker:
-        """A free worker, when it is the client's turn."""
+        """A free worker, at the client's turn."""
         if self._closed:
             raise shutting_down()
         waits = _Waiting(client, is_slow, asyncio.get_running_loop().create_future())
@@ -131,26 +136,26 @@ class Decoders:
             raise
 
     def _hand_out(self) -> None:
-        """Gives free workers to those who wait; slow images never get them all."""
+        """Gives free workers to waiting images; slow images never get all of them."""
         most_slow = max(1, len(self._all) - 1)
         for is_slow in (False, True):
             waiting = [waits for waits in self._waiting if waits.is_slow == is_slow and not waits.turn.done()]
             for waits in self._turns.order(waiting, lambda waits: waits.client):
-                if not self._free or self._closed or (is_slow and self._slow >= most_slow):
+                if not self._free or self._closed or (is_slow and self.slow >= most_slow):
                     break
                 self._waiting.remove(waits)
-                self._slow += is_slow
+                self.slow += is_slow
                 self._turns.serve([waits.client])
                 waits.turn.set_result(self._free.pop())
 
     def _give_back(self, worker: _Worker, is_slow: bool, done: asyncio.Future[Any]) -> None:
         if not done.cancelled():
-            done.exception()  # which the request has got, unless it is over
+            done.exception()  # marks it as seen; the request has raised it, unless the request is over
         self._put_back(worker, is_slow)
 
     def _put_back(self, worker: _Worker, is_slow: bool) -> None:
         self._free.append(worker)
-        self._slow -= is_slow
+        self.slow -= is_slow
         self._hand_out()
 
     # On a thread -----------------------------------------------------------------------------------------------------
@@ -179,10 +184,10 @@ class Decoders:
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request that waits for a worker."""
+    """An image that waits for a worker."""
 
     client: str
-    is_slow: bool  # whether its image has been tried once
+    is_slow: bool  # whether it has been tried once
     turn: asyncio.Future[_Worker]
 
 
@@ -195,18 +200,24 @@ class _EndedError(Exception):
 
 
 class _Worker:
-    """One process, replaced when it has ended. `read` is called on one thread at a time, `end` on any."""
+    """One process, replaced when it has ended. `read` is called by one thread at a time, `end` by any."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
         self._busy = self._ended = False
 
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None before it starts and after its end."""
+        process = self._process
+        return None if process is None else process.pid
+
     def read(self, url: str, field: str, pixels: int, seconds: float, started: Callable[[], object]) -> Image.Image:
         """The image in a data URL.
 
         Raises:
-            InputError: for what is no image.
+            InputError: when the URL holds no image.
             _EndedError: when the process ended instead of answering.
         """
         with self._lock:
@@ -223,7 +234,7 @@ class _Worker:
                 self._busy = False
 
     def end(self, on_purpose: bool = True) -> None:
-        """Kills the process; a `read` that is under way raises."""
+        """Kills the process; a `read` in progress raises."""
         with self._lock:
             self._ended = self._ended or (self._busy and on_purpose)
             process, self._process = self._process, None
@@ -231,7 +242,7 @@ class _Worker:
         if process is not None:
             process.kill()
             process.wait()
-            if idle:  # else `read` does, which uses the pipes now
+            if idle:  # else `read`, which uses the pipes now, closes them
                 _close(process)
 
     def _ask(self, url: str, field: str, pixels: int, seconds: float, started: Callable[[], object]) -> Image.Image:
@@ -259,17 +270,17 @@ class _Worker:
     def _start(self, memory: int) -> subprocess.Popen[bytes]:
         here = Path.cwd()
         folders = [path for path in sys.path if Path(path).is_absolute() and Path(path) != here]
-        command = [sys.executable, "-I", "-c", _PROGRAM, *folders, _ROOT]
+        command = [sys.executable, "-I", "-c", PROGRAM, *folders, _ROOT]
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "SCALE_RAE_DECODER_MEMORY": str(memory)}
         process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,  # decoders of C say there what they like
+            stderr=subprocess.DEVNULL,  # libraries write there, also about what clients sent
             env=environment,
             cwd="/" if os.name == "posix" else None,
-            start_new_session=True,  # Ctrl-C is for the server
+            start_new_session=True,  # so that Ctrl-C reaches the server only
         )
         with self._lock:
             self._process = process
@@ -282,14 +293,14 @@ class _Worker:
         return process
 
 
-def _end_in(limit: asyncio.Timeout, seconds: float) -> None:
-    with contextlib.suppress(RuntimeError):  # it is over already
+def end_in(limit: asyncio.Timeout, seconds: float) -> None:
+    with contextlib.suppress(RuntimeError):  # the block has ended already
         limit.reschedule(asyncio.get_running_loop().time() + seconds)
 
 
 def _close(process: subprocess.Popen[bytes]) -> None:
     for pipe in (process.stdin, process.stdout):
-        with contextlib.suppress(OSError):  # what was still to be written
+        with contextlib.suppress(OSError):  # closing flushes
             if pipe is not None:
                 pipe.close()
 
@@ -301,16 +312,16 @@ def _exactly(pipe: IO[bytes], size: int) -> bytes:
     return data
 
 
-# In the process --------------------------------------------------------------------------------------------------------------
+# In the process -----------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
     """Answers questions on stdin until it ends."""
-    from scale_rae.serve.pictures import read_data_url
+    from scale_rae.serve.data_urls import read_data_url
 
     questions = sys.stdin.buffer
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # nothing but answers goes to where they go
+    os.dup2(2, 1)  # libraries that print do not write among the answers
     _limit_memory(int(os.environ["SCALE_RAE_DECODER_MEMORY"]))
     has_clock = hasattr(signal, "setitimer")
     answers.write(_READY)
@@ -320,14 +331,14 @@ def main() -> None:
         name = questions.read(name_size).decode()
         url = questions.read(url_size).decode("utf-8", "surrogatepass")
         if has_clock:
-            signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process even if the server has gone
+            signal.setitimer(signal.ITIMER_REAL, seconds)  # ends the process even when the server has died
         size, data = (0, 0), b""
         try:
             image = read_data_url(url, name, pixels)
             kind, size, data = _IMAGE, image.size, image.tobytes()
         except InputError as e:
             kind, data = _ERROR, str(e).encode("utf-8", "replace")[:4096]
-        except MemoryError:
+        except MemoryError:  # of what stands around the decoder, which reports its own: base64, and the pixels as bytes
             kind = _MEMORY
         if has_clock:
             signal.setitimer(signal.ITIMER_REAL, 0)

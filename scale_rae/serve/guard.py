@@ -1,6 +1,7 @@
-"""Who may ask and how much: hosts, keys, the framing, size and time of bodies. Nothing here needs torch.
+"""Who may ask and how much: hosts, keys, and the framing, size and time of bodies. Nothing here needs torch.
 
-`KnownHosts` is for the demo page too; `Guard` stands around the application of `scale-rae serve`.
+All of it is decided before a body is read or parsed, which FastAPI's HTTPBearer is too late for. Starlette's
+TrustedHostMiddleware takes "[::1]:8000" for the host "[" and looks at the first Host header only.
 """
 
 from __future__ import annotations
@@ -16,15 +17,15 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
-from scale_rae.serve.errors import Refused, client_left, error_body, invalid, shutting_down
-from scale_rae.serve.settings import LOOPBACK, ServeSettings
+from scale_rae.serve.refusals import Refused, client_left, error_body, internal_error, invalid, shutting_down
+from scale_rae.serve.settings import HEALTH, LOOPBACK, METRICS, READY, ServeSettings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from scale_rae.serve.engine import Engine
 
-OPEN_PATHS = ("/health", "/ready")  # without a key
+OPEN_PATHS = (HEALTH, READY)  # without a key
 LEFT = "scale_rae.left"  # in a request's scope: whether its client left in the middle of a stream
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+|[0-9a-f:]+)(:\d{1,5})?")
 _MARKS = (b",", b"[", b"{")
@@ -46,29 +47,8 @@ def known_host(scope: Scope, hosts: Sequence[str] = LOOPBACK) -> bool:
     return all(map(is_known, given))
 
 
-class KnownHosts:
-    """ASGI middleware that answers 403 unless a request's host is one of `hosts`: `app.add_middleware(KnownHosts)`.
-
-    Starlette's TrustedHostMiddleware does not know IPv6 addresses in all versions.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Sequence[str] = LOOPBACK) -> None:
-        self._app, self._hosts = app, tuple(host.lower() for host in hosts)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or known_host(scope, self._hosts):
-            await self._app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            said = f"this server answers only to {', '.join(self._hosts)}\n"
-            await send({"type": "http.response.body", "body": said.encode()})
-
-
 def client_of(address: str | None) -> str:
-    """Whom what comes from an address counts for: the address; of IPv6 its /64 network, which one client has to itself."""
+    """The name of the client at an address: the address, or the /64 network of IPv6, which one client has to itself."""
     try:
         ip = ipaddress.ip_address((address or "").partition("%")[0])
     except ValueError:
@@ -86,9 +66,10 @@ def check_framing(scope: Scope) -> None:
 
 
 class Guard:
-    """Around the application: key, host, size and time of bodies, metrics, and a line in the log for each request.
+    """ASGI middleware that checks host, key and body, keeps the metrics, and logs one line per request.
 
-    `routes` are the paths that logs and metrics name, `bodies` those that take a POST with a body.
+    `routes` are the paths that logs and metrics name, `bodies` those that take a POST with a body. `held` is the number of bytes
+    of bodies in memory.
     """
 
     def __init__(
@@ -101,11 +82,11 @@ class Guard:
     ) -> None:
         self._app, self._engine, self._settings = app, engine, settings
         self._routes, self._bodies = {*routes, *bodies}, set(bodies)
-        self._held = 0  # bytes of bodies
+        self.held = 0
         self._uploads: set[asyncio.Timeout] = set()
 
     def end_uploads(self) -> None:
-        """Refuses the requests whose bodies are still arriving, since the server shuts down."""
+        """Refuses the requests whose bodies are still arriving; for a server that shuts down."""
         for limit in self._uploads:
             limit.reschedule(asyncio.get_running_loop().time())
 
@@ -129,24 +110,22 @@ class Guard:
                 if scope["method"] == "POST" and scope["path"] in self._bodies:
                     body = await self._body(scope, receive)
                     self._check_items(body)
-                # No other route has a use for a body: what comes there is thrown away as it arrives.
+                # Other routes use no body: theirs is dropped as it arrives.
                 await self._app(scope, _replay(body, receive), answer)
             except Refused as e:
                 await self._refuse(e, answer)
         except Exception as e:
             self._engine.report(e)
             if not status:
-                await self._refuse(
-                    Refused(500, "internal_error", "an internal error; the server's log has more"), answer
-                )
+                await self._refuse(internal_error(), answer)
         finally:
-            self._held -= len(body)
+            self.held -= len(body)
             route = self._route(scope["path"])
             seconds = time.monotonic() - start
             status = 499 if not status or scope.get(LEFT) else status
             self._engine.metrics.requests.labels(route, str(status)).inc()
             self._engine.metrics.latency.labels(route).observe(seconds)
-            if route not in ("/health", "/ready", "/metrics"):
+            if route not in (HEALTH, READY, METRICS):
                 _log.info("%s %s %s %d %.0f ms", name, _method(scope), route, status, 1000 * seconds)
 
     async def _refuse(self, error: Refused, send: Callable[[Message], Awaitable[None]]) -> None:
@@ -160,7 +139,7 @@ class Guard:
         await send({"type": "http.response.body", "body": body})
 
     def _route(self, path: str) -> str:
-        """The path if it is one of ours: nobody else's words get into logs and metrics."""
+        """The path if it is a known one: clients' words must not get into logs and metrics."""
         if path in self._routes:
             return path
         return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
@@ -180,7 +159,7 @@ class Guard:
             )
 
     async def _body(self, scope: Scope, receive: Receive) -> bytes:
-        """The body, as far as it may be read; its bytes stay in `_held`."""
+        """The whole body; its bytes stay in `held`."""
         self._engine.check_open()  # before it is read
         most = self._settings.limits.body
         declared = next((value for key, value in scope["headers"] if key == b"content-length"), b"0")
@@ -198,10 +177,10 @@ class Guard:
                             raise client_left()
                         parts.append(message.get("body", b""))
                         size += len(parts[-1])
-                        self._held += len(parts[-1])
+                        self.held += len(parts[-1])
                         if size > most:
                             raise too_large
-                        if self._held > self._settings.limits.bodies:
+                        if self.held > self._settings.limits.bodies:
                             raise Refused(429, "uploads_full", "too much is being uploaded at once; try again later")
                         if not message.get("more_body"):
                             whole = True
@@ -214,13 +193,13 @@ class Guard:
             raise Refused(408, "slow_body", "the body took too long to arrive") from None
         finally:
             if not whole:
-                self._held -= size
+                self.held -= size
 
     def _check_items(self, body: bytes) -> None:
-        """Raises Refused for a body of very many values, before anything makes objects of them.
+        """Raises Refused for a body of very many values, before any of them is parsed.
 
-        Counting bytes takes a hundredth of the time that parsing would. Marks in text count too, so there may be as many
-        more as a request may have characters of text; an image's base64 has none.
+        Counting bytes takes a hundredth of the time of parsing. Commas and brackets in text count too, so the limit is higher
+        by the number of characters that a request may have; the base64 of an image has none.
         """
         limits = self._settings.limits
         if sum(body.count(mark) for mark in _MARKS) > limits.items + limits.prompt:
@@ -228,13 +207,13 @@ class Guard:
 
 
 def _method(scope: Scope) -> str:
-    """The request's method if it is one of HTTP's: nobody else's words get into logs."""
+    """The method if it is one of HTTP's: clients' words must not get into logs."""
     method = str(scope["method"])
     return method if method in ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS") else "other"
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives the body, and then what comes after it."""
+    """A `receive` that returns the body first, then what `receive` returns."""
     given = False
 
     async def again() -> Message:

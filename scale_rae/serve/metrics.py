@@ -1,4 +1,4 @@
-"""What Prometheus is told."""
+"""A server's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
-WINDOW = 60.0  # seconds over which images a second are counted
+WINDOW = 60.0  # seconds over which images per second are counted
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
 _SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
 
@@ -58,7 +58,7 @@ class Metrics:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Takes the time of a stage of a batch."""
+        """Measures the seconds of a stage of a batch."""
         start = time.perf_counter()
         yield
         self.stages.labels(name).observe(time.perf_counter() - start)
@@ -70,7 +70,7 @@ class Metrics:
             self._recent.append((time.monotonic(), count))
 
     def images_per_second(self) -> float:
-        """Images drawn a second over the last WINDOW."""
+        """Images drawn per second over the last WINDOW."""
         now = time.monotonic()
         with self._lock:
             while self._recent and self._recent[0][0] < now - WINDOW:
@@ -78,5 +78,5 @@ class Metrics:
             return sum(count for _, count in self._recent) / max(1.0, min(WINDOW, now - self._began))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format."""
+        """All metrics in Prometheus' text format."""
         return generate_latest(self.registry)

@@ -1,9 +1,9 @@
-"""Requests and answers as they are on the wire: OpenAI's, and what a Scale-RAE can be told besides.
+"""Requests and answers as they are on the wire: OpenAI's, with the options of Scale-RAE's sampler added.
 
-Fields that OpenAI's clients send and that mean nothing here are either taken at every value that changes no promise (`user`,
-`temperature`: text is greedy), or at the values that are true here (`tool_choice: "none"`). Anything else is refused by
-name. null is the same as no field, everywhere. Lists end at their first error, and objects of very many fields at their
-number: a wrong request makes a few errors, however long it is.
+Fields of OpenAI's that have no effect here are accepted at every value that promises nothing (`user`; `temperature`, since
+text is greedy) or at the values that hold here (`tool_choice: "none"`). Any other field is refused by name. null means the
+same as an absent field. Validation of a list ends at its first error, and objects may have MOST_FIELDS fields, so that a
+wrong request makes a few errors, however long it is.
 """
 
 from __future__ import annotations

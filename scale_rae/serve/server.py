@@ -27,13 +27,13 @@ if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
 
-BACKLOG = 128  # connections that wait to be accepted; asyncio accepts as many at once, before they are counted
-OTHER_FILES = 256 + BACKLOG  # that a server may have open besides its connections
+BACKLOG = 128  # connections that wait to be accepted; asyncio accepts up to this many before they are counted
+OTHER_FILES = 256 + BACKLOG  # open files of a server besides its connections
 _log = logging.getLogger("scale_rae.serve")
 
 
 def make_engine(settings: ServeSettings, bars: LoadingBar | None = None) -> Engine:
-    """An engine that will load the settings' model and rewards."""
+    """An engine that loads the settings' model and rewards when it starts."""
 
     def load() -> tuple[ScaleRAE, dict[str, Reward]]:
         from scale_rae.opening import OpenedModel
@@ -55,7 +55,7 @@ def bind(host: str, port: int) -> socket.socket:
     """A listening socket.
 
     Raises:
-        InputError: when the host is none of this machine, or the port is taken.
+        InputError: when the host is not an address of this machine, or the port is taken.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -64,11 +64,11 @@ def bind(host: str, port: int) -> socket.socket:
         raise InputError(f"cannot listen on {host} port {port} ({e.strerror or e}); choose another --port") from e
 
 
-def make_room(limits: Limits) -> None:
-    """Lets this process open as many files as its connections need.
+def raise_file_limit(limits: Limits) -> None:
+    """Raises the limit of open files of this process to what its connections need.
 
     Raises:
-        InputError: when the system does not allow so many.
+        InputError: when the system forbids that.
     """
     try:
         import resource
@@ -88,10 +88,10 @@ def make_room(limits: Limits) -> None:
 
 
 class Server(uvicorn.Server):
-    """Uvicorn, with an engine behind it that begins to load when the server starts.
+    """Uvicorn in front of an engine, and the decoders of the images that clients send.
 
-    At the first SIGTERM or SIGINT it goes on to listen, so that it can refuse, until what runs is done; at the second it refuses
-    that too and stops (`cut_short`).
+    After the first SIGTERM or SIGINT the server keeps listening, in order to refuse new requests, until the requests under
+    way are done. At the second signal it refuses those too and stops (`cut_short`).
     """
 
     def __init__(self, engine: Engine, settings: ServeSettings, say: Callable[[str], None] = lambda text: None) -> None:
@@ -100,10 +100,10 @@ class Server(uvicorn.Server):
         protocol: Any = functools.partial(Connection, settings.limits, engine.metrics.drop)
         config = uvicorn.Config(
             self._guard,
-            http=protocol,  # not what uvicorn chooses by what is installed: others have no limit on headers
+            http=protocol,  # by default uvicorn may choose httptools, which has no limit on headers
             ws="none",
             lifespan="off",
-            access_log=False,  # with the query and the client's address; the application logs for itself
+            access_log=False,  # it has the query and the client's address; the Guard writes its own
             log_config=None,
             server_header=False,
             timeout_graceful_shutdown=10,
@@ -124,7 +124,7 @@ class Server(uvicorn.Server):
         self._asked.set()
 
     def stop(self) -> None:
-        """As the first SIGTERM does."""
+        """Does what the first SIGTERM does."""
         self._asked.set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -137,7 +137,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     def _loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """Reports an error outside of requests; at most one a second, as some come by the thousand (no more open files)."""
+        """Reports an error outside of requests, at most one per second: some come by the thousand (no more open files)."""
         if (now := time.monotonic()) - self._reported >= 1.0:
             self._reported = now
             error = context.get("exception")
@@ -164,14 +164,16 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
-def _brief(engine: Engine) -> Callable[[logging.LogRecord], bool]:
-    """A filter of uvicorn's log: errors without what they say, as the engine reports its own; none for requests that a signal
-    cuts off."""
+def without_texts(engine: Engine) -> Callable[[logging.LogRecord], bool]:
+    """A filter for uvicorn's log that leaves errors to `engine.report`, which leaves out their texts.
+
+    Warnings, which are about what clients send, and requests that a signal cuts off are not logged.
+    """
 
     def keep(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
         if error is None:
-            return record.levelno >= logging.ERROR  # warnings are of what clients send; the metrics count that
+            return record.levelno >= logging.ERROR  # the metrics count what warnings are about
         if not isinstance(error, asyncio.CancelledError):
             engine.report(error)
         return False
@@ -187,7 +189,7 @@ def serve(
     Raises:
         ScaleRAEError: when the port is taken, or the model cannot be loaded.
     """
-    make_room(settings.limits)
+    raise_file_limit(settings.limits)
     listener = bind(settings.host, settings.port)
     host, port = listener.getsockname()[:2]
     engine = make_engine(settings, bars)
@@ -197,18 +199,18 @@ def serve(
     def announce() -> None:
         engine.loaded.wait()
         if engine.error is None:
-            say(f"{settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({engine.describe()})")
+            say(f"{settings.name} on http://{f'[{host}]' if ':' in host else host}:{port}/v1 ({engine.summary()})")
 
     threading.Thread(target=announce, daemon=True).start()
-    log, brief = logging.getLogger("uvicorn.error"), _brief(engine)
-    log.addFilter(brief)
+    log, keep = logging.getLogger("uvicorn.error"), without_texts(engine)
+    log.addFilter(keep)
     try:
         with contextlib.closing(listener):
             server.run(sockets=[listener])
     finally:
-        log.removeFilter(brief)
+        log.removeFilter(keep)
     if engine.error is not None:
         raise engine.error
-    engine.close()  # what is still computed ends at its next step; Python must not end under it
+    engine.close()  # Python must not exit while threads compute
     if server.cut_short:
         raise ScaleRAEError("stopped before everything was done")

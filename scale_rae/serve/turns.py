@@ -1,4 +1,4 @@
-"""Whose turn it is: nobody waits for all that another client has sent."""
+"""Clients take turns, so that none waits for all requests of another."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ T = TypeVar("T")
 
 
 class Turns:
-    """Takes clients in turn, the one that was served the longest ago first."""
+    """The order in which clients are served: the one served the longest ago comes first."""
 
     def __init__(self) -> None:
         self._served: dict[str, int] = {}
         self._count = 0
 
     def order(self, items: Iterable[T], client_of: Callable[[T], str]) -> list[T]:
-        """What waits, in rounds: the first item of each client, then the second of each, and so on.
+        """The items in rounds: the first item of each client, then the second of each, and so on.
 
         Items of one client keep their order. Clients that have not been served come first, as they arrived.
         """
@@ -30,7 +30,7 @@ class Turns:
         return [item for *_, item in sorted(keyed, key=lambda entry: entry[:3])]
 
     def last(self, client: str) -> int:
-        """When the client was last served, in a count of turns; 0 if it was not."""
+        """The number of the turn in which the client was last served; 0 if it was not."""
         return self._served.get(client, 0)
 
     def serve(self, clients: Iterable[str]) -> None:

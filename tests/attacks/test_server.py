@@ -26,9 +26,10 @@ from scale_rae.prompt import Turn
 from scale_rae.serve import decoding, schema, server
 from scale_rae.serve.connections import Connection
 from scale_rae.serve.decoding import Decoders
-from scale_rae.serve.engine import Engine, Job
-from scale_rae.serve.errors import Refused
+from scale_rae.serve.engine import Engine
 from scale_rae.serve.guard import client_of
+from scale_rae.serve.jobs import Job
+from scale_rae.serve.refusals import Refused
 from scale_rae.serve.settings import Limits
 from scale_rae.serve.turns import Turns
 from tests.serve.conftest import CIRCLE, Running, data_url, serving
@@ -183,13 +184,13 @@ def test_a_head_has_to_arrive_in_time(shapes: ScaleRAE, start: bytes) -> None:
         answers = b""
         while answers.count(b'{"status"') < start.count(b"\r\n\r\n"):
             answers += connection.recv(65536)
-        running.wait_for(lambda: [one._head for one in connections(running)] not in ([], [None]))
-        (before,) = [one._head for one in connections(running)]
+        running.wait_for(lambda: [one.head_since for one in connections(running)] not in ([], [None]))
+        (before,) = [one.head_since for one in connections(running)]
         if start:
             connection.sendall(b"x")
             (one,) = connections(running)
             running.wait_for(lambda: one.conn.trailing_data[0].endswith(b"x"))
-            assert one._head == before
+            assert one.head_since == before
         sweep(running, 999)
         running.wait_for(lambda: len(connections(running)) == 1)
         sweep(running, 1001)
@@ -206,7 +207,7 @@ def test_what_is_left_of_a_refused_body_has_to_arrive_in_time(running: Running) 
     with connected(running) as connection:
         connection.sendall(head("/health", "Content-Length: 1000000") + b"x" * 1000)
         assert b" 405 " in read(connection)
-        running.wait_for(lambda: any(one._rest for one in connections(running)))
+        running.wait_for(lambda: any(one.rest_since for one in connections(running)))
         sweep(running, 31)
         assert is_closed(connection)
     assert dropped(running, "slow_body") == before + 1
@@ -247,7 +248,7 @@ def test_a_client_that_does_not_read(running: Running) -> None:
         with contextlib.suppress(OSError):  # both sides' buffers fill up
             for _ in range(2000):
                 connection.sendall(head("/openapi.json", f"Authorization: Bearer {KEY}", method="GET") * 10)
-        running.wait_for(lambda: any(one._unread for one in connections(running)))
+        running.wait_for(lambda: any(one.unread_since for one in connections(running)))
         sweep(running, 301)
         running.wait_for(lambda: dropped(running, "slow_reader") == 1)
         running.wait_for(lambda: not connections(running))
@@ -266,7 +267,7 @@ def test_garbage_in_the_middle_of_an_answer(running: Running, caplog: pytest.Log
 
 
 def test_what_clients_send_does_not_fill_the_log() -> None:
-    keep = server._brief(Engine(lambda: (None, {})))  # type: ignore[arg-type, return-value]
+    keep = server.without_texts(Engine(lambda: (None, {})))  # type: ignore[arg-type, return-value]
     warning = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "Invalid HTTP request received.", (), None)
     assert not keep(warning)
     warning.levelno = logging.ERROR
@@ -299,10 +300,10 @@ def test_there_are_files_enough_for_all_connections(monkeypatch: pytest.MonkeyPa
         allowed[:] = wanted
 
     monkeypatch.setattr(resource, "setrlimit", allow)
-    server.make_room(Limits(connections=1000))
+    server.raise_file_limit(Limits(connections=1000))
     assert allowed[0] > 1000
     with pytest.raises(InputError, match="--max-connections 9000: this process may open only 4096 files"):
-        server.make_room(Limits(connections=9000))
+        server.raise_file_limit(Limits(connections=9000))
 
 
 # With a key --------------------------------------------------------------------------------------------------------
@@ -324,7 +325,7 @@ PART = {"type": "text", "text": "x"}
 def test_a_body_of_very_many_values_is_not_even_parsed(
     running: Running, body: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("scale_rae.serve.app.parse_json", lambda *_, **__: pytest.fail("is parsed"))
+    monkeypatch.setattr("scale_rae.serve.routes.body.parse_json", lambda *_, **__: pytest.fail("is parsed"))
     status, answer, _ = post(running.url + CHAT, body, {"Authorization": f"Bearer {KEY}"})
     assert status == 400
     assert "too many values" in answer["error"]["message"]
@@ -418,7 +419,7 @@ def test_one_clients_many_requests_do_not_keep_another_waiting(shapes: ScaleRAE)
     ended: list[str] = []
     over = threading.Event()
 
-    def submit(client: str, name: str, count: int) -> None:
+    def job(client: str, name: str, count: int) -> Job:
         def emit(event: Any) -> None:
             if not isinstance(event, str):
                 ended.append(name)
@@ -426,17 +427,14 @@ def test_one_clients_many_requests_do_not_keep_another_waiting(shapes: ScaleRAE)
                     over.set()
 
         asked = [Turn("user", CIRCLE)]
-        job = Job(asked, None, SamplingOptions(2), 0, emit, time.monotonic() + 600, count=count, best_of=count)
-        job.client = client
-        engine.submit(job)
+        deadline = time.monotonic() + 600
+        return Job(asked, None, SamplingOptions(2), 0, emit, deadline, count=count, best_of=count, client=client)
 
     engine.start()
     assert engine.loaded.wait(HANG)
     try:
-        with engine._wake:  # all are there before the first is begun
-            for i in range(6):
-                submit("greedy", f"greedy {i}", 2)
-            submit("honest", "honest", 1)
+        greedy = [job("greedy", f"greedy {i}", 2) for i in range(6)]
+        engine.submit(*greedy, job("honest", "honest", 1))  # all are there before the first is begun
         assert over.wait(4 * HANG)
     finally:
         engine.close()
@@ -468,8 +466,8 @@ HOSTILE = """
 import sys; sys.path += sys.argv[1:]
 import json, os, time
 from scale_rae.errors import InputError
-from scale_rae.serve import decoding, pictures
-honest = pictures.read_data_url
+from scale_rae.serve import decoding, data_urls
+honest = data_urls.read_data_url
 def read(url, *rest):
     if "HANG" in url:
         while True: time.sleep(1)
@@ -483,19 +481,19 @@ def read(url, *rest):
         wrong = [name for name in ("torch", "fastapi") if name in sys.modules]
         raise InputError(json.dumps([wrong, sorted(os.environ), os.getcwd() in sys.path or "" in sys.path]))
     return honest(url.replace("TALK", ""), *rest)
-pictures.read_data_url = read
+data_urls.read_data_url = read
 decoding.main()
 """
 
 
 @pytest.fixture
 def hostile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoding, "_PROGRAM", HOSTILE)
+    monkeypatch.setattr(decoding, "PROGRAM", HOSTILE)
     monkeypatch.setenv("SCALE_RAE_API_KEY", KEY)
 
 
 def pids(running: Running) -> list[int]:
-    return [worker._process.pid for worker in running.server.decoders._all if worker._process is not None]
+    return running.server.decoders.processes
 
 
 def is_alive(pid: int) -> bool:
@@ -570,7 +568,7 @@ def test_a_decoder_ends_with_its_request(shapes: ScaleRAE, hostile: None, how: s
 
 def test_images_that_take_for_ever_do_not_keep_others_waiting(hostile: None, monkeypatch: pytest.MonkeyPatch) -> None:
     begun: list[tuple[asyncio.Timeout, float]] = []
-    monkeypatch.setattr(decoding, "_end_in", lambda limit, seconds: begun.append((limit, seconds)))
+    monkeypatch.setattr(decoding, "end_in", lambda limit, seconds: begun.append((limit, seconds)))
 
     async def crowd() -> None:
         decoders = Decoders(Limits(quick=3000, decoding=9000, decoders=2), lambda error: None)
@@ -599,7 +597,7 @@ def test_images_that_take_for_ever_do_not_keep_others_waiting(hostile: None, mon
             await expire(6, first)
             for client in ("honest", "greedy"):
                 assert await look(WHITE, client) == (8, 8)  # one decoder is left for first tries
-            assert decoders._slow == 1
+            assert decoders.slow == 1
             assert not any(task.done() for task in greedy)
             greedy[0].cancel()
             await asyncio.wait(greedy[:1])

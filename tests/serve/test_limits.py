@@ -23,8 +23,10 @@ from scale_rae.errors import CheckpointError, DeviceError
 from scale_rae.options import SamplingOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
-from scale_rae.serve.engine import Engine, Job, Result
-from scale_rae.serve.errors import Refused
+from scale_rae.serve.engine import Engine
+from scale_rae.serve.jobs import Job, Result
+from scale_rae.serve.refusals import Refused
+from scale_rae.serve.schedule import BatchSizes
 from scale_rae.serve.settings import Limits
 from tests.helpers.png import png_of_size
 from tests.serve.conftest import CIRCLE, SLOW, Running, Serve, data_url, picture, serving
@@ -59,7 +61,7 @@ def ask(*urls: str) -> dict[str, Any]:
 def held(running: Running) -> int:
     """Bytes of bodies in the server."""
     guard: Any = running.server.config.app
-    return int(guard._held)
+    return int(guard.held)
 
 
 def bomb(width: int, height: int) -> str:
@@ -234,7 +236,7 @@ def test_a_full_queue(serve: Serve) -> None:
     with serve(limits=Limits(requests=2)) as running, ThreadPoolExecutor(2) as pool:
         for i in range(2):
             pool.submit(post, running.url + IMAGES, SLOW | {"seed": i, "steps": 100})
-        running.wait_for(lambda: len(running.engine._jobs) == 2)
+        running.wait_for(lambda: running.engine.jobs == 2)
         status, answer, headers = post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})
         assert status == 429
         assert 1 <= int(headers["retry-after"]) <= 60
@@ -293,7 +295,7 @@ def test_shutting_down(shapes: ScaleRAE) -> None:
         first = pool.submit(post, running.url + IMAGES, SLOW | {"n": 1})
         running.wait_for(lambda: running.metric("scale_rae_batch_size_count", stage="draw") > 0)
         waiting = [pool.submit(post, running.url + IMAGES, SLOW | {"seed": i}) for i in range(3)]
-        running.wait_for(lambda: len(running.engine._jobs) == 4)
+        running.wait_for(lambda: running.engine.jobs == 4)
         running.server.stop()
         running.wait_for(lambda: running.engine.draining)
         assert get(running.url + "/ready")[0] == 503
@@ -314,7 +316,7 @@ def test_what_waits_to_be_drawn_is_refused_too(shapes: ScaleRAE) -> None:
     with serving(shapes) as running, ThreadPoolExecutor(16) as pool:
         engine = running.engine
         asked = [pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "n": 4, "steps": 30}) for _ in range(16)]
-        running.wait_for(lambda: len({tile.job for tile in engine._tiles if tile.job.reply and not tile.job.begun}) > 8)
+        running.wait_for(lambda: engine.waiting_to_draw > 8)
         assert running.metric("scale_rae_requests_waiting") > 4
         running.server.stop()
         statuses = [f.result()[0] for f in asked]
@@ -393,7 +395,7 @@ def test_a_defect_says_nothing_of_the_request(
         status, answer, _ = post(running.url + IMAGES, {"prompt": CIRCLE}, key)
         assert status == 500
         monkeypatch.undo()
-        monkeypatch.setattr("scale_rae.serve.app._check_text", broken)
+        monkeypatch.setattr("scale_rae.serve.routes.images.check_text", broken)
         status, other, _ = post(running.url + IMAGES, {"prompt": CIRCLE}, key)
         assert status == 500
         monkeypatch.undo()
@@ -458,19 +460,17 @@ def test_one_that_fails_does_not_take_its_neighbours_along(
 
     monkeypatch.setattr(shapes, "sample", fails_for_13)
     inboxes: dict[int, list[Any]] = {seed: [] for seed in (11, 12, 13, 14)}
-    with engine._wake:  # they come together
-        for seed, inbox in inboxes.items():
-            engine.submit(job(CIRCLE, seed, inbox))
+    engine.submit(*(job(CIRCLE, seed, inbox) for seed, inbox in inboxes.items()))  # they come together
     results = {seed: outcomes(inbox, 1)[0] for seed, inbox in inboxes.items()}
     assert isinstance(results.pop(13), RuntimeError)
-    assert all(isinstance(result, Result) and len(result.drawings) == 1 for result in results.values())
+    assert all(isinstance(result, Result) and len(result.images) == 1 for result in results.values())
     assert engine.idle
 
 
 def test_pictures_of_one_request_are_drawn_as_those_of_several(engine: Engine, batches: list[tuple[int, int]]) -> None:
     """So that what was compiled in advance, and on a CPU tried for its last digits, serves every batch."""
-    engine._warm()
-    assert {images for _, images in batches} == set(engine._sizes())
+    engine.warm()
+    assert {images for _, images in batches} == set(engine.sizes.all)
     inbox: list[Any] = []
     engine.submit(job(CIRCLE, 0, inbox, count=4, best_of=4))
     assert isinstance(outcomes(inbox, 1)[0], Result)
@@ -493,7 +493,7 @@ def test_pictures_too_many_to_encode_at_once_are_encoded_apart(
     deadline = time.monotonic() + 60
     asked = [Turn("user", "Describe this image.", 1)]
     jobs = [Job(asked, pixels, SamplingOptions(2), 0, inbox.append, deadline, draws=False) for inbox in inboxes]
-    engine._answer(jobs)
+    engine.submit(*jobs)
     assert all(isinstance(outcomes(inbox, 1)[0], Result) for inbox in inboxes)
 
 
@@ -535,8 +535,6 @@ def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(
     [(1, 1), (2, 2), (3, 3), (5, 4), (6, 6), (7, 7), (9, 8), (17, 16), (23, 16), (24, 24), (40, 32)],
 )
 def test_batches_on_a_gpu_have_few_sizes(waiting: int, size: int) -> None:
-    engine = Engine(lambda: (None, {}))  # type: ignore[arg-type, return-value]
-    engine.batch_size = 32
-    assert engine._batch_of(waiting, on_cpu=False) == size
-    assert next(s for s in engine._sizes() if s >= size) - size <= size / 3
-    engine._encoders.shutdown()
+    sizes = BatchSizes(32)
+    assert sizes.images(waiting) == size
+    assert sizes.padded(size) - size <= size / 3

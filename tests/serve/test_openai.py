@@ -185,7 +185,7 @@ def test_what_waits_together_is_drawn_together_and_comes_out_as_alone(shapes: Sc
     torch.set_num_threads(2)
     try:
         with serving(shapes) as running:
-            assert running.engine.describe().startswith("cpu, 2 threads")
+            assert running.engine.summary().startswith("cpu, 2 threads")
             texts, drawings = asyncio.run(_crowd(running))
             assert running.engine.batch_size == 4, "this CPU's sums depend on the batch"
             batches = running.metric("scale_rae_batch_size_count", stage="draw")

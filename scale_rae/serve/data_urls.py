@@ -1,4 +1,4 @@
-"""Pictures in requests: data URLs, and nothing that would have to be fetched."""
+"""Images in requests: data URLs. Nothing is fetched, and nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,10 @@ _SCHEME = re.compile(r"\s*[A-Za-z][A-Za-z0-9+.-]*:")
 
 
 def read_data_url(url: str, name: str, max_pixels: int) -> Image.Image:
-    """The picture in a data URL, 8-bit RGB; `name` is the request's field.
-
-    It imports no torch, and may run in a process of its own.
+    """The image in a data URL, 8-bit RGB; errors name the request's field `name`.
 
     Raises:
-        InputError: for an address of any other kind, and for what is no picture, damaged, or too large.
+        InputError: for another kind of address, and for data that is no image, damaged, or of more than `max_pixels`.
     """
     head, _, text = url.partition(",")
     if _HEAD.fullmatch(head) is None:
@@ -41,5 +39,7 @@ def read_data_url(url: str, name: str, max_pixels: int) -> Image.Image:
         return decode_image(data, name, max_pixels, IMAGE_FORMATS)
     except InputError as e:
         if e.__cause__ is not None and "damaged" in str(e):
-            raise InputError(f"{name}: the image is damaged or cannot be read") from e  # not what Pillow says of it
+            raise InputError(
+                f"{name}: the image is damaged or cannot be read"
+            ) from e  # without Pillow's words, which may quote the file
         raise

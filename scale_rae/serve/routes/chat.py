@@ -1,0 +1,237 @@
+"""POST /v1/chat/completions: answers, about images too, and draws when the answer asks for it."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import json
+import secrets
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import APIRouter, Request
+from PIL import Image
+from torch import Tensor
+
+from scale_rae.noise import new_seed
+from scale_rae.prompt import SYSTEM, Turn
+from scale_rae.serve.decoding import Decoders
+from scale_rae.serve.engine import Engine
+from scale_rae.serve.errors import answer_to
+from scale_rae.serve.guard import LEFT
+from scale_rae.serve.jobs import Inbox, Job, Result
+from scale_rae.serve.refusals import invalid
+from scale_rae.serve.routes.body import json_router
+from scale_rae.serve.routes.checks import check_model, check_sampling, check_text, client_name
+from scale_rae.serve.schema import (
+    AnswerMessage,
+    ChatRequest,
+    ChatResponse,
+    Choice,
+    ImagePart,
+    ImageURL,
+    Message,
+    TextPart,
+    Usage,
+)
+from scale_rae.serve.settings import SEED_BITS, Limits, ServeSettings
+from scale_rae.serve.streaming import EventStream, attended, result_of
+
+CHAT = "/v1/chat/completions"
+_PING = 15.0  # seconds of silence after which a stream shows that it is alive
+
+
+def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> APIRouter:
+    """The endpoint's router."""
+    router, limits = json_router(), settings.limits
+
+    @router.post(
+        CHAT,
+        response_model=ChatResponse,
+        response_model_exclude_none=True,
+        responses={200: {"content": {"text/event-stream": {}}}},
+    )
+    async def chat(body: ChatRequest, request: Request) -> Any:
+        """Answers, and draws when the answer asks for it."""
+        engine.check_open()
+        check_model(body.model, settings)
+        check_sampling(body, engine, limits, body.n, "n")
+        inbox = Inbox(limits.deadline)
+        asked = read_messages(body.messages, limits)
+        async with attended(request, inbox.deadline):
+            pixels = await _pixels(engine, asked.images, decoders, client_name(request))
+        most = min(body.max_completion_tokens or body.max_tokens or limits.new_tokens, limits.new_tokens)
+        job = Job(
+            asked.turns,
+            pixels,
+            body.options(limits.steps),
+            new_seed(SEED_BITS) if body.seed is None else body.seed,
+            inbox.put,
+            inbox.deadline,
+            count=body.n,
+            best_of=body.n,
+            system=asked.system,
+            max_new_tokens=most,
+            draws=body.modalities is None or "image" in body.modalities,
+            text_field="messages",
+            streams=bool(body.stream),
+            client=client_name(request),
+        )
+        name = f"chatcmpl-{secrets.token_hex(12)}"
+        if body.stream:
+            usage = body.stream_options is not None and bool(body.stream_options.include_usage)
+            chunks = _Chunks(name, settings.name, body.n)
+            return EventStream(functools.partial(_write_events, chunks, usage, job, engine, inbox, request))
+        result = await result_of(job, engine, inbox, request)
+        choices = [
+            Choice(
+                index=i,
+                message=AnswerMessage(content=result.text, images=_image_parts(result, i) if result.images else None),
+                finish_reason=_finish_reason(result),
+            )
+            for i in range(body.n)
+        ]
+        created = int(time.time())
+        return ChatResponse(id=name, created=created, model=settings.name, choices=choices, usage=_usage(result))
+
+    return router
+
+
+# The request -----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A conversation as the model gets it. `images`: (field, data URL) in the order of the turns."""
+
+    turns: list[Turn] = field(default_factory=list)
+    system: str = SYSTEM
+    images: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_messages(messages: Sequence[Message], limits: Limits) -> Asked:
+    """The turns, system text and images of a request's messages.
+
+    Raises:
+        Refused: naming the field of the first violation.
+    """
+    turns: list[Turn] = []
+    urls: list[tuple[str, str]] = []
+    system: list[str] = []
+    length = 0
+    for i, message in enumerate(messages):
+        name = f"messages.{i}.content"
+        content: Any = [] if message.content is None else message.content
+        parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
+        text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
+        length += len(text)
+        if message.role == "assistant":
+            shown = [(f"messages.{i}.images.{j}.image_url.url", p.image_url.url) for j, p in enumerate(message.images)]
+        else:
+            shown = [
+                (f"{name}.{j}.image_url.url", part.image_url.url)
+                for j, part in enumerate(parts)
+                if isinstance(part, ImagePart)
+            ]
+        may_be_empty = message.role != "user" or shown
+        check_text(text or "-" if may_be_empty else text, length, name, limits)
+        if message.role in ("user", "assistant"):
+            turns.append(Turn(message.role, text, len(shown)))
+        else:
+            system.append(text)
+        urls += shown
+        if len(urls) > limits.images:
+            raise invalid(shown[-1][0], f"more than {limits.images} images in a request")
+    if not turns or turns[-1].role != "user":
+        raise invalid("messages", "the last one must be a user's")
+    return Asked(turns, "\n".join(system) or SYSTEM, urls)
+
+
+async def _pixels(engine: Engine, urls: Sequence[tuple[str, str]], decoders: Decoders, client: str) -> Tensor | None:
+    """The images [N, 3, H, W], preprocessed at once, so that no large image is held while its request waits."""
+    if not urls:
+        return None
+    import torch
+
+    def preprocess(image: Image.Image) -> Tensor:
+        return engine.model.encoder.preprocess([image])
+
+    return torch.cat([await decoders.read(url, name, client, preprocess) for name, url in urls])
+
+
+# The answer ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Chunks:
+    """Server-sent events of one completion with `count` choices."""
+
+    name: str
+    model: str
+    count: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def event(self, choices: list[dict[str, Any]], **more: Any) -> str:
+        head = {"id": self.name, "object": "chat.completion.chunk", "created": self.created, "model": self.model}
+        return f"data: {json.dumps({**head, 'choices': choices, **more})}\n\n"
+
+    def delta(self, values: dict[str, Any], index: int | None = None, reason: str | None = None) -> str:
+        """The same delta for choice `index`, or for all of them."""
+        indices = range(self.count) if index is None else (index,)
+        return self.event([{"index": i, "delta": values, "finish_reason": reason, "logprobs": None} for i in indices])
+
+
+async def _write_events(
+    chunks: _Chunks,
+    usage: bool,
+    job: Job,
+    engine: Engine,
+    inbox: Inbox,
+    request: Request,
+    put: Callable[[str], Awaitable[None]],
+) -> None:
+    """Puts server-sent events: text as it is written, then images, then [DONE].
+
+    Raises:
+        Refused: when the job is not taken; nothing has been put then.
+    """
+    engine.submit(job)
+    try:
+        async with attended(request, inbox.deadline):
+            await put(chunks.delta({"role": "assistant", "content": ""}))
+            while not isinstance(event := await inbox.get(_PING), Result):
+                await put(": working\n\n" if event is None else chunks.delta({"content": event}))
+            if event.images:
+                for i in range(job.count):
+                    parts = [part.model_dump(exclude_none=True) for part in _image_parts(event, i)]
+                    await put(chunks.delta({"images": parts}, i))
+            await put(chunks.delta({}, reason=_finish_reason(event)))
+            if usage:
+                await put(chunks.event([], usage=_usage(event).model_dump()))
+            await put("data: [DONE]\n\n")
+    except Exception as e:
+        status, body, _ = answer_to(e)
+        if status == 499:
+            request.scope[LEFT] = True
+        else:
+            if status == 500:
+                engine.report(e)
+            await put(f"data: {json.dumps(body)}\n\n")
+    finally:
+        engine.cancel(job)
+
+
+def _finish_reason(result: Result) -> Any:
+    return "length" if result.cut_off else "stop"
+
+
+def _image_parts(result: Result, index: int) -> list[ImagePart]:
+    url = "data:image/png;base64," + base64.b64encode(result.images[index].png).decode("ascii")
+    return [ImagePart(type="image_url", image_url=ImageURL(url=url))]
+
+
+def _usage(result: Result) -> Usage:
+    total = result.prompt_tokens + result.new_tokens
+    return Usage(prompt_tokens=result.prompt_tokens, completion_tokens=result.new_tokens, total_tokens=total)

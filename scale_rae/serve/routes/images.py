@@ -1,0 +1,75 @@
+"""POST /v1/images/generations: draws."""
+
+from __future__ import annotations
+
+import base64
+import time
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from scale_rae.noise import new_seed
+from scale_rae.prompt import Turn
+from scale_rae.serve.engine import Engine
+from scale_rae.serve.jobs import Inbox, Job
+from scale_rae.serve.refusals import invalid
+from scale_rae.serve.routes.body import json_router
+from scale_rae.serve.routes.checks import check_model, check_sampling, check_text, client_name
+from scale_rae.serve.schema import ImageData, ImageRequest, ImagesResponse
+from scale_rae.serve.settings import OWN_JUDGEMENT, SEED_BITS, ServeSettings
+from scale_rae.serve.streaming import result_of
+from scale_rae.wording import as_request
+
+IMAGES = "/v1/images/generations"
+
+
+def images_router(engine: Engine, settings: ServeSettings) -> APIRouter:
+    """The endpoint's router."""
+    router, limits = json_router(), settings.limits
+
+    @router.post(IMAGES, response_model=ImagesResponse, response_model_exclude_none=True)
+    async def images(body: ImageRequest, request: Request) -> Any:
+        """Draws."""
+        engine.check_open()
+        check_model(body.model, settings)
+        best_of = body.best_of or body.n
+        check_sampling(body, engine, limits, best_of, "best_of" if body.best_of else "n")
+        if best_of < body.n:
+            raise invalid("best_of", f"must be at least n, which is {body.n}")
+        check_text(body.prompt, len(body.prompt), "prompt", limits)
+        size = f"{engine.model.image_size}x{engine.model.image_size}"
+        if body.size not in ("auto", size):
+            raise invalid("size", f'this model draws "{size}"; give that or "auto"')
+        inbox = Inbox(limits.deadline)
+        job = Job(
+            [Turn("user", as_request(body.prompt, settings.prompt_prefix))],
+            None,
+            body.options(limits.steps),
+            new_seed(SEED_BITS) if body.seed is None else body.seed,
+            inbox.put,
+            inbox.deadline,
+            count=body.n,
+            best_of=best_of,
+            reward=_reward(body, engine, best_of),
+            subject=body.prompt,
+            must_draw=True,
+            client=client_name(request),
+        )
+        result = await result_of(job, engine, inbox, request)
+        data = [
+            ImageData(b64_json=base64.b64encode(image.png).decode("ascii"), seed=image.seed, **image.scores)
+            for image in result.images
+        ]
+        return ImagesResponse(created=int(time.time()), data=data, size=size)
+
+    return router
+
+
+def _reward(body: ImageRequest, engine: Engine, best_of: int) -> str | None:
+    """What ranks the images, or None where all of them are returned."""
+    available = [*engine.rewards, OWN_JUDGEMENT]
+    if body.reward is not None and body.reward not in available:
+        raise invalid("reward", f"not loaded on this server, which has {', '.join(available)}")
+    if body.reward is not None and body.best_of is None:
+        raise invalid("reward", "picks the best of best_of images; give best_of too")
+    return (body.reward or available[0]) if body.best_of is not None and best_of > body.n else None
