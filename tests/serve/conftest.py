@@ -26,6 +26,7 @@ from scale_rae.serve.settings import Limits, ServeSettings
 
 CIRCLE = "Can you generate a photo of a red circle?"
 SLOW: dict[str, Any] = {"prompt": CIRCLE, "steps": 120}  # seconds of work
+HANGS = 240.0  # seconds after which something hangs, however busy the machine is
 
 
 @dataclass
@@ -47,13 +48,13 @@ class Running:
     def metric(self, name: str, **labels: str) -> float:
         return self.engine.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = 20.0) -> None:
+    def wait_for(self, what: Callable[[], bool], seconds: float = HANGS) -> None:
         end = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < end, "it does not happen"
             time.sleep(0.005)
 
-    def wait_idle(self, seconds: float = 20.0) -> None:
+    def wait_idle(self, seconds: float = HANGS) -> None:
         self.wait_for(lambda: self.engine.idle, seconds)
 
 
@@ -83,13 +84,13 @@ def serving(
     running = Running(server, engine, port, thread)
     try:
         if wait:
-            assert engine.loaded.wait(60)
+            assert engine.loaded.wait(HANGS)
             assert engine.error is None
         yield running
     finally:
         engine.close()
         server.should_exit = True
-        thread.join(30)
+        thread.join(HANGS)
         if thread.is_alive():
             faulthandler.dump_traceback()
         assert not thread.is_alive()
