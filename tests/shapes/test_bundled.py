@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import scale_rae
 from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.shapes import evaluate, world
+from scale_rae.shapes.judge import judge
 
 FOLDER = BUNDLED["shapes"]
 
@@ -96,5 +98,10 @@ def test_evaluate_prints_help() -> None:
 
 
 def test_pictures_are_the_drawn_scenes() -> None:
-    scenes = world.sample(np.random.default_rng(0), 2, held_out="any")
-    assert all(image.size == (world.SIZE, world.SIZE) for image in evaluate.pictures(scenes))
+    rng = random.Random(0)
+    scenes = world.sample(np.random.default_rng(0), 12, world.KINDS, held_out="any")
+    for scene, image in zip(scenes, evaluate.pictures(scenes), strict=True):
+        assert image.size == (world.SIZE, world.SIZE)
+        for prompt in world.true_prompts(scene):
+            assert judge(image, prompt.metadata()).correct, prompt
+            assert not judge(image, world.changed(rng, prompt, "any").metadata()).correct, prompt
