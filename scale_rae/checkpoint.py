@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -203,7 +204,7 @@ def _declared_by_torch(file: Path) -> dict[str, StoredTensor]:
 
 
 def load_latent(path: Path) -> Tensor:
-    """The tensor in a file saved by `torch.save`; `ScaleRAE.check_latent` says whether it is a latent of a model.
+    """The tensor in a file saved by `torch.save`; `check_latent` says whether it is a latent of a model.
 
     Raises:
         InputError: naming the file, when it is missing, larger than any latent, no torch file, would run code when
@@ -226,6 +227,31 @@ def load_latent(path: Path) -> Tensor:
     except OSError as e:
         raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
     raise InputError(f"{path}: holds a {type(value).__name__}, not a tensor")
+
+
+def check_latent(latent: Tensor, tokens: int, channels: int) -> Tensor:
+    """The latent as [L, C] float32 on the CPU, without a leading batch dimension of 1, for L, C = `tokens`, `channels`.
+
+    Raises:
+        InputError: for a wrong type or shape, or values that are not finite.
+    """
+    expected = [tokens, channels]
+    if not isinstance(latent, Tensor):
+        raise InputError(f"a latent must be a tensor {expected}, not {type(latent).__name__}")
+    if latent.is_nested or latent.layout is not torch.strided or latent.device.type == "meta":
+        kind = "nested" if latent.is_nested else "meta" if latent.device.type == "meta" else "sparse"
+        raise InputError(f"the latent is a {kind} tensor; a latent is a plain one, with values")
+    if latent.dim() == 3 and latent.shape[0] == 1:
+        latent = latent[0]
+    if list(latent.shape) != expected or not latent.is_floating_point():
+        raise InputError(
+            f"the latent is {list(latent.shape)} {latent.dtype}; this model's latents are {expected} floats"
+        )
+    latent = latent.detach().resolve_neg().float().cpu()
+    # numpy's, on one thread: torch would wake a thread for every core, which after a drawing takes longer than the work.
+    if not np.isfinite(latent.numpy()).all():
+        raise InputError("the latent holds values that are not finite (NaN or infinity)")
+    return latent
 
 
 def _few(names: list[str], most: int = 20) -> str:

@@ -1,8 +1,10 @@
-"""What PyTorch is asked to choose: compiled functions, and which of its attention kernels run."""
+"""What PyTorch compiles and when compiling pays, and which of its attention kernels run."""
 
 from __future__ import annotations
 
+import copy
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 
 MOST_SHAPES = 4096  # that a function is compiled for
+COMPILE_PAYS = 8e15  # operations that repay the seconds of compiling: those of 130 images by the 2.4B DiT
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,6 +29,41 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, name, max(MOST_SHAPES, getattr(torch._dynamo.config, name)))
     return torch.compile(function, dynamic=False, fullgraph=True)
+
+
+class CompilePolicy:
+    """Decides which batches of images compiled code draws: none ("off"), all ("on"), or, on CUDA, if that pays ("auto").
+
+    `operations` are those of one evaluation of one image. Each size of batch is compiled once, so "auto" compiles a size
+    once the images that are expected, or that were drawn in that size already, repay the seconds that compiling takes.
+    """
+
+    def __init__(self, choice: str, operations: float, on_cuda: bool) -> None:
+        self.choice, self.operations, self.on_cuda = choice, operations, on_cuda
+        self.expected = 0  # images still to be drawn
+        self.drawn = Counter[tuple[int, int]]()  # images so far, by batch size (images, prompts)
+
+    def with_choice(self, choice: str) -> CompilePolicy:
+        """The same policy, with its counts, for another choice."""
+        other = copy.copy(self)
+        other.choice = choice
+        return other
+
+    def expect(self, images: int) -> None:
+        """Sets how many images are to be drawn from now on."""
+        self.expected = images
+
+    def count(self, images: int, prompts: int) -> None:
+        """Counts a batch that was drawn."""
+        self.expected -= images
+        self.drawn[images, prompts] += images
+
+    def compiles(self, images: int, prompts: int, evaluations: int, is_compiled: bool) -> bool:
+        """Whether compiled code is to draw a batch; `is_compiled` says that there is code for its size already."""
+        if self.choice != "auto":
+            return self.choice == "on"
+        expected = max(self.expected, self.drawn[images, prompts])  # whoever has drawn many will go on
+        return self.on_cuda and (is_compiled or expected * evaluations * self.operations >= COMPILE_PAYS)
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import Speed
-from scale_rae.prompt import IMAGE
+from scale_rae.prompt import IMAGE, ChatTokenizer, TextStream
 from scale_rae.qwen2 import FusedLayer, Qwen2, fuse, self_certainty
 from scale_rae.qwen2_modules import Qwen2Modules
 
@@ -30,6 +30,9 @@ _USUAL_REPLY = 64  # tokens; the cache is made for replies of this length and gr
 
 TokenListener = Callable[[int, int], bool]
 """Called as `listen(row, token)` with each token as it is chosen; returns whether that reply is to go on."""
+
+TextListener = Callable[[int, str], bool]
+"""Called as `listen(row, text)` with a reply so far, whenever whole characters were added; returns as TokenListener."""
 
 
 @dataclass
@@ -261,3 +264,16 @@ def _projector(channels: int, hidden: int, depth: int) -> nn.Module:
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(hidden, hidden)]
     return nn.Sequential(*layers)
+
+
+def hear_text(tokenizer: ChatTokenizer, listen: TextListener) -> TokenListener:
+    """A listener to tokens that calls `listen` with a reply's text whenever that has grown by whole characters."""
+    streams: dict[int, TextStream] = {}
+    texts: dict[int, str] = {}
+
+    def hear(row: int, token: int) -> bool:
+        new = streams.setdefault(row, tokenizer.text_stream()).add(token)
+        texts[row] = texts.get(row, "") + new
+        return not new or listen(row, texts[row])
+
+    return hear

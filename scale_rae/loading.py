@@ -21,12 +21,12 @@ from scale_rae.language import LanguageModel
 from scale_rae.memory import MemoryErrors
 from scale_rae.options import PUBLISHED_DECODERS, Speed
 from scale_rae.prompt import ChatTokenizer
+from scale_rae.sampling import NormStats
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
 
 LoadProgress = Callable[[str, int, int], None]
-NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
 
 
 def load_tokenizer(source: Source, config: ScaleRAEConfig) -> ChatTokenizer:

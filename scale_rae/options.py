@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scale_rae.errors import OptionError
 
@@ -120,6 +120,10 @@ class Speed:
             raise OptionError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
         if self.attention == "own" and not (self.kernels and self.defer):
             raise OptionError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
+
+    def same_network(self, other: Speed) -> bool:
+        """Whether the network runs the same way but for what is compiled."""
+        return replace(self, compile=other.compile) == other
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The public object: one Scale-RAE checkpoint that draws, looks, and judges."""
+"""The public object: one Scale-RAE checkpoint that draws, reads and scores images."""
 
 from __future__ import annotations
 
@@ -7,50 +7,35 @@ import functools
 import gc
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from itertools import groupby
 from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack, overload
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from scale_rae import flow
+from scale_rae.checkpoint import check_latent
 from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.cpu import exact_batch, keep_freed_memory
 from scale_rae.cuda_graphs import Captures
 from scale_rae.decoder import PixelDecoder, to_uint8
-from scale_rae.dit import DiT, flops
+from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
-from scale_rae.errors import ConfigError, InputError, ScaleRAEError
-from scale_rae.fast_dit import FastDiT
+from scale_rae.errors import ConfigError, InputError
 from scale_rae.float8 import check_device
 from scale_rae.hub import Source, find
 from scale_rae.images import Picture, as_rgb
-from scale_rae.language import Conversation, LanguageModel, Reply, TokenListener
-from scale_rae.loading import (
-    LoadProgress,
-    NormStats,
-    find_decoder,
-    load_decoder,
-    load_encoder,
-    load_networks,
-    load_tokenizer,
-)
+from scale_rae.language import Conversation, LanguageModel, Reply, TextListener, TokenListener, hear_text
+from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
 from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype
-from scale_rae.noise import draw_noise, image_seed
-from scale_rae.options import (
-    DEFAULT_MODEL,
-    DEFAULT_STEPS,
-    SamplingOptions,
-    Speed,
-)
-from scale_rae.prompt import QUESTION, ChatTokenizer, TextStream
+from scale_rae.noise import image_seed
+from scale_rae.options import DEFAULT_MODEL, DEFAULT_STEPS, SamplingOptions, Speed, check_count
+from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.results import Answer, GeneratedImage, Generation
+from scale_rae.sampling import LatentSampler, NormStats
 from scale_rae.scores import Score, score_latents, texts_of
 
 if TYPE_CHECKING:
@@ -58,11 +43,6 @@ if TYPE_CHECKING:
 
 
 READ_AT_ONCE = 64  # conversations
-COMPILE_PAYS = (
-    8e15  # operations from which on compilation, which takes seconds, is worth it: 130 images by the 2.4B DiT
-)
-
-TextListener = Callable[[int, str], bool]
 T = TypeVar("T")
 
 
@@ -109,14 +89,12 @@ class ScaleRAE:
         self.norm_stats = norm_stats
         self.source, self.dtype, self.device = source, dtype, device
         self.speed = speed or Speed()
-        self._fast_dit = FastDiT(dit, self.speed)
+        self.sampler = LatentSampler(config, dit, norm_stats, self.speed)
         language.fuse()
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.split_batches = split_batches
-        self._expected = 0  # images still to be drawn
-        self._drawn = Counter[tuple[int, int]]()  # so far, by size of batch
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | VaeDecoder | None = None
@@ -242,8 +220,7 @@ class ScaleRAE:
             DeviceError: out of GPU memory, saying what would fit.
         """
         options = SamplingOptions(steps, solver, guidance, guidance_interval)
-        options.check()
-        self._check_guidance(guidance)
+        self.sampler.check(options)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
         if image_seeds is not None and len(image_seeds) != len(messages):
             raise InputError(f"{len(messages)} messages but {len(image_seeds)} lists of image seeds: give one each")
@@ -275,13 +252,6 @@ class ScaleRAE:
         for result in results:
             result.seconds = seconds
         return results[0] if isinstance(prompts, str) else results
-
-    def _check_guidance(self, guidance: float) -> None:
-        if guidance != 1.0 and not self.config.dit.null_condition:
-            raise InputError(
-                f"guidance level {guidance}: this checkpoint was trained without condition dropout "
-                "(diffusion_class_dropout_prob 0) and has no null embedding; only 1.0 works"
-            )
 
     def reply(
         self,
@@ -321,7 +291,7 @@ class ScaleRAE:
         Raises:
             InputError: for a conversation that is longer than the model reads.
         """
-        limits = [min(most, self.room(c)) for c, most in zip(conversations, max_new_tokens, strict=True)]
+        limits = [min(most, self.longest_reply(c)) for c, most in zip(conversations, max_new_tokens, strict=True)]
         heard = [0] * len(conversations)  # tokens that `listen` has had
 
         def answer(start: int, stop: int) -> list[Reply]:
@@ -343,21 +313,21 @@ class ScaleRAE:
         """Whether a reply ends where an image begins, drawn or not."""
         return reply.ids[-1:] == [self.tokenizer.image_start]
 
-    def room(self, conversation: Conversation) -> int:
-        """Tokens a reply may have so that conversation, reply and an image fit what the model reads.
+    def longest_reply(self, conversation: Conversation) -> int:
+        """The most tokens of a reply with which conversation, reply and one image fit what the model reads.
 
         Raises:
-            InputError: when there is room for none.
+            InputError: when not even one token fits.
         """
         image = self.config.tokens
         length = len(conversation.ids) + (image - 1) * len(conversation.shown)
-        room = self.config.max_length - length - image
-        if room < 1:
+        left = self.config.max_length - length - image
+        if left < 1:
             raise InputError(
                 f"the prompt is {length} tokens long; with {image} image tokens the model reads at most "
                 f"{self.config.max_length} (tokenizer_model_max_length)"
             )
-        return room
+        return left
 
     @torch.inference_mode()
     def sample(
@@ -369,88 +339,35 @@ class ScaleRAE:
         callback: flow.StepCallback | None = None,
         compile: bool | None = None,
     ) -> list[Tensor]:
-        """Latents [L, C] of conditions [L, Z], one noise seed each (REFERENCE §6).
+        """Latents [L, C] of conditions [L, Z], one noise seed per latent (REFERENCE §6).
 
-        Images whose condition is the very same tensor, one after the other, share its modulations. `compile` says whether
-        compiled code draws them; None leaves that to `speed`.
+        Consecutive images whose condition is the very same tensor share its modulations. `compile` says whether compiled
+        code draws them; None leaves that to `speed`.
+
+        Raises:
+            InputError: for options, seeds or a batch size out of range.
         """
         options = options or SamplingOptions()
-        options.check()
-        self._check_guidance(options.guidance)
-        for s in seeds:
-            if not -(2**63) <= s < 2**64:  # what torch's generators take
-                raise InputError(f"seed {s}: must be at least -2^63 and below 2^64")
-        size = default_batch_size(self.device) if batch_size is None else batch_size
-        if size < 1:
-            raise InputError(f"batch size {size}: must be at least 1")
-        self._expected = max(self._expected, len(seeds))
-        each = _images_of_each(conditions) if self.speed.shared else 1
-        if 1 < each < size:
-            size -= size % each  # prompts stay whole, so that in every batch they have equally many images
+        self.sampler.check(options, seeds)
+        check_count("batch size", batch_size)
+        size = self.sampler.whole_prompts(conditions, batch_size or default_batch_size(self.device))
+        self.sampler.policy.expect(max(self.sampler.policy.expected, len(seeds)))
 
         def draw(start: int, stop: int) -> list[Tensor]:
-            some = conditions[start:stop]
-            batch = torch.stack(list(some[:: _images_of_each(some) if self.speed.shared else 1]))
-            drawn = list(self._sample_batch(batch, seeds[start:stop], options, callback, compile).unbind())
-            self._expected -= len(drawn)
-            self._drawn[len(drawn), len(batch)] += len(drawn)
-            return drawn
+            return self.sampler.draw(conditions[start:stop], seeds[start:stop], options, callback, compile)
 
         return self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
 
-    def _sample_batch(
-        self,
-        condition: Tensor,
-        seeds: Sequence[int],
-        options: SamplingOptions,
-        callback: flow.StepCallback | None,
-        compile: bool | None,
-    ) -> Tensor:
-        """Latents [B, L, C] of conditions [P, L, Z], each of which B / P seeds in turn are for."""
-        config = self.config
-        noise = draw_noise(seeds, config.channels, config.dit.side, self.device)
-        shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
-        sampler = flow.SAMPLERS[options.solver]
-        times = sampler.schedule(options.steps, shift)
-        evaluated = sampler.evaluated(times)
-        guided = options.guidance != 1.0
-        if compile is None:
-            compile = self._compiles(len(seeds), len(evaluated), guided, len(condition))
-        conditional, null, both = self._fast_dit.velocities(condition, evaluated, guided, compile)
-        f = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        latents = self._latents(sampler.solver(f, noise(), times, callback))
-        finite = latents.isfinite().flatten(1).all(dim=1).tolist()
-        for seed, is_finite in zip(seeds, finite, strict=True):
-            if not is_finite:
-                raise ScaleRAEError(
-                    f"the image of seed {seed} came out with values that are not finite; try --dtype float32"
-                )
-        return latents.cpu()
-
-    def _latents(self, x: Tensor) -> Tensor:
-        """Latents [B, L, C] float32 of sampled states [B, C, S, S]."""
-        latents = x.flatten(2).transpose(1, 2)
-        if self.norm_stats is not None:
-            mean, std = self.norm_stats
-            latents = latents * std + mean
-        return latents.float()
-
     def estimate(self, t: float, x: Tensor, v: Tensor) -> list[Tensor]:
-        """Latents [L, C] that the state x [B, C, S, S] at time t is on its way to: x - t v. What a sampler's callback is given
-        is what it needs, so that a drawing can be shown while it forms."""
-        return list(self._latents(x - t * v).cpu().unbind())
+        """Latents [L, C] that the state x [B, C, S, S] at time t is on its way to: x - t v.
+
+        These are the arguments of a sampling callback, so that an image can be shown while it forms.
+        """
+        return list(self.sampler.latents(x - t * v).cpu().unbind())
 
     def expect(self, images: int) -> None:
-        """Says how many images are to be drawn from now on, over all calls, which is what compile="auto" goes by."""
-        self._expected = images
-
-    def _compiles(self, batch: int, evaluations: int, guided: bool, prompts: int) -> bool:
-        """Whether to draw a batch of this size by compiled code."""
-        if self.speed.compile != "auto":
-            return self.speed.compile == "on"
-        images = max(self._expected, self._drawn[batch, prompts])  # who has drawn many will go on
-        pays = images * evaluations * flops(self.config.dit) >= COMPILE_PAYS
-        return self.device.type == "cuda" and (pays or self._fast_dit.is_compiled(batch, guided, prompts))
+        """Sets how many images are to be drawn from now on, in all calls; compile="auto" decides by it."""
+        self.sampler.policy.expect(images)
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
@@ -537,21 +454,9 @@ class ScaleRAE:
             shown *= len(asked)
         elif len(asked) == 1:
             asked *= len(shown)
-        hear = None if listen is None else self.hear_text(listen)
+        hear = None if listen is None else hear_text(self.tokenizer, listen)
         replies = self.reply(asked, latents=shown, max_new_tokens=max_new_tokens, listen=hear, draw=False)
         return [Answer(self.tokenizer.decode(reply.ids), reply) for reply in replies]
-
-    def hear_text(self, listen: TextListener) -> TokenListener:
-        """A listener to tokens that calls `listen` with a reply's text whenever that has grown by whole characters."""
-        streams: dict[int, TextStream] = {}
-        texts: dict[int, str] = {}
-
-        def hear(row: int, token: int) -> bool:
-            new = streams.setdefault(row, self.tokenizer.text_stream()).add(token)
-            texts[row] = texts.get(row, "") + new
-            return not new or listen(row, texts[row])
-
-        return hear
 
     def score(
         self,
@@ -594,23 +499,7 @@ class ScaleRAE:
         Raises:
             InputError: for a wrong type or shape, or values that are not finite.
         """
-        expected = [self.config.tokens, self.config.channels]
-        if not isinstance(latent, Tensor):
-            raise InputError(f"a latent must be a tensor {expected}, not {type(latent).__name__}")
-        if latent.is_nested or latent.layout is not torch.strided or latent.device.type == "meta":
-            kind = "nested" if latent.is_nested else "meta" if latent.device.type == "meta" else "sparse"
-            raise InputError(f"the latent is a {kind} tensor; a latent is a plain one, with values")
-        if latent.dim() == 3 and latent.shape[0] == 1:
-            latent = latent[0]
-        if list(latent.shape) != expected or not latent.is_floating_point():
-            raise InputError(
-                f"the latent is {list(latent.shape)} {latent.dtype}; this model's latents are {expected} floats"
-            )
-        latent = latent.detach().resolve_neg().float().cpu()
-        # numpy's, on one thread: torch would wake a thread for every core, which after a drawing takes longer than the work.
-        if not np.isfinite(latent.numpy()).all():
-            raise InputError("the latent holds values that are not finite (NaN or infinity)")
-        return latent
+        return check_latent(latent, self.config.tokens, self.config.channels)
 
     def exact_batch(self, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:
         """The largest of `most` and its halves whose batches draw, to the bit, what drawing one at a time draws.
@@ -641,20 +530,19 @@ class ScaleRAE:
         Raises:
             InputError, DeviceError: for a choice that does not exist, or not here.
         """
-        same_network = replace(speed, compile=self.speed.compile) == self.speed
-        if self.speed.quantize is not None and not same_network:
+        if self.speed.quantize is not None and not speed.same_network(self.speed):
             raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
         other = copy.copy(self)
         other.speed = speed
         other.language = self.language.with_speed(speed)
-        if not same_network:
-            other._fast_dit = FastDiT(self.dit, speed)
+        other.sampler = self.sampler.with_speed(speed)
+        if not speed.same_network(self.speed):
             other._decodes = Captures(speed.graph and self.device.type == "cuda", most=8)
         return other
 
     def release_memory(self) -> None:
         """Gives back to the device what is kept between calls: captured graphs, and the language model's memory."""
-        self._fast_dit.forget()
+        self.sampler.fast_dit.forget()
         self.language.forget()
         self._decodes.forget()
         gc.collect()
@@ -664,9 +552,3 @@ class ScaleRAE:
     def memory_errors(self, what: str, remedy: str = "fewer at once") -> MemoryErrors:
         """Turns what the device says when memory runs out while `what` is done into a DeviceError that says what would help."""
         return MemoryErrors(self.device, self.dtype, what, remedy)
-
-
-def _images_of_each(conditions: Sequence[Tensor]) -> int:
-    """How often each tensor comes in turn; 1 where they differ in that."""
-    counts = {len(list(run)) for _, run in groupby(conditions, id)}
-    return counts.pop() if len(counts) == 1 else 1

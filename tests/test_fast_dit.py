@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from torch import Tensor
 
 import scale_rae
 from scale_rae import cuda_graphs, fast_dit
-from scale_rae.compiling import compiled
+from scale_rae.compiling import CompilePolicy, compiled
 from scale_rae.config import DiTConfig
 from scale_rae.cuda_graphs import Captures, graph_memory
 from scale_rae.dit import DiT, SwiGLU, flops
@@ -369,63 +368,80 @@ def test_graphs_of_a_device_share_their_memory() -> None:
 # --- when to compile, and memory --------------------------------------------------------------------------------------
 
 
+PUBLISHED = DiTConfig(channels=1152, tokens=256, condition_width=2048, width=2048, depth=32, heads=32)
+
+
+def test_auto_compiles_when_it_pays() -> None:
+    policy = CompilePolicy("auto", flops(PUBLISHED), on_cuda=True)
+
+    def compiles(images: int, prompts: int, evaluations: int = 49, is_compiled: bool = False) -> bool:
+        return policy.compiles(images, prompts, evaluations, is_compiled)
+
+    policy.expect(1)
+    assert not compiles(1, 1)
+    policy.expect(553 * 8)
+    assert compiles(8, 8)
+    assert not compiles(8, 8, evaluations=1)  # too little work
+    policy.expect(20)  # the last ones of a run
+    assert not compiles(8, 8)
+    assert compiles(8, 8, is_compiled=True)
+    for _ in range(200):  # one by one, and nobody said how many
+        policy.count(5, 5)
+    assert compiles(5, 5)
+    assert not compiles(5, 1)  # not for as many prompts
+    for mode, expected in (("on", True), ("off", False)):
+        assert policy.with_choice(mode).compiles(1, 1, 49, is_compiled=False) is expected
+    assert compiles(5, 5)
+    policy.on_cuda = False
+    assert not compiles(5, 5)
+
+
+def test_small_models_are_not_compiled_for_little() -> None:
+    bundled = scale_rae.load("shapes", device="cpu")
+    for config, pays in ((PUBLISHED, True), (bundled.config.dit, False)):
+        policy = CompilePolicy("auto", flops(config), on_cuda=True)
+        policy.expect(1000)
+        assert policy.compiles(8, 8, 49, is_compiled=False) is pays
+    assert bundled.sampler.policy.operations == flops(bundled.config.dit)
+    assert not bundled.sampler.policy.on_cuda
+
+
 @pytest.fixture
-def published(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> ScaleRAE:
-    """A model that takes itself for one of the published size on CUDA, for what it decides."""
+def siglip(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> ScaleRAE:
+    """A model that has drawn nothing yet."""
     model = models["siglip"]
-    sizes = DiTConfig(channels=1152, tokens=256, condition_width=2048, width=2048, depth=32, heads=32)
-    monkeypatch.setattr(model, "config", dataclasses.replace(model.config, dit=sizes))
-    monkeypatch.setattr(model, "device", torch.device("cuda"))
-    monkeypatch.setattr(model, "_expected", 1)
-    monkeypatch.setattr(model, "_drawn", Counter[tuple[int, int]]())
-    monkeypatch.setattr(model._fast_dit, "_compiled_sizes", set[tuple[int, int, bool]]())
+    monkeypatch.setattr(model.sampler, "policy", CompilePolicy("auto", 1.0, on_cuda=False))
     return model
 
 
-def test_auto_compiles_when_it_pays(published: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = published
-    assert not model._compiles(1, 49, False, 1)
-    model.expect(553 * 8)
-    assert model._compiles(8, 49, False, 8)
-    assert not model._compiles(8, 1, False, 8)  # too little work
-    model.expect(20)  # the last ones of a run
-    assert not model._compiles(8, 49, False, 8)
-    model._fast_dit._compiled_sizes.add((8, 8, False))
-    assert model._compiles(8, 49, False, 8)  # unless code for this size is there
-    assert not model._compiles(8, 49, True, 8)
-    assert not model._compiles(8, 49, False, 1)  # and for as many prompts
-    assert not model._compiles(5, 49, False, 5)
-    model._drawn[5, 5] = 1000  # one by one, and nobody said how many
-    assert model._compiles(5, 49, False, 5)
-    monkeypatch.setattr(model, "device", torch.device("cpu"))
-    assert not model._compiles(5, 49, False, 5)
-    for mode, expected in (("on", True), ("off", False)):
-        monkeypatch.setattr(model, "speed", Speed(mode))
-        assert model._compiles(1, 49, False, 1) is expected
+def test_what_is_drawn_is_counted(siglip: ScaleRAE) -> None:
+    siglip.expect(10)
+    siglip.generate(DRAW, num_images=5, steps=2, batch_size=3, decode=False)
+    assert siglip.sampler.policy.expected == 5
+    assert siglip.sampler.policy.drawn == {(3, 1): 3, (2, 1): 2}
+    assert siglip.with_speed(Speed("on")).sampler.policy.expected == 5
 
 
-def test_small_models_are_not_compiled_for_little(models: dict[str, ScaleRAE], published: ScaleRAE) -> None:
-    published.expect(1000)
-    assert published._compiles(8, 49, False, 8)
-    bundled = ScaleRAE.from_pretrained("shapes", device="cpu")
-    bundled.device = torch.device("cuda")
-    bundled.expect(1000)
-    assert not bundled._compiles(8, 49, False, 8)
+def test_the_policy_hears_of_sizes_that_are_compiled(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
 
+    def compiles(*batch: object) -> bool:
+        asked.append(batch)
+        return False
 
-def test_what_is_drawn_is_counted(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> None:
-    model = models["siglip"]
-    monkeypatch.setattr(model, "_drawn", Counter[tuple[int, int]]())
-    model.expect(10)
-    model.generate(DRAW, num_images=5, steps=2, batch_size=3, decode=False)
-    assert model._expected == 5
-    assert model._drawn == {(3, 1): 3, (2, 1): 2}
+    def is_compiled(batch: int, guided: bool, prompts: int) -> bool:
+        return (batch, guided, prompts) == (2, True, 1)
+
+    monkeypatch.setattr(siglip.sampler.policy, "compiles", compiles)
+    monkeypatch.setattr(siglip.sampler.fast_dit, "is_compiled", is_compiled)
+    for images, guidance in ((2, 3.0), (2, 1.0), (1, 3.0)):
+        siglip.generate(DRAW, num_images=images, steps=3, guidance=guidance, decode=False)
+    assert asked == [(2, 1, 3, True), (2, 1, 3, False), (1, 1, 3, False)]
 
 
 def test_operations_of_the_published_network() -> None:
     """61 TFLOP an image, as measured by others (issue's figure) and as counted here from the shapes of its linears."""
-    sizes = DiTConfig(channels=1152, tokens=256, condition_width=2048, width=2048, depth=32, heads=32)
-    assert flops(sizes) * 49 == pytest.approx(61.8e12, rel=1e-2)
+    assert flops(PUBLISHED) * 49 == pytest.approx(61.8e12, rel=1e-2)
     for kind, config in KINDS.items():
         named = [(n, m) for n, m in made(kind).named_modules() if isinstance(m, torch.nn.Linear)]
         products = sum(m.weight.numel() for n, m in named if "t_embedder" not in n and n != "s_projector")

@@ -47,13 +47,13 @@ def siglip(models: dict[str, ScaleRAE]) -> ScaleRAE:
 def calls(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Batch sizes of the velocity network's evaluations, of both branches of guidance."""
     seen: list[int] = []
-    original = siglip._fast_dit.evaluate
+    original = siglip.sampler.fast_dit.evaluate
 
     def evaluate(parts: Any, x: Tensor, time: Tensor, condition: Tensor, null: Tensor | None = None) -> Tensor:
         seen.extend([len(x)] * (1 if null is None else 2))
         return original(parts, x, time, condition, null)
 
-    monkeypatch.setattr(siglip._fast_dit, "evaluate", evaluate)
+    monkeypatch.setattr(siglip.sampler.fast_dit, "evaluate", evaluate)
     return seen
 
 
@@ -113,7 +113,6 @@ def test_many_prompts_at_once_are_each_alone(siglip: ScaleRAE) -> None:
 )
 def test_images_of_one_prompt_are_drawn_from_one_condition(
     siglip: ScaleRAE,
-    monkeypatch: pytest.MonkeyPatch,
     batches: list[tuple[int, int]],
     counts: list[int],
     batch_size: int,
@@ -128,8 +127,8 @@ def test_images_of_one_prompt_are_drawn_from_one_condition(
     for latent, condition, seed in zip(together, given, seeds, strict=True):
         close(latent, siglip.sample([condition], [seed], options)[0])
     batches.clear()
-    monkeypatch.setattr(siglip, "speed", replace(siglip.speed, shared=False))
-    for a, b in zip(together, siglip.sample(given, seeds, options, batch_size), strict=True):
+    alone = siglip.with_speed(replace(siglip.speed, shared=False))
+    for a, b in zip(together, alone.sample(given, seeds, options, batch_size), strict=True):
         close(a, b)
     assert sum(conditions for conditions, _ in batches) == len(given)
 
@@ -263,7 +262,7 @@ def test_empty_prompt(siglip: ScaleRAE, prompt: str) -> None:
 
 
 def test_latents_that_are_not_finite_are_refused(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(siglip._fast_dit, "evaluate", lambda parts, x, *rest: torch.full_like(x, torch.nan))
+    monkeypatch.setattr(siglip.sampler.fast_dit, "evaluate", lambda parts, x, *rest: torch.full_like(x, torch.nan))
     with pytest.raises(ScaleRAEError, match=r"seed 5 .*not finite; try --dtype float32"):
         latents(siglip, seed=5)
 
@@ -272,7 +271,7 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
     def full(*args: object, **options: object) -> Tensor:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
 
-    monkeypatch.setattr(siglip._fast_dit, "evaluate", full)
+    monkeypatch.setattr(siglip.sampler.fast_dit, "evaluate", full)
     with pytest.raises(
         DeviceError,
         match=r"^cpu: out of memory while drawing 1 images at once; try --dtype bfloat16, which takes half of it$",
@@ -332,14 +331,14 @@ def test_out_of_memory_halves_the_batch(
     siglip: ScaleRAE, calls: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, at_most: int
 ) -> None:
     whole = latents(siglip, num_images=7, seed=3)
-    counted = siglip._fast_dit.evaluate
+    counted = siglip.sampler.fast_dit.evaluate
 
     def evaluate(parts: Any, x: Tensor, *rest: Any) -> Tensor:
         if len(x) > at_most:
             raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
         return counted(parts, x, *rest)
 
-    monkeypatch.setattr(siglip._fast_dit, "evaluate", evaluate)
+    monkeypatch.setattr(siglip.sampler.fast_dit, "evaluate", evaluate)
     calls.clear()
     for a, b in zip(latents(siglip, num_images=7, seed=3), whole, strict=True):
         close(a, b)

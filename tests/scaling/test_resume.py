@@ -18,6 +18,7 @@ import torch
 
 from scale_rae.errors import DeviceError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import LatentSampler
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from tests.scaling.conftest import Scale, record, snapshot
@@ -281,7 +282,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, fails: Callable[[list[int]], Except
     """Has ScaleRAE.sample raise what `fails` returns for its seeds; the batch sizes it is called with."""
     sample, sizes = ScaleRAE.sample, list[int]()
 
-    def patched(self: ScaleRAE, conditions: Any, seeds: Any, *args: Any, **options: Any) -> list[torch.Tensor]:
+    def patched(self: LatentSampler, conditions: Any, seeds: Any, *args: Any, **options: Any) -> list[torch.Tensor]:
         sizes.append(len(seeds))
         error = fails(list(seeds))
         if error is not None:
@@ -342,15 +343,15 @@ def test_out_of_memory_halves_the_batch(scale: Scale, monkeypatch: pytest.Monkey
 def test_the_model_does_not_halve_batches_by_itself(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     """Or other images would be drawn together than the log says."""
     sizes = list[int]()
-    draw = ScaleRAE._sample_batch
+    draw = LatentSampler.sample_batch
 
-    def limited(self: ScaleRAE, condition: torch.Tensor, seeds: list[int], *args: Any) -> torch.Tensor:
+    def limited(self: LatentSampler, condition: torch.Tensor, seeds: list[int], *args: Any) -> torch.Tensor:
         sizes.append(len(seeds))
         if len(seeds) > 2:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return draw(self, condition, seeds, *args)
 
-    monkeypatch.setattr(ScaleRAE, "_sample_batch", limited)
+    monkeypatch.setattr(LatentSampler, "sample_batch", limited)
     result = scale("--batch-size", 4, "--limit", 1)
     assert result.code == 0
     assert sizes == [4, 2, 2]

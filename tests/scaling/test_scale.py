@@ -18,6 +18,7 @@ from PIL import Image
 from scale_rae.language import Reply
 from scale_rae.noise import image_seed
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import LatentSampler
 from scale_rae.scaling.settings import Settings
 from tests.conftest import GOLDEN_CASES
 from tests.helpers.made_checkpoints import GOLDENS
@@ -132,27 +133,27 @@ def test_batch_size_and_threads_do_not_decide_on_the_cpu(
 def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     """And leaves what it always left."""
     together: list[int] = []
-    draw = ScaleRAE._sample_batch
+    draw = LatentSampler.sample_batch
 
-    def rounds(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
+    def rounds(self: LatentSampler, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
         together.append(len(seeds))
         return draw(self, condition, seeds, *rest) + 1e-6 * (len(seeds) > 1)
 
-    monkeypatch.setattr(ScaleRAE, "_sample_batch", rounds)
+    monkeypatch.setattr(LatentSampler, "sample_batch", rounds)
     assert scale("--limit", 1).code == 0
     tried = len(together) - together[::-1].index(2)
     assert together[tried:] == [1, 1, 1, 1]
 
 
 def test_a_cpu_without_memory_for_several_draws_one_by_one(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = ScaleRAE._sample_batch
+    draw = LatentSampler.sample_batch
 
-    def limited(self: ScaleRAE, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
+    def limited(self: LatentSampler, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
         if len(seeds) > 1:
             raise torch.OutOfMemoryError("not enough memory")
         return draw(self, condition, seeds, *rest)
 
-    monkeypatch.setattr(ScaleRAE, "_sample_batch", limited)
+    monkeypatch.setattr(LatentSampler, "sample_batch", limited)
     assert scale("--limit", 1).code == 0
 
 
