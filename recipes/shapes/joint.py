@@ -198,7 +198,8 @@ class Loss:
         end = asked + batch.read
         reading = self._with_image(embeds[asked:end], self._read_latents(read))
         hidden = networks.hidden_states(self.language, torch.cat([embeds[:asked], reading, embeds[end:]]), self.rotary)
-        shown = networks.hidden_states(self.language, self._shown(follow), self.shown_rotary)
+        latents = self._read_latents(torch.randint(len(self.pools.read), (len(follow),), device=self.device))
+        shown = networks.hidden_states(self.language, self.after_pictures(follow, latents), self.shown_rotary)
 
         length = pools.draw.length.index_select(0, draw)
         shown_length = pools.draw.length.index_select(0, follow) + self.further
@@ -231,14 +232,13 @@ class Loss:
         image = self.language.model.mm_projector(latents.to(self.dtype))
         return torch.cat([embeds[:, :place], image, embeds[:, place + tokens :]], dim=1)
 
-    def _shown(self, rows: Tensor) -> Tensor:
-        """Embeddings [B, T, H] of requests of the drawing pool, each after some picture of the reading pool."""
+    def after_pictures(self, rows: Tensor, latents: Tensor) -> Tensor:
+        """Embeddings [B, T, H] of requests of the drawing pool, each after a picture, of which `latents` [B, L, C] are given."""
         pools = self.pools
         request = pools.draw.ids.index_select(0, rows).long()[:, pools.text_head :]
         ids = torch.cat([pools.shown_head.expand(len(rows), -1), request], dim=1)
         ids = F.pad(ids, (0, self.shown_width - ids.shape[1]))
-        pictures = torch.randint(len(pools.read), (len(rows),), device=self.device)
-        return self._with_image(self.embed(ids), self._read_latents(pictures))
+        return self._with_image(self.embed(ids), latents)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings [B, T, H] of ids [B, T] that may stand for latent queries."""

@@ -173,8 +173,7 @@ def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: 
         nn.init.normal_(parameter, std=0.2)
     rows = torch.arange(5)
     latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
-    loss._read_latents = lambda _: latents  # type: ignore[method-assign]
-    hidden = networks.hidden_states(language, loss._shown(rows), loss.shown_rotary)
+    hidden = networks.hidden_states(language, loss.after_pictures(rows, latents), loss.shown_rotary)
     trained = loss.queried(hidden, made.draw.length[rows] + loss.further)
     encoder = vocabulary.encoder
     language.lm_head = Scripted(language, encoder.reply)
