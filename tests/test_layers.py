@@ -29,7 +29,8 @@ scaling.select scaling.explain scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
-demo demo.listening demo.surroundings demo.work demo.page demo.gate demo.server
+demo demo.limits demo.results demo.streams demo.best_of demo.shared_model demo.listening demo.surroundings demo.words demo.fence
+demo.widgets demo.board demo.page demo.gate demo.server
 cli.app cli.progress cli.options cli.drawing cli.t2i cli.img cli.latent cli.scale cli.select cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate

@@ -89,10 +89,10 @@ def command(
 
             settle(shown)
             from scale_rae.demo import page, server
-            from scale_rae.demo.work import Studio
+            from scale_rae.demo.shared_model import SharedModel
         session = OpenedModel(choice, bars, decoder=True, debug=debug, source=source)
-        studio = Studio(session, choice, folder, shown / "drawn")
-        running = server.launch(page.build(studio, shown), listener, shown, allow_host or (), open_browser)
+        model = SharedModel(session, choice, folder, shown / "drawn")
+        running = server.launch(page.build(model, shown), listener, shown, allow_host or (), open_browser)
         if host not in LOOPBACK:
             typer.echo(f"note: anyone who can reach {host} can use the model; the page has no password", err=True)
         typer.echo(f"{running.url.rstrip('/')}  (Ctrl-C ends it)")
@@ -104,7 +104,7 @@ def command(
         finally:
             ending.set()
             running.close()
-            studio.close()
+            model.close()
 
 
 @contextlib.contextmanager

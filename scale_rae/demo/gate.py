@@ -1,4 +1,4 @@
-"""In front of the page: which hosts, origins, routes, files and sizes are let through. Knows HTTP, not gradio's code."""
+"""In front of the page: the hosts, origins, routes, files and sizes that are let through. It knows HTTP, not gradio."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from starlette.requests import ClientDisconnect
 
-from scale_rae.demo.work import LARGEST_FILE
+from scale_rae.demo.limits import LARGEST_FILE
 from scale_rae.serve.guard import known_host
 from scale_rae.serve.settings import LOOPBACK
 
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 _log = logging.getLogger("scale_rae.demo")
 
 MOST_UPLOADED = 2 << 30  # bytes that the page's folder may hold; the next upload is refused
-_LARGEST_BODY = 1 << 20  # of anything else: fields and a conversation
-_SECONDS = 120.0  # that a body may take to arrive
+_LARGEST_BODY = 1 << 20  # of other requests: fields and a conversation
+BODY_SECONDS = 120.0  # for a body to arrive
 
-# All that the page's own script asks for. Gradio has routes for much more: proxies, other programs, editing the page.
+# What the page's own script asks for. Gradio has more routes: for proxies, for programs, for editing the page.
 _API = "/gradio_api"
 _GET = re.compile(
     r"/|/(config|theme\.css|favicon\.ico|robots\.txt|manifest\.json)|/(assets|static|svelte)/.*|"
@@ -46,10 +46,10 @@ _ADDED = [
 
 
 class Gate:
-    """ASGI middleware that lets through what a browser that shows the page sends, and nothing else.
+    """ASGI middleware that lets through only what a browser sends that shows the page.
 
-    `folder` has the files that the page gives out; `host` is the address it listens at, `names` are more names that it has, as
-    behind a reverse proxy.
+    `folder` has the files that the page serves. `host` is the address that it listens at; `names` are its other names, such as
+    that of a reverse proxy.
     """
 
     def __init__(self, app: ASGIApp, folder: Path, host: str, names: Sequence[str] = ()) -> None:
@@ -80,13 +80,13 @@ class Gate:
             self._arriving -= size
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        # Checked already; gradio's own check of origins would let each be reflected.
+        # The origin has been checked; gradio would reflect it in a header that lets that page read the answer.
         scope = dict(scope, headers=[(key, value) for key, value in scope["headers"] if key != b"origin"])
         started = False
-        ends: float | None = asyncio.get_running_loop().time() + _SECONDS
+        ends: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def received() -> Message:
-            """What the client sends next; a body that takes too long counts as left unfinished."""
+            """The client's next message; a body that takes too long counts as a disconnect."""
             nonlocal ends
             try:
                 async with asyncio.timeout_at(ends):
@@ -140,11 +140,11 @@ class Gate:
     def _knows_host(self, scope: Scope) -> bool:
         if known_host(scope, self._hosts):
             return True
-        # An address, unlike a name, cannot be made to lead here by someone else's name server.
+        # A foreign name server can make a name lead here, but not an IP address.
         return self._open and all(_is_address(host) for host in _header(scope, b"host"))
 
     def _own_origin(self, scope: Scope) -> bool:
-        """Whether a request is from the page itself, or from no page at all."""
+        """Whether a request comes from the page itself, or from no page."""
         (mode,) = _header(scope, b"sec-fetch-mode") or ("",)
         sites = _header(scope, b"sec-fetch-site")
         if mode != "navigate" and any(site in ("cross-site", "same-site") for site in sites):
@@ -159,14 +159,14 @@ class Gate:
         return True
 
     def _gives(self, name: str) -> bool:
-        """Whether a name in a URL is of a file in the page's folder."""
+        """Whether a URL names a file in the page's folder."""
         return "\0" not in name and Path(os.path.realpath(name)).is_relative_to(self._folder)
 
     def _held(self) -> int:
-        """Bytes in the page's folder, and of uploads that are on their way to it."""
+        """Bytes in the page's folder and in uploads under way."""
         held = self._arriving
         for file in self._folder.rglob("*"):
-            with contextlib.suppress(OSError):  # gone meanwhile
+            with contextlib.suppress(OSError):  # removed meanwhile
                 held += file.lstat().st_size
         return held
 
@@ -181,7 +181,7 @@ def _length(scope: Scope) -> int | None:
 
 
 def _without_port(netloc: str) -> str:
-    """A host and its port, without the port that is meant where none is said."""
+    """A host and its port, without a default port."""
     return re.sub(r":(80|443)$", "", netloc)
 
 

@@ -18,8 +18,8 @@ import uvicorn
 from fastapi import FastAPI
 
 from scale_rae.demo.gate import Gate
+from scale_rae.demo.limits import LARGEST_FILE
 from scale_rae.demo.page import CSS, THEME
-from scale_rae.demo.work import LARGEST_FILE
 from scale_rae.errors import ScaleRAEError
 from scale_rae.serve.connections import Connection
 from scale_rae.serve.settings import Limits

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.language import Conversation, Reply
+from scale_rae.manifest import text_chunks
 from scale_rae.options import SamplingOptions
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import ScaleRAE
@@ -38,7 +39,6 @@ from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.refusals import Refused, shutting_down
 from scale_rae.serve.schedule import BatchSizes, Schedule, Stage, Task, Tile
 from scale_rae.serve.settings import OWN_JUDGEMENT
-from scale_rae.version import __version__
 
 BATCH_CPU, BATCH_GPU = 4, 32
 LINGER = 0.005  # seconds that an idle GPU waits for requests that come with the first
@@ -525,14 +525,13 @@ def _all_distinct(conditions: Sequence[Tensor]) -> list[Tensor]:
 
 def _png_text(job: Job, index: int) -> dict[str, str]:
     """The text chunks of a PNG: the settings that drew it."""
-    options = job.options
-    text = {
-        "Software": f"scale_rae {__version__}",
-        "image_seed": str(job.seed_of(index)),
-        "guidance_level": str(options.guidance),
-        "solver": options.solver,
-        "steps": str(options.steps),
-    }
-    if options.interval is not None:
-        text["guidance_interval"] = f"{options.interval[0]} {options.interval[1]}"
-    return text
+    options, interval = job.options, job.options.interval
+    return text_chunks(
+        {
+            "image_seed": job.seed_of(index),
+            "guidance_level": options.guidance,
+            "solver": options.solver,
+            "steps": options.steps,
+            "guidance_interval": None if interval is None else f"{interval[0]} {interval[1]}",
+        }
+    )

@@ -19,9 +19,10 @@ from PIL import EpsImagePlugin, Image
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 httpx = pytest.importorskip("httpx")  # comes with gradio
 
-from scale_rae.demo import gate, page, server  # noqa: E402 - imports gradio
+from scale_rae.demo import fence, gate, page, server, words  # noqa: E402 - imports gradio
+from scale_rae.demo.limits import LARGEST_FILE  # noqa: E402
 from scale_rae.demo.listening import bind  # noqa: E402
-from scale_rae.demo.work import LARGEST_FILE, Studio  # noqa: E402
+from scale_rae.demo.shared_model import SharedModel  # noqa: E402
 from scale_rae.opening import OpenedModel  # noqa: E402
 from scale_rae.options import ModelChoice  # noqa: E402
 
@@ -39,8 +40,8 @@ class Page:
         for folder in (self.output, self.folder):
             folder.mkdir()
         choice = ModelChoice("shapes", device="cpu")
-        self.studio = Studio(OpenedModel(choice, decoder=True), choice, self.output, self.folder / "drawn")
-        self.built = page.build(self.studio, self.folder)
+        self.model = SharedModel(OpenedModel(choice, decoder=True), choice, self.output, self.folder / "drawn")
+        self.built = page.build(self.model, self.folder)
         self.running = server.launch(self.built, bind("127.0.0.1", None), self.folder)
         self.url = self.running.url.rstrip("/")
         self.http = httpx.Client(base_url=self.url, timeout=300, trust_env=False)
@@ -50,7 +51,7 @@ class Page:
     def close(self) -> None:
         self.http.close()
         self.running.close()
-        self.studio.close()
+        self.model.close()
 
     def function(self, name: str, event: str) -> int:
         """The number of what happens at an event of the part with an id."""
@@ -233,11 +234,11 @@ def test_a_conversation_keeps_words_only() -> None:
             {"role": "assistant", "content": [{"type": "text", "text": "A circle."}]},
         ]
     )
-    assert page.texts(payload) == [
+    assert fence.texts(payload) == [
         {"role": "user", "content": "What?"},
         {"role": "assistant", "content": "A circle."},
     ]
-    assert page.texts(None) == []
+    assert fence.texts(None) == []
 
 
 def post(shown: Page, path: str, headers: dict[str, str], body: bytes = b"") -> int:
@@ -261,7 +262,7 @@ def test_bodies_are_refused_by_their_size_before_they_arrive(shown: Page, monkey
 
 
 def test_a_body_that_never_ends_is_given_up(shown: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gate, "_SECONDS", 0.05)
+    monkeypatch.setattr(gate, "BODY_SECONDS", 0.05)
     for path in ("upload", "queue/join"):
         assert post(shown, f"{API}/{path}", FORM | {"Content-Length": "99"}, b"--x") >= 400
 
@@ -412,7 +413,7 @@ def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page) -> None:
     assert shown.join(shown.function("draw-go", "click"), shown.draw(images=16, steps=250), session).status_code == 200
     messages = shown.messages(session)
     assert any("progressbar" in str(m) and m["msg"] == "process_generating" for m in messages)
-    assert shown.studio.turn.locked()
+    assert shown.model.busy
     messages.close()  # type: ignore[attr-defined]
     message = shown.do("draw-go", "click", shown.draw())  # waits for its turn
     assert message["success"]
@@ -429,4 +430,4 @@ def test_a_path_in_an_error_is_its_last_name() -> None:
         ("~/x/y.pt: damaged", "y.pt: damaged"),
         ("see https://example.org/a/b and docs/demo.md, 1/2", "see https://example.org/a/b and docs/demo.md, 1/2"),
     ):
-        assert page.without_paths(text) == shown
+        assert words.without_paths(text) == shown

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from scale_rae.demo.listening import bind
-from scale_rae.demo.work import Studio
+from scale_rae.demo.shared_model import SharedModel
 from scale_rae.opening import OpenedModel
 from scale_rae.options import ModelChoice
 from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
@@ -29,6 +29,7 @@ sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the pac
 
 from scale_rae.demo import page as demo  # noqa: E402 - imports gradio
 from scale_rae.demo import server  # noqa: E402
+from scale_rae.demo.widgets import sampling  # noqa: E402
 
 pytestmark = needs_chromium
 PATIENCE = 120_000  # ms, against hanging only
@@ -41,8 +42,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("demo")
     choice = ModelChoice("shapes", device="cpu")
     shown = folder / "page"
-    studio = Studio(OpenedModel(choice, decoder=True), choice, folder, shown / "drawn")
-    running = server.launch(demo.build(studio, shown), bind("127.0.0.1", None), shown)
+    shared = SharedModel(OpenedModel(choice, decoder=True), choice, folder, shown / "drawn")
+    running = server.launch(demo.build(shared, shown), bind("127.0.0.1", None), shown)
     yield running.url
     running.close()
 
@@ -196,7 +197,7 @@ def test_look(visit: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text", "damaged", "bomb"])
-def test_what_is_no_picture_is_told(visit: Any, tmp_path: Path, kind: str) -> None:
+def test_a_file_that_is_no_picture_is_named(visit: Any, tmp_path: Path, kind: str) -> None:
     visitor = visit()
     visitor.tab("Look")
     file = tmp_path / "bad.png"
@@ -236,13 +237,13 @@ def test_best_of_n(visit: Any) -> None:
     assert visitor.pictures("look-gallery").count() == 4
 
 
-def test_latent(visit: Any, tmp_path: Path, studio: Studio) -> None:
-    steps = studio.draw("a green star", demo.sampling(1, 1.0, 3, "euler", "1"))
+def test_latent(visit: Any, tmp_path: Path, shared: SharedModel) -> None:
+    steps = shared.draw("a green star", sampling(1, 1.0, 3, "euler", "1"))
     while True:
         try:
             next(steps)
         except StopIteration as stop:
-            drawing = stop.value.drawings[0]
+            drawing = stop.value.images[0]
             break
     visitor = visit()
     visitor.tab("Latent")

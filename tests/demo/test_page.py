@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from scale_rae.demo.listening import bind
-from scale_rae.demo.work import Drawing, Judged, Ranked, Studio
+from scale_rae.demo.results import RankedImage, RankingState, SavedImage
+from scale_rae.demo.shared_model import SharedModel
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.options import PROMPT_PREFIX
 from scale_rae.shapes.judge import find_objects
@@ -20,23 +21,25 @@ from scale_rae.wording import as_request
 
 gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
 
-from scale_rae.demo import page  # noqa: E402 - imports gradio
+from scale_rae.demo import page, widgets  # noqa: E402 - imports gradio
+from scale_rae.demo.board import leaderboard  # noqa: E402
+from scale_rae.demo.words import sentence  # noqa: E402
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 
 
 @pytest.fixture(scope="module")
-def drawing(studio: Studio) -> Drawing:
-    work = studio.draw("a red circle", page.sampling(1, 1.0, 2, "euler", "5"))
+def drawing(shared: SharedModel) -> SavedImage:
+    work = shared.draw("a red circle", widgets.sampling(1, 1.0, 2, "euler", "5"))
     while True:
         try:
             next(work)
         except StopIteration as stop:
-            return stop.value.drawings[0]  # type: ignore[no-any-return]
+            return stop.value.images[0]  # type: ignore[no-any-return]
 
 
 def test_fields_become_a_sampling() -> None:
-    sampling = page.sampling(4, 3, 49, "heun", " 9087990001452917107 ")
+    sampling = widgets.sampling(4, 3, 49, "heun", " 9087990001452917107 ")
     assert (sampling.num_images, sampling.guidance_level, sampling.steps, sampling.solver) == (4, 3.0, 49, "heun")
     assert sampling.seed == 9087990001452917107  # beyond what a browser's numbers hold
 
@@ -44,7 +47,7 @@ def test_fields_become_a_sampling() -> None:
 @pytest.mark.parametrize("seed", ["", "a", "1.5", "1e3", "9" * 30, None])
 def test_a_field_that_is_no_number_is_named(seed: Any) -> None:
     with pytest.raises(InputError, match="The seed is"):
-        page.sampling(1, 1, 49, "euler", seed)
+        widgets.sampling(1, 1, 49, "euler", seed)
 
 
 @pytest.mark.parametrize(
@@ -57,15 +60,15 @@ def test_a_field_that_is_no_number_is_named(seed: Any) -> None:
     ],
 )
 def test_errors_are_sentences(text: str, shown: str) -> None:
-    assert page.sentence(text) == shown
+    assert sentence(text) == shown
 
 
 def test_handlers_show_sentences_and_keep_secrets(caplog: pytest.LogCaptureFixture) -> None:
-    @page.told
+    @widgets.shows_errors
     def refused() -> None:
         raise InputError("seed -1: too small")
 
-    @page.told
+    @widgets.shows_errors
     def broken() -> Iterator[int]:
         yield 1
         raise ValueError("/home/me/secret")
@@ -83,21 +86,21 @@ def test_handlers_show_sentences_and_keep_secrets(caplog: pytest.LogCaptureFixtu
     assert "secret" in caplog.text  # on the terminal
 
 
-def test_details_and_pictures_of_drawings(drawing: Drawing) -> None:
-    column, seed, command, files = page.detailed([drawing], 0)
+def test_details_and_pictures_of_drawings(drawing: SavedImage) -> None:
+    column, seed, command, files = widgets.detailed([drawing], 0)
     assert column.visible
     assert seed == "Seed **5**"
     assert command == drawing.command
     assert [Path(file).suffix for file in files] == [".png", ".pt", ".json"]
-    assert page.detailed([drawing, drawing], 1)[1] == "Image 2 of 2 · seed **5**"
-    assert not page.detailed([], 0)[0].visible
-    assert page.pictures([drawing]) == [(str(drawing.png), drawing.request)]
-    assert page.remembered([drawing] * page.REMEMBERED, [drawing, drawing]) == [drawing] * page.REMEMBERED
+    assert widgets.detailed([drawing, drawing], 1)[1] == "Image 2 of 2 · seed **5**"
+    assert not widgets.detailed([], 0)[0].visible
+    assert widgets.pictures([drawing]) == [(str(drawing.png), drawing.request)]
+    assert widgets.remembered([drawing] * widgets.REMEMBERED, [drawing, drawing]) == [drawing] * widgets.REMEMBERED
 
 
-def test_drawing_updates_end_with_the_drawings(studio: Studio) -> None:
-    work = studio.draw("a red circle", page.sampling(2, 1.0, 2, "euler", "5"))
-    updates = list(page._drawing_updates(work, []))
+def test_drawing_updates_end_with_the_drawings(shared: SharedModel) -> None:
+    work = shared.draw("a red circle", widgets.sampling(2, 1.0, 2, "euler", "5"))
+    updates = list(widgets.draw_updates(work, []))
     assert "Reading the prompt" in updates[0][0]
     assert 'role="progressbar" aria-valuenow="50"' in updates[1][0]
     assert len(updates[1][1]) == 2
@@ -107,23 +110,23 @@ def test_drawing_updates_end_with_the_drawings(studio: Studio) -> None:
     assert len(last) == len(updates[0]) == len(updates[1]) == 8
 
 
-def test_a_conversation_grows(studio: Studio, drawing: Drawing) -> None:
+def test_a_conversation_grows(shared: SharedModel, drawing: SavedImage) -> None:
     history: list[dict[str, Any]] = []
-    for question in page.QUESTIONS[:2]:
-        updates = list(page.conversation(studio, history, question, drawing.latent, None))
+    for question in widgets.QUESTIONS[:2]:
+        updates = list(widgets.conversation(shared, history, question, drawing.latent, None))
         fields = [field for _, field in updates]
         assert fields[0] == ""
         assert len(fields) > 1
         assert all(field == gr.skip() for field in fields[1:])  # what is typed meanwhile stays
         history = updates[-1][0]
     assert [message["role"] for message in history] == ["user", "assistant"] * 2
-    assert history[2]["content"] == page.QUESTIONS[1]
+    assert history[2]["content"] == widgets.QUESTIONS[1]
     assert all(message["content"] for message in history)
 
 
-def test_the_examples_are_of_the_bundled_models_world(studio: Studio) -> None:
+def test_the_examples_are_of_the_bundled_models_world(shared: SharedModel) -> None:
     """What is offered to be drawn and asked works."""
-    model = studio.model
+    model = shared.model
     wanted = {
         "a red circle": [("red", "circle")],
         "three stars": ["star"] * 3,
@@ -138,26 +141,26 @@ def test_the_examples_are_of_the_bundled_models_world(studio: Studio) -> None:
         kinds = [[(f.color, f.shape) if isinstance(things[0], tuple) else f.shape for f in found] for found in seen]
         assert sum(sorted(found) == sorted(things) for found in kinds) >= 3, (prompt, kinds)
         latents.append(result.images[0].latent)
-    answers = [[a.text.strip() for a in model.answer(q, latents=latents, max_new_tokens=40)] for q in page.QUESTIONS]
+    answers = [[a.text.strip() for a in model.answer(q, latents=latents, max_new_tokens=40)] for q in widgets.QUESTIONS]
     assert answers[0][0] == "a photo of a red circle."
     assert answers[1] == ["One.", "Three.", "Two.", "Two."]
     assert answers[2] == ["Yes.", "No.", "No.", "No."]
 
 
-def judged(place: int, kept: bool, why: str | None = None) -> Judged:
+def judged(place: int, kept: bool, why: str | None = None) -> RankedImage:
     image = Image.new("RGB", (600, 400), "red")
     scores = {"combined": -1.25, "reward": None, "prompt_loss": 2.0}
-    return Judged(image, torch.zeros(1), 2**62, place, kept, "yes" if kept else "uncertain", scores, why)
+    return RankedImage(image, torch.zeros(1), 2**62, place, kept, "yes" if kept else "uncertain", scores, why)
 
 
-def test_the_leaderboard_tells_all_and_escapes(drawing: Drawing) -> None:
-    text = page.leaderboard(Ranked([judged(0, True), judged(1, False, HOSTILE)], 2, "", [drawing, drawing]))
+def test_the_leaderboard_tells_all_and_escapes(drawing: SavedImage) -> None:
+    text = leaderboard(RankingState([judged(0, True), judged(1, False, HOSTILE)], 2, "", [drawing, drawing]))
     assert text.index('class="kept"') < text.index('class="dropped"')
     assert HOSTILE not in text
     assert "&lt;img src=x" in text
     for part in ("model says yes", "model says neither", "<dd>−1.25</dd>", "<dd>–</dd>", str(2**62), "scale-rae t2i"):
         assert part in text
-    assert page.leaderboard(Ranked([], 2, "", [])) == ""
+    assert leaderboard(RankingState([], 2, "", [])) == ""
 
 
 def test_a_taken_port() -> None:
@@ -169,8 +172,8 @@ def test_a_taken_port() -> None:
         bind("no.such.host", None)
 
 
-def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path) -> None:
-    built = page.build(studio, tmp_path)
+def test_the_page_offers_no_interface_but_itself(shared: SharedModel, tmp_path: Path) -> None:
+    built = page.build(shared, tmp_path)
     assert not built.get_api_info()["named_endpoints"]  # type: ignore[typeddict-item]
     limits = {f.concurrency_id: f.concurrency_limit for f in built.fns.values() if f.queue}
     assert limits["model"] == 1
@@ -178,11 +181,11 @@ def test_the_page_offers_no_interface_but_itself(studio: Studio, tmp_path: Path)
 
 
 def test_the_page_says_what_the_bundled_model_draws_and_answers(
-    studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    shared: SharedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said = str(page.build(studio, tmp_path).config)
+    said = str(page.build(shared, tmp_path).config)
     for words in ("one to four shapes", "cross", "pink", "questions about such pictures", "docs/bundled-model.md"):
         assert words in said
-    monkeypatch.setattr(studio.model.tokenizer, "image_start", studio.model.tokenizer.chat_end)
+    monkeypatch.setattr(shared.model.tokenizer, "image_start", shared.model.tokenizer.chat_end)
     with pytest.raises(InputError, match=r"answered without drawing.*one to four shapes"):
-        list(studio.draw("a red circle", page.sampling(1, 1.0, 2, "euler", "5")))
+        list(shared.draw("a red circle", widgets.sampling(1, 1.0, 2, "euler", "5")))

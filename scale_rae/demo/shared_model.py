@@ -1,202 +1,87 @@
-"""What the page asks for, as generators that tell how it goes: draw, ask, best of N. Nothing here knows gradio.
+"""What the page asks of the model, as generators of progress: draw, ask, best of N. Nothing here knows gradio.
 
-Closing a generator (a visitor who stops, or has gone) ends the work behind it at its next step.
+Closing a generator, as when a visitor stops or leaves, ends the work behind it at its next step.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import queue
 import secrets
 import shlex
 import shutil
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from scale_rae.checkpoint import load_latent
+from scale_rae.demo.best_of import BestOf
+from scale_rae.demo.limits import ANSWER_TOKENS, LARGEST_FILE, check_length, check_sampling, without_folder
+from scale_rae.demo.results import DrawResult, Preview, RankingState, SavedImage
+from scale_rae.demo.streams import Emitter, Stopped, streamed
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
 from scale_rae.noise import image_seed
 from scale_rae.opening import OpenedModel
-from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling, SamplingOptions
+from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.promptfile import PromptRecord
 from scale_rae.rewards import Reward, load_reward
-from scale_rae.scaling.experiment import check_finite, judgement, prompt_record
-from scale_rae.scaling.explain import why_dropped
-from scale_rae.scaling.select import Prompt, Ranking, metric_named, rank
-from scale_rae.scaling.settings import Settings
+from scale_rae.scaling.experiment import judgement
+from scale_rae.scaling.select import metric_named
 from scale_rae.wording import after_no_drawing, as_request, is_bundled
 
-MOST_IMAGES = 16
-MOST_STEPS = 250
-ANSWER_TOKENS = 128
-PREVIEWS = 12  # pictures shown of one that forms
-LARGEST_FILE = 64 << 20  # bytes of a picture or latent
-MOST_CHARACTERS = 4000  # of a prompt or question
-
-T = TypeVar("T")
-R = TypeVar("R")
+PREVIEWS = 12  # pictures shown of an image that forms
 
 
-@dataclass(frozen=True, eq=False)  # compared, and hashed, as the thing it is
-class Drawing:
-    """One image with all that can be taken home; `command` makes it again."""
+class SharedModel:
+    """One model for all visitors, who use it one at a time; drawn images are saved in `folder`.
 
-    image: Image.Image
-    latent: Tensor
-    seed: int
-    request: str
-    command: str
-    png: Path
-    latent_file: Path
-    manifest: Path
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where sampling is. `pictures` are the images as far as they have formed."""
-
-    done: float  # share of all network evaluations
-    text: str
-    pictures: list[Image.Image]
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """What a message gave: text, and drawings if the text asked for some. `command` makes them all."""
-
-    text: str
-    drawings: list[Drawing]
-    command: str
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One image of a best of N: `place` in the ranking from 0, its scores, and why it was dropped, if it was."""
-
-    image: Image.Image
-    latent: Tensor
-    seed: int
-    place: int
-    kept: bool
-    answer: str
-    scores: dict[str, float | None]
-    why: str | None
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """A best of N as far as it is: images best first; `drawings` of them (in that order) when it is done."""
-
-    images: list[Judged]
-    total: int
-    progress: str
-    drawings: list[Drawing]
-
-
-class _Stopped(Exception):
-    """The visitor has gone; ends the work."""
-
-
-class _Emitter(Generic[T]):
-    def __init__(self) -> None:
-        self.said: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
-        self.stopped = threading.Event()
-
-    def check(self) -> None:
-        if self.stopped.is_set():
-            raise _Stopped
-
-    def __call__(self, value: T) -> None:
-        self.check()
-        self.said.put(value)
-
-
-class _End: ...
-
-
-def streamed(work: Callable[[_Emitter[T]], R]) -> Generator[T, None, R]:
-    """Yields what `work` emits on a thread of its own, and returns what it returns or raises what it raises.
-
-    Closed early, it makes the next `emit` or `emit.check()` of the work raise.
-    """
-    emit: _Emitter[T] = _Emitter()
-    result: list[R] = []
-    error: list[BaseException] = []
-
-    def run() -> None:
-        try:
-            result.append(work(emit))
-        except BaseException as e:  # raised again where it is waited for
-            error.append(e)
-        finally:
-            emit.said.put(_End())
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while not isinstance(value := emit.said.get(), _End):
-            yield value
-    finally:
-        emit.stopped.set()
-    thread.join()
-    if error and isinstance(error[0], _Stopped):  # though somebody still listens
-        raise ScaleRAEError("The page is ending.")
-    if error:
-        raise error[0]
-    return result[0]
-
-
-class Studio:
-    """One model for all visitors, one of them at a time; `folder` gets what is drawn.
-
-    `shown` gets copies, each in a folder whose name cannot be guessed: the page gives out all that is there, and of `folder`, which
-    may hold other things, nothing. Without it, drawings are shown where they are.
+    `shown` gets copies, each in a folder whose name cannot be guessed. The page serves everything in `shown` and nothing in
+    `folder`, which may hold other files. Without `shown`, the page shows the files in `folder`.
     """
 
-    def __init__(self, session: OpenedModel, choice: ModelChoice, folder: Path, shown: Path | None = None) -> None:
-        self.session, self.choice, self.folder, self.shown = session, choice, folder, shown
-        self.model: ScaleRAE = session.model
-        self.turn = threading.Lock()
+    def __init__(self, opened: OpenedModel, choice: ModelChoice, folder: Path, shown: Path | None = None) -> None:
+        self._opened, self.choice, self.folder, self.shown = opened, choice, folder, shown
+        self.model: ScaleRAE = opened.model
+        self._turn = threading.Lock()
         self._rewards: dict[str, Reward] = {}
-        self._under_way: weakref.WeakSet[_Emitter[Any]] = weakref.WeakSet()
+        self._under_way: weakref.WeakSet[Emitter[Any]] = weakref.WeakSet()
         self._closed = False
 
     def close(self, patience: float = 20.0) -> None:
-        """Ends what is under way at its next step, and waits for that."""
+        """Ends the work under way at its next step, and waits for its end."""
         self._closed = True
         for emit in list(self._under_way):
-            emit.stopped.set()
-        if self.turn.acquire(timeout=patience):
-            self.turn.release()
+            emit.stop()
+        if self._turn.acquire(timeout=patience):
+            self._turn.release()
 
     @contextlib.contextmanager
-    def _turn(self, emit: _Emitter[Any]) -> Iterator[None]:
-        """The model for one visitor's work; a visitor who leaves while waiting does not get it."""
+    def _alone(self, emit: Emitter[Any]) -> Iterator[None]:
+        """A block that has the model to itself; raises Stopped when the visitor leaves while waiting."""
         self._under_way.add(emit)
-        while not self.turn.acquire(timeout=0.2):
+        while not self._turn.acquire(timeout=0.2):
             emit.check()
         try:
             if self._closed:
-                raise _Stopped
+                raise Stopped
             emit.check()
             yield
         finally:
-            self.turn.release()
+            self._turn.release()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a visitor has the model."""
+        return self._turn.locked()
 
     @property
     def guides(self) -> bool:
@@ -205,14 +90,14 @@ class Studio:
 
     @property
     def bundled(self) -> bool:
-        """Whether the model is the one that comes with this package."""
+        """Whether the model is the bundled one."""
         return is_bundled(self.model.source)
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
     def draw(
         self, prompt: str, sampling: Sampling, latent_file: Path | None = None
-    ) -> Generator[Progress, None, Drawn]:
+    ) -> Generator[Preview, None, DrawResult]:
         """Draws what a prompt asks for; after a latent, sends the prompt as it is and draws if the reply asks for it.
 
         Raises:
@@ -224,10 +109,10 @@ class Studio:
         check_length(request, "message")
         check_sampling(sampling)
 
-        def work(emit: _Emitter[Progress]) -> Drawn:
-            with self._turn(emit):
+        def work(emit: Emitter[Preview]) -> DrawResult:
+            with self._alone(emit):
                 start = time.perf_counter()
-                watch = _Watch(self.model, emit, sampling.num_images)
+                watch = _Previews(self.model, emit, sampling.num_images)
                 result = self.model.generate(
                     request,
                     num_images=sampling.num_images,
@@ -245,13 +130,13 @@ class Studio:
                 mode: dict[str, Any] = {"mode": "t2i"}
                 if latent_file is not None:
                     mode = {"mode": "latent", "action": "continue", **input_latents([latent_file])}
-                drawings = [
+                saved = [
                     self._save(request, drawn.image, drawn.latent, drawn.seed, sampling, mode, result.text)
                     for drawn in result.images
                     if drawn.image is not None
                 ]
                 command = self.command(request, sampling, latent_file)
-                return Drawn(result.text, drawings, command, time.perf_counter() - start)
+                return DrawResult(result.text, saved, command, time.perf_counter() - start)
 
         return (yield from streamed(work))
 
@@ -263,7 +148,7 @@ class Studio:
         return as_request(prompt.strip(), PROMPT_PREFIX)
 
     def command(self, request: str, sampling: Sampling, latent_file: Path | None = None) -> str:
-        """The command line that draws the same."""
+        """The command line that draws the same images."""
         choice = self.choice
         words = ["scale-rae", "t2i"]
         if latent_file is not None:
@@ -296,16 +181,16 @@ class Studio:
         sampling: Sampling,
         mode: dict[str, Any],
         text: str,
-    ) -> Drawing:
+    ) -> SavedImage:
         alone = dataclasses.replace(sampling, num_images=1, seed=seed)
-        described = self.session.record()
+        described = self._opened.record()
         manifest = drawing_manifest(
-            mode, request, {}, described, alone, [seed], 1, 1, text, self.session.seconds
-        )  # of one image: an image does not depend on those drawn with it
+            mode, request, {}, described, alone, [seed], 1, 1, text, self._opened.seconds
+        )  # of one image, which does not depend on the images drawn with it
         saved = save_run(self.folder, manifest, [Sample(image, latent, png_text(manifest, seed))], timestamp())
         png, latent_file = Path(saved["output_images"][0]), Path(saved["latent_path"])
         source = Path(mode["input_latents"][0]) if "input_latents" in mode else None
-        return Drawing(
+        return SavedImage(
             image,
             latent,
             seed,
@@ -315,7 +200,7 @@ class Studio:
         )
 
     def _copies(self, *files: Path) -> list[Path]:
-        """The files as the page gives them out."""
+        """The files that the page serves."""
         if self.shown is None:
             return list(files)
         folder = self.shown / secrets.token_urlsafe(16)
@@ -327,9 +212,9 @@ class Studio:
     def ask(
         self, question: str, latent: Tensor | None = None, image: Path | None = None
     ) -> Generator[str, None, tuple[str, bool]]:
-        """Yields the answer as far as it goes; returns it, and whether it was cut off.
+        """Yields the answer as it grows; returns it, and whether it was cut off.
 
-        Each question is asked by itself: checkpoints are trained on one turn.
+        Each question is asked without the earlier ones: checkpoints are trained on one turn.
 
         Raises:
             InputError: without a question, or an image that cannot be read.
@@ -340,12 +225,12 @@ class Studio:
         if latent is None and image is None:
             raise InputError("Choose a picture first: drop one, or pick one that was drawn.")
 
-        def work(emit: _Emitter[str]) -> tuple[str, bool]:
+        def work(emit: Emitter[str]) -> tuple[str, bool]:
             def listen(_: int, text: str) -> bool:
                 emit(text)
                 return True
 
-            with self._turn(emit):
+            with self._alone(emit):
                 shown = latent if latent is not None else self._encoded(image)
                 (answer,) = self.model.answer(
                     question.strip(), latents=shown, max_new_tokens=ANSWER_TOKENS, listen=listen
@@ -355,10 +240,10 @@ class Studio:
         return (yield from streamed(work))
 
     def picture(self, file: Path) -> Image.Image:
-        """A picture that was dropped.
+        """The picture in a file that a visitor uploaded.
 
         Raises:
-            InputError: naming the file, when it is no image that can be read.
+            InputError: naming the file, when it cannot be read as an image.
         """
         try:
             return load_image(file)
@@ -391,15 +276,15 @@ class Studio:
 
     def decode(self, latent: Tensor) -> Image.Image:
         """A latent's picture."""
-        with self.turn:
+        with self._turn:
             return self.model.decode([latent])[0]
 
     # --- best of N -----------------------------------------------------------------------------------------------
 
     def best_of(
         self, prompt: str, sampling: Sampling, keep: int, metric: str, reward_name: str | None
-    ) -> Generator[Ranked, None, Ranked]:
-        """Draws `sampling.num_images`, a few at a time, and yields the ranking of those there are after each few.
+    ) -> Generator[RankingState, None, RankingState]:
+        """Draws `sampling.num_images`, a few at a time, and yields the ranking of the images so far after each few.
 
         Raises:
             ScaleRAEError: for settings that cannot be used, or a reward that cannot be loaded.
@@ -415,17 +300,15 @@ class Studio:
         self.model.check_reads()
         text = prompt.strip()
 
-        def work(emit: _Emitter[Ranked]) -> Ranked:
-            with self._turn(emit):
-                reward = self._reward(reward_name)
+        def work(emit: Emitter[RankingState]) -> RankingState:
+            with self._alone(emit):
+                reward = self.reward(reward_name)
                 reply = self.model.reply([request], max_new_tokens=sampling.max_new_tokens)[0]
                 said = self.model.tokenizer.decode(reply.ids)
                 if reply.condition is None:
                     raise InputError(self._no_drawing(said))
-                ranking = _Rankings(text, self.choice.model_path, sampling, keep, metric, reward_name, said)
-                options = SamplingOptions(
-                    sampling.steps, sampling.solver, sampling.guidance_level, sampling.guidance_interval
-                )
+                ranking = BestOf(text, self.choice.model_path, sampling, keep, metric, reward_name, said)
+                options = sampling.options
                 at_once = 2 if self.model.device.type == "cpu" else 8
                 self.model.expect(total)
                 while (start := len(ranking.seeds)) < total:
@@ -445,11 +328,11 @@ class Studio:
                     ranking.add(seeds, latents, images, [judgement(score) for score in scores], rewards)
                     emit(ranking.now(f"{len(ranking.seeds)} of {total} drawn and judged"))
                 done = ranking.now(f"{total} drawn, the best {keep} kept")
-                drawings = [
-                    self._save(request, judged.image, judged.latent, judged.seed, sampling, {"mode": "t2i"}, said)
-                    for judged in done.images
+                saved = [
+                    self._save(request, ranked.image, ranked.latent, ranked.seed, sampling, {"mode": "t2i"}, said)
+                    for ranked in done.images
                 ]
-                return dataclasses.replace(done, drawings=drawings)
+                return dataclasses.replace(done, saved=saved)
 
         return (yield from streamed(work))
 
@@ -457,7 +340,7 @@ class Studio:
         said = f' ("{text.strip()}")' if text.strip() else ""
         return f"The model answered without drawing{said}; {after_no_drawing(self.model.source)}"
 
-    def _reward(self, name: str | None) -> Reward | None:
+    def reward(self, name: str | None) -> Reward | None:
         if name is None:
             return None
         if name not in self._rewards:
@@ -465,10 +348,10 @@ class Studio:
         return self._rewards[name]
 
 
-class _Watch:
-    """The sampler's callback: shows every few evaluations what forms."""
+class _Previews:
+    """The sampler's callback: emits the forming images every few evaluations."""
 
-    def __init__(self, model: ScaleRAE, emit: _Emitter[Progress], images: int) -> None:
+    def __init__(self, model: ScaleRAE, emit: Emitter[Preview], images: int) -> None:
         self._model, self._emit, self._images = model, emit, images
         self._finished: list[Image.Image] = []
         self._forming: list[Image.Image] = []
@@ -476,7 +359,7 @@ class _Watch:
 
     def step(self, evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
         self._emit.check()
-        if evaluation == 1:  # of another batch
+        if evaluation == 1:  # the next batch begins
             self._finished += self._forming
             self._forming = []
             self._lowest = t
@@ -487,103 +370,9 @@ class _Watch:
                     self._forming = self._model.decode(self._model.estimate(t, x, v))
                     self._lowest = t
             except ScaleRAEError:
-                return  # the sampler will say what is wrong
+                return  # the sampler raises an error that says more
             of = (len(self._finished) * evaluations + len(x) * evaluation) / (self._images * evaluations)
             text = f"Step {evaluation} of {evaluations}"
             if self._images > len(x):
                 text += f", images {len(self._finished) + 1} to {len(self._finished) + len(x)} of {self._images}"
-            self._emit(Progress(min(of, 1.0), text, self._finished + self._forming))
-
-
-class _Rankings:
-    """Images of one prompt and what is said of them; ranks those there are."""
-
-    def __init__(
-        self, prompt: str, model_path: str, sampling: Sampling, keep: int, metric: str, reward: str | None, text: str
-    ) -> None:
-        self._settings = Settings(
-            metadata_file="",
-            model_path=model_path,
-            n_samples=keep,
-            scaling_rounds=1,
-            prompt_prefix=PROMPT_PREFIX,
-            seed=sampling.seed,
-            reward=reward,
-        )
-        self._prompt, self._metric, self._text, self._total = PromptRecord(1, prompt, 0), metric, text, 0
-        self._total, self._keep = sampling.num_images, keep
-        self.seeds: list[int] = []
-        self._latents: list[Tensor] = []
-        self._images: list[Image.Image] = []
-        self._judged: list[dict[str, Any]] = []
-        self._rewards: list[float] | None = None if reward is None else []
-        self._last: list[Judged] = []
-
-    def add(
-        self,
-        seeds: Sequence[int],
-        latents: Sequence[Tensor],
-        images: Sequence[Image.Image],
-        judged: Sequence[dict[str, Any]],
-        rewards: Sequence[float] | None,
-    ) -> None:
-        """More images; raises InputError when a score is no number."""
-        check_finite(judged, rewards)
-        self.seeds += seeds
-        self._latents += latents
-        self._images += images
-        self._judged += judged
-        if self._rewards is not None and rewards is not None:
-            self._rewards += rewards
-        self._last = self._rank()
-
-    def now(self, progress: str) -> Ranked:
-        return Ranked(self._last, self._total, progress, [])
-
-    def _rank(self) -> list[Judged]:
-        count = len(self.seeds)
-        record = prompt_record(self._settings, self._prompt, self._text, self.seeds, self._judged, self._rewards)
-        prompt = Prompt(Path("this prompt"), record, [Path(f"{i:05}.png") for i in range(count)])
-        ranking = rank(prompt, self._metric)
-        keep = min(self._keep, count)
-        return [self._one(prompt, ranking, keep, place, i) for place, i in enumerate(ranking.order)]
-
-    def _one(self, prompt: Prompt, ranking: Ranking, keep: int, place: int, i: int) -> Judged:
-        judged = self._judged[i]
-        scores: dict[str, float | None] = {self._metric: ranking.scores[i]}
-        if self._rewards is not None:
-            scores["reward"] = self._rewards[i]
-        if judged["answer"] != "uncertain":
-            scores["confidence"] = judged[f"{judged['answer']}_conf_score"]
-        scores |= {name: judged[name] for name in ("prompt_loss", "prompt_conf_score", "image_conf_score")}
-        why = why_dropped(prompt, ranking, keep, self._metric, i)
-        return Judged(
-            self._images[i], self._latents[i], self.seeds[i], place, place < keep, judged["answer"], scores, why
-        )
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Raises InputError for values that the page's model should not be asked for."""
-    if not 1 <= sampling.num_images <= MOST_IMAGES:
-        raise InputError(f"{sampling.num_images} images: the page draws 1 to {MOST_IMAGES} at a time.")
-    if not 0 <= sampling.seed < 2**63:
-        raise InputError(f"seed {sampling.seed}: must be at least 0 and less than 2^63")
-    if sampling.steps > MOST_STEPS:
-        raise InputError(f"{sampling.steps} steps: the page takes at most {MOST_STEPS}.")
-    SamplingOptions(sampling.steps, sampling.solver, sampling.guidance_level, sampling.guidance_interval).check()
-
-
-def check_length(text: str, what: str) -> None:
-    """Raises InputError for a text that the page's fields do not hold."""
-    if len(text) > MOST_CHARACTERS + len(PROMPT_PREFIX):
-        raise InputError(f"The {what} has {len(text):,} characters: the page takes at most {MOST_CHARACTERS:,}.")
-
-
-def without_folder(text: str, file: Path) -> str:
-    """An error's text with a file's name for its path, which is the server's own."""
-    return text.replace(str(file), file.name)
-
-
-def new_seed() -> int:
-    """A seed that fits a number field."""
-    return int(torch.randint(0, 2**31 - 1, (1,), generator=torch.Generator().manual_seed(time.time_ns() % 2**63)))
+            self._emit(Preview(min(of, 1.0), text, self._finished + self._forming))

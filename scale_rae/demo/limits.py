@@ -1,0 +1,35 @@
+"""What the page takes from a visitor at most, and checks that say so in sentences. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scale_rae.errors import InputError
+from scale_rae.options import PROMPT_PREFIX, Sampling, check_options, check_seed
+
+MOST_IMAGES = 16
+MOST_STEPS = 250
+ANSWER_TOKENS = 128
+LARGEST_FILE = 64 << 20  # bytes of a picture or latent
+MOST_CHARACTERS = 4000  # of a prompt or question
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises InputError for values that a visitor may not ask for."""
+    if not 1 <= sampling.num_images <= MOST_IMAGES:
+        raise InputError(f"{sampling.num_images} images: the page draws 1 to {MOST_IMAGES} at a time.")
+    check_seed(sampling.seed)
+    if sampling.steps > MOST_STEPS:
+        raise InputError(f"{sampling.steps} steps: the page takes at most {MOST_STEPS}.")
+    check_options(sampling.guidance_level, sampling.steps, sampling.solver, sampling.guidance_interval)
+
+
+def check_length(text: str, what: str) -> None:
+    """Raises InputError for a text that is longer than the page's fields."""
+    if len(text) > MOST_CHARACTERS + len(PROMPT_PREFIX):
+        raise InputError(f"The {what} has {len(text):,} characters: the page takes at most {MOST_CHARACTERS:,}.")
+
+
+def without_folder(text: str, file: Path) -> str:
+    """An error's text with the file's name in place of its path, which only the server's user may see."""
+    return text.replace(str(file), file.name)

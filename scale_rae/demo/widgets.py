@@ -1,0 +1,355 @@
+"""Parts that several tabs of the page have: sampling fields, results, questions; and handlers that use the model."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import logging
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from scale_rae.demo.fence import gr
+from scale_rae.demo.limits import MOST_CHARACTERS, MOST_IMAGES, MOST_STEPS
+from scale_rae.demo.results import DrawResult, Preview, SavedImage
+from scale_rae.demo.shared_model import SharedModel
+from scale_rae.demo.words import bar, note, sentence, whole_number, without_paths
+from scale_rae.errors import ScaleRAEError, printable
+from scale_rae.noise import new_seed
+from scale_rae.options import DEFAULT_STEPS, SOLVERS, Sampling
+from scale_rae.prompt import DESCRIBE, QUESTION
+
+REMEMBERED = 24  # images that a visitor can pick from
+# What the bundled model was trained to be asked.
+QUESTIONS = [
+    DESCRIBE,
+    "How many objects are there?",
+    QUESTION.format(prompt="a photo of a red circle"),
+]
+_log = logging.getLogger("scale_rae.demo")
+
+
+@contextlib.contextmanager
+def _errors_shown() -> Iterator[None]:
+    """A block whose errors are shown as sentences on the page; unexpected ones go in full to the terminal only."""
+    try:
+        yield
+    except gr.Error:
+        raise
+    except ScaleRAEError as e:
+        shown = without_paths(str(e))
+        if shown != str(e):
+            _log.warning("%s", printable(str(e)))
+        raise gr.Error(sentence(shown), print_exception=False) from None
+    except Exception as e:
+        _log.exception("unexpected error on the page")
+        raise gr.Error(
+            f"Something unexpected went wrong ({type(e).__name__}). The terminal that runs the page says more.",
+            print_exception=False,
+        ) from None
+
+
+def shows_errors(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The handler with its errors shown as sentences."""
+    if inspect.isgeneratorfunction(function):
+
+        @functools.wraps(function)
+        def generator(*args: Any) -> Any:
+            with _errors_shown():
+                yield from function(*args)
+
+        return generator
+
+    @functools.wraps(function)
+    def handler(*args: Any) -> Any:
+        with _errors_shown():
+            return function(*args)
+
+    return handler
+
+
+@dataclass(frozen=True)
+class SamplingFields:
+    """The fields with sampling options; `values` has them in the order of `sampling`'s arguments."""
+
+    images: Any
+    guidance: Any
+    steps: Any
+    solver: Any
+    seed: Any
+
+    @property
+    def values(self) -> list[Any]:
+        """The fields, as inputs of a handler."""
+        return [self.images, self.guidance, self.steps, self.solver, self.seed]
+
+
+def sampling(images: float, guidance: float, steps: float, solver: str, seed: str) -> Sampling:
+    """The sampling options in the fields.
+
+    Raises:
+        InputError: naming a field without a whole number.
+    """
+    return Sampling(
+        num_images=whole_number(images, "The number of images"),
+        guidance_level=float(guidance) if guidance is not None else 1.0,
+        steps=whole_number(steps, "The number of steps"),
+        solver=solver,
+        seed=whole_number(seed, "The seed"),
+    )
+
+
+def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFields:
+    """Makes the fields, with `images` as the default number of images; `prefix` begins their ids."""
+    bundled = model.bundled
+    with gr.Row():
+        count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
+        guidance = gr.Slider(
+            *(0, 10),
+            3.0 if bundled and model.guides else 1.0,
+            step=0.1,
+            label="Guidance",
+            info="1 is none" if model.guides else "this checkpoint has none",
+            interactive=model.guides,
+            min_width=140,
+            elem_id=f"{prefix}-guidance",
+        )
+    with gr.Row():
+        steps = gr.Slider(2, MOST_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=140, elem_id=f"{prefix}-steps")
+        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", min_width=140, elem_id=f"{prefix}-solver")
+    with gr.Row(equal_height=True, elem_classes="seed-row"):
+        seed = gr.Textbox(
+            "42", label="Seed", max_lines=1, min_width=120, scale=3, elem_id=f"{prefix}-seed", max_length=20
+        )
+        again = gr.Button("New seed", min_width=110, scale=1, elem_id=f"{prefix}-new-seed")
+    again.click(lambda: str(new_seed(31)), outputs=seed, queue=False, api_visibility="private", show_progress="hidden")
+    return SamplingFields(count, guidance, steps, solver, seed)
+
+
+@dataclass(frozen=True)
+class ResultPanel:
+    """A gallery of drawn images, with seed, command and files of the chosen one."""
+
+    status: Any
+    gallery: Any
+    shown: Any  # the images in the gallery: list[SavedImage]
+    details: Any
+    seed: Any
+    command: Any
+    files: Any
+
+    @property
+    def outputs(self) -> list[Any]:
+        """The components, as outputs of a handler."""
+        return [self.status, self.gallery, self.shown, self.details, self.seed, self.command, self.files]
+
+
+def result_panel(prefix: str, label: str) -> ResultPanel:
+    """Makes the components of a panel; `prefix` begins their ids."""
+    status = gr.HTML("", elem_id=f"{prefix}-status", elem_classes="status")
+    gallery = gr.Gallery(
+        label=label,
+        show_label=False,
+        columns=4,
+        object_fit="contain",
+        height="auto",
+        interactive=False,
+        buttons=["fullscreen"],
+        elem_id=f"{prefix}-gallery",
+        elem_classes="drawings",
+    )
+    shown: Any = gr.State([])
+    with gr.Column(visible=False, elem_id=f"{prefix}-details") as details:
+        seed = gr.Markdown(elem_id=f"{prefix}-seed-shown")
+        command = gr.Code(
+            language=None,  # its colours are too pale on white
+            label="The command line that draws it",
+            wrap_lines=True,
+            show_line_numbers=False,
+            interactive=False,
+            lines=1,
+            buttons=["copy"],
+            elem_id=f"{prefix}-command",
+        )
+        files = gr.Files(label="Picture, latent and manifest", interactive=False, elem_id=f"{prefix}-files")
+    results = ResultPanel(status, gallery, shown, details, seed, command, files)
+
+    def choose(images: list[SavedImage], chosen: gr.SelectData) -> list[Any]:
+        if not 0 <= chosen.index < len(images):  # an image that is still forming
+            return [gr.skip()] * 4
+        return detailed(images, chosen.index)
+
+    gallery.select(
+        shows_errors(choose),
+        shown,
+        [details, seed, command, files],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+    return results
+
+
+def detailed(images: Sequence[SavedImage], i: int) -> list[Any]:
+    """Updates of a panel's details for image i; hidden where there are none."""
+    if not images:
+        return [gr.Column(visible=False), "", "", None]
+    image = images[i]
+    which = f"Image {i + 1} of {len(images)} · s" if len(images) > 1 else "S"
+    files = [str(image.png), str(image.latent_file), str(image.manifest)]
+    return [gr.Column(visible=True), f"{which}eed **{image.seed}**", image.command, files]
+
+
+def remembered(drawn: list[SavedImage], new: Sequence[SavedImage]) -> list[SavedImage]:
+    """The images that a visitor can pick from, newest first."""
+    return [*new, *drawn][:REMEMBERED]
+
+
+def pictures(images: Sequence[SavedImage]) -> list[tuple[str, str]]:
+    """Files and captions for a gallery; the captions are for screen readers."""
+    return [(str(image.png), image.request) for image in images]
+
+
+def draw_updates(steps: Generator[Preview, None, DrawResult], drawn: list[SavedImage]) -> Iterator[list[Any]]:
+    """Updates of `ResultPanel.outputs` and of `drawn`, during and after a drawing."""
+    yield [bar(0, "Reading the prompt"), [], [], *detailed([], 0), gr.skip()]
+    while True:
+        try:
+            preview = next(steps)
+        except StopIteration as stop:
+            result = stop.value
+            break
+        yield [bar(preview.done, preview.text), preview.pictures, [], *[gr.skip()] * 5]
+    status = f"“{result.text.strip()}”" if result.text.strip() else "The model said nothing."
+    if result.images:
+        status += f" {len(result.images)} drawn in {result.seconds:.1f} s."
+    yield [
+        note(status),
+        pictures(result.images),
+        result.images,
+        *detailed(result.images, 0),
+        remembered(drawn, result.images) if result.images else gr.skip(),
+    ]
+
+
+def model_event(
+    trigger: Any,
+    function: Callable[..., Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    status: Any,
+    after_error: tuple[Callable[..., Any], list[Any]] | None = None,
+) -> Any:
+    """Adds a handler that uses the model: one runs at a time over all visitors and tabs, the rest wait in a queue.
+
+    After an error, `after_error` (function, outputs) sets the outputs; by default the status is emptied.
+    """
+    event = trigger(
+        shows_errors(function),
+        inputs,
+        outputs,
+        concurrency_limit=1,
+        concurrency_id="model",
+        show_progress="minimal",
+        show_progress_on=status,
+        api_visibility="private",
+    )
+    set_after_error(event, *(after_error or (lambda: "", [status])))
+    return event
+
+
+def set_after_error(event: Any, function: Callable[..., Any], outputs: list[Any]) -> None:
+    """Adds a handler that sets outputs after an error, on which gradio would otherwise leave the word "Error"."""
+    event.failure(function, outputs=outputs, queue=False, show_progress="hidden", api_visibility="private")
+
+
+def stops(button: Any, events: list[Any], status: Any) -> None:
+    """Makes a button end the events' work."""
+    button.click(
+        lambda: note("Stopped."),
+        outputs=status,
+        cancels=events,
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+@contextlib.contextmanager
+def removed_if_refused(file: str, model: SharedModel) -> Iterator[None]:
+    """A block that removes an upload if it raises an error; the page's own copy of a drawn image stays."""
+    try:
+        yield
+    except ScaleRAEError:
+        if model.shown is None or not Path(file).is_relative_to(model.shown):
+            Path(file).unlink(missing_ok=True)
+        raise
+
+
+@dataclass(frozen=True)
+class ChatPanel:
+    """Questions with answers, and the field for the next question."""
+
+    chat: Any
+    question: Any
+    go: Any
+    status: Any
+
+
+def chat_panel(prefix: str, placeholder: str) -> ChatPanel:
+    """Makes the components of a panel; `prefix` begins their ids."""
+    chat = gr.Chatbot(
+        label="Questions and answers",
+        show_label=False,
+        height=320,
+        render_markdown=False,  # text is text
+        placeholder=placeholder,
+        buttons=["copy_all"],
+        feedback_options=None,
+        elem_id=f"{prefix}-chat",
+    )
+    status = gr.HTML("", elem_id=f"{prefix}-chat-status", elem_classes="status")
+    with gr.Row(equal_height=True, elem_classes="seed-row"):
+        question = gr.Textbox(
+            label="Question",
+            info="Each is asked by itself, without those before it.",
+            placeholder=QUESTIONS[0],
+            max_length=MOST_CHARACTERS,
+            max_lines=4,
+            scale=4,
+            min_width=180,
+            elem_id=f"{prefix}-question",
+        )
+        go = gr.Button("Ask", variant="primary", min_width=80, scale=1, elem_id=f"{prefix}-ask")
+    gr.Examples(QUESTIONS, question, label="For example", api_visibility="private")
+    return ChatPanel(chat, question, go, status)
+
+
+def asks(panel: ChatPanel, ask: Callable[..., Any], shown: list[Any]) -> None:
+    """Makes a panel's question go to the handler `ask`, which also gets the values of `shown`."""
+    for trigger in (panel.go.click, panel.question.submit):
+        model_event(trigger, ask, [panel.chat, panel.question, *shown], [panel.chat, panel.question], panel.status)
+
+
+def conversation(
+    model: SharedModel, history: list[dict[str, Any]], question: str, latent: Tensor | None, image: Path | None
+) -> Iterator[tuple[list[dict[str, Any]], Any]]:
+    """The chat as the answer grows, and the question's field, which is emptied once: the next one may be typed meanwhile."""
+    answering = model.ask(question, latent, image)
+    asked = [*history, {"role": "user", "content": question.strip()}]
+    field: Any = ""
+    while True:
+        try:
+            text = next(answering)
+        except StopIteration as stop:
+            text, cut_off = stop.value
+            break
+        yield [*asked, {"role": "assistant", "content": text.strip()}], field
+        field = gr.skip()
+    if cut_off:
+        gr.Info("The answer is cut off at the longest the page asks for.")
+    yield [*asked, {"role": "assistant", "content": text.strip() or "(no words)"}], field

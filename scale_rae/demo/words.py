@@ -1,0 +1,49 @@
+"""Words on the page: errors as sentences, numbers that visitors type, status lines. Nothing here knows gradio."""
+
+from __future__ import annotations
+
+import html
+import re
+
+from scale_rae.errors import InputError
+
+
+def without_paths(text: str) -> str:
+    """A text with file names in place of whole paths, which visitors need not know."""
+    return re.sub(r"(?<![\w/\\:.])(?:~|[A-Za-z]:)?[/\\](?:[^\s/\\'\":,;]+[/\\])+([^\s/\\'\":,;]*)", r"\1", text)
+
+
+def sentence(text: str, escape: bool = True) -> str:
+    """An error's text as a sentence; escaped for HTML unless the component that shows it escapes by itself."""
+    text = " ".join(text.split())
+    if re.match(r"[a-z]+\b[^./\\]", text):  # a word, not a file's name
+        text = text[:1].upper() + text[1:]
+    text = text if text.endswith((".", "?", "!", "…")) else text + "."
+    return html.escape(text) if escape else text
+
+
+def whole_number(text: str | int | float | None, name: str) -> int:
+    """The whole number in a field, of any size.
+
+    Raises:
+        InputError: naming the field.
+    """
+    plain = str("" if text is None else text).strip()
+    if not re.fullmatch(r"-?[0-9]{1,20}", plain):
+        raise InputError(f"{name} is {repr(plain) if plain else 'empty'}: it must be a whole number.")
+    return int(plain)
+
+
+def bar(share: float, text: str) -> str:
+    """A progress bar in HTML, also for screen readers."""
+    percent = round(100 * share)
+    return (
+        f'<div class="bar" role="progressbar" aria-valuenow="{percent}" aria-valuemin="0" aria-valuemax="100" '
+        f'aria-label="{html.escape(text, quote=True)}"><div style="width: {percent}%"></div></div>'
+        f'<p class="said">{html.escape(text)}</p>'
+    )
+
+
+def note(text: str) -> str:
+    """A line of status in HTML."""
+    return f'<p class="said" role="status">{html.escape(text)}</p>'
