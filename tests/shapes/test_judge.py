@@ -38,8 +38,9 @@ def rates(pictures: list[Pixels], scenes: world.SceneBatch) -> tuple[float, floa
     accepted, wrongly = [], []
     for picture, scene in zip(pictures, scenes, strict=True):
         prompt = next(prompt for prompt in world.true_prompts(scene) if prompt.tag == scene.kind)
-        accepted.append(judge(picture, prompt.metadata()).correct)
-        wrongly.append(judge(picture, world.changed(rng, prompt, "any").metadata()).correct)
+        verdict, changed = judge(picture, prompt.metadata()), world.changed(rng, prompt, "any").metadata()
+        accepted.append(verdict.correct)
+        wrongly.append(all(thing.clear for thing in verdict.objects) and not world.mismatches(changed, verdict.objects))
     return float(np.mean(accepted)), float(np.mean(wrongly))
 
 
