@@ -1,4 +1,4 @@
-"""Scale-RAE (arXiv 2601.16208): one model that draws and looks, and judges what it drew.
+"""Scale-RAE (arXiv 2601.16208): one model that draws images, reads them, and scores what it drew.
 
     import scale_rae
     model = scale_rae.load("shapes")

@@ -61,7 +61,7 @@ class TensorReader:
             self.tensors |= declared
 
     def check_depth(self, layers: int, field: str, config: Path) -> None:
-        """Raises ConfigError when a network of so many `layers` cannot be in the files: each layer has tensors of its own.
+        """Raises ConfigError when a network of `layers` layers cannot be in the files: each layer has tensors of its own.
 
         Building thousands of layers takes minutes, and only then is it seen which tensors are missing.
         """

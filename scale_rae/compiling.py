@@ -62,7 +62,7 @@ class CompilePolicy:
         """Whether compiled code is to draw a batch; `is_compiled` says that there is code for its size already."""
         if self.choice != "auto":
             return self.choice == "on"
-        expected = max(self.expected, self.drawn[images, prompts])  # whoever has drawn many will go on
+        expected = max(self.expected, self.drawn[images, prompts])  # who has drawn many will draw more
         return self.on_cuda and (is_compiled or expected * evaluations * self.operations >= COMPILE_PAYS)
 
 

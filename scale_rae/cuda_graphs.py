@@ -1,4 +1,4 @@
-"""CUDA graphs: passes that are captured once and replayed, since launching their kernels takes longer than running them."""
+"""CUDA graphs: passes are captured once and replayed, since launching their kernels takes longer than running them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from torch import Tensor
 
 
 class GraphMemory:
-    """What all CUDA graphs of a device share: the stream they are captured on, and with it the memory they work in, which
-    belongs to a stream. Hold `lock` from filling a graph's inputs until its output is copied: the next may write there.
+    """The stream and the memory that all CUDA graphs of a device share.
+
+    Hold `lock` from filling a graph's inputs until its output is copied: the next graph may overwrite both.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,7 +23,7 @@ class GraphMemory:
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
-        """A graph of `function`, which is called some times on the way, and the tensor that each replay writes."""
+        """A graph of `function`, and the tensor that each replay writes; `function` is called three times."""
         with self.lock:
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
@@ -47,7 +48,7 @@ class GraphMemory:
 
 @functools.cache
 def graph_memory(device: torch.device) -> GraphMemory:
-    """The device's."""
+    """The one GraphMemory of a device."""
     return GraphMemory(device)
 
 
@@ -68,26 +69,26 @@ class Captured:
 
 
 class Captures:
-    """Runs functions of tensors as CUDA graphs, one for each `key`, which says what is run and for which shapes.
+    """Runs functions of tensors as CUDA graphs, one per `key`: a name for the function and its shapes.
 
-    `enabled` False runs them as they are. Of more than `most`, the one that has not run for longest is let go of.
+    Without `enabled`, functions run as they are. Beyond `most` graphs, the least recently used one is freed.
     """
 
     def __init__(self, enabled: bool, most: int) -> None:
         self.enabled, self.most = enabled, most
         self._graphs: dict[Hashable, Captured] = {}  # in the order of their last run
-        self._met: set[Hashable] = set()
+        self._seen: set[Hashable] = set()
 
     def run(
         self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor, when_it_comes_again: bool = True
     ) -> Tensor:
-        """`function(*inputs)`. Capturing takes three runs, so by default what runs once is not captured."""
+        """`function(*inputs)`. Capturing takes three runs, so by default a key is captured when it comes again."""
         if not self.enabled:
             return function(*inputs)
         captured = self._graphs.pop(key, None)
         if captured is None:
-            if when_it_comes_again and key not in self._met:
-                self._met.add(key)
+            if when_it_comes_again and key not in self._seen:
+                self._seen.add(key)
                 return function(*inputs)
             if len(self._graphs) >= self.most:
                 del self._graphs[next(iter(self._graphs))]
@@ -96,5 +97,5 @@ class Captures:
         return captured(*inputs)
 
     def forget(self) -> None:
-        """Lets go of the graphs and, with the last that anyone has, the memory they work in."""
+        """Frees the graphs and, with the last graph of the device, their memory."""
         self._graphs.clear()

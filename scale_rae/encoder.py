@@ -158,7 +158,7 @@ def _plain_side(raw: dict[str, Any], kind: str) -> int | None:
 
 
 def _load_processor(raw: dict[str, Any], path: Path, kind: str) -> tuple[Any, int]:
-    """The image processor that a preprocessor_config.json describes, on Pillow, and the side of the images it makes.
+    """The image processor of a preprocessor_config.json, on Pillow, and the side of the images it makes.
 
     Pillow's resize on every machine, with or without torchvision, so that an image means one latent. The classes are
     asked for by name: transformers' AutoImageProcessor wants torchvision in some versions even for these.
@@ -198,7 +198,7 @@ class VisionConfig:
 
 
 def _read_vision_config(folder: Path, kind: str) -> VisionConfig:
-    """The config of the vision model that a folder's config.json describes, with transformers' defaults.
+    """The config of the vision model in a folder's config.json, with transformers' defaults.
 
     Raises:
         ConfigError: naming the file, for sizes that no encoder has.

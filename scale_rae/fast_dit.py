@@ -48,10 +48,10 @@ _kernels = torch.ops.scale_rae  # the operators of kernels.py, once that is impo
 
 
 def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
-    """Modulations [images, L, W] from those of P prompts, [P, L, W]; a prompt's images stand one after the other.
+    """Modulations per image [images, L, W] from modulations per prompt [P, L, W]; a prompt's images are consecutive.
 
-    With the null branch's [W], which serve every token, the second half of the images gets those. One prompt's [1, L, W]
-    alone stay as they are, since they broadcast. In compiled code the result is never stored: it is read in place.
+    With the null branch's modulations [W], which serve every token, the second half of the images gets those. A single
+    prompt's [1, L, W] are returned as they are, since they broadcast. Compiled code never stores the result.
     """
     prompts = len(modulation)
     if null is None:
@@ -64,7 +64,7 @@ def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
 
 
 class Deferred(NamedTuple):
-    """A block's result as a sum that is not computed yet: x + gate · update, the gate being the last of the six modulations.
+    """A block's result as a sum that is not computed yet: x + gate · update; gate is the last of the six modulations.
 
     x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. Without an update, x is the result.
     """
@@ -96,10 +96,10 @@ def deferred_block(
     null: Tensor | None = None,
     attend: Attend = attend,
 ) -> Deferred:
-    """`Block.forward` for modulations [P, L, 6D] of P prompts; its final residual addition is left to the next block.
+    """`Block.forward` for modulations [P, L, 6D]; its final residual addition is left to the next block.
 
-    The B images of `before` are B / P of each prompt in turn. With the null branch's modulations [6D], there are 2B: those
-    of the conditional branch, then those of the null branch.
+    `before` holds B images, B / P consecutive ones per prompt. With the null branch's modulations [6D] it holds 2B: first
+    the conditional branch, then the null branch.
     """
     x = summed(before)
     shift1, scale1, gate1, shift2, scale2, _ = spread(modulation, null, len(x)).chunk(6, dim=-1)
@@ -192,10 +192,10 @@ def final_layer(final: FinalLayer, before: Deferred, modulation: Tensor, null: T
 
 
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:
-    """Widens each SwiGLU with zeros to a multiple of `multiple`: exact, since a zero row's SiLU(0) · 0 meets a zero column.
+    """Widens each SwiGLU with zeros to a multiple of `multiple`.
 
-    Odd widths (5461 in the published network) cost tensor cores a quarter of their speed. Zeros also stay zeros in
-    training: their gradients are products with zeros.
+    This is exact: a zero row gives SiLU(0) · 0 = 0. It stays exact in training, where gradients of the zeros are products
+    with zeros. Odd widths (5461 in the published network) cost tensor cores a quarter of their speed.
     """
     for module in dit.modules():
         if not isinstance(module, SwiGLU):
@@ -213,7 +213,7 @@ def pad_swiglu(dit: nn.Module, multiple: int) -> None:
 
 
 class StackedModulations:
-    """The adaLN linears of blocks that share a condition, fused: the blocks' own weights are views of one matrix."""
+    """The adaLN linears of blocks that share a condition, fused; the blocks' own weights are views of one matrix."""
 
     def __init__(self, layers: Sequence[nn.Linear]) -> None:
         self.width = layers[0].out_features
@@ -226,7 +226,7 @@ class StackedModulations:
         self.float8: Float8Linear | None = None
 
     def quantize(self, layers: Sequence[nn.Linear]) -> None:
-        """Replaces the weights by float8 ones; the layers' own are freed."""
+        """Replaces the weights by float8 weights; the layers' own weights are freed."""
         self.float8 = Float8Linear(self.weight, self.bias)
         del self.weight
         for layer in layers:
@@ -241,7 +241,7 @@ class StackedModulations:
 
 
 def quantize_blocks(dit: DiT) -> None:
-    """Replaces the blocks' linears by float8 ones. Embedders, final linear and DDT projector stay as they are."""
+    """Replaces the linears of the blocks by float8; embedders, final linear and DDT projector stay as they are."""
     for block in dit.dit_blocks:
         for owner, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("w12", "w3"))):
             for name in names:
@@ -254,7 +254,7 @@ def quantize_blocks(dit: DiT) -> None:
 
 @dataclass(frozen=True)
 class Functions:
-    """The network's parts as functions, compiled or not, and the rotary tables that `block` takes."""
+    """The parts of the network as functions, compiled or not, and the rotary tables that `block` takes."""
 
     read: Callable[..., Any]
     block: Callable[..., Deferred]
@@ -266,7 +266,7 @@ class Functions:
 
 
 def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
-    """SiLU(c), which the adaLN linears of the final layer and of the blocks read, for time [1, Z] and condition [P, L, Z]."""
+    """SiLU(c) for the adaLN linears, once for the final layer and once for the blocks; time [1, Z], condition [P, L, Z]."""
     read = F.silu(F.silu(time[:, None] + condition))
     return read, read
 
@@ -277,7 +277,7 @@ def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
 
 
 def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
-    """The functions for a network on its device, to be run as they are or, with `compile`, to be compiled."""
+    """The functions for a network on its device; with `compile`, those to be compiled."""
     block: Callable[..., Deferred] = deferred_block if speed.defer else summed_block
     cos, sin = dit.rope_cos, dit.rope_sin
     device = dit.pos_embed.device
@@ -302,8 +302,8 @@ def _choose_attention(speed: Speed, dit: DiT) -> Attend:
     """
     from scale_rae import kernels
 
-    wanted = speed.attention == "own" or (speed.attention == "auto" and _is_hopper(dit.pos_embed.device))
-    own = wanted and kernels.attention_fits(dit.config, dit.dtype)
+    own = speed.attention == "own" or (speed.attention == "auto" and _is_hopper(dit.pos_embed.device))
+    own = own and kernels.attention_fits(dit.config, dit.dtype)
     return kernels.attend_pairs if own else attend_rotating
 
 
@@ -312,12 +312,12 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 class FastDiT:
-    """A velocity network ready for sampling: `DiT.forward`'s result up to rounding, by the tricks of `speed`.
+    """A velocity network that runs fast: `DiT.forward`'s result up to rounding, by the tricks in `speed`.
 
-    Changes `dit` in place where a trick needs other weights: padding and stacking leave it working as it is, float8 does not.
+    Changes `dit` in place where a trick needs other weights. Padding and stacking leave it usable; float8 does not.
 
     Raises:
-        InputError, DeviceError: for options that there are not, or not on this device.
+        InputError, DeviceError: for options that do not exist, or that this device does not support.
     """
 
     def __init__(self, dit: DiT, speed: Speed) -> None:
@@ -327,7 +327,7 @@ class FastDiT:
         on_cuda = self.device.type == "cuda"
         if speed.quantize is not None:
             check_device(self.device, dit.dtype)
-        self.shared = dit.dit_blocks[: dit.encoder_depth]  # the blocks whose condition has no part of x
+        self.shared = dit.dit_blocks[: dit.encoder_depth]  # blocks whose condition does not depend on x
         self.final_shared = dit.config.encoder_depth is None
         if (speed.pad and on_cuda) or speed.quantize is not None:
             pad_swiglu(dit, PAD_TO)
@@ -346,9 +346,10 @@ class FastDiT:
     def velocities(
         self, condition: Tensor, times: Sequence[float], guided: bool, compile: bool
     ) -> tuple[Velocity, Velocity, Callable[[Tensor, float], tuple[Tensor, Tensor]]]:
-        """(conditional, null, both) velocities of a batch, as `flow.guided` takes them, at any of `times`.
+        """(conditional, null, both) velocities of a batch, for `flow.guided`.
 
-        condition [P, L, Z], of P prompts with B / P images each, one after the other. The null branch is there when `guided`.
+        condition [P, L, Z] has P prompts, with B / P consecutive images per prompt. `times` are those that will be evaluated.
+        The null branch is available when `guided`.
         """
         null = self.dit.null_condition
         condition = condition.to(self.device, self.dit.dtype)
@@ -359,7 +360,7 @@ class FastDiT:
         def at(t: float) -> tuple[Tensor, Tensor | None]:
             if not speed.before:
                 return self._before_the_steps((t,), modulated)[t]
-            if t not in rows:  # a solver of one's own, which looks where to go next
+            if t not in rows:  # a custom solver that chooses times as it goes
                 rows.update(self._before_the_steps((t,), modulated))
             return rows[t]
 
@@ -386,19 +387,21 @@ class FastDiT:
         return conditional, unconditional, both
 
     def is_compiled(self, batch: int, guided: bool, prompts: int) -> bool:
-        """Whether batches of so many images of so many prompts, guided or not, have compiled code already."""
+        """Whether there is compiled code for batches of `batch` images of `prompts` prompts, guided or not."""
         if guided and self.speed.together:
             size = (batch, prompts, True) if self.speed.null else (2 * batch, 2 * prompts, False)
             return size in self._compiled_sizes
         return (batch, prompts, False) in self._compiled_sizes
 
     def forget(self) -> None:
-        """Lets go of captured graphs and the memory they hold."""
+        """Frees captured graphs and their memory."""
         self._captures.forget()
 
     def _before_the_steps(self, times: Sequence[float], modulated: bool) -> dict[float, tuple[Tensor, Tensor | None]]:
-        """For each time its embedding [1, Z] and, if `modulated`, the null branch's modulations [W]: of the blocks that read
-        the condition and, if it does, the final layer, side by side."""
+        """For each time its embedding [1, Z] and, if `modulated`, the null branch's modulations [W].
+
+        Those are concatenated over the blocks that read the condition and, if it reads it too, the final layer.
+        """
         dit, null = self.dit, self.dit.null_condition
         embedded = dit.t_embedder(torch.tensor(times, device=self.device)).to(dit.dtype)  # [K, Z]
         if not modulated:
@@ -456,14 +459,14 @@ class FastDiT:
         for block, modulation, null_modulation in zip(
             self.shared, self._modulations(read, len(condition)), null, strict=False
         ):
-            if state is None:  # a sum, of tensors of its own, as all later ones are: so they are one piece of code
+            if state is None:  # a sum like all later states, so that one compiled block serves all
                 no_more = None if null_modulation is None else null_modulation[:]
                 state = Deferred(h, torch.zeros_like(h), modulation[:], no_more) if self.speed.defer else Deferred(h)
             state = functions.block(block, state, modulation, functions.cos, functions.sin, null_modulation)
         assert state is not None
         if self.final_shared:
             v = functions.final(dit.final_layer, state, dit.final_layer.adaLN_modulation[1](plain), null[-1])
-        else:  # DDT: what the first blocks made is the others' condition
+        else:  # DDT: the output of the first blocks is the condition of the remaining blocks
             s = F.silu(summed(state))
             if hasattr(dit, "s_projector"):
                 s = dit.s_projector(s)
@@ -481,6 +484,6 @@ class FastDiT:
             return
         depth = len(self.layers)
         most = max(1, GROUP_ROWS // (prompts * self.dit.config.tokens)) if self.speed.group else 1
-        at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # of one size: other strides, other code
+        at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # equal groups: other strides compile other code
         for first in range(0, depth, at_once):
             yield from self.stacked(read, first, first + at_once).chunk(at_once, dim=-1)

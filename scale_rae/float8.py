@@ -15,8 +15,8 @@ from scale_rae.errors import DeviceError, InputError
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn
-LEAST = 1e-12  # that a row's largest value is taken for, so that a row of zeros has a scale
-_MULTIPLE = 16  # of which the product takes rows and channels
+LEAST = 1e-12  # lower bound for the largest value of a row, so that a row of zeros has a scale
+_MULTIPLE = 16  # rows and channels of a product must be multiples of this
 
 
 class Quantized(NamedTuple):
@@ -27,7 +27,7 @@ class Quantized(NamedTuple):
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Raises DeviceError where float8 products are not supported, InputError beside another dtype than bfloat16."""
+    """Raises DeviceError where float8 products are not supported, InputError for another dtype than bfloat16."""
     if device.type != "cuda":
         raise DeviceError(f"quantize fp8: needs a CUDA GPU with float8 (compute capability 8.9 or more), not {device}")
     capability = torch.cuda.get_device_capability(device)
@@ -47,7 +47,7 @@ def quantize(x: Tensor) -> Quantized:
 
 
 class Float8Linear(nn.Module):
-    """A Linear in float8; takes tensors or what `quantize` made of them, and gives bfloat16."""
+    """A Linear in float8. `forward` takes tensors, `product` what `quantize` returned; both return bfloat16."""
 
     weight: Tensor
     scale: Tensor
@@ -60,7 +60,7 @@ class Float8Linear(nn.Module):
                 f"quantize fp8: this network has a linear of {weight.shape[1]} to {weight.shape[0]} channels; "
                 f"float8 products need multiples of {_MULTIPLE}"
             )
-        parts = [quantize(rows) for rows in torch.split(weight, 4096)]  # a few rows at once, for it takes float32
+        parts = [quantize(rows) for rows in torch.split(weight, 4096)]  # some rows at a time, since it takes float32
         values, scale = torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts])
         self.register_buffer("weight", values)  # [N, K]
         self.register_buffer("scale", scale.t().contiguous())  # [1, N]

@@ -120,7 +120,7 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
     """The repository's files that a `what` needs, from the hub or, when it cannot be asked, from its cache.
 
     A cut connection is taken up where it broke, several times, by huggingface_hub itself (Range requests). When that
-    fails too, the next run keeps the files that were finished and starts the others anew: the library puts
+    fails too, the next run keeps the files that were finished and downloads the rest again: the library puts
     partial files away.
     """
     import_hub()

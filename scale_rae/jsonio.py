@@ -19,7 +19,7 @@ _KINDS = {int: "a whole number", str: "a text", bool: "true or false", list: "a 
 
 
 def dump_json(value: Any, indent: int | None = None, ascii_only: bool = False) -> str:
-    """Strict JSON in UTF-8's own letters, or in ASCII with escapes for the others."""
+    """Strict JSON text; with `ascii_only`, other characters are escaped."""
     return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 

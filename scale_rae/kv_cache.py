@@ -1,6 +1,6 @@
-"""The KV cache: keys and values of a batch of conversations, in memory of fixed size, and the passes that use it.
+"""The KV cache: keys and values of a batch of conversations, and the passes of the language model that use it.
 
-- On CUDA, a decoding step is a CUDA graph, and so is any pass whose shape occurs twice.
+- On CUDA, each decoding step is a CUDA graph, and so is every pass whose shape occurs twice.
 - A prefix that conversations share, or that is read twice, is prefilled once (`expand`, `rewind`).
 - The device is asked for the next token before the host has looked at this one (`Transfer`).
 """
@@ -19,16 +19,16 @@ from scale_rae.compiling import attention_kernels
 from scale_rae.cuda_graphs import Captures, graph_memory
 from scale_rae.qwen2 import Qwen2, compiled_layer, qwen2_layer, self_certainty
 
-_SLOTS = 256  # on CUDA, memory for tokens comes in multiples of this, and so does what a captured pass looks at
-_WIDTHS = 32  # on CUDA, passes over several tokens are padded to a multiple of this, so that their shapes come again
-_MOST_GRAPHS = 32  # of passes over several tokens, for each size of batch
+_SLOTS = 256  # on CUDA, slots are allocated, and read by captured passes, in multiples of this
+_WIDTHS = 32  # on CUDA, passes over several tokens are padded to a multiple of this, so that shapes recur
+_MOST_GRAPHS = 32  # captured passes over several tokens, per batch size
 
 
 class KVCache:
     """A batch of conversations: the keys and values of row b's token at position p are in slot p.
 
-    Rows are padded on the right. A query at position p sees slots 0 … p, and a slot that holds padding or something rewound
-    is overwritten before any query sees it. So a mask by position is enough.
+    Rows are padded on the right. A query at position p sees slots 0 … p. A slot with padding or rewound tokens is
+    overwritten before any query sees it, so a mask by position is enough.
 
     On CUDA, passes are captured if `graph`, and decoding steps compiled if `compile_steps`.
     """
@@ -56,11 +56,11 @@ class KVCache:
         self._grow(slots)
 
     def rewind(self, lengths: Sequence[int]) -> None:
-        """Shortens each conversation to so many tokens."""
+        """Shortens each conversation to its length in `lengths`."""
         self.lengths = list(lengths)
 
     def expand(self, other: KVCache) -> None:
-        """Starts every conversation with that of a cache of one."""
+        """Copies the conversation of a cache with one row to the start of every row."""
         (length,) = other.lengths
         self._grow(length)
         for mine, its in zip((*self._keys, *self._values), (*other._keys, *other._values), strict=True):
@@ -76,7 +76,7 @@ class KVCache:
             embeds = F.pad(rows, (0, 0, 0, width - longest))
         else:
             embeds = torch.stack([F.pad(row, (0, 0, 0, width - len(row))) for row in rows])  # [B, T, H]
-        idle = self.rows - self.batch if self._passes.enabled else 0  # they come along, so that one shape serves all
+        idle = self.rows - self.batch if self._passes.enabled else 0  # idle rows run too, so that one shape serves all
         embeds = F.pad(embeds, (0, 0, 0, 0, 0, idle))
         past = torch.tensor([*self.lengths, *(0,) * idle], device=embeds.device)
         reach = max(self.lengths) + width
@@ -88,17 +88,14 @@ class KVCache:
         return hidden[: self.batch, :longest]
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """Chooses each conversation's next token, given the hidden states [B, H] before it.
-
-        Returns [3, B] float64: token, its logit, and self-certainty.
-        """
+        """[3, B] float64: each conversation's next token, its logit and self-certainty, from hidden states [B, H]."""
         self._position[: self.batch] = torch.tensor(self.lengths, device=self._position.device)
         self._steps, self._first = 0, max(self.lengths)
         self._token[: self.batch], record = self._choose(hidden)
         return record
 
     def step(self) -> Tensor:
-        """Reads the tokens chosen last, and chooses the next: [3, B] as `begin`."""
+        """The next tokens, [3, B] as in `begin`, after the model has read the tokens chosen last."""
         reach = self._first + self._steps + 1
         self._grow(reach)
         reach = self._round(reach)
@@ -122,7 +119,7 @@ class KVCache:
         hidden = self._forward(embeds, self._position[:, None], reach, step=True)[:, 0]
         token, record = self._choose(hidden)
         self._token.copy_(token)
-        # Rows whose reply has ended go on too; they must not leave the memory.
+        # Rows whose reply has ended are still stepped; they must not leave the memory.
         self._position.add_(1).clamp_(max=self.slots - 1)
         return record
 
@@ -132,8 +129,11 @@ class KVCache:
         return token, torch.stack([token.double(), best.double(), self_certainty(logits).double()])
 
     def _forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
-        """Final-normed hidden states [B, T, H] of embeddings at positions [B, T], which see the first `reach` slots up to
-        their own; `reach` 0 says that there is nothing before them and they are at 0 … T-1."""
+        """Final-normed hidden states [B, T, H] of embeddings at positions [B, T].
+
+        Each position sees the slots up to its own, of the first `reach`. `reach` 0 means that the positions are 0 … T-1 and
+        nothing comes before them.
+        """
         batch = len(embeds)
         cos, sin = self._cos[positions], self._sin[positions]  # [B, T, 1, d]
         mask = None
@@ -151,11 +151,11 @@ class KVCache:
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, norm.variance_epsilon)
 
     def _round(self, slots: int) -> int:
-        """Slots to look at: on CUDA one of few numbers, for each of which a pass is captured."""
+        """Slots that a pass reads: rounded up on CUDA, where a pass is captured per number of slots."""
         return min(-(-slots // _SLOTS) * _SLOTS, self.slots) if self.network.on_cuda else slots
 
     def _grow(self, slots: int) -> None:
-        """Makes room for so many tokens a row."""
+        """Allocates at least `slots` slots per row."""
         if slots <= self.slots:
             return
         step = _SLOTS if self.network.on_cuda else 64
@@ -179,7 +179,7 @@ class KVCache:
 
 
 class CachePool:
-    """The caches of a language model. On CUDA they are kept and lent again, with their captured passes."""
+    """The caches of a language model. On CUDA, caches and their captured passes are kept and lent again."""
 
     def __init__(self, graph: bool, compile_steps: bool) -> None:
         self.graph, self.compile_steps = graph, compile_steps
@@ -187,31 +187,31 @@ class CachePool:
 
     @contextmanager
     def lend(self, network: Qwen2, batch: int, tokens: int) -> Iterator[KVCache]:
-        """An empty cache for a batch of conversations, at first with memory for so many tokens each.
+        """For a `with`: an empty cache for a batch of conversations, which grows beyond `tokens` per conversation.
 
-        On CUDA its rows are a power of two, so that few sizes serve all batches.
+        On CUDA its number of rows is a power of two, so that few sizes serve all batches.
         """
         if not network.on_cuda:
             yield KVCache(network, batch, tokens)
             return
         rows = 1 << (batch - 1).bit_length()
         waiting = self._free.setdefault(rows, [])
-        waiting[:] = [cache for cache in waiting if cache.network is network]  # others read weights that have moved
+        waiting[:] = [cache for cache in waiting if cache.network is network]  # not if the weights have moved
         if waiting:
             cache = waiting.pop()
-        else:  # with memory to spare, since growing loses the graphs
+        else:  # with spare slots, since growing loses the graphs
             cache = KVCache(network, rows, max(tokens, 4 * _SLOTS), self.graph, self.compile_steps)
         cache.restart(batch, tokens)
         yield cache
         waiting.append(cache)  # not after an error, which may have left it half written
 
     def forget(self) -> None:
-        """Drops the caches that are not lent, and the memory they hold."""
+        """Frees the caches that are not lent."""
         self._free.clear()
 
 
 class Transfer:
-    """Values on their way to the host, while the device goes on."""
+    """Values being copied to the host, while the device continues."""
 
     def __init__(self, values: Tensor) -> None:
         self._event: torch.cuda.Event | None = None
@@ -225,7 +225,7 @@ class Transfer:
         self._event.record(torch.cuda.current_stream(values.device))
 
     def wait(self) -> list[list[float]]:
-        """The values, once they are here."""
+        """The values; waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
         return self._values.tolist()  # type: ignore[no-any-return]

@@ -1,15 +1,13 @@
 """The language model: Qwen2 with latent queries and an image projector, and our decoding loop.
 
-Text and condition are a function of the conversation alone; many images of one prompt differ only in the noise. The
-results do not depend on what else is in the batch.
-
-How the layers run is in qwen2.py, the KV cache in kv_cache.py.
+Text and condition are a function of the conversation alone: images of one prompt differ only in their noise. Results do
+not depend on what else is in the batch. qwen2.py has the layers, kv_cache.py the KV cache.
 """
 
 from __future__ import annotations
 
 import copy
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -26,7 +24,7 @@ from scale_rae.qwen2 import FusedLayer, Qwen2, fuse, self_certainty
 from scale_rae.qwen2_modules import Qwen2Modules
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
-_USUAL_REPLY = 64  # tokens; the cache is made for replies of this length and grows for longer ones
+_USUAL_REPLY = 64  # tokens; a cache is made for replies of this length and grows for longer ones
 
 TokenListener = Callable[[int, int], bool]
 """Called as `listen(row, token)` with each token as it is chosen; returns whether that reply is to go on."""
@@ -37,7 +35,7 @@ TextListener = Callable[[int, str], bool]
 
 @dataclass
 class Conversation:
-    """Token ids with IMAGE where a latent [L, C] goes: `latent`, or those in `latents` one after the other."""
+    """Token ids with IMAGE in the place of each latent [L, C]: of `latent`, then of `latents` in turn."""
 
     ids: list[int]
     latent: Tensor | None = None
@@ -45,16 +43,16 @@ class Conversation:
 
     @property
     def shown(self) -> list[Tensor]:
-        """The latents, in the order of the IMAGEs."""
+        """All latents, in the order of the IMAGEs."""
         return [*([] if self.latent is None else [self.latent]), *self.latents]
 
 
 @dataclass
 class Reply:
-    """What the model said. `logits` and `confidences` are those of each chosen token (REFERENCE §10).
+    """A reply's token ids, with the logit and confidence of each chosen token (REFERENCE §10).
 
-    `condition` [L, Z], in the model's dtype, is there when the reply asks for an image (its last id is <im_start>) and
-    may have one.
+    `condition` [L, Z], in the model's dtype, is there when the reply asks for an image (its last id is <im_start>), unless
+    drawing was switched off.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -70,7 +68,7 @@ class Reply:
 class LanguageModel(nn.Module):
     """Qwen2 with `latent_queries` and `mm_projector`; parameter names are the published ones.
 
-    `speed` says whether, on CUDA, passes are captured, decoding steps compiled, and tokens asked for ahead of the host.
+    `speed` switches, on CUDA, captured passes, compiled decoding steps, and asking for tokens ahead of the host.
     """
 
     def __init__(self, config: ScaleRAEConfig, speed: Speed | None = None) -> None:
@@ -78,7 +76,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Qwen2Modules(config.language)
         self.model.latent_queries = nn.Parameter(torch.zeros(config.tokens, config.hidden_size))
-        if config.vae is None:  # else it is of no use: it takes the encoder's latents, which are not those drawn
+        if config.vae is None:  # else it is useless: it takes latents of the encoder, and other latents are drawn
             self.model.mm_projector = _projector(config.channels, config.hidden_size, config.projector_depth)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.condition_projector:
@@ -92,18 +90,18 @@ class LanguageModel(nn.Module):
         self._caches = CachePool(speed.graph, compile_steps=speed.compile == "on")
 
     def with_speed(self, speed: Speed) -> LanguageModel:
-        """The same model, sharing its weights, with other choices of `speed`."""
+        """The same model, sharing its weights, with another `speed`."""
         other = copy.copy(self)
         other._set(speed)
         return other
 
     def fuse(self) -> None:
-        """Fuses projections that share an input, in place: the parameters become views of the fused matrices."""
+        """Fuses projections that share an input, in place: parameters become views of the fused matrices."""
         with torch.inference_mode(False), torch.no_grad():
             self._network = self._as_network([fuse(layer, in_place=True) for layer in self.model.layers])
 
     def network(self) -> Qwen2:
-        """The network for `KVCache`; with copies of the weights where `fuse` was not called or they have moved since."""
+        """The network for `KVCache`; it copies the weights if `fuse` was not called or the weights moved since."""
         fused = self._network.layers if self._network is not None else []
         if fused and all(f.is_of(layer) for f, layer in zip(fused, self.model.layers, strict=True)):
             assert self._network is not None
@@ -125,7 +123,7 @@ class LanguageModel(nn.Module):
         )
 
     def forget(self) -> None:
-        """Drops caches that are kept for later, and the memory they hold."""
+        """Frees the caches that are kept for later calls."""
         self._caches.forget()
 
     @property
@@ -152,7 +150,7 @@ class LanguageModel(nn.Module):
         return projected
 
     def embed(self, conversations: Sequence[Conversation]) -> list[Tensor]:
-        """Input embeddings [T, H] of each: tokens, and the projected latent in IMAGE's place."""
+        """Input embeddings [T, H] per conversation: of its tokens, and the projected latent in the place of IMAGE."""
         shown = [latent for c in conversations for latent in c.shown]
         images = iter(self.project(shown) if shown else ())
         tokens = self.tokens([i for c in conversations for i in c.ids if i != IMAGE])  # all at once, then taken in turn
@@ -179,8 +177,11 @@ class LanguageModel(nn.Module):
         listen: TokenListener | None = None,
         draw: bool = True,
     ) -> list[Reply]:
-        """Greedy replies to a batch of conversations, each ended by `stop` (left out), `image_start`, or its limit of
-        tokens, or by `listen`. Without `draw`, replies that ask for an image get no condition."""
+        """Greedy replies to a batch of conversations.
+
+        A reply ends with `stop` (left out), `image_start`, its limit of tokens, or when `listen` returns False. Without
+        `draw`, replies that ask for an image get no condition.
+        """
         rows = self.embed(conversations)
         longest = max(len(row) for row in rows)
         with self.cache(len(rows), longest + min(max(limits), _USUAL_REPLY) + 1 + self.config.tokens) as cache:
@@ -196,17 +197,14 @@ class LanguageModel(nn.Module):
         draw: bool = True,
         listen: TokenListener | None = None,
     ) -> list[Reply]:
-        """`reply` for conversations in a cache, each going on with the embeddings [T, H] of its row.
-
-        Without `draw`, replies that ask for an image get no condition.
-        """
+        """`reply` for conversations in a cache that continue with the embeddings [T, H] of their rows."""
         hidden = cache.extend(rows)
         last = hidden[torch.arange(len(rows)), torch.tensor([len(row) - 1 for row in rows])]  # [B, H]
         start = list(cache.lengths)
         replies = [Reply() for _ in rows]
         open_rows = [row for row, limit in enumerate(limits) if limit > 0]
         most = max(limits)
-        # So the GPU never waits for the host, at the price of one step too many when the last reply ends.
+        # The GPU never waits for the host, which costs one step too many when the last reply ends.
         ahead = 1 if self._ahead and cache.network.on_cuda else 0
         asked, seen = 1, 0
         underway = deque([Transfer(cache.begin(last))]) if open_rows else deque[Transfer]()
@@ -231,7 +229,7 @@ class LanguageModel(nn.Module):
 
         drawing = [row for row, reply in enumerate(replies) if reply.ids and reply.ids[-1] == image_start]
         if drawing and draw:
-            # The token <im_start> was chosen, but not read yet.
+            # The token <im_start> was chosen, but the model has not read it yet.
             cache.rewind([length + max(0, len(r.ids) - 1) for length, r in zip(start, replies, strict=True)])
             queries = torch.cat([self.tokens([image_start]), self.model.latent_queries.to(self.dtype)])  # [1 + L, H]
             hidden = cache.extend(queries.expand(len(rows), -1, -1))
@@ -240,7 +238,7 @@ class LanguageModel(nn.Module):
         return replies
 
     def cache(self, batch: int, tokens: int) -> AbstractContextManager[KVCache]:
-        """An empty KV cache for a batch of conversations, at first with memory for so many tokens each, for a `with`."""
+        """For a `with`: an empty KV cache for a batch of conversations, which grows beyond `tokens` per conversation."""
         return self._caches.lend(self.network(), batch, tokens)
 
     @torch.inference_mode()
@@ -264,6 +262,26 @@ def _projector(channels: int, hidden: int, depth: int) -> nn.Module:
     for _ in range(depth - 1):
         layers += [nn.GELU(), nn.Linear(hidden, hidden)]
     return nn.Sequential(*layers)
+
+
+class ListenOnce:
+    """Calls `listen` once per token of each reply, although replies begin again when memory runs out."""
+
+    def __init__(self, listen: TokenListener, replies: int) -> None:
+        self._listen, self._heard = listen, [0] * replies
+
+    def attempt(self, start: int) -> TokenListener:
+        """A listener for an attempt at the replies from number `start` on; tokens of earlier attempts are left out."""
+        chosen: Counter[int] = Counter()
+
+        def hear(row: int, token: int) -> bool:
+            chosen[row] += 1
+            if chosen[row] <= self._heard[start + row]:
+                return True
+            self._heard[start + row] += 1
+            return self._listen(start + row, token)
+
+        return hear
 
 
 def hear_text(tokenizer: ChatTokenizer, listen: TextListener) -> TokenListener:

@@ -1,4 +1,4 @@
-"""What a manifest and a PNG say of a drawing: the settings that drew it, so that it can be drawn again."""
+"""What a manifest and a PNG record of an image: the settings that drew it."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def drawing_manifest(
 
 
 def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
-    """What a manifest records of the latents that were shown."""
+    """A manifest's fields on the latents that were shown to the model."""
     return {"input_latents": [str(path) for path in paths], "input_latents_sha256": [sha256(path) for path in paths]}
 
 

@@ -1,4 +1,4 @@
-"""Devices, dtypes and their memory: what is there, what to say when it runs out, and batches that halve."""
+"""Devices and dtypes by name; errors when memory runs out, and batches that are halved then."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def pick_device(name: str | None) -> torch.device:
     """The device called `name`, or the best there is: CUDA, then MPS, then the CPU.
 
     Raises:
-        DeviceError: for what is no name of a device, or of one that does not exist here.
+        DeviceError: for a name that is no device's, or a device that does not exist here.
     """
     if name is None:
         return torch.device(
@@ -51,23 +51,23 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 
 def default_batch_size(device: torch.device) -> int:
-    """Images drawn at once unless told otherwise."""
+    """Images per batch where none is chosen: 8 on the CPU, 32 elsewhere."""
     return 8 if device.type == "cpu" else 32
 
 
 def out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error is, or was caused by, a lack of memory on whatever device."""
+    """Whether an error is, or was caused by, a lack of memory, on any device."""
     while error is not None:
         if isinstance(error, MemoryError | torch.OutOfMemoryError):
             return True
         if isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "out of memory" in str(error)):
-            return True  # the CPU's and MPS's
+            return True  # from the CPU and MPS
         error = error.__cause__
     return False
 
 
 class MemoryErrors:
-    """Turns an error of a device that has run out of memory into one that says what would help: `remedy`, if there is one."""
+    """For a `with`: running out of memory raises a DeviceError that says while doing `what`, and what to try."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, what: str, remedy: str) -> None:
         self.device, self.what = device, what
@@ -102,10 +102,10 @@ def in_batches(
     remedy: str = "fewer at once",
     release: Callable[[], None] | None = None,
 ) -> list[T]:
-    """The results of `run(start, stop)` for 0 … count, `size` at a time, half as many whenever memory runs out.
+    """The results of `run(start, stop)` for 0 … `count`, in batches of `size`, halved whenever memory runs out.
 
-    `what`, with the number in place of {}, says what is being done; `errors(what, remedy)` makes the MemoryErrors.
-    `release` frees memory before a smaller batch is tried; without it an error is raised instead.
+    `what` describes a batch, with {} for the number in it; `errors(what, remedy)` makes the MemoryErrors. `release` frees
+    memory before a smaller batch is tried; without it, the error is raised. A warning is logged for each halving.
     """
     done: list[T] = []
     while len(done) < count:
@@ -132,10 +132,10 @@ def largest_batch(
     spare: Callable[[], float],
     least_spare: float,
 ) -> int:
-    """The largest of 1, 2, 4, … and `most` images that `attempt` does without running out of memory, with some to spare.
+    """The largest batch among 1, 2, 4, … and `most` for which `attempt` leaves at least `least_spare` of the memory.
 
-    `spare` returns which share of the memory was free at the worst moment so far, and `release` frees what a failed
-    attempt took. The result is 1 when not even one image fits: then drawing fails, and says why.
+    `spare` returns the share of memory that was free at the peak so far; `release` frees what a failed attempt took. The
+    result is 1 when not even one image fits: then drawing itself fails, and says why.
     """
     fits, size = 1, 1
     while True:
@@ -158,7 +158,7 @@ def largest_batch(
 
 
 def spare_memory(device: torch.device) -> float:
-    """The share of this process's possible memory that was free at the worst moment; 1 where torch does not say."""
+    """The share of the memory this process can have that was free at its peak; 1 where torch does not say."""
     if device.type != "cuda":
         return 1.0
     free, _ = torch.cuda.mem_get_info(device)

@@ -1,4 +1,4 @@
-"""Seeds of images, and the noise that is drawn from them."""
+"""Seeds of images, and the noise drawn from them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
 
 
 def new_seed(bits: int = 63) -> int:
-    """A seed nobody chose, of so many bits."""
+    """A random seed of at most `bits` bits, for runs where none is chosen."""
     return secrets.randbits(bits)
 
 
 @functools.cache
-def _drawers() -> ThreadPoolExecutor:
-    """Threads that draw noise. They are kept, since starting them takes half as long as drawing a batch's noise."""
+def _threads() -> ThreadPoolExecutor:
+    """Threads that draw noise, kept because starting them takes half as long as drawing the noise of a batch."""
     return ThreadPoolExecutor(os.cpu_count() or 1, "noise")
 
 
 if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
-    os.register_at_fork(after_in_child=_drawers.cache_clear)
+    os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
 def draw_noise(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Callable[[], Tensor]:
     """A function that returns standard normal noise [B, C, S, S] float32 on the device, one seed per image.
 
-    The noise is that of `torch.randn(1, C, S, S)` on the CPU for each seed, so that a seed means one picture everywhere.
-    Threads draw it from now on; the returned function waits for them, so that the device can prepare meanwhile.
+    Each image's noise is `torch.randn(1, C, S, S)` of its seed on the CPU, so that a seed means one picture everywhere.
+    Threads start to draw it at once, while the device prepares; the returned function waits for them.
     """
     noise = torch.empty(len(seeds), channels, side, side, pin_memory=device.type == "cuda")
 
@@ -48,7 +48,7 @@ def draw_noise(seeds: Sequence[int], channels: int, side: int, device: torch.dev
     def draw(place: int, seed: int) -> None:
         noise[place].normal_(generator=torch.Generator("cpu").manual_seed(seed))
 
-    drawn = [_drawers().submit(draw, place, seed) for place, seed in enumerate(seeds)]
+    drawn = [_threads().submit(draw, place, seed) for place, seed in enumerate(seeds)]
 
     def wait() -> Tensor:
         for one in drawn:

@@ -1,8 +1,8 @@
-"""The files a run leaves: sample_<time>.png, …_latent.pt, …_manifest.json. Whole or not at all, and never over others.
+"""The files of a run: sample_<time>.png, …_latent.pt, …_manifest.json. Complete or absent; nothing is overwritten.
 
-A run writes everything into a hidden folder beside its targets and then renames it all into place, the manifest last.
-The folder's name is the run's, and it is locked while the run writes: that keeps two processes from taking one name, and
-tells what a killed run left from what is being written.
+A run writes its files into a hidden folder beside their targets, then renames them into place, the manifest last. The
+folder has the run's name and is locked while the run writes. The lock keeps two processes from taking one name, and
+tells the folder of a run that was killed from the folder of a run that is writing.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ def save_run(
 ) -> dict[str, Any]:
     """Writes one run and returns its manifest, completed by the paths and the seconds that writing took.
 
-    Names begin `sample_<time_of_run><label>`; several samples get _00, _01, …; a taken name is passed over by adding
-    -2, -3, ….
+    Names begin `sample_<time_of_run><label>`; several samples get _00, _01, …. If a file of that name exists, -2, -3, … is
+    appended.
 
     Raises:
-        OutputError: when something cannot be written; then nothing of the run is left.
+        OutputError: when a file cannot be written; then no file of the run is left.
     """
     start = time.perf_counter()
     marks = [f"_{i:02}" for i in range(len(samples))] if len(samples) > 1 else ["" for _ in samples]
@@ -121,7 +121,7 @@ def save_run(
 
 
 def _pngs(samples: Sequence[Sample]) -> Iterator[bytes | None]:
-    """Each sample's PNG, None where it has no image; several are made at once."""
+    """The PNG of each sample, None where it has no image; up to four are encoded at once."""
 
     def png(sample: Sample) -> bytes | None:
         return None if sample.image is None else png_bytes(sample.image, sample.text or {})
@@ -135,7 +135,7 @@ def _pngs(samples: Sequence[Sample]) -> Iterator[bytes | None]:
 
 @contextlib.contextmanager
 def _reserved(folder: Path, stem: str, suffixes: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """The first of stem, stem-2, stem-3, … that no file and no other process has, and a folder that holds it; gone at the end."""
+    """For a `with`: the first of stem, stem-2, … that is free, and a folder that reserves it and is removed at the end."""
     attempt, count = stem, 1
     while True:
         staging = folder / f".{attempt}.tmp"
@@ -149,10 +149,10 @@ def _reserved(folder: Path, stem: str, suffixes: Sequence[str]) -> Iterator[tupl
 
 @contextlib.contextmanager
 def _held(staging: Path) -> Iterator[bool]:
-    """Whether a folder is this process's alone: made now, or left by a run that was killed. If so, it is removed at the end.
+    """For a `with`: whether this process has the folder to itself; if so, it is removed at the end.
 
-    A lock on the folder, which ends with the process, tells the two apart. Where there are no such locks, as on some
-    network file systems, a folder that is there already is taken for another process's.
+    The folder is new, or was left by a run that was killed: the lock of a run ends with its process. On file systems
+    without such locks, a folder that exists already belongs to another process.
     """
     try:
         staging.mkdir()
@@ -177,7 +177,7 @@ def _held(staging: Path) -> Iterator[bool]:
 
 
 def _lock(folder: Path) -> tuple[int | None, bool]:
-    """A descriptor that locks a folder, None if there is none; and whether that is because it is another's."""
+    """A descriptor that locks a folder, or None; and whether another process has the lock."""
     if fcntl is None:
         return None, False
     try:
@@ -205,7 +205,7 @@ def _write(path: Path, data: bytes) -> None:
 
 
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
-    """A PNG with text chunks (iTXt where Latin-1 does not do)."""
+    """A PNG with text chunks; texts beyond Latin-1 are iTXt chunks."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -218,7 +218,7 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
 
 
 def latent_bytes(latent: Tensor) -> bytes:
-    """A latent [L, C] as `torch.save` writes it, float32, and no more than itself (a view would take its base along)."""
+    """A latent [L, C] float32 as `torch.save` writes it, copied first: a view would bring its base along."""
     import torch
 
     buffer = io.BytesIO()

@@ -28,7 +28,7 @@ from scale_rae.errors import ConfigError, InputError
 from scale_rae.float8 import check_device
 from scale_rae.hub import Source, find
 from scale_rae.images import Picture, as_rgb
-from scale_rae.language import Conversation, LanguageModel, Reply, TextListener, TokenListener, hear_text
+from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, TextListener, TokenListener, hear_text
 from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
 from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype
 from scale_rae.noise import image_seed
@@ -65,10 +65,12 @@ class GenerateOptions(TypedDict, total=False):
 
 
 class ScaleRAE:
-    """A loaded checkpoint. Make one with `ScaleRAE.from_pretrained` or `scale_rae.load`.
+    """A loaded checkpoint, made by `ScaleRAE.from_pretrained` or `scale_rae.load`.
 
-    Latents are [L, C] float32 CPU tensors, whether encoded from an image or drawn: everything that takes a latent takes
-    both. Sampling keeps its state in float32 whatever the networks' dtype.
+    Latents are [L, C] float32 tensors on the CPU. Encoded images and drawn latents are the same type, so every method that
+    takes a latent takes both. Sampling keeps its state in float32 whatever the dtype of the networks.
+
+    Source: Scale-RAE (arXiv 2601.16208); REFERENCE sections are named where they apply.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class ScaleRAE:
         self.sampler = LatentSampler(config, dit, norm_stats, self.speed)
         language.fuse()
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what the weights were before they were padded, stacked, fused
+            torch.cuda.empty_cache()  # the memory of weights from before they were padded, stacked and fused
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.split_batches = split_batches
         self._decoder_name = decoder_name
@@ -114,16 +116,24 @@ class ScaleRAE:
         quantize: str | None = None,
         split_batches: bool = True,
     ) -> ScaleRAE:
-        """Loads "shapes" (bundled), a folder in the published layout, a hub id, or what `hub.find` found.
+        """The model `name`: "shapes" (bundled), a folder in the published layout, a hub id, or a `hub.Source`.
 
-        The encoder and the pixel decoder load when first used. `decoder` None means: a folder `decoder` inside or
-        beside the model's folder, else the published decoder for the model's encoder. `revision` is the model's.
-        A FLUX-VAE-aligned checkpoint takes a VAE for decoder: a folder `vae` inside or beside its own, else the one its
-        config.json names. `progress(what, done, total)` counts bytes of weights. `compile` ("auto", "on", "off") and `quantize` (None, "fp8")
-        are those of `Speed`. On the CPU, the process keeps up to 256 MiB of what its tensors free (`cpu.keep_freed_memory`).
+        The encoder and the pixel decoder load when first used. On the CPU, the process keeps up to 256 MiB of freed memory
+        (`cpu.keep_freed_memory`).
+
+        Args:
+            decoder: a folder or hub id; None means a folder `decoder` inside or beside the model's folder, else the
+                published decoder for the model's encoder. For a FLUX-VAE-aligned checkpoint the decoder is a VAE: a folder
+                `vae` inside or beside the model's, else the VAE that config.json names.
+            device: "cpu", "cuda", "cuda:N" or "mps"; None means the best device here.
+            dtype: "float32", "bfloat16" or "float16"; None means float32 on the CPU and bfloat16 elsewhere.
+            revision: of the model on the hub.
+            progress: `progress(what, done, total)`, in bytes of weights.
+            compile: "auto", "on" or "off", and `quantize`: None or "fp8", as in `Speed`.
+            split_batches: halve a batch and try again when memory runs out.
 
         Raises:
-            ConfigError, CheckpointError, HubError, DeviceError, InputError: each saying what to do.
+            ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
         speed = Speed(compile, quantize)
         speed.check()
@@ -156,7 +166,7 @@ class ScaleRAE:
 
     @property
     def decoder(self) -> PixelDecoder | VaeDecoder:
-        """The pixel decoder: the autoencoder's own or, of a FLUX-VAE-aligned checkpoint, the VAE's (extra `vae`)."""
+        """The pixel decoder; for a FLUX-VAE-aligned checkpoint the decoder of a VAE (extra `vae`)."""
         if self._decoder is None:
             kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
             self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
@@ -170,7 +180,7 @@ class ScaleRAE:
         return decoder.config.image if isinstance(decoder, PixelDecoder) else decoder.image_size(self.config.tokens)
 
     def _pixel_scale(self) -> tuple[list[float], list[float]]:
-        """(mean, std) that the decoder's pixels are normalised by."""
+        """(mean, std) of the decoder's pixels, by channel."""
         if self.config.vae is not None:
             from scale_rae.vae import MEAN, STD
 
@@ -204,20 +214,20 @@ class ScaleRAE:
         """Replies to messages and draws what the replies ask for.
 
         Args:
-            prompts: one message or several; the result is one Generation or a list in the same order.
-            num_images: drawings of each prompt. Image j of prompt i is made from noise seeded by
+            prompts: one message or several; the result is one Generation, or a list in the same order.
+            num_images: images per prompt. Image j of prompt i is made from noise seeded by
                 `image_seed(seed, i, j)`, so it does not depend on the batch it is drawn in.
             guidance: classifier-free guidance scale, 1 for none; `guidance_interval` (lo, hi) limits it in t.
-            latents: one latent [L, C] for each prompt, shown to the model before the message.
-            image_seeds: the noise seeds themselves, a list for each prompt, instead of `num_images` and `seed`.
+            latents: one latent [L, C] per prompt, shown to the model before the message.
+            image_seeds: the noise seeds themselves, a list per prompt, instead of `num_images` and `seed`.
             batch_size: images sampled at once (default 8 on the CPU, 32 elsewhere).
-            draw: draw what replies ask for; without it a reply that asks for an image ends there (`asks_for_image`).
-            decode: make pixels; without it `GeneratedImage.image` is None.
+            draw: False ends a reply where it asks for an image (`asks_for_image`) and draws nothing.
+            decode: False makes no pixels: `GeneratedImage.image` is None.
             callback: `callback(evaluation, evaluations, t, x, v)` after each network evaluation of a batch.
 
         Raises:
             InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.
-            DeviceError: out of GPU memory, saying what would fit.
+            DeviceError: when memory runs out, saying what would fit.
         """
         options = SamplingOptions(steps, solver, guidance, guidance_interval)
         self.sampler.check(options)
@@ -261,7 +271,14 @@ class ScaleRAE:
         listen: TokenListener | None = None,
         draw: bool = True,
     ) -> list[Reply]:
-        """Greedy replies to a batch of messages; a reply that asks for an image carries its condition [L, Z] if `draw`."""
+        """Greedy replies to messages; with `draw`, a reply that asks for an image has its condition [L, Z].
+
+        `latents` are one latent [L, C] per message, shown to the model before it. `listen` is as in `converse`.
+
+        Raises:
+            InputError: for an empty or too long message, a limit below 1, or latents that do not fit.
+            ConfigError: for latents given to a checkpoint that cannot read them (`check_reads`).
+        """
         if max_new_tokens < 1:
             raise InputError(f"max new tokens {max_new_tokens}: must be at least 1")
         if latents is None:
@@ -283,28 +300,20 @@ class ScaleRAE:
         listen: TokenListener | None = None,
         draw: bool = True,
     ) -> list[Reply]:
-        """Greedy replies to conversations whose last turn is open, of at most so many tokens each.
+        """Greedy replies to conversations whose last turn is open, each of at most its `max_new_tokens`.
 
-        `listen(i, token)` is called once with each token of reply i as it is chosen, also when memory runs out on the way and
-        the reply begins again, and returns whether that reply is to go on.
+        `listen(i, token)` is called once per token of reply i, as soon as the token is chosen, even if memory runs out and
+        the reply begins again. It returns whether that reply is to go on.
 
         Raises:
             InputError: for a conversation that is longer than the model reads.
         """
         limits = [min(most, self.longest_reply(c)) for c, most in zip(conversations, max_new_tokens, strict=True)]
-        heard = [0] * len(conversations)  # tokens that `listen` has had
+        listening = None if listen is None else ListenOnce(listen, len(conversations))
 
         def answer(start: int, stop: int) -> list[Reply]:
             end, image_start = self.tokenizer.chat_end, self.tokenizer.image_start
-            chosen = [0] * (stop - start)
-
-            def hear(row: int, token: int) -> bool:
-                chosen[row] += 1
-                if listen is None or chosen[row] <= heard[start + row]:
-                    return True
-                heard[start + row] += 1
-                return listen(start + row, token)
-
+            hear = None if listening is None else listening.attempt(start)
             return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear, draw)
 
         return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
@@ -371,7 +380,12 @@ class ScaleRAE:
 
     @torch.inference_mode()
     def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
-        """Pictures of latents [L, C]."""
+        """Pictures of latents [L, C], 8-bit RGB of `image_size` pixels along each edge.
+
+        Raises:
+            InputError: for tensors that are no latents of this model. ConfigError, CheckpointError, HubError: when the decoder
+                cannot be loaded. DeviceError: when memory runs out.
+        """
         checked = [self.check_latent(latent) for latent in latents]
         decoder, (mean, std) = self.decoder, self._pixel_scale()
 
@@ -384,7 +398,7 @@ class ScaleRAE:
 
         return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
 
-    # --- looking -------------------------------------------------------------------------------------------------
+    # --- reading -------------------------------------------------------------------------------------------------
 
     def check_reads(self) -> None:
         """Raises ConfigError for a checkpoint that draws latents it cannot read, as FLUX-VAE-aligned ones do."""
@@ -396,11 +410,11 @@ class ScaleRAE:
             )
 
     def encode(self, images: Picture | Sequence[Picture], batch_size: int = 32) -> list[Tensor]:
-        """Latents [L, C] of pictures: images of Pillow's or paths of files, one or several.
+        """Latents [L, C] of pictures: Pillow images or paths of files, one or several.
 
         Raises:
             InputError: for a file that holds no picture.
-            ConfigError: for a FLUX-VAE-aligned checkpoint, whose latents are others than its encoder's.
+            ConfigError: for a FLUX-VAE-aligned checkpoint, which draws latents of another kind than its encoder's.
         """
         self.check_reads()
         pictures = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
@@ -411,7 +425,7 @@ class ScaleRAE:
         return self._in_batches(len(pictures), batch_size, encode, "encoding {} images at once")
 
     def encode_pixels(self, pixels: Tensor, batch_size: int = 32) -> list[Tensor]:
-        """Latents [L, C] of pictures [N, 3, H, W] as `encoder.preprocess` makes them."""
+        """Latents [L, C] of normalised pixels [N, 3, H, W], as `encoder.preprocess` makes them."""
 
         def encode(start: int, stop: int) -> list[Tensor]:
             return self._encode(pixels[start:stop])
@@ -431,12 +445,10 @@ class ScaleRAE:
         max_new_tokens: int = 512,
         listen: TextListener | None = None,
     ) -> list[Answer]:
-        """Answers, one for each question and its picture or latent (one picture or latent serves all questions).
+        """One answer per question about its picture or latent; a single picture or latent serves all questions.
 
-        Pictures are images of Pillow's or paths of files.
-
-        `listen(i, text)` is called with answer i as far as it goes whenever it has grown by whole characters, and returns
-        whether that answer is to go on.
+        Pictures are Pillow images or paths of files. `listen(i, text)` is called with answer i so far, whenever whole
+        characters were added, and returns whether that answer is to go on.
 
         Raises:
             InputError: when neither or both of `images` and `latents` are given, or their number does not fit.
@@ -468,27 +480,31 @@ class ScaleRAE:
         question: str = QUESTION,
         max_new_tokens: int = 64,
     ) -> list[Score]:
-        """How well latents match a prompt, by the model's own judgement (REFERENCE §10).
+        """One Score per latent [L, C]: how well the model itself finds that it matches a prompt (REFERENCE §10).
 
-        `request` is the message that asks for the drawing (default: the prompt itself), `request_reply` the model's
-        reply to it if it is known already; `question` a template with `{prompt}`.
+        `request` is the message that asks for the image (default: the prompt), `request_reply` the model's reply to it, if
+        known already, `question` a template with `{prompt}`.
+
+        Raises:
+            InputError: for text longer than the model reads, or tensors that are no latents of this model.
+            ConfigError: for a checkpoint that cannot read latents (`check_reads`).
         """
         self.check_reads()
         checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
         reply = request_reply or self.reply([request])[0]
 
-        def judge(start: int, stop: int) -> list[Score]:
+        def score(start: int, stop: int) -> list[Score]:
             some = checked[start:stop]
             return score_latents(self.language, self.tokenizer, some, prompt, request, reply, question, max_new_tokens)
 
-        return self._in_batches(len(checked), READ_AT_ONCE, judge, "scoring {} latents at once")
+        return self._in_batches(len(checked), READ_AT_ONCE, score, "scoring {} latents at once")
 
     def check_question(self, prompt: str, question: str = QUESTION) -> None:
-        """Whether `score` can ask this about a prompt.
+        """Raises an error if `score` cannot ask this question about a prompt.
 
         Raises:
-            ConfigError: for a checkpoint that cannot read latents. InputError: for more text than the model reads.
+            ConfigError: for a checkpoint that cannot read latents. InputError: for text longer than the model reads.
         """
         self.check_reads()
         texts_of(self.config, self.tokenizer, prompt, question)
@@ -523,12 +539,12 @@ class ScaleRAE:
         return in_batches(count, size, run, self.memory_errors, what, remedy, release)
 
     def with_speed(self, speed: Speed) -> ScaleRAE:
-        """The same model, sharing its weights, with other choices of `speed`.
+        """The same model, sharing its weights, with another `speed`.
 
-        Choosing float8 changes the shared weights for good; a model in float8 takes another choice of `compile` only.
+        Choosing float8 changes the shared weights for good; for a model in float8 only `compile` can change.
 
         Raises:
-            InputError, DeviceError: for a choice that does not exist, or not here.
+            InputError, DeviceError: for a choice that does not exist, or that this device does not support.
         """
         if self.speed.quantize is not None and not speed.same_network(self.speed):
             raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
@@ -541,7 +557,7 @@ class ScaleRAE:
         return other
 
     def release_memory(self) -> None:
-        """Gives back to the device what is kept between calls: captured graphs, and the language model's memory."""
+        """Frees what is kept between calls: captured graphs and KV caches."""
         self.sampler.fast_dit.forget()
         self.language.forget()
         self._decodes.forget()
@@ -550,5 +566,5 @@ class ScaleRAE:
             torch.cuda.empty_cache()
 
     def memory_errors(self, what: str, remedy: str = "fewer at once") -> MemoryErrors:
-        """Turns what the device says when memory runs out while `what` is done into a DeviceError that says what would help."""
+        """A context in which running out of memory raises a DeviceError that names `what` was done and the `remedy`."""
         return MemoryErrors(self.device, self.dtype, what, remedy)

@@ -1,4 +1,4 @@
-"""Child processes: they load this very package, and nothing that happens to lie in the working folder."""
+"""Child processes that load this very package, and nothing that lies in the working folder by chance."""
 
 from __future__ import annotations
 

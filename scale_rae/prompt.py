@@ -25,7 +25,7 @@ IMAGE_PLACEHOLDER = "<image-placeholder>"  # the official code removes it from p
 
 @dataclass(frozen=True)
 class Turn:
-    """What one side said: text, and how many images stand before it (user) or after it (assistant)."""
+    """One turn: text, and the number of images before it (user) or after it (assistant)."""
 
     role: str  # user or assistant
     text: str
@@ -85,7 +85,7 @@ class ChatTokenizer:
         return self.conversation([Turn("user", message, int(image))])
 
     def conversation(self, turns: Sequence[Turn], system: str = SYSTEM) -> list[int]:
-        """Ids of a system turn and others, with the assistant's next turn open.
+        """Ids of a system turn and `turns`, with the assistant's next turn open.
 
         Raises:
             InputError: when a user's turn has neither text nor image.

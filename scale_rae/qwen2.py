@@ -1,6 +1,6 @@
-"""The Qwen2 network as this package runs it: projections that share an input are fused, a layer is 16 kernels.
+"""The Qwen2 network as this package runs it: projections that share an input are fused.
 
-Transformers' own layer is 40 kernels, and at batch 1 each takes longer to launch than to run.
+A layer is 16 kernels; transformers' own is 40, and at batch 1 each kernel takes longer to launch than to run.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from scale_rae.compiling import compiled
 
 @dataclass(frozen=True)
 class Qwen2:
-    """A Qwen2 network's weights and sizes, as `KVCache` reads them."""
+    """The weights and sizes of a Qwen2 network, for `KVCache`."""
 
     embed_tokens: nn.Module
     layers: Sequence[FusedLayer]
@@ -35,12 +35,12 @@ class Qwen2:
 
     @property
     def on_cuda(self) -> bool:
-        """Whether caches have fixed sizes, passes are captured, and tokens are asked for ahead of the host."""
+        """Whether the network is on CUDA: caches have fixed sizes, and passes are captured."""
         return self.device.type == "cuda"
 
 
 class FusedLayer(NamedTuple):
-    """The weights of one of transformers' Qwen2 layers, fused where they read the same input."""
+    """The weights of a Qwen2 layer; projections that share an input are fused."""
 
     norm1: Tensor
     qkv: Tensor  # [(heads + 2 groups) d, H]
@@ -52,7 +52,7 @@ class FusedLayer(NamedTuple):
     eps: float
 
     def is_of(self, layer: Any) -> bool:
-        """Whether the layer's parameters still are these tensors, or views of them."""
+        """Whether the layer's parameters are still these tensors, or views of them."""
         parts = (layer.self_attn.q_proj.weight, layer.self_attn.q_proj.bias, layer.mlp.gate_proj.weight)
         rest = (layer.input_layernorm.weight, layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
         mine = (self.qkv, self.qkv_bias, self.gate_up, self.norm1, self.out, self.down)
@@ -60,7 +60,7 @@ class FusedLayer(NamedTuple):
 
 
 def fuse(layer: Any, in_place: bool = False) -> FusedLayer:
-    """A layer's weights for `qwen2_layer`. `in_place` makes the layer's own parameters views of the fused matrices."""
+    """The layer's weights for `qwen2_layer`; `in_place` makes its parameters views of the fused matrices."""
 
     def side_by_side(linears: Sequence[nn.Linear], name: str) -> Tensor:
         parts = [getattr(linear, name) for linear in linears]
@@ -116,7 +116,7 @@ def qwen2_layer(
         k, v = (t.repeat_interleave(heads // groups, dim=2).transpose(1, 2) for t in (k, v))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, is_causal=True).transpose(1, 2)
     else:
-        # The heads that share keys become queries of one head, so that the keys need not be copied for each.
+        # Heads that share keys become queries of one head, so that keys need not be copied for each head.
         k, v = (t[:, : mask.shape[-1]].transpose(1, 2) for t in (keys, values))
         q = q.reshape(batch, tokens, groups, -1, d).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, heads/G · T, d]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -136,7 +136,7 @@ def compiled_layer() -> Any:
 def self_certainty(logits: Tensor, total: Tensor | None = None) -> Tensor:
     """-mean over the vocabulary of log(V p), p = softmax(logits): [..., V] float32 -> [...]. Higher is more certain.
 
-    `total` is the logits' logsumexp, if it is known.
+    `total` is the logsumexp of the logits, if known.
     """
     total = logits.logsumexp(dim=-1) if total is None else total
     return total - logits.mean(dim=-1) - math.log(logits.shape[-1])

@@ -1,4 +1,4 @@
-"""What the model gives back: drawings and answers."""
+"""The results of generating and answering: images with their latents, and text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scale_rae.language import Reply
 
 @dataclass
 class GeneratedImage:
-    """One drawn image: its latent [L, C] float32 on the CPU, its pixels unless decoding was skipped, its own seed."""
+    """One image: latent [L, C] float32 on the CPU, pixels unless decoding was skipped, and the seed of its noise."""
 
     latent: Tensor
     image: Image.Image | None
@@ -26,7 +26,7 @@ class GeneratedImage:
 
 @dataclass
 class Generation:
-    """What one prompt gave: the model's text, its drawings (none when the reply asked for none), seconds per stage."""
+    """The result of one prompt: text, images (none when the reply asks for none), and seconds per stage of the call."""
 
     prompt: str
     text: str
@@ -40,7 +40,7 @@ class Generation:
 
 @dataclass(frozen=True)
 class Answer:
-    """The model's answer to a question: text, and for each of its tokens the id, logit and confidence."""
+    """The answer to a question: its text, and the Reply with each token's id, logit and confidence."""
 
     text: str
     reply: Reply
