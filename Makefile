@@ -19,7 +19,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy --explicit-package-bases benchmarks
 
 check: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --dist loadscope
+	$(BIN)/python -m pytest -n auto --dist loadscope --no-loadscope-reorder
 
 # What is tested is what constraints.txt pins. Torch's CPU build is enough for everything but speed.
 $(VENV)/.installed: pyproject.toml constraints.txt

@@ -8,7 +8,7 @@ decoder, 10 GB; its weights are made up, so the pictures show nothing) and runs 
 per prompt, 49 steps, latent questions, siglip reward. The made-up model answers every message by asking for an image.
 
 Throughput is images over the seconds between the end of the first worker's loading and the end of the run. A few prompts run on
-all devices beforehand and are not counted, since the first processes on a machine read kernels and libraries from its disk,
+all GPUs beforehand and are not counted, since the first processes on a machine read kernels and libraries from its disk,
 later ones from memory.
 """
 
@@ -108,8 +108,10 @@ def main() -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # the workers are other processes and need this memory
     write_prompts(args.out / "prompts.jsonl", args.prompts)
-    scale(args.out / "before", model, args.devices, 4, args.compile, 2 * len(args.devices.split(",")))
-    one = scale(args.out / "one", model, args.devices.split(",")[0], args.steps, args.compile)
+    devices = args.devices.split(",")
+    before = args.devices if "cuda" in args.devices else devices[0]  # one process reads all that a CPU needs
+    scale(args.out / "before", model, before, min(4, args.steps), args.compile, 2 * len(before.split(",")))
+    one = scale(args.out / "one", model, devices[0], args.steps, args.compile)
     several = scale(args.out / "several", model, args.devices, args.steps, args.compile)
     files = compare(args.out / "one", args.out / "several")
     ratio = several["images_per_second"] / one["images_per_second"]
