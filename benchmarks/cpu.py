@@ -101,19 +101,21 @@ def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[st
     """`scale t2i` of `count` prompts (4 x 2 images, latent questions, siglip reward): seconds per prompt after loading, and the
     share of them in which no network ran."""
     from scale_rae.promptfile import PromptRecord
+    from scale_rae.scaling.events import Event, WorkerLoaded
     from scale_rae.scaling.launch import run
+    from scale_rae.scaling.local import Local
     from scale_rae.scaling.settings import Settings
 
     prompts = [PromptRecord(i + 1, f"a photo of a {color} cross", i) for i, color in enumerate(COLORS[:count])]
     settings = Settings("", model_path, guidance_level=guidance, steps=steps, reward="siglip")
     clock = NetworkClock()
 
-    def listen(event: dict[str, Any]) -> None:
-        if event["event"] == "loaded":
+    def listen(event: Event) -> None:
+        if isinstance(event, WorkerLoaded):
             clock.seconds = 0.0
 
     with tempfile.TemporaryDirectory() as folder, clock:
-        outcome = run(settings, prompts, Path(folder), ["cpu"], listen=listen)
+        outcome = run(settings, prompts, Path(folder), Local(["cpu"]), listen=listen)
     if outcome.failed:
         raise SystemExit(f"error: {model_path}: prompts failed: {outcome.failed}")
     return {

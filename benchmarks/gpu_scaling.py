@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.bench import Bench
@@ -12,9 +11,10 @@ from benchmarks.gpu_kernels import busy_seconds
 from benchmarks.made_up import prompt_that_draws
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling.batches import BatchMaker
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
-from scale_rae.scaling.worker import Order, Worker, WorkerLog
+from scale_rae.scaling.worker import Assignment, Worker
 
 
 def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
@@ -25,24 +25,22 @@ def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     )
     store = Store(Path(tempfile.mkdtemp(dir=model.source.folder)), settings)
     store.make_folders()
-    order = Order(0, str(b.device), [], [], {})
-    worker = Worker(store, settings, model, None, order, lambda event: None, WorkerLog(store, 0))
-    worker.batch_size = worker.fits = 8
+    assignment = Assignment(0, str(b.device), [], [], {})
     index = itertools.count()
     before: dict[str, float] = {}
 
     def one_prompt() -> None:
         nonlocal before
-        before = dict(worker.seconds)
+        before = worker.seconds()
         number = next(index)
         record = PromptRecord(number + 1, prompt, number)
         worker.attempt(record)
         if not store.has_record(record.index):
             raise RuntimeError(f"the prompt failed: {store.failure(record.index)}")
 
-    with ThreadPoolExecutor(4) as worker.encoders:
+    with Worker(store, BatchMaker(settings, model), 8, assignment, lambda event: None) as worker:
         first, seconds = b.seconds(one_prompt)
-        stages = {name: round(value - before.get(name, 0.0), 4) for name, value in worker.seconds.items()}
+        stages = {name: round(value - before.get(name, 0.0), 4) for name, value in worker.seconds().items()}
         name = f"{size}: 4×2 with latent QA (16 tokens) and scores"
         b.add("scaling", name, seconds, "s/prompt", "≤ 1.5" if size != "7b" else "", first=first, stages=stages)
         print(f"          {stages}", flush=True)

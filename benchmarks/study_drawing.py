@@ -39,7 +39,9 @@ def write_prompts(path: Path) -> None:
 def draw(args: argparse.Namespace) -> None:
     """Draws and scores the images that the experiment still lacks, then reads the pictures of every finished prompt."""
     from scale_rae.cli.progress import Bars, ScalingDisplay
-    from scale_rae.scaling.launch import default_devices, run
+    from scale_rae.scaling.events import Event, PromptFinished
+    from scale_rae.scaling.launch import run
+    from scale_rae.scaling.local import Local, default_devices
 
     if not (args.out / "prompts.jsonl").exists():
         write_prompts(args.out / "prompts.jsonl")
@@ -60,14 +62,14 @@ def draw(args: argparse.Namespace) -> None:
     devices = args.devices.split(",") if args.devices else default_devices(args.device)
     display, seconds = ScalingDisplay(), args.out / "seconds.jsonl"
 
-    def listen(event: dict[str, Any]) -> None:
+    def listen(event: Event) -> None:
         display(event)
-        if event["event"] == "prompt" and event["drawn"] == settings.total:  # otherwise an earlier run started it
+        if isinstance(event, PromptFinished) and event.drawn == settings.total:  # otherwise an earlier run started it
             with seconds.open("a") as file:
-                file.write(json.dumps({"index": event["index"], "seconds": event["seconds"]}) + "\n")
+                file.write(json.dumps({"index": event.index, "seconds": event.seconds}) + "\n")
 
     try:
-        outcome = run(settings, prompts, args.out, devices, args.prompts, listen, bars=Bars())
+        outcome = run(settings, prompts, args.out, Local(devices, Bars()), args.prompts, listen)
     finally:
         display.stop()
     print(f"{outcome.drawn} images drawn in {outcome.seconds:.0f} s; {len(outcome.failed)} prompts failed", flush=True)

@@ -13,6 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.cli.app import say
 from scale_rae.errors import printable
+from scale_rae.scaling.events import (
+    Event,
+    ImagesDrawn,
+    Message,
+    Planned,
+    PromptFailed,
+    PromptFinished,
+    WorkerLoaded,
+)
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -80,9 +89,9 @@ class Bars:
 
 
 class ScalingDisplay:
-    """Listens to a scaling run: one bar for all workers on a terminal, a line for each prompt in a pipe; all on stderr.
+    """Listens to a scaling run: one bar for all workers on a terminal, a line per prompt in a pipe; all on stderr.
 
-    A quiet one (of a launcher's process that is not the first) shows only warnings.
+    A quiet display (of processes that were started together, all but the first) shows messages only.
     """
 
     def __init__(self, quiet: bool = False) -> None:
@@ -92,35 +101,36 @@ class ScalingDisplay:
         self._start: float | None = None
         self._todo = self._finished = self._images = self._total = 0
 
-    def __call__(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
+    def __call__(self, event: Event) -> None:
         if self._quiet:
-            if kind == "say":
-                self._line(event["text"])
-        elif kind == "plan":
-            self._todo, self._total = event["todo"], event["todo"] * event["each"]
-            if event["finished"]:
-                self._line(f"{event['finished']} prompts are done already, {self._todo} to do")
-            if event["workers"] > 1:  # one alone shows how its loading goes
+            if isinstance(event, Message):
+                self._line(event.text)
+            return
+        match event:
+            case Planned():
+                self._todo, self._total = event.todo, event.todo * event.images_per_prompt
+                if event.finished:
+                    self._line(f"{event.finished} prompts are done already, {self._todo} to do")
+                if event.workers > 1:  # a single worker shows how its loading goes
+                    self._update()
+            case WorkerLoaded():
+                self._start = self._start or time.monotonic()
                 self._update()
-        elif kind == "loaded":
-            self._start = self._start or time.monotonic()
-            self._update()
-        elif kind == "images":
-            self._images += event["count"]
-            self._update()
-        elif kind == "say":
-            self._line(event["text"])
-        elif kind == "failed":
-            self._finished += 1
-            self._line(f"{event['index']:05} failed: {event['error']}")
-            self._update()
-        elif kind == "prompt":
-            self._finished += 1
-            self._update()
-            if not self._shown:
-                text = f"{event['index']:05} {event['prompt']}: {event['yes']} yes of {event['images']}"
-                self._line(f"{text} [{self._state()}]")
+            case ImagesDrawn():
+                self._images += event.count
+                self._update()
+            case Message():
+                self._line(event.text)
+            case PromptFailed():
+                self._finished += 1
+                self._line(f"{event.index:05} failed: {event.error}")
+                self._update()
+            case PromptFinished():
+                self._finished += 1
+                self._update()
+                if not self._shown:
+                    text = f"{event.index:05} {event.prompt}: {event.yes} yes of {event.images}"
+                    self._line(f"{text} [{self._state()}]")
 
     def _state(self) -> str:
         text = f"{self._finished}/{self._todo} prompts"

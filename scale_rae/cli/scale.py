@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from scale_rae.cli import options as o
 from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.progress import Bars, ScalingDisplay
-from scale_rae.errors import OptionError
+from scale_rae.errors import InputError, OptionError
 from scale_rae.options import PROMPT_PREFIX, check_device_name
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
 from scale_rae.scaling.settings import AUTO_REWARD, Settings
+
+if TYPE_CHECKING:
+    from scale_rae.scaling.launch import Launcher, RunSummary
 
 _TEMPLATE = Path("assets", "qa_prompt_template.txt")
 _PACKAGE = Path(__file__).parent.parent  # which has the template too, for those who run elsewhere
@@ -204,57 +207,57 @@ def command(
 
     bars = Bars()
     with bars.waiting("starting"):
-        from scale_rae.scaling.launch import World, default_devices, run
-        from scale_rae.scaling.ray_launch import Cluster, check_installed
+        from scale_rae.scaling.launch import run
+        from scale_rae.scaling.local import Local, default_devices
+        from scale_rae.scaling.ranks import ProcessGroup, Ranks
+        from scale_rae.scaling.ray_cluster import RayCluster, check_installed
         from scale_rae.scaling.remote import is_remote, results_folder
-    cluster = None
     if on_ray:
         check_installed()
-        cluster = Cluster(num_cpus_per_worker, num_workers)
-        cluster.check()
     folder = results_folder(output_dir)
     if not is_remote(folder):
         check_folder(folder)
-    world = World.from_environment()
+    group = ProcessGroup.from_environment()
+    chosen: Launcher
+    if on_ray:
+        if group.size > 1:
+            raise InputError(f"--launcher ray: to be started once, not in {group.size} processes of torchrun or srun")
+        chosen = RayCluster(num_cpus_per_worker, num_workers)
+    elif group.size > 1:
+        chosen = Ranks(group, names or default_devices(device), bars if group.index == 0 else None)
+    else:
+        chosen = Local(names or default_devices(device), bars)
     if "{prompt}" not in question:
         begins = question if len(question) <= 80 else f"{question[:77]}..."
         say(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end")
-    display = ScalingDisplay(quiet=world.rank > 0)
+    display = ScalingDisplay(quiet=group.index > 0)
     try:
-        outcome = run(
-            settings,
-            prompts,
-            folder,
-            [None] if on_ray else names if names is not None else default_devices(device),
-            limit,
-            display,
-            world,
-            bars if world.rank == 0 else None,
-            debug,
-            cluster,
-        )
+        summary = run(settings, prompts, folder, chosen, limit, display, debug)
     finally:
         bars.stop()
         display.stop()
-    if world.rank > 0:  # rank 0 tells of them all
-        if outcome.unfinished:
-            fail(f"rank {world.rank}: {len(outcome.unfinished)} prompts are unfinished")
+    if group.index > 0:  # process 0 reports for all
+        if summary.unfinished:
+            fail(f"rank {group.index}: {len(summary.unfinished)} prompts are unfinished")
         return
-    show(str(outcome.folder))
-    done = outcome.prompts - len(outcome.failed) - len(outcome.unfinished)
-    rate = f" ({outcome.drawn / outcome.working:.2f} images/s once loaded)" if outcome.drawn else ""
-    say(
-        f"{done} of {outcome.prompts} prompts done; {outcome.drawn} images drawn in {outcome.seconds:.0f} s{rate}",
-    )
-    if outcome.failed:
-        width = max(len(f"{index:05}") for index in outcome.failed)
+    _show_summary(summary)
+
+
+def _show_summary(summary: RunSummary) -> None:
+    """Prints the folder, how much is done, and a table of what failed; ends with an error when something is left to do."""
+    show(str(summary.folder))
+    done = summary.prompts - len(summary.failed) - len(summary.unfinished)
+    rate = f" ({summary.drawn / summary.working:.2f} images/s once loaded)" if summary.drawn else ""
+    say(f"{done} of {summary.prompts} prompts done; {summary.drawn} images drawn in {summary.seconds:.0f} s{rate}")
+    if summary.failed:
+        width = max(len(f"{index:05}") for index in summary.failed)
         say(f"{'prompt':{width}}  error")
-        for index, error in sorted(outcome.failed.items()):
+        for index, error in sorted(summary.failed.items()):
             say(f"{index:05}  {' '.join(error.split())}")
-    if outcome.failed or outcome.unfinished:
+    if summary.failed or summary.unfinished:
         parts = [
-            f"{len(which)} of {outcome.prompts} prompts {how}"
-            for which, how in ((outcome.failed, "failed"), (outcome.unfinished, "are unfinished"))
+            f"{len(which)} of {summary.prompts} prompts {how}"
+            for which, how in ((summary.failed, "failed"), (summary.unfinished, "are unfinished"))
             if which
         ]
         fail(f"{' and '.join(parts)}; the same command tries only those again")

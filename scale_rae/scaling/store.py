@@ -34,6 +34,7 @@ import os
 import re
 import socket
 import stat
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,14 +49,14 @@ from scale_rae.scaling import remote
 from scale_rae.scaling.experiment import prompt_record
 from scale_rae.scaling.settings import Settings
 
-_LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
+LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
 _MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the published models have 4 MB
 _MOST_OF_AN_ERROR = 4000  # characters shown of a prompt's error
 _RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}\.json")
 _ADDED_AT_THE_END = ("seconds", "failed", "unfinished")  # to experiment.json, by each run
 # What version 0.1.0 wrote into every metadata.jsonl. Fields that came later may be missing in its experiments.
-_FIRST_FIELDS = {"index", "prompt", "request", "output_text", "n_samples", "scaling_rounds", "qa_mode", "reward"}
-_FIRST_FIELDS |= {"image_seeds", "all_ir_scores", "top_ir_indices", "text_responses"}
+FIRST_FIELDS = {"index", "prompt", "request", "output_text", "n_samples", "scaling_rounds", "qa_mode", "reward"}
+FIRST_FIELDS |= {"image_seeds", "all_ir_scores", "top_ir_indices", "text_responses"}
 
 
 @dataclass(frozen=True)
@@ -80,11 +81,23 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Progress:
-    """A prompt's batches as name -> (time written, ns; images), and when its record was written, if it was."""
+class PromptState:
+    """A prompt's batches as name -> (time written, ns; images), and when its record was written (ns), if it was."""
 
     batches: dict[str, tuple[int, int]]
     record: int | None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Whether a prompt is finished, and what is wrong with its files.
+
+    `newer_record` is what this version would write as its metadata.jsonl, where an older version wrote fewer fields.
+    """
+
+    finished: bool
+    problems: list[str]
+    newer_record: bytes | None = None
 
 
 class Store:
@@ -93,14 +106,19 @@ class Store:
     def __init__(self, folder: Path, settings: Settings, writer: str = "w0") -> None:
         self.folder, self.settings = folder, settings
         self.remote = remote.is_remote(folder)
+        self._writer = writer
         self._work = folder / ".work"
         self._temporary = self._work / "tmp" / writer
 
     def prompt_folder(self, index: int) -> Path:
         return self.folder / f"{index:05}"
 
-    def log_file(self, rank: int) -> Path:
-        return self.folder / "logs" / f"worker-{rank}.log"
+    def with_settings(self, settings: Settings) -> Store:
+        """The same experiment's files, for settings in which what was left open is known."""
+        return Store(self.folder, settings, self._writer)
+
+    def log_file(self, worker: int) -> Path:
+        return self.folder / "logs" / f"worker-{worker}.log"
 
     # --- writing -------------------------------------------------------------------------------------------------
 
@@ -136,9 +154,21 @@ class Store:
                 self._temporary.unlink(missing_ok=True)
                 raise
 
-    def open_log(self, rank: int) -> IO[str]:
+    def open_log(self, worker: int) -> IO[str]:
         """A worker's log file, to add to."""
-        return os.fdopen(_open(self.log_file(rank), os.O_APPEND), "a", encoding="utf-8")
+        return os.fdopen(_open(self.log_file(worker), os.O_APPEND), "a", encoding="utf-8")
+
+    def log(self, worker: int, text: str) -> None:
+        """Adds a line to a worker's log, which is opened for each line, so that a full disk loses no more than lines.
+
+        Nothing can be added to an object in a store: there, lines go to stderr, which Ray keeps.
+        """
+        line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text, lines=True)}"
+        if self.remote:
+            print(line, file=sys.stderr, flush=True)
+            return
+        with contextlib.suppress(OSError), self.open_log(worker) as file:
+            file.write(f"{line}\n")
 
     @contextlib.contextmanager
     def _disk_errors(self, path: Path) -> Iterator[None]:
@@ -374,7 +404,7 @@ class Store:
             return f"{path}: missing"
         return None if hashlib.sha256(data).hexdigest() == sha else f"{path}: damaged ({len(data)} bytes)"
 
-    def progress(self, index: int) -> Progress:
+    def prompt_state(self, index: int) -> PromptState:
         """How far a prompt is, from names and times alone."""
         batches = {}
         with contextlib.suppress(OSError):
@@ -384,9 +414,9 @@ class Store:
                     batches[entry.name] = (entry.stat().st_mtime_ns, int(last) - int(first) + 1)
         record = self.prompt_folder(index) / "metadata.jsonl"
         try:
-            return Progress(batches, record.stat().st_mtime_ns)
+            return PromptState(batches, record.stat().st_mtime_ns)
         except OSError:
-            return Progress(batches, None)
+            return PromptState(batches, None)
 
     def record(self, prompt: PromptRecord, batches: Sequence[Batch]) -> bytes | None:
         """What metadata.jsonl must be, or None when batches are missing."""
@@ -405,19 +435,29 @@ class Store:
 
     def check(self, prompt: PromptRecord) -> tuple[bool, list[str]]:
         """Whether a prompt is finished, every file of it as it was written; and what is wrong if it once was."""
+        finding = self.inspect(prompt)
+        return finding.finished, finding.problems
+
+    def inspect(self, prompt: PromptRecord) -> Finding:
+        """What `check` finds, and what an older record lacks."""
         batches, problems = self.batches(prompt.index)
         expected = self.record(prompt, batches)
         path = self.prompt_folder(prompt.index) / "metadata.jsonl"
         try:
             found = self._read(path)
         except InputError as e:
-            return False, [*problems, str(e)]
+            return Finding(False, [*problems, str(e)])
         if found is None:
-            return False, problems
+            return Finding(False, problems)
         if expected is None:
-            return False, problems or [f"{path}: belongs to images that are not there"]
-        fits = _is_record(found, expected)
-        return fits, problems if fits else [*problems, f"{path}: damaged"]
+            return Finding(False, problems or [f"{path}: belongs to images that are not there"])
+        if not _is_record(found, expected):
+            return Finding(False, [*problems, f"{path}: damaged"])
+        return Finding(True, problems, expected if found != expected else None)
+
+    def renew(self, index: int, record: bytes) -> None:
+        """Writes the `newer_record` that `inspect` found: the same result with the fields that came later."""
+        self.write(self.prompt_folder(index) / "metadata.jsonl", record)
 
     def has_record(self, index: int) -> bool:
         """Whether a prompt's metadata.jsonl is there, whatever is in it."""
@@ -503,10 +543,10 @@ class Store:
 
     # --- locks ---------------------------------------------------------------------------------------------------
 
-    def lock_run(self, rank: int = 0, world_size: int = 1) -> RunLock:
+    def lock_run(self, process: int = 0, processes: int = 1) -> RunLock:
         """Keeps other starts out of the folder for as long as the lock returned is open, here or in a child process.
 
-        Processes of one launch (`world_size` > 1) share the folder, one for each rank.
+        Processes that were started together (`processes` > 1) share the folder, each under its own number.
 
         Raises:
             OutputError: when another run has it.
@@ -514,12 +554,12 @@ class Store:
         if self.remote:
             return RunLock([], remote.Lease(self._work / "run.json"))
         self.make_folders()
-        wanted = [(self._work / "run.lock", fcntl.LOCK_SH if world_size > 1 else fcntl.LOCK_EX)]
-        if world_size > 1:
-            wanted.append((self._work / f"rank-{rank}.lock", fcntl.LOCK_EX))
+        wanted = [(self._work / "run.lock", fcntl.LOCK_SH if processes > 1 else fcntl.LOCK_EX)]
+        if processes > 1:
+            wanted.append((self._work / f"rank-{process}.lock", fcntl.LOCK_EX))
         lock = RunLock([])
         for path, kind in wanted:
-            file = self._lock(path, kind, _LOCK_WAIT)
+            file = self._lock(path, kind, LOCK_WAIT)
             if file is None:
                 lock.close()
                 holder = self.holder() or "another process"
@@ -527,7 +567,7 @@ class Store:
                     f"{self.folder}: {holder} is at work here; wait for it, or choose another --output-dir"
                 )
             lock.files.append(file)
-        if rank == 0:
+        if process == 0:
             holder = f"process {os.getpid()} on {socket.gethostname()}"
             self._put(self._work / "holder", holder.encode(), durable=False)
         return lock
@@ -687,7 +727,7 @@ def _is_record(found: bytes, expected: bytes) -> bool:
     except ValueError:
         return False
     older = {name: value for name, value in now.items() if name in there}
-    return older.keys() >= _FIRST_FIELDS and found == (dump_json(older) + "\n").encode()
+    return older.keys() >= FIRST_FIELDS and found == (dump_json(older) + "\n").encode()
 
 
 def _open(path: Path, flags: int) -> int:

@@ -23,11 +23,13 @@ from scale_rae import processes
 from scale_rae.errors import InputError, OutputError
 from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling import launch, remote
+from scale_rae.scaling import local, remote
+from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, printable_event
+from scale_rae.scaling.launch import Job
 from scale_rae.scaling.remote import results_folder
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import _FIRST_FIELDS, Batch, Store, seal, unseal
-from scale_rae.scaling.worker import Order, WorkerLog
+from scale_rae.scaling.store import FIRST_FIELDS, Batch, RunLock, Store, seal, unseal
+from scale_rae.scaling.worker import Assignment
 
 pytestmark = pytest.mark.attack
 SETTINGS = Settings("prompts.jsonl", "shapes", n_samples=2, scaling_rounds=2, batch_size=2)
@@ -79,7 +81,7 @@ def as_of_0_1_0(store: Store) -> dict[str, bytes]:
     for path in store.folder.glob(".work/batches/*/*.json"):
         path.write_bytes(dump_json(unseal(path.read_bytes())).encode())
     metadata = json.loads((store.folder / METADATA).read_bytes())
-    old = {name: value for name, value in metadata.items() if name in _FIRST_FIELDS or name in PROMPT.extra}
+    old = {name: value for name, value in metadata.items() if name in FIRST_FIELDS or name in PROMPT.extra}
     (store.folder / METADATA).write_bytes((dump_json(old) + "\n").encode())
     (store.folder / ".work" / "experiment.json").unlink(missing_ok=True)
     return files(store.folder)
@@ -314,7 +316,7 @@ def test_no_link_is_followed_where_something_is_written(tmp_path: Path, name: st
         lambda: draw(store),
         lambda: store.lock_run().close(),
         lambda: store.lock_prompt(3),
-        lambda: WorkerLog(store, 0)("a line"),
+        lambda: store.log(0, "a line"),
     ):
         if name.startswith((".work/locks", ".work/run.lock")):  # not replaced: others may hold them
             with contextlib.suppress(OutputError):
@@ -377,16 +379,17 @@ HOSTILE = "a \x1b]0;title\x07\x1b[2J\x9b1m\u202ecat"
 
 
 def test_texts_of_files_are_escaped_where_they_are_shown(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    events: list[dict[str, Any]] = []
-    launch._printable(events.append)(
-        {"event": "prompt", "index": 3, "prompt": HOSTILE, "error": HOSTILE, "text": "a\nb"}
-    )
     shown = "a \\x1b]0;title\\x07\\x1b[2J\\x9b1m\\u202ecat"
-    assert events == [{"event": "prompt", "index": 3, "prompt": shown, "error": shown, "text": "a\nb"}]
-    WorkerLog(store, 0)(f"done: {HOSTILE}")
+    hostile: list[Event] = [PromptFinished(3, HOSTILE, 4, 2), PromptFailed(3, HOSTILE), Message(f"a\n{HOSTILE}")]
+    assert [printable_event(event) for event in hostile] == [
+        PromptFinished(3, shown, 4, 2),
+        PromptFailed(3, shown),
+        Message(f"a\n{shown}"),
+    ]
+    store.log(0, f"done: {HOSTILE}")
     assert shown in (store.folder / "logs" / "worker-0.log").read_text()
     (store.folder / ".work" / "holder").write_text(HOSTILE)
-    monkeypatch.setattr("scale_rae.scaling.store._LOCK_WAIT", 0.0)
+    monkeypatch.setattr("scale_rae.scaling.store.LOCK_WAIT", 0.0)
     with store.lock_run():
         (store.folder / ".work" / "holder").write_text(HOSTILE)
         with pytest.raises(OutputError) as error:
@@ -444,10 +447,10 @@ def test_workers_are_started_so(store: Store, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PYTHONPATH", ":")
     with store.lock_run():
         pass
-    order = Order(0, "cpu", [], [], {})
-    launch._start(store, SETTINGS, order, [order], launch.RunLock([])).stdin.close()  # type: ignore[union-attr]
+    job = Job(store, SETTINGS, {}, [], [], {}, RunLock([]), False)
+    local.start_worker(job, Assignment(0, "cpu", [], [], {}), 1).stdin.close()  # type: ignore[union-attr]
     ((command, environment),) = started
     assert command[:3] == [sys.executable, "-P", "-c"]
-    assert command[-1] == "scale_rae.scaling.worker"
+    assert command[-1] == "scale_rae.scaling.worker_process"
     assert environment["PYTHONSAFEPATH"] == "1"
     assert "PYTHONPATH" not in environment

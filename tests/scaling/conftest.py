@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -81,8 +80,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 @pytest.fixture
 def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the CPU draw a batch's images at once, as other devices do, and not apart."""
-    monkeypatch.setattr("scale_rae.scaling.worker._threads", lambda model: contextlib.nullcontext())
-    monkeypatch.setattr("scale_rae.scaling.worker.Worker.find_at_once", lambda worker: None)
+    monkeypatch.setattr("scale_rae.scaling.worker.draws_on_threads", lambda model: False)
 
 
 @pytest.fixture

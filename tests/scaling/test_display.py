@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from scale_rae.cli.progress import ScalingDisplay
+from scale_rae.scaling.events import (
+    Event,
+    ImagesDrawn,
+    Message,
+    Planned,
+    PromptFailed,
+    PromptFinished,
+    WorkerFailed,
+    WorkerFinished,
+    WorkerLoaded,
+    from_json,
+    to_json,
+)
 
-EVENTS: list[dict[str, Any]] = [
-    {"event": "plan", "todo": 3, "finished": 1, "each": 8, "workers": 2},
-    {"event": "loaded", "rank": 0},
-    {"event": "images", "rank": 0, "count": 8},
-    {"event": "prompt", "rank": 0, "index": 4, "prompt": "a cat", "images": 8, "yes": 5},
-    {"event": "failed", "rank": 1, "index": 5, "error": "no\nimage"},
-    {"event": "say", "rank": 1, "text": "prompt 6: out of memory"},
-    {"event": "images", "rank": 0, "count": 4},
+EVENTS: list[Event] = [
+    Planned(todo=3, finished=1, images_per_prompt=8, workers=2),
+    WorkerLoaded(worker=0, device="cpu"),
+    ImagesDrawn(8),
+    PromptFinished(index=4, prompt="a cat", images=8, yes=5),
+    PromptFailed(index=5, error="no\nimage"),
+    Message("prompt 6: out of memory"),
+    ImagesDrawn(4),
 ]
 
 
@@ -56,3 +67,14 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     err = capsys.readouterr().err
     assert "00005 failed: no image" in err
     assert "a cat" not in err
+
+
+@pytest.mark.parametrize("event", [*EVENTS, WorkerFinished({"drawing": 1.5}), WorkerFailed("no memory", "DeviceError")])
+def test_events_as_json(event: Event) -> None:
+    """As worker processes send them; half a line of one that was killed is none."""
+    line = to_json(event)
+    assert "\n" not in line
+    assert from_json(line) == event
+    for other in (line[:-1], "[]", '{"event": "planned"}', line[:-1] + ', "more": 1}'):
+        with pytest.raises(ValueError):
+            from_json(other)

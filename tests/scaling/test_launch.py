@@ -19,37 +19,38 @@ from scale_rae.errors import DeviceError, InputError
 from scale_rae.memory import largest_batch, out_of_memory
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling import launch
-from scale_rae.scaling.launch import World, _watching
+from scale_rae.scaling import local
+from scale_rae.scaling.events import Event, ImagesDrawn, PromptFailed, PromptFinished, WorkerFailed, to_json
+from scale_rae.scaling.ranks import ProcessGroup, watched
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Batch, Store
 from tests.scaling.conftest import PROMPTS, QUICK, Scale, snapshot, write_prompts
 
 
 @pytest.mark.parametrize(
-    ("environment", "world"),
+    ("environment", "group"),
     [
-        ({}, World()),
-        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, World(3, 8, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "8"}, World(3, 8, 3)),
+        ({}, ProcessGroup()),
+        ({"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}, ProcessGroup(3, 8, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "8"}, ProcessGroup(3, 8, 3)),
         (
             {"SLURM_STEP_ID": "0", "SLURM_PROCID": "2", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"},
-            World(2, 4, 0),
+            ProcessGroup(2, 4, 0),
         ),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World()),  # a batch script, not started by srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, ProcessGroup()),  # a batch script, not started by srun
     ],
 )
-def test_world(environment: dict[str, str], world: World) -> None:
-    assert World.from_environment(environment) == world
+def test_the_group_of_a_process(environment: dict[str, str], group: ProcessGroup) -> None:
+    assert ProcessGroup.from_environment(environment) == group
 
 
 @pytest.mark.parametrize(
     "environment",
     [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}, {"RANK": "0", "WORLD_SIZE": "0"}],
 )
-def test_bad_world(environment: dict[str, str]) -> None:
+def test_a_group_that_cannot_be(environment: dict[str, str]) -> None:
     with pytest.raises(InputError, match="RANK"):
-        World.from_environment(environment)
+        ProcessGroup.from_environment(environment)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +71,7 @@ def test_workers_share_the_cores(
 ) -> None:
     """Two GPUs' workers with a thread for every core drew 1.3 times what one did."""
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert launch._threads(device, devices) == threads
+    assert local.thread_count(device, devices) == threads
 
 
 def test_one_display_for_all_processes_of_a_launch(scale: Scale, reference: dict[str, bytes]) -> None:
@@ -99,7 +100,7 @@ def test_one_display_for_all_processes_of_a_launch(scale: Scale, reference: dict
 
 
 def test_what_other_processes_do_is_seen_in_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scale_rae.scaling.launch._LOOK", 0.01)
+    monkeypatch.setattr("scale_rae.scaling.ranks.LOOK", 0.01)
     store = Store(tmp_path, Settings("", "shapes", n_samples=1, reward=None))
     store.make_folders()
     prompts = [PromptRecord(i + 1, f"prompt {i}", i) for i in range(3)]
@@ -107,15 +108,15 @@ def test_what_other_processes_do_is_seen_in_the_folder(tmp_path: Path, monkeypat
     store.save_batch(0, Batch(0, "", [1], judged, None, {}), {"00000.png": b"x"})  # of an earlier run
     store.fail(2, "earlier", 2)
     failed = {2: (store.failure(2) or (0, ""))[0]}
-    events: list[dict[str, Any]] = []
-    with _watching(store, prompts, failed, events.append):
+    events: list[Event] = []
+    with watched(store, prompts, failed, events.append):
         store.save_batch(0, Batch(1, "", [2], judged, None, {}), {"00001.png": b"y"})
         store.finish(prompts[0])
         store.fail(1, "no memory", 2)
     assert sorted(events, key=str) == [
-        {"event": "failed", "index": 1, "error": "no memory"},
-        {"event": "images", "count": 1},
-        {"event": "prompt", "index": 0, "prompt": "prompt 0", "images": 2, "yes": 2},
+        ImagesDrawn(1),
+        PromptFailed(index=1, error="no memory"),
+        PromptFinished(index=0, prompt="prompt 0", images=2, yes=2),
     ]
 
 
@@ -134,17 +135,17 @@ def test_a_worker_waits_for_what_others_are_at(scale: Scale, reference: dict[str
 def test_a_device_that_is_full_leaves_its_prompts_to_the_others(
     scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two workers the second says at once that its device has no memory for the model."""
-    start = launch._start
-    told = json.dumps({"event": "fatal", "kind": "DeviceError", "error": "cuda:1: out of GPU memory"})
+    """Of two workers the second reports at once that its device has no memory for the model."""
+    start = local.start_worker
+    line = to_json(WorkerFailed("cuda:1: out of GPU memory", "DeviceError"))
 
-    def start_second_unfit(store: Any, settings: Any, order: Any, orders: Any, lock: Any) -> Any:
-        if order.rank in unfit:
-            script = f"print({told!r}); import sys; sys.exit(3)"
+    def start_second_unfit(job: Any, assignment: Any, threads: int) -> Any:
+        if assignment.worker in unfit:
+            script = f"print({line!r}); import sys; sys.exit(3)"
             return subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-        return start(store, settings, order, orders, lock)
+        return start(job, assignment, threads)
 
-    monkeypatch.setattr(launch, "_start", start_second_unfit)
+    monkeypatch.setattr(local, "start_worker", start_second_unfit)
     unfit = {0, 1}
     result = scale("--devices", "cpu,cpu", device=False)
     assert result.code == 1
@@ -248,7 +249,7 @@ def test_batch_size_auto_is_measured_once_and_kept(scale: Scale, monkeypatch: py
         return sample(self, conditions, seeds, *args, **options)
 
     monkeypatch.setattr(ScaleRAE, "sample", limited)
-    monkeypatch.setattr("scale_rae.scaling.worker._measures", lambda model: True)
+    monkeypatch.setattr("scale_rae.scaling.joining.measures_memory", lambda model: True)
     write_prompts(scale.prompts, [{"prompt": "word " * 5000}, *PROMPTS])  # the first cannot be read at all
     result = scale("--batch-size", "auto", "--limit", 2)
     assert result.code == 1

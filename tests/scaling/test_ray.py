@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import json
 import os
@@ -21,12 +20,13 @@ import pytest
 
 from scale_rae.errors import InputError
 from scale_rae.promptfile import read_prompts
-from scale_rae.scaling import ray_launch, remote
+from scale_rae.scaling import ray_cluster, remote
+from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.launch import run
-from scale_rae.scaling.ray_launch import Cluster, _Actor, _Reply
+from scale_rae.scaling.ray_cluster import Actor, RayCluster, Reply
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
-from scale_rae.scaling.worker import Order
+from scale_rae.scaling.worker import Assignment
 from tests.scaling.conftest import NAME, QUICK, Scale, snapshot
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
@@ -41,10 +41,10 @@ class Nodes:
     """A cluster of processes on this machine: a head without CPUs, and nodes with one each."""
 
     def __init__(self) -> None:
-        from ray.cluster_utils import Cluster as RayCluster
+        from ray.cluster_utils import Cluster
 
         self._options: dict[str, Any] = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-        self.cluster = RayCluster(initialize_head=True, head_node_args={"num_cpus": 0, **self._options})
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **self._options})
         self.nodes = [self.add(), self.add()]
 
     def add(self) -> Any:
@@ -66,16 +66,16 @@ def nodes() -> Iterator[Nodes]:
         patch.setenv("RAY_health_check_period_ms", "500")
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(ray_launch, "LOOK", 0.1)
+        patch.setattr(ray_cluster, "LOOK", 0.1)
         nodes = Nodes()
         patch.setenv("RAY_ADDRESS", nodes.cluster.address)
         yield nodes
         nodes.cluster.shutdown()
 
 
-def draw(scale: Scale, listen: Callable[[dict[str, Any]], None] = lambda event: None, **cluster: int) -> Any:
+def draw(scale: Scale, listen: Callable[[Event], None] = lambda event: None, **cluster: int) -> Any:
     """What the command does, with a listener of ours."""
-    return run(SETTINGS, read_prompts(scale.prompts), scale.out, [None], None, listen, cluster=Cluster(1, **cluster))
+    return run(SETTINGS, read_prompts(scale.prompts), scale.out, RayCluster(1, **cluster), None, listen)
 
 
 def process(folder: Path, number: int) -> int:
@@ -93,12 +93,12 @@ def test_a_lost_node_is_replaced(scale: Scale, reference: dict[str, bytes], node
     loaded: list[int] = []
     said: list[str] = []
 
-    def listen(event: dict[str, Any]) -> None:
-        if event["event"] == "say":
-            said.append(event["text"])
-        if event["event"] != "loaded":
+    def listen(event: Event) -> None:
+        if isinstance(event, Message):
+            said.append(event.text)
+        if not isinstance(event, WorkerLoaded):
             return
-        loaded.append(event["rank"])
+        loaded.append(event.worker)
         if len(loaded) == 2:
             nodes.kill_node_of(process(scale.folder, loaded[0]))
             nodes.nodes.append(nodes.add())
@@ -132,8 +132,8 @@ def test_a_killed_driver_and_a_killed_worker(scale: Scale, reference: dict[str, 
 
     killed: list[int] = []
 
-    def listen(event: dict[str, Any]) -> None:
-        if event["event"] == "loaded" and not killed:
+    def listen(event: Event) -> None:
+        if isinstance(event, WorkerLoaded) and not killed:
             log = (scale.folder / "logs" / "worker-0.log").read_text()
             killed.append(int(re.findall(r"process (\d+)", log)[-1]))
             os.kill(killed[0], signal.SIGKILL)
@@ -167,23 +167,23 @@ def test_results_in_a_store(
     assert snapshot(folder) == reference
 
 
-class Fragile(_Actor):
+class Fragile(Actor):
     """A worker without a model, that dies of prompt 7."""
 
-    def load(self, folder: str, settings: Settings, order: Order, holder: str) -> _Reply:
+    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
         import ray
 
         self._node = ray.get_runtime_context().get_node_id()
-        return _Reply(self._node, [], {})
+        return Reply(self._node, [], {})
 
-    def attempt(self, prompt: Any) -> _Reply:
+    def attempt(self, prompt: Any) -> Reply:
         if prompt.index == 7:
             os._exit(1)
-        return _Reply(self._node, [{"event": "prompt", "index": prompt.index}], {"drawing": 1.0})
+        return Reply(self._node, [PromptFinished(prompt.index, prompt.prompt, 4, 4)], {"drawing": 1.0})
 
 
-class Broken(_Actor):
-    def load(self, folder: str, settings: Settings, order: Order, holder: str) -> _Reply:
+class Broken(Actor):
+    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
         if settings.n_samples == 1:
             raise InputError("no such model")
         os._exit(1)
@@ -191,20 +191,20 @@ class Broken(_Actor):
 
 @needs_ray
 def test_a_prompt_of_which_workers_die_fails(scale: Scale, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_launch, "_Actor", Fragile)
-    events: list[dict[str, Any]] = []
+    monkeypatch.setattr(ray_cluster, "Actor", Fragile)
+    events: list[Event] = []
     outcome = draw(scale, events.append)
     assert list(outcome.failed) == [7]
     assert outcome.failed[7].startswith("3 workers died of it; the last: ActorDiedError: ")
-    assert {e["index"] for e in events if e["event"] == "prompt"} == {0, 2}
-    assert [e["index"] for e in events if e["event"] == "failed"] == [7]
+    assert {e.index for e in events if isinstance(e, PromptFinished)} == {0, 2}
+    assert [e.index for e in events if isinstance(e, PromptFailed)] == [7]
     assert outcome.stages == {"drawing": 2.0}
 
 
 @needs_ray
 def test_workers_that_cannot_load_end_the_run(scale: Scale, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray_launch, "_Actor", Broken)
-    monkeypatch.setattr(ray_launch, "PAUSE", 0.1)
+    monkeypatch.setattr(ray_cluster, "Actor", Broken)
+    monkeypatch.setattr(ray_cluster, "PAUSE", 0.1)
     result = scale(*ON_RAY, device=False)
     assert result.code == 1
     assert "error: 3 workers in a row died while they loaded; the last: ActorDiedError" in result.err
@@ -260,12 +260,12 @@ def test_not_under_another_launcher(scale: Scale, monkeypatch: pytest.MonkeyPatc
 
 def test_a_folder_that_a_node_does_not_share(scale: Scale) -> None:
     """Another machine has a folder of that name, but not the one that the driver has locked."""
-    with contextlib.closing(_Actor()._open), pytest.raises(InputError, match="not the same folder on node"):
-        _Actor().load(str(scale.folder), SETTINGS, Order(0, "cpu", [], [], {}), "process 1 on elsewhere")
+    with pytest.raises(InputError, match="not the same folder on node"):
+        Actor().load(str(scale.folder), SETTINGS, Assignment(0, "cpu", [], [], {}), "process 1 on elsewhere")
 
 
 def test_importing_loads_neither_ray_nor_torch() -> None:
-    code = "import scale_rae, sys, scale_rae.scaling.ray_launch; print({'ray', 'torch', 'upath'} & set(sys.modules))"
+    code = "import scale_rae, sys, scale_rae.scaling.ray_cluster; print({'ray', 'torch', 'upath'} & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert ran.stdout == "set()\n"
 
@@ -281,7 +281,7 @@ def test_a_ray_without_tokens_is_refused(scale: Scale, monkeypatch: pytest.Monke
     assert f"error: --launcher ray: Ray {version} knows no tokens" in result.err
     assert "Ray 2.52 or newer is needed" in result.err
     monkeypatch.setattr("importlib.metadata.version", lambda name: "2.100.0")
-    ray_launch.check_installed()
+    ray_cluster.check_installed()
 
 
 @needs_ray
@@ -311,7 +311,7 @@ sys.path.append(sys.argv[1])
 os.environ.update(PYTHONPATH=":/nowhere", RAY_ADDRESS="", RAY_USAGE_STATS_ENABLED="0", RAY_AUTH_MODE="disabled")
 import ray
 from ray._raylet import get_authentication_mode
-from scale_rae.scaling import ray_launch
+from scale_rae.scaling import ray_cluster
 
 init, found = ray.init, {}
 
@@ -321,7 +321,7 @@ def first_nothing(address, **options):
     return init(address, num_cpus=1, **options)
 
 ray.init = first_nothing
-with ray_launch._connected(lambda event: found.update(said=event["text"])):
+with ray_cluster.connected(lambda event: found.update(said=event.text)):
     found["with"] = int(get_authentication_mode())
     found["path"] = ray.get(ray.remote(lambda: __import__("sys").path).remote())
     address = ray.get_runtime_context().gcs_address

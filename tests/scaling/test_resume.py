@@ -89,8 +89,8 @@ def test_killed_worker_and_killed_launcher(scale: Scale, reference: dict[str, by
             time.sleep(0.02)
         return found
 
-    def process(rank: int) -> int | None:
-        log = scale.folder / "logs" / f"worker-{rank}.log"
+    def process(worker: int) -> int | None:
+        log = scale.folder / "logs" / f"worker-{worker}.log"
         found = re.search(r"process (\d+)", log.read_text()) if log.exists() else None
         return int(found[1]) if found else None
 
@@ -229,7 +229,7 @@ def test_another_model_of_the_same_name_is_refused(scale: Scale, checkpoints: di
     scale(*options, checkpoints["siglip"])
     result = scale("--model-path", checkpoints["webssl"])  # its folder is called "model" too
     assert result.code == 1
-    assert "begun with others than these: model: config.json" in result.err
+    assert "this experiment was started differently: model: config.json" in result.err
 
 
 def test_results_without_their_description_are_refused(scale: Scale) -> None:
@@ -241,7 +241,7 @@ def test_results_without_their_description_are_refused(scale: Scale) -> None:
 
 
 def test_a_second_start_is_refused_while_the_first_runs(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scale_rae.scaling.store._LOCK_WAIT", 0.2)
+    monkeypatch.setattr("scale_rae.scaling.store.LOCK_WAIT", 0.2)
     store = Store(scale.folder, Settings("", "shapes"))
     with store.lock_run():
         result = scale()

@@ -84,7 +84,9 @@ def test_launched_ranks_leave_the_same_bytes(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr("scale_rae.scaling.worker.reversed", lambda others: [], raising=False)  # nothing taken over
+    monkeypatch.setattr(
+        "scale_rae.scaling.ranks.share", lambda prompts, worker, workers: (prompts[worker::workers], [])
+    )
     assert scale().code == 1  # rank 0's prompts are not there
     assert [p.name for p in sorted(scale.folder.glob("0*"))] == ["00007"]
     monkeypatch.setenv("RANK", "0")
@@ -124,7 +126,7 @@ def test_batch_size_and_threads_do_not_decide_on_the_cpu(
     assert max(images for _, images in batches) == 4, "this CPU's sums depend on the batch"
     assert run("two", 2, 4) == reference
     assert run("three", 3, 3) == reference
-    monkeypatch.setattr("scale_rae.scaling.worker.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("scale_rae.scaling.worker.MOST_PER_THREAD", 1)
     batches.clear()
     assert run("one by one", 2, 4) == reference
     assert {images for _, images in batches} == {1}

@@ -1,8 +1,7 @@
-"""An experiment on a Ray cluster: one driver hands out prompts, an actor on each GPU draws them.
+"""Launcher: workers on a Ray cluster. One driver hands out prompts, an actor on each GPU draws them.
 
-The driver has the experiment's lock and is the only one to give a prompt away, and gives it to one worker at a time. What a
-worker has finished is in the results' folder, which it writes itself: so nothing is lost with a worker, a node or the driver,
-and a prompt that comes back from a dead worker is gone on with.
+The driver has the experiment's lock, and gives each prompt to one worker at a time. Workers write the results themselves, so
+nothing is lost with a worker, a node or the driver; a prompt of a worker that died is resumed by another.
 """
 
 from __future__ import annotations
@@ -27,24 +26,26 @@ from typing import Any
 from scale_rae import processes
 from scale_rae.errors import InputError, MissingExtraError, ScaleRAEError, first_line, need
 from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling.events import Event, Listener, Message, PromptFailed
+from scale_rae.scaling.launch import Job
 from scale_rae.scaling.remote import results_folder
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import RunLock, Store
-from scale_rae.scaling.worker import PATIENCE, Listener, Order, Worker, loaded
+from scale_rae.scaling.store import Store
+from scale_rae.scaling.worker import WAIT, Assignment, Worker, open_worker
 
 LOOK = 1.0  # seconds between looks at the cluster
 REACH = 10.0  # seconds for a cluster to answer at its address
 PAUSE = 10.0  # seconds after a worker died while loading, before another is tried
-SILENT = 60.0  # seconds without any worker until that is said (again)
+SILENT = 60.0  # seconds without any worker until a message says so (again)
 OLDEST_RAY = (2, 52)  # the first that asks for a token
 TRIES = 3  # workers that may die of one prompt, or in a row while loading
-
+MEASURED_ON = 8  # prompts that a worker may measure the batch size on; what it draws is given to it later
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 def check_installed() -> None:
-    """Raises an error when Ray is not there, or is one whose clusters take orders from whoever reaches them."""
+    """Raises MissingExtraError when Ray is not installed, or its clusters would take orders from whoever reaches them."""
     need("ray", "--launcher ray", "ray")
     version = importlib.metadata.version("ray")
     if tuple(int(part) for part in re.findall(r"[0-9]+", version)[:2]) < OLDEST_RAY:
@@ -56,32 +57,34 @@ def check_installed() -> None:
 
 
 @dataclass(frozen=True)
-class Cluster:
-    """Which workers an experiment gets of a Ray cluster: one a GPU, or one for each so many CPUs; all, or `num_workers`."""
+class RayCluster:
+    """One worker per GPU of a Ray cluster, or per `num_cpus_per_worker` CPUs; `num_workers` of them, or all there can be."""
 
     num_cpus_per_worker: int | None = None
     num_workers: int | None = None
+    index = 0
+    size = 1
+    workers = 1  # known from the start; the cluster gives more, or fewer
 
-    def check(self) -> None:
-        """Raises InputError for numbers that cannot be."""
+    def check(self, settings: Settings, output_dir: Path) -> None:
+        """Raises InputError for numbers that cannot be, MissingExtraError without Ray. Devices are the workers' matter."""
         for name in ("num_cpus_per_worker", "num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_installed()
 
-    def draw(self, store: Store, settings: Settings, order: Order, listen: Listener, lock: RunLock) -> dict[str, float]:
-        """Has the cluster draw the order's own prompts; returns the workers' seconds, summed by stage.
+    def draw(self, job: Job, listen: Listener) -> dict[str, float]:
+        """Has the cluster draw the job's prompts; returns seconds per stage, summed over the workers.
 
         Raises:
-            InputError: when the cluster has no place for a worker, or the models are not the experiment's.
+            InputError: when no node is large enough for a worker, or the models are not the experiment's.
             ScaleRAEError: when there is no cluster, a model cannot be loaded, or something not written.
         """
-        self.check()
-        check_installed()
-        with _connected(listen):
-            return _Driver(self, store, settings, order, listen, lock).run()
+        with connected(listen):
+            return _Driver(self, job, listen).run()
 
-    def room(self) -> int:
+    def capacity(self) -> int:
         """For how many workers the cluster's nodes are large enough, whoever else is using them."""
         import ray
 
@@ -98,7 +101,7 @@ def _reach(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _connected(listen: Listener) -> Iterator[None]:
+def connected(listen: Listener) -> Iterator[None]:
     """A connection to the cluster of RAY_ADDRESS, else that of `ray start` on this machine, else one started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
@@ -121,17 +124,17 @@ def _connected(listen: Listener) -> Iterator[None]:
                     f"no connection to the Ray cluster at {where}: {type(e).__name__}: {first_line(e)}"
                 ) from e
             text = "no Ray cluster here (RAY_ADDRESS, ray start): one is started on this machine"
-            listen({"event": "say", "text": text})
+            listen(Message(text))
             stack.enter_context(_started())
         yield
 
 
 @contextlib.contextmanager
 def _started() -> Iterator[None]:
-    """A cluster started on this machine, which obeys nobody but this process and its children.
+    """A cluster started on this machine, which takes orders from this process and its children only.
 
-    Its ports are open to the network, whatever address it is given, and who may talk to them can run code. So they ask for a
-    token, which is made here and is in nothing but the environment of these processes.
+    Ray opens its ports to the network, whatever address it is given, and whoever may talk to them can run code. So they ask
+    for a token, which is made here and exists only in the environment of these processes.
     """
     import ray
 
@@ -178,25 +181,28 @@ def _read_authentication_again() -> bool:
 
 
 @dataclass
-class _Reply:
-    """What a worker says after loading, or after a prompt. `busy`: the prompt was another's; give it out again."""
+class Reply:
+    """What a worker returns after loading, or after a prompt. `busy`: another worker has the prompt; give it out again."""
 
     node: str
-    events: list[dict[str, Any]]
+    events: list[Event]
     seconds: dict[str, float]
     busy: bool = False
 
 
-class _Actor:
-    """What runs in the cluster: worker.py's worker, given a prompt at a time."""
+class Actor:
+    """What runs in the cluster: a worker that is given one prompt at a time."""
 
     def __init__(self) -> None:
-        self._open = contextlib.ExitStack()
-        self._events: list[dict[str, Any]] = []
+        self._events: list[Event] = []
         self._worker: Worker
 
-    def load(self, folder: str, settings: Settings, order: Order, holder: str) -> _Reply:
-        """Loads the models. `holder` is what the results' folder says of who has it, if it is this folder."""
+    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
+        """Loads the models. `holder` is what the driver reads in the results' folder about who has it.
+
+        Raises:
+            InputError: when `folder` is another folder on this node.
+        """
         # A name that no other writer has, be it on another machine or what is left of an earlier run.
         store = Store(results_folder(folder), settings, f"ray-{uuid.uuid4().hex}")
         if not store.remote and store.holder() != holder:
@@ -204,27 +210,27 @@ class _Actor:
                 f"{folder}: not the same folder on node {socket.gethostname()}; all nodes must share it, or use a store "
                 "(--output-dir s3://…)"
             )
-        self._worker = self._open.enter_context(loaded(store, settings, order, self._events.append))
+        self._worker = open_worker(store, settings, assignment, self._events.append)
         return self._reply()
 
-    def attempt(self, prompt: PromptRecord) -> _Reply:
+    def attempt(self, prompt: PromptRecord) -> Reply:
         """Draws what is missing of a prompt."""
         tried = self._worker.attempt(prompt)
         if not tried:
-            time.sleep(PATIENCE)  # what is left of an earlier run, or of a lost node, is at it still
+            time.sleep(WAIT)  # what is left of an earlier run, or of a lost node, is still drawing it
         return dataclasses.replace(self._reply(), busy=not tried)
 
-    def _reply(self) -> _Reply:
+    def _reply(self) -> Reply:
         import ray
 
         events = list(self._events)
         self._events.clear()
         node = ray.get_runtime_context().get_node_id()
-        return _Reply(node, events, dict(self._worker.seconds))
+        return Reply(node, events, self._worker.seconds())
 
 
 @dataclass(eq=False)
-class _Hand:
+class _RayWorker:
     """A worker as the driver sees it. `node` and `seconds` are those of its last reply."""
 
     number: int
@@ -234,33 +240,35 @@ class _Hand:
 
 
 class _Driver:
-    def __init__(
-        self, cluster: Cluster, store: Store, settings: Settings, order: Order, listen: Listener, lock: RunLock
-    ) -> None:
-        self.cluster, self.store, self.order, self.listen, self.lock = cluster, store, order, listen, lock
-        self.settings = dataclasses.replace(
-            settings,
-            model_path=_anywhere(settings.model_path),
-            decoder_repo=_anywhere(settings.decoder_repo),
-            reward_path=_anywhere(settings.reward_path),
+    """Keeps as many workers as the cluster has resources for, and gives each a prompt until none is left."""
+
+    def __init__(self, cluster: RayCluster, job: Job, listen: Listener) -> None:
+        self._cluster, self._job, self._listen, self._store = cluster, job, listen, job.store
+        self._settings = dataclasses.replace(
+            job.settings,
+            model_path=_anywhere(job.settings.model_path),
+            decoder_repo=_anywhere(job.settings.decoder_repo),
+            reward_path=_anywhere(job.settings.reward_path),
         )
-        self.folder = str(store.folder if store.remote else store.folder.absolute())
-        self.queue = deque(order.own)
-        self.hands: list[_Hand] = []
-        self.idle: list[_Hand] = []
-        self.working: dict[Any, tuple[_Hand, PromptRecord | None]] = {}  # by the reply waited for; None: loading
-        self.numbers = itertools.count()
-        self.deaths: dict[int, int] = {}  # by prompt
-        self.deaths_loading = 0  # in a row
-        self.not_before = 0.0  # when the next worker may be started
-        self.alone = store.read_experiment() is None  # the first worker describes the experiment for all
-        self.seconds: dict[str, float] = {}
+        folder = job.store.folder
+        self._folder = str(folder if job.store.remote else folder.absolute())
+        self._queue = deque(job.todo)
+        self._workers: list[_RayWorker] = []
+        self._idle: list[_RayWorker] = []
+        self._underway: dict[Any, tuple[_RayWorker, PromptRecord | None]] = {}  # by reply; None: it loads
+        self._numbers = itertools.count()
+        self._deaths: dict[int, int] = {}  # by prompt
+        self._deaths_loading = 0  # in a row
+        self._not_before = 0.0  # when the next worker may be started
+        self._first_alone = job.store.read_experiment() is None  # the first worker writes experiment.json for all
+        self._seconds: dict[str, float] = {}
 
     def run(self) -> dict[str, float]:
+        """Has all prompts drawn; returns seconds per stage, summed over the workers."""
         import ray
 
-        if self.cluster.num_workers is None and not self.cluster.room():
-            cpus = self.cluster.num_cpus_per_worker
+        if self._cluster.num_workers is None and not self._cluster.capacity():
+            cpus = self._cluster.num_cpus_per_worker
             raise InputError(
                 "--launcher ray: the cluster has no GPU; --num-cpus-per-worker N has workers use CPUs"
                 if cpus is None
@@ -268,113 +276,119 @@ class _Driver:
             )
         heard = time.monotonic()
         try:
-            while self.queue or any(prompt is not None for _, prompt in self.working.values()):
-                self.lock.check()
+            while self._queue or self._prompts_underway():
+                self._job.lock.check()
                 self._start_workers()
-                while self.queue and self.idle:
-                    hand, prompt = self.idle.pop(), self.queue.popleft()
-                    self.working[hand.actor.attempt.remote(prompt)] = (hand, prompt)
-                if any(hand.node is not None for hand in self.hands):
+                while self._queue and self._idle:
+                    worker, prompt = self._idle.pop(), self._queue.popleft()
+                    self._underway[worker.actor.attempt.remote(prompt)] = (worker, prompt)
+                if any(worker.node is not None for worker in self._workers):
                     heard = time.monotonic()
                 elif time.monotonic() - heard > SILENT:
                     heard = time.monotonic()
                     self._say("no worker is at work: waiting for the cluster to have room for one, and for it to load")
-                if not self.working:
+                if not self._underway:
                     time.sleep(LOOK)
                     continue
-                for reply in ray.wait(list(self.working), timeout=LOOK)[0]:
+                for reply in ray.wait(list(self._underway), timeout=LOOK)[0]:
                     self._hear(reply)
         finally:
-            for hand in self.hands:
-                self._dismiss(hand)
-        return self.seconds
+            for worker in self._workers:
+                self._dismiss(worker)
+        return self._seconds
+
+    def _prompts_underway(self) -> int:
+        return sum(prompt is not None for _, prompt in self._underway.values())
 
     def _start_workers(self) -> None:
         import ray
 
-        if time.monotonic() < self.not_before:
+        if time.monotonic() < self._not_before:
             return
-        cpus = self.cluster.num_cpus_per_worker
+        cpus = self._cluster.num_cpus_per_worker
         options = {"num_gpus": 1, "num_cpus": 0} if cpus is None else {"num_gpus": 0, "num_cpus": cpus}
-        prompts = len(self.queue) + sum(prompt is not None for _, prompt in self.working.values())
-        wanted = min(self.cluster.num_workers or self.cluster.room(), prompts)
-        for _ in range(len(self.hands), min(wanted, 1) if self.alone else wanted):
-            hand = _Hand(next(self.numbers), ray.remote(_Actor).options(**options).remote())
-            self.hands.append(hand)
-            order = dataclasses.replace(
-                self.order,
-                rank=hand.number,
-                device="cpu" if cpus is not None else "cuda:0",  # the one that Ray has it see
-                own=self.order.own[:8],  # to measure on; what it draws is told later
+        prompts = len(self._queue) + self._prompts_underway()
+        wanted = min(self._cluster.num_workers or self._cluster.capacity(), prompts)
+        for _ in range(len(self._workers), min(wanted, 1) if self._first_alone else wanted):
+            worker = _RayWorker(next(self._numbers), ray.remote(Actor).options(**options).remote())
+            self._workers.append(worker)
+            assignment = Assignment(
+                worker.number,
+                "cpu" if cpus is not None else "cuda:0",  # the one that Ray lets it see
+                self._job.todo[:MEASURED_ON],
+                [],
+                self._job.description,
+                self._job.failed_before,
+                self._job.debug,
             )
-            loading = hand.actor.load.remote(self.folder, self.settings, order, self.store.holder())
-            self.working[loading] = (hand, None)
+            loading = worker.actor.load.remote(self._folder, self._settings, assignment, self._store.holder())
+            self._underway[loading] = (worker, None)
 
     def _hear(self, ref: Any) -> None:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        hand, prompt = self.working.pop(ref)
+        worker, prompt = self._underway.pop(ref)
         try:
-            reply: _Reply = ray.get(ref)
+            reply: Reply = ray.get(ref)
         except RayTaskError as e:
             if isinstance(e.cause, ScaleRAEError):
                 raise e.cause from e
-            self._lose(hand, prompt, e)
+            self._lose(worker, prompt, e)
         except RayError as e:
-            self._lose(hand, prompt, e)
+            self._lose(worker, prompt, e)
         else:
-            hand.node = reply.node
+            worker.node = reply.node
             for stage, seconds in reply.seconds.items():
-                self.seconds[stage] = self.seconds.get(stage, 0.0) + seconds - hand.seconds.get(stage, 0.0)
-            hand.seconds = reply.seconds
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + seconds - worker.seconds.get(stage, 0.0)
+            worker.seconds = reply.seconds
             for event in reply.events:
-                self.listen(event)
-            self.deaths_loading, self.alone = 0, False
+                self._listen(event)
+            self._deaths_loading, self._first_alone = 0, False
             if prompt is not None and reply.busy:
-                self.queue.append(prompt)
-            self.idle.append(hand)
+                self._queue.append(prompt)
+            self._idle.append(worker)
 
-    def _lose(self, hand: _Hand, prompt: PromptRecord | None, error: Exception) -> None:
+    def _lose(self, worker: _RayWorker, prompt: PromptRecord | None, error: Exception) -> None:
         """A worker is gone: its prompt is the next to be given out, unless workers keep dying of it."""
         import ray
         from ray.exceptions import ActorDiedError, RayTaskError
 
-        self.hands.remove(hand)
-        self._dismiss(hand)
+        self._workers.remove(worker)
+        self._dismiss(worker)
         how = f"{type(error).__name__}: {first_line(error)}"
         if prompt is None:
-            self._say(f"worker {hand.number} died while it loaded ({how})")
-            self.deaths_loading += 1
-            self.not_before = time.monotonic() + PAUSE
-            if self.deaths_loading >= TRIES and not any(h.node is not None for h in self.hands):
-                raise ScaleRAEError(f"{self.deaths_loading} workers in a row died while they loaded; the last: {how}")
+            self._say(f"worker {worker.number} died while it loaded ({how})")
+            self._deaths_loading += 1
+            self._not_before = time.monotonic() + PAUSE
+            if self._deaths_loading >= TRIES and not any(w.node is not None for w in self._workers):
+                raise ScaleRAEError(f"{self._deaths_loading} workers in a row died while they loaded; the last: {how}")
             return
-        # Not the prompt's fault where the node died, or may have: it is told of late.
+        # Not the prompt's fault where the node died, or may have: Ray reports that late.
         at_fault = isinstance(error, ActorDiedError | RayTaskError) and any(
-            node["NodeID"] == hand.node and node["Alive"] for node in ray.nodes()
+            node["NodeID"] == worker.node and node["Alive"] for node in ray.nodes()
         )
-        deaths = self.deaths[prompt.index] = self.deaths.get(prompt.index, 0) + at_fault
+        deaths = self._deaths[prompt.index] = self._deaths.get(prompt.index, 0) + at_fault
         if deaths < TRIES:
-            self._say(f"worker {hand.number} is gone ({how}); prompt {prompt.index} goes to another")
-            self.queue.appendleft(prompt)
+            self._say(f"worker {worker.number} is gone ({how}); prompt {prompt.index} goes to another")
+            self._queue.appendleft(prompt)
             return
         text = f"{deaths} workers died of it; the last: {how}"
-        self.store.fail(prompt.index, text, deaths)
-        self.listen({"event": "failed", "rank": hand.number, "index": prompt.index, "error": text})
+        self._store.fail(prompt.index, text, deaths)
+        self._listen(PromptFailed(prompt.index, text))
 
-    def _dismiss(self, hand: _Hand) -> None:
+    def _dismiss(self, worker: _RayWorker) -> None:
         import ray
 
         with contextlib.suppress(Exception):  # it is gone already, or the cluster is
-            ray.kill(hand.actor)
+            ray.kill(worker.actor)
 
     def _say(self, text: str) -> None:
-        self.listen({"event": "say", "text": text})
+        self._listen(Message(text))
 
 
 def _anywhere(name: Any) -> Any:
-    """A folder's name that is good in whatever folder a worker is started; other names as they are."""
+    """A folder's absolute path, so that it does not matter where a worker is started; other names unchanged."""
     from scale_rae.hub import BUNDLED
 
     if not name or name in BUNDLED or not Path(name).expanduser().exists():

@@ -1,0 +1,157 @@
+"""One prompt's images, a batch at a time: drawn, decoded, scored by the model and the reward. Nothing is written here."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.options import SamplingOptions
+from scale_rae.promptfile import PromptRecord
+from scale_rae.scaling.experiment import judgement
+from scale_rae.scaling.settings import Settings
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from scale_rae.language import Reply
+    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.rewards import Reward
+
+SPARE = 0.1  # share of a GPU's memory that `--batch-size auto` leaves free: prompts differ in length
+
+
+class StageClock:
+    """Seconds per stage of the work, summed over threads."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Adds the time spent in a `with` to a stage."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """The seconds so far, by stage."""
+        with self._lock:
+            return dict(self._seconds)
+
+
+@dataclass(frozen=True)
+class Replied:
+    """A prompt with the message that asks for its images, and the model's reply to that message."""
+
+    prompt: PromptRecord
+    request: str
+    reply: Reply
+
+
+class BatchMaker:
+    """Draws and scores batches of images on the model's device, as an experiment's settings say."""
+
+    def __init__(
+        self, settings: Settings, model: ScaleRAE, reward: Reward | None = None, clock: StageClock | None = None
+    ) -> None:
+        self.settings, self.model = settings, model
+        self.clock = clock or StageClock()
+        self.options = SamplingOptions(
+            settings.steps, settings.solver, settings.guidance_level, settings.guidance_interval
+        )
+        self._reward = reward
+        self._stopped = threading.Event()
+
+    def stop(self) -> None:
+        """Ends what other threads draw: their next evaluation of the network raises."""
+        self._stopped.set()
+
+    def _step(self, *evaluation: object) -> None:
+        if self._stopped.is_set():
+            raise ScaleRAEError("stopped")
+
+    def reply(self, prompt: PromptRecord) -> Replied:
+        """The prompt with the model's reply. `reply.condition` is None when the reply asks for no image."""
+        request = self.settings.request(prompt.prompt)
+        reply = self.model.reply([request], max_new_tokens=self.settings.max_new_tokens)[0]
+        return Replied(prompt, request, reply)
+
+    def draw(
+        self,
+        replied: Replied,
+        seeds: Sequence[int],
+        decoded_at_once: int,
+        options: SamplingOptions | None = None,
+        compile: bool | None = None,
+    ) -> tuple[list[Tensor], list[Image.Image]]:
+        """Latents [L, C] and decoded images, one per seed, all drawn in one batch."""
+        condition = replied.reply.condition
+        assert condition is not None
+        with self.clock.timed("drawing"):
+            latents = self.model.sample(
+                [condition] * len(seeds), seeds, options or self.options, len(seeds), self._step, compile
+            )
+        with self.clock.timed("decoding"):
+            return latents, self.model.decode(latents, batch_size=decoded_at_once)
+
+    def score(
+        self, replied: Replied, latents: Sequence[Tensor], images: Sequence[Image.Image]
+    ) -> tuple[list[dict[str, Any]], list[float]]:
+        """Entries of text_responses, and rewards (none without a reward model), per image of one batch."""
+        settings, model, prompt = self.settings, self.model, replied.prompt.prompt
+        with self.clock.timed("judging"):
+            scores = model.score(
+                model.encode(images, batch_size=len(images)) if settings.post_qa_mode == "image" else latents,
+                prompt,
+                request=replied.request,
+                request_reply=replied.reply,
+                question=settings.question,
+                max_new_tokens=settings.post_qa_max_new_tokens,
+            )
+        if self._reward is None:
+            return [judgement(score) for score in scores], []
+        with self.clock.timed("reward"):
+            rewards = [float(value) for value in self._reward.score(images, prompt)]
+        if len(rewards) != len(images):
+            raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
+        return [judgement(score) for score in scores], rewards
+
+    def largest_batch(self, prompts: Sequence[PromptRecord]) -> int:
+        """How many images of one prompt this device has memory to draw and score at once, tried in two steps each.
+
+        The first of `prompts` whose reply asks for an image is used.
+        """
+        from scale_rae import memory
+
+        for prompt in prompts[:8]:
+            try:
+                replied = self.reply(prompt)
+            except InputError:
+                continue  # this prompt will fail in its turn
+            if replied.reply.condition is not None:
+                break
+        else:
+            return min(8, self.settings.total)
+        options = dataclasses.replace(self.options, steps=2)
+
+        def attempt(size: int) -> None:
+            self.score(replied, *self.draw(replied, range(size), size, options, compile=False))
+
+        model = self.model
+        try:
+            return memory.largest_batch(
+                self.settings.total, attempt, model.release_memory, lambda: memory.spare_memory(model.device), SPARE
+            )
+        finally:
+            model.release_memory()

@@ -1,0 +1,197 @@
+"""Launcher: workers on this machine, one per device; a single one runs in this process."""
+
+from __future__ import annotations
+
+import os
+import queue
+import subprocess
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from scale_rae import processes
+from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError
+from scale_rae.scaling.events import Event, Listener, Message, WorkerFailed, WorkerFinished, from_json
+from scale_rae.scaling.launch import Job, share
+from scale_rae.scaling.remote import is_remote
+from scale_rae.scaling.settings import Settings
+from scale_rae.scaling.worker import Assignment, work
+from scale_rae.scaling.worker_process import encode_assignment
+
+if TYPE_CHECKING:
+    from scale_rae.opening import LoadingBar
+
+Reports: TypeAlias = "queue.Queue[tuple[int, Event | None]]"
+
+
+def default_devices(device: str | None = None) -> list[str | None]:
+    """The device named, else every CUDA device that torch sees, else [None]: the best there is."""
+    import torch
+
+    if device is None and torch.cuda.is_available():
+        return [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    return [device]
+
+
+def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | None]) -> None:
+    """Checks what workers on this machine need: a folder with locks, and devices that are there.
+
+    Raises:
+        InputError: for results in an object store. DeviceError: for a device that is not there, or cannot quantize so.
+    """
+    from scale_rae.float8 import check_device
+    from scale_rae.memory import pick_device, pick_dtype
+
+    if is_remote(output_dir):
+        raise InputError(
+            f"--output-dir {output_dir}: a store has no locks, by which workers that were launched so share prompts; "
+            "use --launcher ray, on one machine too"
+        )
+    for name in devices:
+        device = pick_device(name)
+        dtype = pick_dtype(settings.dtype, device)
+        if settings.quantize is not None:
+            check_device(device, dtype)
+
+
+@dataclass(frozen=True)
+class Local:
+    """One worker per device of this machine. `bars` shows how loading goes, where this process is the only worker."""
+
+    devices: Sequence[str | None]
+    bars: LoadingBar | None = None
+    index = 0
+    size = 1
+
+    @property
+    def workers(self) -> int:
+        return len(self.devices)
+
+    def check(self, settings: Settings, output_dir: Path) -> None:
+        """See `check_here`."""
+        check_here(settings, output_dir, self.devices)
+
+    def draw(self, job: Job, listen: Listener) -> dict[str, float]:
+        """Has the job's prompts drawn; returns seconds per stage, summed over the workers.
+
+        A worker whose device has no memory for the model leaves its prompts to the other workers; so does one that dies.
+        """
+        assignments = [
+            Assignment(
+                worker,
+                device,
+                *share(job.todo, worker, len(self.devices)),
+                job.description,
+                job.failed_before,
+                job.debug,
+            )
+            for worker, device in enumerate(self.devices)
+        ]
+        if len(assignments) == 1:
+            return work(job.store, job.settings, assignments[0], listen, self.bars)
+        return _follow(job, assignments, listen)
+
+
+def _follow(job: Job, assignments: Sequence[Assignment], listen: Listener) -> dict[str, float]:
+    """Starts a process per assignment and passes their events on until all have ended; returns seconds per stage.
+
+    The processes share the run's lock, so that the folder stays locked until the last of them is gone.
+    """
+    reports: Reports = queue.Queue()
+    workers: list[subprocess.Popen[str]] = []
+    stages: dict[str, float] = {}
+    ended: set[int] = set()
+    unfit: list[DeviceError] = []
+    devices = [assignment.device for assignment in assignments]
+    try:
+        for assignment in assignments:
+            workers.append(start_worker(job, assignment, thread_count(assignment.device, devices)))
+            reader = threading.Thread(target=_read, args=(assignment.worker, workers[-1], reports), daemon=True)
+            reader.start()
+        running = len(workers)
+        while running:
+            worker, event = reports.get()
+            if event is None:
+                running -= 1
+                code = workers[worker].wait()
+                if worker not in ended:
+                    how = f"signal {-code}" if code < 0 else f"exit code {code}"
+                    log = job.store.log_file(worker)
+                    rest = "; the others take over its prompts" if running else ""
+                    listen(Message(f"worker {worker} ({devices[worker]}) died ({how}); its log is {log}{rest}"))
+            elif isinstance(event, WorkerFinished):
+                ended.add(worker)
+                for stage, seconds in event.seconds.items():
+                    stages[stage] = stages.get(stage, 0.0) + seconds
+            elif isinstance(event, WorkerFailed) and event.kind == "DeviceError":  # other devices may do
+                unfit.append(DeviceError(event.error))
+                ended.add(worker)
+                rest = "; the others take over its prompts" if len(unfit) < len(workers) else ""
+                listen(Message(f"worker {worker} ({devices[worker]}): {event.error}{rest}"))
+            elif isinstance(event, WorkerFailed):
+                error = {"InputError": InputError, "OutputError": OutputError}.get(event.kind, ScaleRAEError)
+                raise error(event.error)
+            else:
+                listen(event)
+        if len(unfit) == len(workers):
+            raise unfit[0]
+    finally:
+        for process in workers:
+            if process.poll() is None:
+                process.kill()
+        for process in workers:
+            process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+    return stages
+
+
+def thread_count(device: str | None, devices: Sequence[str | None]) -> int:
+    """OpenMP threads of a worker on `device`, where `devices` are those of all workers of this machine.
+
+    On the CPU, its share of the cores. A GPU's worker needs few, and with one per core the workers get in each other's way:
+    two on 32 cores drew 1.4 times what one drew, with 4 threads each twice as much.
+    """
+    cores = os.cpu_count() or 1
+    if device == "cpu":
+        return max(1, cores // devices.count("cpu"))
+    return max(1, min(4, cores // len(devices)))
+
+
+def start_worker(job: Job, assignment: Assignment, threads: int) -> subprocess.Popen[str]:
+    """A worker's process, with its assignment on its way; what it prints goes to its log."""
+    environment = processes.environment()
+    environment["PYTHONUNBUFFERED"] = "1"
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    with job.store.open_log(assignment.worker) as log:
+        worker = subprocess.Popen(
+            processes.command("scale_rae.scaling.worker_process"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env=environment,
+            text=True,
+            encoding="utf-8",
+            pass_fds=[file.fileno() for file in job.lock.files],
+        )
+    assert worker.stdin is not None
+    try:
+        worker.stdin.write(encode_assignment(job.store, job.settings, assignment) + "\n")
+        worker.stdin.flush()
+    except BrokenPipeError:
+        pass  # it died at once, and is reported like any that dies
+    return worker
+
+
+def _read(worker: int, process: subprocess.Popen[str], reports: Reports) -> None:
+    """Puts a worker's events into `reports`, and None at their end."""
+    assert process.stdout is not None
+    with process.stdout:
+        for line in process.stdout:
+            try:
+                reports.put((worker, from_json(line)))
+            except ValueError:
+                continue  # half a line of a worker that was killed
+    reports.put((worker, None))
