@@ -80,7 +80,7 @@ def command(
         contextlib.ExitStack() as closing,
     ):
         closing.enter_context(contextlib.closing(listener))
-        closing.callback(ending.set)  # first of all that is done at the end, whatever ends it
+        closing.callback(ending.set)  # the first step of the end, whatever causes it
         folder, shown = output_dir or Path(temporary) / "drawn", Path(temporary) / "page"
         for each in (folder, shown):
             each.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def command(
         typer.echo(f"{running.url.rstrip('/')}  (Ctrl-C ends it)")
         try:
             while True:
-                ending.wait(0.5)  # a wait without end would not hear Ctrl-C on every system
+                ending.wait(0.5)  # on some systems Ctrl-C does not interrupt a wait without a limit
         except KeyboardInterrupt:
             pass
         finally:
@@ -109,7 +109,7 @@ def command(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Makes SIGTERM end the command as Ctrl-C does; once the event is set, both are ignored, so that the end is orderly."""
+    """Makes SIGTERM end the command as Ctrl-C does; once the event is set, both are ignored, so that the page closes in order."""
     ending = threading.Event()
 
     def end(_signal: int, _frame: FrameType | None) -> None:

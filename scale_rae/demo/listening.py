@@ -1,4 +1,4 @@
-"""The address that the page listens at: taken before the model is loaded, so that a port in use is reported at once."""
+"""The socket that the page listens on, made before the model is loaded, so that a port in use is reported at once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sockets and signals: from a page to a running server. Gradio's own asks itself over HTTP whether it runs; this one does not."""
+"""From a page to a running server. Gradio's own launch sends HTTP requests to itself, which a proxy can break."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from scale_rae.errors import ScaleRAEError
 from scale_rae.serve.connections import Connection
 from scale_rae.serve.settings import Limits
 
-LIMITS = Limits(deadline=120.0)  # of connections, heads, and what a client leaves unread; the rest is the gate's matter
+LIMITS = Limits(deadline=120.0)  # of connections and heads, and for reading an answer; the gate has the rest
 
 
 class _Server(uvicorn.Server):
-    """Uvicorn on a thread of its own, and on a socket that listens already."""
+    """Uvicorn on a thread of its own, for a socket that listens already."""
 
     def __init__(self, app: Any, listener: socket.socket) -> None:
         protocol: Any = functools.partial(Connection, LIMITS, lambda _why: None)
@@ -39,7 +39,7 @@ class _Server(uvicorn.Server):
                 ws="none",
                 lifespan="on",
                 log_config=None,
-                log_level="critical",  # errors of the page are logged by the gate
+                log_level="critical",  # the gate logs the page's errors
                 access_log=False,
                 server_header=False,
                 timeout_keep_alive=30,
@@ -56,7 +56,7 @@ class _Server(uvicorn.Server):
             self.run(sockets=[self._listener])
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)  # clients that left
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, _context: None)  # about clients that left
         await super().startup(sockets)
 
     async def on_tick(self, counter: int) -> bool:
@@ -86,21 +86,21 @@ class Running:
     page: Any  # gr.Blocks
 
     def close(self) -> None:
-        """Ends it: the queue, streams and the server."""
+        """Ends the queue, the streams and the server."""
         self.page.close(verbose=False)
 
 
 def launch(
     page: Any, listener: socket.socket, folder: Path, names: Sequence[str] = (), browser: bool = False
 ) -> Running:
-    """Shows a page that `page.build` made for `folder` on a socket of `bind`; of files, it gives out only those in `folder`.
+    """Serves a page that `page.build` made for `folder`, and the files in `folder`, on a socket of `bind`.
 
     `names`: see `Gate`.
 
     Raises:
         ScaleRAEError: when the server does not start.
     """
-    import gradio as gr  # after page.py, which says what it may read
+    import gradio as gr  # after fence.py, which hides environment variables
 
     host, port = listener.getsockname()[:2]
     parent = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -121,7 +121,7 @@ def launch(
         css=CSS,
     )
     page.app = parent.routes[-1].app  # type: ignore[attr-defined]  # for page.close
-    page.has_launched = True  # else gradio does not check which files a visitor names
+    page.has_launched = True  # otherwise gradio does not check the files that visitors name
     page.server = _Server(Gate(parent, folder, host, names), listener)
     page.server.wait_until_started()
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)

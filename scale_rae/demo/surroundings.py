@@ -1,4 +1,4 @@
-"""What gradio gets to see of the environment: nothing that is meant for other pages. `settle` runs before gradio is imported."""
+"""The environment variables that gradio sees: only those of this page. `settle` runs before gradio is imported."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-# Read by the HTTP clients that gradio makes while it is imported. The page asks nobody for anything.
+# Read by the HTTP clients that gradio makes while it is imported. The page sends no requests.
 _CLIENTS = ("ALL_PROXY", "HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _ours = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False"}
 
 
 def settle(folder: Path | None = None) -> None:
-    """Removes gradio's variables from the environment, and has gradio keep its files in `folder`.
+    """Removes gradio's variables from the environment, and makes gradio keep its files in `folder`.
 
-    A page of `scale-rae demo` has its own options; gradio's variables could make it public, give out folders, or keep it from
-    starting. By default the folder is a private temporary one: gradio's own, `/tmp/gradio`, may belong to another user.
+    `scale-rae demo` has options of its own; gradio's variables could make the page public, make it serve more folders, or
+    keep it from starting. The default is a private temporary folder: gradio's own, `/tmp/gradio`, may belong to another user.
     """
     if folder is None and "GRADIO_TEMP_DIR" not in _ours:
         folder = _private()
@@ -28,7 +28,7 @@ def settle(folder: Path | None = None) -> None:
         _ours["GRADIO_TEMP_DIR"] = str(folder)
         _ours["GRADIO_EXAMPLES_CACHE"] = str(
             folder / "examples"
-        )  # else a folder below the working folder, given out too
+        )  # by default a folder below the working folder, which gradio serves too
     for name in [name for name in os.environ if name.upper().startswith("GRADIO_")]:
         del os.environ[name]
     os.environ.update(_ours)
@@ -43,7 +43,7 @@ def _private() -> Path:
 
 @contextlib.contextmanager
 def without_clients() -> Iterator[None]:
-    """While gradio is imported: proxies that its HTTP clients cannot use, and certificates that are not there, end the import."""
+    """A block without variables that can make the import of gradio fail: unusable proxies, missing certificates."""
     hidden = {name: os.environ.pop(name) for name in list(os.environ) if name.upper() in _CLIENTS}
     try:
         yield
