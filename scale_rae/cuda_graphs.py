@@ -96,6 +96,11 @@ class Captures:
         self._graphs[key] = captured
         return captured(*inputs)
 
+    @property
+    def keys(self) -> list[Hashable]:
+        """The keys of the captured graphs, least recently used first."""
+        return list(self._graphs)
+
     def forget(self) -> None:
         """Frees the graphs and, with the last graph of the device, their memory."""
         self._graphs.clear()

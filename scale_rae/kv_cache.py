@@ -43,8 +43,8 @@ class KVCache:
         self._position = torch.zeros(rows, dtype=torch.long, device=device)
         self._steps = 0  # taken since `begin`
         self._first = 0  # position of the first of them, of the longest row
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
-        self._passes = Captures(graph and self.network.on_cuda, _MOST_GRAPHS)
+        self.captured_steps: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # captured decoding steps
+        self.passes = Captures(graph and self.network.on_cuda, _MOST_GRAPHS)  # over several tokens
         self.slots = 0
         self._keys: list[Tensor] = []  # of each layer, [rows, slots, G, d]
         self._values: list[Tensor] = []
@@ -76,7 +76,7 @@ class KVCache:
             embeds = F.pad(rows, (0, 0, 0, width - longest))
         else:
             embeds = torch.stack([F.pad(row, (0, 0, 0, width - len(row))) for row in rows])  # [B, T, H]
-        idle = self.rows - self.batch if self._passes.enabled else 0  # idle rows run too, so that one shape serves all
+        idle = self.rows - self.batch if self.passes.enabled else 0  # idle rows run too, so that one shape serves all
         embeds = F.pad(embeds, (0, 0, 0, 0, 0, idle))
         past = torch.tensor([*self.lengths, *(0,) * idle], device=embeds.device)
         reach = max(self.lengths) + width
@@ -84,7 +84,7 @@ class KVCache:
         positions = past[:, None] + torch.arange(width, device=embeds.device)
         reach = 0 if max(self.lengths) == 0 else self._round(reach)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
-        hidden = self._passes.run((width, reach), partial(self._forward, reach=reach), embeds, positions)
+        hidden = self.passes.run((width, reach), partial(self.forward, reach=reach), embeds, positions)
         return hidden[: self.batch, :longest]
 
     def begin(self, hidden: Tensor) -> Tensor:
@@ -100,23 +100,23 @@ class KVCache:
         self._grow(reach)
         reach = self._round(reach)
         self._steps += 1
-        if not self._passes.enabled:
+        if not self.passes.enabled:
             return self._step(reach)[:, : self.batch]
         key = (reach, self.compile_steps)
         memory = graph_memory(self.network.device)
-        if key not in self._graphs:
+        if key not in self.captured_steps:
             saved = self._token.clone(), self._position.clone()
-            self._graphs[key] = memory.capture(lambda: self._step(reach))
+            self.captured_steps[key] = memory.capture(lambda: self._step(reach))
             self._token.copy_(saved[0])  # capturing took steps of its own
             self._position.copy_(saved[1])
         with memory.lock:
-            graph, record = self._graphs[key]
+            graph, record = self.captured_steps[key]
             graph.replay()
             return record[:, : self.batch].clone()
 
     def _step(self, reach: int) -> Tensor:
         embeds = self.network.embed_tokens(self._token)[:, None]
-        hidden = self._forward(embeds, self._position[:, None], reach, step=True)[:, 0]
+        hidden = self.forward(embeds, self._position[:, None], reach, step=True)[:, 0]
         token, record = self._choose(hidden)
         self._token.copy_(token)
         # Rows whose reply has ended are still stepped; they must not leave the memory.
@@ -128,7 +128,7 @@ class KVCache:
         best, token = logits.max(dim=-1)
         return token, torch.stack([token.double(), best.double(), self_certainty(logits).double()])
 
-    def _forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
+    def forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
         """Final-normed hidden states [B, T, H] of embeddings at positions [B, T].
 
         Each position sees the slots up to its own, of the first `reach`. `reach` 0 means that the positions are 0 … T-1 and
@@ -174,8 +174,8 @@ class KVCache:
         self._cos = cos[0, :, None]  # [slots, 1, d]
         self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], dim=-1)[:, None]
         self.slots = slots
-        self._graphs.clear()
-        self._passes.forget()
+        self.captured_steps.clear()
+        self.passes.forget()
 
 
 class CachePool:
@@ -195,15 +195,20 @@ class CachePool:
             yield KVCache(network, batch, tokens)
             return
         rows = 1 << (batch - 1).bit_length()
-        waiting = self._free.setdefault(rows, [])
-        waiting[:] = [cache for cache in waiting if cache.network is network]  # not if the weights have moved
-        if waiting:
-            cache = waiting.pop()
+        free = self._free.setdefault(rows, [])
+        free[:] = [cache for cache in free if cache.network is network]  # not if the weights have moved
+        if free:
+            cache = free.pop()
         else:  # with spare slots, since growing loses the graphs
             cache = KVCache(network, rows, max(tokens, 4 * _SLOTS), self.graph, self.compile_steps)
         cache.restart(batch, tokens)
         yield cache
-        waiting.append(cache)  # not after an error, which may have left it half written
+        free.append(cache)  # not after an error, which may have left it half written
+
+    @property
+    def waiting(self) -> list[KVCache]:
+        """The caches that are kept and not lent."""
+        return [cache for caches in self._free.values() for cache in caches]
 
     def forget(self) -> None:
         """Frees the caches that are not lent."""

@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
     def _set(self, speed: Speed) -> None:
         self._ahead = speed.ahead
         # Compiling takes seconds, which only tens of thousands of tokens make up for: "auto" does not.
-        self._caches = CachePool(speed.graph, compile_steps=speed.compile == "on")
+        self.caches = CachePool(speed.graph, compile_steps=speed.compile == "on")
 
     def with_speed(self, speed: Speed) -> LanguageModel:
         """The same model, sharing its weights, with another `speed`."""
@@ -124,7 +124,7 @@ class LanguageModel(nn.Module):
 
     def forget(self) -> None:
         """Frees the caches that are kept for later calls."""
-        self._caches.forget()
+        self.caches.forget()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,7 +239,7 @@ class LanguageModel(nn.Module):
 
     def cache(self, batch: int, tokens: int) -> AbstractContextManager[KVCache]:
         """For a `with`: an empty KV cache for a batch of conversations, which grows beyond `tokens` per conversation."""
-        return self._caches.lend(self.network(), batch, tokens)
+        return self.caches.lend(self.network(), batch, tokens)
 
     @torch.inference_mode()
     def confidence_and_loss(self, hidden: Tensor, targets: Sequence[int] | None = None) -> tuple[Tensor, Tensor | None]:

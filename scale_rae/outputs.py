@@ -139,8 +139,8 @@ def _reserved(folder: Path, stem: str, suffixes: Sequence[str]) -> Iterator[tupl
     attempt, count = stem, 1
     while True:
         staging = folder / f".{attempt}.tmp"
-        with _held(staging) as held:
-            if held and not any(os.path.lexists(folder / (attempt + suffix)) for suffix in suffixes):
+        with held(staging) as mine:
+            if mine and not any(os.path.lexists(folder / (attempt + suffix)) for suffix in suffixes):
                 yield attempt, staging
                 return
         count += 1
@@ -148,7 +148,7 @@ def _reserved(folder: Path, stem: str, suffixes: Sequence[str]) -> Iterator[tupl
 
 
 @contextlib.contextmanager
-def _held(staging: Path) -> Iterator[bool]:
+def held(staging: Path) -> Iterator[bool]:
     """For a `with`: whether this process has the folder to itself; if so, it is removed at the end.
 
     The folder is new, or was left by a run that was killed: the lock of a run ends with its process. On file systems

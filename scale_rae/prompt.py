@@ -44,7 +44,7 @@ class ChatTokenizer:
         # What people write goes through a tokenizer that knows no control tokens.
         self._backend, self._plain = read_qwen2(folder)
         self.size: int = 1 + max(self._backend.get_vocab(with_added_tokens=True).values(), default=-1)
-        self._special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        self.special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
         self.chat_start, self.chat_end, self.image_start, self.image_end = (
             self._control(folder, token) for token in (CHAT_START, CHAT_END, IMAGE_START, IMAGE_END)
         )
@@ -65,7 +65,7 @@ class ChatTokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of token ids, without special tokens and without ids beyond the vocabulary."""
-        known = [i for i in ids if i not in self._special and i < self.size]
+        known = [i for i in ids if i not in self.special and i < self.size]
         return str(self._backend.decode(known, skip_special_tokens=True))
 
     def text_stream(self) -> TextStream:

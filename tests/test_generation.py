@@ -277,7 +277,7 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
         match=r"^cpu: out of memory while drawing 1 images at once; try --dtype bfloat16, which takes half of it$",
     ):
         latents(siglip, num_images=3)
-    monkeypatch.setattr(KVCache, "_forward", full)
+    monkeypatch.setattr(KVCache, "forward", full)
     with pytest.raises(DeviceError, match=r"out of memory while answering 1 messages at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)

@@ -94,7 +94,7 @@ def test_max_new_tokens_out_of_range(model: ScaleRAE, limit: int) -> None:
 def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Makes the model say given tokens, and counts its passes."""
     passes: list[tuple[int, ...]] = []
-    original = KVCache._forward
+    original = KVCache.forward
 
     def forward(cache: KVCache, embeds: Tensor, *args: Any, **options: Any) -> Tensor:
         passes.append(tuple(embeds.shape[:2]))
@@ -114,7 +114,7 @@ def scripted(model: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         passes.clear()
         return passes
 
-    monkeypatch.setattr(KVCache, "_forward", forward)
+    monkeypatch.setattr(KVCache, "forward", forward)
     return start
 
 
@@ -308,7 +308,7 @@ def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(GraphMemory, "capture", capture)
     monkeypatch.setattr(Qwen2, "on_cuda", True)
-    monkeypatch.setattr(models["webssl"].language, "_caches", CachePool(graph=True, compile_steps=False))
+    monkeypatch.setattr(models["webssl"].language, "caches", CachePool(graph=True, compile_steps=False))
     return captured
 
 
@@ -341,13 +341,13 @@ def test_captured_steps_say_the_same(
             assert score.reply == one.reply
             assert score.prompt_loss == pytest.approx(one.prompt_loss, rel=1e-4)
             assert score.image_conf_score == pytest.approx(one.image_conf_score, rel=1e-3)
-    caches = [c for waiting in model.language._caches._free.values() for c in waiting]
+    caches = model.language.caches.waiting
     assert sorted({c.rows for c in caches}) == [1, 4, 8]
     assert all(c.slots % 256 == 0 for c in caches)
-    passes = [key for c in caches for key in c._passes._graphs]
+    passes = [key for c in caches for key in c.passes.keys]
     assert len(passes) > 5
     assert all(width % 32 == 0 for width, _ in passes)
-    assert len(as_on_cuda) == sum(len(c._graphs) for c in caches) + len(passes)  # each was captured once
+    assert len(as_on_cuda) == sum(len(c.captured_steps) for c in caches) + len(passes)  # each was captured once
 
 
 def test_values_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -398,7 +398,7 @@ def test_no_step_is_taken_beyond_the_limit(
     model: ScaleRAE, scripted: Any, as_on_cuda: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ahead of the host by one step, and one step too many only where a reply ends before its limit."""
-    monkeypatch.setattr(model.language, "_caches", CachePool(graph=False, compile_steps=False))
+    monkeypatch.setattr(model.language, "caches", CachePool(graph=False, compile_steps=False))
     passes = scripted([65, 66, 67, 68, 69])
     assert len(model.reply(["A cat"], max_new_tokens=3)[0].ids) == 3
     assert len(passes) == 1 + 2
@@ -423,6 +423,6 @@ def test_compiled_layer_is_the_layer(
     model = models["webssl"]
     conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:2]]
     expected = model.language.reply(conversations, [3, 3], -1, -1)
-    monkeypatch.setattr(model.language, "_caches", CachePool(graph=False, compile_steps=True))
+    monkeypatch.setattr(model.language, "caches", CachePool(graph=False, compile_steps=True))
     monkeypatch.setattr(KVCache, "_round", lambda cache, slots: cache.slots)  # one shape, one compilation
     same(model.language.reply(conversations, [3, 3], -1, -1), expected)

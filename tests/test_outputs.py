@@ -63,7 +63,7 @@ def test_taken_names_are_passed_over(tmp_path: Path, taken: str) -> None:
 def test_what_a_killed_run_left_does_not_hold_its_name(tmp_path: Path) -> None:
     script = (
         "import os, sys; from scale_rae import outputs; from pathlib import Path\n"
-        "outputs._write = lambda path, data: (path.write_bytes(data), os.kill(os.getpid(), 9))\n"
+        "os.fsync = lambda descriptor: os.kill(os.getpid(), 9)\n"
         "outputs.save_run(Path(sys.argv[1]), {}, [], 'T')\n"
     )
     assert subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=False).returncode == -9
@@ -76,7 +76,7 @@ def test_a_folder_that_is_written_to_holds_its_name(tmp_path: Path) -> None:
     (tmp_path / ".sample_T-2.tmp").mkdir()
     (tmp_path / ".sample_T-2.tmp" / "not a run's").mkdir()
     (tmp_path / ".sample_T-3.tmp").symlink_to(tmp_path)
-    with outputs._held(tmp_path / ".sample_T.tmp") as mine:
+    with outputs.held(tmp_path / ".sample_T.tmp") as mine:
         assert mine
         save_run(tmp_path, {}, [], "T")
         assert left(tmp_path) == [".sample_T-2.tmp", ".sample_T-3.tmp", ".sample_T.tmp", "sample_T-4_manifest.json"]

@@ -44,7 +44,7 @@ def published(checkpoints: dict[str, Path]) -> Qwen2Tokenizer:
 def special(ids: list[int], tokenizer: ChatTokenizer) -> list[int]:
     """The control ids (and images) of a conversation, in order."""
     control = {tokenizer.chat_start, tokenizer.chat_end, tokenizer.image_start, tokenizer.image_end, IMAGE}
-    return [i for i in ids if i in control | tokenizer._special]
+    return [i for i in ids if i in control | tokenizer.special]
 
 
 def tokenizer_layouts(folder: Path) -> dict[str, Path]:
