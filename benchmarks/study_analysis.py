@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scale_rae.errors import InputError
-from scale_rae.scaling.select import METRICS, Prompt, rank
+from scale_rae.ranking import METRICS, TABLE, Verdicts, rank
 
 MODES = ("latent", "image")
-NEED_REWARD = ("combined", "image_reward")
+NEED_REWARD = tuple(name for name, metric in TABLE.items() if metric.uses_reward)
 JUDGE = "the judge itself"  # no choice can do better
 RESAMPLES = 4000
 
@@ -76,8 +76,7 @@ def order(line: dict[str, Any], choice: Choice, count: int) -> list[int]:
         for i in range(count)
     }
     rewards = line["rewards"][choice.reward][:count] if choice.reward else None
-    metadata = {"prompt": line["prompt"], "all_ir_scores": rewards, "text_responses": responses}
-    return rank(Prompt(Path(f"{line['index']:05}"), metadata, [Path()] * count), choice.metric).order
+    return rank(Verdicts(count, responses, rewards), choice.metric).order
 
 
 def kept_correct(lines: Sequence[dict[str, Any]], choice: Choice | None, count: int, keep: int) -> Floats:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "scale_rae"
 # stands: inside a function and under TYPE_CHECKING, too.
 ROAD = """
 version errors files jsonio options processes
-tokenizer_file prompt promptfile
+tokenizer_file prompt promptfile ranking
 shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise
 compiling cuda_graphs
@@ -24,8 +24,9 @@ scores results
 pipeline scale_rae
 provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards
-scaling scaling.settings scaling.experiment scaling.remote scaling.store scaling.worker scaling.ray_launch scaling.launch
-scaling.select scaling.explain scaling.report scaling.sheet
+scaling scaling.settings scaling.experiment scaling.events scaling.remote scaling.store
+scaling.batches scaling.joining scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
+scaling.select scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server

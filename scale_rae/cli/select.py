@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 def check_metric(value: str | None) -> str | None:
     """The metric an option names, in its full name."""
-    from scale_rae.scaling.select import metric_named
+    from scale_rae.ranking import metric_named
 
     return _checked(metric_named, value) if value is not None else None
 
 
 def _check_given(value: str) -> str:
     """The metric an option names, as it was named: the folder is."""
-    from scale_rae.scaling.select import metric_as_given
+    from scale_rae.ranking import metric_as_given
 
     return _checked(metric_as_given, value)
 

@@ -9,19 +9,8 @@ import io
 from PIL import Image
 
 from scale_rae.demo.results import RankedImage, RankingState
-from scale_rae.scaling.explain import number
-from scale_rae.scaling.select import METRICS
+from scale_rae.ranking import METRICS, number
 
-METRIC_NAMES = {
-    "combined": "answer, then reward and confidence",
-    "answer_conf": "answer and its confidence",
-    "answer_logits": "answer and its logit",
-    "image_reward": "reward alone",
-    "prompt_loss": "prompt loss (lower is better)",
-    "prompt_conf": "confidence in the prompt",
-    "image_conf": "confidence in the image",
-    "response_conf": "confidence in the answer",
-}
 SCORE_NAMES = {
     **dict.fromkeys(METRICS, "score"),
     "prompt_loss": "prompt loss",

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from scale_rae.demo.board import METRIC_NAMES, leaderboard
+from scale_rae.demo.board import leaderboard
 from scale_rae.demo.fence import fence, gr
 from scale_rae.demo.limits import MOST_CHARACTERS, MOST_IMAGES
 from scale_rae.demo.results import SavedImage
@@ -35,8 +35,8 @@ from scale_rae.demo.widgets import (
 )
 from scale_rae.demo.words import bar, note, sentence, whole_number
 from scale_rae.errors import InputError
+from scale_rae.ranking import TABLE
 from scale_rae.rewards import DEFAULT_REWARD, REWARDS
-from scale_rae.scaling.select import METRICS
 from scale_rae.wording import what_it_can
 
 TITLE = "Scale-RAE"
@@ -211,7 +211,7 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
                     elem_id="best-reward",
                 )
             metric = gr.Dropdown(
-                [(METRIC_NAMES[name], name) for name in METRICS],
+                [(metric.label, name) for name, metric in TABLE.items()],
                 value="combined",
                 label="Rank by",
                 elem_id="best-metric",

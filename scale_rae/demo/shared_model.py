@@ -33,9 +33,9 @@ from scale_rae.opening import OpenedModel
 from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.ranking import metric_named
 from scale_rae.rewards import Reward, load_reward
 from scale_rae.scaling.experiment import judgement
-from scale_rae.scaling.select import metric_named
 from scale_rae.wording import after_no_drawing, as_request, is_bundled
 
 PREVIEWS = 12  # pictures shown of an image that forms
@@ -307,7 +307,7 @@ class SharedModel:
                 said = self.model.tokenizer.decode(reply.ids)
                 if reply.condition is None:
                     raise InputError(self._no_drawing(said))
-                ranking = BestOf(text, self.choice.model_path, sampling, keep, metric, reward_name, said)
+                ranking = BestOf(total, keep, metric, with_reward=reward is not None)
                 options = sampling.options
                 at_once = 2 if self.model.device.type == "cpu" else 8
                 self.model.expect(total)

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import InputError
+from scale_rae.ranking import METRICS, TABLE
 from scale_rae.scaling.select import (
-    LOWER_IS_BETTER,
-    METRICS,
     Experiment,
     Prompt,
     Selection,
@@ -27,28 +26,6 @@ from scale_rae.scaling.select import (
     write_file,
     yes_share,
 )
-
-TITLES = {
-    "combined": "reward and confidence",
-    "answer_conf": "confidence of the answer",
-    "answer_logits": "logit of the answer",
-    "image_reward": "reward",
-    "prompt_loss": "loss of the prompt",
-    "prompt_conf": "confidence at the prompt",
-    "image_conf": "confidence at the image",
-    "response_conf": "confidence of the reply",
-}
-
-SHORT = {  # below an image, where there is little room
-    "combined": "comb.",
-    "answer_conf": "answer",
-    "answer_logits": "logit",
-    "image_reward": "reward",
-    "prompt_loss": "loss",
-    "prompt_conf": "prompt",
-    "image_conf": "image",
-    "response_conf": "reply",
-}
 
 
 def write_report(
@@ -98,6 +75,7 @@ def render(
     from jinja2 import Environment, StrictUndefined
 
     first = chosen[metric]
+    short = {name: entry.short for name, entry in TABLE.items()}
     views = []
     for number, selection in enumerate(first):
         by_metric = {name: selections[number] for name, selections in chosen.items()}
@@ -117,7 +95,7 @@ def render(
             for i, s in enumerate(first)
         ],
         "shares": shares,
-        "short": SHORT,
+        "short": short,
     }
     template = files("scale_rae").joinpath("assets", "report.html").read_text(encoding="utf-8")
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
@@ -125,9 +103,9 @@ def render(
     return env.from_string(template).render(
         title=experiment.folder.name,
         metric=metric,
-        metrics={name: TITLES[name] for name in chosen},
-        short=SHORT,
-        lower=sorted(LOWER_IS_BETTER),
+        metrics={name: TABLE[name].title for name in chosen},
+        short=short,
+        lower=sorted(name for name, metric in TABLE.items() if metric.lower_is_better),
         # The page may go to others: no path of this machine is on it.
         unusable={name: why.replace(f"{experiment.folder}{os.sep}", "") for name, why in unusable.items()},
         reward_weight=reward_weight,
@@ -186,8 +164,8 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
     rewards = _rewards(prompt)
     for i, path in enumerate(prompt.images):
         source, width, height = _thumbnail(path, thumbnail)
-        answer, reply = prompt.answer(i), prompt.response(i).get("reply")
-        sure = prompt.score(i, f"{answer}_conf_score") if answer in ("yes", "no") else None
+        answer, reply = prompt.answer(i), prompt.verdicts.response(i).get("reply")
+        sure = prompt.verdicts.score(i, f"{answer}_conf_score") if answer in ("yes", "no") else None
         scores = {name: _number(selection.ranking.scores[i]) for name, selection in by_metric.items()}
         views.append(
             ImageView(
@@ -206,7 +184,7 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
 def _rewards(prompt: Prompt) -> Sequence[float | None]:
     """Rewards to be shown: where they cannot be used, none."""
     try:
-        return prompt.rewards() or [None] * len(prompt.images)
+        return prompt.verdicts.rewards() or [None] * len(prompt.images)
     except InputError:
         return [None] * len(prompt.images)
 
@@ -303,7 +281,9 @@ def scatter(selections: Sequence[Selection]) -> str | None:
         prompt, rewards = selection.prompt, _rewards(selection.prompt)
         for i, reward in enumerate(rewards):
             answer = prompt.answer(i)
-            sure = 0.0 if answer == "uncertain" else prompt.score(i, f"{answer}_conf_score") if answer else None
+            sure = (
+                0.0 if answer == "uncertain" else prompt.verdicts.score(i, f"{answer}_conf_score") if answer else None
+            )
             if reward is not None and sure is not None:
                 points.append((p, i, answer, -sure if answer == "no" else sure, reward, i in selection.kept))
     if not points:

@@ -1,7 +1,7 @@
 """Which of a prompt's drawings to keep: rank them by a metric, and write the best of them beside the experiment.
 
 An experiment is a folder of prompt folders 00000, 00001, …, each with samples/00000.png … and one JSON object in
-metadata.jsonl. `read_experiment` reads one and touches nothing; `rank` orders a prompt's images; `select` writes
+metadata.jsonl. `read_experiment` reads one and touches nothing; `select` ranks each prompt's images (ranking.py) and writes
 `<dir>_<metric>_verified` and `<dir>_ref`.
 """
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
@@ -19,30 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import InputError, OptionError, OutputError, first_line
+from scale_rae.errors import InputError, OutputError, first_line
 from scale_rae.files import check_file, check_name, exchange, read_bytes
 from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
+from scale_rae.ranking import Ranking, Verdicts, metric_as_given, metric_named, rank
 
-METRICS = (
-    "combined",
-    "answer_conf",
-    "answer_logits",
-    "image_reward",
-    "prompt_loss",
-    "prompt_conf",
-    "image_conf",
-    "response_conf",
-)
-ALIASES = {"loss": "prompt_loss"}
-LOWER_IS_BETTER = frozenset({"prompt_loss"})
-ANSWERS = ("yes", "uncertain", "no")  # in the order of preference
-
-_RESPONSE_FIELD = {
-    "prompt_loss": "prompt_loss",
-    "prompt_conf": "prompt_conf_score",
-    "image_conf": "image_conf_score",
-    "response_conf": "response_conf_score",
-}
 _TOOL = "scale-rae select"
 _SELECTION = "selection.json"
 
@@ -67,60 +47,19 @@ class Prompt:
     def file(self) -> Path:
         return self.folder / "metadata.jsonl"
 
-    def rewards(self) -> list[float | None] | None:
-        """The reward of each image; None when the experiment had no reward.
-
-        Raises:
-            InputError: naming file and field, when there are not as many as images, or one is not a number.
-        """
-        values = self.metadata.get("all_ir_scores")
-        if values is None:
-            return None
-        if not isinstance(values, list):
-            raise InputError(f"{self.file}: all_ir_scores is not a list")
-        if len(values) != len(self.images):
-            raise InputError(f"{self.file}: all_ir_scores has {len(values)} values for {len(self.images)} images")
-        return [self._number(value, f"all_ir_scores[{i}]") for i, value in enumerate(values)]
-
-    def response(self, image: int) -> Mapping[str, Any]:
-        """What the model said of an image; empty when it was not asked (the official code asks about some only)."""
-        responses = self.metadata.get("text_responses")
-        if responses is None:
-            return {}
-        if not isinstance(responses, dict):
-            raise InputError(f"{self.file}: text_responses is not an object")
-        value = responses.get(str(image))
-        if value is not None and not isinstance(value, dict):
-            raise InputError(f'{self.file}: text_responses["{image}"] is not an object')
-        return value or {}
+    @property
+    def verdicts(self) -> Verdicts:
+        """What the model and the reward said of the images."""
+        return Verdicts.of(self.metadata, len(self.images), f"{self.file}: ")
 
     def answer(self, image: int) -> str | None:
         """yes, no or uncertain; None when the model was not asked about the image."""
-        value = self.response(image).get("answer")
-        if value is None:
-            return None
-        answer = value.strip().lower() if isinstance(value, str) else value
-        if answer not in ANSWERS:
-            raise InputError(
-                f'{self.file}: text_responses["{image}"].answer is {value!r}, not one of {", ".join(ANSWERS)}'
-            )
-        return str(answer)
-
-    def score(self, image: int, name: str) -> float | None:
-        """A number of the model's response to an image; None when there is none."""
-        return self._number(self.response(image).get(name), f'text_responses["{image}"].{name}')
+        return self.verdicts.answer(image)
 
     def seed(self, image: int) -> Any:
         """The seed of an image's noise, None when it is not known."""
         seeds = self.metadata.get("image_seeds")
         return seeds[image] if isinstance(seeds, list) and image < len(seeds) else None
-
-    def _number(self, value: Any, name: str) -> float | None:
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise InputError(f"{self.file}: {name} is {value!r}, not a number")
-        return float(value)
 
 
 @dataclass(frozen=True)
@@ -160,19 +99,6 @@ class Experiment:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(f"{prompt.file}: n_samples is {value!r}, not a number of images")
         return min(value, len(prompt.images))
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """A prompt's images, best first, and what each was given by the metric.
-
-    `scores` are in the order the images were drawn; None marks an image that lacks what the metric needs, and such
-    images come last.
-    """
-
-    order: list[int]
-    scores: list[float | None]
-    without_reward: bool = False  # `combined` went by confidence alone
 
 
 def read_experiment(folder: Path) -> Experiment:
@@ -237,6 +163,8 @@ def _settings(path: Path) -> tuple[int | None, int]:
     except FileNotFoundError:
         return None, 0
     except ValueError as e:
+        if path.is_file() and not path.stat().st_size:  # left by a crash; each prompt's record says what is needed
+            return None, 0
         raise InputError(f"{path}: {e}") from e
     settings = value.get("settings")
     n_samples = settings.get("n_samples") if isinstance(settings, dict) else None
@@ -273,11 +201,11 @@ def _read_object(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any
 
 def _read_prompt(folder: Path) -> Prompt | Incomplete:
     file, error_file = folder / "metadata.jsonl", folder / "error.json"
-    if os.path.lexists(error_file):
-        return Incomplete(folder, *_read_error(error_file))
     try:
         metadata = _read_object(file, "metadata.jsonl")
     except FileNotFoundError:
+        if os.path.lexists(error_file):  # beside a result it is left over from an earlier run
+            return Incomplete(folder, *_read_error(error_file))
         return Incomplete(folder, "has no metadata.jsonl")
     except ValueError as e:
         return Incomplete(folder, f"metadata.jsonl {e}")
@@ -351,134 +279,6 @@ def _unreadable(path: Path) -> str | None:
     return None
 
 
-def metric_as_given(name: str) -> str:
-    """The name of a metric or alias as it is spelt in METRICS and ALIASES: dashes do for underscores.
-
-    Raises:
-        OptionError: when there is none.
-    """
-    plain = name.strip().lower().replace("-", "_")
-    if plain not in METRICS and plain not in ALIASES:
-        raise OptionError(f"{name!r} is not one of {', '.join((*METRICS, *ALIASES))}")
-    return plain
-
-
-def metric_named(name: str) -> str:
-    """The metric of that name; `loss` is `prompt_loss`.
-
-    Raises:
-        OptionError: when there is none.
-    """
-    plain = metric_as_given(name)
-    return ALIASES.get(plain, plain)
-
-
-def rank(prompt: Prompt, metric: str, reward_weight: float = 0.5, at_least: int = 1) -> Ranking:
-    """A prompt's images by a metric, best first; equal ones in the order they were drawn.
-
-    - `combined`: those the model says yes to, then uncertain ones, then those it denies; within each by
-      w · z(reward) + (1 - w) · z(yes_conf_score), z being standardised over the prompt's images (0 without spread).
-      Without rewards, as `answer_conf`.
-    - `answer_conf`, `answer_logits`: the answers in the same order; the surest yes first, the surest no last.
-    - `image_reward`, `prompt_conf`, `image_conf`, `response_conf`: higher is better; `prompt_loss`: lower.
-
-    Images that lack what the metric needs come last, in the order they were drawn.
-
-    Raises:
-        InputError: naming file and field, when fewer than `at_least` images have what the metric needs.
-    """
-    metric = metric_named(metric)
-    count = len(prompt.images)
-    without_reward = False
-    if metric == "image_reward":
-        rewards = prompt.rewards()
-        if rewards is None:
-            raise InputError(
-                f"{prompt.file}: all_ir_scores is {'null' if 'all_ir_scores' in prompt.metadata else 'missing'}; "
-                "--metric image_reward needs a reward of each image"
-            )
-        scores, tiers, needs = rewards, [0] * count, "all_ir_scores"
-    elif metric in _RESPONSE_FIELD:
-        needs = _RESPONSE_FIELD[metric]
-        scores, tiers = [prompt.score(i, needs) for i in range(count)], [0] * count
-    else:
-        answers = [prompt.answer(i) for i in range(count)]
-        tiers = [ANSWERS.index(answer) if answer is not None else len(ANSWERS) for answer in answers]
-        kind = "logit" if metric == "answer_logits" else "conf_score"
-        scores, needs = [_of_answer(prompt, i, answer, kind) for i, answer in enumerate(answers)], kind
-        if metric == "combined":
-            rewards = prompt.rewards()
-            without_reward = rewards is None
-            if rewards is not None:
-                needs = "conf_score"
-                sure = [prompt.score(i, "yes_conf_score") if a is not None else None for i, a in enumerate(answers)]
-                scores = _combine(rewards, sure, reward_weight)
-    scored = [i for i in range(count) if scores[i] is not None]
-    if len(scored) < at_least:
-        _complain(prompt, metric, needs, scores, at_least)
-    sign = 1.0 if metric in LOWER_IS_BETTER else -1.0
-    order = sorted(scored, key=lambda i: (tiers[i], sign * (scores[i] or 0.0), i))
-    return Ranking(order + [i for i in range(count) if scores[i] is None], scores, without_reward)
-
-
-def _of_answer(prompt: Prompt, image: int, answer: str | None, kind: str) -> float | None:
-    """The number of the answer that was given; a no counts the other way round."""
-    if answer is None:
-        return None
-    if answer == "uncertain":
-        return 0.0
-    value = prompt.score(image, f"{answer}_{kind}")
-    return value if value is None or answer == "yes" else -value
-
-
-def _combine(
-    rewards: Sequence[float | None], confidences: Sequence[float | None], reward_weight: float
-) -> list[float | None]:
-    both = [
-        (i, reward, sure)
-        for i, (reward, sure) in enumerate(zip(rewards, confidences, strict=True))
-        if reward is not None and sure is not None
-    ]
-    z_reward, z_sure = standardised([r for _, r, _ in both]), standardised([c for _, _, c in both])
-    scores: list[float | None] = [None] * len(rewards)
-    for (i, _, _), r, c in zip(both, z_reward, z_sure, strict=True):
-        # Rounded, so that what is equal on paper is a tie, whatever the last bits say.
-        scores[i] = round(reward_weight * r + (1 - reward_weight) * c, 9) + 0.0
-    return scores
-
-
-def standardised(values: Sequence[float]) -> list[float]:
-    """Values less their mean, over their standard deviation (of the population); zeros when all are equal."""
-    if not values or min(values) == max(values):
-        return [0.0] * len(values)
-    mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
-    return [(v - mean) / spread for v in values] if spread else [0.0] * len(values)
-
-
-def _complain(prompt: Prompt, metric: str, needs: str, scores: Sequence[float | None], at_least: int) -> None:
-    have = sum(score is not None for score in scores)
-    image = next(i for i, score in enumerate(scores) if score is None)
-    if needs == "all_ir_scores":
-        name = f"all_ir_scores[{image}]"
-    elif not prompt.metadata.get("text_responses"):
-        name = "text_responses"
-    elif not prompt.response(image):
-        name = f'text_responses["{image}"]'
-    else:
-        response = prompt.response(image)
-        if needs in ("conf_score", "logit"):
-            given = "yes" if metric == "combined" and prompt.metadata.get("all_ir_scores") else prompt.answer(image)
-            needs = "answer" if prompt.answer(image) is None else f"{given}_{needs}"
-            if response.get(needs) is not None:  # then it is the reward of the image that is null
-                raise InputError(f"{prompt.file}: all_ir_scores[{image}] is null; --metric {metric} needs it")
-        name = f'text_responses["{image}"].{needs}'
-    images = "1 image" if at_least == 1 else f"{at_least} images"
-    raise InputError(
-        f"{prompt.file}: {name} is missing; --metric {metric} needs it of at least {images} ({have} have it)"
-    )
-
-
 @dataclass(frozen=True)
 class Selection:
     """What was kept of one prompt; `kept` and `ref` are numbers of images as they were drawn."""
@@ -507,7 +307,7 @@ def choose(experiment: Experiment, metric: str, keep: int | None, reward_weight:
     selections = []
     for prompt in experiment.prompts:
         n = experiment.keep_of(prompt, keep)
-        ranking = rank(prompt, metric, reward_weight, at_least=n)
+        ranking = rank(prompt.verdicts, metric, reward_weight, at_least=n)
         selections.append(Selection(prompt, ranking, ranking.order[:n], list(range(n))))
     return selections
 

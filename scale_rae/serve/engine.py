@@ -31,9 +31,9 @@ from scale_rae.options import SamplingOptions
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
+from scale_rae.ranking import Verdicts, rank
 from scale_rae.rewards import Reward
 from scale_rae.scaling.experiment import judgement
-from scale_rae.scaling.select import ANSWERS
 from scale_rae.serve.jobs import Job, Result, ResultImage
 from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.refusals import Refused, shutting_down
@@ -445,12 +445,14 @@ class Engine:
         job = task.job
         order = range(job.best_of)
         if job.reward == OWN_JUDGEMENT:
-            rated = [{"answer": s["answer"], "score": s["score"]} for s in self._judgements(task)]
-            best = sorted(order, key=lambda i: (ANSWERS.index(str(rated[i]["answer"])), -float(rated[i]["score"]), i))
+            judged = self._judgements(task)
+            rated = [{"answer": s["answer"], "score": s["score"]} for s in judged]
+            best = rank(Verdicts.made(judged, None), "answer_conf").order
         else:
             values = self.rewards[str(job.reward)].score([task.drawn[i][1] for i in order], job.subject)
-            rated = [{"score": float(value)} for value in values]
-            best = sorted(order, key=lambda i: (-float(rated[i]["score"]), i))
+            rewards = [float(value) for value in values]
+            rated = [{"score": value} for value in rewards]
+            best = rank(Verdicts.made([{}] * len(rewards), rewards), "image_reward").order
         return [(i, {"reward": job.reward, **rated[i]}) for i in best[: job.count]]
 
     def _judgements(self, task: Task) -> list[dict[str, Any]]:

@@ -11,8 +11,9 @@ import pytest
 from scale_rae.hub import BUNDLED
 from scale_rae.prompt import ChatTokenizer, chat_text
 from scale_rae.promptfile import PromptRecord
+from scale_rae.ranking import rank
 from scale_rae.scaling.experiment import describe, prompt_record, setting_differences
-from scale_rae.scaling.select import Experiment, Prompt, rank
+from scale_rae.scaling.select import Experiment, Prompt
 from scale_rae.scaling.settings import Settings
 
 RESPONSE = {
@@ -74,7 +75,7 @@ def test_records_without_these_fields_are_ranked_as_before() -> None:
     new = made([0.5, 2.0, -1.0, 1.0])
     old = {name: value for name, value in new.items() if name not in LATER}
     images = [Path(f"{i:05}.png") for i in range(4)]
-    orders = [rank(Prompt(Path("e/00003"), record, images), "combined").order for record in (new, old)]
+    orders = [rank(Prompt(Path("e/00003"), record, images).verdicts, "combined").order for record in (new, old)]
     assert orders[0] == orders[1] == [1, 3, 0, 2]
     assert Experiment(Path("e"), None, []).keep_of(Prompt(Path("e/00003"), old, images)) == 2
 

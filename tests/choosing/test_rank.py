@@ -9,7 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scale_rae.errors import InputError
-from scale_rae.scaling.select import METRICS, Experiment, Prompt, metric_named, rank, renumbered, standardised
+from scale_rae.ranking import METRICS, Ranking, metric_named, standardised
+from scale_rae.ranking import rank as rank_verdicts
+from scale_rae.scaling.select import Experiment, Prompt, renumbered
+
+
+def rank(prompt: Prompt, *options: Any, **more: Any) -> Ranking:
+    return rank_verdicts(prompt.verdicts, *options, **more)
+
 
 ANSWER = st.sampled_from(["yes", "no", "uncertain"])
 NUMBER = st.one_of(st.floats(-50, 50), st.integers(-2, 2).map(float))  # the integers make ties

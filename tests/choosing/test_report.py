@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from scale_rae.cli import main
+from scale_rae.ranking import METRICS
 from scale_rae.scaling.report import expected_best, round_ticks
-from scale_rae.scaling.select import METRICS, choose, read_experiment
+from scale_rae.scaling.select import choose, read_experiment
 from tests.choosing.made_experiment import write_experiment, write_prompt
 from tests.choosing.test_select import digest, names
 
@@ -58,6 +59,7 @@ class Page(HTMLParser):
 def experiment(tmp_path: Path) -> Path:
     made = write_experiment(tmp_path / "2_scale", 5, texts=(EVIL,))
     (made / "00004" / "samples" / "00003.png").unlink()
+    (made / "00003" / "metadata.jsonl").unlink()
     (made / "00003" / "error.json").write_text(json.dumps({"error": "<b>NaN</b> latent"}))
     return made
 

@@ -256,6 +256,11 @@ def damage_nothing_left(folder: Path) -> None:
         (folder / name).unlink()
 
 
+def failed(folder: Path, error: str) -> None:
+    (folder / "metadata.jsonl").unlink()
+    (folder / "error.json").write_text(error)
+
+
 BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "metadata": (lambda f: (f / "metadata.jsonl").unlink(), "has no metadata.jsonl"),
     "half": (lambda f: os.truncate(f / "metadata.jsonl", 100), "metadata.jsonl is not valid JSON"),
@@ -276,9 +281,22 @@ BREAK: dict[str, tuple[Callable[[Path], Any], str]] = {
     "empty": (lambda f: os.truncate(f / "samples" / "00002.png", 0), "samples/00002.png is damaged"),
     "more": (lambda f: shutil.copy(f / "samples/00000.png", f / "samples/00008.png"), "samples holds 9 images"),
     "samples": (lambda f: shutil.rmtree(f / "samples"), "has no samples folder"),
-    "error": (lambda f: (f / "error.json").write_text('{"error": "out of\\nmemory"}'), "failed: out of memory"),
-    "damaged error": (lambda f: (f / "error.json").write_text("{"), "failed (error.json)"),
+    "error": (lambda f: failed(f, '{"error": "out of\\nmemory"}'), "failed: out of memory"),
+    "damaged error": (lambda f: failed(f, "{"), "failed (error.json)"),
 }
+
+
+def test_an_error_beside_a_result_is_left_over(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that is killed right after it finished a prompt leaves the error of the run before."""
+    (experiment / "00001" / "error.json").write_text('{"error": "out of memory"}')
+    assert main(["select", "--sample-dir", str(experiment)]) == 0
+    assert "skipped" not in "".join(capsys.readouterr())
+
+
+def test_an_empty_experiment_json_is_as_none(experiment: Path) -> None:
+    """A crash can leave it; the records say how many to keep."""
+    (experiment / "experiment.json").write_bytes(b"")
+    assert main(["select", "--sample-dir", str(experiment)]) == 0
 
 
 @pytest.mark.parametrize("how", BREAK)

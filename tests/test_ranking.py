@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import pytest
 
-from scale_rae.scaling.explain import number, why_dropped
-from scale_rae.scaling.select import METRICS, Prompt, rank
+from scale_rae.ranking import METRICS, Verdicts, number, rank, why_dropped
 
 
-def prompt(answers: list[str], confidences: list[float], rewards: list[float] | None = None) -> Prompt:
+def prompt(answers: list[str], confidences: list[float], rewards: list[float] | None = None) -> Verdicts:
     responses: dict[str, Any] = {}
     for i, (answer, confidence) in enumerate(zip(answers, confidences, strict=True)):
         responses[str(i)] = {
@@ -25,12 +24,10 @@ def prompt(answers: list[str], confidences: list[float], rewards: list[float] | 
                 ("prompt_loss", "prompt_conf_score", "image_conf_score", "response_conf_score"), confidence
             ),
         }
-    images = [Path(f"{i:05}.png") for i in range(len(answers))]
-    metadata = {"prompt": "a cat", "all_ir_scores": rewards, "text_responses": responses}
-    return Prompt(Path("00000"), metadata, images)
+    return Verdicts(len(answers), responses, rewards)
 
 
-def why(shown: Prompt, image: int, keep: int = 1, metric: str = "combined") -> str | None:
+def why(shown: Verdicts, image: int, keep: int = 1, metric: str = "combined") -> str | None:
     return why_dropped(shown, rank(shown, metric), keep, metric, image)
 
 
@@ -69,8 +66,7 @@ def test_a_tie() -> None:
 
 
 def test_no_score() -> None:
-    shown = prompt(["yes", "yes"], [1.0, 1.0], [1.0, 0.0])
-    shown.metadata["all_ir_scores"] = [1.0, None]
+    shown = dataclasses.replace(prompt(["yes", "yes"], [1.0, 1.0]), rewards_field=[1.0, None])
     assert why(shown, 1, metric="image_reward") == "It has no reward."
 
 
