@@ -48,14 +48,14 @@ class Running:
     def metric(self, name: str, **labels: str) -> float:
         return self.engine.metrics.registry.get_sample_value(name, labels) or 0.0
 
-    def wait_for(self, what: Callable[[], bool], seconds: float = HANGS) -> None:
-        end = time.monotonic() + seconds
+    def wait_for(self, what: Callable[[], bool]) -> None:
+        end = time.monotonic() + HANGS
         while not what():
             assert time.monotonic() < end, "it does not happen"
             time.sleep(0.005)
 
-    def wait_idle(self, seconds: float = HANGS) -> None:
-        self.wait_for(lambda: self.engine.idle, seconds)
+    def wait_idle(self) -> None:
+        self.wait_for(lambda: self.engine.idle)
 
 
 Serve = Callable[..., contextlib.AbstractContextManager[Running]]
