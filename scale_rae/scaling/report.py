@@ -193,10 +193,10 @@ def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:
     """A data URL: PNG of what is small anyway, else JPEG."""
     from PIL import Image
 
+    from scale_rae.images import to_rgb
+
     with Image.open(path, formats=("PNG",)) as opened:
-        image = opened.convert("RGBA")
-    flat = Image.new("RGB", image.size, "white")
-    flat.paste(image, mask=image.getchannel("A"))
+        flat = to_rgb(opened)
     kind = "PNG" if max(flat.size) <= min(size, 96) else "JPEG"
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()

@@ -108,10 +108,10 @@ def _draw_prompt(
 def _tile(path: Path, size: int) -> Image.Image:
     from PIL import Image
 
+    from scale_rae.images import to_rgb
+
     with Image.open(path, formats=("PNG",)) as opened:
-        image = opened.convert("RGBA")
-    flat = Image.new("RGB", image.size, "white")
-    flat.paste(image, mask=image.getchannel("A"))
+        flat = to_rgb(opened)
     scale = size / max(flat.size)
     shape = (max(1, round(flat.width * scale)), max(1, round(flat.height * scale)))
     return flat.resize(shape, Image.Resampling.LANCZOS)
