@@ -1,4 +1,4 @@
-"""What a checkpoint's config.json says, as a dataclass; refuses by name what no published checkpoint uses."""
+"""A checkpoint's config.json as a dataclass; what no published checkpoint uses is refused by name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scale_rae.errors import ConfigError
 from scale_rae.jsonio import MOST_COUNT, Fields, read_json
 
 MODEL_TYPE = "cambrian_qwen"
-# No checkpoint comes near these; a damaged file beyond them would have us build for hours before it fails.
+# Limits far beyond any checkpoint: a damaged file beyond them would keep us building for hours before it fails.
 _DEEPEST, _MOST_TOKENS = 1 << 10, 1 << 14
 _WIDEST_HEAD = 1 << 10  # a rotary table has tokens x width of a head numbers
 LARGEST_NUMBER = 1 << 24  # in a config that a library reads
@@ -63,7 +63,7 @@ class ScaleRAEConfig:
     base_dim: int
     tied_embeddings: bool
     max_length: int  # tokens of one conversation
-    vae: str | None = None  # where a FLUX-VAE-aligned checkpoint's VAE is found; such a one cannot read its own latents
+    vae: str | None = None  # the VAE of a FLUX-VAE-aligned checkpoint, which cannot read its own latents
 
 
 def check_numbers(raw: dict[str, Any], path: Path, most: int) -> None:

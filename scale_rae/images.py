@@ -1,4 +1,4 @@
-"""Image files as people have them -> 8-bit RGB."""
+"""Image files and Pillow images -> 8-bit RGB, upright and on white."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of da
 
 
 def load_image(path: str | Path) -> Image.Image:
-    """An image file as 8-bit RGB, turned upright by its orientation, transparency laid on white.
+    """An image file as 8-bit RGB, upright by its EXIF orientation, flattened onto white.
 
     Raises:
         InputError: naming the file, when it is missing, not an image of FORMATS, damaged, or over MAX_PIXELS.
@@ -139,10 +139,10 @@ Picture = Image.Image | str | os.PathLike[str]
 
 
 def as_rgb(picture: Picture) -> Image.Image:
-    """`to_rgb` of an image, `load_image` of a path.
+    """8-bit RGB of a picture: `to_rgb` of an image, `load_image` of a path.
 
     Raises:
-        InputError: for anything else, and as those do.
+        InputError: for anything else, and as those two functions do.
     """
     if isinstance(picture, Image.Image):
         return to_rgb(picture)
@@ -152,7 +152,7 @@ def as_rgb(picture: Picture) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow image as 8-bit RGB. Transparency is laid on white; integers are scaled, not clipped.
+    """Any Pillow image as 8-bit RGB, flattened onto white; integers are scaled, not clipped.
 
     Values of 16 bits are divided by 257. Integers of 32 bits hardly ever fill their range: their depth is taken to be 8
     bits if all values are below 256, 16 if all are below 65536, and otherwise what the largest needs. Negative ones are

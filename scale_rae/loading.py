@@ -1,4 +1,4 @@
-"""What `ScaleRAE.from_pretrained` does: files become networks with their weights on a device."""
+"""From files to networks with their weights on a device: the steps of `ScaleRAE.from_pretrained`."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ def load_encoder(source: Source, config: ScaleRAEConfig, dtype: torch.dtype, dev
 
 
 def find_decoder(name: str | None, model: Source, config: ScaleRAEConfig, encoder_kind: Callable[[], str]) -> Source:
-    """The pixel decoder called `name` or, without a name, the one that belongs to the model.
+    """The files of the pixel decoder called `name` or, without a name, of the decoder that belongs to the model.
 
-    That is a folder `decoder` inside or beside the model's folder, else the published decoder for its encoder. A
-    FLUX-VAE-aligned model takes a VAE: a folder `vae` inside or beside it, else the one its config.json names.
+    The latter is a folder `decoder` inside or beside the model's folder, else the published decoder for its encoder. A
+    FLUX-VAE-aligned model takes a VAE: a folder `vae` inside or beside it, else the VAE that its config.json names.
     """
     own = "decoder" if config.vae is None else "vae"
     source = None
@@ -151,7 +151,7 @@ def load_decoder(
 def _read_norm_stats(
     reader: TensorReader, config: ScaleRAEConfig, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
-    """diff_head.data_mean and data_std, when the checkpoint has them."""
+    """diff_head.data_mean and data_std, or None if the checkpoint has neither."""
     names = ("diff_head.data_mean", "diff_head.data_std")
     present = [name in reader.tensors for name in names]
     if not any(present):
@@ -179,11 +179,11 @@ def _keeps_float32(name: str) -> bool:
 
 
 def _is_not_read(name: str) -> bool:
-    """Of a FLUX-VAE-aligned checkpoint also the projector, which takes latents of the encoder's width."""
+    """Tensors that a FLUX-VAE-aligned model does not read: its projector takes latents of the encoder's width."""
     return _is_computed(name) or name.startswith("model.mm_projector.")
 
 
 def _is_computed(name: str) -> bool:
-    """Stored constants that this package computes, and norm stats, which are read apart."""
+    """Stored constants that this package computes, and norm stats, which are read by themselves."""
     constants = ("freqs_cos", "freqs_sin", "rotary_emb.inv_freq", "diff_head.data_mean", "diff_head.data_std")
     return name.endswith(constants)

@@ -1,6 +1,6 @@
-"""Latent [L, C] -> pixels through FLUX's VAE, for checkpoints whose latents are aligned with it (REFERENCE §8).
+"""Latent [L, C] -> pixels by the decoder of FLUX's VAE, for checkpoints aligned with it (REFERENCE §8).
 
-Needs the extra `vae`: the network is diffusers' AutoencoderKL, of which only the decoder is loaded.
+The network is diffusers' AutoencoderKL, which needs the extra `vae`; only its decoder is loaded.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from scale_rae.errors import CheckpointError, ConfigError, first_line, need
 from scale_rae.hub import weight_files
 from scale_rae.jsonio import Fields, read_json
 
-PATCH = 2  # a token holds this many of the VAE's latents along each edge
-MEAN = STD = [0.5, 0.5, 0.5]  # what takes the VAE's pixels from [-1, 1] to [0, 1]
+PATCH = 2  # latents of the VAE per token, along each edge
+MEAN = STD = [0.5, 0.5, 0.5]  # pixels of the VAE are in [-1, 1]
 
 
 class VaeDecoder(nn.Module):

@@ -1,10 +1,10 @@
-"""Reward models: how well pictures show what a prompt asks for. `load_reward` gives one by its name.
+"""Reward models, which score how well pictures show what a prompt asks for. `load_reward` loads one by name.
 
     imagereward   ImageReward-v1.0, trained on people's choices (Xu et al. 2023, arXiv:2304.05977)
     siglip        the similarity of picture and prompt in the checkpoint's own SigLIP
     pickscore     PickScore-v1, trained on people's choices (Kirstain et al. 2023, arXiv:2305.01569)
 
-Higher is better. Scores of one reward compare pictures of one prompt; rewards have scales of their own.
+Higher is better. Scores of one reward compare pictures of one prompt; each reward has its own scale.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ DEFAULT_REWARD = "imagereward"
 
 
 class Reward(Protocol):
-    """What every reward model does."""
+    """The interface of a reward model."""
 
     @property
     def name(self) -> str:
@@ -35,11 +35,11 @@ class Reward(Protocol):
         """{"name"} and what pins its files: for each part {"name", "revision"} or {"name", "files": {file: SHA-256}}."""
 
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
-        """A score for each picture, higher for one that shows the prompt better; pictures may differ in size."""
+        """One score per picture, higher if it shows the prompt better; pictures may differ in size."""
 
 
 def default_reward(model: ScaleRAE) -> str:
-    """The reward that ranks the model's pictures where none is chosen: one that it brings itself, else DEFAULT_REWARD.
+    """The reward that ranks pictures where none is chosen: the model's own, else DEFAULT_REWARD.
 
     A model brings `siglip` when the encoder in its own folder has a text tower, as the bundled model's has. An encoder from
     elsewhere does not count: published checkpoints share one that was made without them.
@@ -92,7 +92,7 @@ def _pickscore(model: ScaleRAE, path: str | None) -> Reward:
     return PickScore(model, path)
 
 
-# Functions, so that a reward's part of transformers is imported only when it is asked for.
+# Functions, so that each reward's part of transformers is imported only when that reward loads.
 REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = dict(
     zip(NAMES, (_imagereward, _siglip, _pickscore), strict=True)
 )

@@ -1,4 +1,4 @@
-"""What the rewards share: finding files, building transformers' networks without weights, tokenizers, batches."""
+"""Shared by the rewards: finding files, building transformers' networks without weights, tokenizers, batches."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def locate(
     """A reward's weights: the folder `path`, or what `hub.find` finds by the hub id `repo`; `needs` says it in words.
 
     Raises:
-        ScaleRAEError: of the kind that `find` raises; says where the files come from and names the alternatives.
+        ScaleRAEError: of the kind that `find` raises; it names where the files come from and the alternatives.
     """
     try:
         return find(path or repo, "reward", model.source.folder, files=files)
