@@ -19,7 +19,7 @@ from PIL import EpsImagePlugin, Image
 from scale_rae import containers, images
 from scale_rae.errors import InputError
 from scale_rae.images import decode_image, load_image
-from scale_rae.serve.pictures import read_data_url
+from scale_rae.serve.data_urls import read_data_url
 from tests.helpers.picture_files import BROKEN, exif, picture, riff, save, segment, with_exif
 from tests.helpers.png import SIGNATURE, chunk, png_of_size, with_chunk
 
