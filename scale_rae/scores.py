@@ -87,8 +87,10 @@ def score_latents(
     seen = asked.index(IMAGE) + 1  # both begin with the image, which is read once
     assert asked[:seen] == described[:seen]
     images = language.project(latents)  # [N, L, H]
-    count, room = len(latents), language.config.tokens + max(len(asked) + max_new_tokens, len(described))
-    with language.cache(count, room) as cache:
+    longest = language.config.max_length - (len(asked) + language.config.tokens - 1)  # answer that the model reads
+    limit = min(max_new_tokens, longest)
+    count, slots = len(latents), language.config.tokens + max(len(asked) + limit, len(described))
+    with language.cache(count, slots) as cache:
         before = language.tokens(asked[: seen - 1]).expand(count, -1, -1)
         cache.extend(torch.cat([before, images], dim=1))
         lengths = list(cache.lengths)
@@ -96,7 +98,7 @@ def score_latents(
         prompt_scores = _prompt_scores(language, hidden, prompt_ids)
         cache.rewind(lengths)
         rest = language.tokens(asked[seen:]).expand(count, -1, -1)
-        limits = [max_new_tokens] * count
+        limits = [limit] * count
         answers = language.reply_in(cache, rest, limits, tokenizer.chat_end, tokenizer.image_start, draw=False)
     image_scores = _image_scores(language, tokenizer, images, request, request_reply)
     yes, no = answer_tokens(tokenizer, "yes"), answer_tokens(tokenizer, "no")

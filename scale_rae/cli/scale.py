@@ -209,9 +209,9 @@ def command(
     with bars.waiting("starting"):
         from scale_rae.scaling.launch import run
         from scale_rae.scaling.local import Local, default_devices
+        from scale_rae.scaling.object_store import is_remote, results_folder
         from scale_rae.scaling.ranks import ProcessGroup, Ranks
         from scale_rae.scaling.ray_cluster import RayCluster, check_installed
-        from scale_rae.scaling.remote import is_remote, results_folder
     if on_ray:
         check_installed()
     folder = results_folder(output_dir)

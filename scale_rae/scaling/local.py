@@ -15,7 +15,8 @@ from scale_rae import processes
 from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError
 from scale_rae.scaling.events import Event, Listener, Message, WorkerFailed, WorkerFinished, from_json
 from scale_rae.scaling.launch import Job, share
-from scale_rae.scaling.remote import is_remote
+from scale_rae.scaling.local_files import append
+from scale_rae.scaling.object_store import is_remote
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.worker import Assignment, work
 from scale_rae.scaling.worker_process import encode_assignment
@@ -165,7 +166,7 @@ def start_worker(job: Job, assignment: Assignment, threads: int) -> subprocess.P
     environment = processes.environment()
     environment["PYTHONUNBUFFERED"] = "1"
     environment.setdefault("OMP_NUM_THREADS", str(threads))
-    with job.store.open_log(assignment.worker) as log:
+    with append(job.store.log_file(assignment.worker)) as log:
         worker = subprocess.Popen(
             processes.command("scale_rae.scaling.worker_process"),
             stdin=subprocess.PIPE,

@@ -28,7 +28,7 @@ from scale_rae.errors import InputError, MissingExtraError, ScaleRAEError, first
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.events import Event, Listener, Message, PromptFailed
 from scale_rae.scaling.launch import Job
-from scale_rae.scaling.remote import results_folder
+from scale_rae.scaling.object_store import results_folder
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import WAIT, Assignment, Worker, open_worker

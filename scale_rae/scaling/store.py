@@ -13,11 +13,11 @@ A batch is finished when its record is there and every file it names has the rec
 needs to know: metadata.jsonl is a function of the batches. Locks are flock's, so they end with the process, however that ends.
 A prompt is finished by the rename that puts its metadata.jsonl there: an error.json beside it is a leftover.
 
-Nothing in the folder is believed for being there: a disk may damage it, and a stranger may have made it. Batch records and the
+Nothing is believed because it is in the folder: a disk may damage it, and a stranger may have made it. Batch records and the
 copy of experiment.json end with a SHA-256 of themselves (`seal`). Version 0.1.0 wrote its records without; such a record
 counts only as far as metadata.jsonl says the same. Reading is bounded, and no link is followed where something is written.
 
-In an object store there is no .work/tmp and .work/locks, and .work/run.json is a lease (remote.py). There files are only looked
+In an object store there is no .work/tmp and .work/locks, and .work/run.json is a lease (object_store.py). There files are only looked
 for, not read again: the store answers for what it took.
 """
 
@@ -25,31 +25,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import hashlib
-import io
 import math
 import os
 import re
-import socket
-import stat
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from scale_rae.errors import InputError, OutputError, first_line, printable
-from scale_rae.files import read_bytes
 from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling import remote
 from scale_rae.scaling.experiment import prompt_record
+from scale_rae.scaling.local_files import FileLocks, LocalFiles, cannot_write
+from scale_rae.scaling.object_store import Lease, ObjectFiles, is_remote
 from scale_rae.scaling.settings import Settings
 
-LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
+RunLock: TypeAlias = FileLocks | Lease
 _MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the published models have 4 MB
 _MOST_OF_AN_ERROR = 4000  # characters shown of a prompt's error
 _RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}\.json")
@@ -105,10 +99,14 @@ class Store:
 
     def __init__(self, folder: Path, settings: Settings, writer: str = "w0") -> None:
         self.folder, self.settings = folder, settings
-        self.remote = remote.is_remote(folder)
         self._writer = writer
         self._work = folder / ".work"
-        self._temporary = self._work / "tmp" / writer
+        self._files = ObjectFiles(self._work) if is_remote(folder) else LocalFiles(self._work, writer)
+
+    @property
+    def remote(self) -> bool:
+        """Whether the experiment is in an object store."""
+        return self._files.remote
 
     def prompt_folder(self, index: int) -> Path:
         return self.folder / f"{index:05}"
@@ -124,14 +122,8 @@ class Store:
 
     def make_folders(self) -> None:
         """Makes the experiment's folder and those that are not a prompt's."""
-        if self.remote:
-            return  # a store has none
         with self._disk_errors(self.folder):
-            for folder in (self._work / "batches", self._work / "locks", self._work / "tmp", self.folder / "logs"):
-                folder.mkdir(parents=True, exist_ok=True)
-            for folder in (self._work, self._work / "batches", self._work / "locks", self._work / "tmp"):
-                if folder.is_symlink():
-                    raise OSError(errno.ELOOP, f"{folder} is a symbolic link, which is not followed")
+            self._files.make_folders([self.folder / "logs"])
 
     def write(self, path: Path, data: bytes) -> None:
         """Writes a file, whole or not at all, making its folder.
@@ -143,44 +135,19 @@ class Store:
 
     def _put(self, path: Path, data: bytes, durable: bool = True) -> None:
         with self._disk_errors(path):
-            if self.remote:
-                remote.put(path, data)
-                return
-            path.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                _make(self._temporary, data, durable)
-                self._temporary.rename(path)
-            except OSError:
-                self._temporary.unlink(missing_ok=True)
-                raise
-
-    def open_log(self, worker: int) -> IO[str]:
-        """A worker's log file, to add to."""
-        return os.fdopen(_open(self.log_file(worker), os.O_APPEND), "a", encoding="utf-8")
+            self._files.write(path, data, durable)
 
     def log(self, worker: int, text: str) -> None:
-        """Adds a line to a worker's log, which is opened for each line, so that a full disk loses no more than lines.
-
-        Nothing can be added to an object in a store: there, lines go to stderr, which Ray keeps.
-        """
+        """Adds a line to a worker's log; in an object store, to stderr."""
         line = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {printable(text, lines=True)}"
-        if self.remote:
-            print(line, file=sys.stderr, flush=True)
-            return
-        with contextlib.suppress(OSError), self.open_log(worker) as file:
-            file.write(f"{line}\n")
+        self._files.add_line(self.log_file(worker), line)
 
     @contextlib.contextmanager
     def _disk_errors(self, path: Path) -> Iterator[None]:
         try:
             yield
-        except Exception as e:
-            if not (self.remote or isinstance(e, OSError)):  # every store has errors of its own
-                raise
-            raise OutputError(
-                f"{path}: cannot be written ({getattr(e, 'strerror', None) or e}); make room or permission there and start again: "
-                "what is finished is kept"
-            ) from e
+        except self._files.write_errors as e:
+            raise cannot_write(path, e) from e
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -190,14 +157,7 @@ class Store:
         Raises:
             InputError: naming the file, when it cannot be read, is no regular file, or is larger than `most`.
         """
-        if self.remote:
-            return remote.get(path, most)
-        try:
-            return read_bytes(path, most, "file")
-        except InputError as e:
-            if isinstance(e.__cause__, FileNotFoundError):
-                return None
-            raise
+        return self._files.read(path, most)
 
     def _read_object(self, path: Path) -> dict[str, Any] | None:
         """The JSON object in a file of the experiment, None when it is missing.
@@ -283,24 +243,10 @@ class Store:
     def claim(self, description: dict[str, Any]) -> dict[str, Any]:
         """Writes experiment.json unless another worker was first; returns what it says then."""
         path = self.folder / "experiment.json"
-        if self.remote:  # its launcher sees to it that only one worker is here
-            self.update_experiment(description)
-            return self.read_experiment() or {}
-        mine = self._temporary.with_suffix(".claim")
         with self._disk_errors(path):
-            if not path.exists():
+            if not self.remote and not path.exists():
                 self._copy.unlink(missing_ok=True)  # of an experiment that was here before
-            _make(mine, (dump_json(description, indent=2) + "\n").encode())
-            try:
-                os.link(mine, path)
-            except FileExistsError:
-                pass
-            except OSError:  # a file system without hard links
-                if not path.exists():
-                    mine.replace(path)
-            finally:
-                mine.unlink(missing_ok=True)
-            _sync_folder(self.folder)
+            self._files.write_first(path, (dump_json(description, indent=2) + "\n").encode())
         recorded = self.read_experiment()
         if recorded is None:
             raise OutputError(
@@ -321,9 +267,8 @@ class Store:
     def _write_experiment(self, value: Mapping[str, Any]) -> None:
         path = self.folder / "experiment.json"
         self.write(path, (dump_json(value, indent=2) + "\n").encode())
-        if not self.remote:
-            with self._disk_errors(path):
-                _sync_folder(self.folder)
+        with self._disk_errors(path):
+            self._files.sync(self.folder)
 
     # --- batches and prompts -------------------------------------------------------------------------------------
 
@@ -467,11 +412,8 @@ class Store:
             return False
 
     def holder(self) -> str:
-        """Who has the run's lock, as written in the folder; empty where that cannot be read."""
-        try:
-            return printable((self._read(self._work / "holder", 1 << 10) or b"").decode().strip())
-        except (InputError, ValueError):
-            return ""
+        """Who has the run's lock, as written in the folder; empty where that cannot be read, and in an object store."""
+        return self._files.holder()
 
     def answers(self, index: int) -> list[str]:
         """The model's answers about a finished prompt's images; none when its record has gone since."""
@@ -527,7 +469,7 @@ class Store:
         """A failed prompt's time of failure (ns) and error, as it may be shown; None for a prompt that has its record."""
         path = self.prompt_folder(index) / "error.json"
         try:
-            time_of_failure = remote.put_time(path) if self.remote else path.stat().st_mtime_ns
+            time_of_failure = self._files.time_written(path)
             if self.has_record(index):
                 return None  # killed between the two, or the failure is older
             value = self._read_object(path)
@@ -551,72 +493,12 @@ class Store:
         Raises:
             OutputError: when another run has it.
         """
-        if self.remote:
-            return RunLock([], remote.Lease(self._work / "run.json"))
         self.make_folders()
-        wanted = [(self._work / "run.lock", fcntl.LOCK_SH if processes > 1 else fcntl.LOCK_EX)]
-        if processes > 1:
-            wanted.append((self._work / f"rank-{process}.lock", fcntl.LOCK_EX))
-        lock = RunLock([])
-        for path, kind in wanted:
-            file = self._lock(path, kind, LOCK_WAIT)
-            if file is None:
-                lock.close()
-                holder = self.holder() or "another process"
-                raise OutputError(
-                    f"{self.folder}: {holder} is at work here; wait for it, or choose another --output-dir"
-                )
-            lock.files.append(file)
-        if process == 0:
-            holder = f"process {os.getpid()} on {socket.gethostname()}"
-            self._put(self._work / "holder", holder.encode(), durable=False)
-        return lock
+        return self._files.lock_run(process, processes)
 
     def lock_prompt(self, index: int) -> IO[str] | None:
         """A prompt's lock, held until the file is closed; None when another worker has it."""
-        if self.remote:
-            return io.StringIO()  # its launcher gives a prompt to one worker only
-        return self._lock(self._work / "locks" / f"{index:05}", fcntl.LOCK_EX, 0.0)
-
-    def _lock(self, path: Path, kind: int, patience: float) -> IO[str] | None:
-        with self._disk_errors(path):
-            file = os.fdopen(_open(path, os.O_APPEND), "a")
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, kind | fcntl.LOCK_NB)
-                return file
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    file.close()
-                    return None
-                time.sleep(0.1)
-            except OSError as e:
-                file.close()
-                raise OutputError(f"{path}: this file system knows no locks ({e.strerror}); use another folder") from e
-
-
-class RunLock:
-    """The locks that keep other runs out of a folder, held until closed here and in every process that `files` went to."""
-
-    def __init__(self, files: list[IO[str]], lease: remote.Lease | None = None) -> None:
-        self.files, self._lease = files, lease
-
-    def check(self) -> None:
-        """Raises OutputError when the folder has been lost to another run."""
-        if self._lease is not None:
-            self._lease.check()
-
-    def close(self) -> None:
-        if self._lease is not None:
-            self._lease.close()
-        for file in self.files:
-            file.close()
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
+        return self._files.lock_prompt(index)
 
 
 def seal(value: Mapping[str, Any]) -> bytes:
@@ -728,48 +610,3 @@ def _is_record(found: bytes, expected: bytes) -> bool:
         return False
     older = {name: value for name, value in now.items() if name in there}
     return older.keys() >= FIRST_FIELDS and found == (dump_json(older) + "\n").encode()
-
-
-def _open(path: Path, flags: int) -> int:
-    """A descriptor of a file to write to, made if it is missing.
-
-    Raises:
-        OSError: when there is a link, which somebody else may have put there, or anything but a regular file.
-    """
-    flags |= os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # else a pipe waits for its reader
-    try:
-        descriptor = os.open(path, flags, 0o666)
-    except OSError as e:
-        if e.errno == errno.ELOOP:
-            raise OSError(e.errno, "a symbolic link, which is not followed") from e
-        raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file")
-    return descriptor
-
-
-def _make(path: Path, data: bytes, durable: bool = True) -> None:
-    """Makes a file anew, in place of what a killed run left or somebody else put there."""
-    try:
-        descriptor = _open(path, os.O_EXCL)
-    except FileExistsError:
-        path.unlink()
-        descriptor = _open(path, os.O_EXCL)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(data)
-        file.flush()
-        if durable:
-            os.fsync(file.fileno())  # some file systems notice a full disk only here
-
-
-def _sync_folder(folder: Path) -> None:
-    """Has the names in a folder outlive a loss of power, on file systems that can."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
-            raise
-    finally:
-        os.close(descriptor)

@@ -23,12 +23,13 @@ from scale_rae import processes
 from scale_rae.errors import InputError, OutputError
 from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling import local, remote
+from scale_rae.scaling import local, object_store
 from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, printable_event
 from scale_rae.scaling.launch import Job
-from scale_rae.scaling.remote import results_folder
+from scale_rae.scaling.local_files import FileLocks
+from scale_rae.scaling.object_store import results_folder
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import FIRST_FIELDS, Batch, RunLock, Store, seal, unseal
+from scale_rae.scaling.store import FIRST_FIELDS, Batch, Store, seal, unseal
 from scale_rae.scaling.worker import Assignment
 
 pytestmark = pytest.mark.attack
@@ -389,7 +390,7 @@ def test_texts_of_files_are_escaped_where_they_are_shown(store: Store, monkeypat
     store.log(0, f"done: {HOSTILE}")
     assert shown in (store.folder / "logs" / "worker-0.log").read_text()
     (store.folder / ".work" / "holder").write_text(HOSTILE)
-    monkeypatch.setattr("scale_rae.scaling.store.LOCK_WAIT", 0.0)
+    monkeypatch.setattr("scale_rae.scaling.local_files.LOCK_WAIT", 0.0)
     with store.lock_run():
         (store.folder / ".work" / "holder").write_text(HOSTILE)
         with pytest.raises(OutputError) as error:
@@ -401,9 +402,9 @@ def test_texts_of_files_are_escaped_where_they_are_shown(store: Store, monkeypat
 @pytest.mark.parametrize("data", [b"[1]", b"[" * 50_000, b"\xff", b'{"who": "\\u001b[2J", "run": 1}', b"x" * 10**6])
 def test_a_hostile_lease(monkeypatch: pytest.MonkeyPatch, data: bytes, tmp_path: Path) -> None:
     for name, seconds in (("BEAT", 0.02), ("SILENCE", 0.05), ("SETTLE", 0.0)):
-        monkeypatch.setattr(remote, name, seconds)
+        monkeypatch.setattr(object_store, name, seconds)
     folder = results_folder(f"memory://{tmp_path.name}/run")
-    remote.put(folder / ".work" / "run.json", data)
+    object_store.put(folder / ".work" / "run.json", data)
     large = len(data) == 10**6
     refused = pytest.raises(OutputError, match="larger than 64 KiB") if large else contextlib.nullcontext()
     with refused:
@@ -447,7 +448,7 @@ def test_workers_are_started_so(store: Store, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("PYTHONPATH", ":")
     with store.lock_run():
         pass
-    job = Job(store, SETTINGS, {}, [], [], {}, RunLock([]), False)
+    job = Job(store, SETTINGS, {}, [], [], {}, FileLocks(), False)
     local.start_worker(job, Assignment(0, "cpu", [], [], {}), 1).stdin.close()  # type: ignore[union-attr]
     ((command, environment),) = started
     assert command[:3] == [sys.executable, "-P", "-c"]

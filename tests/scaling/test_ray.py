@@ -20,7 +20,7 @@ import pytest
 
 from scale_rae.errors import InputError
 from scale_rae.promptfile import read_prompts
-from scale_rae.scaling import ray_cluster, remote
+from scale_rae.scaling import object_store, ray_cluster
 from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.launch import run
 from scale_rae.scaling.ray_cluster import Actor, RayCluster, Reply
@@ -150,7 +150,7 @@ def test_results_in_a_store(
     scale: Scale, reference: dict[str, bytes], nodes: Nodes, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Files of this machine, but reached as any store is: by fsspec's calls alone."""
-    monkeypatch.setattr(remote, "SETTLE", 0.0)
+    monkeypatch.setattr(object_store, "SETTLE", 0.0)
     url = f"local://{tmp_path}/store"
     assert scale(*ON_RAY, "--output-dir", url, "--num-workers", 1, device=False).code == 0
     folder = tmp_path / "store" / NAME

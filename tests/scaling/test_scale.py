@@ -148,15 +148,18 @@ def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(scale: Scale, mon
 
 
 def test_a_cpu_without_memory_for_several_draws_one_by_one(scale: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = LatentSampler.sample_batch
+    draw, sizes = LatentSampler.sample_batch, list[int]()
 
     def limited(self: LatentSampler, condition: torch.Tensor, seeds: Any, *rest: Any) -> torch.Tensor:
+        sizes.append(len(seeds))
         if len(seeds) > 1:
             raise torch.OutOfMemoryError("not enough memory")
         return draw(self, condition, seeds, *rest)
 
     monkeypatch.setattr(LatentSampler, "sample_batch", limited)
     assert scale("--limit", 1).code == 0
+    tried = len(sizes) - sizes[::-1].index(2)
+    assert sizes[tried:] == [1, 1, 1, 1]
 
 
 @pytest.mark.usefixtures("in_batches")

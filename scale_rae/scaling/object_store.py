@@ -6,13 +6,16 @@ name, and a batch's record, put after its files, says that they are there. What 
 
 from __future__ import annotations
 
+import io
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from scale_rae.errors import InputError, OutputError, first_line, need, printable
 from scale_rae.files import check_name, size_text
@@ -26,7 +29,7 @@ SETTLE = 2.0  # seconds for a put of another start, at the same moment, to arriv
 def results_folder(name: str) -> Path:
     """The folder of that name: a local one, or for a URL one in a store.
 
-    A store's is no `pathlib.Path`, but has of its methods all that the results need.
+    A folder in a store is no `pathlib.Path`, but it has all methods of one that the results need.
 
     Raises:
         InputError: for a URL that nothing installed can open, and a name that no folder can have.
@@ -54,7 +57,7 @@ def results_folder(name: str) -> Path:
 
 
 def _home(name: str) -> Path:
-    """A folder's path, with a `~` at its begin replaced, as a shell does where nothing comes before it."""
+    """A folder's path; a `~` at its beginning is replaced, as a shell does."""
     try:
         return Path(name).expanduser()
     except RuntimeError as e:
@@ -95,18 +98,69 @@ def get(path: Any, most: int) -> bytes | None:
     return data
 
 
-def put_time(path: Any) -> int:
-    """When an object was written, ns."""
-    return int(path.fs.modified(path.path).timestamp() * 1e9)
+class ObjectFiles:
+    """What `Store` does with objects. What was put is believed without a checksum: the store answers for it.
+
+    Args:
+        work: the experiment's folder for what is not a result.
+    """
+
+    remote = True
+    write_errors: tuple[type[Exception], ...] = (Exception,)  # every store has errors of its own
+
+    def __init__(self, work: Path) -> None:
+        self._work = work
+
+    def make_folders(self, folders: Iterable[Path]) -> None:
+        """Does nothing: a store has no folders."""
+
+    def read(self, path: Path, most: int) -> bytes | None:
+        """See `get`."""
+        return get(path, most)
+
+    def time_written(self, path: Path) -> int:
+        """When an object was written, ns."""
+        return int(cast(Any, path).fs.modified(path.path).timestamp() * 1e9)  # type: ignore[attr-defined]
+
+    def write(self, path: Path, data: bytes, durable: bool = True) -> None:
+        """See `put`."""
+        put(path, data)
+
+    def write_first(self, path: Path, data: bytes) -> None:
+        """Writes an object. The launcher sees to it that no other worker does so at the same time."""
+        put(path, data)
+
+    def sync(self, folder: Path) -> None:
+        """Does nothing: an object that was put is there."""
+
+    def add_line(self, path: Path, line: str) -> None:
+        """Prints a log's line to stderr, which Ray keeps: nothing can be added to an object."""
+        print(line, file=sys.stderr, flush=True)
+
+    def holder(self) -> str:
+        """Empty: the run's lease says who has the folder."""
+        return ""
+
+    def lock_run(self, process: int, processes: int) -> Lease:
+        """The run's lease.
+
+        Raises:
+            OutputError: when another run has it.
+        """
+        return Lease(self._work / "run.json")
+
+    def lock_prompt(self, index: int) -> IO[str]:
+        """A lock that is always free: the launcher gives a prompt to one worker only."""
+        return io.StringIO()
 
 
 class Lease:
     """Keeps other starts out of a folder in a store: an object with this run's name that changes every BEAT seconds.
 
-    A start that finds one watches it for SILENCE seconds; only if it does not change meanwhile is it put over. Of two that
-    put theirs at once the later wins, and the other sees it and stops. That is less than a lock: a run that is cut off from
-    the store for longer than SILENCE may draw alongside its successor until it is back and reads the lease. Nothing is
-    damaged by that, since both would put the same.
+    A start that finds one watches it for SILENCE seconds; if it does not change meanwhile, that start puts its own.
+    Of two starts that put theirs at once the later wins; the other reads that and stops. That is less than a lock: a run that
+    is cut off from the store for longer than SILENCE may draw alongside its successor until it reads the lease again. Nothing
+    is damaged by that, since both put the same.
 
     Raises:
         OutputError: when another run is at work there, or the store refuses.
@@ -116,7 +170,8 @@ class Lease:
         self._path = path
         self._who = f"process {os.getpid()} on {socket.gethostname()}"
         self._id, self._beats = uuid.uuid4().hex, 0
-        self._lost = ""  # who has the folder instead
+        self.files: list[IO[str]] = []  # none, as `FileLocks` has
+        self.lost_to = ""  # who has the folder instead
         self._ended = threading.Event()
         try:
             before = self._read()
@@ -138,10 +193,16 @@ class Lease:
             raise self._refusal(now)
         threading.Thread(target=self._keep, daemon=True).start()
 
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
     def check(self) -> None:
         """Raises OutputError when another run has taken the folder over."""
-        if self._lost:
-            raise OutputError(f"{self._path.parent.parent}: {self._lost} has taken over here; this run stops")
+        if self.lost_to:
+            raise OutputError(f"{self._path.parent.parent}: {self.lost_to} has taken over here; this run stops")
 
     def close(self) -> None:
         """Lets the next start in at once."""
@@ -176,7 +237,7 @@ class Lease:
             try:
                 now = self._read()
                 if now and now.get("run") != self._id:
-                    self._lost = printable(str(now.get("who", "another process")))
+                    self.lost_to = printable(str(now.get("who", "another process")))
                     return
                 self._put()
             except Exception:

@@ -12,8 +12,8 @@ import pytest
 
 from scale_rae.errors import InputError, OutputError
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling import remote
-from scale_rae.scaling.remote import Lease, is_remote, results_folder
+from scale_rae.scaling import object_store
+from scale_rae.scaling.object_store import Lease, is_remote, results_folder
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Batch, Store
 from tests.scaling.conftest import Scale
@@ -36,7 +36,7 @@ def store(folder: Path) -> Store:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, seconds in (("BEAT", 0.02), ("SILENCE", 0.3), ("SETTLE", 0.05)):
-        monkeypatch.setattr(remote, name, seconds)
+        monkeypatch.setattr(object_store, name, seconds)
 
 
 def finish(store: Store) -> None:
@@ -133,7 +133,7 @@ def test_a_store_that_refuses(store: Store, folder: Path, monkeypatch: pytest.Mo
     def refuse(path: object, data: bytes) -> None:
         raise RuntimeError("Unable to locate credentials")
 
-    monkeypatch.setattr(remote, "put", refuse)
+    monkeypatch.setattr(object_store, "put", refuse)
     with pytest.raises(OutputError, match=r"00003/error\.json: cannot be written \(Unable to locate credentials\)"):
         store.fail(3, "", 2)
     with pytest.raises(OutputError, match=r"run: cannot be written to .*Unable to locate credentials"):
@@ -150,14 +150,14 @@ def test_a_second_start_is_refused_while_the_first_lives(store: Store) -> None:
 @pytest.mark.usefixtures("quick")
 def test_the_lease_of_a_dead_run_runs_out(store: Store, folder: Path) -> None:
     path = folder / ".work" / "run.json"
-    remote.put(path, b'{"run": "x", "who": "process 1 on gone", "beat": 7}')
+    object_store.put(path, b'{"run": "x", "who": "process 1 on gone", "beat": 7}')
     start = time.monotonic()
     lock = store.lock_run()
     assert time.monotonic() - start >= 0.3
     assert json.loads(path.read_bytes())["run"] != "x"
     lock.close()
     assert not path.exists()
-    remote.put(path, b"{")  # an unreadable one too
+    object_store.put(path, b"{")  # an unreadable one too
     store.lock_run().close()
 
 
@@ -172,7 +172,7 @@ def test_a_run_whose_lease_was_taken_stops(folder: Path) -> None:
         deadline = time.monotonic() + 240  # against hanging only
         while time.monotonic() < deadline:
             lease.check()
-            remote.put(path, other)  # again, in case its own came last
+            object_store.put(path, other)  # again, in case its own came last
             time.sleep(0.03)
 
     with pytest.raises(OutputError, match="process 1 on another has taken over here"):
@@ -186,8 +186,8 @@ def test_of_two_starts_at_once_one_goes_on(folder: Path, monkeypatch: pytest.Mon
     path = folder / "run.json"
 
     def sleep(seconds: float) -> None:
-        remote.put(path, b'{"run": "x", "who": "process 1 on another", "beat": 1}')
+        object_store.put(path, b'{"run": "x", "who": "process 1 on another", "beat": 1}')
 
-    monkeypatch.setattr("scale_rae.scaling.remote.time.sleep", sleep)
+    monkeypatch.setattr("scale_rae.scaling.object_store.time.sleep", sleep)
     with pytest.raises(OutputError, match="process 1 on another is at work here"):
         Lease(path)
