@@ -171,7 +171,7 @@ class Lease:
         self._who = f"process {os.getpid()} on {socket.gethostname()}"
         self._id, self._beats = uuid.uuid4().hex, 0
         self.files: list[IO[str]] = []  # none, as `FileLocks` has
-        self.lost_to = ""  # who has the folder instead
+        self._lost_to = ""  # who has the folder instead
         self._ended = threading.Event()
         try:
             before = self._read()
@@ -201,8 +201,8 @@ class Lease:
 
     def check(self) -> None:
         """Raises OutputError when another run has taken the folder over."""
-        if self.lost_to:
-            raise OutputError(f"{self._path.parent.parent}: {self.lost_to} has taken over here; this run stops")
+        if self._lost_to:
+            raise OutputError(f"{self._path.parent.parent}: {self._lost_to} has taken over here; this run stops")
 
     def close(self) -> None:
         """Lets the next start in at once."""
@@ -237,7 +237,7 @@ class Lease:
             try:
                 now = self._read()
                 if now and now.get("run") != self._id:
-                    self.lost_to = printable(str(now.get("who", "another process")))
+                    self._lost_to = printable(str(now.get("who", "another process")))
                     return
                 self._put()
             except Exception:

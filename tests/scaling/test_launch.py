@@ -120,15 +120,22 @@ def test_what_other_processes_do_is_seen_in_the_folder(tmp_path: Path, monkeypat
     ]
 
 
-def test_a_worker_waits_for_what_others_are_at(scale: Scale, reference: dict[str, bytes]) -> None:
+def test_a_worker_waits_for_what_others_draw(scale: Scale, reference: dict[str, bytes]) -> None:
     store = Store(scale.folder, Settings("", "shapes"))
     store.make_folders()
     lock = store.lock_prompt(7)
     assert lock is not None
-    timer = threading.Timer(2.0, lock.close)  # as if its worker died
-    timer.start()
+    log = store.log_file(0)
+
+    def release() -> None:  # as if its worker died
+        while not (log.exists() and "waiting for 1 prompts that other workers are drawing" in log.read_text()):
+            time.sleep(0.02)
+        lock.close()
+
+    thread = threading.Thread(target=release, daemon=True)
+    thread.start()
     assert scale().code == 0
-    timer.join()
+    thread.join()
     assert snapshot(scale.folder) == reference
 
 

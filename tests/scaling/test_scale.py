@@ -253,6 +253,12 @@ def test_goldens(
     close(entry["image_conf_score"], "score.image_conf")
 
 
+def test_an_answer_is_as_long_as_the_model_reads_at_most(scale: Scale, reference: dict[str, bytes]) -> None:
+    """However long it may be: memory is for what the model reads."""
+    assert scale("--limit", 1, "--post-qa-max-new-tokens", 10**12).code == 0
+    assert snapshot(scale.folder)["00000/metadata.jsonl"] == reference["00000/metadata.jsonl"]
+
+
 def test_a_question_of_ones_own(scale: Scale, tmp_path: Path) -> None:
     result = scale("--post-qa-prompt", "Is this true:", "--limit", 1)
     assert result.code == 0
