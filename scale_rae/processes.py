@@ -9,8 +9,8 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent  # of the package
 
-# `python -m` and `-c` put the working folder before Python's own modules, PYTHONPATH whatever is beside this package. So the
-# package alone is loaded from where it is; the folder it is in comes last, for what the process starts in its turn.
+# `python -m` and `-c` put the working folder before Python's own modules, and PYTHONPATH puts the package's neighbours there.
+# So the package alone is loaded from its place; the folder that holds it comes last, for processes that this one starts.
 _START = """
 import importlib.util, runpy, sys
 spec = importlib.util.spec_from_file_location("scale_rae", sys.argv[1] + "/__init__.py")
@@ -40,9 +40,9 @@ def environment() -> dict[str, str]:
 
 
 def search_folder() -> Path:
-    """A folder that a process may search before all others: that of the package, or one in which nothing is found.
+    """A folder that a process may search first: the folder that holds the package, or `/`, where no module is.
 
-    What is installed beside the package must not come before Python's own modules.
+    It is `/` where the package is installed: packages beside it must not come before Python's own modules.
     """
     installed = {*site.getsitepackages(), site.getusersitepackages()}
     return Path("/") if str(FOLDER.parent) in installed else FOLDER.parent

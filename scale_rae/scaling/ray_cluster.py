@@ -157,7 +157,7 @@ def _started() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Has this process, and those it starts, see these variables and no others."""
+    """For a `with`: this process, and processes that it starts, see exactly these environment variables."""
     before = dict(os.environ)
     try:
         _set_environment(values)

@@ -11,14 +11,14 @@
 
 A batch is finished when its record is there and every file it names has the recorded SHA-256. That is all that resuming
 needs to know: metadata.jsonl is a function of the batches. Locks are flock's, so they end with the process, however that ends.
-A prompt is finished by the rename that puts its metadata.jsonl there: an error.json beside it is a leftover.
+A prompt is finished once metadata.jsonl has been renamed into place: an error.json beside it is a leftover.
 
 Nothing is believed because it is in the folder: a disk may damage it, and a stranger may have made it. Batch records and the
 copy of experiment.json end with a SHA-256 of themselves (`seal`). Version 0.1.0 wrote its records without; such a record
 counts only as far as metadata.jsonl says the same. Reading is bounded, and no link is followed where something is written.
 
-In an object store there is no .work/tmp and .work/locks, and .work/run.json is a lease (object_store.py). There files are only looked
-for, not read again: the store answers for what it took.
+local_files.py has what is done with files of a folder. In an object store (object_store.py) there is no .work/tmp and no
+.work/locks, and .work/run.json is a lease; files are only listed, not read again: the store answers for what it took.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class Finding:
 
 
 class Store:
-    """The files of one experiment. `writer` names this process's temporary file: no two writers of a run share one."""
+    """The files of one experiment. `writer` names this process's temporary file: no two processes of a run share one."""
 
     def __init__(self, folder: Path, settings: Settings, writer: str = "w0") -> None:
         self.folder, self.settings = folder, settings
@@ -172,7 +172,7 @@ class Store:
     # --- experiment.json -----------------------------------------------------------------------------------------
 
     def read_experiment(self) -> dict[str, Any] | None:
-        """experiment.json, or None when there is none yet. Where it is damaged, its copy tells what it said at the start.
+        """experiment.json, or None when there is none yet. Where it is damaged, its copy has what it said at the start.
 
         Raises:
             InputError: when it cannot be read and has no copy, or is missing although there are results.
@@ -291,7 +291,7 @@ class Store:
             return []
 
     def batches(self, index: int) -> tuple[list[Batch], list[str]]:
-        """A prompt's finished batches, in order and disjoint; and what was found wrong with files of others."""
+        """A prompt's finished batches, in order and disjoint; and what is wrong with the files of its other batches."""
         sealed, unsealed, problems = self._batches(index)
         return sorted([*sealed, *unsealed], key=lambda b: b.start), problems
 
@@ -330,7 +330,7 @@ class Store:
         return *finished, problems
 
     def _is_vouched_for(self, index: int, batch: Batch) -> bool:
-        """Whether a prompt's metadata.jsonl says the same as a batch's record."""
+        """Whether a prompt's metadata.jsonl agrees with a batch's record."""
         try:
             metadata = self._read_object(self.prompt_folder(index) / "metadata.jsonl")
         except (InputError, ValueError):
@@ -424,9 +424,9 @@ class Store:
             return []
 
     def reopen(self, index: int) -> list[Batch]:
-        """The finished batches of a prompt of which others must be drawn: until then it has no record.
+        """The finished batches of a prompt that lacks some; the prompt's record and error are removed.
 
-        Batches of version 0.1.0, which metadata.jsonl vouched for, get a checksum before that is removed.
+        Batches of version 0.1.0 count only while metadata.jsonl agrees with them, so they get a checksum before that.
         """
         folder = self.prompt_folder(index)
         sealed, unsealed, _ = self._batches(index)

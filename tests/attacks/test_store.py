@@ -320,7 +320,7 @@ def test_no_link_is_followed_where_something_is_written(tmp_path: Path, name: st
         lambda: store.lock_prompt(3),
         lambda: store.log(0, "a line"),
     ):
-        if name.startswith((".work/locks", ".work/run.lock")):  # not replaced: others may hold them
+        if name.startswith((".work/locks", ".work/run.lock")):  # not replaced: another process may hold them
             with contextlib.suppress(OutputError):
                 act()
         else:

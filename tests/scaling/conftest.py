@@ -29,7 +29,7 @@ class Result:
 
 
 class Scale:
-    """`scale(...)` runs `scale-rae scale t2i` with the three prompts, few steps, into `scale.folder`, unless told otherwise."""
+    """`scale(...)` runs `scale-rae scale t2i` with the three prompts, few steps, into `scale.folder`, unless options say otherwise."""
 
     def __init__(self, root: Path, capsys: pytest.CaptureFixture[str] | None = None) -> None:
         self.prompts = write_prompts(root / "prompts.jsonl", PROMPTS)

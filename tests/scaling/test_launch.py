@@ -89,13 +89,13 @@ def test_one_display_for_all_processes_of_a_launch(scale: Scale, reference: dict
         assert time.monotonic() < deadline
         time.sleep(0.05)
     ranks.append(start("1"))
-    (out, err), *others = [rank.communicate() for rank in ranks]
+    (out, err), *rest = [rank.communicate() for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0]  # neither before the other is done, or a launcher would end it
     assert out == f"{scale.folder}\n"
     assert [f"[{n}/3 prompts, " in err for n in (1, 2, 3)] == [True] * 3
     assert all(f"{index:05} a photo of" in err for index in (0, 2, 7))
     assert "3 of 3 prompts done; 12 images drawn" in err
-    assert others == [("", "")]
+    assert rest == [("", "")]
     assert snapshot(scale.folder) == reference
 
 
@@ -165,25 +165,25 @@ def test_a_device_that_is_full_leaves_its_prompts_to_the_others(
 
 
 class Memory:
-    """A device with memory for `room` images at once: it measures what is tried, and tells what was free at the worst."""
+    """A device with memory for `capacity` images at once; it notes the sizes tried, and the smallest share that was free."""
 
-    def __init__(self, room: float) -> None:
-        self.room, self.tried, self.released = room, list[int](), 0
+    def __init__(self, capacity: float) -> None:
+        self.capacity, self.tried, self.released = capacity, list[int](), 0
 
     def attempt(self, size: int) -> None:
         self.tried.append(size)
-        if size > self.room:
+        if size > self.capacity:
             raise DeviceError("cuda:0: out of GPU memory") from torch.OutOfMemoryError("CUDA out of memory")
 
     def release(self) -> None:
         self.released += 1
 
     def spare(self) -> float:
-        return 1 - max(self.tried) / self.room
+        return 1 - max(self.tried) / self.capacity
 
 
 @pytest.mark.parametrize(
-    ("most", "room", "size", "tried"),
+    ("most", "capacity", "size", "tried"),
     [
         (8, 100, 8, [1, 2, 4, 8]),
         (12, 100, 12, [1, 2, 4, 8, 12]),
@@ -193,11 +193,11 @@ class Memory:
         (8, 0.5, 1, [1]),
     ],
 )
-def test_largest_batch(most: int, room: float, size: int, tried: list[int]) -> None:
-    memory = Memory(room)
+def test_largest_batch(most: int, capacity: float, size: int, tried: list[int]) -> None:
+    memory = Memory(capacity)
     assert largest_batch(most, memory.attempt, memory.release, memory.spare, 0.1) == size
     assert memory.tried == tried
-    assert memory.released == (tried[-1] > room)
+    assert memory.released == (tried[-1] > capacity)
 
 
 def test_what_an_attempt_made_is_gone_when_its_memory_is_released() -> None:

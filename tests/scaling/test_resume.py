@@ -1,4 +1,4 @@
-"""Left alone: killed, out of disk, out of memory, started twice; and gone on with, to the same bytes."""
+"""Left alone: killed, out of disk, out of memory, started twice; then resumed, to the same bytes."""
 
 from __future__ import annotations
 
