@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
 import math
 import platform
@@ -186,6 +187,12 @@ COLUMNS = {  # what a row of Bench may have besides its value: label and format
     "first": ("first run", "{:.2g} s"),
     "peak_gib": ("GiB", "{:.3g}"),
 }
+TABLE_COLUMNS = {  # of these, what Markdown tables have, under names that a page's reader understands
+    "share": "share of the ceiling",
+    "share_sustained": "of the sustained one",
+    "times_official": "× official",
+    "first": "first run",
+}
 
 
 def line(row: dict[str, Any]) -> str:
@@ -203,25 +210,20 @@ def line(row: dict[str, Any]) -> str:
 
 
 def markdown(file: Path) -> str:
-    """The figures of a JSON file that Bench wrote, one Markdown table per stage."""
+    """The figures of a JSON file that Bench wrote, one Markdown table per stage, without columns that are empty."""
     data = json.loads(file.read_text())
     environment = data["environment"]
-    commit = f", commit {environment['commit']}" if "commit" in environment else ""
     lines = [
-        f"{environment.get('gpu', environment['device'])}, torch {environment['torch']}{commit}, {data['seconds']:.0f} s in all.",
-        "",
+        f"{environment.get('gpu', environment['device'])}, torch {environment['torch']}, {data['seconds']:.0f} s in all."
     ]
-    stage = None
-    for row in data["figures"]:
-        if row["stage"] != stage:
-            stage = row["stage"]
-            names = "share of the ceiling | of the sustained one | × official | first run | target"
-            lines += ["", f"| {stage} | | {names} |", "|---|---|---|---|---|---|---|"]
-        cells = ["–" if row["value"] is None else f"{_number(row['value'])} {row['unit']}"]
-        for key, (_, form) in COLUMNS.items():
-            if key != "peak_gib":  # the tables have no column for it
-                cells.append(form.format(row[key]) if row.get(key) is not None else "")
-        lines.append(table_row(row["name"], [*cells, row["target"]]))
+    for stage, group in itertools.groupby(data["figures"], key=lambda row: row["stage"]):
+        rows = list(group)
+        keys = [key for key in TABLE_COLUMNS if any(row.get(key) is not None for row in rows)]
+        lines += ["", *table_head(stage, ["", *(TABLE_COLUMNS[key] for key in keys)])]
+        for row in rows:
+            value = "–" if row["value"] is None else f"{_number(row['value'])} {row['unit']}"
+            more = [COLUMNS[key][1].format(row[key]) if row.get(key) is not None else "" for key in keys]
+            lines.append(table_row(row["name"], [value, *more]))
     for name, error in data["errors"].items():
         lines += ["", f"Failed: {name}: {last_line(error)}"]
     if data["skipped"]:

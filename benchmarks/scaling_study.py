@@ -3,7 +3,7 @@
     python benchmarks/scaling_study.py --out runs/scaling                                   # all of it
     python benchmarks/scaling_study.py --out runs/scaling --only draw --device cuda         # needs the model
     python benchmarks/scaling_study.py --results runs/scaling/results.jsonl --only analyse  # needs results.jsonl alone
-    … --json docs/scaling.json --markdown docs/scaling-study.md --plot docs/scaling.png --into docs/scaling.md
+    … --json docs/figures/scaling.json --markdown docs/figures/scaling-study.md --plot docs/figures/scaling.png --into docs/scaling.md
 
 Drawing (study_drawing.py) runs `scale t2i`: 4 x 8 images per prompt, latent questions, siglip reward. Then it reads every
 picture: the judge from its pixels, the model's questions again in image mode, further rewards whose weights are given. The
@@ -17,6 +17,7 @@ all drawn).
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -72,8 +73,11 @@ def main() -> None:
         if args.plot:
             plot(figures, args.plot)
         if args.into:
-            more = [f"[All metrics]({args.markdown.name})."] if args.markdown else []
-            picture = [f"![Correct images and errors removed]({args.plot.name})"] if args.plot else []
+            folder = args.into.parent
+            more = [f"[All metrics]({os.path.relpath(args.markdown, folder)})."] if args.markdown else []
+            picture = (
+                [f"![Correct images and errors removed]({os.path.relpath(args.plot, folder)})"] if args.plot else []
+            )
             write_between_marks(args.into, "study", summary(figures, "\n\n".join(more + picture)))
     except ScaleRAEError as error:
         raise SystemExit(f"error: {error}") from None

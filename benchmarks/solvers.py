@@ -1,6 +1,6 @@
 """How each solver's error against 1000 Euler steps falls with the number of network evaluations: table, JSON, plot.
 
-    python benchmarks/solvers.py --plot docs/solvers.png --json docs/solvers.json
+    python benchmarks/solvers.py --plot docs/figures/solvers.png --json docs/figures/solvers.json
 
 The error is the root mean square difference of the sampled latents over that of the reference, on --prompts prompts of the
 bundled model's world with one noise each. The reference takes 1000 Euler steps from t = 1 to t = 0; the published loop

@@ -16,6 +16,8 @@ def markdown(figures: dict[str, Any]) -> str:
     names = list(rounds)
     last, reward = names[-1], next(iter(_rewards(figures)))
     lines = [
+        "# The scaling study",
+        "",
         f"{figures['prompts']} held-out prompts, {figures['images']} images; guidance {settings['guidance_level']:g}, "
         f"{settings['solver']} {settings['steps']} steps, {settings['dtype']}, seed {settings['seed']}; "
         f"{figures['study']['device']}. Brackets: 95 % intervals, bootstrap over prompts."
@@ -23,7 +25,7 @@ def markdown(figures: dict[str, Any]) -> str:
         "",
         "Prompts by how many of their images are correct: "
         + ", ".join(f"{name} {count}" for name, count in figures["prompts_by_correct"].items())
-        + ". No choice can do better than the judge itself, which keeps the correct ones there are.",
+        + ". No choice can do better than the judge itself, which keeps correct images as long as there are any.",
         "",
         f"Share of correct images among all drawn, and among the {settings['n_samples']} kept:",
         "",
@@ -34,7 +36,7 @@ def markdown(figures: dict[str, Any]) -> str:
     lines += [table_row(label, [_text(rounds[n]["chosen"][label]["kept"]) for n in names]) for label in labels]
     lines += [
         "",
-        "Share of errors removed (target for combined: 0.40 at 4x2, 0.70 at 4x8):",
+        "Share of errors removed:",
         "",
         *table_head("", names[1:]),
     ]
@@ -53,7 +55,11 @@ def markdown(figures: dict[str, Any]) -> str:
         cells = [rounds[last]["drawn"]["kinds"][kind]]
         cells += [rounds[n]["chosen"][combined]["kinds"][kind] for n in names[1:]]
         lines.append(table_row(kind, [f"{value:.3f}" for value in cells]))
-    lines += ["", "The model's own answer, by what the judge says of the image:", ""]
+    lines += [
+        "",
+        "How often the model says yes to images that the judge finds right, and to images that it finds wrong:",
+        "",
+    ]
     lines += table_head("", [f"{what} ({mode})" for mode in MODES for what in ("yes to right", "yes to wrong")])
     for kind in (*kinds, "overall"):
         cells = []
@@ -76,8 +82,8 @@ def summary(figures: dict[str, Any], links: str = "") -> str:
     lines = [
         f"{figures['prompts']} held-out prompts, guidance {settings['guidance_level']:g}, {settings['solver']} "
         f"{settings['steps']} steps, {figures['study']['device']}: share of correct images among the "
-        f"{settings['n_samples']} kept, and of errors removed (shares kept are known "
-        f"to ± {_widest([rounds[n]['chosen'][row]['kept'] for n in names for row in rows]):.3f} or better, 95 %).",
+        f"{settings['n_samples']} kept, and in brackets share of errors removed (95 % intervals of the shares kept: "
+        f"± {_widest([rounds[n]['chosen'][row]['kept'] for n in names for row in rows]):.3f} or less).",
         "",
         *table_head("kept by", names),
         table_row("nobody (all drawn)", [f"{rounds[n]['drawn']['value']:.3f}" for n in names]),
@@ -105,7 +111,7 @@ def _seconds_table(figures: dict[str, Any]) -> list[str]:
     each = stages["total"] - once
     workers = figures["study"]["workers"]
     lines = [
-        f"Seconds a prompt ({workers} worker{'s' if workers > 1 else ''}; measured with {whole} rounds, fewer in proportion):",
+        f"Seconds per prompt ({workers} worker{'s' if workers > 1 else ''}; measured with {whole} rounds, fewer in proportion):",
         "",
         *table_head("", rounds),
     ]
@@ -160,15 +166,12 @@ def plot(figures: dict[str, Any], path: Path) -> None:
         line(axes, JUDGE, field, False, color="black", linestyle=":")
     kept.plot(x, [rounds[n]["drawn"]["value"] for n in rounds], color="black", linestyle="--", label="all drawn")
     kept.set_ylabel(f"correct among the {figures['study']['settings']['n_samples']} kept")
-    for target, place in ((0.4, "4x2"), (0.7, f"4x{figures['study']['settings']['scaling_rounds']}")):
-        if place in rounds:
-            removed.plot(x[list(rounds).index(place)], target, marker="_", markersize=16, color="black")
-    removed.set_ylabel("share of errors removed (bars: targets)")
+    removed.set_ylabel("share of errors removed")
     for axes in (kept, removed):
         axes.set_xscale("log", base=2)
         axes.set_xticks(x, names)
         axes.minorticks_off()
-        axes.set_xlabel("images drawn of each prompt")
+        axes.set_xlabel("images drawn per prompt")
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
     kept.figure.tight_layout()

@@ -273,6 +273,7 @@ def test_gpu_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
     table = script("gpu.py", "--markdown", file)
     assert all(row["name"] in table for row in result["figures"])
     assert f"| {sampled[0]['share_sustained']:.1%} |" in table
+    assert not re.search("target|commit", table)  # these are for whoever changes the code
     page = tmp_path / "page.md"
     page.write_text((ROOT / "docs" / "figures" / "gpu.md").read_text())
     for _ in range(2):
