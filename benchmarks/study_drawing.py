@@ -18,7 +18,6 @@ from benchmarks.study_analysis import read_lines
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord, read_prompts
-from scale_rae.scaling.experiment import judgement
 from scale_rae.scaling.settings import Settings
 
 PER_KIND = 100  # prompts of each kind in the prompt file
@@ -158,7 +157,7 @@ def _read(args: argparse.Namespace, folder: Path, prompts: Sequence[PromptRecord
                 "rewards": {"siglip": _short(record["all_ir_scores"])}
                 | {name: _short(reward.score(pictures, prompt.prompt)) for name, reward in rewards.items()},
                 "latent": columns([record["text_responses"][str(i)] for i in range(len(pictures))]),
-                "image": columns([judgement(score) for score in scores]),
+                "image": columns([score.judgement() for score in scores]),
                 "seconds": timed.get(prompt.index, {}) | {"encoding": encoding},
             }
             line["seconds"] = {name: round(value, 4) for name, value in line["seconds"].items()}

@@ -1,9 +1,11 @@
-"""What the model thinks of a latent against a prompt (REFERENCE §10)."""
+"""What the model thinks of a latent against a prompt (REFERENCE §10), up to the judgement that metadata.jsonl stores."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +35,13 @@ class Score:
     image_conf_score: float
     question: str
     reply: str
+
+    def judgement(self) -> dict[str, Any]:
+        """The image's entry in text_responses; its `score` is yes_conf_score, or -no_conf_score, or 0 if uncertain."""
+        values = dataclasses.asdict(self)
+        signed = {"yes": self.yes_conf_score, "no": -self.no_conf_score}.get(self.answer, 0.0)
+        first = ("answer", "yes_logit", "yes_conf_score", "no_logit", "no_conf_score")
+        return {name: values.pop(name) for name in first} | {"score": signed} | values
 
     def __repr__(self) -> str:
         numbers = f"yes {self.yes_logit:.3f}, no {self.no_logit:.3f}, prompt loss {self.prompt_loss:.3f}"

@@ -35,7 +35,6 @@ from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.ranking import metric_named
 from scale_rae.rewards import Reward, load_reward
-from scale_rae.scaling.experiment import judgement
 from scale_rae.wording import after_no_drawing, as_request, is_bundled
 
 PREVIEWS = 12  # pictures shown of an image that forms
@@ -325,7 +324,7 @@ class SharedModel:
                     emit(ranking.now(f"Judging {start + 1} to {start + count} of {total}"))
                     scores = self.model.score(latents, text, request=request, request_reply=reply)
                     rewards = reward.score(images, text) if reward is not None else None
-                    ranking.add(seeds, latents, images, [judgement(score) for score in scores], rewards)
+                    ranking.add(seeds, latents, images, [score.judgement() for score in scores], rewards)
                     emit(ranking.now(f"{len(ranking.seeds)} of {total} drawn and judged"))
                 done = ranking.now(f"{total} drawn, the best {keep} kept")
                 saved = [

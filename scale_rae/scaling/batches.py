@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.options import SamplingOptions
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import judgement
 from scale_rae.scaling.settings import Settings
 
 if TYPE_CHECKING:
@@ -120,12 +119,12 @@ class BatchMaker:
                 max_new_tokens=settings.post_qa_max_new_tokens,
             )
         if self._reward is None:
-            return [judgement(score) for score in scores], []
+            return [score.judgement() for score in scores], []
         with self.clock.timed("reward"):
             rewards = [float(value) for value in self._reward.score(images, prompt)]
         if len(rewards) != len(images):
             raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
-        return [judgement(score) for score in scores], rewards
+        return [score.judgement() for score in scores], rewards
 
     def largest_batch(self, prompts: Sequence[PromptRecord]) -> int:
         """How many images of one prompt this device has memory to draw and score at once, tried in two steps each.

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
@@ -14,9 +14,6 @@ from scale_rae.manifest import text_chunks
 from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import AUTO_REWARD, Settings
-
-if TYPE_CHECKING:
-    from scale_rae.scores import Score
 
 # Not compared when an experiment goes on: they only name what is compared by content.
 _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path")
@@ -58,14 +55,6 @@ def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
 def _short(value: object) -> str:
     text = dump_json(value)
     return text if len(text) <= 60 else text[:57] + "…"
-
-
-def judgement(score: Score) -> dict[str, Any]:
-    """One image's entry in text_responses. `score` is the confidence of a yes, minus that of a no, else 0."""
-    values = dataclasses.asdict(score)
-    signed = {"yes": score.yes_conf_score, "no": -score.no_conf_score}.get(score.answer, 0.0)
-    first = ("answer", "yes_logit", "yes_conf_score", "no_logit", "no_conf_score")
-    return {name: values.pop(name) for name in first} | {"score": signed} | values
 
 
 def check_finite(judged: Sequence[Mapping[str, Any]], rewards: Sequence[float] | None) -> None:

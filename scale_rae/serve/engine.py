@@ -33,7 +33,6 @@ from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
 from scale_rae.ranking import Verdicts, rank
 from scale_rae.rewards import Reward
-from scale_rae.scaling.experiment import judgement
 from scale_rae.serve.jobs import Job, Result, ResultImage
 from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.refusals import Refused, shutting_down
@@ -460,7 +459,7 @@ class Engine:
         job, size = task.job, 1 if self._on_cpu else task.job.best_of
         latents = [task.drawn[i][0] for i in range(job.best_of)]
         return [
-            judgement(score)
+            score.judgement()
             for start in range(0, len(latents), size)
             for score in self.model.score(
                 latents[start : start + size], job.subject, request=job.turns[-1].text, request_reply=task.reply
