@@ -72,7 +72,6 @@ def test_no_control_sequence_reaches_the_terminal(
     value = json.loads(file.read_text())
     file.write_text(json.dumps(value | {"prompt": f"a {TITLE}cat\x9b2J\u202e{CLIPBOARD}"}))
     (experiment / "00001" / "metadata.jsonl").unlink()
-    (experiment / "00001" / "metadata.jsonl").unlink()
     (experiment / "00001" / "error.json").write_text(json.dumps({"error": f"no {TITLE} {CLIPBOARD}\x9b2J"}))
     hostile = experiment.rename(experiment.with_name(f"e{TITLE}"))
     assert main([command, str(hostile)]) == 0
@@ -89,7 +88,6 @@ def test_nothing_in_an_experiment_is_a_tag(experiment: Path, tmp_path: Path) -> 
     for entry in value["text_responses"].values():
         entry["reply"] = entry["question"] = evil
     file.write_text(json.dumps(value | {"prompt": evil, "image_seeds": [evil, {evil: [evil]}], "reward": evil}))
-    (experiment / "00001" / "metadata.jsonl").unlink()
     (experiment / "00001" / "metadata.jsonl").unlink()
     (experiment / "00001" / "error.json").write_text(json.dumps({"error": evil, "prompt": evil}))
     (experiment / "experiment.json").write_text(json.dumps({"settings": {"n_samples": 1, "question": evil}}))
