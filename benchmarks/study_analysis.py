@@ -61,7 +61,7 @@ def choices(lines: Sequence[dict[str, Any]]) -> list[Choice]:
     found = []
     for mode in MODES:
         for metric in METRICS:
-            if metric == "image_reward" and mode == "image":
+            if TABLE[metric].needs_reward and mode == "image":
                 continue  # does not depend on the model's answers
             found += [Choice(metric, mode, r) for r in (rewards if metric in NEED_REWARD else [None])]
     return found

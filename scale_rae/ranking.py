@@ -16,39 +16,49 @@ ANSWERS = ("yes", "uncertain", "no")  # in the order of preference
 class Metric:
     """One way to order images; a new metric is one entry of TABLE.
 
-    `title` names it in a heading, `label` in a list to choose from, `short` below an image, `noun` in sentences. `field` is
-    the number of a verdict that it goes by. A metric without one, unless it is the reward, goes by the answer: images with
-    a yes first, then the uncertain, then those with a no.
+    A metric goes by one of three things: the reward, a `field` of the judgement, or the answer. By the answer, images with
+    a yes come first, then the uncertain ones, then those with a no; `answer_field` names the number that orders images
+    with the same answer ("logit" stands for yes_logit and no_logit).
     """
 
-    title: str
-    label: str
-    short: str
-    noun: str
+    title: str  # in headings
+    label: str  # in a list to choose from
+    short: str  # below an image
+    noun: str  # in sentences
     field: str | None = None
+    answer_field: str | None = None
     needs_reward: bool = False
-    uses_reward: bool = False
+    mixes_reward: bool = (
+        False  # among images with the same answer, the reward counts beside yes_conf_score, if there is one
+    )
     lower_is_better: bool = False
 
     @property
-    def by_answer(self) -> bool:
-        """Whether the model's answer decides before any number does."""
-        return self.field is None and not self.needs_reward
+    def uses_reward(self) -> bool:
+        """Whether rewards make a difference."""
+        return self.needs_reward or self.mixes_reward
 
 
 TABLE = {
     "combined": Metric(
-        "reward and confidence", "answer, then reward and confidence", "comb.", "combined score", uses_reward=True
+        "reward and confidence",
+        "answer, then reward and confidence",
+        "comb.",
+        "combined score",
+        answer_field="conf_score",
+        mixes_reward=True,
     ),
-    "answer_conf": Metric("confidence of the answer", "answer and its confidence", "answer", "confidence"),
-    "answer_logits": Metric("logit of the answer", "answer and its logit", "logit", "logit"),
-    "image_reward": Metric("reward", "reward alone", "reward", "reward", needs_reward=True, uses_reward=True),
+    "answer_conf": Metric(
+        "confidence of the answer", "answer and its confidence", "answer", "confidence", answer_field="conf_score"
+    ),
+    "answer_logits": Metric("logit of the answer", "answer and its logit", "logit", "logit", answer_field="logit"),
+    "image_reward": Metric("reward", "reward alone", "reward", "reward", needs_reward=True),
     "prompt_loss": Metric(
         "loss of the prompt",
         "prompt loss (lower is better)",
         "loss",
         "prompt loss",
-        "prompt_loss",
+        field="prompt_loss",
         lower_is_better=True,
     ),
     "prompt_conf": Metric(
@@ -56,21 +66,27 @@ TABLE = {
         "confidence in the prompt",
         "prompt",
         "confidence in the prompt",
-        "prompt_conf_score",
+        field="prompt_conf_score",
     ),
     "image_conf": Metric(
-        "confidence at the image", "confidence in the image", "image", "confidence in the image", "image_conf_score"
+        "confidence at the image",
+        "confidence in the image",
+        "image",
+        "confidence in the image",
+        field="image_conf_score",
     ),
     "response_conf": Metric(
         "confidence of the reply",
         "confidence in the answer",
         "reply",
         "confidence in the answer",
-        "response_conf_score",
+        field="response_conf_score",
     ),
 }
 METRICS = tuple(TABLE)
 ALIASES = {"loss": "prompt_loss"}
+_ALIAS_OF = {metric: alias for alias, metric in ALIASES.items()}
+METRICS_HELP = ", ".join(f"{name} (or {_ALIAS_OF[name]})" if name in _ALIAS_OF else name for name in METRICS)
 
 
 def metric_as_given(name: str) -> str:
@@ -97,10 +113,10 @@ def metric_named(name: str) -> str:
 
 @dataclass(frozen=True)
 class Verdicts:
-    """What the model and the reward said of a prompt's images, as metadata.jsonl holds it.
+    """The model's judgements and the rewards of a prompt's images, as metadata.jsonl holds them.
 
-    `responses` is its text_responses, `rewards` its all_ir_scores, `where` a prefix of errors (the file). Fields are checked
-    when they are read, and errors name them.
+    `responses` is its text_responses, `rewards_field` its all_ir_scores, `where` a prefix of errors (the file). Fields are
+    checked when they are read; errors name them.
     """
 
     count: int
@@ -122,7 +138,7 @@ class Verdicts:
 
     @classmethod
     def made(cls, judged: Sequence[Mapping[str, Any]], rewards: Sequence[float] | None) -> Verdicts:
-        """The verdicts of images that were judged just now: one judgement and, with a reward, one number per image."""
+        """The verdicts of images that were judged just now: one judgement and, with a reward model, one reward per image."""
         responses = {str(i): dict(entry) for i, entry in enumerate(judged)}
         return cls(len(judged), responses, None if rewards is None else list(rewards))
 
@@ -130,7 +146,7 @@ class Verdicts:
         """The reward of each image; None when there was no reward model.
 
         Raises:
-            InputError: naming the field, when there are not as many as images, or one is not a number.
+            InputError: naming the field, when their number is not that of the images, or one is not a number.
         """
         values = self.rewards_field
         if values is None:
@@ -142,7 +158,7 @@ class Verdicts:
         return [self._number(value, f"all_ir_scores[{i}]") for i, value in enumerate(values)]
 
     def response(self, image: int) -> Mapping[str, Any]:
-        """What the model said of an image; empty when it was not asked (the official code asks about some only)."""
+        """The judgement of an image; empty when the model was not asked (the official code asks about some images only)."""
         if self.responses is None:
             return {}
         if not isinstance(self.responses, dict):
@@ -163,8 +179,18 @@ class Verdicts:
         return str(answer)
 
     def score(self, image: int, name: str) -> float | None:
-        """A number of the model's response to an image; None when there is none."""
+        """A number of an image's judgement; None when there is none."""
         return self._number(self.response(image).get(name), f'text_responses["{image}"].{name}')
+
+    def answer_score(self, image: int, name: str) -> float | None:
+        """yes_<name>, or -no_<name>, or 0 if uncertain, by the answer; None when the model was not asked."""
+        answer = self.answer(image)
+        if answer is None:
+            return None
+        if answer == "uncertain":
+            return 0.0
+        value = self.score(image, f"{answer}_{name}")
+        return value if value is None or answer == "yes" else -value
 
     def _number(self, value: Any, name: str) -> float | None:
         if value is None:
@@ -191,11 +217,11 @@ class Ranking:
 
 
 def rank(verdicts: Verdicts, metric: str, reward_weight: float = 0.5, at_least: int = 1) -> Ranking:
-    """A prompt's images by a metric, best first; equal ones in the order they were drawn.
+    """A prompt's images by a metric, best first; images that are equal stay in the order they were drawn.
 
-    - `combined`: images with a yes, then the uncertain, then those with a no; within each by
-      w · z(reward) + (1 - w) · z(yes_conf_score), z being standardised over the prompt's images (0 without spread).
-      Without rewards, as `answer_conf`.
+    - `combined`: images with a yes, then the uncertain ones, then those with a no; within each by
+      w · z(reward) + (1 - w) · z(yes_conf_score), where w is `reward_weight` and z standardises over the prompt's images
+      (0 if all are equal). Without rewards, as `answer_conf`.
     - `answer_conf`, `answer_logits`: the answers in the same order; the surest yes first, the surest no last.
     - `image_reward`, `prompt_conf`, `image_conf`, `response_conf`: higher is better; `prompt_loss`: lower.
 
@@ -216,15 +242,15 @@ def rank(verdicts: Verdicts, metric: str, reward_weight: float = 0.5, at_least: 
                 f"{verdicts.where}all_ir_scores is {missing}; --metric {metric} needs a reward of each image"
             )
         scores, needs = rewards, "all_ir_scores"
-    elif entry.field is not None:
-        needs = entry.field
+    elif entry.answer_field is None:
+        needs = str(entry.field)
         scores = [verdicts.score(i, needs) for i in range(count)]
     else:
         answers = [verdicts.answer(i) for i in range(count)]
         tiers = [ANSWERS.index(answer) if answer is not None else len(ANSWERS) for answer in answers]
-        needs = "logit" if metric == "answer_logits" else "conf_score"
-        scores = [_of_answer(verdicts, i, answer, needs) for i, answer in enumerate(answers)]
-        if metric == "combined":
+        needs = entry.answer_field
+        scores = [verdicts.answer_score(i, needs) for i in range(count)]
+        if entry.mixes_reward:
             rewards = verdicts.rewards()
             without_reward = rewards is None
             if rewards is not None:
@@ -238,16 +264,6 @@ def rank(verdicts: Verdicts, metric: str, reward_weight: float = 0.5, at_least: 
     return Ranking(order + [i for i in range(count) if scores[i] is None], scores, without_reward)
 
 
-def _of_answer(verdicts: Verdicts, image: int, answer: str | None, kind: str) -> float | None:
-    """The number that belongs to the answer; that of a no is negative."""
-    if answer is None:
-        return None
-    if answer == "uncertain":
-        return 0.0
-    value = verdicts.score(image, f"{answer}_{kind}")
-    return value if value is None or answer == "yes" else -value
-
-
 def _combine(
     rewards: Sequence[float | None], confidences: Sequence[float | None], reward_weight: float
 ) -> list[float | None]:
@@ -259,7 +275,7 @@ def _combine(
     z_reward, z_sure = standardised([r for _, r, _ in both]), standardised([c for _, _, c in both])
     scores: list[float | None] = [None] * len(rewards)
     for (i, _, _), r, c in zip(both, z_reward, z_sure, strict=True):
-        # Rounded, so that what is equal on paper is a tie, whatever the last bits say.
+        # Rounded, so that scores that are equal on paper tie whatever their last bits.
         scores[i] = round(reward_weight * r + (1 - reward_weight) * c, 9) + 0.0
     return scores
 
@@ -285,8 +301,8 @@ def _lacking(verdicts: Verdicts, metric: str, needs: str, scores: Sequence[float
         name = f'text_responses["{image}"]'
     else:
         response = verdicts.response(image)
-        if needs in ("conf_score", "logit"):
-            given = "yes" if metric == "combined" and verdicts.rewards_field else verdicts.answer(image)
+        if TABLE[metric].answer_field:
+            given = "yes" if TABLE[metric].mixes_reward and verdicts.rewards_field else verdicts.answer(image)
             needs = "answer" if verdicts.answer(image) is None else f"{given}_{needs}"
             if response.get(needs) is not None:  # so the image's reward is null
                 return InputError(f"{verdicts.where}all_ir_scores[{image}] is null; --metric {metric} needs it")
@@ -305,15 +321,15 @@ def why_dropped(verdicts: Verdicts, ranking: Ranking, keep: int, metric: str, im
         return None
     last = ranking.order[keep - 1]
     score, needed = ranking.scores[image], ranking.scores[last]
-    if entry.by_answer:
+    if entry.answer_field:
         answer, best = verdicts.answer(image), verdicts.answer(last)
         if answer is None:
             return "The model was not asked about it."
         if best is not None and ANSWERS.index(answer) > ANSWERS.index(best):
             said = {"no": "the model says no", "uncertain": "the model says neither yes nor no"}[answer]
             return f"Asked whether it shows the prompt, {said}; the last image kept has a {best}."
-    combined = metric == "combined" and not ranking.without_reward
-    name = entry.noun if combined or metric != "combined" else TABLE["answer_conf"].noun
+    combined = entry.mixes_reward and not ranking.without_reward
+    name = TABLE["answer_conf"].noun if ranking.without_reward else entry.noun
     if score is None or needed is None:
         return f"It has no {name}."
     if score == needed:

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from scale_rae.cli.app import say, show
-from scale_rae.cli.select import METRICS_HELP, Debug, Keep, RewardWeight, check_metric
+from scale_rae.cli.select import Debug, Keep, RewardWeight, check_metric
+from scale_rae.ranking import METRICS_HELP
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The experiment: the folder that holds 00000, 00001, ….")]
 Metric = Annotated[

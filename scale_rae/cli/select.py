@@ -10,6 +10,7 @@ import typer
 
 from scale_rae.cli.app import say, show, show_json
 from scale_rae.errors import InputError
+from scale_rae.ranking import METRICS_HELP, metric_as_given, metric_named
 
 if TYPE_CHECKING:
     from scale_rae.scaling.select import Selection
@@ -17,15 +18,11 @@ if TYPE_CHECKING:
 
 def check_metric(value: str | None) -> str | None:
     """The metric an option names, in its full name."""
-    from scale_rae.ranking import metric_named
-
     return _checked(metric_named, value) if value is not None else None
 
 
 def _check_given(value: str) -> str:
-    """The metric an option names, as it was named: the folder is."""
-    from scale_rae.ranking import metric_as_given
-
+    """The metric an option names, as it was given: the folder is named by it."""
     return _checked(metric_as_given, value)
 
 
@@ -43,9 +40,6 @@ RewardWeight = Annotated[
     float, typer.Option(min=0.0, max=1.0, help="combined: weight of the reward; the confidence has the rest.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-METRICS_HELP = (
-    "combined, answer_conf, answer_logits, image_reward, prompt_loss (or loss), prompt_conf, image_conf, response_conf"
-)
 
 
 def command(

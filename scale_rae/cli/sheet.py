@@ -9,7 +9,8 @@ import typer
 
 from scale_rae.cli.app import say, show
 from scale_rae.cli.report import Folder
-from scale_rae.cli.select import METRICS_HELP, Debug, Keep, RewardWeight, check_metric
+from scale_rae.cli.select import Debug, Keep, RewardWeight, check_metric
+from scale_rae.ranking import METRICS_HELP
 
 
 def command(
