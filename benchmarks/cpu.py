@@ -100,6 +100,7 @@ def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
 def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[str, float]:
     """`scale t2i` of `count` prompts (4 x 2 images, latent questions, siglip reward): seconds per prompt after loading, and the
     share of them in which no network ran."""
+    from scale_rae.options import SamplingOptions
     from scale_rae.promptfile import PromptRecord
     from scale_rae.scaling.events import Event, WorkerLoaded
     from scale_rae.scaling.launch import run
@@ -107,7 +108,7 @@ def scaling(model_path: str, guidance: float, count: int, steps: int) -> dict[st
     from scale_rae.scaling.settings import Settings
 
     prompts = [PromptRecord(i + 1, f"a photo of a {color} cross", i) for i, color in enumerate(COLORS[:count])]
-    settings = Settings("", model_path, guidance_level=guidance, steps=steps, reward="siglip")
+    settings = Settings("", model_path, options=SamplingOptions(guidance=guidance, steps=steps), reward="siglip")
     clock = NetworkClock()
 
     def listen(event: Event) -> None:

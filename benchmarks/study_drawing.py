@@ -17,6 +17,7 @@ from typing import Any
 from benchmarks.study_analysis import read_lines
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.jsonio import dump_json
+from scale_rae.options import SamplingOptions
 from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.scaling.settings import Settings
 
@@ -52,9 +53,7 @@ def draw(args: argparse.Namespace) -> None:
         n_samples=args.n_samples,
         scaling_rounds=args.rounds,
         seed=args.seed,
-        guidance_level=args.guidance,
-        steps=args.steps,
-        solver=args.solver,
+        options=SamplingOptions(guidance=args.guidance, steps=args.steps, solver=args.solver),
         batch_size=args.batch_size,
         reward="siglip",
     )

@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.files import sha256
-from scale_rae.jsonio import dump_json
-from scale_rae.options import Sampling
+from scale_rae.jsonio import Fields, dump_json
+from scale_rae.options import LARGEST_SEED, Sampling, SamplingOptions, from_record, options_of, to_record
 from scale_rae.version import __version__
+
+# The sampler's options in the order that manifests have them: `steps` last.
+SAMPLER_FIELDS = tuple(sorted((o.name for o in options_of(SamplingOptions)), key=lambda name: name == "steps"))
+_ALWAYS_THERE = ("guidance_level", "solver", "steps")  # in manifests of every version
 
 
 def drawing_manifest(
@@ -25,6 +29,7 @@ def drawing_manifest(
     seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     """One message's manifest, without the paths that writing adds. `opened` is `OpenedModel.record`'s."""
+    options = to_record(sampling.options)
     return {
         **mode,
         "prompt": prompt,
@@ -32,16 +37,38 @@ def drawing_manifest(
         **opened,
         "seed": sampling.seed,
         "image_seeds": list(image_seeds),
-        "guidance_level": sampling.guidance_level,
-        "guidance_interval": list(sampling.guidance_interval) if sampling.guidance_interval else None,
-        "solver": sampling.solver,
-        "steps": sampling.steps,
+        **{name: options[name] for name in SAMPLER_FIELDS},
         "max_new_tokens": sampling.max_new_tokens,
         "batch_size": batch_size,
         "prompts_in_batch": prompts_in_batch,
         "output_text": output_text,
         "seconds": dict(seconds),
     }
+
+
+def recorded_sampling(manifest: Fields) -> Sampling:
+    """How the images of a manifest were drawn.
+
+    Raises:
+        manifest.error: naming a field that is missing or is not what it should be.
+    """
+    seeds = manifest.get("image_seeds", list)
+    if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s <= LARGEST_SEED for s in seeds):
+        raise manifest.fail("image_seeds", "must be whole numbers")
+    for name in _ALWAYS_THERE:
+        manifest.get(name, object)
+    try:
+        options = from_record(SamplingOptions, manifest.raw)
+    except ValueError as e:
+        raise manifest.error(f"{manifest.where}: {e}") from e
+    return Sampling(
+        num_images=len(seeds),
+        seed=manifest.get("seed", int),
+        options=options,
+        max_new_tokens=manifest.get("max_new_tokens", int),
+        batch_size=manifest.get("batch_size", int, None),
+        image_seeds=tuple(seeds),
+    )
 
 
 def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
@@ -51,8 +78,8 @@ def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
 
 def png_text(manifest: Mapping[str, Any], seed: int | None = None) -> dict[str, str]:
     """A PNG's text chunks: the settings in its manifest, and its noise seed."""
-    keys = ("mode", "action", "prompt", "seed", "model_path", "guidance_level", "guidance_interval", "solver", "steps")
-    fields = {key: manifest.get(key) for key in (*keys, "max_new_tokens", "dtype", "quantize")}
+    keys = ("mode", "action", "prompt", "seed", "model_path", *SAMPLER_FIELDS, "max_new_tokens", "dtype", "quantize")
+    fields = {key: manifest.get(key) for key in keys}
     return text_chunks(fields | {"image_seed": seed})
 
 

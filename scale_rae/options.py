@@ -1,13 +1,18 @@
-"""What can be chosen, without torch: names, defaults, and the checks that need no model.
+"""What can be chosen, without torch: each option's name, default, help text and the values it takes.
 
-Everything that has a choice to offer or to check (the command line, the pipeline, the server, the page) takes it from here.
+An option is a field of a dataclass whose annotation has a `Knob`. From these fields come the command line's flags
+(`cli/signature.py`), the fields of manifests and experiment.json (`to_record`), the server's request fields and the page's
+sliders. A new option of the sampler is one field of `SamplingOptions`, and its use where latents are sampled.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+import types
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from scale_rae.errors import OptionError
 
@@ -18,79 +23,322 @@ COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
-DEFAULT_STEPS = 49
-TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 REWARDS = ("imagereward", "siglip", "pickscore")
 POST_QA_MODES = ("latent", "image")
-PROMPT_PREFIX = "Can you generate "  # put before prompts that are not worded as requests
 
-_DEVICE = re.compile(r"(cpu|cuda|mps)(:[1-9]?\d)?")  # torch takes higher numbers, and makes others of them
+DEFAULT_STEPS = 49
+DEFAULT_SEED = 42
+DEFAULT_NEW_TOKENS = 512  # of a reply
+DEFAULT_ANSWER_TOKENS = 64  # of an answer to a question about a drawn image
+PROMPT_PREFIX = "Can you generate "  # put before prompts that are not worded as requests
+TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
+LARGEST_SEED = 2**63 - 1
+
+MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
+
+_DEVICE = re.compile(r"(cpu|cuda|mps)(:[1-9]?\d)?")  # torch takes longer numbers too, and wraps them around
+
+
+# --- what is known of an option --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Knob:
+    """An option's help text, names and bounds; its type and default are those of the dataclass field.
+
+    `name` is the option's name in flags and files, `label` its name in error messages. `must` says what a value must be,
+    where `least`, `most` and `choices` do not say it well enough.
+    """
+
+    help: str
+    panel: str | None = None  # the heading that --help lists the option under
+    name: str = ""  # default: the field's name
+    label: str = ""  # default: `name` with spaces
+    choices: tuple[str, ...] = ()
+    least: float | None = None
+    most: float | None = None
+    must: str = ""
+    metavar: str | None = None
+    show_default: bool = True
+
+    def check(self, label: str, value: Any) -> None:
+        """Raises OptionError, beginning with `label`, for a value that the option does not take. None is always taken."""
+        if value is None:
+            return
+        if self.choices:
+            if value not in self.choices:
+                raise OptionError(f"{label} {value!r}{self.must or ': use one of'} {', '.join(self.choices)}")
+        elif self.least is not None or self.most is not None:
+            above = self.least is None or value >= self.least
+            if not (above and _finite(value) and (self.most is None or value <= self.most)):
+                raise OptionError(f"{label} {_short(value)}: {self.must or f'must be at least {self.least}'}")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of an options dataclass, as `options_of` lists them. `path` are the field names that lead to it."""
+
+    path: tuple[str, ...]
+    kind: Any  # its type
+    default: Any  # dataclasses.MISSING where there is none
+    knob: Knob
+
+    @property
+    def name(self) -> str:
+        """Its name in flags (with dashes) and in files."""
+        return self.knob.name or self.path[-1]
+
+    @property
+    def label(self) -> str:
+        """Its name in error messages."""
+        return self.knob.label or self.name.replace("_", " ")
+
+
+T = TypeVar("T")
+
+
+def options_of(kind: type, defaults: object | None = None) -> list[Option]:
+    """The options of a dataclass in order, those of contained options dataclasses in their place.
+
+    `defaults`, an instance, has the defaults instead of the class. Fields without a Knob are no options.
+    """
+    found: list[Option] = []
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):  # type: ignore[arg-type]
+        default = getattr(defaults, field.name) if defaults is not None else _default(field)
+        if is_dataclass(inner := hints[field.name]):
+            contained = options_of(inner, None if default is MISSING else default)  # type: ignore[arg-type]
+            found += [replace(option, path=(field.name, *option.path)) for option in contained]
+        elif knob := knob_of(inner):
+            found.append(Option((field.name,), get_args(inner)[0], default, knob))
+    return found
+
+
+def knob_of(annotation: Any) -> Knob | None:
+    """The Knob of an Annotated type, None for any other annotation."""
+    if get_origin(annotation) is Annotated:
+        return next((item for item in annotation.__metadata__ if isinstance(item, Knob)), None)
+    return None
+
+
+def check_options(options: object, flags: bool = False) -> None:
+    """Raises OptionError, naming the option, for a value that one of a dataclass's own options does not take.
+
+    Contained dataclasses check themselves. With `flags`, messages name options as the command line does.
+    """
+    for option in options_of(type(options)):
+        if len(option.path) == 1:
+            label = f"--{option.name.replace('_', '-')}" if flags else option.label
+            option.knob.check(label, getattr(options, option.path[0]))
+
+
+def with_values(defaults: T, values: Mapping[str, Any]) -> T:
+    """A copy of an options dataclass with the values of some options, given by the options' names."""
+    changes: dict[str, Any] = {}
+    for option in options_of(type(defaults)):
+        if option.name in values:
+            inner = changes
+            for name in option.path[:-1]:
+                inner = inner.setdefault(name, {})
+            inner[option.path[-1]] = values[option.name]
+    return _replaced(defaults, changes)
+
+
+def to_record(options: object) -> dict[str, Any]:
+    """All fields of an options dataclass as JSON values under the options' names; contained dataclasses are flattened."""
+    record: dict[str, Any] = {}
+    hints = get_type_hints(type(options), include_extras=True)
+    for field in fields(options):  # type: ignore[arg-type]
+        value, knob = getattr(options, field.name), knob_of(hints[field.name])
+        if is_dataclass(value):
+            record |= to_record(value)
+        else:
+            name = (knob.name if knob else "") or field.name
+            record[name] = list(value) if isinstance(value, tuple) else value
+    return record
+
+
+def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
+    """The options dataclass that `to_record` made a record of; what the record does not have takes its default.
+
+    Raises:
+        ValueError: naming the field, for a value of another type. TypeError: for a missing field without a default.
+    """
+    values: dict[str, Any] = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        if is_dataclass(hint):
+            values[field.name] = from_record(hint, record)  # type: ignore[arg-type]
+            continue
+        knob = knob_of(hint)
+        name = (knob.name if knob else "") or field.name
+        if name in record:
+            values[field.name] = _typed(name, record[name], get_args(hint)[0] if knob else hint)
+    return kind(**values)
+
+
+def _default(field: Any) -> Any:
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _replaced(options: T, changes: Mapping[str, Any]) -> T:
+    """The dataclass with changed fields; a dict stands for changes of a contained dataclass."""
+    made = {
+        name: _replaced(getattr(options, name), value) if isinstance(value, dict) else value
+        for name, value in changes.items()
+    }
+    return replace(options, **made)  # type: ignore[type-var]
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A JSON value as the type of its field: whole numbers are floats where floats are meant, lists are tuples."""
+    variants = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
+    for variant in variants:
+        if get_origin(variant) is tuple and isinstance(value, list | tuple):
+            parts = get_args(variant)
+            if parts[-1] is Ellipsis:
+                parts = (parts[0],) * len(value)
+            if len(parts) == len(value):
+                return tuple(_typed(name, item, part) for item, part in zip(value, parts, strict=True))
+        elif variant is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value) if _finite(value) else value
+        elif (
+            isinstance(variant, type)
+            and isinstance(value, variant)
+            and not (isinstance(value, bool) and variant is int)
+        ):
+            return value
+    raise ValueError(f"{name} is missing" if value is None else f"{name} is {value!r:.40}")
+
+
+# --- options that several dataclasses have ---------------------------------------------------------------------------
+
+_DTYPE = Knob("float32, bfloat16 or float16. Default: float32 on the CPU, bfloat16 elsewhere.", MODEL, choices=DTYPES)
+Compile = Annotated[
+    str,
+    Knob(
+        "Compile the networks: takes seconds, then draws faster. auto: on CUDA, when many images are to be drawn.",
+        MODEL,
+        choices=COMPILE,
+    ),
+]
+Quantize = Annotated[
+    str | None,
+    Knob(
+        "fp8: draw with float8 matrix products; faster, a little less exact. Needs a GPU that has them (Ada, Hopper, "
+        "Blackwell).",
+        MODEL,
+        choices=QUANTIZE,
+    ),
+]
+Seed = Annotated[
+    int,
+    Knob(
+        "The same seed draws the same image.",
+        SAMPLING,
+        least=0,
+        most=LARGEST_SEED,
+        must="must be at least 0 and less than 2^63",
+    ),
+]
+MaxNewTokens = Annotated[int, Knob("Longest reply, in tokens.", SAMPLING, least=1)]
+
+
+# --- the dataclasses -------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class ModelChoice:
     """Which checkpoint, and where it runs."""
 
-    model_path: str
-    decoder_repo: str | None = None
-    revision: str | None = None
-    device: str | None = None
-    dtype: str | None = None
-    compile: str = "auto"
-    quantize: str | None = None
+    model_path: Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)] = DEFAULT_MODEL
+    decoder_repo: Annotated[
+        str | None,
+        Knob(
+            "Pixel decoder: hub id or folder. Default: the one that matches the model, which is a folder `decoder` inside "
+            f"or beside it, else {PUBLISHED_DECODERS['siglip']} (SigLIP-2) or {PUBLISHED_DECODERS['dinov2']} (WebSSL).",
+            MODEL,
+            show_default=False,
+        ),
+    ] = None
+    revision: Annotated[str | None, Knob("Branch, tag or commit of a model on the hub.", MODEL)] = None
+    device: Annotated[str | None, Knob("cpu, cuda, cuda:N or mps. Default: the best there is.", MODEL)] = None
+    dtype: Annotated[str | None, _DTYPE] = None
+    compile: Compile = "auto"
+    quantize: Quantize = None
 
     def check(self) -> None:
-        """Raises OptionError for values that are no choice on any machine."""
+        """Raises OptionError for values that exist on no machine."""
         check_device_name(self.device)
-        check_dtype_name(self.dtype)
-        check_speed(self.compile, self.quantize)
+        check_options(self)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
-    """How a latent is sampled. `guidance` 1 is no guidance; `interval` limits where in t it acts."""
+    """The sampler's options: how one latent is drawn from noise."""
 
-    steps: int = DEFAULT_STEPS
-    solver: str = "euler"
-    guidance: float = 1.0
-    interval: tuple[float, float] | None = None
+    guidance: Annotated[
+        float,
+        Knob(
+            "Classifier-free guidance; 1 is none.",
+            SAMPLING,
+            name="guidance_level",
+            least=0,
+            must="must be a finite number of at least 0 (1 is no guidance)",
+        ),
+    ] = 1.0
+    interval: Annotated[
+        tuple[float, float] | None,
+        Knob("Guide only where t is in [LO, HI]; noise is t = 1.", SAMPLING, name="guidance_interval", metavar="LO HI"),
+    ] = None
+    steps: Annotated[int, Knob("Steps of the solver.", SAMPLING, least=1)] = DEFAULT_STEPS
+    solver: Annotated[
+        str,
+        Knob(
+            "euler (the published schedule), heun, dpmpp_2m or ab2.",
+            SAMPLING,
+            choices=SOLVERS,
+            must=" is unknown; choose one of",
+        ),
+    ] = "euler"
 
     def check(self) -> None:
-        """Raises OptionError for values no sampler can use."""
-        check_options(self.guidance, self.steps, self.solver, self.interval)
+        """Raises OptionError, naming the option, for values that no sampler can use."""
+        if self.solver == "euler" and not 2 <= self.steps <= TRAINING_STEPS:
+            raise OptionError(
+                f"steps {self.steps}: the euler solver picks from the published {TRAINING_STEPS}-time grid and takes 2 to "
+                f"{TRAINING_STEPS}"
+            )
+        check_options(self)
+        if self.interval is not None:
+            low, high = self.interval
+            if not 0 <= low < high <= 1:
+                raise OptionError(f"guidance interval {low} {high}: needs 0 <= LO < HI <= 1 (in t, noise is 1)")
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
 
-    num_images: int = 1
-    seed: int = 42
-    guidance_level: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
-    steps: int = DEFAULT_STEPS
-    solver: str = "euler"
-    max_new_tokens: int = 512
-    batch_size: int | None = None
+    num_images: Annotated[int, Knob("Images of each prompt.", SAMPLING, label="number of images", least=1)] = 1
+    seed: Seed = DEFAULT_SEED
+    options: SamplingOptions = SamplingOptions()
+    max_new_tokens: MaxNewTokens = DEFAULT_NEW_TOKENS
+    batch_size: Annotated[
+        int | None, Knob("Images drawn at once. Default: 8 on the CPU, 32 elsewhere.", SAMPLING, least=1)
+    ] = None
     image_seeds: tuple[int, ...] | None = None
-
-    @property
-    def options(self) -> SamplingOptions:
-        """How each latent is sampled."""
-        return SamplingOptions(self.steps, self.solver, self.guidance_level, self.guidance_interval)
 
     def check(self) -> None:
         """Raises OptionError, naming the option, for values that no run can use."""
-        check_count("number of images", self.num_images)
-        check_count("batch size", self.batch_size)
-        check_count("max new tokens", self.max_new_tokens)
-        check_seed(self.seed)
-        check_options(self.guidance_level, self.steps, self.solver, self.guidance_interval)
+        check_options(self)
+        self.options.check()
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Which tricks make the networks fast: those of fast_dit.py under the names explained there, and `ahead`.
+    """Which optimisations are on: those of fast_dit.py under the names explained there, and `ahead`.
 
     `ahead`: the language model's next token is asked for before the host has seen this one. `graph`, `pad`, `group`,
     `kernels` and `ahead` act on CUDA devices only; `null` needs `together`. `attention` is PyTorch's ("flash"), our kernel
@@ -99,8 +347,8 @@ class Speed:
     the seconds that compiling takes.
     """
 
-    compile: str = "auto"
-    quantize: str | None = None
+    compile: Compile = "auto"
+    quantize: Quantize = None
     graph: bool = True
     pad: bool = True
     group: bool = True
@@ -111,13 +359,11 @@ class Speed:
     defer: bool = True
     kernels: bool = True
     ahead: bool = True
-    attention: str = "auto"
+    attention: Annotated[str, Knob("Which attention kernel.", choices=ATTENTION)] = "auto"
 
     def check(self) -> None:
         """Raises OptionError for values that do not exist."""
-        check_speed(self.compile, self.quantize)
-        if self.attention not in ATTENTION:
-            raise OptionError(f"attention {self.attention!r}: use one of {', '.join(ATTENTION)}")
+        check_options(self)
         if self.attention == "own" and not (self.kernels and self.defer):
             raise OptionError(f"attention {self.attention!r}: needs kernels and defer, which are switched off")
 
@@ -126,58 +372,28 @@ class Speed:
         return replace(self, compile=other.compile) == other
 
 
+# --- checks of single values -----------------------------------------------------------------------------------------
+
+
 def check_count(name: str, value: int | None) -> None:
     """Raises OptionError unless a number of things is at least 1 (or None, which is a default)."""
     if value is not None and value < 1:
         raise OptionError(f"{name} {value}: must be at least 1")
 
 
-def check_seed(seed: int) -> None:
-    """Raises OptionError for a seed that is no 63-bit number."""
-    if not 0 <= seed < 2**63:
-        raise OptionError(f"seed {seed}: must be at least 0 and less than 2^63")
-
-
-def check_options(guidance: float, steps: int, solver: str, interval: tuple[float, float] | None) -> None:
-    """Raises OptionError, naming the option, for values no sampler can use."""
-    if not (_finite(guidance) and guidance >= 0):
-        raise OptionError(
-            f"guidance level {_short(guidance)}: must be a finite number of at least 0 (1 is no guidance)"
-        )
-    if solver not in SOLVERS:
-        raise OptionError(f"solver {solver!r} is unknown; choose one of {', '.join(SOLVERS)}")
-    if steps < 1 and solver != "euler":
-        raise OptionError(f"steps {steps}: must be at least 1")
-    if solver == "euler" and not 2 <= steps <= TRAINING_STEPS:
-        raise OptionError(
-            f"steps {steps}: the euler solver picks from the published {TRAINING_STEPS}-time grid and takes 2 to 1000"
-        )
-    if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
-        raise OptionError(f"guidance interval {interval[0]} {interval[1]}: needs 0 <= LO < HI <= 1 (in t, noise is 1)")
-
-
 def check_device_name(name: str | None) -> None:
-    """Raises OptionError for what is no name of a device; whether there is such a device, torch knows."""
+    """Raises OptionError for what is not the name of a device; whether the device exists, torch knows."""
     if name is not None and not _DEVICE.fullmatch(name):
         raise OptionError(f"device {name!r}: not a device name; use cpu, cuda, cuda:N or mps")
 
 
 def check_dtype_name(name: str | None) -> None:
     """Raises OptionError for a name that is none of DTYPES."""
-    if name is not None and name not in DTYPES:
-        raise OptionError(f"dtype {name!r}: use one of {', '.join(DTYPES)}")
-
-
-def check_speed(compile: str, quantize: str | None) -> None:
-    """Raises OptionError for names that are none of COMPILE and QUANTIZE."""
-    if compile not in COMPILE:
-        raise OptionError(f"compile {compile!r}: use one of {', '.join(COMPILE)}")
-    if quantize is not None and quantize not in QUANTIZE:
-        raise OptionError(f"quantize {quantize!r}: use {', '.join(QUANTIZE)}, or leave it out")
+    _DTYPE.check("dtype", name)
 
 
 def _finite(value: float) -> bool:
-    """Whether a number is one that a float can be: JSON's whole numbers may be larger."""
+    """Whether a float can hold a number: JSON's whole numbers may be larger."""
     try:
         return math.isfinite(value)
     except OverflowError:

@@ -32,7 +32,15 @@ from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, T
 from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
 from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype
 from scale_rae.noise import image_seed
-from scale_rae.options import DEFAULT_MODEL, DEFAULT_STEPS, SamplingOptions, Speed, check_count
+from scale_rae.options import (
+    DEFAULT_MODEL,
+    DEFAULT_NEW_TOKENS,
+    DEFAULT_SEED,
+    DEFAULT_STEPS,
+    SamplingOptions,
+    Speed,
+    check_count,
+)
 from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.sampling import LatentSampler, NormStats
@@ -55,6 +63,7 @@ class GenerateOptions(TypedDict, total=False):
     guidance_interval: tuple[float, float] | None
     steps: int
     solver: str
+    options: SamplingOptions | None
     max_new_tokens: int
     latents: Sequence[Tensor] | None
     image_seeds: Sequence[Sequence[int]] | None
@@ -198,12 +207,13 @@ class ScaleRAE:
         prompts: str | Sequence[str],
         *,
         num_images: int = 1,
-        seed: int = 42,
+        seed: int = DEFAULT_SEED,
         guidance: float = 1.0,
         guidance_interval: tuple[float, float] | None = None,
         steps: int = DEFAULT_STEPS,
         solver: str = "euler",
-        max_new_tokens: int = 512,
+        options: SamplingOptions | None = None,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         latents: Sequence[Tensor] | None = None,
         image_seeds: Sequence[Sequence[int]] | None = None,
         batch_size: int | None = None,
@@ -218,6 +228,7 @@ class ScaleRAE:
             num_images: images per prompt. Image j of prompt i is made from noise seeded by
                 `image_seed(seed, i, j)`, so it does not depend on the batch it is drawn in.
             guidance: classifier-free guidance scale, 1 for none; `guidance_interval` (lo, hi) limits it in t.
+            options: the sampler's options as one object, in place of `guidance`, `guidance_interval`, `steps`, `solver`.
             latents: one latent [L, C] per prompt, shown to the model before the message.
             image_seeds: the noise seeds themselves, a list per prompt, instead of `num_images` and `seed`.
             batch_size: images sampled at once (default 8 on the CPU, 32 elsewhere).
@@ -229,7 +240,7 @@ class ScaleRAE:
             InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.
             DeviceError: when memory runs out, saying what would fit.
         """
-        options = SamplingOptions(steps, solver, guidance, guidance_interval)
+        options = options or SamplingOptions(guidance=guidance, interval=guidance_interval, steps=steps, solver=solver)
         self.sampler.check(options)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
         if image_seeds is not None and len(image_seeds) != len(messages):

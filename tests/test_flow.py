@@ -15,7 +15,7 @@ from torch import Tensor
 from scale_rae import flow, options
 from scale_rae.errors import InputError
 from scale_rae.flow import ab2, dpmpp_2m, euler, exact_grid, exact_times, guided, heun, official_grid
-from scale_rae.options import check_options
+from scale_rae.options import SamplingOptions
 
 MEAN, SPREAD = 1.5, 0.3
 NOISE = torch.linspace(-2.5, 2.5, 41, dtype=torch.float64).view(1, 1, 1, 41)
@@ -217,24 +217,24 @@ def test_guidance_interval() -> None:
 @pytest.mark.parametrize("guidance", [-1.0, -1e-9, math.nan, math.inf, -math.inf])
 def test_bad_guidance(guidance: float) -> None:
     with pytest.raises(InputError, match=r"guidance level .*: must be a finite number of at least 0"):
-        check_options(guidance, 49, "euler", None)
+        SamplingOptions(guidance=guidance).check()
 
 
 @pytest.mark.parametrize(("solver", "steps"), [("heun", 0), ("heun", -3), ("euler", 1), ("euler", 1001), ("euler", 0)])
 def test_bad_steps(solver: str, steps: int) -> None:
     with pytest.raises(InputError, match=rf"steps {steps}: "):
-        check_options(1.0, steps, solver, None)
+        SamplingOptions(steps=steps, solver=solver).check()
 
 
 def test_unknown_solver() -> None:
     with pytest.raises(InputError, match="solver 'rk4' is unknown; choose one of euler, heun, dpmpp_2m"):
-        check_options(1.0, 10, "rk4", None)
+        SamplingOptions(steps=10, solver="rk4").check()
 
 
 @pytest.mark.parametrize("interval", [(0.5, 0.5), (0.6, 0.4), (-0.1, 1), (0, 1.1), (math.nan, 1), (0, math.nan)])
 def test_bad_interval(interval: tuple[float, float]) -> None:
     with pytest.raises(InputError, match="guidance interval"):
-        check_options(1.0, 10, "heun", interval)
+        SamplingOptions(steps=10, solver="heun", interval=interval).check()
 
 
 @settings(max_examples=200)
@@ -246,7 +246,7 @@ def test_bad_interval(interval: tuple[float, float]) -> None:
 )
 def test_options_are_refused_or_work(guidance: float, steps: int, solver: str, interval: Any) -> None:
     try:
-        check_options(guidance, steps, solver, interval)
+        SamplingOptions(guidance=guidance, steps=steps, solver=solver, interval=interval).check()
     except InputError:
         return
     velocity = guided(Counted(1.0), Counted(0.0), min(guidance, 1e6), interval or (0.0, 1.0))

@@ -13,22 +13,21 @@ from typing import Annotated
 
 import typer
 
-from scale_rae.cli import options as o
+from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars
+from scale_rae.cli.signature import expanded
 from scale_rae.errors import need
+from scale_rae.options import OUTPUT, ModelChoice
 from scale_rae.serve.settings import LOOPBACK
 
 PAGE = "Page"
+_BUNDLED = ModelChoice("shapes")
 
 
+@expanded
 def command(
-    model_path: o.ModelPath = "shapes",
-    decoder_repo: o.DecoderRepo = None,
-    revision: o.Revision = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    compile: o.Compile = "auto",
-    quantize: o.Quantize = None,
+    *,
+    choice: ModelChoice = _BUNDLED,
     host: Annotated[
         str,
         typer.Option(help="Address to show the page at; 0.0.0.0 is every one of this machine.", rich_help_panel=PAGE),
@@ -54,10 +53,10 @@ def command(
         Path | None,
         typer.Option(
             help="Keep what is drawn in this folder. Default: a temporary one, gone when the page ends.",
-            rich_help_panel=o.OUTPUT,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
-    debug: o.Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Show a page to draw with: prompts, questions, best of N, latents.
 
@@ -70,7 +69,6 @@ def command(
 
     if output_dir is not None:
         check_folder(output_dir)
-    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
     source = find_model(choice)
     listener = bind(host, port)
     bars = Bars()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from collections.abc import Sequence
@@ -11,12 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scale_rae.cli import options as o
-from scale_rae.cli.drawing import Message, note_shortcomings, prepare, print_results, send
+from scale_rae.cli.options import OutputOptions
 from scale_rae.cli.progress import Bars
+from scale_rae.cli.runs import ModelInput, note_shortcomings, prepare, print_results, send
+from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError
 from scale_rae.manifest import input_latents, png_text
 from scale_rae.opening import OpenedModel
+from scale_rae.options import DEFAULT_ANSWER_TOKENS, SAMPLING, ModelChoice, Sampling
 from scale_rae.outputs import Sample, check_folder, save_run, timestamp
 from scale_rae.prompt import clean_message
 
@@ -24,11 +27,13 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+@expanded
 def command(
+    *,
     action: Annotated[
         str,
         typer.Option(
-            callback=o.one_of("decode", "qa", "continue"),
+            callback=one_of("decode", "qa", "continue"),
             help="decode: latent to image. qa: ask about it, in words. continue: go on from it, to text or another image.",
         ),
     ],
@@ -37,29 +42,12 @@ def command(
     ] = None,
     latents_after: Annotated[list[Path] | None, typer.Argument(metavar="LATENT", hidden=True)] = None,
     prompt: Annotated[str | None, typer.Option(help="The question or request; qa and continue need it.")] = None,
-    model_path: o.ModelPath = o.DEFAULT_MODEL,
-    decoder_repo: o.DecoderRepo = None,
-    revision: o.Revision = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    compile: o.Compile = "auto",
-    quantize: o.Quantize = None,
-    num_images: o.NumImages = 1,
-    seed: o.Seed = 42,
-    guidance_level: o.GuidanceLevel = 1.0,
-    guidance_interval: o.GuidanceInterval = None,
-    steps: o.Steps = o.DEFAULT_STEPS,
-    solver: o.Solver = "euler",
-    max_new_tokens: o.MaxNewTokens = 512,
+    choice: ModelChoice,
+    sampling: Sampling,
     max_new_tokens_qa: Annotated[
-        int, typer.Option(help="Longest answer of qa, in tokens.", rich_help_panel=o.SAMPLING)
-    ] = 64,
-    batch_size: o.BatchSize = None,
-    output_dir: o.OutputDir = Path("outputs"),
-    save_latent: o.SaveLatent = False,
-    skip_decoder: o.SkipDecoder = False,
-    json: o.Json = False,
-    debug: o.Debug = False,
+        int, typer.Option(help="Longest answer of qa, in tokens.", rich_help_panel=SAMPLING)
+    ] = DEFAULT_ANSWER_TOKENS,
+    output: OutputOptions,
 ) -> None:
     """Decode saved latents, ask about them, or continue from them."""
     paths = [*(latent or []), *(latents_after or [])]
@@ -71,58 +59,53 @@ def command(
         clean_message(prompt)
     elif prompt is not None:
         raise typer.BadParameter("cannot go with --action decode, which asks nothing", param_hint="--prompt")
-    elif skip_decoder:
+    elif output.skip_decoder:
         raise typer.BadParameter("cannot go with --action decode", param_hint="--skip-decoder")
     for path in paths:
         if not os.path.isfile(path):  # noqa: PTH113 - pathlib's fails for names that no file system takes
             raise InputError(f"{path}: no such latent file")
-    check_folder(output_dir)
-    sampling = o.Sampling(
-        *(num_images, seed, guidance_level, guidance_interval, steps, solver),
-        max_new_tokens_qa if action == "qa" else max_new_tokens,
-        batch_size,
-    )
+    check_folder(output.folder)
+    if action == "qa":
+        sampling = dataclasses.replace(sampling, max_new_tokens=max_new_tokens_qa)
     bars = Bars()
-    choice = o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize)
     source = prepare(choice, sampling, bars)
     from scale_rae.checkpoint import load_latent
 
     latents = [load_latent(path) for path in paths]
-    output = o.Output(output_dir, save_latent, skip_decoder, json, debug)
-    session = OpenedModel(choice, bars, source=source, decoder=action == "decode", debug=debug)
+    opened = OpenedModel(choice, bars, source=source, decoder=action == "decode", debug=output.debug)
     for i, path in enumerate(paths):
         try:
-            latents[i] = session.model.check_latent(latents[i])
+            latents[i] = opened.model.check_latent(latents[i])
         except InputError as e:
             raise InputError(f"{path}: {e}") from e
     mode = {"mode": "latent", "action": action}
     if action == "decode":
-        _decode(session, mode, paths, latents, output, sampling.batch_size)
+        _decode(opened, mode, paths, latents, output, sampling.batch_size)
         return
     assert prompt is not None
-    messages = [
+    inputs = [
         # Every latent is asked about by itself, so each one's images have the noise they would have alone.
-        Message(prompt, shown, label=f"-{i:02}" if len(paths) > 1 else "", recorded=input_latents([path]))
+        ModelInput(prompt, shown, label=f"-{i:02}" if len(paths) > 1 else "", recorded=input_latents([path]))
         for i, (path, shown) in enumerate(zip(paths, latents, strict=True))
     ]
-    outcomes = send(session, mode, messages, sampling, output, bars, draw=action == "continue")
+    outcomes = send(opened, mode, inputs, sampling, output, bars, draw=action == "continue")
     flag = "--max-new-tokens-qa" if action == "qa" else "--max-new-tokens"
-    note_shortcomings(session, outcomes, flag, sampling.max_new_tokens, "have it drawn: --action continue")
+    note_shortcomings(opened, outcomes, flag, sampling.max_new_tokens, "have it drawn: --action continue")
 
 
 def _decode(
-    session: OpenedModel,
+    opened: OpenedModel,
     mode: dict[str, Any],
     paths: Sequence[Path],
     latents: Sequence[Tensor],
-    output: o.Output,
+    output: OutputOptions,
     batch_size: int | None,
 ) -> None:
     start = time.perf_counter()
     size = batch_size or 32
-    images = session.model.decode(latents, size)
-    seconds = session.seconds | {"decoding": round(time.perf_counter() - start, 3)}
-    manifest = {**mode, "prompt": None, **input_latents(paths), **session.record(), "batch_size": size}
+    images = opened.model.decode(latents, size)
+    seconds = opened.seconds | {"decoding": round(time.perf_counter() - start, 3)}
+    manifest = {**mode, "prompt": None, **input_latents(paths), **opened.record(), "batch_size": size}
     manifest |= {"output_text": None, "seconds": seconds}
     text = png_text(manifest)
     samples = [

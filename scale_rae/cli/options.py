@@ -1,138 +1,74 @@
-"""Options that several commands share, and the values they are gathered in."""
+"""Options that only the command line has: what is left behind, and questions about drawn images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from scale_rae.options import DEFAULT_ANSWER_TOKENS, OUTPUT, POST_QA_MODES, QUESTIONS, Knob, check_options
 
-from scale_rae.options import COMPILE, DTYPES, PUBLISHED_DECODERS, QUANTIZE, SOLVERS
-from scale_rae.options import DEFAULT_MODEL as DEFAULT_MODEL
-from scale_rae.options import DEFAULT_STEPS as DEFAULT_STEPS
-from scale_rae.options import POST_QA_MODES as POST_QA_MODES
-from scale_rae.options import REWARDS as REWARDS
-from scale_rae.options import ModelChoice as ModelChoice
-from scale_rae.options import Sampling as Sampling
-
-MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
-
-
-def one_of(*values: str) -> Callable[[str | None], str | None]:
-    """A check that an option is one of `values`."""
-
-    def check(value: str | None) -> str | None:
-        if value is not None and value not in values:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(values)}")
-        return value
-
-    return check
-
-
-ModelPath = Annotated[
-    str,
-    typer.Option("--model-path", help='Hub id, folder, or "shapes" (the bundled model).', rich_help_panel=MODEL),
-]
-DecoderRepo = Annotated[
-    str | None,
-    typer.Option(
-        "--decoder-repo",
-        help="Pixel decoder: hub id or folder. Default: the one that matches the model, which is a folder `decoder` "
-        f"inside or beside it, else {PUBLISHED_DECODERS['siglip']} (SigLIP-2) or {PUBLISHED_DECODERS['dinov2']} (WebSSL).",
-        show_default=False,
-        rich_help_panel=MODEL,
-    ),
-]
-Revision = Annotated[
-    str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL)
-]
-Device = Annotated[
-    str | None,
-    typer.Option(help="cpu, cuda, cuda:N or mps. Default: the best there is.", rich_help_panel=MODEL),
-]
-Dtype = Annotated[
-    str | None,
-    typer.Option(
-        callback=one_of(*DTYPES),
-        help="float32, bfloat16 or float16. Default: float32 on the CPU, bfloat16 elsewhere.",
-        rich_help_panel=MODEL,
-    ),
-]
-Compile = Annotated[
-    str,
-    typer.Option(
-        callback=one_of(*COMPILE),
-        help="Compile the networks: takes seconds, then draws faster. auto: on CUDA, when many images are to be drawn.",
-        rich_help_panel=MODEL,
-    ),
-]
-Quantize = Annotated[
-    str | None,
-    typer.Option(
-        callback=one_of(*QUANTIZE),
-        help="fp8: draw with float8 matrix products; faster, a little less exact. Needs a GPU that has them (Ada, Hopper, "
-        "Blackwell).",
-        rich_help_panel=MODEL,
-    ),
-]
-NumImages = Annotated[int, typer.Option(help="Images of each prompt.", rich_help_panel=SAMPLING)]
-Seed = Annotated[int, typer.Option(help="The same seed draws the same image.", rich_help_panel=SAMPLING)]
-GuidanceLevel = Annotated[float, typer.Option(help="Classifier-free guidance; 1 is none.", rich_help_panel=SAMPLING)]
-GuidanceInterval = Annotated[
-    tuple[float, float] | None,
-    typer.Option(metavar="LO HI", help="Guide only where t is in [LO, HI]; noise is t = 1.", rich_help_panel=SAMPLING),
-]
-Steps = Annotated[int, typer.Option(help="Steps of the solver.", rich_help_panel=SAMPLING)]
-Solver = Annotated[
-    str,
-    typer.Option(
-        callback=one_of(*SOLVERS),
-        help="euler (the published schedule), heun, dpmpp_2m or ab2.",
-        rich_help_panel=SAMPLING,
-    ),
-]
-BatchSize = Annotated[
-    int | None,
-    typer.Option(help="Images drawn at once. Default: 8 on the CPU, 32 elsewhere.", rich_help_panel=SAMPLING),
-]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest reply, in tokens.", rich_help_panel=SAMPLING)]
-OutputDir = Annotated[Path, typer.Option(help="Folder for results; made if missing.", rich_help_panel=OUTPUT)]
-SaveLatent = Annotated[
-    bool, typer.Option("--save-latent", help="Also save the latent of each drawn image.", rich_help_panel=OUTPUT)
-]
-SkipDecoder = Annotated[
-    bool, typer.Option("--skip-decoder", help="Make no pixels; save the latent.", rich_help_panel=OUTPUT)
-]
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print the manifest, one line of JSON, and nothing else.", rich_help_panel=OUTPUT),
-]
-Debug = Annotated[
-    bool, typer.Option("--debug", help="Show tracebacks and the libraries' own messages.", rich_help_panel=OUTPUT)
-]
+Debug = Annotated[bool, Knob("Show tracebacks and the libraries' own messages.", OUTPUT)]
 
 
 @dataclass(frozen=True)
-class Output:
+class OutputOptions:
     """What is left behind and printed."""
 
-    folder: Path
-    save_latent: bool = False
-    skip_decoder: bool = False
-    json: bool = False
-    debug: bool = False
+    folder: Annotated[Path, Knob("Folder for results; made if missing.", OUTPUT, name="output_dir")] = Path("outputs")
+    save_latent: Annotated[bool, Knob("Also save the latent of each drawn image.", OUTPUT)] = False
+    skip_decoder: Annotated[bool, Knob("Make no pixels; save the latent.", OUTPUT)] = False
+    json: Annotated[bool, Knob("Print the manifest, one line of JSON, and nothing else.", OUTPUT)] = False
+    debug: Debug = False
 
 
 @dataclass(frozen=True)
 class PostQA:
-    """What to ask the model about its own drawings: `prompt` as it is, or put into `template`."""
+    """The question about drawn images: `prompt` as it is, or put into the template in the file `template_path`."""
 
-    prompt: str | None
-    template: str | None
-    mode: str  # latent or image
-    max_new_tokens: int
+    prompt: Annotated[
+        str | None,
+        Knob(
+            "Ask this about each drawing; {prompt} in it becomes the drawing's prompt. With a template: what the "
+            "template's {prompt} becomes.",
+            QUESTIONS,
+            name="post_qa_prompt",
+        ),
+    ] = None
+    template_path: Annotated[
+        Path | None,
+        Knob(
+            "Ask the text of this file, {prompt} in it replaced by the drawing's prompt (or the prompt put at its "
+            "end), as in ./assets/qa_prompt_template.txt.",
+            QUESTIONS,
+            name="post_qa_template_path",
+        ),
+    ] = None
+    mode: Annotated[
+        str,
+        Knob(
+            "latent: show the model its latent; image: show it the decoded image, encoded again.",
+            QUESTIONS,
+            name="post_qa_mode",
+            choices=POST_QA_MODES,
+        ),
+    ] = "latent"
+    max_new_tokens: Annotated[
+        int,
+        Knob(
+            "Longest answer, in tokens.",
+            QUESTIONS,
+            name="max_new_tokens_qa",
+            label="max new tokens of an answer",
+            least=1,
+        ),
+    ] = DEFAULT_ANSWER_TOKENS
+    template: str | None = None  # the text of the file at `template_path`
+
+    @property
+    def asked(self) -> bool:
+        """Whether there is a question."""
+        return self.prompt is not None or self.template_path is not None
 
     def question(self, prompt: str) -> str:
         """The question about a drawing of `prompt`."""
@@ -142,3 +78,7 @@ class PostQA:
             return ask_question(self.template, self.prompt or prompt)
         assert self.prompt is not None
         return put_prompt(self.prompt, prompt)
+
+    def check(self) -> None:
+        """Raises OptionError, naming the option, for values that no question can use."""
+        check_options(self)

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scale_rae.cli import options as o
 from scale_rae.cli.app import fail, say, show
+from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars, ScalingDisplay
+from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError, OptionError
-from scale_rae.options import PROMPT_PREFIX, check_device_name
+from scale_rae.options import DEFAULT_MODEL, REWARDS, SAMPLING, ModelChoice, check_device_name
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
-from scale_rae.scaling.settings import AUTO_REWARD, Settings
+from scale_rae.scaling.settings import AUTO_REWARD, JUDGING, SCALING, Settings
 
 if TYPE_CHECKING:
     from scale_rae.scaling.launch import Launcher, RunSummary
 
 _TEMPLATE = Path("assets", "qa_prompt_template.txt")
 _PACKAGE = Path(__file__).parent.parent  # which has the template too, for those who run elsewhere
-SCALING, JUDGING, WORKERS = "Scaling", "Judging", "Workers"
+WORKERS = "Workers"
+_DEFAULTS = Settings("", DEFAULT_MODEL)
 
 
 def _batch_size(value: str) -> str:
@@ -30,10 +33,10 @@ def _batch_size(value: str) -> str:
     return value
 
 
+@expanded
 def command(
-    mode: Annotated[
-        str, typer.Argument(callback=o.one_of("t2i"), metavar="t2i", help="What is scaled: text to image.")
-    ],
+    *,
+    mode: Annotated[str, typer.Argument(callback=one_of("t2i"), metavar="t2i", help="What is scaled: text to image.")],
     metadata_file: Annotated[
         Path,
         typer.Option(
@@ -50,18 +53,6 @@ def command(
             rich_help_panel=SCALING,
         ),
     ] = "scaling_outputs",
-    n_samples: Annotated[int, typer.Option(help="Images to keep of each prompt.", rich_help_panel=SCALING)] = 4,
-    scaling_rounds: Annotated[
-        int, typer.Option(help="Rounds: n-samples times as many images are drawn.", rich_help_panel=SCALING)
-    ] = 2,
-    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.", rich_help_panel=SCALING)] = None,
-    prompt_prefix: Annotated[
-        str,
-        typer.Option(help="Put before each prompt that is not a request already.", rich_help_panel=SCALING),
-    ] = PROMPT_PREFIX,
-    save_latents: Annotated[
-        bool, typer.Option("--save-latents", help="Also save each image's latent.", rich_help_panel=SCALING)
-    ] = False,
     post_qa_template_path: Annotated[
         Path | None,
         typer.Option(
@@ -74,36 +65,7 @@ def command(
     post_qa_prompt: Annotated[
         str | None, typer.Option(help="The question itself, instead of a file.", rich_help_panel=JUDGING)
     ] = None,
-    post_qa_mode: Annotated[
-        str,
-        typer.Option(
-            callback=o.one_of("latent", "image"),
-            help="latent: the model looks at its latents; image: at the decoded images, encoded again.",
-            rich_help_panel=JUDGING,
-        ),
-    ] = "latent",
-    post_qa_max_new_tokens: Annotated[
-        int, typer.Option(help="Longest answer, in tokens.", rich_help_panel=JUDGING)
-    ] = 64,
-    reward: Annotated[
-        str,
-        typer.Option(
-            callback=o.one_of(AUTO_REWARD, *o.REWARDS, "none"),
-            help="What ranks the pictures: imagereward, siglip, pickscore, or none (the model's own confidence only). "
-            "auto: siglip for a model that brings it, as the bundled one does; else imagereward.",
-            rich_help_panel=JUDGING,
-        ),
-    ] = AUTO_REWARD,
-    reward_path: Annotated[
-        str | None, typer.Option(help="Folder with the reward's weights, instead of the hub.", rich_help_panel=JUDGING)
-    ] = None,
-    model_path: o.ModelPath = o.DEFAULT_MODEL,
-    decoder_repo: o.DecoderRepo = None,
-    revision: o.Revision = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    compile: o.Compile = "auto",
-    quantize: o.Quantize = None,
+    choice: ModelChoice,
     devices: Annotated[
         str | None,
         typer.Option(
@@ -114,7 +76,7 @@ def command(
     launcher: Annotated[
         str,
         typer.Option(
-            callback=o.one_of("local", "ray"),
+            callback=one_of("local", "ray"),
             help="local: workers on this machine, or the processes of torchrun or srun; ray: workers on a Ray cluster.",
             rich_help_panel=WORKERS,
         ),
@@ -130,28 +92,37 @@ def command(
             rich_help_panel=WORKERS,
         ),
     ] = None,
-    seed: o.Seed = 42,
-    guidance_level: o.GuidanceLevel = 1.0,
-    guidance_interval: o.GuidanceInterval = None,
-    steps: o.Steps = o.DEFAULT_STEPS,
-    solver: o.Solver = "euler",
-    max_new_tokens: o.MaxNewTokens = 512,
+    settings: Settings = _DEFAULTS,
+    limit: Annotated[int | None, typer.Option(help="Only the first N prompts.", rich_help_panel=SCALING)] = None,
+    reward: Annotated[
+        str,
+        typer.Option(
+            callback=one_of(AUTO_REWARD, *REWARDS, "none"),
+            help="What ranks the pictures: imagereward, siglip, pickscore, or none (the model's own confidence only). "
+            "auto: siglip for a model that brings it, as the bundled one does; else imagereward.",
+            rich_help_panel=JUDGING,
+        ),
+    ] = AUTO_REWARD,
+    reward_path: Annotated[
+        str | None, typer.Option(help="Folder with the reward's weights, instead of the hub.", rich_help_panel=JUDGING)
+    ] = None,
     batch_size: Annotated[
         str,
         typer.Option(
             callback=_batch_size,
             metavar="N|auto",
             help="Images drawn at once. auto: 8 on the CPU, else what there is memory for.",
-            rich_help_panel=o.SAMPLING,
+            rich_help_panel=SAMPLING,
         ),
     ] = "auto",
-    debug: o.Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Draw many images of each prompt, let the model judge and a reward rank them (test-time scaling).
 
     Leaves <output-dir>/<model>/<rounds>_<template>_scale_<mode>/<index>/ with samples/*.png and metadata.jsonl. It can be
     stopped at any moment, and goes on when started again with the same settings.
     """
+    device = choice.device
     if devices is not None and device is not None:
         raise typer.BadParameter("give one of them", param_hint=["--device", "--devices"])
     on_ray = launcher == "ray"
@@ -176,31 +147,14 @@ def command(
     for place in names or (device,):
         check_device_name(place)
     question, question_name = _question(post_qa_prompt, post_qa_template_path)
-    settings = Settings(
+    settings = dataclasses.replace(
+        settings.with_model(choice),
         metadata_file=str(metadata_file),
-        model_path=model_path,
-        decoder_repo=decoder_repo,
-        revision=revision,
-        dtype=dtype,
-        n_samples=n_samples,
-        scaling_rounds=scaling_rounds,
         question=question,
         question_name=question_name,
-        post_qa_mode=post_qa_mode,
-        post_qa_max_new_tokens=post_qa_max_new_tokens,
-        prompt_prefix=prompt_prefix,
-        seed=seed,
-        guidance_level=guidance_level,
-        guidance_interval=guidance_interval,
-        steps=steps,
-        solver=solver,
-        max_new_tokens=max_new_tokens,
         batch_size=None if batch_size == "auto" else int(batch_size),
         reward=None if reward == "none" else reward,
         reward_path=reward_path,
-        save_latents=save_latents,
-        compile=compile,
-        quantize=quantize,
     )
     settings.check()
     prompts = read_prompts(metadata_file)

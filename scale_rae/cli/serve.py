@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
-from scale_rae.cli import options as o
+from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars
+from scale_rae.cli.signature import expanded
 from scale_rae.errors import InputError, need
-from scale_rae.options import PROMPT_PREFIX
+from scale_rae.options import PROMPT_PREFIX, REWARDS, ModelChoice
 from scale_rae.serve.settings import API_KEY_VARIABLE as KEY_VARIABLE
 from scale_rae.serve.settings import LOOPBACK
 
@@ -20,14 +21,10 @@ from scale_rae.serve.settings import LOOPBACK
 SERVER, LIMITS = "Server", "Limits"
 
 
+@expanded
 def command(
-    model_path: o.ModelPath = o.DEFAULT_MODEL,
-    decoder_repo: o.DecoderRepo = None,
-    revision: o.Revision = None,
-    device: o.Device = None,
-    dtype: o.Dtype = None,
-    compile: o.Compile = "auto",
-    quantize: o.Quantize = None,
+    *,
+    choice: ModelChoice,
     host: Annotated[
         str, typer.Option(help="Address to listen on. Any but this machine's own wants a key.", rich_help_panel=SERVER)
     ] = "127.0.0.1",
@@ -130,7 +127,7 @@ def command(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=LIMITS)
     ] = 1024,
-    debug: o.Debug = False,
+    debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI's clients: images/generations and chat/completions, with what waits drawn together.
 
@@ -145,8 +142,8 @@ def command(
             f"--host {host} lets other machines in: give {KEY_VARIABLE} or --api-key, or say that you mean it by --no-api-key"
         )
     for name in reward or ():
-        if name not in o.REWARDS:
-            raise typer.BadParameter(f"{name!r} is not one of {', '.join(o.REWARDS)}", param_hint=["--reward"])
+        if name not in REWARDS:
+            raise typer.BadParameter(f"{name!r} is not one of {', '.join(REWARDS)}", param_hint=["--reward"])
     bars = Bars()
     with bars.waiting("starting"):
         from scale_rae.serve.server import serve
@@ -155,11 +152,11 @@ def command(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("scale_rae").setLevel(logging.INFO)
     settings = ServeSettings(
-        o.ModelChoice(model_path, decoder_repo, revision, device, dtype, compile, quantize),
+        choice,
         host,
         port,
         key,
-        model_name or Path(model_path).name or "scale-rae",
+        model_name or Path(choice.model_path).name or "scale-rae",
         tuple(dict.fromkeys(reward or ())),
         reward_path,
         prompt_prefix,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scale_rae.errors import InputError
-from scale_rae.options import PROMPT_PREFIX, Sampling, check_options, check_seed
+from scale_rae.options import PROMPT_PREFIX, Sampling
 
 MOST_IMAGES = 16
 MOST_STEPS = 250
@@ -18,10 +18,9 @@ def check_sampling(sampling: Sampling) -> None:
     """Raises InputError for values that a visitor may not ask for."""
     if not 1 <= sampling.num_images <= MOST_IMAGES:
         raise InputError(f"{sampling.num_images} images: the page draws 1 to {MOST_IMAGES} at a time.")
-    check_seed(sampling.seed)
-    if sampling.steps > MOST_STEPS:
-        raise InputError(f"{sampling.steps} steps: the page takes at most {MOST_STEPS}.")
-    check_options(sampling.guidance_level, sampling.steps, sampling.solver, sampling.guidance_interval)
+    if sampling.options.steps > MOST_STEPS:
+        raise InputError(f"{sampling.options.steps} steps: the page takes at most {MOST_STEPS}.")
+    sampling.check()
 
 
 def check_length(text: str, what: str) -> None:

@@ -20,7 +20,7 @@ from scale_rae.demo.shared_model import SharedModel
 from scale_rae.demo.words import bar, note, sentence, whole_number, without_paths
 from scale_rae.errors import ScaleRAEError, printable
 from scale_rae.noise import new_seed
-from scale_rae.options import DEFAULT_STEPS, SOLVERS, Sampling
+from scale_rae.options import DEFAULT_SEED, SOLVERS, Sampling, SamplingOptions
 from scale_rae.prompt import DESCRIBE, QUESTION
 
 REMEMBERED = 24  # images that a visitor can pick from
@@ -30,6 +30,7 @@ QUESTIONS = [
     "How many objects are there?",
     QUESTION.format(prompt="a photo of a red circle"),
 ]
+_DEFAULTS = SamplingOptions()
 _log = logging.getLogger("scale_rae.demo")
 
 
@@ -96,10 +97,12 @@ def sampling(images: float, guidance: float, steps: float, solver: str, seed: st
     """
     return Sampling(
         num_images=whole_number(images, "The number of images"),
-        guidance_level=float(guidance) if guidance is not None else 1.0,
-        steps=whole_number(steps, "The number of steps"),
-        solver=solver,
         seed=whole_number(seed, "The seed"),
+        options=SamplingOptions(
+            guidance=float(guidance) if guidance is not None else _DEFAULTS.guidance,
+            steps=whole_number(steps, "The number of steps"),
+            solver=solver,
+        ),
     )
 
 
@@ -110,7 +113,7 @@ def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFie
         count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
         guidance = gr.Slider(
             *(0, 10),
-            3.0 if bundled and model.guides else 1.0,
+            3.0 if bundled and model.guides else _DEFAULTS.guidance,
             step=0.1,
             label="Guidance",
             info="1 is none" if model.guides else "this checkpoint has none",
@@ -119,11 +122,21 @@ def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFie
             elem_id=f"{prefix}-guidance",
         )
     with gr.Row():
-        steps = gr.Slider(2, MOST_STEPS, DEFAULT_STEPS, step=1, label="Steps", min_width=140, elem_id=f"{prefix}-steps")
-        solver = gr.Dropdown(list(SOLVERS), value="euler", label="Solver", min_width=140, elem_id=f"{prefix}-solver")
+        steps = gr.Slider(
+            2, MOST_STEPS, _DEFAULTS.steps, step=1, label="Steps", min_width=140, elem_id=f"{prefix}-steps"
+        )
+        solver = gr.Dropdown(
+            list(SOLVERS), value=_DEFAULTS.solver, label="Solver", min_width=140, elem_id=f"{prefix}-solver"
+        )
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         seed = gr.Textbox(
-            "42", label="Seed", max_lines=1, min_width=120, scale=3, elem_id=f"{prefix}-seed", max_length=20
+            str(DEFAULT_SEED),
+            label="Seed",
+            max_lines=1,
+            min_width=120,
+            scale=3,
+            elem_id=f"{prefix}-seed",
+            max_length=20,
         )
         again = gr.Button("New seed", min_width=110, scale=1, elem_id=f"{prefix}-new-seed")
     again.click(lambda: str(new_seed(31)), outputs=seed, queue=False, api_visibility="private", show_progress="hidden")

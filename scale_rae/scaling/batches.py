@@ -66,9 +66,7 @@ class BatchMaker:
     ) -> None:
         self.settings, self.model = settings, model
         self.clock = clock or StageClock()
-        self.options = SamplingOptions(
-            settings.steps, settings.solver, settings.guidance_level, settings.guidance_interval
-        )
+        self.options = settings.options
         self._reward = reward
         self._stopped = threading.Event()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
 from scale_rae.manifest import text_chunks
+from scale_rae.options import to_record
 from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import AUTO_REWARD, Settings
@@ -21,10 +21,8 @@ _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo"
 
 def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
     """experiment.json's part on settings and prompts."""
-    values = dataclasses.asdict(settings)
-    del values["model_name"]  # the first run's model_path
-    if settings.guidance_interval is not None:
-        values["guidance_interval"] = list(settings.guidance_interval)
+    values = to_record(settings)
+    del values["model_name"]  # the model_path of the experiment's first record
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]
     content = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     return {"settings": values, "prompts": {"count": len(prompts), "sha256": content}}
@@ -33,14 +31,15 @@ def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, A
 def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the settings of an experiment and those it is to go on with, in words.
 
-    Only what both know is compared, and what is left to be worked out (None) is not, when the record has it.
+    A setting that the record does not have has its default there. What is left to be worked out (None) is not compared.
     """
     old, new = recorded.get("settings"), now["settings"]
     if not isinstance(old, dict):
         return ["its settings are missing"]
     found = []
+    old = to_record(Settings("", "")) | old
     for name in new:
-        here, there = new[name], old.get(name)
+        here, there = new[name], old[name]
         if name in _NAMES or here == there or (name in ("batch_size", "dtype") and here is None):
             continue
         if name == "reward" and here == AUTO_REWARD:
@@ -89,7 +88,7 @@ def prompt_record(
         "input_prompt": chat_text(request),
         "output_text": output_text,
         "model_path": settings.model_name,
-        "guidance_level": settings.guidance_level,
+        "guidance_level": settings.options.guidance,
         "max_new_tokens": settings.max_new_tokens,
         "n_samples": settings.n_samples,
         "scaling_rounds": settings.scaling_rounds,
@@ -113,8 +112,8 @@ def png_text(settings: Settings, request: str, seed: int) -> dict[str, str]:
             "mode": "scale",
             "prompt": request,
             "image_seed": seed,
-            "guidance_level": settings.guidance_level,
-            "solver": settings.solver,
-            "steps": settings.steps,
+            "guidance_level": settings.options.guidance,
+            "solver": settings.options.solver,
+            "steps": settings.options.steps,
         }
     )

@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 
 from scale_rae.errors import InputError
 from scale_rae.files import check_name
-from scale_rae.options import Speed, check_options
+from scale_rae.options import Speed
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.events import Event, ImagesDrawn, Listener, Message, Planned, WorkerLoaded, printable_event
 from scale_rae.scaling.experiment import describe, setting_differences
@@ -117,7 +117,6 @@ def run(
     ):
         check_name(name or "", what)
     Speed(settings.compile, settings.quantize).check()
-    check_options(settings.guidance_level, settings.steps, settings.solver, settings.guidance_interval)
     launcher.check(settings, output_dir)
     counter = _Counter(listen)
     leads = launcher.index == 0

@@ -4,16 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from scale_rae.errors import OptionError
-from scale_rae.options import PROMPT_PREFIX, check_options
+from scale_rae.options import (
+    DEFAULT_ANSWER_TOKENS,
+    DEFAULT_NEW_TOKENS,
+    DEFAULT_SEED,
+    POST_QA_MODES,
+    PROMPT_PREFIX,
+    Knob,
+    MaxNewTokens,
+    ModelChoice,
+    SamplingOptions,
+    Seed,
+    check_count,
+    check_options,
+)
 from scale_rae.prompt import QUESTION
 from scale_rae.wording import as_request
 
 MOST_IMAGES = 1_000_000  # per prompt; the plan of a larger experiment fills the memory
+SCALING, JUDGING = "Scaling", "Judging"  # headings in --help
 AUTO_REWARD = "auto"  # the model's own reward where it brings one, else the guide's; known once the model is loaded
 
 
@@ -23,7 +37,7 @@ class Settings:
 
     `question` is a template with `{prompt}`; `question_name` and `post_qa_mode` are in the folder's name. `reward` may be
     AUTO_REWARD until the model is loaded. `model_name` is what records call the model: the model_path that the experiment
-    was begun with, also where the same model is found under another path today.
+    was started with, also where the same model is found under another path today.
     """
 
     metadata_file: str
@@ -31,23 +45,29 @@ class Settings:
     decoder_repo: str | None = None
     revision: str | None = None
     dtype: str | None = None
-    n_samples: int = 4
-    scaling_rounds: int = 2
+    n_samples: Annotated[int, Knob("Images to keep of each prompt.", SCALING, least=1)] = 4
+    scaling_rounds: Annotated[int, Knob("Rounds: n-samples times as many images are drawn.", SCALING, least=1)] = 2
     question: str = QUESTION
     question_name: str = "qa_prompt_template"
-    post_qa_mode: str = "latent"
-    post_qa_max_new_tokens: int = 64
-    prompt_prefix: str = PROMPT_PREFIX
-    seed: int = 42
-    guidance_level: float = 1.0
-    guidance_interval: tuple[float, float] | None = None
-    steps: int = 49
-    solver: str = "euler"
-    max_new_tokens: int = 512
+    post_qa_mode: Annotated[
+        str,
+        Knob(
+            "latent: the model looks at its latents; image: at the decoded images, encoded again.",
+            JUDGING,
+            choices=POST_QA_MODES,
+        ),
+    ] = "latent"
+    post_qa_max_new_tokens: Annotated[int, Knob("Longest answer, in tokens.", JUDGING, least=1)] = DEFAULT_ANSWER_TOKENS
+    prompt_prefix: Annotated[str, Knob("Put before each prompt that is not a request already.", SCALING)] = (
+        PROMPT_PREFIX
+    )
+    seed: Seed = DEFAULT_SEED
+    options: SamplingOptions = field(default_factory=SamplingOptions)
+    max_new_tokens: MaxNewTokens = DEFAULT_NEW_TOKENS
     batch_size: int | None = None
     reward: str | None = "imagereward"
     reward_path: str | None = None
-    save_latents: bool = False
+    save_latents: Annotated[bool, Knob("Also save each image's latent.", SCALING)] = False
     compile: str = "auto"
     quantize: str | None = None
     model_name: str = ""
@@ -63,22 +83,24 @@ class Settings:
 
     def check(self) -> None:
         """Raises OptionError for values that no experiment can use."""
-        for name in ("n_samples", "scaling_rounds", "max_new_tokens", "post_qa_max_new_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise OptionError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        check_options(self, flags=True)
+        check_count("--batch-size", self.batch_size)
         if self.total > MOST_IMAGES:
             raise OptionError(
                 f"--n-samples {self.n_samples} x --scaling-rounds {self.scaling_rounds}: at most {MOST_IMAGES:,} images of a prompt"
             )
-        if not 0 <= self.seed < 2**63:
-            raise OptionError(f"--seed {self.seed}: must be at least 0 and less than 2^63")
         if not self.question.strip():
             raise OptionError("the question about the images is empty")
-        check_options(self.guidance_level, self.steps, self.solver, self.guidance_interval)
+        self.options.check()
+
+    def with_model(self, choice: ModelChoice) -> Settings:
+        """The same settings with the model that was chosen; the device is no setting."""
+        values = dataclasses.asdict(choice)
+        del values["device"]
+        return dataclasses.replace(self, **values, model_name=choice.model_path)
 
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
-        """The settings to go on with: an open reward, and the model's name, are as the experiment (if any) has them."""
+        """The settings to go on with: an open reward and the model's name are those of the recorded experiment, if any."""
         known = (recorded or {}).get("settings")
         if not isinstance(known, dict):
             return self

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from scale_rae.errors import ScaleRAEError, printable
 from scale_rae.jsonio import dump_json, parse_json
+from scale_rae.options import from_record, to_record
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.events import Event, Message, WorkerFailed, WorkerFinished, to_json
 from scale_rae.scaling.settings import Settings
@@ -26,7 +27,7 @@ def encode_assignment(store: Store, settings: Settings, assignment: Assignment) 
     return dump_json(
         {
             "folder": str(store.folder),
-            "settings": dataclasses.asdict(settings),
+            "settings": to_record(settings),
             "assignment": dataclasses.asdict(assignment),
         }
     )
@@ -35,12 +36,10 @@ def encode_assignment(store: Store, settings: Settings, assignment: Assignment) 
 def _decode_assignment(line: str) -> tuple[Store, Settings, Assignment]:
     value = parse_json(line)
     values, assigned = value["settings"], value["assignment"]
-    if values["guidance_interval"] is not None:
-        values["guidance_interval"] = tuple(values["guidance_interval"])
     assigned["failed_before"] = {int(index): time for index, time in assigned["failed_before"].items()}
     for name in ("own", "rest"):
         assigned[name] = [PromptRecord(**prompt) for prompt in assigned[name]]
-    settings, assignment = Settings(**values), Assignment(**assigned)
+    settings, assignment = from_record(Settings, values), Assignment(**assigned)
     return Store(Path(value["folder"]), settings, f"w{assignment.worker}"), settings, assignment
 
 

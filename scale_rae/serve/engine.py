@@ -27,7 +27,7 @@ from torch import Tensor
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.language import Conversation, Reply
 from scale_rae.manifest import text_chunks
-from scale_rae.options import SamplingOptions
+from scale_rae.options import SamplingOptions, to_record
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
@@ -227,7 +227,7 @@ class Engine:
             condition = torch.zeros(config.tokens, config.dit.condition_width, dtype=self.model.dtype)
             latents: list[Tensor] = []
             for guidance in self._guidances():
-                options = SamplingOptions(2, "euler", guidance)
+                options = SamplingOptions(steps=2, guidance=guidance)
                 latents = self.model.sample(_all_distinct([condition] * size), range(size), options, size)
             for _ in range(2):
                 self.model.decode(latents, batch_size=size)
@@ -527,12 +527,11 @@ def _all_distinct(conditions: Sequence[Tensor]) -> list[Tensor]:
 def _png_text(job: Job, index: int) -> dict[str, str]:
     """The text chunks of a PNG: the settings that drew it."""
     options, interval = job.options, job.options.interval
-    return text_chunks(
-        {
-            "image_seed": job.seed_of(index),
-            "guidance_level": options.guidance,
-            "solver": options.solver,
-            "steps": options.steps,
-            "guidance_interval": None if interval is None else f"{interval[0]} {interval[1]}",
-        }
-    )
+    text = {
+        "image_seed": job.seed_of(index),
+        "guidance_level": options.guidance,
+        "solver": options.solver,
+        "steps": options.steps,
+        "guidance_interval": None if interval is None else f"{interval[0]} {interval[1]}",
+    }
+    return text_chunks(text | {name: value for name, value in to_record(options).items() if name not in text})

@@ -8,15 +8,22 @@ wrong request makes a few errors, however long it is.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
 from pydantic_core import PydanticCustomError
 
-from scale_rae.options import DEFAULT_STEPS, SamplingOptions
+from scale_rae.options import (
+    DEFAULT_STEPS,
+    LARGEST_SEED,
+    TRAINING_STEPS,
+    Option,
+    SamplingOptions,
+    options_of,
+    with_values,
+)
 
-Solver = Literal["euler", "heun", "dpmpp_2m", "ab2"]
-Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=LARGEST_SEED + 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
@@ -71,29 +78,67 @@ def _take_null(schema: dict[str, Any]) -> None:
         schema["properties"][name] = {"anyOf": [*field.pop("anyOf", [dict(field)]), {"type": "null"}], **said}
 
 
-class _Sampling(_Strict):
-    """How drawings are sampled."""
+class _Seeded(_Strict):
+    """How images are sampled: the seed, and from `_with_sampler_options` one field per option of the sampler."""
 
     seed: Seed | None = Field(None, description="The same seed draws the same image; one is picked if none is given.")
-    guidance: Annotated[float, Field(ge=0, le=100)] = Field(1.0, description="Classifier-free guidance; 1 is none.")
-    guidance_interval: Annotated[tuple[Finite, Finite], Field(strict=False)] | None = Field(  # a list is meant
-        None, description="[lo, hi]: guide only where t is in it; noise is t = 1."
-    )
-    steps: int | None = Field(
-        None, ge=1, le=1000, description="Steps of the solver; 49 if not given, or as many as the server allows."
-    )
-    solver: Solver = "euler"
 
     def options(self, most_steps: int) -> SamplingOptions:
-        """The pipeline's options.
+        """The sampler's options; `steps` not given is the default, or `most_steps` where that is less.
 
         Raises:
             InputError: for values that do not go together.
         """
-        steps = self.steps or min(DEFAULT_STEPS, most_steps)
-        options = SamplingOptions(steps, self.solver, self.guidance, self.guidance_interval)
+        given = {option.name: getattr(self, _field_name(option)) for option in options_of(SamplingOptions)}
+        given["steps"] = given["steps"] or min(DEFAULT_STEPS, most_steps)
+        options = with_values(SamplingOptions(), given)
         options.check()
         return options
+
+
+# What requests call otherwise than files do, and what else holds for them: bounds of one request, and descriptions.
+_NAMES = {"guidance_level": "guidance"}
+_MOST: dict[str, float] = {"guidance_level": 100, "steps": TRAINING_STEPS}
+_DESCRIPTIONS = {
+    "guidance_interval": "[lo, hi]: guide only where t is in it; noise is t = 1.",
+    "steps": f"Steps of the solver; {DEFAULT_STEPS} if not given, or as many as the server allows.",
+    "solver": None,
+}
+
+
+def _field_name(option: Option) -> str:
+    return _NAMES.get(option.name, option.name)
+
+
+def _with_sampler_options(base: type[_Seeded]) -> type[_Seeded]:
+    """The model with one field per option of the sampler: its type, default and bounds are those in `options`."""
+    fields: dict[str, Any] = {}
+    for option in options_of(SamplingOptions):
+        name, kind, knob, default = option.name, option.kind, option.knob, option.default
+        bounds: dict[str, Any] = {}
+        if knob.least is not None:
+            bounds["ge"] = knob.least
+        if most := _MOST.get(name, knob.most):
+            bounds["le"] = most
+        if name == "steps":
+            kind, default = int | None, None  # not given: as many as the server allows
+        elif knob.choices:
+            kind = Literal[knob.choices]
+        elif kind == tuple[float, float] | None:
+            kind = Annotated[tuple[Finite, Finite], Field(strict=False)] | None  # strict takes no list
+        fields[_field_name(option)] = (kind, Field(default, description=_DESCRIPTIONS.get(name, knob.help), **bounds))
+    return create_model("_Sampling", __base__=base, **fields)
+
+
+if TYPE_CHECKING:
+
+    class _Sampling(_Seeded):  # the fields that routes/checks.py reads
+        guidance: float
+        guidance_interval: tuple[float, float] | None
+        steps: int | None
+
+else:
+    _Sampling = _with_sampler_options(_Seeded)
 
 
 class ImageRequest(_Sampling):

@@ -29,7 +29,7 @@ try:
     import typer
     from PIL import Image
 
-    from scale_rae.options import DEFAULT_STEPS, ModelChoice, check_count, check_options
+    from scale_rae.options import DEFAULT_STEPS, ModelChoice, SamplingOptions, check_count
     from scale_rae.shapes import world
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -256,7 +256,7 @@ def draw_command(
     need("shapes", "python -m scale_rae.shapes.evaluate draw", "skimage", "scipy")
     check_count("prompts of each kind", per_kind)
     for level in guidance:
-        check_options(level, steps, solver, guidance_interval)
+        SamplingOptions(guidance=level, interval=guidance_interval, steps=steps, solver=solver).check()
     model = _load(model_path, device, dtype, quantize)
     prompts = world.prompts(per_kind, scenes, seed)
     for level in guidance:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from scale_rae import provenance
-from scale_rae.cli import app, drawing
-from scale_rae.cli.options import Output
+from scale_rae.cli import app, runs
+from scale_rae.cli.options import OutputOptions
 from scale_rae.cli.progress import ScalingDisplay
 from tests.cli.conftest import DRAW, Cli, cli, left, no_loading
 
@@ -69,7 +69,7 @@ def test_replies_and_answers_are_escaped_but_for_their_lines(capsys: pytest.Capt
         "latent_paths": [],
         "post_qa": {"answers": [{"question": HOSTILE, "answer": HOSTILE}]},
     }
-    drawing.print_results(manifest, Output(Path("x")))
+    runs.print_results(manifest, OutputOptions(Path("x")))
     text = capsys.readouterr().out
     assert text.startswith("one\ntwo\t\\x1b]0;title\\x07")
     assert is_harmless(text)
@@ -196,12 +196,12 @@ def test_json_in_any_encoding(monkeypatch: pytest.MonkeyPatch, encoding: str) ->
 # --- signals -----------------------------------------------------------------------------------------------------
 
 SAVING = """from PIL import Image
-    from scale_rae.cli.drawing import _Writer
-    from scale_rae.cli.options import Output
+    from scale_rae.cli.runs import RunWriter
+    from scale_rae.cli.options import OutputOptions
     from scale_rae.outputs import Sample
     from pathlib import Path
     picture = Image.effect_noise((300, 300), 50)
-    with _Writer(Output(Path(sys.argv[1])), at_once=True) as writer:
+    with RunWriter(OutputOptions(Path(sys.argv[1])), at_once=True) as writer:
         for i in range(100_000):
             writer.save({"output_text": ""}, [Sample(picture)] * 4, f"-{i:05}")"""
 

@@ -428,7 +428,7 @@ def test_one_clients_many_requests_do_not_keep_another_waiting(shapes: ScaleRAE)
 
         asked = [Turn("user", CIRCLE)]
         deadline = time.monotonic() + 600
-        return Job(asked, None, SamplingOptions(2), 0, emit, deadline, count=count, best_of=count, client=client)
+        return Job(asked, None, SamplingOptions(steps=2), 0, emit, deadline, count=count, best_of=count, client=client)
 
     engine.start()
     assert engine.loaded.wait(HANG)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from scale_rae.hub import BUNDLED
+from scale_rae.options import SamplingOptions
 from scale_rae.prompt import ChatTokenizer, chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.ranking import rank
@@ -28,7 +29,9 @@ LATER = ("model_path", "guidance_level", "max_new_tokens", "n_samples_generated"
 
 
 def made(rewards: list[float] | None, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    settings = Settings("p.jsonl", "nyu-visionx/model", n_samples=2, scaling_rounds=2, guidance_level=1.5)
+    settings = Settings(
+        "p.jsonl", "nyu-visionx/model", n_samples=2, scaling_rounds=2, options=SamplingOptions(guidance=1.5)
+    )
     prompt = PromptRecord(1, "a cat", 3, extra or {})
     return prompt_record(settings, prompt, "Sure.", [1, 2, 3, 4], [RESPONSE] * 4, rewards)
 

@@ -101,7 +101,7 @@ def drawing_checkpoint(
 @pytest.fixture
 def frozen_time(monkeypatch: pytest.MonkeyPatch) -> str:
     """All runs happen in one second."""
-    for module in ("scale_rae.cli.drawing", "scale_rae.cli.latent"):
+    for module in ("scale_rae.cli.runs", "scale_rae.cli.latent"):
         monkeypatch.setattr(f"{module}.timestamp", lambda: "20260102-030405")
     return "20260102-030405"
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from scale_rae import __version__, errors
-from scale_rae.cli import app, options
+from scale_rae import __version__, errors, options
+from scale_rae.cli import app
 from tests.cli.conftest import DRAW, Cli, left
 
 ROOT = Path(__file__).parents[2]

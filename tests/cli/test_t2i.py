@@ -17,8 +17,8 @@ from PIL import Image
 
 import scale_rae
 from scale_rae import provenance
-from scale_rae.cli import drawing
-from scale_rae.cli.options import Output
+from scale_rae.cli import runs
+from scale_rae.cli.options import OutputOptions
 from scale_rae.hub import Source
 from scale_rae.noise import image_seed
 from scale_rae.outputs import Sample
@@ -380,17 +380,17 @@ def test_runs_are_printed_in_order_when_they_are_on_disk(
 ) -> None:
     """As on a GPU, files are written while the next are drawn; also those of before an error are printed."""
     go = threading.Event()
-    original = drawing.save_run
+    original = runs.save_run
 
     def save_run(folder: Path, manifest: dict[str, Any], *rest: Any) -> dict[str, Any]:
         if not at_once:
             assert go.wait(10)
         return original(folder, manifest, *rest)
 
-    monkeypatch.setattr(drawing, "save_run", save_run)
+    monkeypatch.setattr(runs, "save_run", save_run)
 
     def run() -> None:
-        with drawing._Writer(Output(out), at_once) as writer:
+        with runs.RunWriter(OutputOptions(out), at_once) as writer:
             for i in range(5):
                 writer.save({"output_text": f"{i}"}, [Sample(Image.new("RGB", (8, 8)))] * 3, f"-{i}")
             assert len(capsys.readouterr().out.splitlines()) == (20 if at_once else 0)

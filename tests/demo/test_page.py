@@ -40,7 +40,8 @@ def drawing(shared: SharedModel) -> SavedImage:
 
 def test_fields_become_a_sampling() -> None:
     sampling = widgets.sampling(4, 3, 49, "heun", " 9087990001452917107 ")
-    assert (sampling.num_images, sampling.guidance_level, sampling.steps, sampling.solver) == (4, 3.0, 49, "heun")
+    options = sampling.options
+    assert (sampling.num_images, options.guidance, options.steps, options.solver) == (4, 3.0, 49, "heun")
     assert sampling.seed == 9087990001452917107  # beyond what a browser's numbers hold
 
 

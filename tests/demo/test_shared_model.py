@@ -25,12 +25,12 @@ from scale_rae.demo.streams import streamed
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.language import hear_text
 from scale_rae.noise import new_seed
-from scale_rae.options import Sampling
+from scale_rae.options import Sampling, SamplingOptions
 
 T = TypeVar("T")
 R = TypeVar("R")
 CIRCLE = "a red circle"
-FEW = Sampling(num_images=2, steps=3, guidance_level=2.0, seed=7)
+FEW = Sampling(num_images=2, seed=7, options=SamplingOptions(steps=3, guidance=2.0))
 
 
 def run(work: Generator[T, None, R]) -> tuple[list[T], R]:
@@ -58,7 +58,7 @@ def test_pictures_form_while_they_are_drawn(drawn: tuple[list[Preview], DrawResu
 
 
 def test_pictures_get_nearer(shared: SharedModel) -> None:
-    steps, result = run(shared.draw(CIRCLE, Sampling(steps=12)))
+    steps, result = run(shared.draw(CIRCLE, Sampling(options=SamplingOptions(steps=12))))
     final = np.asarray(result.images[0].image).astype(float)
     off = [float(np.abs(np.asarray(step.pictures[0]) - final).mean()) for step in steps]
     assert off[-1] == min(off) < off[0]
@@ -125,12 +125,12 @@ def test_a_command_line_says_which_model_and_quotes_what_must_be(shared: SharedM
     [
         ({"num_images": 0}, "the page draws 1 to"),
         ({"num_images": MOST_IMAGES + 1}, "the page draws 1 to"),
-        ({"steps": 1}, "the euler solver"),
-        ({"steps": 100_000}, "at most"),
+        ({"options": SamplingOptions(steps=1)}, "the euler solver"),
+        ({"options": SamplingOptions(steps=100_000)}, "at most"),
         ({"seed": -1}, "seed -1"),
         ({"seed": 2**63}, "less than"),
-        ({"guidance_level": float("nan")}, "guidance level nan"),
-        ({"solver": "rk4"}, "'rk4' is unknown"),
+        ({"options": SamplingOptions(guidance=float("nan"))}, "guidance level nan"),
+        ({"options": SamplingOptions(solver="rk4")}, "'rk4' is unknown"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_anything_runs(
@@ -250,7 +250,7 @@ def test_going_on_from_a_latent(shared: SharedModel, drawn: tuple[list[Preview],
 
 @pytest.fixture(scope="module")
 def ranked(shared: SharedModel) -> tuple[list[RankingState], RankingState]:
-    sampling = Sampling(num_images=5, steps=3, seed=3)
+    sampling = Sampling(num_images=5, seed=3, options=SamplingOptions(steps=3))
     return run(shared.best_of("a red circle and a blue square", sampling, 2, "combined", "siglip"))
 
 
@@ -301,7 +301,7 @@ def test_what_cannot_be_ranked_is_refused(
 
 def test_who_leaves_stops_the_work(shared: SharedModel) -> None:
     before = set(shared.folder.iterdir())
-    work = shared.draw(CIRCLE, Sampling(steps=200, num_images=2))
+    work = shared.draw(CIRCLE, Sampling(num_images=2, options=SamplingOptions(steps=200)))
     next(work)
     assert shared.busy
     work.close()
@@ -313,7 +313,7 @@ def test_who_leaves_stops_the_work(shared: SharedModel) -> None:
 
 
 def test_a_second_visitor_waits(shared: SharedModel) -> None:
-    first = shared.draw(CIRCLE, Sampling(steps=60))
+    first = shared.draw(CIRCLE, Sampling(options=SamplingOptions(steps=60)))
     next(first)
     order: list[str] = []
     second = threading.Thread(target=lambda: (run(shared.draw(CIRCLE, FEW)), order.append("second")))

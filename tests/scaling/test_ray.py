@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from scale_rae.errors import InputError
+from scale_rae.options import SamplingOptions
 from scale_rae.promptfile import read_prompts
 from scale_rae.scaling import object_store, ray_cluster
 from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, WorkerLoaded
@@ -33,7 +34,12 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 ROOT = Path(__file__).parents[2]
 ON_RAY = ["--launcher", "ray", "--num-cpus-per-worker", "1"]
 SETTINGS = Settings(
-    "prompts.jsonl", "shapes", n_samples=2, steps=2, solver="dpmpp_2m", reward=None, batch_size=2
+    "prompts.jsonl",
+    "shapes",
+    n_samples=2,
+    options=SamplingOptions(steps=2, solver="dpmpp_2m"),
+    reward=None,
+    batch_size=2,
 )  # QUICK's
 
 

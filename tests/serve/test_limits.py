@@ -433,7 +433,7 @@ def engine(shapes: ScaleRAE) -> Iterator[Engine]:
 
 def job(prompt: str, seed: int, inbox: list[Any], **options: Any) -> Job:
     values = {"deadline": time.monotonic() + 600, **options}
-    return Job([Turn("user", prompt)], None, SamplingOptions(2), seed, inbox.append, **values)
+    return Job([Turn("user", prompt)], None, SamplingOptions(steps=2), seed, inbox.append, **values)
 
 
 def outcomes(inbox: list[Any], count: int) -> list[Any]:
@@ -488,7 +488,7 @@ def test_pictures_too_many_to_encode_at_once_are_encoded_apart(
     inboxes: list[list[Any]] = [[], []]
     deadline = time.monotonic() + 600
     asked = [Turn("user", "Describe this image.", 1)]
-    jobs = [Job(asked, pixels, SamplingOptions(2), 0, inbox.append, deadline, draws=False) for inbox in inboxes]
+    jobs = [Job(asked, pixels, SamplingOptions(steps=2), 0, inbox.append, deadline, draws=False) for inbox in inboxes]
     engine.submit(*jobs)
     assert all(isinstance(outcomes(inbox, 1)[0], Result) for inbox in inboxes)
 

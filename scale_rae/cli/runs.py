@@ -1,4 +1,4 @@
-"""What t2i, img and latent have in common: send messages to the model, save what it draws, print what it says."""
+"""A run of t2i, img or latent: inputs go to the model, images and manifests are saved, results are printed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 from scale_rae.cli.app import fail, say, show, show_json
-from scale_rae.cli.options import Output, PostQA
+from scale_rae.cli.options import OutputOptions, PostQA
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import InputError, OutputError
 from scale_rae.manifest import drawing_manifest, png_text
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Message:
-    """One message to the model, a latent shown before it if any.
+class ModelInput:
+    """One message to the model, with a latent that is shown before it if there is one.
 
-    `index` is the prompt's in its file; `where` says where the prompt is from, for errors; `label` goes into file names
-    and `recorded` into the manifest.
+    `index` is the prompt's index in its file; `where` is the prompt's place, for errors; `label` is part of file names,
+    `recorded` part of the manifest.
     """
 
     prompt: str
@@ -44,17 +44,16 @@ class Message:
 
 
 class Outcome(NamedTuple):
-    """What became of a message: whether its reply drew, what it said, whether it was cut off by its limit of tokens, or asked
-    for an image where none was to be drawn."""
+    """What became of one input."""
 
     drew: bool
-    text: str
-    cut_off: bool
-    withheld: bool
+    text: str  # of the reply
+    cut_off: bool  # the reply has as many tokens as allowed
+    withheld: bool  # the reply asks for an image, which was not to be drawn
 
 
 def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
-    """The model's files, after every check that needs no torch. Then imports torch, and what is slow with it.
+    """The model's files. First come the checks that need no torch; at the end torch is imported, which is slow.
 
     Raises:
         OptionError: for values that no run can use. ScaleRAEError: for a model that is not there or cannot be used.
@@ -67,37 +66,39 @@ def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
 
 
 def send(
-    session: OpenedModel,
+    opened: OpenedModel,
     mode: dict[str, Any],
-    messages: Sequence[Message],
+    inputs: Sequence[ModelInput],
     sampling: Sampling,
-    output: Output,
+    output: OutputOptions,
     bars: Bars,
     post_qa: PostQA | None = None,
     draw: bool = True,
 ) -> list[Outcome]:
-    """Sends messages in batches, and saves and prints each batch as it is done.
+    """Sends inputs to the model in batches; each batch is saved and printed as soon as it is done.
 
-    `mode` begins the manifests; `sampling.batch_size` images are drawn at once, of several messages where they are few.
+    Each manifest begins with `mode`. `sampling.batch_size` images are drawn at once, for several inputs if one has fewer.
     Without `draw`, a reply that asks for an image ends there.
 
     Raises:
-        InputError: before anything is drawn, for messages longer than the model reads.
+        InputError: before anything is drawn, for inputs longer than the model reads.
     """
-    model = session.model
-    if post_qa is not None or any(message.latent is not None for message in messages):
+    from scale_rae.memory import default_batch_size
+
+    model = opened.model
+    if post_qa is not None or any(item.latent is not None for item in inputs):
         model.check_reads()
-    _check_lengths(model, messages)
-    seeds = [_seeds(message, sampling) for message in messages]
-    batch_size = sampling.batch_size or (8 if model.device.type == "cpu" else 32)
+    _check_lengths(model, inputs)
+    seeds = [_seeds(item, sampling) for item in inputs]
+    batch_size = sampling.batch_size or default_batch_size(model.device)
     at_once = max(1, batch_size // max(len(s) for s in seeds))
     expected = sum(len(s) for s in seeds)
     bars.expect(expected)
     model.expect(expected)
     outcomes = []
-    with _Writer(output, at_once=model.device.type == "cpu") as writer:
-        for i in range(0, len(messages), at_once):
-            batch = messages[i : i + at_once]
+    with RunWriter(output, at_once=model.device.type == "cpu") as writer:
+        for i in range(0, len(inputs), at_once):
+            batch = inputs[i : i + at_once]
             try:
                 results, images, seconds = _draw(
                     model, batch, seeds[i : i + at_once], sampling, output, batch_size, bars, draw
@@ -109,19 +110,19 @@ def send(
                 start = time.perf_counter()
                 answers = _ask_about(model, batch, results, images, post_qa, batch_size)
                 seconds["post_qa"] = round(time.perf_counter() - start, 3)
-            described = session.record()
-            for j, (message, result) in enumerate(zip(batch, results, strict=True)):
+            record = opened.record()
+            for j, (item, result) in enumerate(zip(batch, results, strict=True)):
                 manifest = drawing_manifest(
                     mode,
-                    message.prompt,
-                    message.recorded,
-                    described,
+                    item.prompt,
+                    item.recorded,
+                    record,
                     sampling,
                     [drawing.seed for drawing in result.images],
                     batch_size,
                     len(batch),
                     result.text,
-                    session.seconds | seconds,
+                    opened.seconds | seconds,
                 )
                 if post_qa is not None and answers is not None:
                     manifest["post_qa"] = {
@@ -137,20 +138,20 @@ def send(
                     )
                     for k, drawing in enumerate(result.images)
                 ]
-                writer.save(manifest, samples, message.label)
+                writer.save(manifest, samples, item.label)
                 withheld = not result.images and model.asks_for_image(result.reply)
                 cut_off = not (result.images or withheld) and len(result.reply.ids) >= sampling.max_new_tokens
                 outcomes.append(Outcome(bool(result.images), result.text.strip(), cut_off, withheld))
     return outcomes
 
 
-class _Writer:
-    """Saves runs on a thread of its own, while a GPU draws the next, and prints each, in order, when it is on disk.
+class RunWriter:
+    """Saves runs on a thread of its own, while a GPU draws the next; prints each run, in order, when it is on disk.
 
-    With `at_once`, each is waited for.
+    With `at_once`, `save` returns when the run is saved.
     """
 
-    def __init__(self, output: Output, at_once: bool) -> None:
+    def __init__(self, output: OutputOptions, at_once: bool) -> None:
         self._output, self._at_once, self._time = output, at_once, timestamp()
         self._pool = ThreadPoolExecutor(1)
         self._underway: list[Future[dict[str, Any]]] = []
@@ -161,10 +162,10 @@ class _Writer:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self._pool.shutdown()
         with contextlib.suppress(OutputError) if error is not None else contextlib.nullcontext():
-            self._show(wait=True)  # also when drawing the next has failed: these are there
+            self._show(wait=True)  # also after a failure: these runs are on disk
 
     def save(self, manifest: dict[str, Any], samples: Sequence[Sample], label: str) -> None:
-        """Gives a run to the writer."""
+        """Saves a run."""
         job = self._pool.submit(save_run, self._output.folder, manifest, samples, self._time, label)
         self._underway.append(job)
         self._show(self._at_once)
@@ -174,14 +175,15 @@ class _Writer:
             print_results(self._underway.pop(0).result(), self._output)
 
 
-def note_shortcomings(session: OpenedModel, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
-    """Says on stderr what is wrong with answers; fails where one would have been a picture, to draw which `instead` says how."""
+def note_shortcomings(opened: OpenedModel, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
+    """Prints notes on stderr about answers that fall short; fails where one would have been an image (`instead` says how to
+    have it drawn)."""
     withheld = sum(outcome.withheld for outcome in outcomes)
     if any(not (outcome.drew or outcome.text or outcome.withheld) for outcome in outcomes):
         say("note: the model answered with nothing that can be printed")
     if any(outcome.cut_off for outcome in outcomes):
         say(f"note: the answer stops at {limit} tokens; {flag} allows more")
-    source = session.model.source
+    source = opened.model.source
     if any(is_refusal(source, outcome.text) for outcome in outcomes):
         say(f"note: {what_it_can(source)}")
     if withheld:
@@ -193,48 +195,45 @@ def note_shortcomings(session: OpenedModel, outcomes: Sequence[Outcome], flag: s
         )
 
 
-def _check_lengths(model: ScaleRAE, messages: Sequence[Message]) -> None:
-    """The pipeline checks this too, but only knows the batch; here the prompt's place in its file is known."""
+def _check_lengths(model: ScaleRAE, inputs: Sequence[ModelInput]) -> None:
+    """Raises InputError, with their places in the file, for prompts that are too long; the pipeline knows no places."""
     config, problems = model.config, []
-    for message in messages:
-        if message.where:
-            length = len(model.tokenizer.chat(message.prompt))
+    for item in inputs:
+        if item.where:
+            length = len(model.tokenizer.chat(item.prompt))
             if length + config.tokens > config.max_length:
                 problems.append(
-                    f"{message.where}: {length} tokens long; with {config.tokens} image tokens the model reads at most "
+                    f"{item.where}: {length} tokens long; with {config.tokens} image tokens the model reads at most "
                     f"{config.max_length}"
                 )
     if problems:
         raise InputError("; ".join(problems))
 
 
-def _seeds(message: Message, sampling: Sampling) -> list[int]:
+def _seeds(item: ModelInput, sampling: Sampling) -> list[int]:
     from scale_rae.noise import image_seed
 
     if sampling.image_seeds is not None:
         return list(sampling.image_seeds)
-    return [image_seed(sampling.seed, message.index, j) for j in range(sampling.num_images)]
+    return [image_seed(sampling.seed, item.index, j) for j in range(sampling.num_images)]
 
 
 def _draw(
     model: ScaleRAE,
-    batch: Sequence[Message],
+    batch: Sequence[ModelInput],
     seeds: list[list[int]],
     sampling: Sampling,
-    output: Output,
+    output: OutputOptions,
     batch_size: int,
     bars: Bars,
     draw: bool,
 ) -> tuple[list[Generation], list[list[Any]], dict[str, float]]:
-    """Replies and latents of a batch, the pixels of each reply's images (None when decoding is skipped), seconds."""
-    shown = [message.latent for message in batch if message.latent is not None]
+    """A batch's replies, the pixels of each reply's images (None when decoding is skipped), and seconds."""
+    shown = [item.latent for item in batch if item.latent is not None]
     results = model.generate(
-        [message.prompt for message in batch],
+        [item.prompt for item in batch],
         image_seeds=seeds,
-        guidance=sampling.guidance_level,
-        guidance_interval=sampling.guidance_interval,
-        steps=sampling.steps,
-        solver=sampling.solver,
+        options=sampling.options,
         max_new_tokens=sampling.max_new_tokens,
         latents=shown or None,
         batch_size=batch_size,
@@ -254,13 +253,13 @@ def _draw(
 
 def _ask_about(
     model: ScaleRAE,
-    batch: Sequence[Message],
+    batch: Sequence[ModelInput],
     results: Sequence[Generation],
     images: Sequence[Sequence[Any]],
     post_qa: PostQA,
     batch_size: int,
 ) -> list[list[dict[str, str]]]:
-    """Question and answer for each image of each result."""
+    """Question and answer per image, a list per result."""
     questions = [post_qa.question(m.prompt) for m, result in zip(batch, results, strict=True) for _ in result.images]
     if post_qa.mode == "image":
         latents = model.encode([image for row in images for image in row])
@@ -275,8 +274,8 @@ def _ask_about(
     return [[next(rest) for _ in result.images] for result in results]
 
 
-def print_results(manifest: dict[str, Any], output: Output) -> None:
-    """Prints a run: its text, the paths of its files, the answers about its images; or its manifest as JSON."""
+def print_results(manifest: dict[str, Any], output: OutputOptions) -> None:
+    """Prints a run: its text, the paths of its files, the answers about its images. With `json`, prints its manifest."""
     if output.json:
         show_json(manifest)
         return

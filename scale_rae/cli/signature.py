@@ -1,0 +1,79 @@
+"""From options dataclasses to flags: what a command's function takes as one object, the command line takes as flags."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, is_dataclass
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
+
+import typer
+
+from scale_rae.options import Knob, Option, knob_of, options_of, with_values
+
+
+def one_of(*values: str) -> Callable[[str | None], str | None]:
+    """A check, for typer, that an option is one of `values`."""
+
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in values:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(values)}")
+        return value
+
+    return check
+
+
+def expanded(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with one flag for each option of the options dataclasses among its parameters.
+
+    A parameter annotated with an options dataclass becomes the flags of `options_of`, with the defaults of the parameter's
+    default if it has one; the function receives the object with the flags' values. A parameter annotated with a Knob becomes
+    one flag. All other parameters are typer's as they are.
+    """
+    hints = get_type_hints(command, include_extras=True)
+    groups: dict[str, tuple[Any, list[Option]]] = {}
+    parameters: list[inspect.Parameter] = []
+    for parameter in inspect.signature(command).parameters.values():
+        hint = hints[parameter.name]
+        if is_dataclass(hint) and isinstance(hint, type):
+            defaults = hint() if parameter.default is parameter.empty else parameter.default
+            groups[parameter.name] = defaults, options_of(hint, defaults)
+            parameters += [_flag(o.name, o.kind, o.default, o.knob) for o in groups[parameter.name][1]]
+        elif knob := knob_of(hint):
+            default = MISSING if parameter.default is parameter.empty else parameter.default
+            parameters.append(_flag(parameter.name, get_args(hint)[0], default, knob))
+        else:
+            parameters.append(parameter.replace(annotation=hint, kind=inspect.Parameter.KEYWORD_ONLY))
+
+    @functools.wraps(command)
+    def with_flags(**flags: Any) -> None:
+        built = {}
+        for name, (defaults, options) in groups.items():
+            built[name] = with_values(defaults, {option.name: flags.pop(option.name) for option in options})
+        command(**flags, **built)
+
+    # What typer reads: the signature's annotations with typer's options in them, and the same without.
+    with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_flags.__annotations__ = {
+        p.name: get_args(p.annotation)[0] if get_origin(p.annotation) is Annotated else p.annotation for p in parameters
+    }
+    return with_flags
+
+
+def _flag(name: str, kind: Any, default: Any, knob: Knob) -> inspect.Parameter:
+    option = typer.Option(
+        f"--{name.replace('_', '-')}",  # named, since typer gives unnamed flags of yes or no a --no-… too
+        help=knob.help,
+        rich_help_panel=knob.panel,
+        metavar=knob.metavar,
+        show_default=knob.show_default,
+        callback=one_of(*knob.choices) if knob.choices else None,
+    )
+    empty = inspect.Parameter.empty
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=empty if default is MISSING else default,
+        annotation=Annotated[kind, option],
+    )
