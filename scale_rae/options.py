@@ -30,6 +30,7 @@ DEFAULT_STEPS = 49
 DEFAULT_SEED = 42
 DEFAULT_NEW_TOKENS = 512  # of a reply
 DEFAULT_ANSWER_TOKENS = 64  # of an answer to a question about a drawn image
+DECODE_AT_ONCE = 32  # latents
 PROMPT_PREFIX = "Can you generate "  # put before prompts that are not worded as requests
 TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 LARGEST_SEED = 2**63 - 1
@@ -47,7 +48,8 @@ class Knob:
     """An option's help text, names and bounds; its type and default are those of the dataclass field.
 
     `name` is the option's name in flags and files, `label` its name in error messages. `must` says what a value must be,
-    where `least`, `most` and `choices` do not say it well enough.
+    where `least`, `most` and `choices` do not say it well enough. With `show_range`, --help shows least and most. A flag's
+    value times `unit` is the field's.
     """
 
     help: str
@@ -60,6 +62,8 @@ class Knob:
     must: str = ""
     metavar: str | None = None
     show_default: bool = True
+    show_range: bool = False
+    unit: int = 1
 
     def check(self, label: str, value: Any) -> None:
         """Raises OptionError, beginning with `label`, for a value that the option does not take. None is always taken."""

@@ -33,6 +33,7 @@ from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_enc
 from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype
 from scale_rae.noise import image_seed
 from scale_rae.options import (
+    DECODE_AT_ONCE,
     DEFAULT_MODEL,
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
@@ -390,7 +391,7 @@ class ScaleRAE:
         self.sampler.policy.expect(images)
 
     @torch.inference_mode()
-    def decode(self, latents: Sequence[Tensor], batch_size: int = 32) -> list[Image.Image]:
+    def decode(self, latents: Sequence[Tensor], batch_size: int = DECODE_AT_ONCE) -> list[Image.Image]:
         """Pictures of latents [L, C], 8-bit RGB of `image_size` pixels along each edge.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Prompt files: a prompt a line (.txt), or a JSON record a line (.jsonl, .ndjson, .json)."""
+"""Prompt files: one prompt per line (.txt), or one JSON record per line (.jsonl, .ndjson, .json)."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from scale_rae.jsonio import parse_json
 from scale_rae.prompt import clean_message
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
-MOST_BYTES = 256 << 20  # of a prompt file: two million long prompts
+MOST_BYTES = 256 << 20  # per prompt file: two million long prompts
 MOST_TEMPLATE_BYTES = 1 << 20
-MOST_PROBLEMS = 10  # bad lines that an error names
-MOST_INDEX = 2**63  # indices stand in file names, and in 64-bit columns of those who read the results
+MOST_PROBLEMS = 10  # bad lines that an error names at most
+MOST_INDEX = 2**63  # indices are parts of file names, and 64-bit numbers to readers of the results
 
 
 @dataclass(frozen=True)
 class PromptRecord:
-    """One prompt of a file. `line` counts from 1; `index` is unique in the file; `extra` is all else a record says."""
+    """One prompt of a file. `line` counts from 1; `index` is unique in the file; `extra` are the record's other fields."""
 
     line: int
     prompt: str
@@ -30,13 +30,13 @@ class PromptRecord:
 
 
 def read_prompts(path: str | Path) -> list[PromptRecord]:
-    """The prompts of a file, in its order. Blank lines are skipped; nothing else is special in a text file.
+    """The prompts of a file, in its order. Blank lines are skipped; in a text file, every other line is a prompt.
 
-    A record is a JSON object with "prompt" and perhaps "index" (a whole number; default: how many prompts come before).
+    A record is a JSON object with "prompt" and optionally "index", a whole number (default: the number of prompts before).
 
     Raises:
-        InputError: when the file cannot be read or holds no prompt, or naming the first lines that are not UTF-8, not such
-            a record, empty of text, or repeat an index.
+        InputError: for a file that cannot be read or holds no prompt; naming lines that are not UTF-8, are no record, have
+            no text, or repeat an index.
     """
     path = Path(path)
     content = read_bytes(path, MOST_BYTES, "prompt file", pipes=True).removeprefix(b"\xef\xbb\xbf")
@@ -45,7 +45,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         raise InputError(f"{path}: {problem}")
     records: list[PromptRecord] = []
     problems: list[str] = []
-    more = 0  # bad lines after those
+    more = 0  # bad lines beyond MOST_PROBLEMS
     line_of: dict[int, int] = {}
     ordinal = 0  # prompts before this line, bad ones included
     for number, raw in enumerate(content.split(b"\n"), start=1):
@@ -71,7 +71,7 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
 
 
 def _not_lines(content: bytes) -> str | None:
-    """What a file is that has no lines of UTF-8, None for one that may have."""
+    """Why a file cannot have lines of UTF-8, None where it may have them."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_like_utf16(content):
         return "line 1: not valid UTF-8: the file is UTF-16; save it as UTF-8"
     if b"\n" not in content and b"\r" in content.strip():
@@ -82,7 +82,7 @@ def _not_lines(content: bytes) -> str | None:
 
 
 def _value(content: bytes | str) -> Any:
-    """The value of JSON text, None for what is no JSON."""
+    """The value of JSON text, None for other text."""
     try:
         return parse_json(content)
     except ValueError:
@@ -90,7 +90,7 @@ def _value(content: bytes | str) -> Any:
 
 
 def _looks_like_utf16(content: bytes) -> bool:
-    """Whether every second byte is zero and no other, as in UTF-16 of Latin letters without a mark."""
+    """Whether exactly every second byte is zero, as in Latin letters in UTF-16 without a byte order mark."""
     if len(content) < 8 or len(content) % 2:
         return False
     halves = content[::2], content[1::2]

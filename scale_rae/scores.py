@@ -49,7 +49,7 @@ class Score:
 
 
 def answer_tokens(tokenizer: ChatTokenizer, word: str) -> set[int]:
-    """Ids that say `word` alone: its three capitalisations, with and without a space before."""
+    """The ids of tokens that are `word` alone: in three capitalisations, with and without a space before it."""
     spellings = (word.lower(), word.capitalize(), word.upper())
     encoded = [tokenizer.plain(space + spelling) for spelling in spellings for space in ("", " ")]
     return {ids[0] for ids in encoded if len(ids) == 1}
@@ -58,10 +58,12 @@ def answer_tokens(tokenizer: ChatTokenizer, word: str) -> set[int]:
 def texts_of(
     config: ScaleRAEConfig, tokenizer: ChatTokenizer, prompt: str, question_template: str
 ) -> tuple[list[int], list[int]]:
-    """What the model reads of a latent, an image in each: the question, and the prompt in the place of a description.
+    """Token ids of the two texts that are read about a latent: the question, and the prompt as the image's description.
+
+    Each holds the image once.
 
     Raises:
-        InputError: when one is longer than the model reads.
+        InputError: when a text is longer than the model reads.
     """
     question = tokenizer.chat(ask_question(question_template, prompt), image=True)
     described = [*tokenizer.chat(DESCRIBE, image=True), *tokenizer.plain(prompt)]
@@ -86,17 +88,21 @@ def score_latents(
     question_template: str,
     max_new_tokens: int,
 ) -> list[Score]:
-    """Scores of latents [L, C] against `prompt`.
+    """One score per latent [L, C] against `prompt`.
 
-    `request` is the message that asked for the drawing and `request_reply` the model's reply to it.
+    `request` is the message that asked for the image, `request_reply` the model's reply to it. `question_template` holds
+    `{prompt}`; the answer has at most `max_new_tokens` tokens.
+
+    Raises:
+        InputError: when the question or the prompt is longer than the model reads.
     """
     question = ask_question(question_template, prompt)
     asked, described = texts_of(language.config, tokenizer, prompt, question_template)
     prompt_ids = tokenizer.plain(prompt)
-    seen = asked.index(IMAGE) + 1  # both begin with the image, which is read once
+    seen = asked.index(IMAGE) + 1  # both texts begin alike up to the image, so this part is read once
     assert asked[:seen] == described[:seen]
     images = language.project(latents)  # [N, L, H]
-    longest = language.config.max_length - (len(asked) + language.config.tokens - 1)  # answer that the model reads
+    longest = language.config.max_length - (len(asked) + language.config.tokens - 1)  # answer, in tokens
     limit = min(max_new_tokens, longest)
     count, slots = len(latents), language.config.tokens + max(len(asked) + limit, len(described))
     with language.cache(count, slots) as cache:
@@ -133,10 +139,12 @@ def score_latents(
 
 
 def _prompt_scores(language: LanguageModel, hidden: Tensor, prompt_ids: list[int]) -> list[tuple[float, float]]:
-    """For each row of hidden states [B, T, H] that ends with the prompt: mean loss of the prompt's tokens from the second on,
-    and mean confidence at all of them."""
+    """(prompt loss, confidence) per row of hidden states [B, T, H]; each row ends with the prompt's tokens.
+
+    The loss is the mean over the prompt's tokens from the second on, the confidence the mean over all of them.
+    """
     at_prompt = hidden[:, -len(prompt_ids) :]
-    targets = [*prompt_ids[1:], 0] * len(hidden)  # what follows the last one counts for nothing
+    targets = [*prompt_ids[1:], 0] * len(hidden)  # the last column's loss is left out below
     confidence, loss = language.confidence_and_loss(at_prompt.flatten(0, 1), targets)
     assert loss is not None
     shape = at_prompt.shape[:2]
@@ -150,7 +158,7 @@ def _prompt_scores(language: LanguageModel, hidden: Tensor, prompt_ids: list[int
 def _image_scores(
     language: LanguageModel, tokenizer: ChatTokenizer, images: Tensor, request: str, request_reply: Reply
 ) -> list[float]:
-    """Mean confidence over each projected latent's [N, L, H] place in the conversation that drew it, whose text is read once."""
+    """Mean confidence at each projected latent [N, L, H] in the conversation that drew it; the text is read once."""
     drawn = tokenizer.chat(request)
     ids = [*drawn, *tokenizer.plain(tokenizer.decode(request_reply.ids)), *tokenizer.image()]
     seen, count = ids.index(IMAGE), len(images)

@@ -1,4 +1,4 @@
-"""What a message asks for, by its words, and what to do when a model's reply is something else."""
+"""What the words of a message ask for, and what to tell a user whose model replied with something else."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 GUIDE = "docs/bundled-model.md"
 
-# What comes before the verb of a request, any number of times: "Can you please …", "Now …", "I'd like you to …".
+# Words before the verb of a request, repeated: "Can you please …", "Now …", "I'd like you to …".
 _POLITELY = (
     r"(?:(?:please|now|then|next|ok|okay|and|just|(?:can|could|would|will) you|i(?:['’]d| would) like you to"
     r"|i want you to|let['’]?s)[\s,]+)*"
 )
-# Verbs of making and changing; a question or a description has none of them in this place.
+# Verbs of making and changing; questions and descriptions do not begin with them.
 _VERBS = (
     r"(?:draw|redraw|generate|regenerate|create|make|paint|repaint|produce|render|sketch|illustrate|imagine|design"
     r"|change|turn|transform|convert|edit|modify|alter|replace|swap|remove|erase|delete|add|insert|put|place|move|rotate"
@@ -27,8 +27,8 @@ _WISHES = (
 )
 _ASKS_TO_DRAW = re.compile(rf"\W*{_POLITELY}(?:{_VERBS}|{_WISHES})\b", re.IGNORECASE)
 
-# A prompt that begins so asks for a picture already. Bare verbs ask only before an article or a number: "paint brushes"
-# is a thing to draw, "paint a brush" a request.
+# The beginning of a prompt that is a request already. A verb alone is one only before an article or a number: "paint
+# brushes" are a thing to draw, "paint a brush" is a request.
 _REQUEST = re.compile(
     r"(please|(can|could|would|will) (you|i)|(show|give) me|i (want|need|would like)|i['’]d like|let me see"
     r"|(generate|draw|create|make|paint|produce|render)( me)? (an?|the|one|two|three|four|five|some|this|\d+))\b",
@@ -44,22 +44,22 @@ def as_request(prompt: str, prefix: str) -> str:
 
 
 def asks_to_draw(message: str) -> bool:
-    """Whether a message after a picture asks for another one ("Make it blue"), and not about the one there is.
+    """Whether a message after a picture asks for another picture ("Make it blue"), not about the shown one.
 
-    By its first words, which are all that can be known before the model has replied. When in doubt it is a question.
+    The first words decide, since the model has not replied yet. In doubt, the message is a question.
     """
     return _ASKS_TO_DRAW.match(message) is not None
 
 
 def is_bundled(source: Source) -> bool:
-    """Whether these are the files of the model that comes with this package."""
+    """Whether the files are those of the bundled model."""
     from scale_rae.hub import BUNDLED
 
     return any(source.folder.resolve() == folder.resolve() for folder in BUNDLED.values())
 
 
 def what_it_can(source: Source) -> str | None:
-    """In a sentence, what the bundled model draws and answers; None for any other model, of which we do not know."""
+    """A sentence on what the bundled model draws and answers; None for other models, whose abilities are not known."""
     if not is_bundled(source):
         return None
     from scale_rae.shapes.world import COLORS, SHAPES
@@ -72,7 +72,7 @@ def what_it_can(source: Source) -> str | None:
 
 
 def is_refusal(source: Source, text: str) -> bool:
-    """Whether this is what the bundled model says where it can do nothing."""
+    """Whether a text is the bundled model's reply to what it cannot do."""
     if not is_bundled(source):
         return False
     from scale_rae.shapes.world import CHAT_REPLY
@@ -81,7 +81,7 @@ def is_refusal(source: Source, text: str) -> bool:
 
 
 def after_no_drawing(source: Source) -> str:
-    """What to do when a model answered in words where a picture was wanted."""
+    """Advice for when a model answered in words where a picture was wanted."""
     return what_it_can(source) or (
         'ask for a picture as in "Can you generate a photo of …?"; if you did, use other words: by them the model decides '
         "whether it draws"

@@ -204,8 +204,9 @@ def test_scaling_study_s_intervals(tmp_path: Path) -> None:
 
 def test_scaling_study_ranks_as_select_does(tmp_path: Path) -> None:
     from scale_rae.ranking import METRICS
-    from scale_rae.scaling.select import choose, read_experiment
-    from tests.choosing.made_experiment import write_experiment
+    from scale_rae.scaling.reader import read_experiment
+    from scale_rae.scaling.select import choose
+    from tests.helpers.made_experiment import write_experiment
 
     experiment = read_experiment(write_experiment(tmp_path / "experiment"))
     for metric in METRICS:

@@ -1,15 +1,38 @@
-"""Pages: what they link to and which modules they name exist."""
+"""Pages: every link, module, name in a module, and flag that they mention exists."""
 
 from __future__ import annotations
 
+import ast
+import builtins
+import functools
+import importlib
 import re
 from pathlib import Path
 
 import pytest
+import typer.main
+
+from scale_rae.cli.app import COMMANDS
+from scale_rae.shapes import evaluate
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "scale_rae"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "recipes" / "shapes" / "README.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+OTHER_PROGRAMS = {  # flags of SLURM, torchrun and Ray; official spelling with underscores; the beginning of several flags
+    *(
+        "--nodes",
+        "--ntasks-per-node",
+        "--gpus-per-node",
+        "--cpus-per-task",
+        "--time",
+        "--requeue",
+        "--kill-on-bad-exit",
+    ),
+    *("--nproc-per-node", "--generate", "--head", "--address", "--model_path", "--post-qa-"),
+}
+OTHER_FILES = {"random.py"}  # a user's own file
+SUFFIXES = {"json", "jsonl", "pt", "py", "md", "safetensors", "bin", "png", "toml", "txt"}
 
 
 def anchors(page: Path) -> set[str]:
@@ -18,11 +41,80 @@ def anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def names_in(module: Path) -> dict[str, set[str]]:
+    """The names that a module defines or imports, each with its own attributes: methods and fields of a class."""
+    found: dict[str, set[str]] = {}
+    for node in ast.parse(module.read_text()).body:
+        if isinstance(node, ast.ClassDef):
+            found[node.name] = {part for child in node.body for part in defined_by(child)}
+            found[node.name] |= {
+                n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)
+            }
+        else:
+            found |= {name: set() for name in defined_by(node)}
+    return found
+
+
+def defined_by(node: ast.stmt) -> set[str]:
+    """The names that a statement binds, those in a try or an if too."""
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        return {alias.asname or alias.name for alias in node.names}
+    if isinstance(node, ast.Assign | ast.AnnAssign):
+        targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+        return {target.id for target in targets if isinstance(target, ast.Name)}
+    return {name for child in ast.iter_child_nodes(node) if isinstance(child, ast.stmt) for name in defined_by(child)}
+
+
+@functools.cache
+def package() -> dict[str, dict[str, set[str]]]:
+    """The names in each module of the package, by the module's name without `scale_rae.`."""
+    modules = {}
+    for file in PACKAGE.rglob("*.py"):
+        parts = file.relative_to(PACKAGE).with_suffix("").parts
+        modules[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = names_in(file)
+    modules[""]["ScaleRAE"] = set()  # made by __getattr__
+    return modules
+
+
+def exists(name: str) -> bool:
+    """Whether `name`, such as `fast_dit.spread` or `dit.DiT.forward`, is a module of the package or a name in one."""
+    parts = name.split(".")
+    for cut in range(len(parts), -1, -1):
+        if (module := package().get(".".join(parts[:cut]))) is not None:
+            rest = parts[cut:]
+            return not rest or (
+                rest[0] in module and (len(rest) == 1 or (len(rest) == 2 and rest[1] in module[rest[0]]))
+            )
+    return False
+
+
+def flags_of(command: object) -> set[str]:
+    """Every spelling of every flag of a click command and its subcommands."""
+    found = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}  # type: ignore[attr-defined]
+    return found.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
+
+
+@functools.cache
+def flags() -> set[str]:
+    """The flags of all commands, benchmarks and steps of the recipe. Nothing that is imported for it loads torch."""
+    found = {"--help", "--version"} | flags_of(typer.main.get_command(evaluate.app))
+    for module, _ in COMMANDS.values():
+        single = typer.Typer()
+        single.command()(importlib.import_module(module).command)
+        found |= flags_of(typer.main.get_command(single))
+    for file in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
+        found |= set(re.findall(r'"(--[a-z][\w-]*)"', file.read_text()))
+    return found | {"--encoder", "--joint"}  # recipes.shapes.train makes a flag of each stage's name
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_links_lead_somewhere(name: str) -> None:
     page = ROOT / name
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)\s]+)\)|src=\"([^\"]+)\"", page.read_text()):
+        target = "".join(target)
         path, _, anchor = target.partition("#")
         if "://" in target:
             continue
@@ -35,11 +127,37 @@ def test_links_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_modules_that_pages_name_exist(name: str) -> None:
     text = (ROOT / name).read_text()
-    files = re.findall(r"\b((?:scale_rae|benchmarks|recipes|tests)/[\w/]+\.py)\b", text)
-    files += re.findall(r"python ((?:[\w/]+/)?\w+\.py)", text)
+    files = set(re.findall(r"\b((?:scale_rae|benchmarks|recipes|tests)/[\w/]+\.py)\b", text))
+    files |= set(re.findall(r"python ((?:[\w/]+/)?\w+\.py)", text))
     assert not [file for file in files if not (ROOT / file).exists()]
-    modules = re.findall(r"`scale_rae\.([a-z_0-9.]+)", text)
-    parts = [module.rstrip(".").split(".") for module in modules]
-    package = ROOT / "scale_rae"
-    known = {p.stem for p in package.iterdir()} | {"load", "__version__"}
-    assert not [part for part in parts if part[0] not in known]
+    alone = set(re.findall(r"`([\w/]+\.py)`", text)) - files - OTHER_FILES
+    assert not [file for file in alone if not any(ROOT.glob(f"{top}/**/{file}") for top in ("scale_rae", "recipes"))]
+    modules = set(re.findall(r"-m ((?:scale_rae|recipes|benchmarks)[.\w]*)", text))
+    assert not [m for m in modules if not (ROOT / f"{m.replace('.', '/')}.py").exists() and m != "scale_rae"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_in_modules_that_pages_name_exist(name: str) -> None:
+    text = (ROOT / name).read_text()
+    for module, imported in re.findall(r"from scale_rae([.\w]*) import ([\w, ]+)", text):
+        assert not [n for n in imported.split(", ") if not exists(f"{module[1:]}.{n}".strip("."))], module
+    wrong = []
+    for span in re.findall(r"`([A-Za-z_][\w.]*)(?:\([^`]*\))?`", text):
+        first, *rest = span.split(".")
+        if not rest or rest[-1] in SUFFIXES:
+            continue
+        if first == "scale_rae":
+            wrong += [span] if not exists(".".join(rest)) else []
+        elif first in package():
+            wrong += [span] if not exists(span) else []
+        elif homes := [module[first] for module in package().values() if module.get(first)]:  # a class
+            wrong += [span] if not any(rest[0] in home for home in homes) else []
+        elif first[0].isupper() and not hasattr(builtins, first):
+            wrong.append(span)
+    assert not wrong
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_flags_that_pages_name_exist(name: str) -> None:
+    found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / name).read_text()))
+    assert not found - flags() - OTHER_PROGRAMS

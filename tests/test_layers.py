@@ -26,7 +26,7 @@ provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards
 scaling scaling.settings scaling.experiment scaling.events scaling.local_files scaling.object_store scaling.store
 scaling.batches scaling.joining scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
-scaling.select scaling.report scaling.sheet
+scaling.replacing scaling.reader scaling.select scaling.plots scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server

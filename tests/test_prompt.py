@@ -18,7 +18,7 @@ from recipes.shapes.tokenizer import SPECIAL
 from scale_rae.errors import InputError
 from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.prompt import IMAGE, ChatTokenizer, clean_message
+from scale_rae.prompt import IMAGE, ChatTokenizer, ask_question, chat_text, clean_message
 from scale_rae.tokenizer_file import read_qwen2
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<|endoftext|>", "<image>"]
@@ -181,3 +181,28 @@ def test_decode_leaves_control_tokens_out(tokenizer: ChatTokenizer) -> None:
 def test_a_very_long_prompt(models: dict[str, ScaleRAE]) -> None:
     with pytest.raises(InputError, match=r"the prompt is \d+ tokens long; .*at most 1024"):
         models["siglip"].generate("a cat " * 17_000)
+
+
+@pytest.mark.parametrize("message", ["Can you generate a red circle", "Zwei Kreise, é 猫!", "a <image-placeholder>cat"])
+def test_the_input_prompt_is_what_the_model_reads(message: str) -> None:
+    published = Qwen2Tokenizer.from_pretrained(BUNDLED["shapes"])
+    tokenizer = ChatTokenizer(BUNDLED["shapes"], image_markers=True)
+    assert published(chat_text(message), add_special_tokens=False).input_ids == tokenizer.chat(message)
+
+
+@pytest.mark.parametrize(
+    ("template", "prompt", "question"),
+    [
+        ("Does it show: {prompt}?", "a cat", "Does it show: a cat?"),
+        ("Does it show: {prompt}?", "Can you draw a string?", "Does it show: Can you draw a string?"),
+        ("Does it show: {prompt}?", "Draw a cat.", "Does it show: Draw a cat?"),
+        ("Does it show: {prompt}?", "a cat?!", "Does it show: a cat?"),
+        ("Does it show: {prompt}?", "?", "Does it show: ??"),  # nothing else is left of it
+        ('Is "{prompt}" there? Really {prompt}.', "a cat!", 'Is "a cat!" there? Really a cat.'),
+        ("Is it {prompt}", "a cat?", "Is it a cat?"),
+        ("Right?", "a cat?", "Right? a cat?"),
+        ("Does it show {prompt}?", "the text {prompt}?", "Does it show the text {prompt}?"),
+    ],
+)
+def test_a_question_has_one_mark_at_its_end(template: str, prompt: str, question: str) -> None:
+    assert ask_question(template, prompt) == question

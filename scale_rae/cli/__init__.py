@@ -1,7 +1,7 @@
 """The command line: `scale-rae …`, or `python cli.py …` in a checkout.
 
-Nothing heavy is imported until a command needs it, so that --help is quick. This file needs nothing but Python itself, so
-that it can say what is missing.
+Nothing heavy is imported until a command needs it, so that --help is quick. This file imports only Python's own modules,
+so that it can report a missing package.
 """
 
 from __future__ import annotations
@@ -45,32 +45,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 class _Interruption:
-    """While entered, the first Ctrl-C or SIGTERM raises KeyboardInterrupt; others are ignored for PATIENCE, then end all.
+    """While entered, the first Ctrl-C or SIGTERM raises KeyboardInterrupt.
 
-    So cleaning up is not cut short. Nor is the end of the process: after an interruption both signals stay ignored.
+    Later signals are ignored for PATIENCE seconds, so that they do not cut cleaning up short; after that, one ends the
+    process at once. When the context ends after an interruption, both signals stay ignored, until the process ends.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # of the signal that came
+        self.number = 0  # of the first signal
         self._since = 0.0
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> _Interruption:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
-                # What a shell made a background job ignore stays ignored; a handler from outside Python (None) stays too.
+                # Shells start background jobs with ignored signals, which stay ignored; None is a handler outside Python.
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
-                    self._before[number] = signal.signal(number, self._hear)
+                    self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
-            # Python resets handlers as it ends, but nothing that is ignored.
+            # At its end Python resets handlers, but leaves ignored signals ignored.
             signal.signal(number, signal.SIG_IGN if self.number else handler)
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.number:
             self.number, self._since = number, time.monotonic()
             raise KeyboardInterrupt
-        if time.monotonic() - self._since > PATIENCE:  # a library waits for its threads, perhaps, which download
+        if time.monotonic() - self._since > PATIENCE:  # a library may be waiting for threads that download
             os._exit(128 + number)

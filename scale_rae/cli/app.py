@@ -33,7 +33,7 @@ from scale_rae.files import check_name
 from scale_rae.jsonio import dump_json
 from scale_rae.version import __version__
 
-# name -> (module, what `scale-rae --help` says of it); the module is imported when its command is run
+# name -> (module, its line in `scale-rae --help`); the module is imported when its command is run
 COMMANDS = {
     "t2i": ("scale_rae.cli.t2i", "Draw images from a prompt, or from every prompt of a file."),
     "img": ("scale_rae.cli.img", "Ask about an image, or have it changed."),
@@ -63,7 +63,7 @@ class _LazyGroup(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command that refuses an option of one value given twice, where the last would win without a word."""
+    """A command that refuses an option of one value given twice; click would silently use the last one."""
 
     def make_parser(self, ctx: Any) -> Any:
         parser: Any = super().make_parser(ctx)
@@ -103,9 +103,9 @@ def _group(
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Parses and runs; returns the exit code, once all that was printed is written out."""
+    """The exit code of a command line, after all output is written out."""
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a reply in any script, on a terminal of any encoding
+        if hasattr(stream, "reconfigure"):  # a reply may be in any script
             stream.reconfigure(errors="backslashreplace")
     app = typer.Typer(
         cls=_LazyGroup,
@@ -124,14 +124,14 @@ def run(argv: Sequence[str] | None = None) -> int:
         typer.main.get_command(app).main(args=None if argv is None else list(argv), prog_name=program)
     except SystemExit as e:
         return _written_out(e.code if isinstance(e.code, int) else 0 if e.code is None else 1)
-    except OSError as e:  # of --help; commands tell their own
+    except OSError as e:  # from --help; commands report their own errors
         say(f"error: {_no_stdout(e)}")
         return _written_out(1)
     return _written_out(0)
 
 
 def _written_out(code: int) -> int:
-    """The exit code once stdout is flushed. What cannot be written is dropped: Python would complain of it as it exits."""
+    """The exit code, after stdout is flushed. What cannot be written is dropped; else Python would complain at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()
@@ -150,7 +150,7 @@ def _no_stdout(error: OSError) -> str:
 
 def say(text: str) -> None:
     """Prints one line on stderr; control characters, which files and models may hold, are escaped."""
-    with contextlib.suppress(OSError):  # there is nowhere to report it
+    with contextlib.suppress(OSError):  # there is nowhere to report a closed stderr
         typer.echo(printable(" ".join(text.split("\n"))), err=True)
 
 
@@ -164,7 +164,7 @@ def show(text: str) -> None:
 
 
 def show_json(value: Any) -> None:
-    """Prints a value as one line of JSON, in UTF-8's letters on a stdout that has them and in ASCII's escapes on others.
+    """Prints a value as one line of JSON: in UTF-8 if stdout is UTF-8, else in ASCII with escapes.
 
     Raises:
         OutputError: when it cannot be written.
@@ -173,7 +173,7 @@ def show_json(value: Any) -> None:
         ascii_only = codecs.lookup(sys.stdout.encoding).name != "utf-8"
     except (LookupError, TypeError):
         ascii_only = True
-    # Control characters stand in JSON only inside of texts, where an escape means the same.
+    # In JSON, control characters occur only inside texts, where an escape means the same.
     _print(printable(dump_json(value, ascii_only=ascii_only), escape=lambda character: f"\\u{ord(character):04x}"))
 
 
@@ -193,9 +193,9 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 def _check_texts(options: dict[str, Any]) -> None:
-    """Raises InputError for a value that is not Unicode text: it could be drawn from, and then not be recorded.
+    """Raises InputError for a value that is not Unicode text, since no manifest could record it.
 
-    Arguments that are not valid UTF-8 reach Python with half surrogates in them.
+    Python turns bytes of arguments that are not valid UTF-8 into lone surrogates.
     """
     for name, value in options.items():
         what = name.replace("_", " ")
@@ -212,7 +212,7 @@ def _check_texts(options: dict[str, Any]) -> None:
 
 
 def _guarded(function: Callable[..., None]) -> Callable[..., None]:
-    """The command with its errors turned into one line and an exit code; `debug=True` shows the traceback too."""
+    """The command with errors as one line and an exit code; `debug=True` adds the traceback."""
 
     @functools.wraps(function)
     def command(*args: Any, **options: Any) -> None:
@@ -224,7 +224,7 @@ def _guarded(function: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             fail("interrupted; nothing is left half-written", 130)
         except BrokenPipeError:
-            raise  # whoever read our output has gone; click ends quietly
+            raise  # the reader of our output has gone; click ends quietly
         except Exception as e:
             if options.get("debug"):
                 typer.echo(printable(traceback.format_exc(), lines=True), err=True, nl=False)

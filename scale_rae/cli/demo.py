@@ -107,7 +107,7 @@ def command(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """Makes SIGTERM end the command as Ctrl-C does; once the event is set, both are ignored, so that the page closes in order."""
+    """The event after which both signals are ignored, so that the page closes in order; SIGTERM ends it as Ctrl-C does."""
     ending = threading.Event()
 
     def end(_signal: int, _frame: FrameType | None) -> None:

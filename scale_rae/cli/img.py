@@ -53,8 +53,8 @@ def command(
     bars = Bars()
     source = prepare(choice, sampling, bars)
     opened = OpenedModel(choice, bars, source=source, encoder=True, debug=output.debug)
-    shown = ModelInput(prompt, opened.model.encode([picture])[0])
+    asked = ModelInput(prompt, opened.model.encode([picture])[0])
     mode = {"mode": "img", "image": str(image), "image_sha256": digest}
     may_draw = asks_to_draw(prompt) if draw is None else draw
-    outcomes = send(opened, mode, [shown], sampling, output, bars, draw=may_draw)
+    outcomes = send(opened, mode, [asked], sampling, output, bars, draw=may_draw)
     note_shortcomings(opened, outcomes, "--max-new-tokens", sampling.max_new_tokens, "have it drawn: --draw")

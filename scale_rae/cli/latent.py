@@ -19,7 +19,7 @@ from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError
 from scale_rae.manifest import input_latents, png_text
 from scale_rae.opening import OpenedModel
-from scale_rae.options import DEFAULT_ANSWER_TOKENS, SAMPLING, ModelChoice, Sampling
+from scale_rae.options import DECODE_AT_ONCE, DEFAULT_ANSWER_TOKENS, SAMPLING, ModelChoice, Sampling
 from scale_rae.outputs import Sample, check_folder, save_run, timestamp
 from scale_rae.prompt import clean_message
 
@@ -84,7 +84,7 @@ def command(
         return
     assert prompt is not None
     inputs = [
-        # Every latent is asked about by itself, so each one's images have the noise they would have alone.
+        # Each latent is its own conversation, so its images have the noise that they would have alone.
         ModelInput(prompt, shown, label=f"-{i:02}" if len(paths) > 1 else "", recorded=input_latents([path]))
         for i, (path, shown) in enumerate(zip(paths, latents, strict=True))
     ]
@@ -102,7 +102,7 @@ def _decode(
     batch_size: int | None,
 ) -> None:
     start = time.perf_counter()
-    size = batch_size or 32
+    size = batch_size or DECODE_AT_ONCE
     images = opened.model.decode(latents, size)
     seconds = opened.seconds | {"decoding": round(time.perf_counter() - start, 3)}
     manifest = {**mode, "prompt": None, **input_latents(paths), **opened.record(), "batch_size": size}
@@ -112,6 +112,6 @@ def _decode(
         Sample(image, shown if output.save_latent else None, text | {"latent": str(path)})
         for image, shown, path in zip(images, latents, paths, strict=True)
     ]
-    with ThreadPoolExecutor(1) as pool:  # another thread's work is not interrupted
+    with ThreadPoolExecutor(1) as pool:  # Ctrl-C interrupts the main thread only
         saved = pool.submit(save_run, output.folder, manifest, samples, timestamp()).result()
     print_results(saved, output)

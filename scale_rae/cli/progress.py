@@ -1,6 +1,6 @@
 """Progress bars on a terminal, none in a pipe. All on stderr, and gone when done.
 
-A bar is up only while weights are read or images drawn: in between, the hub's own download bars have the terminal.
+A bar is shown only while weights are read or images are drawn, so that it does not mix with the hub's download bars.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ if TYPE_CHECKING:
 
 
 class Bars:
-    """Callbacks for loading and sampling, and the bar they move."""
+    """One progress bar, moved by callbacks of loading and sampling."""
 
     def __init__(self) -> None:
         self._shown = sys.stderr.isatty()
         self._progress: Progress | None = None
         self._task: Any = None
-        self._drawn_before = 0  # image evaluations of earlier calls to `draw`
+        self._drawn_before = 0  # evaluations so far, times their images
         self._images = 0
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """A sign of life while something goes on that cannot be counted."""
+        """A context that shows a text with a spinner, while something takes time that cannot be measured."""
         if not self._shown:
             yield
             return
@@ -50,18 +50,18 @@ class Bars:
             yield
 
     def load(self, what: str, done: int, total: int) -> None:
-        """`ScaleRAE.from_pretrained`'s progress: bytes of weights."""
+        """Shows bytes of weights read: `progress` of `ScaleRAE.from_pretrained`."""
         if self._shown:
             self._update(f"loading {what}", done, total)
             if done >= total:
                 self.stop()
 
     def expect(self, images: int) -> None:
-        """How many images all calls of the sampler together draw."""
+        """Sets how many images all calls of the sampler together draw."""
         self._images, self._drawn_before = images, 0
 
     def step(self, evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
-        """The sampler's callback: one evaluation of a batch x [B, C, S, S]."""
+        """Shows one more evaluation of a batch x [B, C, S, S]: the sampler's callback."""
         if self._shown:
             total = max(self._images, len(x)) * evaluations
             images = f"{self._images} images" if self._images > 1 else "1 image"
@@ -82,7 +82,7 @@ class Bars:
         self._progress.update(self._task, completed=done, total=total)
 
     def stop(self) -> None:
-        """Takes the bar away, if there is one."""
+        """Removes the bar, if there is one."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None

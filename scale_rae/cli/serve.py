@@ -15,10 +15,10 @@ from scale_rae.cli.signature import expanded
 from scale_rae.errors import InputError, need
 from scale_rae.options import PROMPT_PREFIX, REWARDS, ModelChoice
 from scale_rae.serve.settings import API_KEY_VARIABLE as KEY_VARIABLE
-from scale_rae.serve.settings import LOOPBACK
+from scale_rae.serve.settings import LOOPBACK, Limits, ServeSettings
 
-# The environment variable is read by hand: typer would show its value in --help.
-SERVER, LIMITS = "Server", "Limits"
+# The command reads the environment variable itself: typer would show its value in --help.
+SERVER = "Server"
 
 
 @expanded
@@ -80,53 +80,7 @@ def command(
             rich_help_panel=SERVER,
         ),
     ] = None,
-    max_requests: Annotated[
-        int, typer.Option(min=1, help="Requests that may wait or be under way; more get 429.", rich_help_panel=LIMITS)
-    ] = 128,
-    deadline: Annotated[
-        float, typer.Option(min=0.1, help="Seconds from a request to its answer.", rich_help_panel=LIMITS)
-    ] = 300.0,
-    max_connections: Annotated[
-        int, typer.Option(min=1, help="Connections open at once; more get 503.", rich_help_panel=LIMITS)
-    ] = 512,
-    max_client_connections: Annotated[
-        int, typer.Option(min=1, help="Connections of one client; more get 429.", rich_help_panel=LIMITS)
-    ] = 128,
-    header_time: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that a request's head may take to arrive.", rich_help_panel=LIMITS)
-    ] = 10.0,
-    max_header: Annotated[int, typer.Option(min=4, help="KiB of a request's head.", rich_help_panel=LIMITS)] = 32,
-    upload_time: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that a request's body may take to arrive.", rich_help_panel=LIMITS)
-    ] = 30.0,
-    max_body: Annotated[int, typer.Option(min=1, help="MiB of a request's body.", rich_help_panel=LIMITS)] = 32,
-    max_bodies: Annotated[
-        int, typer.Option(min=1, help="MiB of all bodies held at once; more get 429.", rich_help_panel=LIMITS)
-    ] = 256,
-    max_items: Annotated[
-        int,
-        typer.Option(min=100, help="Lists, objects and members in a request's JSON.", rich_help_panel=LIMITS),
-    ] = 16_384,
-    max_prompt: Annotated[
-        int, typer.Option(min=1, help="Characters of all text in a request.", rich_help_panel=LIMITS)
-    ] = 16_000,
-    max_pixels: Annotated[
-        int, typer.Option(min=1, help="Pixels of an image sent.", rich_help_panel=LIMITS)
-    ] = 25_000_000,
-    max_pictures: Annotated[int, typer.Option(min=1, help="Images sent in a request.", rich_help_panel=LIMITS)] = 8,
-    decode_time: Annotated[
-        float, typer.Option(min=0.1, help="Seconds that an image sent may take to decode.", rich_help_panel=LIMITS)
-    ] = 15.0,
-    decoders: Annotated[
-        int, typer.Option(min=1, help="Processes that decode images sent.", rich_help_panel=LIMITS)
-    ] = 2,
-    max_images: Annotated[
-        int, typer.Option(min=1, max=64, help="Images that a request may have drawn.", rich_help_panel=LIMITS)
-    ] = 16,
-    max_steps: Annotated[int, typer.Option(min=1, help="Steps of the solver.", rich_help_panel=LIMITS)] = 250,
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Longest reply, in tokens.", rich_help_panel=LIMITS)
-    ] = 1024,
+    limits: Limits,
     debug: Debug = False,
 ) -> None:
     """Serve a model to OpenAI's clients: images/generations and chat/completions, with what waits drawn together.
@@ -147,7 +101,6 @@ def command(
     bars = Bars()
     with bars.waiting("starting"):
         from scale_rae.serve.server import serve
-        from scale_rae.serve.settings import Limits, ServeSettings
 
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s")
     logging.getLogger("scale_rae").setLevel(logging.INFO)
@@ -163,25 +116,6 @@ def command(
         batch_size,
         warm_up,
         debug,
-        Limits(
-            requests=max_requests,
-            deadline=deadline,
-            connections=max_connections,
-            connections_each=max_client_connections,
-            headers=header_time,
-            head=max_header * 2**10,
-            upload=upload_time,
-            body=max_body * 2**20,
-            bodies=max_bodies * 2**20,
-            items=max_items,
-            prompt=max_prompt,
-            pixels=max_pixels,
-            images=max_pictures,
-            decoding=decode_time,
-            decoders=decoders,
-            drawings=max_images,
-            steps=max_steps,
-            new_tokens=max_new_tokens,
-        ),
+        limits,
     )
     serve(settings, bars, lambda text: typer.echo(text, err=True))

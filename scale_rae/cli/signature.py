@@ -50,7 +50,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     def with_flags(**flags: Any) -> None:
         built = {}
         for name, (defaults, options) in groups.items():
-            built[name] = with_values(defaults, {option.name: flags.pop(option.name) for option in options})
+            built[name] = with_values(defaults, {o.name: _field_value(flags.pop(o.name), o.knob) for o in options})
         command(**flags, **built)
 
     # What typer reads: the signature's annotations with typer's options in them, and the same without.
@@ -61,6 +61,14 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     return with_flags
 
 
+def _field_value(value: Any, knob: Knob) -> Any:
+    return value if knob.unit == 1 else value * knob.unit
+
+
+def _flag_value(value: Any, knob: Knob) -> Any:
+    return value if knob.unit == 1 or value is None else value // knob.unit
+
+
 def _flag(name: str, kind: Any, default: Any, knob: Knob) -> inspect.Parameter:
     option = typer.Option(
         f"--{name.replace('_', '-')}",  # named, since typer gives unnamed flags of yes or no a --no-… too
@@ -68,12 +76,13 @@ def _flag(name: str, kind: Any, default: Any, knob: Knob) -> inspect.Parameter:
         rich_help_panel=knob.panel,
         metavar=knob.metavar,
         show_default=knob.show_default,
+        min=_flag_value(knob.least, knob) if knob.show_range else None,
+        max=_flag_value(knob.most, knob) if knob.show_range else None,
         callback=one_of(*knob.choices) if knob.choices else None,
     )
-    empty = inspect.Parameter.empty
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,
-        default=empty if default is MISSING else default,
+        default=inspect.Parameter.empty if default is MISSING else _flag_value(default, knob),
         annotation=Annotated[kind, option],
     )

@@ -119,7 +119,7 @@ def _with_template(post_qa: PostQA) -> PostQA:
 def _from_manifest(
     raw: dict[str, Any], path: Path, choice: ModelChoice, given: set[str]
 ) -> tuple[list[ModelInput], Sampling, ModelChoice]:
-    """The message, sampling and model that a manifest records; model, decoder, device and dtype as given, if given."""
+    """The input, sampling and model that a manifest records; model, decoder, device and dtype may be given instead."""
     manifest = Fields(raw, f"{path}: not a manifest that can be drawn from", InputError)
     mode = manifest.get("mode", str)
     if mode != "t2i":
@@ -134,7 +134,7 @@ def _from_manifest(
         if "revision" not in given:
             changes["revision"] = model.get("revision")
     if not {"decoder_repo", "model_path"} & given and decoder is not None and not decoder.get("with_model"):
-        changes["decoder_repo"] = decoder.get("name")  # one that lies with the model is found with it
+        changes["decoder_repo"] = decoder.get("name")  # a decoder inside or beside the model is found there
     for name in ("device", "dtype"):
         if name not in given:
             changes[name] = manifest.get(name, str)
@@ -153,7 +153,7 @@ def _from_manifest(
 
 
 def _check_same_model(recorded: dict[str, Any], opened: OpenedModel, path: Path | None, force: bool) -> None:
-    """Refuses, or with `force` warns, when the files loaded are not those that drew the manifest's images."""
+    """Raises InputError, or with `force` warns, when the loaded files are not those that drew the manifest's images."""
     now = opened.record()
     found = differences(recorded, now)
     if found and not force:

@@ -1,4 +1,4 @@
-"""What one scaling experiment records: its settings and prompts, and each prompt's result."""
+"""What a scaling experiment records: its settings and prompts, and each prompt's result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import AUTO_REWARD, Settings
 
-# Not compared when an experiment goes on: they only name what is compared by content.
+# Not compared when an experiment is resumed: these settings name files, whose content is compared.
 _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path")
 
 
-def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
+def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
     """experiment.json's part on settings and prompts."""
     values = to_record(settings)
     del values["model_name"]  # the model_path of the experiment's first record
@@ -29,9 +29,9 @@ def describe(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, A
 
 
 def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between the settings of an experiment and those it is to go on with, in words.
+    """What differs between an experiment's recorded settings and those it is resumed with, one text per difference.
 
-    A setting that the record does not have has its default there. What is left to be worked out (None) is not compared.
+    A setting that the record lacks has its default there. A setting that is still open (None, AUTO_REWARD) is not compared.
     """
     old, new = recorded.get("settings"), now["settings"]
     if not isinstance(old, dict):
@@ -57,7 +57,7 @@ def _short(value: object) -> str:
 
 
 def check_finite(judged: Sequence[Mapping[str, Any]], rewards: Sequence[float] | None) -> None:
-    """Raises InputError when a score is no number: such files could not be read again."""
+    """Raises InputError when a score or reward is not finite, since no JSON file can hold it."""
     for entry in judged:
         for name, value in entry.items():
             if isinstance(value, float) and not math.isfinite(value):
@@ -75,7 +75,7 @@ def prompt_record(
     judged: Sequence[Mapping[str, Any]],
     rewards: Sequence[float] | None,
 ) -> dict[str, Any]:
-    """metadata.jsonl's object: a function of settings, prompt and what the models said, and nothing that varies."""
+    """metadata.jsonl's object, from settings, prompt and results alone: no time, no device, no worker is in it."""
     best = best_rewards = None
     if rewards is not None:
         best = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[: settings.n_samples]
@@ -106,7 +106,7 @@ def prompt_record(
 
 
 def png_text(settings: Settings, request: str, seed: int) -> dict[str, str]:
-    """An experiment's PNG's text chunks; experiment.json has the other settings."""
+    """The text chunks of one of the experiment's PNGs; experiment.json has the remaining settings."""
     return text_chunks(
         {
             "mode": "scale",

@@ -14,7 +14,7 @@ from scale_rae.files import check_name
 from scale_rae.options import Speed
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.events import Event, ImagesDrawn, Listener, Message, Planned, WorkerLoaded, printable_event
-from scale_rae.scaling.experiment import describe, setting_differences
+from scale_rae.scaling.experiment import experiment_record, setting_differences
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Finding, RunLock, Store
 
@@ -122,7 +122,7 @@ def run(
     leads = launcher.index == 0
     start = time.perf_counter()
     store = Store(settings.folder(output_dir), settings, f"r{launcher.index}")
-    description = describe(settings, prompts)
+    description = experiment_record(settings, prompts)
     lock = store.lock_run(launcher.index, launcher.size)
     try:
         if leads and (problem := store.restore_experiment()):

@@ -1,15 +1,14 @@
 """One HTML page of an experiment: every prompt's images in the order of a metric, and plots of their scores.
 
-The page holds everything it shows. All orders are worked out here; its few lines of JavaScript only switch between them.
+The page contains everything it shows. The orders are computed here; the page's few lines of JavaScript only switch between
+them.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import math
 import os
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,24 +16,22 @@ from typing import Any
 
 from scale_rae.errors import InputError
 from scale_rae.ranking import METRICS, TABLE
-from scale_rae.scaling.select import (
-    Experiment,
-    Prompt,
-    Selection,
-    choose,
-    read_experiment,
-    write_file,
-    yes_share,
-)
+from scale_rae.scaling.plots import best_of_n_plots, scatter
+from scale_rae.scaling.reader import Experiment, Prompt, read_experiment
+from scale_rae.scaling.replacing import write_file
+from scale_rae.scaling.select import Selection, choose, yes_share
 
 
 def write_report(
     folder: Path, output: Path | None, metric: str | None, keep: int | None, reward_weight: float, thumbnail: int
 ) -> tuple[Path, Experiment]:
-    """Writes the page, by default `<folder>_report.html`; `metric` is the one shown first, by default the first usable.
+    """The path of the page, once it is written, and the experiment.
+
+    By default the path is `<folder>_report.html`, and the metric that is shown first is the first that can be used.
+    `thumbnail` is the longest side of an image on the page, in pixels.
 
     Raises:
-        InputError: when the folder is no experiment, or no metric (or not the asked one) can rank it.
+        InputError: when the folder is no experiment, or neither `metric` nor, without it, any metric can rank it.
         OutputError: when the page cannot be written.
     """
     experiment = read_experiment(folder)
@@ -48,7 +45,11 @@ def write_report(
 def usable_metrics(
     experiment: Experiment, metric: str | None, keep: int | None, reward_weight: float
 ) -> tuple[dict[str, list[Selection]], dict[str, str]]:
-    """The selections by each metric that every prompt has the fields of, and why the others cannot be used."""
+    """The selections by each metric that can be used, and why each of the remaining metrics cannot.
+
+    Raises:
+        InputError: when `metric`, or every metric, cannot be used.
+    """
     chosen: dict[str, list[Selection]] = {}
     unusable: dict[str, str] = {}
     for name in METRICS:
@@ -106,7 +107,7 @@ def render(
         metrics={name: TABLE[name].title for name in chosen},
         short=short,
         lower=sorted(name for name, metric in TABLE.items() if metric.lower_is_better),
-        # The page may go to others: no path of this machine is on it.
+        # The page may be passed on, so no path of this machine is on it.
         unusable={name: why.replace(f"{experiment.folder}{os.sep}", "") for name, why in unusable.items()},
         reward_weight=reward_weight,
         without_reward="combined" in chosen and all(s.ranking.without_reward for s in chosen["combined"]),
@@ -161,7 +162,7 @@ class PromptView:
 
 def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, thumbnail: int) -> PromptView:
     views = []
-    rewards = _rewards(prompt)
+    rewards = prompt.rewards_or_none()
     for i, path in enumerate(prompt.images):
         source, width, height = _thumbnail(path, thumbnail)
         answer, reply = prompt.answer(i), prompt.verdicts.response(i).get("reply")
@@ -181,16 +182,8 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
     )
 
 
-def _rewards(prompt: Prompt) -> Sequence[float | None]:
-    """Rewards to be shown: where they cannot be used, none."""
-    try:
-        return prompt.verdicts.rewards() or [None] * len(prompt.images)
-    except InputError:
-        return [None] * len(prompt.images)
-
-
 def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:
-    """A data URL: PNG of what is small anyway, else JPEG."""
+    """A data URL (PNG if the image is small anyway, else JPEG), its width and its height."""
     from PIL import Image
 
     from scale_rae.images import to_rgb
@@ -202,166 +195,3 @@ def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:
     buffer = io.BytesIO()
     flat.save(buffer, kind, optimize=True, **({"quality": 85} if kind == "JPEG" else {}))
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}", *flat.size
-
-
-# Plots: inline SVG, coloured by the page's CSS.
-
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 290, 56, 14, 14, 48
-
-
-def expected_best(values: Sequence[float], order: Sequence[int], n: int) -> float:
-    """The mean of `values` at the best of n images, over all ways to take n of them; `order` is best first."""
-    total = math.comb(len(order), n)
-    return math.fsum(math.comb(len(order) - r - 1, n - 1) * values[i] for r, i in enumerate(order)) / total
-
-
-def best_of_n(selections: Sequence[Selection]) -> tuple[list[float] | None, list[float] | None]:
-    """Share of yes, and mean reward, of the best of n = 1, 2, … images; None where there are no answers or rewards.
-
-    Over all ways to take n of a prompt's images, in the order that all of them have, mean over prompts.
-    """
-    most = min(len(s.prompt.images) for s in selections)
-    yes = [[float(a == "yes") for a in s.answers()] for s in selections]
-    asked = any(a is not None for s in selections for a in s.answers())
-    rewards = [[v for v in _rewards(s.prompt) if v is not None] for s in selections]
-    full = all(len(values) == len(s.prompt.images) for values, s in zip(rewards, selections, strict=True))
-
-    def curve(of: Sequence[Sequence[float]]) -> list[float]:
-        both = list(zip(of, selections, strict=True))
-        return [
-            math.fsum(expected_best(values, s.ranking.order, n) for values, s in both) / len(both)
-            for n in range(1, most + 1)
-        ]
-
-    return curve(yes) if asked else None, curve(rewards) if full else None
-
-
-def best_of_n_plots(selections: Sequence[Selection]) -> list[dict[str, str]]:
-    """The plots of `best_of_n`, each a title and an SVG."""
-    yes, reward = best_of_n(selections)
-    plots = []
-    if yes is not None:
-        low, high = 0.0, 100.0
-        svg = line_plot([100 * v for v in yes], low, high, "samples drawn, n", "yes about the best of n, %")
-        plots.append({"title": "How often the model says yes about the best of n", "svg": svg})
-    if reward is not None:
-        low, high = _padded(reward, 0.18)
-        svg = line_plot(reward, low, high, "samples drawn, n", "reward of the best of n")
-        plots.append({"title": "Reward of the best of n", "svg": svg})
-    return plots
-
-
-def line_plot(values: Sequence[float], low: float, high: float, x_title: str, y_title: str) -> str:
-    """A line through values at 1, 2, …."""
-    most = len(values)
-    step = max(1, math.ceil(most / 10))
-    ticks = [n for n in range(1, most + 1) if n == 1 or n % step == 0]
-    axes = _Axes(0.5 if most == 1 else 1, most + 0.5 if most == 1 else most, low, high)
-    points = [(axes.x(n), axes.y(v)) for n, v in enumerate(values, 1)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    marks = "".join(
-        f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="4"><title>n = {n}: {v:.3g}</title></circle>'
-        for (x, y), (n, v) in zip(points, enumerate(values, 1), strict=True)
-    )
-    bottom = _HEIGHT - _BOTTOM
-    labels = ""
-    for i in sorted({0, most - 1}):  # at the line's ends, on the side that it leaves free
-        (x, y), first = points[i], i == 0
-        neighbour = points[1 if first else -2][1] if most > 1 else y
-        y += -10 if (neighbour > y + 1 and first) or y + 24 > bottom else 20
-        anchor = f'x="{x + 6 * first:.1f}" y="{y:.1f}" text-anchor="{"start" if first else "end"}"'
-        labels += f'<text class="value" {anchor}>{_short(values[i])}</text>'
-    return axes.svg(f'<polyline class="line" points="{path}"/>{marks}{labels}', ticks, x_title, y_title)
-
-
-def scatter(selections: Sequence[Selection]) -> str | None:
-    """Reward against confidence of every image; None without both. A no lies to the left of zero."""
-    points = []
-    for p, selection in enumerate(selections):
-        prompt, rewards = selection.prompt, _rewards(selection.prompt)
-        for i, reward in enumerate(rewards):
-            answer = prompt.answer(i)
-            sure = (
-                0.0 if answer == "uncertain" else prompt.verdicts.score(i, f"{answer}_conf_score") if answer else None
-            )
-            if reward is not None and sure is not None:
-                points.append((p, i, answer, -sure if answer == "no" else sure, reward, i in selection.kept))
-    if not points:
-        return None
-    axes = _Axes(*_padded([x for _, _, _, x, _, _ in points]), *_padded([y for _, _, _, _, y, _ in points]))
-    marks = []
-    for p, i, answer, sure, reward, kept in points:
-        x, y = axes.x(sure), axes.y(reward)
-        shape = {
-            "yes": f"M{x - 4:.1f},{y:.1f}a4,4 0 1,0 8,0a4,4 0 1,0 -8,0z",
-            "no": f"M{x:.1f},{y - 5:.1f}l5,5l-5,5l-5,-5z",
-            "uncertain": f"M{x - 4:.1f},{y - 4:.1f}h8v8h-8z",
-        }[answer or "uncertain"]
-        name = f"{selections[p].prompt.name}, image {i}"
-        marks.append(
-            f'<path class="point {answer}{" kept" if kept else ""}" data-p="{p}" data-i="{i}" d="{shape}">'
-            f"<title>{name}: {answer}, reward {reward:.3f}</title></path>"
-        )
-    return axes.svg("".join(marks), None, "← sure of no   ·   confidence   ·   sure of yes →", "reward")
-
-
-def _padded(values: Sequence[float], by: float = 0.08) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    pad = by * (high - low) or 0.5
-    return low - pad, high + pad
-
-
-def _short(value: float) -> str:
-    return (f"{value:.0f}" if abs(value) >= 10 else f"{round(value, 2) + 0.0:.2f}").replace("-", "−")
-
-
-@dataclass(frozen=True)
-class _Axes:
-    """From values to places in the SVG, with the frame around them."""
-
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
-
-    def x(self, value: float) -> float:
-        return _LEFT + (value - self.x_low) / (self.x_high - self.x_low) * (_WIDTH - _LEFT - _RIGHT)
-
-    def y(self, value: float) -> float:
-        return _HEIGHT - _BOTTOM - (value - self.y_low) / (self.y_high - self.y_low) * (_HEIGHT - _TOP - _BOTTOM)
-
-    def svg(self, content: str, x_ticks: Iterable[float] | None, x_title: str, y_title: str) -> str:
-        """The plot; titles are plain words of ours and need no escaping."""
-        bottom, right = _HEIGHT - _BOTTOM, _WIDTH - _RIGHT
-        parts = []
-        for value in round_ticks(self.y_low, self.y_high):
-            y = self.y(value)
-            parts.append(f'<line class="grid" x1="{_LEFT}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
-            parts.append(f'<text x="{_LEFT - 7}" y="{y + 4:.1f}" text-anchor="end">{_tick(value)}</text>')
-        for value in x_ticks if x_ticks is not None else round_ticks(self.x_low, self.x_high):
-            x = self.x(value)
-            parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{bottom}"/>')
-            parts.append(f'<text x="{x:.1f}" y="{bottom + 17}" text-anchor="middle">{_tick(value)}</text>')
-        middle = (_LEFT + right) / 2
-        parts.append(f'<text x="{middle}" y="{_HEIGHT - 9}" text-anchor="middle">{x_title}</text>')
-        parts.append(
-            f'<text transform="translate(14,{(_TOP + bottom) / 2}) rotate(-90)" text-anchor="middle">{y_title}</text>'
-        )
-        frame = f'<path class="frame" d="M{_LEFT},{_TOP}V{bottom}H{right}"/>'
-        return (
-            f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{y_title} against {x_title}">'
-            f"{''.join(parts)}{frame}{content}</svg>"
-        )
-
-
-def round_ticks(low: float, high: float) -> list[float]:
-    """About five round numbers between low and high."""
-    raw = (high - low) / 5
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(power * m for m in (1, 2, 2.5, 5, 10) if power * m >= raw * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _tick(value: float) -> str:
-    return f"{value:.6g}".replace("-", "−")

@@ -1,4 +1,4 @@
-"""A contact sheet of an experiment: one PNG with each prompt's images, best first, and their scores."""
+"""A contact sheet: one PNG with each prompt's images, best first, and their scores."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError
-from scale_rae.scaling.select import Experiment, Selection, choose, read_experiment, write_file
+from scale_rae.scaling.reader import Experiment, read_experiment
+from scale_rae.scaling.replacing import write_file
+from scale_rae.scaling.select import Selection, choose
 
 if TYPE_CHECKING:
     from PIL import Image, ImageDraw
 
 GROUND, INK, SOFT, EDGE, KEPT = "#ffffff", "#1c1e21", "#5d636b", "#dcdcd6", "#1f5fbf"
 ANSWER = {"yes": "#17703f", "no": "#b3400b", "uncertain": "#666c75"}
-LARGEST = 200_000_000  # pixels; three bytes each while it is drawn
+LARGEST = 200_000_000  # pixels; the sheet takes three bytes per pixel while it is drawn
 _GAP, _LINE, _MARGIN = 10, 17, 20
 
 
@@ -31,10 +33,12 @@ def write_sheet(
     columns: int | None,
     limit: int | None,
 ) -> tuple[Path, Experiment, int]:
-    """Writes the sheet, by default `<folder>_sheet.png`; returns its path and how many prompts are on it.
+    """The path of the sheet, once it is written, the experiment, and how many prompts are on the sheet.
+
+    By default the path is `<folder>_sheet.png`. `thumbnail` is the longest side of an image, in pixels.
 
     Raises:
-        InputError: when the folder is no experiment, lacks what the metric needs, or makes too large a picture.
+        InputError: when the folder is no experiment or lacks what the metric needs, or the sheet would be too large.
         OutputError: when the sheet cannot be written.
     """
     experiment = read_experiment(folder)
@@ -48,7 +52,7 @@ def write_sheet(
 
 
 def draw_sheet(selections: Sequence[Selection], heading: str, thumbnail: int, columns: int | None) -> Image.Image:
-    """The picture: prompts in columns, read downwards; kept images first and framed, scores below each."""
+    """The sheet: prompts in columns, read downwards; kept images first, in a frame, with scores below each image."""
     from PIL import Image, ImageDraw
 
     most = max(len(s.prompt.images) for s in selections)
@@ -88,7 +92,7 @@ def _draw_prompt(
     answers, scores = selection.answers(), selection.ranking.scores
     for place, i in enumerate(selection.ranking.order):
         kept = place < len(selection.kept)
-        left = x + place * (size + _GAP) + (0 if kept else 2 * _GAP)  # the others stand a little apart
+        left = x + place * (size + _GAP) + (0 if kept else 2 * _GAP)  # images that are not kept stand apart
         tile = _tile(selection.prompt.images[i], size)
         sheet.paste(tile, (left + (size - tile.width) // 2, y + (size - tile.height) // 2))
         pen.rectangle(
@@ -119,7 +123,7 @@ def _tile(path: Path, size: int) -> Image.Image:
 
 @lru_cache
 def _font(size: int) -> Any:
-    """DejaVu Sans where it is installed, which has more scripts than Pillow's own."""
+    """DejaVu Sans if it is installed, since it has more scripts than Pillow's own font."""
     from PIL import ImageFont
 
     try:
@@ -129,7 +133,7 @@ def _font(size: int) -> Any:
 
 
 def _fitted(text: str, width: int, size: int) -> str:
-    """The text, cut with … where it is too wide."""
+    """The text, cut and ended with … if it is too wide."""
     text = "".join(c if c.isprintable() else " " for c in text)
     if _font(size).getlength(text) <= width:
         return text
@@ -139,7 +143,7 @@ def _fitted(text: str, width: int, size: int) -> str:
 
 
 def _wrapped(text: str, width: int) -> list[str]:
-    """At most two lines, the second cut where the text is longer."""
+    """The text in at most two lines; the second is cut if the text is longer."""
     first, rest = "", text.split()
     while rest and _font(14).getlength(f"{first} {rest[0]}") <= width:
         first = f"{first} {rest.pop(0)}".strip()

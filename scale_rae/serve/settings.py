@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
-from scale_rae.options import PROMPT_PREFIX, ModelChoice
+from scale_rae.options import PROMPT_PREFIX, Knob, ModelChoice
 
 API_KEY_VARIABLE = "SCALE_RAE_API_KEY"
 OWN_JUDGEMENT = "answer"  # in place of a reward's name: the model's own yes or no about what it drew
@@ -12,6 +13,12 @@ HEALTH, READY, METRICS = "/health", "/ready", "/metrics"  # paths that are not l
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine itself
 SEED_BITS = 31  # of seeds that requests leave to the server, which every client's integers hold
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
+LIMITS = "Limits"  # heading in --help
+KIB, MIB = 2**10, 2**20
+
+
+def _limit(help: str, least: float, name: str = "", most: float | None = None, unit: int = 1) -> Knob:
+    return Knob(help, LIMITS, name, least=least, most=most, unit=unit, show_range=True)
 
 
 @dataclass(frozen=True)
@@ -19,30 +26,43 @@ class Limits:
     """What one request may ask for, and how much all requests together may take."""
 
     # Connections (connections.py)
-    connections: int = 512  # open at once; the next gets 503
-    connections_each: int = 128  # per client; the next gets 429
-    headers: float = 10.0  # seconds for the head of a request to arrive
-    head: int = 32 * 2**10  # bytes in the head of a request
+    connections: Annotated[int, _limit("Connections open at once; more get 503.", 1, name="max_connections")] = 512
+    connections_each: Annotated[
+        int, _limit("Connections of one client; more get 429.", 1, name="max_client_connections")
+    ] = 128
+    headers: Annotated[float, _limit("Seconds that a request's head may take to arrive.", 0.1, name="header_time")] = (
+        10.0
+    )
+    head: Annotated[int, _limit("KiB of a request's head.", 4 * KIB, name="max_header", unit=KIB)] = 32 * KIB
     chunks: int = 4_096  # in a body that comes in chunks
     # Bodies, before they are parsed (guard.py)
-    body: int = 32 * 2**20  # bytes
-    bodies: int = 256 * 2**20  # bytes of all bodies in memory; the next gets 429
-    upload: float = 30.0  # seconds for a body to arrive
-    items: int = 16_384  # commas and opening brackets in a body, besides as many as `prompt` has characters
+    body: Annotated[int, _limit("MiB of a request's body.", MIB, name="max_body", unit=MIB)] = 32 * MIB
+    bodies: Annotated[
+        int, _limit("MiB of all bodies held at once; more get 429.", MIB, name="max_bodies", unit=MIB)
+    ] = 256 * MIB
+    upload: Annotated[float, _limit("Seconds that a request's body may take to arrive.", 0.1, name="upload_time")] = (
+        30.0
+    )
+    # Counted: commas and opening brackets, besides as many as `prompt` has characters.
+    items: Annotated[int, _limit("Lists, objects and members in a request's JSON.", 100, name="max_items")] = 16_384
     # Requests (routes)
-    prompt: int = 16_000  # characters of all text in a request
-    images: int = 8  # sent in a request
-    drawings: int = 16  # images to draw for a request, with those that best_of drops
-    steps: int = 250
-    new_tokens: int = 1024
+    prompt: Annotated[int, _limit("Characters of all text in a request.", 1, name="max_prompt")] = 16_000
+    images: Annotated[int, _limit("Images sent in a request.", 1, name="max_pictures")] = 8
+    # Images to draw, with those that best_of drops.
+    drawings: Annotated[int, _limit("Images that a request may have drawn.", 1, name="max_images", most=64)] = 16
+    steps: Annotated[int, _limit("Steps of the solver.", 1, name="max_steps")] = 250
+    new_tokens: Annotated[int, _limit("Longest reply, in tokens.", 1, name="max_new_tokens")] = 1024
     # Images that are sent (decoding.py)
-    pixels: int = 25_000_000  # per image
-    decoders: int = 2  # processes that decode images
-    decoding: float = 15.0  # seconds to decode an image
+    pixels: Annotated[int, _limit("Pixels of an image sent.", 1, name="max_pixels")] = 25_000_000
+    decoders: Annotated[int, _limit("Processes that decode images sent.", 1)] = 2
+    decoding: Annotated[float, _limit("Seconds that an image sent may take to decode.", 0.1, name="decode_time")] = 15.0
     quick: float = 3.0  # seconds after which an image gives its decoder to the next one, to begin again later
     # The queue (engine.py) and the wait for a result (streaming.py)
-    requests: int = 128  # waiting or under way; the next gets 429
-    deadline: float = 300.0  # seconds from the arrival of a request to its answer, and again for the client to read it
+    requests: Annotated[
+        int, _limit("Requests that may wait or be under way; more get 429.", 1, name="max_requests")
+    ] = 128
+    # Again as many seconds are a client's to read its answer.
+    deadline: Annotated[float, _limit("Seconds from a request to its answer.", 0.1)] = 300.0
 
 
 @dataclass(frozen=True)

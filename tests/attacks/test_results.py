@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from scale_rae.cli import main
-from scale_rae.scaling.select import read_experiment
-from tests.choosing.made_experiment import write_experiment
-from tests.choosing.test_report import Page
+from scale_rae.scaling.reader import read_experiment
+from tests.helpers.made_experiment import write_experiment
+from tests.scaling.test_report import Page
 
 pytestmark = pytest.mark.attack
 TITLE = "\x1b]0;owned\x07"  # sets a terminal's title

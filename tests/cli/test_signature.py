@@ -98,3 +98,23 @@ def test_whole_numbers_and_lists_of_json() -> None:
     assert options == SamplingOptions(guidance=2.0, interval=(0.0, 1.0))
     assert isinstance(options.guidance, float)
     assert to_record(options)["guidance_interval"] == [0.0, 1.0]
+
+
+@dataclass(frozen=True)
+class Buffer:
+    size: Annotated[int, Knob("KiB.", name="max_size", least=2048, unit=1024, show_range=True)] = 4096
+
+
+def test_units_and_ranges() -> None:
+    seen: list[Any] = []
+
+    @expanded
+    def command(*, buffer: Buffer) -> None:
+        seen.append(buffer)
+
+    text = run(command, "--help").output
+    assert "[x>=2]" in text
+    assert "[default: 4]" in text
+    assert run(command).exit_code == run(command, "--max-size", "3").exit_code == 0
+    assert seen == [Buffer(), Buffer(3 * 1024)]
+    assert run(command, "--max-size", "1").exit_code == 2

@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from scale_rae.scaling.reader import read_experiment
 from scale_rae.scaling.report import write_report
-from scale_rae.scaling.select import choose, read_experiment
-from tests.choosing.made_experiment import write_experiment
+from scale_rae.scaling.select import choose
 from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
+from tests.helpers.made_experiment import write_experiment
 
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 pytestmark = needs_chromium

@@ -19,10 +19,11 @@ from PIL import Image
 
 from scale_rae.cli import main
 from scale_rae.ranking import METRICS
-from scale_rae.scaling.report import expected_best, round_ticks
-from scale_rae.scaling.select import choose, read_experiment
-from tests.choosing.made_experiment import write_experiment, write_prompt
-from tests.choosing.test_select import digest, names
+from scale_rae.scaling.plots import expected_best, round_ticks
+from scale_rae.scaling.reader import read_experiment
+from scale_rae.scaling.select import choose
+from tests.helpers.made_experiment import write_experiment, write_prompt
+from tests.scaling.test_select import digest, names
 
 EVIL = "a red circle <script>alert(1)</script> \"quoted\" & 'more' </section> <img src=x onerror=alert(2)>"
 

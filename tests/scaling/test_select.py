@@ -15,9 +15,10 @@ import pytest
 
 from scale_rae.cli import main
 from scale_rae.errors import InputError, OutputError
-from scale_rae.scaling import select as module
-from scale_rae.scaling.select import read_experiment, select
-from tests.choosing.made_experiment import write_experiment, write_prompt
+from scale_rae.scaling import replacing
+from scale_rae.scaling.reader import read_experiment
+from scale_rae.scaling.select import renumbered, select
+from tests.helpers.made_experiment import write_experiment, write_prompt
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,6 +126,29 @@ def test_the_folder_is_named_as_the_metric_was_given(
     assert (record["metric"], record["verified"]) == ("prompt_loss", str(tmp_path / f"2_scale_{folder}_verified"))
 
 
+def test_renumbered() -> None:
+    old = {
+        "tag": "x",
+        "image_seeds": [10, 11, 12],
+        "all_ir_scores": [0.1, 0.2, 0.3],
+        "top_ir_indices": [2, 1],
+        "top_ir_scores": [0.3, 0.2],
+        "text_responses": {"0": "a", "2": "c"},
+    }
+    new = renumbered(old, [2, 0])
+    assert new == {
+        "tag": "x",
+        "image_seeds": [12, 10],
+        "all_ir_scores": [0.3, 0.1],
+        "top_ir_indices": [0],
+        "top_ir_scores": [0.3],
+        "text_responses": {"0": "c", "1": "a"},
+        "original_indices": [2, 0],
+    }
+    assert renumbered(new, [1])["original_indices"] == [0]  # from a selection: still as they were drawn
+    assert renumbered({"all_ir_scores": None}, [1]) == {"all_ir_scores": None, "original_indices": [1]}
+
+
 def test_a_second_selection_replaces_the_first_whole(experiment: Path, tmp_path: Path) -> None:
     select(experiment, keep=8)
     shutil.rmtree(experiment / "00002")
@@ -165,9 +189,9 @@ def test_what_others_put_in_is_not_lost(experiment: Path, tmp_path: Path, name: 
     assert (tmp_path / "2_scale_ref" / name).read_text() == "mine"
 
 
-@pytest.mark.parametrize("broken", ["copyfile", "_swap"])
+@pytest.mark.parametrize("broken", [(shutil, "copyfile"), (replacing, "exchange")], ids=["copy", "exchange"])
 def test_a_failed_write_leaves_what_was_there(
-    experiment: Path, tmp_path: Path, broken: str, monkeypatch: pytest.MonkeyPatch
+    experiment: Path, tmp_path: Path, broken: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     select(experiment, keep=2)
     before = digest(tmp_path)
@@ -175,7 +199,7 @@ def test_a_failed_write_leaves_what_was_there(
     def full(*args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.shutil if broken == "copyfile" else module, broken, full)
+    monkeypatch.setattr(*broken, full)
     with pytest.raises(OutputError, match="No space left on device"):
         select(experiment, keep=3)
     assert digest(tmp_path) == before
@@ -190,7 +214,7 @@ class Killed(BaseException):
 def test_the_old_folder_or_the_new_is_there_whenever_it_is_killed(
     experiment: Path, tmp_path: Path, exchanges: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if exchanges and not module.exchange(tmp_path, tmp_path):
+    if exchanges and not replacing.exchange(tmp_path, tmp_path):
         pytest.skip("this file system cannot exchange two names")
     targets = [tmp_path / "2_scale_combined_verified", tmp_path / "2_scale_ref"]
     select(experiment, keep=2)
@@ -210,8 +234,8 @@ def test_the_old_folder_or_the_new_is_there_whenever_it_is_killed(
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "rename", step(Path.rename))
-            patch.setattr(module.shutil, "rmtree", step(shutil.rmtree))
-            patch.setattr(module, "exchange", step(module.exchange) if exchanges else lambda one, other: False)
+            patch.setattr(shutil, "rmtree", step(shutil.rmtree))
+            patch.setattr(replacing, "exchange", step(replacing.exchange) if exchanges else lambda one, other: False)
             try:
                 select(experiment, keep=3)
                 finished = True

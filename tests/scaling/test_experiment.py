@@ -1,4 +1,4 @@
-"""What other people's scripts find in our metadata.jsonl: the official program's fields, and questions as people write them."""
+"""Records: the fields of metadata.jsonl that scripts for the official program read."""
 
 from __future__ import annotations
 
@@ -6,15 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from scale_rae.hub import BUNDLED
 from scale_rae.options import SamplingOptions
-from scale_rae.prompt import ChatTokenizer, chat_text
+from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.ranking import rank
-from scale_rae.scaling.experiment import describe, prompt_record, setting_differences
-from scale_rae.scaling.select import Experiment, Prompt
+from scale_rae.scaling.experiment import experiment_record, prompt_record, setting_differences
+from scale_rae.scaling.reader import Experiment, Prompt
 from scale_rae.scaling.settings import Settings
 
 RESPONSE = {
@@ -71,7 +68,7 @@ def test_a_record_is_the_same_wherever_the_model_lies_today() -> None:
     ]
     assert records[0] == records[1] == records[2]
     assert today.model_path == "/data/shapes"  # which is loaded
-    assert setting_differences(describe(begun, []), describe(today, [])) == []
+    assert setting_differences(experiment_record(begun, []), experiment_record(today, [])) == []
 
 
 def test_records_without_these_fields_are_ranked_as_before() -> None:
@@ -81,29 +78,3 @@ def test_records_without_these_fields_are_ranked_as_before() -> None:
     orders = [rank(Prompt(Path("e/00003"), record, images).verdicts, "combined").order for record in (new, old)]
     assert orders[0] == orders[1] == [1, 3, 0, 2]
     assert Experiment(Path("e"), None, []).keep_of(Prompt(Path("e/00003"), old, images)) == 2
-
-
-@pytest.mark.parametrize("message", ["Can you generate a red circle", "Zwei Kreise, é 猫!", "a <image-placeholder>cat"])
-def test_the_input_prompt_is_what_the_model_reads(message: str) -> None:
-    tokenizer = ChatTokenizer(BUNDLED["shapes"], image_markers=True)
-    assert tokenizer._backend.encode(chat_text(message), add_special_tokens=False).ids == tokenizer.chat(message)
-
-
-@pytest.mark.parametrize(
-    ("template", "prompt", "question"),
-    [
-        ("Does it show: {prompt}?", "a cat", "Does it show: a cat?"),
-        ("Does it show: {prompt}?", "Can you draw a string?", "Does it show: Can you draw a string?"),
-        ("Does it show: {prompt}?", "Draw a cat.", "Does it show: Draw a cat?"),
-        ("Does it show: {prompt}?", "a cat?!", "Does it show: a cat?"),
-        ("Does it show: {prompt}?", "?", "Does it show: ??"),  # nothing else is left of it
-        ('Is "{prompt}" there? Really {prompt}.', "a cat!", 'Is "a cat!" there? Really a cat.'),
-        ("Is it {prompt}", "a cat?", "Is it a cat?"),
-        ("Right?", "a cat?", "Right? a cat?"),
-        ("Does it show {prompt}?", "the text {prompt}?", "Does it show the text {prompt}?"),
-    ],
-)
-def test_a_question_has_one_mark_at_its_end(template: str, prompt: str, question: str) -> None:
-    from scale_rae.prompt import ask_question
-
-    assert ask_question(template, prompt) == question

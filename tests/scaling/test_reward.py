@@ -12,11 +12,9 @@ import pytest
 from scale_rae.hub import BUNDLED, Source
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import default_reward
-from scale_rae.scaling.experiment import describe, setting_differences
+from scale_rae.scaling.experiment import experiment_record, setting_differences
 from scale_rae.scaling.settings import Settings
 from tests.scaling.conftest import Scale, record
-from tests.scaling.conftest import reward as reward
-from tests.scaling.conftest import scale as scale
 
 ENCODER = Path("shapes", "siglip-patch16-128")
 
@@ -69,8 +67,8 @@ def test_only_an_encoder_of_the_models_own_counts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("recorded", ["siglip", None])
 def test_what_is_left_open_is_no_difference(recorded: str | None) -> None:
-    then = describe(Settings("p", "m", reward=recorded), [])
+    then = experiment_record(Settings("p", "m", reward=recorded), [])
     left_open = Settings("q", "m", reward="auto")
-    assert setting_differences(then, describe(left_open, [])) == []
+    assert setting_differences(then, experiment_record(left_open, [])) == []
     assert left_open.resumed(then).reward == recorded
     assert left_open.resumed(None) == left_open

@@ -7,8 +7,8 @@ from PIL import Image
 
 from scale_rae.cli import main
 from scale_rae.scaling.sheet import KEPT
-from tests.choosing.made_experiment import write_experiment
-from tests.choosing.test_select import digest, names
+from tests.helpers.made_experiment import write_experiment
+from tests.scaling.test_select import digest, names
 
 FRAME = tuple(bytes.fromhex(KEPT[1:]))
 

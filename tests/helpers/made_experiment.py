@@ -1,6 +1,6 @@
 """An experiment as `scale-rae scale t2i` leaves it, made without a model: small drawings and plausible scores.
 
-`python -m tests.choosing.made_experiment FOLDER` writes one to look at.
+`python -m tests.helpers.made_experiment FOLDER` writes one to look at.
 """
 
 from __future__ import annotations
@@ -138,6 +138,7 @@ if __name__ == "__main__":
         texts=('a photo of a red circle <script>alert(1)</script> & "more"', "ein grüner Kreis – 緑の丸, " * 6),
     )
     (made / "00009" / "samples" / "00003.png").unlink()
+    (made / "00010" / "metadata.jsonl").unlink()
     (made / "00010" / "error.json").write_text(
         json.dumps({"error": "the latent of image 3 is not finite", "prompt": "x"})
     )
