@@ -10,10 +10,10 @@ if TYPE_CHECKING:
 
 GUIDE = "docs/bundled-model.md"
 
-# Words before the verb of a request, repeated: "Can you please …", "Now …", "I'd like you to …".
+# Words before the verb of a request, repeated: "Hey, can you please …", "Now …", "I'd like you to …".
 _POLITELY = (
-    r"(?:(?:please|now|then|next|ok|okay|and|just|(?:can|could|would|will) you|i(?:['’]d| would) like you to"
-    r"|i want you to|let['’]?s)[\s,]+)*"
+    r"(?:(?:hey|hi|hello|so|well|please|now|then|next|ok|okay|and|just|(?:can|could|would|will) you|i(?:['’]d| would) like you to"
+    r"|i want you to|let['’]?s)[\s,.!]+)*"
 )
 # Verbs of making and changing; questions and descriptions do not begin with them.
 _VERBS = (
@@ -21,11 +21,21 @@ _VERBS = (
     r"|change|turn|transform|convert|edit|modify|alter|replace|swap|remove|erase|delete|add|insert|put|place|move|rotate"
     r"|flip|mirror|crop|zoom|colou?r|recolou?r|brighten|darken|blur|sharpen|restyle|extend|fill)"
 )
-_WISHES = (
-    r"(?:(?:show|give) me|(?:i|we) (?:want|need|would like)|i['’]d like|let (?:me|us) see|(?:can|could|may) i (?:have|see|get)"
-    r"|what if)"
+_WISHES = r"(?:(?:show|give) me|(?:i|we) (?:want|need|would like)|i['’]d like|let (?:me|us) see|(?:can|could|may) i (?:have|see|get))"
+_ASKS_TO_DRAW = re.compile(rf"\W*{_POLITELY}(?:{_VERBS}(?! of\b)|(?P<wish>{_WISHES}))\b", re.IGNORECASE)
+# What is answered in words although it begins like a request: "Generate a caption", "Turn this into words".
+_ASKS_FOR_TEXT = re.compile(
+    r"\b(?:generate|create|make|produce|give me|want|need|like|have|get|see)\s+(?:[\w'’-]+\s+){0,3}"
+    r"(?:descriptions?|captions?|lists?|summary|titles?|story|poem|sentences?|texts?|number|count|names?|answers?"
+    r"|explanations?|labels?|tags|reports?|guess)\b|\bin(?:to)? words\b|\bfill in the blanks?\b",
+    re.IGNORECASE,
 )
-_ASKS_TO_DRAW = re.compile(rf"\W*{_POLITELY}(?:{_VERBS}|{_WISHES})\b", re.IGNORECASE)
+# A wish about the shown picture: "Can I see a star in this picture?", "Show me where it is", "I want to know …".
+_ABOUT_THE_SHOWN = re.compile(
+    r"\b(?:in|of|about|on) (?:this|that|the) (?:picture|image|photo|drawing)\b"
+    r"|\b(?:where|what|which|who|why|how|whether|if)\b|\bto (?:know|hear|understand|ask)\b",
+    re.IGNORECASE,
+)
 
 # The beginning of a prompt that is a request already. A verb alone is one only before an article or a number: "paint
 # brushes" are a thing to draw, "paint a brush" is a request.
@@ -48,7 +58,10 @@ def asks_to_draw(message: str) -> bool:
 
     The first words decide, since the model has not replied yet. In doubt, the message is a question.
     """
-    return _ASKS_TO_DRAW.match(message) is not None
+    request = _ASKS_TO_DRAW.match(message)
+    if request is None or _ASKS_FOR_TEXT.search(message):
+        return False
+    return request["wish"] is None or not _ABOUT_THE_SHOWN.search(message)
 
 
 def is_bundled(source: Source) -> bool:

@@ -38,6 +38,7 @@ from scale_rae.serve.schema import (
 )
 from scale_rae.serve.settings import SEED_BITS, Limits, ServeSettings
 from scale_rae.serve.streaming import EventStream, attended, result_of
+from scale_rae.wording import asks_to_draw
 
 CHAT = "/v1/chat/completions"
 _PING = 15.0  # seconds of silence after which a stream shows that it is alive
@@ -54,7 +55,7 @@ def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> 
         responses={200: {"content": {"text/event-stream": {}}}},
     )
     async def chat(body: ChatRequest, request: Request) -> Any:
-        """Answers, and draws when the answer asks for it."""
+        """Answers, and draws when the answer asks for it: about an image only where the message does too."""
         engine.check_open()
         check_model(body.model, settings)
         check_sampling(body, engine, limits, body.n, "n")
@@ -74,7 +75,7 @@ def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> 
             best_of=body.n,
             system=asked.system,
             max_new_tokens=most,
-            draws=body.modalities is None or "image" in body.modalities,
+            draws=_draws(body.modalities, asked.turns[-1]),
             text_field="messages",
             streams=bool(body.stream),
             client=client_name(request),
@@ -221,6 +222,13 @@ async def _write_events(
             await put(f"data: {json.dumps(body)}\n\n")
     finally:
         engine.cancel(job)
+
+
+def _draws(modalities: Sequence[str] | None, last: Turn) -> bool:
+    """Whether an image that the answer begins is drawn: as `modalities` says, else not where an image is asked about."""
+    if modalities is not None:
+        return "image" in modalities
+    return not last.images or asks_to_draw(last.text)
 
 
 def _finish_reason(result: Result) -> Any:
