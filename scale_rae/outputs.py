@@ -11,6 +11,7 @@ import contextlib
 import io
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,6 +65,12 @@ def check_folder(folder: Path) -> None:
             raise OutputError(
                 f"{folder}: not writable (no permission to write in {place}); choose another --output-dir"
             )
+        try:  # some file systems, as /proc, take no files whatever the permissions say
+            tempfile.TemporaryFile(dir=place).close()
+        except OSError as e:
+            raise OutputError(
+                f"{folder}: nothing can be written in {place} ({e.strerror}); choose another --output-dir"
+            ) from e
         return
 
 

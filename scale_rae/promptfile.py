@@ -108,6 +108,8 @@ def _parse_text(line: str, number: int, ordinal: int) -> PromptRecord:
     if line.startswith("{") and isinstance(record := _value(line), dict) and "prompt" in record:
         raise InputError("is a JSON record, and not a prompt: give the file a name that ends by .jsonl")
     clean_message(line)
+    if any(ord(c) < 32 and c != "\t" for c in line.strip()):  # other encodings can be valid UTF-8 byte by byte
+        raise InputError("holds control characters; if the file is UTF-16 or UTF-32, save it as UTF-8")
     return PromptRecord(number, line.strip(), ordinal)
 
 

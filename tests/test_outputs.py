@@ -201,3 +201,9 @@ def test_files_that_are_no_manifest(tmp_path: Path) -> None:
     for name in ("deep", "none", "."):
         with pytest.raises(InputError, match=str(tmp_path)):
             read_manifest(tmp_path / name)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs Linux's /proc, which takes no files")
+def test_a_folder_that_takes_no_files_is_refused_before_any_work() -> None:
+    with pytest.raises(OutputError, match=r"nothing can be written|not writable"):
+        check_folder(Path("/proc/x"))

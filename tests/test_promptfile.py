@@ -198,7 +198,13 @@ def test_any_prompts_come_back_from_records(tmp_path: Path, prompts: list[str]) 
 @given(
     prompts=st.lists(
         TEXT.filter(
-            lambda t: "\n" not in t and "\r" not in t and is_prompt(t.encode().strip().decode()) and t[0] != "\ufeff"
+            lambda t: (
+                min(t.strip() or "\0") >= " "
+                and "\n" not in t
+                and "\r" not in t
+                and is_prompt(t.encode().strip().decode())
+                and t[0] != "\ufeff"
+            )
         ),
         min_size=1,
         max_size=8,
@@ -233,3 +239,14 @@ def test_any_file_is_read_or_refused_by_line(tmp_path: Path, content: bytes) -> 
         assert not refusal or refusal.startswith(f"{path}: ")
         assert len({r.index for r in records}) == len(records)
         assert all(r.prompt.strip() and 1 <= r.line <= content.count(b"\n") + 1 for r in records)
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"), [("красный круг\nсиний круг\n", "utf-16-be"), ("a cat\na dog\n", "utf-32-le")]
+)
+def test_other_encodings_that_are_valid_utf8_are_not_drawn(tmp_path: Path, text: str, encoding: str) -> None:
+    """The bytes of such files are valid UTF-8, with control characters in it."""
+    path = tmp_path / "p.txt"
+    path.write_bytes(text.encode(encoding))
+    with pytest.raises(InputError, match="UTF-16"):
+        read_prompts(path)

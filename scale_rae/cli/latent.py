@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from scale_rae.cli.progress import Bars
 from scale_rae.cli.runs import ModelInput, note_shortcomings, prepare, print_results, send
 from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError
+from scale_rae.files import check_file
 from scale_rae.manifest import input_latents, png_text
 from scale_rae.opening import OpenedModel
 from scale_rae.options import DECODE_AT_ONCE, DEFAULT_ANSWER_TOKENS, SAMPLING, ModelChoice, Sampling
@@ -62,8 +62,7 @@ def command(
     elif output.skip_decoder:
         raise typer.BadParameter("cannot go with --action decode", param_hint="--skip-decoder")
     for path in paths:
-        if not os.path.isfile(path):  # noqa: PTH113 - pathlib's fails for names that no file system takes
-            raise InputError(f"{path}: no such latent file")
+        check_file(path, "latent file")
     check_folder(output.folder)
     if action == "qa":
         sampling = dataclasses.replace(sampling, max_new_tokens=max_new_tokens_qa)

@@ -184,7 +184,7 @@ def test_files_that_are_no_latents(latent: Cli, files: list[Path], tmp_path: Pat
         assert complaint in result.error
     assert not Path("ran").exists()
     assert "no such latent file" in latent("--latent", tmp_path / "none.pt", "--action", "decode").error
-    assert "no such latent file" in latent("--latent", tmp_path, "--action", "decode").error
+    assert "is a folder" in latent("--latent", tmp_path, "--action", "decode").error
     assert left(out) == []
 
 
