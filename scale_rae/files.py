@@ -1,4 +1,4 @@
-"""Files that somebody else chose: checked names, and reading that neither hangs nor fills the memory."""
+"""Files: checked names, reading that neither hangs nor fills the memory, writing that is on disk, exchanging two names."""
 
 from __future__ import annotations
 
@@ -101,6 +101,18 @@ def read_bytes(path: Path, most: int, what: str, error: type[ScaleRAEError] = In
     if is_lfs_pointer(data):
         raise lfs_error(path, error)
     return data
+
+
+def write_new(path: Path, data: bytes) -> None:
+    """Writes a file that is not there yet, and waits until the disk has it.
+
+    Raises:
+        OSError: FileExistsError, or what writing raises.
+    """
+    with path.open("xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # some file systems notice a full disk only here
 
 
 def _a(what: str) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError, OutputError
+from scale_rae.files import write_new
 from scale_rae.jsonio import dump_json, read_json
 
 try:
@@ -47,7 +48,7 @@ def timestamp() -> str:
 
 
 def check_folder(folder: Path) -> None:
-    """Makes sure, before any work and without making anything, that results can be written to `folder`.
+    """Makes sure, before any work and without leaving anything, that results can be written to `folder`.
 
     Raises:
         OutputError: when it is a file, or it or the folder it would be made in cannot be written to.
@@ -99,10 +100,10 @@ def save_run(
                 for mark, sample, png in zip(marks, samples, _pngs(samples), strict=True):
                     if png is not None:
                         images.append(stem + mark + ".png")
-                        _write(staging / images[-1], png)
+                        write_new(staging / images[-1], png)
                     if sample.latent is not None:
                         latents.append(stem + mark + "_latent.pt")
-                        _write(staging / latents[-1], latent_bytes(sample.latent))
+                        write_new(staging / latents[-1], latent_bytes(sample.latent))
                 paths = [str(folder / name) for name in latents]
                 complete = manifest | {
                     "output_images": [str(folder / name) for name in images],
@@ -111,7 +112,7 @@ def save_run(
                     "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
                 }
                 last = f"{stem}_manifest.json"
-                _write(staging / last, (dump_json(complete, indent=2) + "\n").encode())
+                write_new(staging / last, (dump_json(complete, indent=2) + "\n").encode())
                 for name in (*images, *latents, last):
                     placed.append(folder / name)
                     (staging / name).rename(folder / name)
@@ -202,13 +203,6 @@ def _lock(folder: Path) -> tuple[int | None, bool]:
         taken = False
     os.close(descriptor)
     return None, taken
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())  # some file systems notice a full disk only here
 
 
 def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:

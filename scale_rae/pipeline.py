@@ -34,6 +34,7 @@ from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_
 from scale_rae.noise import image_seed
 from scale_rae.options import (
     DECODE_AT_ONCE,
+    DEFAULT_ANSWER_TOKENS,
     DEFAULT_MODEL,
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
@@ -279,7 +280,7 @@ class ScaleRAE:
         self,
         messages: Sequence[str],
         latents: Sequence[Tensor] | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         listen: TokenListener | None = None,
         draw: bool = True,
     ) -> list[Reply]:
@@ -454,7 +455,7 @@ class ScaleRAE:
         *,
         images: Picture | Sequence[Picture] | None = None,
         latents: Tensor | Sequence[Tensor] | None = None,
-        max_new_tokens: int = 512,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
         listen: TextListener | None = None,
     ) -> list[Answer]:
         """One answer per question about its picture or latent; a single picture or latent serves all questions.
@@ -490,7 +491,7 @@ class ScaleRAE:
         request: str | None = None,
         request_reply: Reply | None = None,
         question: str = QUESTION,
-        max_new_tokens: int = 64,
+        max_new_tokens: int = DEFAULT_ANSWER_TOKENS,
     ) -> list[Score]:
         """One Score per latent [L, C]: how well the model itself finds that it matches a prompt (REFERENCE §10).
 

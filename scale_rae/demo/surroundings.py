@@ -20,7 +20,7 @@ def settle(folder: Path | None = None) -> None:
     """Removes gradio's variables from the environment, and makes gradio keep its files in `folder`.
 
     `scale-rae demo` has options of its own; gradio's variables could make the page public, make it serve more folders, or
-    keep it from starting. The default is a private temporary folder: gradio's own, `/tmp/gradio`, may belong to another user.
+    keep it from starting. The default is a private temporary folder: gradio's own may belong to another user.
     """
     if folder is None and "GRADIO_TEMP_DIR" not in _ours:
         folder = _private()

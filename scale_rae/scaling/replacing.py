@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from scale_rae.errors import OutputError
-from scale_rae.files import check_name, exchange
+from scale_rae.files import check_name, exchange, write_new
 
 
 @contextlib.contextmanager
@@ -66,10 +66,7 @@ def write_file(path: Path, data: bytes, source: Path) -> None:
             raise OutputError(f"{path}: is a folder; choose another -o")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            with staging.open("xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            write_new(staging, data)
             staging.replace(target)
         finally:
             staging.unlink(missing_ok=True)
