@@ -99,6 +99,11 @@ class Settings:
         del values["device"]
         return dataclasses.replace(self, **values, model_name=choice.model_path)
 
+    def model_choice(self, device: str | None) -> ModelChoice:
+        """The experiment's model on a device: the opposite of `with_model`."""
+        names = {field.name for field in dataclasses.fields(ModelChoice)} - {"device"}
+        return ModelChoice(**{name: getattr(self, name) for name in names}, device=device)
+
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
         """The settings to go on with: an open reward and the model's name are those of the recorded experiment, if any."""
         known = (recorded or {}).get("settings")

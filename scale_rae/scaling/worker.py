@@ -77,7 +77,6 @@ def open_worker(
         ScaleRAEError: when model or reward cannot be loaded, or are not the experiment's.
     """
     from scale_rae.opening import OpenedModel
-    from scale_rae.options import ModelChoice
 
     store.make_folders()
     store.log(assignment.worker, f"process {os.getpid()}, device {assignment.device or 'default'}")
@@ -88,17 +87,8 @@ def open_worker(
 
     clock = StageClock()
     with clock.timed("loading"):
-        choice = ModelChoice(
-            settings.model_path,
-            settings.decoder_repo,
-            settings.revision,
-            assignment.device,
-            settings.dtype,
-            settings.compile,
-            settings.quantize,
-        )
         opened = OpenedModel(
-            choice,
+            settings.model_choice(assignment.device),
             bars,
             decoder=True,
             encoder=True,
