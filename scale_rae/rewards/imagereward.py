@@ -57,17 +57,17 @@ class ImageReward:
         self.tokenizer_source = _find_tokenizer(model, folder)
         if self.tokenizer_source.folder == folder:
             self.source = replace(self.source, files=(WEIGHTS, CONFIG, *self.tokenizer_source.files))
-        self._tokenizer: Any = parts.read_tokenizer(self.tokenizer_source.folder, "bert")
-        self._tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
-        pad = self._tokenizer.token_to_id("[PAD]")
+        self.tokenizer: Any = parts.read_tokenizer(self.tokenizer_source.folder, "bert")
+        self.tokenizer.add_special_tokens(["[DEC]", "[ENC]"])
+        pad = self.tokenizer.token_to_id("[PAD]")
         if pad is None:
             raise CheckpointError(f"{self.tokenizer_source.folder}: the tokenizer has no token [PAD]")
-        self._tokenizer.enable_truncation(TEXT_TOKENS)
-        self._tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=pad, pad_token="[PAD]")
+        self.tokenizer.enable_truncation(TEXT_TOKENS)
+        self.tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=pad, pad_token="[PAD]")
         self.network = load_network(folder, model.dtype, model.device)
-        if self._tokenizer.get_vocab_size() != self.network.vocabulary:
+        if self.tokenizer.get_vocab_size() != self.network.vocabulary:
             raise CheckpointError(
-                f"{self.tokenizer_source.folder}: the tokenizer has {self._tokenizer.get_vocab_size()} tokens with [DEC] "
+                f"{self.tokenizer_source.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens with [DEC] "
                 f"and [ENC], but {folder / CONFIG} says {self.network.vocabulary} (vocab_size); use bert-base-uncased's"
             )
         self._device = model.device
@@ -83,7 +83,7 @@ class ImageReward:
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """Rewards, of mean 0 and deviation 1 over ImageReward's training set; the prompt is cut after 35 tokens."""
-        text = self._tokenizer.encode(prompt)
+        text = self.tokenizer.encode(prompt)
         ids, mask = (torch.tensor([row], device=self._device) for row in (text.ids, text.attention_mask))  # [1, 35]
         scores: list[float] = []
         for batch in parts.batches(images):

@@ -71,13 +71,13 @@ class PickScore:
         side = self.network.config.vision_config.image_size
         self._processor = _load_processor(self.processor_source.folder / PROCESSOR, side)
         text = self.network.config.text_config
-        self._tokenizer: Any = parts.read_tokenizer(self.processor_source.folder, "clip")
-        if self._tokenizer.get_vocab_size() != text.vocab_size:
+        self.tokenizer: Any = parts.read_tokenizer(self.processor_source.folder, "clip")
+        if self.tokenizer.get_vocab_size() != text.vocab_size:
             raise CheckpointError(
-                f"{self.processor_source.folder}: the tokenizer has {self._tokenizer.get_vocab_size()} tokens, the text "
+                f"{self.processor_source.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the text "
                 f"tower {text.vocab_size}"
             )
-        self._tokenizer.enable_truncation(text.max_position_embeddings)
+        self.tokenizer.enable_truncation(text.max_position_embeddings)
         self._device, self._dtype = model.device, model.dtype
         self._memory_errors = model.memory_errors
 
@@ -91,7 +91,7 @@ class PickScore:
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """Logits, about 20 for most pictures; the prompt is cut after 77 tokens."""
-        ids = torch.tensor([self._tokenizer.encode(prompt).ids], device=self._device)  # [1, T], never padded
+        ids = torch.tensor([self.tokenizer.encode(prompt).ids], device=self._device)  # [1, T], never padded
         text = self.network.get_text_features(input_ids=ids).pooler_output  # [1, D]
         scores: list[float] = []
         for batch in parts.batches(images):

@@ -80,15 +80,15 @@ class SiglipReward:
             keep_float32=lambda name: name.startswith("logit_"),
             ignore=lambda name: name.startswith("vision_model.") or name.endswith("position_ids"),
         )
-        self._tokenizer: Any = parts.read_tokenizer(folder, "qwen2")
-        if self._tokenizer.get_vocab_size() > config.vocab_size:
+        self.tokenizer: Any = parts.read_tokenizer(folder, "qwen2")
+        if self.tokenizer.get_vocab_size() > config.vocab_size:
             raise CheckpointError(
-                f"{folder}: the tokenizer has {self._tokenizer.get_vocab_size()} tokens, the text tower {config.vocab_size}"
+                f"{folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the text tower {config.vocab_size}"
             )
         length = config.max_position_embeddings
-        self._tokenizer.enable_truncation(length)
+        self.tokenizer.enable_truncation(length)
         # SigLIP reads the last place, padding or not, and was trained on texts of full length.
-        self._tokenizer.enable_padding(length=length, pad_id=parts.pad_id(folder, self._tokenizer))
+        self.tokenizer.enable_padding(length=length, pad_id=parts.pad_id(folder, self.tokenizer))
         self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ class SiglipReward:
 
     def text_embeds(self, text: str) -> Tensor:
         """[1, D] of a text, lower-cased as SigLIP's training texts were."""
-        ids = torch.tensor([self._tokenizer.encode(text.lower()).ids], device=self._encoder.device)  # [1, T]
+        ids = torch.tensor([self.tokenizer.encode(text.lower()).ids], device=self._encoder.device)  # [1, T]
         return self._text(input_ids=ids).pooler_output  # type: ignore[no-any-return]
 
     @torch.inference_mode()

@@ -18,6 +18,7 @@ from scale_rae import provenance
 from scale_rae.cli import app, runs
 from scale_rae.cli.options import OutputOptions
 from scale_rae.cli.progress import ScalingDisplay
+from scale_rae.scaling.events import Message, PromptFailed, PromptFinished
 from tests.cli.conftest import DRAW, Cli, cli, left, no_loading
 
 __all__ = ["cli", "no_loading"]  # fixtures
@@ -85,8 +86,12 @@ def test_json_on_a_terminal_is_harmless_and_means_the_same(capsys: pytest.Captur
 
 def test_progress_of_scaling_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     display = ScalingDisplay()
-    display({"event": "say", "text": HOSTILE})
-    assert is_harmless(capsys.readouterr().err)
+    display(Message(HOSTILE))
+    display(PromptFailed(index=1, error=HOSTILE))
+    display(PromptFinished(index=2, prompt=HOSTILE, images=8, yes=5))
+    text = capsys.readouterr().err
+    assert is_harmless(text)
+    assert len(text.splitlines()) == 3
 
 
 def test_differences_from_a_manifest_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,7 +104,7 @@ def test_scores_pictures_of_any_size_in_batches(folder: Path, model: ScaleRAE, m
 
 
 def test_tokens_are_berts_padded_or_cut_to_35(folder: Path, model: ScaleRAE) -> None:
-    tokenizer = imagereward.ImageReward(model, str(folder))._tokenizer
+    tokenizer = imagereward.ImageReward(model, str(folder)).tokenizer
     index = VOCABULARY.index
     text = tokenizer.encode("A photo of Cats, é.")
     words = [index(w) for w in ("[CLS]", "a", "photo", "of", "cat", "##s", "[UNK]", "e", ".", "[SEP]")]

@@ -53,7 +53,7 @@ def test_is_siglips_logit(shapes: ScaleRAE, reward: SiglipReward, monkeypatch: p
 
 def test_reads_captions_as_they_were_trained(shapes: ScaleRAE, reward: SiglipReward) -> None:
     scenes = list(world.sample(np.random.default_rng(1), 20, world.SCENE_KINDS))
-    tokenizer = reward._tokenizer
+    tokenizer = reward.tokenizer
     ids = [tokenizer.encode(world.describe(scene)).ids for scene in scenes]
     assert {len(row) for row in ids} == {32}
     assert all(row[-1] == 712 for row in ids)
@@ -83,7 +83,7 @@ def test_a_tokenizer_json_serves_and_its_end_token_stays(
 
     backend.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=[("<|im_end|>", 714)])
     backend.save(str(encoder / "tokenizer.json"))
-    tokenizer = SiglipReward(model)._tokenizer
+    tokenizer = SiglipReward(model).tokenizer
     assert tokenizer.encode("a star").ids[2:] == [714] + [712] * 29
     assert tokenizer.encode("star " * 40).ids[-1] == 714
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
+from rich.progress import Progress, TaskID
 
 from scale_rae.cli.progress import ScalingDisplay
 from scale_rae.scaling.events import (
@@ -56,12 +59,16 @@ def test_only_warnings_of_a_quiet_one(monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    display = ScalingDisplay()
-    monkeypatch.setattr(display, "_shown", True)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     states: list[str] = []
-    state = display._state
-    monkeypatch.setattr(display, "_state", lambda: states.append(state()) or states[-1])
-    show(display, monkeypatch)
+    update = Progress.update
+
+    def recorded(bar: Progress, task: TaskID, *, completed: float, description: str) -> None:
+        states.append(description)
+        update(bar, task, completed=completed, description=description)
+
+    monkeypatch.setattr(Progress, "update", recorded)
+    show(ScalingDisplay(), monkeypatch)
     assert states[0] == "0/3 prompts, loading"
     assert states[-1] == "2/3 prompts, 1.20 images/s, 7 s left"
     err = capsys.readouterr().err
