@@ -1,9 +1,9 @@
-"""Files of pictures without what lies beside the picture: metadata, further frames, trailing data.
+"""Image file formats (PNG, JPEG, GIF, WebP, TIFF, AVIF): strips metadata, further frames and trailing data; reads orientation.
 
-Decoders read only what the pixels need. Cameras and editors write broken EXIF tags, colour profiles and text, which
-Pillow parses when it opens a file, and fails. Attackers write metadata and frames that unpack to gigabytes. Only the
-orientation is of use, and it is read here by itself. Nothing here raises for a damaged file: what cannot be followed
-is left to the decoder.
+Pillow parses EXIF tags, colour profiles and text when it opens a file, and fails if one of them is broken; cameras and editors
+write broken ones. Attackers write metadata and frames that unpack to gigabytes. So decoders are given only the bytes that the
+pixels need, and the orientation, the one useful tag, is read here. A damaged file raises no error here: parts that cannot be
+parsed are passed on to the decoder, which reports them.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import NamedTuple
 
 from scale_rae.errors import InputError
 
-MAX_PARTS = 250_000  # chunks, segments or blocks of a file; a picture of 500 MB in PNG chunks of 8 KiB has 64,000
-MAX_SCANS = 100  # of a JPEG, each a pass over all its pixels; editors write about ten, libtiff's limit is 100 too
-_MAX_TEXT = 1 << 20  # bytes that compressed text is unpacked to; the orientation is near the start
+MAX_PARTS = 250_000  # chunks, segments or blocks per file; a PNG of 500 MB in chunks of 8 KiB has 64,000
+MAX_SCANS = 100  # per JPEG; each is a pass over all pixels, editors write about ten, libtiff's limit is 100
+_MAX_TEXT = 1 << 20  # bytes of text that are unpacked; the orientation is near the start
 
 _ORIENTATION, _XMP = 0x0112, 0x02BC
 _INTEGERS = {1: "B", 3: "H", 4: "I", 6: "b", 8: "h", 9: "i", 16: "Q"}  # TIFF's types of whole numbers
@@ -26,25 +26,25 @@ _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 
 
 class Bare(NamedTuple):
-    """A file with nothing but one picture in it."""
+    """A file stripped to one picture, and what was read from the parts that were removed."""
 
     data: bytes
-    orientation: int | None = None  # EXIF's: 1 is upright, 2 to 8 are turned or mirrored
-    size: tuple[int, int] | None = None  # width and height, where a decoder would allocate before it tells them
+    orientation: int | None = None  # EXIF's values: 1 is upright, 2 to 8 are turned or mirrored
+    size: tuple[int, int] | None = None  # (width, height) of formats whose decoders allocate before they report it
 
 
 def bare(data: bytes, kind: str) -> Bare:
-    """The first picture of a file in Pillow's format `kind`, without metadata; its pixels decode to the same values.
+    """The first picture of a file without metadata; its pixels decode to the same values. `kind` is Pillow's format name.
 
     Raises:
-        InputError: (without the file's name) for a file whose parts or scans are too many to be a picture.
+        InputError: the file has more parts or scans than any real image. The message does not name the file.
     """
     strip = _STRIP.get(kind)
     return strip(data) if strip else Bare(data)
 
 
 def orientation(exif: bytes, xmp: bytes) -> int | None:
-    """The orientation that EXIF data gives, else that XMP gives, else None. Other tags may be broken."""
+    """The orientation from EXIF data, else from XMP, else None. Other tags may be broken."""
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     directory = _directory(exif)
@@ -64,7 +64,7 @@ def _too_many(what: str, most: int) -> InputError:
 def _png(data: bytes) -> Bare:
     view = memoryview(data)
     kept = [view[:8]]
-    found: dict[bytes, bytes] = {}  # what may hold the orientation; the last of a kind counts, as in Pillow
+    found: dict[bytes, bytes] = {}  # chunks that may hold the orientation; the last of a kind counts, as in Pillow
     colour = 0
     at = 8
     for _ in range(MAX_PARTS):
@@ -102,14 +102,14 @@ def _sound(chunk: memoryview) -> bool:
 
 
 def _png_text(chunk: bytes) -> bytes:
-    """The text of a chunk's name and what follows its keyword, unpacked as far as that goes."""
+    """The text of a text chunk, unpacked as far as possible; `chunk` is the chunk's name and all that follows its keyword."""
     name, text = chunk[:4], chunk[4:]
     packed = name == b"zTXt"
     if packed:
-        text = text[1:]  # the method: only deflate is defined
+        text = text[1:]  # skips the compression method: only deflate is defined
     elif name == b"iTXt":
         packed = text[:1] != b"\0"
-        text = text[2:].split(b"\0", 2)[-1]  # after the language and the translated keyword
+        text = text[2:].split(b"\0", 2)[-1]  # skips the language and the translated keyword
     if not packed:
         return text
     try:
@@ -127,7 +127,7 @@ def _unhex(profile: bytes) -> bytes:
 # JPEG: segments of a marker, a length and data, and entropy-coded data after a start of scan
 
 _MARKER = re.compile(rb"\xff[\x01-\xfe]")
-_MARKER_OF_SCANS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # restarts belong to the scan
+_MARKER_OF_SCANS = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")  # without restart markers, which belong to the scan
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _APP0, _APP1, _APP14, _APP15, _COM = 0xE0, 0xE1, 0xEE, 0xEF, 0xFE
 _XMP_HEAD = b"http://ns.adobe.com/xap/1.0/\0"
@@ -152,10 +152,10 @@ def _jpeg(data: bytes) -> Bare:
             kept.append(view[at : _scans_end(data, at)])
             break
         if code == _APP1 and start.startswith(b"Exif\0\0"):
-            exif.append(body[6:])  # long data is continued in further segments
+            exif.append(body[6:])  # EXIF data longer than a segment continues in the next ones
         elif code == _APP1 and body[: len(_XMP_HEAD)] == _XMP_HEAD:
             xmp = bytes(body[len(_XMP_HEAD) :])
-        elif code == _APP0:  # libjpeg reads the colours from these two, if they are whole
+        elif code == _APP0:  # libjpeg derives the colour space from APP0 and APP14, if they are complete
             kept += [view[at:end]] if start.startswith(b"JFIF\0") and len(start) == 14 else []
         elif code == _APP14:
             kept += [view[at:end]] if start.startswith(b"Adobe") and len(start) >= 12 else []
@@ -168,7 +168,7 @@ def _jpeg(data: bytes) -> Bare:
 
 
 def _segment_end(data: bytes, at: int) -> int:
-    """Where the segment ends whose marker is at `at`. Codes below 0xC0 and restarts to EOI have no length."""
+    """The end of the segment whose marker is at `at`. Codes below 0xC0, restarts, SOI and EOI have no length."""
     code = data[at + 1]
     if code < 0xC0 or 0xD0 <= code <= _EOI:
         return at + 2
@@ -176,7 +176,7 @@ def _segment_end(data: bytes, at: int) -> int:
 
 
 def _scans_end(data: bytes, at: int) -> int:
-    """Where the picture ends whose first scan begins at `at`; what follows is another picture, or none."""
+    """The end of the picture whose first scan begins at `at`. Another picture may follow."""
     scans = 0
     for _ in range(MAX_PARTS):
         marker = _MARKER_OF_SCANS.search(data, at)
@@ -206,11 +206,11 @@ def _gif(data: bytes) -> Bare:
     while (block := _GIF_BLOCK.search(data, at)) is not None:
         at = block.start()
         if data[at] != ord("!"):
-            kept.append(data[at:])  # the picture; a decoder stops where it is complete
+            kept.append(data[at:])  # the picture; a decoder stops at its end
             break
         at += 2
         first = data[at + 1 : at + 1 + data[at]] if at < len(data) else b""
-        if data[at - 1 : at] == b"\xf9" and len(first) >= 4:  # says which colour is transparent
+        if data[at - 1 : at] == b"\xf9" and len(first) >= 4:  # names the transparent colour
             kept.append(b"!\xf9" + bytes([len(first)]) + first + b"\0")
         while size := int.from_bytes(data[at : at + 1]):
             at += 1 + size
@@ -224,7 +224,7 @@ def _gif(data: bytes) -> Bare:
 
 # WebP: RIFF chunks of name, length and data, padded to even lengths
 
-_WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # and the bits in VP8X that announce them
+_WEBP_METADATA = {b"ICCP": 0x20, b"EXIF": 0x08, b"XMP ": 0x04}  # chunk names, and the bits in VP8X that announce them
 
 
 def _webp(data: bytes) -> Bare:
@@ -263,20 +263,20 @@ def _webp(data: bytes) -> Bare:
     return Bare(head + chunks, orientation(found.get(b"EXIF", b""), found.get(b"XMP ", b"")), size)
 
 
-# TIFF, which EXIF data is too: a head, and directories of tags
+# TIFF: a head, and directories of tags. EXIF data has this format too
 
 
 class _Directory(NamedTuple):
-    """The first directory of TIFF data, as far as there is data."""
+    """The first directory of TIFF data. If the data is cut short, the entries that are complete."""
 
     data: bytes
-    order: str  # of bytes, as struct puts it
-    start: int  # of the first entry
+    order: str  # byte order, as a struct prefix
+    start: int  # offset of the first entry
     length: int  # in entries
-    width: int  # of an entry: 12 bytes, 20 in BigTIFF
+    width: int  # bytes per entry: 12, or 20 in BigTIFF
 
     def entries(self) -> dict[int, tuple[int, bytes]]:
-        """Each tag's place among the entries and its entry; the last of a tag counts, as in Pillow."""
+        """Tag -> (index, bytes of the entry). The last entry of a tag counts, as in Pillow."""
         found = {}
         for i in range(self.length):
             at = self.start + i * self.width
@@ -285,19 +285,19 @@ class _Directory(NamedTuple):
         return found
 
     def integer(self, tag: int) -> int | None:
-        """The first whole number of a tag, if it has one."""
+        """The first integer of a tag, or None."""
         _, entry = self.entries().get(tag, (0, b""))
         kind = _INTEGERS.get(self._number("H", entry, 2)) if entry else None
         value = self._value(entry, struct.calcsize(kind)) if kind else b""
         return self._number(kind, value, 0) if kind and value else None
 
     def bytes_of(self, tag: int) -> bytes:
-        """What is stored of a tag of bytes, or nothing."""
+        """The value of a tag whose type is bytes; empty if there is none."""
         _, entry = self.entries().get(tag, (0, b""))
         return self._value(entry, 1) if entry else b""
 
     def _value(self, entry: bytes, width: int) -> bytes:
-        """The data of an entry whose values are of `width` bytes each; nothing if it is cut short."""
+        """The data of an entry whose values have `width` bytes each; empty if it is cut short."""
         word = "Q" if self.width == 20 else "I"
         length = self._number(word, entry, 4) * width
         inline = entry[4 + struct.calcsize(word) :]
@@ -325,7 +325,7 @@ def _directory(data: bytes) -> _Directory | None:
     return _Directory(data, order, at + head, min(count, (len(data) - at - head) // width, MAX_PARTS), width)
 
 
-# What the pixels of a TIFF need: size, samples, compression, strips and tiles, palette, JPEG tables, colours of YCbCr.
+# Tags that decoding needs: size, samples, compression, strips and tiles, palette, JPEG tables, YCbCr coefficients.
 _PIXEL_TAGS = {
     *(*range(254, 260), 262, 263, 266, 273, 277, 278, 279, 284, 292, 293, 317, *range(320, 326)),
     *(332, 338, 339, 347, *range(512, 522), *range(529, 533), 50674),
@@ -347,7 +347,7 @@ def _tiff(data: bytes) -> Bare:
     return Bare(whole, orientation(b"", directory.bytes_of(_XMP)) if turned is None else turned)
 
 
-# AVIF: boxes of length, name and data; items that `infe` boxes describe
+# AVIF: boxes of length, name and data; `infe` boxes declare items
 
 
 _AVIF_EXIF = re.compile(rb"infe(?:\x02.{3}.{4}|\x03.{3}.{6})Exif", re.DOTALL)
@@ -355,7 +355,11 @@ _AVIF_METADATA = re.compile(rb"(infe(?:\x02.{3}.{4}|\x03.{3}.{6}))(?:Exif|mime)"
 
 
 def _avif(data: bytes) -> Bare:
-    """EXIF and XMP are renamed to what a decoder skips. The picture's own properties turn it, or XMP if it is alone."""
+    """The file with its EXIF and XMP items renamed to a type that decoders skip.
+
+    The orientation in EXIF is not used: decoders turn the picture by properties of the file. XMP stays if there is no EXIF,
+    since its orientation then counts.
+    """
     view = memoryview(data)
     at = 0
     for _ in range(MAX_PARTS):

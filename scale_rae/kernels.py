@@ -1,14 +1,16 @@
-"""Triton kernels for what PyTorch's compiler makes less well of the blocks.
+"""Triton kernels for the diffusion transformer on NVIDIA GPUs: float8 rows, rotary embedding, attention.
 
-- Float8 rows in one pass: each token's row is read once, kept in registers, scaled and written. Compiled, a row's largest
-  value and its float8 values are two passes over what it is made from.
-- The rotary embedding, whose channel pairs are read as they lie, and once. (Compiled for bfloat16, PyTorch's is as fast.)
-- Attention over a picture's tokens, rotation included: they are few enough that a block of queries sees all keys at once.
+Each does in one pass what PyTorch's compiled code does in several:
 
-A rotary table is here the angles along one edge of the grid (`of_axis`), which fit in a multiprocessor's cache: a token's row turns
-the first half of a head by them, its column the second.
+- Float8 rows: each token's row is read once, kept in registers, scaled and written. Compiled code reads its inputs twice, first
+  for the row's largest value and then for the float8 values.
+- The rotary embedding: each pair of channels is read once. (In bfloat16, PyTorch's compiled code is as fast.)
+- Attention over the tokens of an image, rotation included. An image has few tokens, so a block of queries sees all keys at once.
 
-They are torch operators, which compiled blocks call as they are, and need Triton, which comes with PyTorch's CUDA builds.
+Kernels take rotary tables as `of_axis` returns them: the angles along one edge of the grid, which fit in a multiprocessor's cache.
+A token's row gives the angles for the first half of a head, its column those for the second half.
+
+The public functions are torch operators, so compiled blocks can call them. Triton comes with PyTorch's CUDA builds.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ _log = logging.getLogger("scale_rae")
 def _store_quantized(values, out, scale, row, i, inside, width, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     largest = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
     tl.store(scale + row, largest / LARGEST)
-    # What rounding brings beyond the largest, the conversion brings back; NaN stays NaN, which tl.minimum would hide.
+    # The conversion clamps values that rounding moved beyond the range; tl.minimum would hide NaN.
     tl.store(out + row * width + i, (values * (LARGEST / largest)).to(out.dtype.element_ty), mask=inside)
 
 
@@ -57,7 +59,7 @@ def _swiglu(x, i, inside, width):
 def _swiglu_kernel(
     x, out, scale, width, MOST: tl.constexpr, REST: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr
 ):
-    # A row is a power of two and a rest: 5504 = 4096 + 1408 takes 6144 lanes so, and 8192 as one.
+    # A row is split into a power of two and a rest: 5504 = 4096 + 1408 takes 4096 + 2048 lanes, unsplit it takes 8192.
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, MOST)
     values = _swiglu(x + row * 2 * width, i, i < width, width)
@@ -76,7 +78,7 @@ def _swiglu_kernel(
 
 @triton.jit
 def _angles(cos, sin, token, pair, side, HEAD: tl.constexpr):
-    """cos and sin for pairs of channels of a head; a table is [side, HEAD / 4]."""
+    """cos and sin for pairs of channels of a head; each table is [side, HEAD / 4]."""
     at = tl.where(pair < HEAD // 4, token // side, token % side) * (HEAD // 4) + pair % (HEAD // 4)
     return tl.load(cos + at), tl.load(sin + at)
 
@@ -88,7 +90,7 @@ def _turned(x0, x1, c, s):
 
 @triton.jit
 def _rotate_kernel(x, cos, sin, out, x_row, x_token, tokens, side, width, HEAD: tl.constexpr, BLOCK: tl.constexpr):
-    """A token's channels [width], heads of HEAD side by side; x may lie in larger rows, out does not."""
+    """Rotates a token's channels [width], heads of HEAD channels side by side. Rows of x may be strided, rows of out are dense."""
     row = tl.program_id(0).to(tl.int64)
     token = row % tokens
     i = tl.arange(0, BLOCK)
@@ -123,7 +125,7 @@ def _norm_kernel(
     LEAST: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) + first
-    place = row // tokens // each * tokens + row % tokens  # of a prompt that has `each` images
+    place = row // tokens // each * tokens + row % tokens  # of the row's prompt, which has `each` images
     i = tl.arange(0, BLOCK)
     inside = i < width
     h = tl.load(x + row * width + i, mask=inside, other=0.0).to(tl.float32)
@@ -141,7 +143,7 @@ def _norm_kernel(
 
 @triton.jit
 def _words(at, HEAD: tl.constexpr, PAIRS: tl.constexpr):
-    """Pairs of 16-bit floats, each as one word [rows, PAIRS]. Pairs that a head does not have are zeros."""
+    """Pairs of 16-bit floats, each pair as one 32-bit word [rows, PAIRS]. Pairs beyond the head's width are zeros."""
     if PAIRS == HEAD // 2:
         words = tl.load(at)
     else:
@@ -151,7 +153,7 @@ def _words(at, HEAD: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _rotated_words(words, cos, sin, token, side, HEAD: tl.constexpr, PAIRS: tl.constexpr, TYPE: tl.constexpr):
-    """The rotated first ones and second ones of pairs, float32 [rows, PAIRS]."""
+    """The first and the second channels of all pairs after rotation, each float32 [rows, PAIRS]."""
     first = (words & 0xFFFF).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
     second = (words >> 16).to(tl.int16).to(TYPE, bitcast=True).to(tl.float32)
     c, s = _angles(cos, sin, token[:, None], tl.arange(0, PAIRS)[None, :], side, HEAD)
@@ -175,17 +177,20 @@ def _attend_kernel(
     STEPS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """STEPS blocks of ROWS queries of a head. `words` is qkv by pairs of channels; WHOLE: all keys and queries are there."""
+    """Attention of STEPS blocks of ROWS queries of a head. `words` is qkv by pairs of channels.
+
+    WHOLE: no block has rows or keys beyond the image's tokens, so nothing is masked.
+    """
     TYPE: tl.constexpr = out.dtype.element_ty
     image = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
     width = heads * HEAD
     channel = head * HEAD + tl.arange(0, HEAD)[None, :]
-    PAIRS: tl.constexpr = max(16, HEAD // 2)  # the least that a product takes
+    PAIRS: tl.constexpr = max(16, HEAD // 2)  # tl.dot takes at least 16
     pair = head * (HEAD // 2) + tl.arange(0, PAIRS)[None, :]
     start, start_word = qkv + image * tokens * 3 * width, words + image * tokens * 3 * (width // 2)
     word_row = 3 * (width // 2)
-    # What there is not, is read elsewhere and left out.
+    # Keys and rows beyond the tokens read token 0 and are masked later.
     key = tl.arange(0, KEYS)
     is_key = key < tokens
     if not WHOLE:
@@ -202,7 +207,7 @@ def _attend_kernel(
     for step in tl.static_range(STEPS):
         q0, q1 = _rotated_words(q, cos, sin, here, side, HEAD, PAIRS, TYPE)
         place, is_there = here, is_row
-        if step + 1 < STEPS:  # the next ones, on their way while these are seen to
+        if step + 1 < STEPS:  # prefetches the next queries
             row += ROWS
             is_row = row < tokens
             here = row if WHOLE else tl.where(is_row, row, 0)
@@ -235,7 +240,7 @@ def _empty_rows(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("scale_rae::quantize_rows", mutates_args=())
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, scale) of `float8.quantize` for rows [..., K]."""
+    """(values [..., K], scale [..., 1]) of `float8.quantize` for rows [..., K]."""
     x = x.contiguous()
     width = x.shape[-1]
     values, scale = _empty_rows(x, width)
@@ -251,7 +256,7 @@ def _(x: Tensor) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("scale_rae::quantize_swiglu", mutates_args=())
 def quantize_swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values, scale) of SiLU(gate) · value, for gate and value side by side in [..., 2 K]."""
+    """(values [..., K], scale [..., 1]) of SiLU(gate) · value in float8; gate and value are side by side in x [..., 2 K]."""
     x = x.contiguous()
     width = x.shape[-1] // 2
     values, scale = _empty_rows(x, width)
@@ -283,10 +288,10 @@ def quantize_normed(
     weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x', values, scale): x' = x + gate · update, and what is made of norm(x') · (1 + factor) + shift, float8 by rows.
+    """(x', values, scale): x' = x + gate · update; values and scale are norm(x') · (1 + factor) + shift in float8 by rows.
 
-    x, update [B, L, D]; gate, shift, factor [P, L, D] of prompts with as many images each, the last axis of them dense. With
-    the null branch's, each [D], the second half of x is the null branch's.
+    x, update [B, L, D]; gate, shift, factor [P, L, D], with a dense last axis and B / P images per prompt. With the null
+    branch's modulations, [D] each, the first half of x is the conditional branch and the second half the null branch.
     """
     x, update = x.contiguous(), update.contiguous()
     images, tokens, width = x.shape
@@ -297,7 +302,7 @@ def quantize_normed(
     with torch.cuda.device(x.device):
         gates, shifts, factors = gate.flatten(0, -2), shift.flatten(0, -2), factor.flatten(0, -2)
         if shifts.stride(0) != factors.stride(0) or each * len(gate) != conditional or len(gate) != len(shift):
-            raise ValueError("the modulations must be of one tensor, and their prompts have equally many images")
+            raise ValueError("shift and factor must be parts of one tensor, with equally many images per prompt")
         common = (weight, x_out, values, scale)
         sizes = _sizes(width)
         strides = (gates.stride(0), shifts.stride(0))
@@ -313,19 +318,19 @@ def quantize_normed(
 
 
 @quantize_normed.register_fake
-def _(x: Tensor, *others: object) -> tuple[Tensor, Tensor, Tensor]:
+def _(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x.contiguous()), *_empty_rows(x, x.shape[-1])
 
 
 def of_axis(table: Tensor) -> Tensor:
-    """The angles of a rotary table [S · S, head_dim] along one edge of the grid, once for each pair: [S, head_dim / 4]."""
+    """A rotary table [S · S, head_dim] along one edge of the grid, one value per pair of channels: [S, head_dim / 4]."""
     side = math.isqrt(len(table))
     return table[:side, table.shape[1] // 2 :: 2].contiguous()
 
 
 @torch.library.custom_op("scale_rae::rotate_pairs", mutates_args=())
 def rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.rotate` of x [B, L, heads, head_dim], whose last two axes are dense, by `of_axis` of the tables."""
+    """`dit.rotate` of x [B, L, heads, head_dim]; cos and sin are `of_axis` of its tables."""
     batch, tokens, heads, head = x.shape
     if x.stride(3) != 1 or x.stride(2) != head:
         x = x.contiguous()
@@ -346,7 +351,7 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton works here: it needs a C compiler. Where not, says so, and what is slower without."""
+    """Whether Triton works on this device; it needs a C compiler. If not, a warning is logged."""
     try:
         with torch.inference_mode():
             rotate_pairs(torch.zeros(1, 1, 1, 64, device=device), *torch.zeros(2, 1, 16, device=device))
@@ -360,16 +365,16 @@ def usable(device: torch.device) -> bool:
     return True
 
 
-MOST_KEYS = 256  # that a block of queries sees at once; the published networks' number
-_ROWS = 64  # queries of a block
-_MOST_STEPS = 4  # blocks that share rotated keys; a published network's heads have no more
-_PROGRAMS = 256  # that fill the GPU it was measured on, a Hopper of 132 multiprocessors
-_HEADS = (16, 32, 64)  # channels of a head
+MOST_KEYS = 256  # keys that a block of queries sees at once; the published networks have 256
+_ROWS = 64  # queries per block
+_MOST_STEPS = 4  # blocks that share rotated keys: 256 queries in blocks of 64
+_PROGRAMS = 256  # fill a Hopper GPU of 132 multiprocessors, where this was measured
+_HEADS = (16, 32, 64)  # supported channels per head
 
 
 @torch.library.custom_op("scale_rae::attend_pairs", mutates_args=())
 def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` in one kernel, for 16-bit floats and sizes for which `attention_fits`, by `of_axis` of the tables."""
+    """`dit.attend` in one kernel; cos and sin are `of_axis` of its tables. Needs dtype and sizes that `attention_fits` accepts."""
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     head = width // 3 // heads
@@ -406,5 +411,5 @@ def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_fits(config: DiTConfig, dtype: torch.dtype) -> bool:
-    """Whether `attend_pairs` takes a network's sizes."""
+    """Whether `attend_pairs` supports a network's sizes and dtype."""
     return dtype != torch.float32 and config.tokens <= MOST_KEYS and config.width // config.heads in _HEADS
