@@ -1,8 +1,12 @@
-"""Local weight files -> tensors in a model, without ever holding the weights twice. `hub` finds the files."""
+"""Weight files and latent files: reading tensors from safetensors or torch files, and loading them into networks.
+
+The host never holds the weights twice. `hub` finds the files.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scale_rae.errors import CheckpointError, ConfigError, InputError, first_line
+from scale_rae.errors import CheckpointError, ConfigError, InputError, ScaleRAEError, first_line
 from scale_rae.files import check_file, is_lfs_pointer, lfs_error, size_text
 from scale_rae.jsonio import parse_json
 from scale_rae.torch_file import (
@@ -24,29 +28,30 @@ from scale_rae.torch_file import (
     read_torch_file,
 )
 
-_MOST_SHARED = 4  # times a torch file's size that its tensors may have together, since tied weights share their values
-_MOST_HEADER = 16 << 20  # bytes of a safetensors file's header; one of 2,000 tensors has 200 kB
-_CHUNK_BYTES = 64 << 20  # mapped pages stay resident while a file is open, so it is closed this often
+_MOST_SHARED = 4  # tensors of a torch file may together be this many times its size, since tied weights share values
+_MOST_HEADER = 16 << 20  # bytes of a safetensors header; one with 2,000 tensors has 200 kB
+_CHUNK_BYTES = (
+    64 << 20
+)  # a file is opened anew after this many bytes, because mapped pages stay resident until it is closed
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """One tensor as a file declares it; `offset` orders the tensors of a file as they lie in it."""
+    """One tensor as a file declares it; a file's tensors lie in the order of their `offset`."""
 
     file: Path
     shape: tuple[int, ...]
     bytes: int
     offset: int
-    dtype: torch.dtype | None  # None: one that torch does not have
-    place: FileTensor | None = None  # of one in a torch file
+    dtype: torch.dtype | None  # None: torch has no such dtype
+    place: FileTensor | None = None  # only for torch files
 
 
 class TensorReader:
-    """Reads tensors piece by piece from safetensors files or those that torch.save wrote.
+    """Reads tensors piece by piece from safetensors files or files that torch.save wrote.
 
     Raises:
-        CheckpointError: naming the file, when it is truncated, damaged, holds other things than tensors, or is a
-            pickle that would run code.
+        CheckpointError: the file is truncated or damaged, holds anything but tensors, or is a pickle that would run code.
     """
 
     def __init__(self, files: Iterable[Path]) -> None:
@@ -61,9 +66,9 @@ class TensorReader:
             self.tensors |= declared
 
     def check_depth(self, layers: int, field: str, config: Path) -> None:
-        """Raises ConfigError when a network of `layers` layers cannot be in the files: each layer has tensors of its own.
+        """Raises ConfigError if `layers` is more than the number of tensors: each layer has at least one of its own.
 
-        Building thousands of layers takes minutes, and only then is it seen which tensors are missing.
+        Without this check, a wrong number costs minutes: thousands of layers are built before missing tensors are noticed.
         """
         if layers > len(self.tensors):
             raise ConfigError(f"{config}: {field} is {layers}, but the weights hold only {len(self.tensors)} tensors")
@@ -77,7 +82,7 @@ class TensorReader:
                 raise CheckpointError(f"{stored.file}: {name} holds {kind}; weights must be floating-point numbers")
 
     def read_into(self, name: str, target: Tensor) -> None:
-        """Copies a tensor into one of its shape, of any dtype and on any device, 64 MB at a time."""
+        """Copies a tensor into `target`, 64 MiB at a time. `target` has its shape, any dtype, and is on any device."""
         stored = self.tensors[name]
         rows = stored.shape[0] if stored.shape else 1
         step = max(1, rows * _CHUNK_BYTES // max(stored.bytes, 1))
@@ -86,7 +91,7 @@ class TensorReader:
                 part = _file_rows(stored.file, stored.place, start, start + step)
             else:
                 if stored.file != self._open_file or self._read_bytes >= _CHUNK_BYTES:
-                    self._rows = lambda name, start, stop: torch.empty(0)  # lets go of the mapping before the next
+                    self._rows = lambda name, start, stop: torch.empty(0)  # frees the old mapping before the next
                     self._rows = _safetensors_rows(stored.file)
                     self._open_file, self._read_bytes = stored.file, 0
                 self._read_bytes += stored.bytes * min(step, rows - start) // rows
@@ -101,15 +106,12 @@ class TensorReader:
         return target
 
 
-_Rows = Callable[[str, int, int], Tensor]  # rows start … stop of a tensor, or the whole of one without dimensions
+_Rows = Callable[[str, int, int], Tensor]  # (name, start, stop) -> rows of a tensor, or a whole scalar tensor
 
 
 def _file_rows(file: Path, tensor: FileTensor, start: int, stop: int) -> Tensor:
-    try:
-        with file.open("rb") as stream:
-            return tensor.read(stream, start, stop)
-    except DamagedError as e:
-        raise CheckpointError(f"{file}: damaged or not a torch file ({e})") from e
+    with _weight_errors(file), file.open("rb") as stream:
+        return tensor.read(stream, start, stop)
 
 
 def _safetensors_rows(file: Path) -> _Rows:
@@ -151,12 +153,12 @@ _SAFETENSORS_DTYPES = {
 
 
 def _declared(file: Path) -> dict[str, StoredTensor]:
-    _check_weights(file)
+    _check_stored(file, "file", CheckpointError)
     if file.suffix != ".safetensors":
         return _declared_by_torch(file)
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
-        # Beyond the file's end it is the library that says what is wrong.
+        # If the header would end beyond the file, the library reports it.
         if _MOST_HEADER < length < file.stat().st_size:
             raise CheckpointError(
                 f"{file}: its header is larger than {size_text(_MOST_HEADER)}; copy or download it again"
@@ -172,26 +174,40 @@ def _declared(file: Path) -> dict[str, StoredTensor]:
     return declared
 
 
-def _check_weights(file: Path) -> None:
-    """Raises CheckpointError for what is no regular file, or a git-LFS pointer."""
-    check_file(file, "file", CheckpointError)
+def _check_stored(file: Path, what: str, error: type[ScaleRAEError]) -> None:
+    """Raises `error` unless `file` is a regular, readable file and no git-LFS pointer."""
+    check_file(file, what, error)
     try:
         with file.open("rb") as stream:
             if is_lfs_pointer(stream.read(200)):
-                raise lfs_error(file, CheckpointError)
+                raise lfs_error(file, error)
     except OSError as e:
-        raise CheckpointError(f"{file}: cannot be read ({e.strerror or e})") from e
+        raise error(f"{file}: cannot be read ({e.strerror or e})") from e
+
+
+@contextmanager
+def _errors(file: Path, error: type[ScaleRAEError], damaged: str, code: str, kind: str) -> Iterator[None]:
+    """Turns the errors of reading a torch file into `error`, with the file's name and these words."""
+    try:
+        yield
+    except ForbiddenError as e:
+        raise error(f"{file}: refused, since loading it could run code ({e}); {code}") from e
+    except DamagedError as e:
+        raise error(f"{file}: {damaged} ({e})") from e
+    except UnusableError as e:
+        raise error(f"{file}: holds {e}; {kind}") from e
+    except OSError as e:
+        raise error(f"{file}: cannot be read ({e.strerror or e})") from e
+
+
+def _weight_errors(file: Path) -> AbstractContextManager[None]:
+    damaged, code, kind = "damaged or not a torch file", "get it as safetensors", "weights must be plain tensors"
+    return _errors(file, CheckpointError, damaged, code, kind)
 
 
 def _declared_by_torch(file: Path) -> dict[str, StoredTensor]:
-    try:
+    with _weight_errors(file):
         value = read_torch_file(file, WEIGHTS)
-    except ForbiddenError as e:
-        raise CheckpointError(f"{file}: refused, since loading it could run code ({e}); get it as safetensors") from e
-    except DamagedError as e:
-        raise CheckpointError(f"{file}: damaged or not a torch file ({e})") from e
-    except UnusableError as e:
-        raise CheckpointError(f"{file}: holds {e}; weights must be plain tensors") from e
     if isinstance(value, dict) and isinstance(value.get("model"), dict):
         value = value["model"]
     if not isinstance(value, dict) or not all(
@@ -204,36 +220,27 @@ def _declared_by_torch(file: Path) -> dict[str, StoredTensor]:
 
 
 def load_latent(path: Path) -> Tensor:
-    """The tensor in a file saved by `torch.save`; `check_latent` says whether it is a latent of a model.
+    """The tensor in a file saved by `torch.save`. `check_latent` checks whether it is a latent of a model.
 
     Raises:
-        InputError: naming the file, when it is missing, larger than any latent, no torch file, would run code when
-            loaded, or holds no plain tensor.
+        InputError: the file is missing, larger than any latent, no torch file, would run code when loaded, or holds no
+            plain tensor.
     """
-    check_file(path, "latent file")
-    try:
-        with path.open("rb") as file:
-            if is_lfs_pointer(file.read(200)):
-                raise lfs_error(path, InputError)
-            value = read_torch_file(path, LATENT)
-            if isinstance(value, FileTensor):
+    _check_stored(path, "latent file", InputError)
+    damaged, plain = "damaged, or not a file that torch.save wrote", "a latent is a plain tensor"
+    with _errors(path, InputError, damaged, plain, plain):
+        value = read_torch_file(path, LATENT)
+        if isinstance(value, FileTensor):
+            with path.open("rb") as file:
                 return value.read(file)
-    except ForbiddenError as e:
-        raise InputError(f"{path}: refused, since loading it could run code ({e}); a latent is a plain tensor") from e
-    except DamagedError as e:
-        raise InputError(f"{path}: damaged, or not a file that torch.save wrote ({e})") from e
-    except UnusableError as e:
-        raise InputError(f"{path}: holds {e}; a latent is a plain tensor") from e
-    except OSError as e:
-        raise InputError(f"{path}: cannot be read ({e.strerror or e})") from e
     raise InputError(f"{path}: holds a {type(value).__name__}, not a tensor")
 
 
 def check_latent(latent: Tensor, tokens: int, channels: int) -> Tensor:
-    """The latent as [L, C] float32 on the CPU, without a leading batch dimension of 1, for L, C = `tokens`, `channels`.
+    """The latent as [L, C] float32 on the CPU: L = `tokens`, C = `channels`. A leading batch dimension of 1 is removed.
 
     Raises:
-        InputError: for a wrong type or shape, or values that are not finite.
+        InputError: wrong type or shape, or values that are not finite.
     """
     expected = [tokens, channels]
     if not isinstance(latent, Tensor):
@@ -248,7 +255,7 @@ def check_latent(latent: Tensor, tokens: int, channels: int) -> Tensor:
             f"the latent is {list(latent.shape)} {latent.dtype}; this model's latents are {expected} floats"
         )
     latent = latent.detach().resolve_neg().float().cpu()
-    # numpy's, on one thread: torch would wake a thread for every core, which after a drawing takes longer than the work.
+    # numpy works on one thread; torch would wake one per core, which takes longer than the check itself after sampling.
     if not np.isfinite(latent.numpy()).all():
         raise InputError("the latent holds values that are not finite (NaN or infinity)")
     return latent
@@ -267,13 +274,13 @@ def fill(
     ignore: Callable[[str], bool] = lambda name: False,
     progress: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Gives every parameter of `modules` (built on the meta device; keys are name prefixes) its stored tensor.
+    """Loads the stored tensors into `modules`, which are built on the meta device; keys are prefixes of tensor names.
 
-    Parameters arrive in `dtype` on `device` (float32 where `keep_float32(name)`); tied parameters share one tensor;
-    buffers, which are computed, are moved. `progress(done, total)` counts bytes as stored.
+    Parameters are created in `dtype` on `device`, in float32 if `keep_float32(name)`. Tied parameters share one tensor.
+    Buffers are not stored but computed, and only moved. `progress(done, total)` counts bytes as stored.
 
     Raises:
-        CheckpointError: listing missing, unexpected and wrongly shaped tensors, the first 20 of each.
+        CheckpointError: tensors are missing, unexpected or have a wrong shape; lists the first 20 of each kind.
     """
     targets: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
     first_name: dict[int, str] = {}

@@ -1,7 +1,8 @@
-"""A name or path -> local files, without torch: so a wrong name or a hub that does not answer is reported at once.
+"""Finding and downloading the files of models, encoders, decoders and rewards, by name or path.
 
-Names are looked up as: the bundled model, an existing folder, a folder of that name inside the model's folder, beside
-it, and last the model hub (huggingface_hub: HF_HOME, HF_TOKEN and offline mode are its own).
+A name is looked up in this order: the bundled model, an existing folder, a folder of that name inside the model's folder, then
+beside it, then the model hub. HF_HOME, HF_TOKEN and offline mode are huggingface_hub's. This module does not import torch, so a
+wrong name or an unreachable hub is reported at once.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from scale_rae.files import check_name
 from scale_rae.jsonio import read_json
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "shapes"}
-_HUB_TIMEOUT = 10.0  # seconds for the hub to say what a repository holds
+_HUB_TIMEOUT = 10.0  # seconds for the hub to list a repository's files
 _DECODER_WEIGHTS = "model.pt"
 _SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
@@ -34,18 +35,18 @@ _log = logging.getLogger("scale_rae")
 
 @dataclass(frozen=True)
 class Source:
-    """Where files came from: a local folder and, from the hub, the commit they are of."""
+    """Where files came from: a local folder and, if they came from the hub, their commit."""
 
     name: str
     folder: Path
     revision: str | None = None
-    own: bool = False  # a part found inside or beside the model's folder, and so found again wherever that goes
-    what: str = "model"  # decides, with `files` where those are not config and weights, which files are loaded
+    own: bool = False  # found inside or beside the model's folder, so its name finds it after the folder moved
+    what: str = "model"  # decides which files are loaded, unless `files` names them
     files: tuple[str, ...] = ()
 
     @property
     def address(self) -> str:
-        """A name that finds the files again from any folder (a part that lies with its model: given the model)."""
+        """A name that finds the files again from any working folder; for `own` parts, given the model."""
         by_name = self.own or self.revision is not None or self.name in BUNDLED
         return self.name if by_name else str(self.folder.absolute())
 
@@ -57,13 +58,13 @@ def find(
     revision: str | None = None,
     files: tuple[str, ...] = (),
 ) -> Source:
-    """Files of the `what` ("model", "encoder", "decoder", "reward", …) called `name`; see the module docstring for the order.
+    """The files of the `what` ("model", "encoder", "decoder", "reward", …) called `name`; the module says where it looks.
 
-    `files` are the only ones to fetch from the hub, where that isn't a config and weights; the first must be there.
+    From the hub, config and weights are fetched, or `files` if given; the first of `files` must exist.
 
     Raises:
-        CheckpointError: when there is no such folder and the name cannot be a hub id.
-        HubError: when the hub cannot be reached or refuses, with what to do.
+        CheckpointError: there is no such folder, and the name cannot be a hub id.
+        HubError: the hub cannot be reached or refuses; the message says what to do.
     """
     if source := find_folder(name, what, model_folder, files):
         return source
@@ -74,10 +75,10 @@ def find(
 
 
 def find_folder(name: str, what: str, model_folder: Path | None = None, files: tuple[str, ...] = ()) -> Source | None:
-    """`find` on this machine only, without the hub; None when there is no such folder.
+    """`find` without the hub; None if there is no such folder on this machine.
 
     Raises:
-        CheckpointError: when it is a file, or a folder whose name cannot be recorded.
+        CheckpointError: `name` is a file, or a folder whose name cannot be recorded.
     """
     if model_folder is None and name in BUNDLED:
         return Source(name, BUNDLED[name], what=what, files=files)
@@ -94,13 +95,13 @@ def find_folder(name: str, what: str, model_folder: Path | None = None, files: t
 
 
 def import_hub() -> None:
-    """Imports huggingface_hub, which transformers needs too, also where an environment variable keeps it from that.
+    """Imports huggingface_hub, which transformers imports too, in spite of unusable environment variables.
 
-    The library reads its variables when it is imported and fails at an empty or unreadable number. Such a variable is
-    ignored, and a warning names it.
+    The library reads its variables during import, and the import fails if one holds no valid number. Such a variable is
+    removed from this process's environment, and a warning names it.
 
     Raises:
-        HubError: when the library cannot be imported for another reason.
+        HubError: the library cannot be imported for another reason.
     """
     while True:
         try:
@@ -117,11 +118,10 @@ def import_hub() -> None:
 
 
 def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...]) -> Source:
-    """The repository's files that a `what` needs, from the hub or, when it cannot be asked, from its cache.
+    """The repository's files that a `what` needs, from the hub or, if the hub cannot be asked, from its cache.
 
-    A cut connection is taken up where it broke, several times, by huggingface_hub itself (Range requests). When that
-    fails too, the next run keeps the files that were finished and downloads the rest again: the library puts
-    partial files away.
+    huggingface_hub itself resumes a broken download several times (Range requests). If that fails too, it discards partial
+    files; the next run keeps the finished files and downloads the rest.
     """
     import_hub()
     from huggingface_hub import HfApi, constants, snapshot_download
@@ -144,11 +144,11 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
         raise CheckpointError(f"{name}: no such {what} folder, and not a hub id ({first_sentence(e)})") from e
     try:
         if constants.HF_HUB_OFFLINE:
-            raise OfflineModeIsEnabled("")  # before a client is made, which a bad proxy variable would prevent
+            raise OfflineModeIsEnabled("")  # before a client is created, which a bad proxy variable would prevent
         listed = HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT).siblings or []
     except RevisionNotFoundError as e:
         raise HubError(f"{where}: the hub's repository has no such revision") from e
-    except Exception as e:  # refusals, networks, and whatever a proxy, token or certificate variable makes of it
+    except Exception as e:  # also errors from bad proxy, token or certificate variables
         return _cached(name, what, revision, wanted, where, e, instead)
 
     names = [file.rfilename for file in listed]
@@ -158,7 +158,7 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
         raise HubError(f"{where}: the hub's repository holds no {what} ({content}); {instead}")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=Bar))
-    except Exception as e:  # also RuntimeError: hf_xet's
+    except Exception as e:  # also hf_xet's RuntimeError
         raise HubError(f"{where}: {_hub_problem(e, instead, broke_off=True)}") from e
     return Source(name, folder, folder.name, what=what, files=wanted)
 
@@ -166,10 +166,10 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
 def _cached(
     name: str, what: str, revision: str | None, wanted: tuple[str, ...], where: str, error: Exception, instead: str
 ) -> Source:
-    """What an earlier download left, since the hub could not be asked for the reason `error`.
+    """The files of an earlier download. Used if the hub could not be asked, for the reason `error`.
 
     Raises:
-        HubError: when it is not there or not whole; says why the hub could not be asked.
+        HubError: there are none, or not all; the message says why the hub could not be asked.
     """
     from huggingface_hub import snapshot_download
 
@@ -190,12 +190,12 @@ def _cached(
 
 
 def vae_folder(folder: Path) -> Path:
-    """Where in a folder a VAE is: there, or in `vae`, as whole image models have it."""
+    """The folder of a VAE: `folder` itself, or its subfolder `vae`, as in repositories of whole image models."""
     return folder / "vae" if not (folder / "config.json").is_file() and (folder / "vae").is_dir() else folder
 
 
 def _hub_problem(error: BaseException, instead: str, broke_off: bool = False) -> str:
-    """What went wrong between us and the hub, and what to do about it."""
+    """Why the hub could not be used, and what to do, in one line."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
     if isinstance(error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)) and not isinstance(error, HfHubHTTPError):
@@ -220,9 +220,9 @@ def _hub_problem(error: BaseException, instead: str, broke_off: bool = False) ->
 
 
 def _in_the_way() -> str:
-    """Which environment variables may be why the hub cannot be reached, in words; "" when none is set.
+    """The environment variables that may prevent reaching the hub, as text; "" if none is set.
 
-    Their values are not shown: proxies and tokens hold passwords.
+    Their values are not shown, because proxies and tokens contain passwords.
     """
     from huggingface_hub import get_token
 
@@ -234,8 +234,8 @@ def _in_the_way() -> str:
     proxies = {n: os.environ[n] for p in _PROXIES for n in (p, p.lower()) if os.environ.get(n)}
     if socks := [n for n, value in proxies.items() if value.lower().startswith("socks")]:
         return f"{' and '.join(socks)} (a SOCKS proxy needs the scheme socks5 and the package socksio)"
-    others = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR", "HF_ENDPOINT") if os.environ.get(n)]
-    return f"the network and {', '.join((*proxies, *others))}" if proxies or others else ""
+    remaining = [n for n in ("SSL_CERT_FILE", "SSL_CERT_DIR", "HF_ENDPOINT") if os.environ.get(n)]
+    return f"the network and {', '.join((*proxies, *remaining))}" if proxies or remaining else ""
 
 
 def _fits_a_header(token: str) -> bool:
@@ -243,9 +243,9 @@ def _fits_a_header(token: str) -> bool:
 
 
 def needed(names: list[str], what: str) -> list[str]:
-    """Which of a repository's files a `what` needs: one format of weights, not every one that is there.
+    """The files among `names` that a `what` needs, with weights in one format only.
 
-    Parts that live inside a model's repository (an encoder with its preprocessor, a decoder) come along.
+    An encoder with its preprocessor and a decoder inside a model's repository are included.
     """
     folders: dict[str, list[str]] = {}
     for name in names:
@@ -254,7 +254,7 @@ def needed(names: list[str], what: str) -> list[str]:
     own = folders.pop("", [])
     if what == "decoder":
         return [n for n in own if n in ("config.json", _DECODER_WEIGHTS)]
-    if what == "VAE" and "vae" in folders:  # of a whole image model
+    if what == "VAE" and "vae" in folders:  # a repository of a whole image model
         return [f"vae/{n}" for n in ("config.json", *_choose_weights(folders["vae"])) if n in folders["vae"]]
     needed = [n for n in own if n in _SMALL_FILES] + _choose_weights(own)
     if what == "model":
@@ -271,29 +271,29 @@ def needed(names: list[str], what: str) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a folder: safetensors if there are any, else .bin; one file if there is one, else its shards.
+    """The weight files of a folder: safetensors before .bin, and a single file before shards.
 
     Raises:
-        CheckpointError: when there are none, or a shard that the index or the file names promise is missing.
+        CheckpointError: there are none, or a shard that the index or the shards' names announce is missing.
     """
     names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
     chosen = _choose_weights(names)
     if not chosen:
         raise CheckpointError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin)")
-    promised = set()
+    announced = set()
     for name in chosen:
         if name.endswith(".index.json"):
-            promised |= _indexed(folder / name)
+            announced |= _indexed(folder / name)
         else:
-            promised |= {name, *_numbered(name)}
-    missing = sorted(name for name in promised if not (folder / name).exists())
+            announced |= {name, *_numbered(name)}
+    missing = sorted(name for name in announced if not (folder / name).exists())
     if missing:
         raise CheckpointError(f"{folder}: missing shards {', '.join(missing)}; copy or download them again")
-    return [folder / name for name in sorted(promised)]
+    return [folder / name for name in sorted(announced)]
 
 
 def _choose_weights(names: Iterable[str]) -> list[str]:
-    """The files of one set of weights among file names: a whole file, else an index and shards."""
+    """The names among `names` that make one set of weights: a single file, else an index and shards."""
     present = sorted(names)
     for stem, suffix in (
         ("model", "safetensors"),
@@ -310,7 +310,7 @@ def _choose_weights(names: Iterable[str]) -> list[str]:
 
 
 def _indexed(index: Path) -> set[str]:
-    """The shards that an index names, each beside it."""
+    """The shards that an index names. They must lie beside it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index}: weight_map must map tensor names to files")
@@ -322,7 +322,7 @@ def _indexed(index: Path) -> set[str]:
 
 
 def _numbered(name: str) -> Iterator[str]:
-    """The shards that a name like model-00001-of-00003 says exist."""
+    """All shards that a name like model-00001-of-00003 implies."""
     if match := re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", name):
         yield from (f"{match[1]}{i:05}-of-{match[3]}{match[4]}" for i in range(1, int(match[3]) + 1))
 

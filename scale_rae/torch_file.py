@@ -1,8 +1,9 @@
-"""Where the tensors of a file that torch.save wrote lie, without torch.load: nothing in the file runs or grows.
+"""Reading files that torch.save wrote (.pt, .bin) without pickle or torch.load, so no code in them can run.
 
-The pickle in such a file is read as a description. It may name what rebuilds plain tensors and nothing else, and what it
-declares is compared with the file before anything is read: records are stored, not compressed, and no tensor is larger
-than its record. Both of torch's formats are read: the zip archive, and the one before torch 1.6.
+The pickle in such a file is interpreted only as a description of tensors: it may name the functions that rebuild plain
+tensors, and nothing else. Before values are read, what the pickle declares is compared with the file: records must be stored
+uncompressed, and no tensor may be larger than its record. So a small file cannot fill the memory. Both of torch's formats are
+supported: the zip archive, and the format before torch 1.6.
 """
 
 from __future__ import annotations
@@ -22,22 +23,24 @@ from scale_rae.errors import first_line
 from scale_rae.files import size_text
 
 _ZIP = b"PK\x03\x04"
-_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # of the format before torch 1.6
+_MAGIC, _PROTOCOL = 0x1950A86A20F9469CFC6C, 1001  # begin a file before torch 1.6
 _MOST_DIMENSIONS = 64  # torch's own limit
-_LONGEST_NAME = 200  # of something that a pickle names
-_LARGEST_KEY = 1 << 31  # of a whole number as a key; larger ones can be chosen so that they collide
+_LONGEST_NAME = 200  # characters of a function's or class's full name
+_LARGEST_KEY = 1 << 31  # for integer keys of dicts; larger ones can be chosen so that their hashes collide
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The most bytes that are read of a torch file: in all, of its pickle, and of the archive's directory."""
+    """The largest sizes in bytes that are accepted: of the file, of its pickle, and of the archive's directory."""
 
     file: int
     pickle: int
     directory: int
 
 
-WEIGHTS = Limits(file=1 << 62, pickle=4 << 20, directory=8 << 20)  # 20,000 tensors; the largest checkpoint has 2,000
+WEIGHTS = Limits(
+    file=1 << 62, pickle=4 << 20, directory=8 << 20
+)  # enough for 20,000 tensors; the largest checkpoint has 2,000
 LATENT = Limits(file=64 << 20, pickle=1 << 20, directory=64 << 10)
 
 
@@ -55,7 +58,7 @@ class UnusableError(Exception):
 
 @dataclass
 class _Storage:
-    """The values that tensors share: a record of the file."""
+    """A record of the file: the values of one or more tensors."""
 
     dtype: torch.dtype
     key: str
@@ -66,7 +69,7 @@ class _Storage:
 
 @dataclass(frozen=True)
 class FileTensor:
-    """A tensor that lies in a file: elements of `storage` from `offset` on."""
+    """A tensor in a file: elements of `storage`, beginning with element `offset`."""
 
     storage: _Storage
     dtype: torch.dtype
@@ -76,16 +79,16 @@ class FileTensor:
 
     @property
     def bytes(self) -> int:
-        """The size of its values."""
+        """The size of the values in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
     @property
     def start(self) -> int:
-        """Where in the file its first value is."""
+        """The place in the file of the first value, in bytes."""
         return self.storage.start + self.offset * self.dtype.itemsize
 
     def read(self, file: BinaryIO, first: int = 0, last: int | None = None) -> Tensor:
-        """Rows `first` … `last` (not included) of it, or the whole of one without dimensions."""
+        """Rows `first` to `last` - 1 as a tensor; a scalar tensor is read whole."""
         shape, place = self.shape, self.start
         if shape:
             rows = range(shape[0])[first:last]
@@ -98,15 +101,15 @@ class FileTensor:
 
 
 def _span(shape: tuple[int, ...], stride: tuple[int, ...]) -> int:
-    """Elements from the first to the last of a tensor that has any."""
+    """The number of elements from the first to the last of a tensor that is not empty."""
     return 1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
 
 
 def read_torch_file(path: Path, limits: Limits) -> Any:
-    """What the file holds, with a FileTensor in place of each tensor.
+    """The object in the file, with a FileTensor in place of each tensor.
 
     Raises:
-        ForbiddenError, DamagedError, UnusableError: saying what is wrong with it.
+        ForbiddenError, DamagedError, UnusableError: the file cannot be used; the message says why.
     """
     with path.open("rb") as file:
         size = file.seek(0, 2)
@@ -120,13 +123,13 @@ def read_torch_file(path: Path, limits: Limits) -> Any:
                 _check(tensor)
         except (ForbiddenError, DamagedError, UnusableError):
             raise
-        except Exception as e:  # damage can make any of its numbers and texts wrong
+        except Exception as e:  # damaged numbers and texts can raise any error
             raise DamagedError(first_line(e)[:200]) from e
     return value
 
 
 def _check(tensor: FileTensor) -> None:
-    """Raises DamagedError for a tensor that does not lie within its record, UnusableError for an expanded one."""
+    """Raises DamagedError if a tensor exceeds its record, UnusableError if it is expanded."""
     numbers = (tensor.offset, *tensor.shape, *tensor.stride)
     if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers):
         raise DamagedError("a tensor's sizes are not whole numbers")
@@ -161,7 +164,7 @@ def _read_zip(file: BinaryIO, size: int, limits: Limits) -> tuple[Any, list[File
 
 
 def _records(file: BinaryIO, size: int, most: int) -> dict[str, tuple[int, int]]:
-    """Where each record's bytes begin, and how many they are."""
+    """Name -> (start, length) in bytes of each record."""
     if _directory_bytes(file, size) > most:
         raise DamagedError(f"the archive's directory is larger than {size_text(most)}")
     records: dict[str, tuple[int, int]] = {}
@@ -182,14 +185,14 @@ def _records(file: BinaryIO, size: int, most: int) -> dict[str, tuple[int, int]]
 
 
 def _directory_bytes(file: BinaryIO, size: int) -> int:
-    """How long the archive says its directory is, which zipfile would read whole."""
+    """The length in bytes that the archive declares for its directory. zipfile would read that many at once."""
     tail_start = max(0, size - (1 << 16) - 22)
     tail = _part(file, tail_start, size - tail_start)
     end = tail.rfind(b"PK\x05\x06")
     if end < 0:
         raise DamagedError("cut short, or not a torch file")
     length: int = struct.unpack("<L", tail[end + 12 : end + 16])[0]
-    if end >= 20 and tail[end - 20 : end].startswith(b"PK\x06\x07"):  # of an archive beyond 4 GB
+    if end >= 20 and tail[end - 20 : end].startswith(b"PK\x06\x07"):  # an archive of more than 4 GiB
         place = tail_start + end - 20 - 56
         if struct.unpack("<Q", tail[end - 12 : end - 4])[0] != place:
             raise DamagedError("the archive's directory is not where it says")
@@ -209,7 +212,7 @@ def _part(file: BinaryIO, start: int, length: int) -> bytes:
 
 
 def _read_old(file: BinaryIO, size: int, limits: Limits) -> tuple[Any, list[FileTensor]]:
-    """Five pickles (a number, a version, the machine, the value, the storages' keys) and then the storages."""
+    """As `_read_zip`. Such a file has five pickles (magic, version, machine, value, keys of storages), then the storages."""
     file.seek(0)
     reader = _Pickle(file.read(limits.pickle))
     if reader.read() != _MAGIC or reader.read() != _PROTOCOL:
@@ -261,16 +264,16 @@ _UNUSABLE = {
 
 @dataclass(frozen=True)
 class _Global:
-    """Something that the pickle names: a function, a class or a dtype."""
+    """A function, class or dtype that the pickle names."""
 
     name: str
 
 
 class _Pickle:
-    """An interpreter of the operations that torch.save writes. It makes numbers, texts, lists, tuples, dicts, FileTensors."""
+    """Interprets the operations that torch.save writes. Makes only numbers, text, lists, tuples, dicts and FileTensors."""
 
     def __init__(self, data: bytes) -> None:
-        self.place = 0  # after what has been read
+        self.place = 0  # of the next byte to read
         self.storages: dict[str, _Storage] = {}
         self.tensors: list[FileTensor] = []
         self._data = data
@@ -311,7 +314,7 @@ class _Pickle:
         self._stack.append(value)
 
     def _marked(self) -> list[Any]:
-        """What was pushed since the last mark."""
+        """Pops all that was pushed since the last mark."""
         start = self._marks.pop()
         values = self._stack[start:]
         del self._stack[start:]
@@ -346,7 +349,7 @@ class _Pickle:
         self._push(_FUNCTIONS[function.name](self, *arguments))
 
     def _state(self) -> None:
-        """What a dict of weights carries beside its items, versions of modules, is dropped."""
+        """Drops the attributes of a dict of weights (the versions of its modules)."""
         self._stack.pop()
         if not isinstance(self._stack[-1], dict):
             raise DamagedError("an attribute in its pickle")
@@ -455,7 +458,7 @@ _OPERATIONS: dict[bytes, Callable[[_Pickle], Any]] = {
     b"G": lambda p: p._push(struct.unpack(">d", p._take(8))[0]),
     b"X": lambda p: p._push(p._take(p._number("<I")).decode()),
     b"\x8c": lambda p: p._push(p._take(p._number("<B")).decode()),
-    b"U": lambda p: p._push(p._take(p._number("<B")).decode()),  # texts of Python 2
+    b"U": lambda p: p._push(p._take(p._number("<B")).decode()),  # a str of Python 2
     b"T": lambda p: p._push(p._take(p._number("<I")).decode()),
     b"q": lambda p: p._remember(p._number("<B")),
     b"r": lambda p: p._remember(p._number("<I")),
@@ -472,4 +475,4 @@ _OPERATIONS: dict[bytes, Callable[[_Pickle], Any]] = {
     b"a": lambda p: p._append([p._stack.pop()]),
     b"e": lambda p: p._append(p._marked()),
 }
-"""What torch.save's pickles are made of; anything else is refused."""
+"""The operations in torch.save's pickles. Any other operation is refused."""
