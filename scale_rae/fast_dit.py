@@ -1,10 +1,10 @@
-"""The velocity network as it runs fast. Each trick stands in one place, can be switched off, and changes only rounding.
+"""FastDiT: the velocity network with all speed tricks. Each trick has one place and one switch, and changes only rounding.
 
 - `before`: time embeddings of all steps are computed before the first.
-- `null`: under guidance, the null branch's modulations are computed before the first step too: its condition is the same
-  for every token and image.
-- `shared`: images of one prompt share their condition, so its modulations are computed once.
-- `together`: both branches of guidance run as one batch, so weights are read once.
+- `null`: under guidance, the null branch's modulations are also computed before the first step, because its condition is the
+  same for every token and image.
+- `shared`: images of one prompt share their condition, so the condition's modulations are computed once.
+- `together`: both branches of guidance run as one batch, so the weights are read once.
 - `pad`: SwiGLU's inner width is padded with zeros to a multiple that tensor cores handle well.
 - `group`: for few images, the adaLN products of several blocks become one product that fills the GPU.
 - `defer`: a block's final residual addition is left to the next block's first norm, which fuses it.
@@ -14,7 +14,7 @@
 - `kernels`: Triton kernels (kernels.py) quantise to float8 and rotate queries and keys; needs `defer`.
 - `attention`: a Triton kernel (kernels.py) computes attention and rotates queries and keys as it reads them.
 
-docs/performance.md has what each gains.
+docs/performance.md lists what each trick gains.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from scale_rae.options import Speed
 
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
-MOST_GRAPHS = 12  # kept at once
+MOST_GRAPHS = 12  # captured graphs that are kept
 
-Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # as `dit.attend`
+Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # the signature of `dit.attend`
 
-_kernels = torch.ops.scale_rae  # the operators of kernels.py, once that is imported
+_kernels = torch.ops.scale_rae  # has the operators of kernels.py after that module is imported
 
 
 # --- modulations shared by images, and residual additions left to the next block ----------------------------------------
@@ -50,8 +50,8 @@ _kernels = torch.ops.scale_rae  # the operators of kernels.py, once that is impo
 def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
     """Modulations per image [images, L, W] from modulations per prompt [P, L, W]; a prompt's images are consecutive.
 
-    With the null branch's modulations [W], which serve every token, the second half of the images gets those. A single
-    prompt's [1, L, W] are returned as they are, since they broadcast. Compiled code never stores the result.
+    With the null branch's modulations [W], the second half of the images gets them, the same for every token. A single
+    prompt's [1, L, W] are returned unchanged, since they broadcast. Compiled code never stores the result.
     """
     prompts = len(modulation)
     if null is None:
@@ -64,9 +64,9 @@ def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
 
 
 class Deferred(NamedTuple):
-    """A block's result as a sum that is not computed yet: x + gate · update; gate is the last of the six modulations.
+    """A block's result as a sum that is not yet computed: x + gate · update. The gate is the last of the six modulations.
 
-    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. Without an update, x is the result.
+    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. If there is no update, x is the result.
     """
 
     x: Tensor
@@ -114,7 +114,7 @@ def _attention(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, attend
 def summed_block(
     block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
 ) -> Deferred:
-    """`deferred_block` with its final residual addition done (`defer` off)."""
+    """`deferred_block` followed by its final residual addition; used if `defer` is off."""
     return Deferred(summed(deferred_block(block, before, modulation, cos, sin, null)))
 
 
@@ -127,7 +127,7 @@ def float8_block(
     null: Tensor | None = None,
     attend: Attend = attend,
 ) -> Deferred:
-    """`deferred_block` by Triton kernels, for a block whose linears are `Float8Linear` and that follows a residual addition."""
+    """`deferred_block` in Triton kernels, for blocks whose linears are `Float8Linear`. `before` must have an update."""
     vectors = modulation.chunk(6, dim=-1)
     nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
     qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
@@ -144,7 +144,7 @@ def float8_block(
 
 
 def with_attention(block: Callable[..., Deferred], attend: Attend) -> Callable[..., Deferred]:
-    """The block function `block` with `attend` for its attention."""
+    """The block function `block` with its attention computed by `attend`."""
 
     def run(
         weights: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
@@ -167,7 +167,7 @@ def _quantized_norm(
     vectors: tuple[Tensor, ...],
     nulls: tuple[Tensor | None, ...],
 ) -> tuple[Tensor, Quantized]:
-    """x' = x + gate · update, and norm(x') · (1 + scale) + shift in float8; (shift, scale) of both branches are given."""
+    """x' = x + gate · update, and norm(x') · (1 + scale) + shift in float8. vectors and nulls are (shift, scale)."""
     (shift, factor), (null_shift, null_factor) = vectors, nulls
     x, values, scale = _kernels.quantize_normed(
         x, update, *gates, shift, factor, null_shift, null_factor, norm.weight, NORM_EPS
@@ -176,13 +176,13 @@ def _quantized_norm(
 
 
 def attend_rotating(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` with a Triton kernel for the rotation; the tables are `kernels.of_axis`'s."""
+    """`dit.attend` with a Triton kernel for the rotation; cos and sin are `kernels.of_axis` of its tables."""
     qkv = qkv.view(*qkv.shape[:2], 3 * heads, -1)
     return heads_output(_kernels.rotate_pairs(qkv[:, :, : 2 * heads], cos, sin), qkv[:, :, 2 * heads :])
 
 
 def final_layer(final: FinalLayer, before: Deferred, modulation: Tensor, null: Tensor | None = None) -> Tensor:
-    """`FinalLayer.forward` for modulations [P, L, 2D] and, if given, the null branch's [2D], as in `deferred_block`."""
+    """`FinalLayer.forward` for modulations [P, L, 2D] and, as in `deferred_block`, the null branch's [2D]."""
     x = summed(before)
     shift, scale = spread(modulation, null, len(x)).chunk(2, dim=-1)
     return final.linear(final.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
@@ -192,10 +192,10 @@ def final_layer(final: FinalLayer, before: Deferred, modulation: Tensor, null: T
 
 
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:
-    """Widens each SwiGLU with zeros to a multiple of `multiple`.
+    """Pads the inner width of each SwiGLU with zeros to a multiple of `multiple`.
 
-    This is exact: a zero row gives SiLU(0) · 0 = 0. It stays exact in training, where gradients of the zeros are products
-    with zeros. Odd widths (5461 in the published network) cost tensor cores a quarter of their speed.
+    Padding is exact: a zero row gives SiLU(0) · 0 = 0. It stays exact in training, because the zeros' gradients are products
+    with zeros. Tensor cores lose a quarter of their speed at odd widths (5461 in the published network).
     """
     for module in dit.modules():
         if not isinstance(module, SwiGLU):
@@ -233,7 +233,7 @@ class StackedModulations:
             layer.weight = layer.bias = None  # type: ignore[assignment]
 
     def __call__(self, read: Any, first: int, stop: int) -> Tensor:
-        """Modulations [..., (stop - first) · 6D] of blocks `first` to `stop - 1`, for what `_read` made of the condition."""
+        """Modulations [..., (stop - first) · 6D] of blocks `first` to `stop` - 1; `read` is SiLU(c), which `_read` returns."""
         rows = slice(first * self.width, stop * self.width)
         if self.float8 is not None:
             return self.float8.product(read, rows)
@@ -254,7 +254,7 @@ def quantize_blocks(dit: DiT) -> None:
 
 @dataclass(frozen=True)
 class Functions:
-    """The parts of the network as functions, compiled or not, and the rotary tables that `block` takes."""
+    """The functions that compute the network's parts, compiled or not, and the rotary tables that `block` takes."""
 
     read: Callable[..., Any]
     block: Callable[..., Deferred]
@@ -266,18 +266,19 @@ class Functions:
 
 
 def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
-    """SiLU(c) for the adaLN linears, once for the final layer and once for the blocks; time [1, Z], condition [P, L, Z]."""
+    """SiLU(c) twice, for the final layer and for the blocks. time [1, Z], condition [P, L, Z]."""
     read = F.silu(F.silu(time[:, None] + condition))
     return read, read
 
 
 def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
+    """`_read` with a float8 SiLU(c) for the blocks."""
     read, _ = _read(time, condition)
     return read, quantize(read)
 
 
 def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
-    """The functions for a network on its device; with `compile`, those to be compiled."""
+    """The functions for a network on its device. With `compile`, the functions that are to be compiled."""
     block: Callable[..., Deferred] = deferred_block if speed.defer else summed_block
     cos, sin = dit.rope_cos, dit.rope_sin
     device = dit.pos_embed.device
@@ -285,7 +286,7 @@ def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
         from scale_rae import kernels
 
         attend = _choose_attention(speed, dit)
-        # A plain block that PyTorch compiles whole is as fast as one with our rotation.
+        # A compiled block in bfloat16 is as fast with PyTorch's rotation as with ours.
         needed = not compile or speed.quantize is not None or attend is not attend_rotating
         if needed and kernels.usable(device):
             block = with_attention(deferred_block if speed.quantize is None else float8_block, attend)
@@ -295,10 +296,10 @@ def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
 
 
 def _choose_attention(speed: Speed, dit: DiT) -> Attend:
-    """The attention of the blocks that read the condition, on CUDA. (The other blocks of a DDT use PyTorch's.)
+    """The attention on CUDA of the blocks that read the condition. (A DDT's remaining blocks use PyTorch's attention.)
 
-    Float32 and head widths that our kernel does not take use PyTorch's attention. So does "auto" on anything but Hopper,
-    where our kernel was measured.
+    For float32, and for head widths that our kernel does not support, PyTorch's attention is returned. "auto" chooses our kernel
+    only on Hopper, where it was measured.
     """
     from scale_rae import kernels
 
@@ -312,12 +313,13 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 class FastDiT:
-    """A velocity network that runs fast: `DiT.forward`'s result up to rounding, by the tricks in `speed`.
+    """A velocity network with the tricks of `speed`. It computes `DiT.forward`, up to rounding.
 
-    Changes `dit` in place where a trick needs other weights. Padding and stacking leave it usable; float8 does not.
+    Padding, stacking and float8 change the weights of `dit` in place. Afterwards `dit` itself can still be used, except after
+    float8.
 
     Raises:
-        InputError, DeviceError: for options that do not exist, or that this device does not support.
+        InputError, DeviceError: an option does not exist, or this device does not support it.
     """
 
     def __init__(self, dit: DiT, speed: Speed) -> None:
@@ -346,10 +348,10 @@ class FastDiT:
     def velocities(
         self, condition: Tensor, times: Sequence[float], guided: bool, compile: bool
     ) -> tuple[Velocity, Velocity, Callable[[Tensor, float], tuple[Tensor, Tensor]]]:
-        """(conditional, null, both) velocities of a batch, for `flow.guided`.
+        """(conditional, null, both) velocity functions of a batch, for `flow.guided`.
 
-        condition [P, L, Z] has P prompts, with B / P consecutive images per prompt. `times` are those that will be evaluated.
-        The null branch is available when `guided`.
+        condition [P, L, Z] has P prompts, with B / P consecutive images per prompt. `times` are the times at which the solver
+        will evaluate. The null branch is only available if `guided`.
         """
         null = self.dit.null_condition
         condition = condition.to(self.device, self.dit.dtype)
@@ -360,7 +362,7 @@ class FastDiT:
         def at(t: float) -> tuple[Tensor, Tensor | None]:
             if not speed.before:
                 return self._before_the_steps((t,), modulated)[t]
-            if t not in rows:  # a custom solver that chooses times as it goes
+            if t not in rows:  # a solver that chooses its times while it runs
                 rows.update(self._before_the_steps((t,), modulated))
             return rows[t]
 
@@ -387,7 +389,7 @@ class FastDiT:
         return conditional, unconditional, both
 
     def is_compiled(self, batch: int, guided: bool, prompts: int) -> bool:
-        """Whether there is compiled code for batches of `batch` images of `prompts` prompts, guided or not."""
+        """Whether code is compiled for batches of `batch` images of `prompts` prompts, with or without guidance."""
         if guided and self.speed.together:
             size = (batch, prompts, True) if self.speed.null else (2 * batch, 2 * prompts, False)
             return size in self._compiled_sizes
@@ -398,9 +400,9 @@ class FastDiT:
         self._captures.forget()
 
     def _before_the_steps(self, times: Sequence[float], modulated: bool) -> dict[float, tuple[Tensor, Tensor | None]]:
-        """For each time its embedding [1, Z] and, if `modulated`, the null branch's modulations [W].
+        """Time -> (embedding [1, Z], the null branch's modulations [W] if `modulated`, else None).
 
-        Those are concatenated over the blocks that read the condition and, if it reads it too, the final layer.
+        The modulations are concatenated over the blocks that read the condition and, without a DDT, the final layer.
         """
         dit, null = self.dit, self.dit.null_condition
         embedded = dit.t_embedder(torch.tensor(times, device=self.device)).to(dit.dtype)  # [K, Z]
@@ -419,7 +421,7 @@ class FastDiT:
 
     def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
         function = self._evaluate_compiled if compile else self._evaluate_eager
-        # Images, prompts, whether with the null branch's modulations.
+        # Number of images, number of prompts, whether the null branch's modulations are given.
         size = (len(inputs[0]), len(inputs[2]), len(inputs) > 3)
         if compile:
             self._compiled_sizes.add(size)
@@ -441,9 +443,9 @@ class FastDiT:
     def evaluate(
         self, functions: Functions, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None
     ) -> Tensor:
-        """One evaluation: velocities [B, C, S, S] float32 of x [B, C, S, S], time [1, Z] embedded, condition [P, L, Z].
+        """Velocities [B, C, S, S] float32 of x [B, C, S, S]; time [1, Z] is embedded, condition [P, L, Z].
 
-        With the null branch's modulations [W] at this time: [2B, C, S, S], the conditional velocities and then the null.
+        With the null branch's modulations [W] at this time: [2B, C, S, S], first the conditional branch, then the null branch.
         """
         dit = self.dit
         widths = [layer.out_features for layer in self.layers] + [2 * dit.config.width] * self.final_shared
