@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from benchmarks.bench import Bench
@@ -31,6 +33,8 @@ def sampling(
 
     Each image has its own condition, unless all are of `one_prompt`.
     """
+    if b.tiny:
+        options = replace(options, steps=min(options.steps, 6))
     shape = (model.config.tokens, model.config.dit.condition_width)
     generator = torch.Generator().manual_seed(batch)
     conditions = [torch.randn(shape, generator=generator).to(b.device, b.dtype) for _ in range(batch)]

@@ -9,6 +9,7 @@ from pathlib import Path
 from benchmarks.bench import Bench
 from benchmarks.gpu_kernels import busy_seconds
 from benchmarks.made_up import prompt_that_draws
+from scale_rae.options import DEFAULT_STEPS, SamplingOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.batches import BatchMaker
@@ -21,7 +22,14 @@ def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     """Seconds per prompt of 4 × 2 images: reply, latents, pictures, answers, all scores, files written and synced."""
     prompt = prompt_that_draws(model, 10)
     settings = Settings(
-        "prompts.jsonl", size, prompt_prefix="", post_qa_max_new_tokens=16, reward=None, batch_size=8, max_new_tokens=16
+        "prompts.jsonl",
+        size,
+        prompt_prefix="",
+        post_qa_max_new_tokens=16,
+        options=SamplingOptions(steps=6 if b.tiny else DEFAULT_STEPS),
+        reward=None,
+        batch_size=8,
+        max_new_tokens=16,
     )
     store = Store(Path(tempfile.mkdtemp(dir=model.source.folder)), settings)
     store.make_folders()

@@ -267,11 +267,11 @@ LARGE = {
     "intermediate_size": 4096,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
-    "num_hidden_layers": 2,
-    "vocab_size": 60_000,
+    "num_hidden_layers": 1,
+    "vocab_size": 30_000,
     "diffusion_model_hidden_size": 1536,
     "diffusion_model_heads": 24,
-    "diffusion_model_depth": 8,
+    "diffusion_model_depth": 4,
     "diffusion_model_z_channels": 1536,
 }
 MEASURE = """
@@ -300,7 +300,7 @@ for folder in sys.argv[3:]:
 
 
 def write_large(folder: Path, dtype: torch.dtype, shards: int) -> None:
-    """A checkpoint of half a billion parameters, 1.1 GB in bfloat16, as sparse files: quick to make, read like any."""
+    """A checkpoint of a quarter of a billion parameters, 0.5 GB in bfloat16, as sparse files: quick to make, read like any."""
     config = golden_case("siglip")["model"]["config"] | LARGE
     write_tokenizer(folder)
     (folder / "config.json").write_text(json.dumps(config))
@@ -337,7 +337,7 @@ def test_peak_memory_is_near_the_weights_size(checkpoints: dict[str, Path], tmp_
     for name, line in zip(kinds, run.stdout.splitlines(), strict=True):
         peak, size = map(int, line.split())
         print(f"{name}: {peak / size:.3f} times the weights")
-        assert size > 1.0e9
+        assert size > 0.5e9
         assert size < peak <= 1.3 * size, name
         shutil.rmtree(tmp_path / name)
 

@@ -136,8 +136,9 @@ def test_the_examples_are_of_the_bundled_models_world(shared: SharedModel) -> No
     }
     assert list(wanted) == page.SHAPES_PROMPTS
     latents = []
+    options: dict[str, Any] = {"num_images": 4, "seed": 2, "guidance": 3.0, "steps": 10, "solver": "dpmpp_2m"}
     for prompt, things in wanted.items():
-        (result,) = model.generate([as_request(prompt, PROMPT_PREFIX)], num_images=4, seed=2, guidance=3.0, steps=25)
+        (result,) = model.generate([as_request(prompt, PROMPT_PREFIX)], **options)
         seen = [find_objects(image.image) for image in result.images]
         kinds = [[(f.color, f.shape) if isinstance(things[0], tuple) else f.shape for f in found] for found in seen]
         assert sum(sorted(found) == sorted(things) for found in kinds) >= 3, (prompt, kinds)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,11 +71,24 @@ def scale(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Scale:
 
 
 @pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """What one worker leaves that nobody disturbs."""
+def reference_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an experiment that one worker finished and nobody disturbed; tests leave it as it is."""
     scale = Scale(tmp_path_factory.mktemp("reference"))
     assert scale().code == 0
-    return snapshot(scale.folder)
+    return scale.folder
+
+
+@pytest.fixture(scope="session")
+def reference(reference_folder: Path) -> dict[str, bytes]:
+    """What one worker leaves that nobody disturbs."""
+    return snapshot(reference_folder)
+
+
+@pytest.fixture
+def finished(scale: Scale, reference_folder: Path) -> Scale:
+    """`scale`, whose experiment is finished already: its folder is a copy of the reference."""
+    shutil.copytree(reference_folder, scale.folder)
+    return scale
 
 
 @pytest.fixture

@@ -24,10 +24,11 @@ from scale_rae.promptfile import read_prompts
 from scale_rae.scaling import object_store, ray_cluster
 from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.launch import run
-from scale_rae.scaling.ray_cluster import Actor, RayCluster, Reply
+from scale_rae.scaling.ray_cluster import Actor, RayCluster
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Assignment
+from tests.helpers.ray_actors import Broken, Fragile
 from tests.scaling.conftest import NAME, QUICK, Scale, snapshot
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
@@ -170,34 +171,12 @@ def test_results_in_a_store(
     assert [p.name for p in (folder / ".work").iterdir()] == ["batches"]  # no lease is left
 
     (folder / "00002" / "samples" / "00003.png").unlink()
-    result = scale(*ON_RAY, "--output-dir", url, device=False)
+    result = scale(*ON_RAY, "--output-dir", url, "--num-workers", 1, device=False)
     assert result.code == 0
     assert "2 prompts are done already, 1 to do" in result.err
     assert "00003.png: missing; made again" in result.err
     assert "2 images drawn" in result.err
     assert snapshot(folder) == reference
-
-
-class Fragile(Actor):
-    """A worker without a model, that dies of prompt 7."""
-
-    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
-        import ray
-
-        self._node = ray.get_runtime_context().get_node_id()
-        return Reply(self._node, [], {})
-
-    def attempt(self, prompt: Any) -> Reply:
-        if prompt.index == 7:
-            os._exit(1)
-        return Reply(self._node, [PromptFinished(prompt.index, prompt.prompt, 4, 4)], {"drawing": 1.0})
-
-
-class Broken(Actor):
-    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
-        if settings.n_samples == 1:
-            raise InputError("no such model")
-        os._exit(1)
 
 
 @needs_ray

@@ -235,7 +235,7 @@ def test_probes_may_ask_for_the_head_alone(running: Running, path: str) -> None:
 def test_a_full_queue(serve: Serve) -> None:
     with serve(limits=Limits(requests=2)) as running, ThreadPoolExecutor(2) as pool:
         for i in range(2):
-            pool.submit(post, running.url + IMAGES, SLOW | {"seed": i, "steps": 100})
+            pool.submit(post, running.url + IMAGES, SLOW | {"seed": i, "steps": 60})
         running.wait_for(lambda: running.engine.jobs == 2)
         status, answer, headers = post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})
         assert status == 429

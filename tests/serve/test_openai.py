@@ -194,7 +194,7 @@ def test_what_waits_together_is_drawn_together_and_comes_out_as_alone(shapes: Sc
     finally:
         torch.set_num_threads(1)
     for i, b64 in drawings.items():
-        options: dict[str, Any] = {"steps": 8, "guidance": 1.0 + i % 2}
+        options: dict[str, Any] = {"steps": 5, "guidance": 1.0 + i % 2}
         assert np.array_equal(picture(b64), alone(shapes, PROMPTS[i % 3], i, **options)), i
     assert set(texts) == {shapes.generate(PROMPTS[1], decode=False, steps=2).text}
 
@@ -204,7 +204,7 @@ async def _crowd(running: Running) -> tuple[list[str], dict[int, str]]:
     async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client:
 
         async def draw(i: int) -> tuple[int, str]:
-            body = {"seed": i, "steps": 8, "guidance": 1.0 + i % 2}
+            body = {"seed": i, "steps": 5, "guidance": 1.0 + i % 2}
             answer = await client.images.generate(prompt=PROMPTS[i % 3], extra_body=body)
             assert answer.data is not None
             return i, answer.data[0].b64_json or ""

@@ -45,7 +45,7 @@ def test_config_has_the_published_keys() -> None:
 def drawn(model: ScaleRAE) -> list[evaluate.Drawn]:
     """A drawing of each of 24 prompts, four of each kind."""
     prompts = world.prompts(4, "exclude", seed=11)
-    return evaluate.draw_prompts(model, prompts, seed=3, guidance=3.0, solver="dpmpp_2m", steps=16)
+    return evaluate.draw_prompts(model, prompts, seed=3, guidance=3.0, solver="dpmpp_2m", steps=8)
 
 
 def test_draws_what_it_is_asked_for(drawn: list[evaluate.Drawn]) -> None:

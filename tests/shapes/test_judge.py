@@ -45,7 +45,7 @@ def rates(pictures: list[Pixels], scenes: world.SceneBatch) -> tuple[float, floa
 
 
 def test_drawn_scenes() -> None:
-    scenes = world.sample(np.random.default_rng(0), 2000, KINDS, "any")
+    scenes = world.sample(np.random.default_rng(0), 600, KINDS, "any")
     accepted, wrongly = rates(list(drawn(scenes)), scenes)
     assert accepted >= 0.995
     assert wrongly <= 0.005
