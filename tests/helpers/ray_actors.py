@@ -1,0 +1,36 @@
+"""Ray workers without a model. Their processes import this module, so it imports neither torch nor pytest."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from scale_rae.errors import InputError
+from scale_rae.scaling.events import PromptFinished
+from scale_rae.scaling.ray_cluster import Actor, Reply
+from scale_rae.scaling.settings import Settings
+from scale_rae.scaling.worker import Assignment
+
+
+class Fragile(Actor):
+    """A worker that dies of prompt 7."""
+
+    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
+        import ray
+
+        self._node = ray.get_runtime_context().get_node_id()
+        return Reply(self._node, [], {})
+
+    def attempt(self, prompt: Any) -> Reply:
+        if prompt.index == 7:
+            os._exit(1)
+        return Reply(self._node, [PromptFinished(prompt.index, prompt.prompt, 4, 4)], {"drawing": 1.0})
+
+
+class Broken(Actor):
+    """A worker that dies while it loads; it fails with a message where one sample per round is asked for."""
+
+    def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
+        if settings.n_samples == 1:
+            raise InputError("no such model")
+        os._exit(1)
