@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -164,34 +163,26 @@ def test_float8_is_near(kind: str, as_if_on_cuda: None) -> None:
     assert dit.final_layer.linear.weight.dtype == torch.bfloat16
 
 
-def check_compiled(guided_only: bool, graphs: int) -> None:
-    """Compiled code's velocities are the plain network's, from so many graphs."""
+def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`fullgraph=True`: a part that cannot be compiled whole is an error. Blocks of one kind share their code."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # or trial programs are compiled for seconds
     torch._dynamo.reset()
+    dit = made()
     with torch.inference_mode():
-        fast = with_cuda_weights(made())
+        fast = with_cuda_weights(dit)
         x, y = inputs()
         conditional, _, both = fast.velocities(y, TIMES, guided=True, compile=True)
         torch._dynamo.utils.counters.clear()
+        values = [conditional(x, 0.9), *both(x, 0.9)]
         expected = reference(made(), x, 0.9, y)
-        values = list(zip(both(x, 0.9), expected, strict=True))
-        if not guided_only:
-            values.append((conditional(x, 0.9), expected[0]))
-    for value, wanted in values:
+    for value, wanted in zip(values, (expected[0], *expected), strict=True):
         assert float((value - wanted).norm() / wanted.norm()) <= 1e-5
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    assert (
+        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
+    )  # one reading; block and final layer, guided or not
     assert fast.is_compiled(2, guided=True, prompts=2)
     assert not fast.is_compiled(3, guided=True, prompts=3)
-
-
-def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`fullgraph=True`: a part that cannot be compiled whole is an error. Blocks of one kind share their code."""
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # no C++, which takes long
-    check_compiled(guided_only=False, graphs=5)  # one reading; block and final layer, guided or not
-
-
-def test_compiled_code_computes_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    check_compiled(guided_only=True, graphs=3)  # what is compiled with guidance holds all that is compiled without
 
 
 UNFIT = dataclasses.replace(CONFIG)  # to be told from CONFIG
