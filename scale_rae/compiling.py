@@ -1,4 +1,4 @@
-"""What PyTorch compiles and when compiling pays, and which of its attention kernels run."""
+"""torch.compile: how functions are compiled and when compiling pays; and which of PyTorch's attention kernels run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's config.json as a dataclass; what no published checkpoint uses is refused by name."""
+"""Reads and checks a checkpoint's config.json. Values that no published checkpoint has are refused by name."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One policy for CPUs: freed memory is kept, arithmetic runs on one thread, and batches change no bit of an image.
+"""Settings for CPUs: freed memory is kept, one thread of arithmetic, and the largest batch size that is bit-exact.
 
-Sums have other last digits with another number of threads and, on some CPUs, with another batch size. So whoever draws
-many images on a CPU gives each thread of Python one thread of arithmetic (`one_thread`), which is as fast, and the largest
-batch that draws what drawing one at a time draws (`exact_batch`).
+The last digits of sums depend on the number of threads and, on some CPUs, on the batch size. So programs that draw many images
+on a CPU give each Python thread one thread of arithmetic (`one_thread`), which is as fast, and use the largest batch whose
+images equal those drawn one at a time (`exact_batch`).
 """
 
 from __future__ import annotations

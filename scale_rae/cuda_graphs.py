@@ -1,4 +1,4 @@
-"""CUDA graphs: passes are captured once and replayed, since launching their kernels takes longer than running them."""
+"""CUDA graphs: captures passes once and replays them, because launching their kernels takes longer than running them."""
 
 from __future__ import annotations
 

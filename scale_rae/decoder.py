@@ -1,4 +1,4 @@
-"""Latent [L, C] -> pixels: the ViT decoder of a representation autoencoder (REFERENCE §8)."""
+"""The pixel decoder (ViT) of a representation autoencoder: latent [L, C] -> pixels (REFERENCE §8)."""
 
 from __future__ import annotations
 

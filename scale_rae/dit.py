@@ -1,4 +1,4 @@
-"""The velocity networks: plain DiT, DDT and wide DDT in one class (REFERENCE: arXiv 2601.16208, DDT: 2504.05741).
+"""The velocity network, without speed tricks: plain DiT, DDT and two-width DDT (arXiv 2601.16208; DDT: 2504.05741).
 
 v = f(x, t, y) with x [B, C, S, S], t [B] in (0, 1], y [B, L, Z]; L = S*S. Parameter names are those of the published
 checkpoints below `diff_head.model.`.

@@ -1,4 +1,4 @@
-"""Image -> latent [L, C] float32, by the representation encoder a checkpoint was trained on (REFERENCE §9)."""
+"""The image encoder (SigLIP or DINOv2) that a checkpoint was trained on: image -> latent [L, C] float32 (REFERENCE §9)."""
 
 from __future__ import annotations
 

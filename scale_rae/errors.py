@@ -1,6 +1,6 @@
-"""Errors a user can cause and mend. Each says what is wrong, where, and what would be right.
+"""All error classes, and helpers that print errors and untrusted text in one line.
 
-The command line prints them in one line and exits 1.
+Each error says what is wrong, where, and what would be right. The command line prints it in one line and exits 1.
 """
 
 from __future__ import annotations

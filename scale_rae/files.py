@@ -1,4 +1,4 @@
-"""Files: checked names, reading that neither hangs nor fills the memory, writing that is on disk, exchanging two names."""
+"""File helpers: checks of names and kinds, bounded reading, hashes, durable writing, exchanging two names."""
 
 from __future__ import annotations
 

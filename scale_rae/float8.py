@@ -1,7 +1,7 @@
 """Linears in float8 (e4m3): weights with a scale per output row, activations with one per token.
 
-Activations are quantised where they are made: compiled, the cast joins the norm or gate kernel before it. The product is
-torch's scaled matrix product, which multiplies the scales back in; it needs a GPU of compute capability 8.9 or more.
+Activations are quantised where they are computed; in compiled code, the cast is fused with the norm or gate kernel before it. The
+product is torch's scaled matrix product, which multiplies by the scales and needs a GPU of compute capability 8.9 or more.
 """
 
 from __future__ import annotations

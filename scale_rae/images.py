@@ -1,4 +1,4 @@
-"""Image files and Pillow images -> 8-bit RGB, upright and on white."""
+"""Reads image files and Pillow images as 8-bit RGB, upright and on white."""
 
 from __future__ import annotations
 

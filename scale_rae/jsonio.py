@@ -1,4 +1,4 @@
-"""JSON: files read with bounds, typed fields with errors that name file and field, strict writing."""
+"""JSON: bounded reading, typed fields with errors that name file and field, strict writing."""
 
 from __future__ import annotations
 

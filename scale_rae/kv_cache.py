@@ -2,7 +2,7 @@
 
 - On CUDA, each decoding step is a CUDA graph, and so is every pass whose shape occurs twice.
 - A prefix that conversations share, or that is read twice, is prefilled once (`expand`, `rewind`).
-- The device is asked for the next token before the host has looked at this one (`Transfer`).
+- The device starts to compute the next token before the host has read the current one (`Transfer`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The language model: Qwen2 with latent queries and an image projector, and our decoding loop.
+"""The language model: Qwen2 with latent queries and an image projector, and the decoding loop: replies and conditions.
 
-Text and condition are a function of the conversation alone: images of one prompt differ only in their noise. Results do
-not depend on what else is in the batch. qwen2.py has the layers, kv_cache.py the KV cache.
+Text and condition depend only on the conversation, not on the rest of the batch; images of one prompt differ only in their noise.
+qwen2.py has the layers, kv_cache.py the KV cache.
 """
 
 from __future__ import annotations

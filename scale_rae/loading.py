@@ -1,4 +1,4 @@
-"""From files to networks with their weights on a device: the steps of `ScaleRAE.from_pretrained`."""
+"""Builds networks from files and puts their weights on a device: the steps of `ScaleRAE.from_pretrained`."""
 
 from __future__ import annotations
 

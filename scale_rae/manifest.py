@@ -1,4 +1,4 @@
-"""What a manifest and a PNG record of an image: the settings that drew it."""
+"""The content of manifests and of text in PNGs: the settings that drew an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Devices and dtypes by name; errors when memory runs out, and batches that are halved then."""
+"""Devices and dtypes by name; out-of-memory errors, and batches that are split in half and retried."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seeds of images, and the noise drawn from them."""
+"""Noise seeds of images, and the noise drawn from them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Opens a chosen model: finds its files, loads its parts, and knows what a manifest records of it.
+"""Opens the model that a command, page or server was given: finds its files, loads its parts, records them for manifests.
 
-Importing this module imports no torch, so that what is wrong with a choice is said at once.
+This module does not import torch, so a wrong choice is reported at once.
 """
 
 from __future__ import annotations

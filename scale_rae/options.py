@@ -1,8 +1,8 @@
-"""What can be chosen, without torch: each option's name, default, help text and the values it takes.
+"""The options that command line, Python and servers share: names, defaults, help texts, checks. Imports no torch.
 
 An option is a field of a dataclass whose annotation has a `Knob`. From these fields come the command line's flags
 (`cli/signature.py`), the fields of manifests and experiment.json (`to_record`), the server's request fields and the page's
-sliders. A new option of the sampler is one field of `SamplingOptions`, and its use where latents are sampled.
+sliders. To add an option of the sampler, add a field to `SamplingOptions` and use it where latents are sampled.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The files of a run: sample_<time>.png, …_latent.pt, …_manifest.json. Complete or absent; nothing is overwritten.
+"""Writes a run's files: sample_<time>.png, …_latent.pt, …_manifest.json. All or none; nothing is overwritten.
 
-A run writes its files into a hidden folder beside their targets, then renames them into place, the manifest last. The
-folder has the run's name and is locked while the run writes. The lock keeps two processes from taking one name, and
-tells the folder of a run that was killed from the folder of a run that is writing.
+A run writes its files into a hidden folder beside their targets, then renames them into place, the manifest last. The folder has
+the run's name and is locked while the run writes. The lock prevents two processes from using one name, and distinguishes the folder
+of a killed run from that of a run that still writes.
 """
 
 from __future__ import annotations

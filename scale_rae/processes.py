@@ -1,4 +1,4 @@
-"""Child processes that load this very package, and nothing that lies in the working folder by chance."""
+"""Child processes of Python that import this package, and no module that lies in the working folder by chance."""
 
 from __future__ import annotations
 

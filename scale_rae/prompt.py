@@ -1,6 +1,6 @@
-"""Chat layout and tokens. User text is text: no prompt can forge a control token.
+"""The tokenizer and the chat layout: text and images -> token ids. No prompt can forge a control token.
 
-A conversation is a list of token ids in which IMAGE stands for the L projected latents of one image.
+In a conversation's token ids, IMAGE stands for the L projected latents of one image.
 """
 
 from __future__ import annotations

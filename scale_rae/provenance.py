@@ -1,4 +1,4 @@
-"""Which files a model came from, and what differs from those that a manifest records."""
+"""Identifies a model's files by hash or commit, and compares them with those that a manifest records."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Qwen2's parameters under their published names, and a layer to train them with.
+"""Qwen2's parameters as torch modules under their published names, with a plain layer for training.
 
-As transformers' Qwen2Model has them, whose import takes seconds; tests hold both equal. Decoding runs fused (`qwen2`).
+They equal transformers' Qwen2Model (a test compares both), whose import takes seconds. Inference uses fused layers (`qwen2`).
 """
 
 from __future__ import annotations

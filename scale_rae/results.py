@@ -1,4 +1,4 @@
-"""The results of generating and answering: images with their latents, and text."""
+"""The result classes of generating and answering: images with their latents, and text."""
 
 from __future__ import annotations
 

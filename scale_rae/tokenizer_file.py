@@ -1,7 +1,7 @@
-"""Tokenizers read from a folder, with bounds and without transformers, whose import takes seconds.
+"""Reads tokenizer files with bounds, and without transformers, whose import takes seconds.
 
-The library `tokenizers` is not made for hostile files: it allocates what numbers in them say, which can end the process,
-and some contents make it panic, which Python sees as a BaseException.
+The library `tokenizers` does not expect hostile files. It allocates memory by numbers in a file, which can end the process, and
+some contents make it panic, which Python sees as a BaseException.
 """
 
 from __future__ import annotations

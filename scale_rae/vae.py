@@ -1,4 +1,4 @@
-"""Latent [L, C] -> pixels by the decoder of FLUX's VAE, for checkpoints aligned with it (REFERENCE §8).
+"""The decoder of FLUX's VAE, for checkpoints aligned with it: latent [L, C] -> pixels (REFERENCE §8).
 
 The network is diffusers' AutoencoderKL, which needs the extra `vae`; only its decoder is loaded.
 """

@@ -1,4 +1,4 @@
-"""What the words of a message ask for, and what to tell a user whose model replied with something else."""
+"""Whether a message asks for an image, by its words; and notes for users whose model replied with something else."""
 
 from __future__ import annotations
 

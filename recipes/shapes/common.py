@@ -1,4 +1,4 @@
-"""What the stages share: their folders, arguments, tokenizer, and reading and writing weights."""
+"""What the stages share: folders, arguments, the tokenizer, and reading and writing weights."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""Shapes and colours that the world does not have, for training alone.
+"""Invented shapes and colours, which only training shows.
 
-The world has 28 pairs of shapes, of which training shows 25, and 64 coloured shapes, of which it shows 58. A network that sees no
-more learns which of the few go together, and that the held-out ones never do. Among 24 shapes and 20 colours in all
-combinations, what is held out is one gap in a hundred, and what a name means is learnt for itself.
+Training shows 25 of the world's 28 pairs of shapes, and 58 of its 64 coloured shapes. A network that sees no more combinations learns
+which shapes and colours occur together, and that the held-out ones do not. Among all combinations of 24 shapes and 20 colours, only
+one in a hundred is held out, so the network learns what each name means by itself.
 
-Names are words of small talk, so that the tokenizer needs no others. Some have neither form nor hue: they are said only.
+The invented names are words from small talk, so the tokenizer needs no further words. Some names have no picture: they occur in texts
+only.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The training loop that all stages share: one step as one CUDA graph, logs, checkpoints, exact continuation.
 
-A stage gives a loss function without arguments that draws its own batch from tensors on the device and returns the loss and
-named numbers to log. It must not look at any value on the host.
+A stage provides a loss function without arguments. It chooses its own batch from tensors on the device, returns the loss and named
+numbers to log, and must not read any value on the host.
 """
 
 from __future__ import annotations

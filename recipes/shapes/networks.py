@@ -1,7 +1,7 @@
-"""The networks in training: built from the package's classes, initialised, and run without what inference needs.
+"""The networks in training: built from the package's classes, initialised, with forward passes without cache and masks.
 
-The forward functions here call the same submodules in the same order as inference does (tests hold them equal); they leave
-out caches and masks, and so compile and capture cleanly.
+The forward functions call the same submodules in the same order as inference does (tests compare them). Without caches and masks,
+they can be compiled and captured as CUDA graphs.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Master weights in one buffer; Muon for hidden matrices, AdamW for the rest; moving average; all without the host.
+"""FlatModel and its optimizer: weights in one buffer, Muon for hidden matrices, AdamW for the rest, moving average.
 
-Every number that changes from step to step (step count, learning rate) is a tensor on the device, so that a whole training
+No step waits for the host: every number that changes (step count, learning rate) is a tensor on the device, so a whole training
 step can be one CUDA graph. `FlatModel` lays out all parameters in one float32 buffer:
 
     [ hidden matrices, grouped by shape | other parameters | parameters that compute in float32 ]
 
-Modules compute with views of it (float32) or of a copy in the compute dtype (bfloat16). Optimizer state, gradients and the
+Modules compute with views of this buffer (float32) or of a copy in the compute dtype (bfloat16). Optimizer state, gradients and the
 moving average have the same layout, so updates are few kernels and a checkpoint is a few tensors.
 
 Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest orthogonal matrix. Its step here is

@@ -1,10 +1,10 @@
 """Stage 3: the encoder's image-text score, finetuned on prompts, so that it can rank drawings (`--reward siglip`).
 
-Stage 1 taught it full descriptions among pictures that have little in common. Here each picture meets texts that are true of it
-and texts with one thing changed. Only the text tower, the pooling head and the score's scale and bias move: the latents stay
-what the pixel decoder and the language model know.
+In stage 1, the score was trained on full descriptions of pictures that have little in common. Here, each picture is compared with
+texts that are true of it and texts with one thing changed. Only the text tower, the pooling head and the score's scale and bias are
+trained, so the latents do not change for the pixel decoder and the language model.
 
-Loss: binary cross-entropy of the score, true and false texts weighing the same.
+Loss: binary cross-entropy of the score; true and false texts have the same weight.
 
     python -m recipes.shapes.reward --out runs/shapes
 """

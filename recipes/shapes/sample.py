@@ -1,4 +1,4 @@
-"""Looks at an exported model: a contact sheet of held-out prompts, and how often its pictures and answers are right.
+"""A quick look at an exported model: a contact sheet of held-out prompts, and shares of right pictures and answers.
 
 A quick look during training; the figures to report come from `python -m scale_rae.shapes.evaluate`.
 

@@ -1,7 +1,7 @@
-"""Pictures as only a network draws them: an object in two colours. No prompt describes one.
+"""Spoilt pictures, with an object in two colours, as only a network draws them. No prompt is true of one.
 
-Where a prompt names no colour, parts of a drawing can each settle on another. A reader that learns from drawn scenes alone never
-sees that, and says yes.
+If a prompt names no colour, a network may give two parts of one object different colours. A language model that learns only from
+correct scenes never sees such objects, and says yes to them.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python -m recipes.shapes.train --out runs/shapes --export exported/shapes
 
-A stage that is finished is not repeated, one that was cut short goes on where it was. Every stage is a process of its own,
-since data is made in forked processes before CUDA starts. With `--stop-after S` the command ends by itself some S seconds
-after its start (export and look included); give the same command again to go on. With `--parts-of DIR` the encoder and the pixel decoder
-are those of an exported model (`scale_rae/bundled/shapes`, say), and only what follows them is trained.
+Finished stages are not repeated, and an interrupted stage resumes. Every stage is a process of its own, because data is made in forked
+processes before CUDA starts. With `--stop-after S`, the command ends about S seconds after its start, export and look included; the
+same command resumes it. With `--parts-of DIR`, the encoder and the pixel decoder are taken from an exported model (such as
+`scale_rae/bundled/shapes`), and only the later stages are trained.
 """
 
 from __future__ import annotations

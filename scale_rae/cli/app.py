@@ -1,6 +1,6 @@
-"""The table of commands, and what every command does with errors.
+"""The program `scale-rae`: the table of commands, printing, and errors as one line with an exit code.
 
-A new command is a file here with a function `command` (typer options, a docstring), and a line in COMMANDS.
+To add a command, add a file here with a function `command` (typer options, a docstring), and a line in COMMANDS.
 """
 
 from __future__ import annotations

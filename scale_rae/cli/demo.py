@@ -1,4 +1,4 @@
-"""scale-rae demo: a page to draw with, in the browser."""
+"""The command `scale-rae demo`: a page in the browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scale-rae img: ask about an image."""
+"""The command `scale-rae img`: ask about an image, or have it changed."""
 
 from __future__ import annotations
 

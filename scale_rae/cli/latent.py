@@ -1,4 +1,4 @@
-"""scale-rae latent: decode saved latents, ask about them, continue from them."""
+"""The command `scale-rae latent`: decode saved latents, ask about them, continue from them."""
 
 from __future__ import annotations
 

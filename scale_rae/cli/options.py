@@ -1,4 +1,4 @@
-"""Options that only the command line has: what is left behind, and questions about drawn images."""
+"""Option groups of the command line only: output folder and files, and questions about drawn images (--post-qa-…)."""
 
 from __future__ import annotations
 

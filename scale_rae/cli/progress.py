@@ -1,4 +1,4 @@
-"""Progress bars on a terminal, none in a pipe. All on stderr, and gone when done.
+"""Progress bars on stderr: of loading and sampling, and of a scaling run. A pipe gets lines instead.
 
 A bar is shown only while weights are read or images are drawn, so that it does not mix with the hub's download bars.
 """

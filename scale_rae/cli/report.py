@@ -1,4 +1,4 @@
-"""scale-rae report: a web page of an experiment."""
+"""The command `scale-rae report`: a web page of an experiment's images and scores."""
 
 from __future__ import annotations
 

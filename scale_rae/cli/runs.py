@@ -1,4 +1,4 @@
-"""A run of t2i, img or latent: inputs go to the model, images and manifests are saved, results are printed."""
+"""What t2i, img and latent share: send inputs to the model, save images and manifests, print results."""
 
 from __future__ import annotations
 

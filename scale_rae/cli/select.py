@@ -1,4 +1,4 @@
-"""scale-rae select: keep the best images of each prompt of an experiment."""
+"""The command `scale-rae select`: keep the best images of each prompt of an experiment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scale-rae serve: one model behind OpenAI's interfaces."""
+"""The command `scale-rae serve`: a server with OpenAI's interfaces."""
 
 from __future__ import annotations
 

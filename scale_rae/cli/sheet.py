@@ -1,4 +1,4 @@
-"""scale-rae sheet: a contact sheet of an experiment."""
+"""The command `scale-rae sheet`: a contact sheet of an experiment."""
 
 from __future__ import annotations
 

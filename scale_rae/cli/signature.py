@@ -1,4 +1,4 @@
-"""From options dataclasses to flags: what a command's function takes as one object, the command line takes as flags."""
+"""Expands options dataclasses into command-line flags."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""scale-rae t2i: draw images from text."""
+"""The command `scale-rae t2i`: draw images from text."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A page to draw with: `scale-rae demo`. work.py does what it asks for, page.py is the page (gradio, extra `demo`)."""
+"""The demo page, `scale-rae demo` (gradio, extra `demo`): page.py has its tabs, shared_model.py the work behind them."""

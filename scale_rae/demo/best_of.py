@@ -1,4 +1,4 @@
-"""The ranking of a best of N, while its images come."""
+"""The demo's best of N: collects scores while images are drawn, and ranks the images so far."""
 
 from __future__ import annotations
 

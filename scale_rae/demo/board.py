@@ -1,4 +1,4 @@
-"""The leaderboard of a best of N, in HTML."""
+"""The demo's table of ranked images, as HTML."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gradio fenced in: imported without its environment variables; its components read only files in the page's folder."""
+"""Restricts gradio: imported without its environment variables; its components read only files in the page's folder."""
 
 from __future__ import annotations
 

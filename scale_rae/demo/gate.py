@@ -1,4 +1,4 @@
-"""In front of the page: the hosts, origins, routes, files and sizes that are let through. It knows HTTP, not gradio."""
+"""Checks every HTTP request before it reaches the page: host, origin, route, file, size. Independent of gradio."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page takes from a visitor at most, and checks that say so in sentences. Nothing here needs torch."""
+"""The demo's limits on what visitors send, and checks whose errors are sentences. Imports no torch."""
 
 from __future__ import annotations
 

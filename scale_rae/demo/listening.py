@@ -1,4 +1,4 @@
-"""The socket that the page listens on, made before the model is loaded, so that a port in use is reported at once."""
+"""Opens the demo's socket before the model is loaded, so that a port in use is reported at once."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The page: four tabs over a `SharedModel`, which does the work.
+"""The demo page in gradio: four tabs over a `SharedModel`, which does the work.
 
-The page loads nothing from another host and reports nothing to one: it uses the system's fonts, and gradio's analytics are off.
+The page loads nothing from other hosts and sends nothing to them: it uses the system's fonts, and gradio's analytics are off.
 """
 
 from __future__ import annotations

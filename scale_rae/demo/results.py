@@ -1,4 +1,4 @@
-"""What the page shows of the model's work: images with their files, previews, rankings."""
+"""Results as the demo page shows them: images with their files, previews, rankings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a page to a running server. Gradio's own launch sends HTTP requests to itself, which a proxy can break."""
+"""Starts and stops the demo's HTTP server. (Gradio's own launch sends requests to itself, which a proxy can break.)"""
 
 from __future__ import annotations
 

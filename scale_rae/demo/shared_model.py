@@ -1,6 +1,6 @@
-"""What the page asks of the model, as generators of progress: draw, ask, best of N. Nothing here knows gradio.
+"""The model behind the demo page: draw, ask, best of N, as generators of progress. Independent of gradio.
 
-Closing a generator, as when a visitor stops or leaves, ends the work behind it at its next step.
+If a generator is closed, as when a visitor stops or leaves, its work ends at the next step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Work on a thread of its own as a generator of what it emits."""
+"""Runs work on a thread of its own, as a generator of what it emits; closing the generator stops the work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The environment variables that gradio sees: only those of this page. `settle` runs before gradio is imported."""
+"""Sets the environment variables that gradio sees to this page's. `settle` runs before gradio is imported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parts that several tabs of the page have: sampling fields, results, questions; and handlers that use the model."""
+"""Widgets and handlers that several tabs of the demo page use: sampling fields, results, questions."""
 
 from __future__ import annotations
 

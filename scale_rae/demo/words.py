@@ -1,4 +1,4 @@
-"""Words on the page: errors as sentences, numbers that visitors type, status lines. Nothing here knows gradio."""
+"""Text on the demo page: errors as sentences, numbers that visitors type, status lines. Independent of gradio."""
 
 from __future__ import annotations
 

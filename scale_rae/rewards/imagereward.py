@@ -1,7 +1,7 @@
-"""ImageReward-v1.0 (Xu et al. 2023, arXiv:2304.05977; REFERENCE §11): BLIP reads picture and prompt, an MLP scores.
+"""The reward ImageReward-v1.0 (Xu et al. 2023, arXiv:2304.05977; REFERENCE §11): BLIP and an MLP that scores.
 
-Files, of THUDM/ImageReward: ImageReward.pt and med_config.json. The tokenizer is bert-base-uncased's: tokenizer.json or
-vocab.txt beside the weights, in a folder `tokenizer` there, or google-bert/bert-base-uncased, found as weights are.
+Files: ImageReward.pt and med_config.json of THUDM/ImageReward. The tokenizer is that of bert-base-uncased: tokenizer.json or
+vocab.txt beside the weights or in a folder `tokenizer` there, else google-bert/bert-base-uncased, looked up like weights.
 """
 
 from __future__ import annotations

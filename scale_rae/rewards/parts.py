@@ -1,4 +1,4 @@
-"""Shared by the rewards: finding files, building transformers' networks without weights, tokenizers, batches."""
+"""What the rewards share: finding files, building transformers' networks without weights, tokenizers, batches."""
 
 from __future__ import annotations
 

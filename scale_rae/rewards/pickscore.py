@@ -1,8 +1,8 @@
-"""PickScore-v1 (Kirstain et al. 2023, arXiv:2305.01569): a CLIP ViT-H/14 trained on which picture people picked.
+"""The reward PickScore-v1 (Kirstain et al. 2023, arXiv:2305.01569): a CLIP ViT-H/14 trained on people's choices.
 
-Files, of yuvalkirstain/PickScore_v1: config.json and model*.safetensors or pytorch_model*.bin. Tokenizer and image processor
-are those beside them or in a folder `processor` there, else those of the CLIP it was trained from
-(laion/CLIP-ViT-H-14-laion2B-s32B-b79K), found as weights are.
+Files: config.json and model*.safetensors or pytorch_model*.bin of yuvalkirstain/PickScore_v1. Tokenizer and image processor lie
+beside them or in a folder `processor` there; else those of the CLIP from which PickScore was trained are used
+(laion/CLIP-ViT-H-14-laion2B-s32B-b79K), looked up like weights.
 """
 
 from __future__ import annotations

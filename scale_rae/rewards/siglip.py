@@ -1,6 +1,6 @@
-"""How alike the checkpoint's own SigLIP finds picture and prompt (Zhai et al. 2023, arXiv:2303.15343).
+"""The reward SigLIP (Zhai et al. 2023, arXiv:2303.15343): similarity of picture and prompt in the checkpoint's own encoder.
 
-The vision tower is the encoder that the model has anyway; the text tower lies in the same folder or hub repository.
+The vision tower is the model's own encoder; the text tower is in the same folder or hub repository.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The application: the endpoints together, their errors, this server's limits in the OpenAPI document, and the Guard."""
+"""The server's application: all endpoints, error handlers, the OpenAPI document and the guard, put together."""
 
 from __future__ import annotations
 

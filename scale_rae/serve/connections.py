@@ -1,4 +1,4 @@
-"""HTTP/1.1 connections: uvicorn's on h11, with limits on their number and on how long a client may take."""
+"""HTTP/1.1 connections: uvicorn's with h11, limited in number and in the time that a client may take."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images in requests: data URLs. Nothing is fetched, and nothing here needs torch."""
+"""Reads images from data URLs in requests. Downloads nothing; imports no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Decoding of images that clients send, in processes that can be killed: nothing else stops a decoder written in C.
+"""Decodes images from clients in processes that can be killed, since nothing else stops a decoder written in C.
 
-A worker process has no torch, no secrets from the server's environment, a limit on its memory and a clock that ends it. It
-reads a data URL and writes pixels, in frames of a fixed form; nothing that it writes is unpickled.
+A worker process has no torch and no secrets from the server's environment; its memory and time are limited. It reads a data URL and
+writes pixels, in frames of a fixed form; nothing that it writes is unpickled.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""The threads that own the model, and the stages of a job: what waits together is answered and drawn together.
+"""The threads that own the model, and the stages of a job: waiting requests are answered and drawn in batches.
 
 A job (one request) goes through up to three stages, each for several jobs at once:
 
     reply    the images of its turns are encoded and the model answers; an answer may ask for images
-    draw     images with equal `SamplingOptions`, whatever their prompts and seeds, are sampled and decoded as one batch
-    rank     images of which only the best are wanted are scored
+    draw     images with equal `SamplingOptions`, of any prompts and seeds, are sampled and decoded as one batch
+    rank     if only the best images are to be returned, all are scored
 
-On a GPU one thread runs batches of up to `batch_size`; an image differs from the same image drawn alone by rounding only. On the
-CPU, as in `scaling.worker`, there are as many threads as cores and each computes with one thread of torch: then an image drawn
-in a batch has the bytes of the same image drawn alone, which `ScaleRAE.exact_batch` checks before the first request, and
-replies are computed one at a time.
+On a GPU, one thread runs batches of up to `batch_size`; an image differs from the same image drawn alone by rounding only. On the
+CPU, as in `scaling.worker`, there is one thread per core, and each computes with one thread of torch. Then an image drawn in a batch
+has the bytes of the same image drawn alone, which `ScaleRAE.exact_batch` checks before the first request. Replies are computed one
+at a time.
 """
 
 from __future__ import annotations

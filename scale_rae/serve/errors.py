@@ -1,4 +1,4 @@
-"""What an exception becomes: a status, a body in OpenAI's shape that names the field, and headers."""
+"""Turns any exception into an answer: status, a body in OpenAI's shape that names the field, and headers."""
 
 from __future__ import annotations
 

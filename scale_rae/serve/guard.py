@@ -1,7 +1,7 @@
-"""Who may ask and how much: hosts, keys, and the framing, size and time of bodies. Nothing here needs torch.
+"""Checks requests before their bodies are parsed: hosts, keys, and the framing, size and time of bodies. No torch.
 
-All of it is decided before a body is read or parsed, which FastAPI's HTTPBearer is too late for. Starlette's
-TrustedHostMiddleware takes "[::1]:8000" for the host "[" and looks at the first Host header only.
+Library parts do not serve here: FastAPI's HTTPBearer checks a key only after the body is read, and Starlette's TrustedHostMiddleware
+reads "[::1]:8000" as the host "[" and looks only at the first Host header.
 """
 
 from __future__ import annotations

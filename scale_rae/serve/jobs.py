@@ -1,4 +1,4 @@
-"""A request's work as the engine takes it and gives it back: Job, Result, and the Inbox between threads and event loop."""
+"""Job, Result and Inbox: what a route gives the engine, what it gets back, and the way between their threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server's metrics for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from __future__ import annotations
 

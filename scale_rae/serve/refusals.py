@@ -1,4 +1,4 @@
-"""What a server refuses, and how it says so: in OpenAI's shape. Nothing here needs torch or fastapi."""
+"""The error `Refused` and its common cases, in OpenAI's shape. Imports no torch or fastapi."""
 
 from __future__ import annotations
 

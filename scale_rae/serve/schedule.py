@@ -1,4 +1,4 @@
-"""What waits for the model, and which of it makes the next batch. The engine calls this under its lock."""
+"""The queue of waiting work, and the choice of the next batch. The engine calls it under its lock."""
 
 from __future__ import annotations
 

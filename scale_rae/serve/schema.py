@@ -1,9 +1,9 @@
-"""Requests and answers as they are on the wire: OpenAI's, with the options of Scale-RAE's sampler added.
+"""Requests and answers of the HTTP interface: OpenAI's fields, and the options of Scale-RAE's sampler.
 
-Fields of OpenAI's that have no effect here are accepted at every value that promises nothing (`user`; `temperature`, since
-text is greedy) or at the values that hold here (`tool_choice: "none"`). Any other field is refused by name. null means the
-same as an absent field. Validation of a list ends at its first error, and objects may have MOST_FIELDS fields, so that a
-wrong request makes a few errors, however long it is.
+OpenAI's fields without effect here are accepted with any value (`user`; `temperature`, since text is greedy), or with the values
+that are true of every answer (`tool_choice: "none"`). Any other field is refused by name. null means the same as an absent field.
+Validation of a list ends at its first error, and objects may have at most MOST_FIELDS fields, so a wrong request causes only a few
+errors, however long it is.
 """
 
 from __future__ import annotations

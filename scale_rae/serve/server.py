@@ -1,4 +1,4 @@
-"""Sockets and signals: from `ServeSettings` to a running server."""
+"""Runs the server from `ServeSettings`: sockets, start, signals, shutdown."""
 
 from __future__ import annotations
 

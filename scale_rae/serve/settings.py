@@ -1,4 +1,4 @@
-"""The settings of a server, its limits, and names that several of its modules use. Nothing here needs torch or fastapi."""
+"""The server's settings and limits, and names that several of its modules use. Imports no torch or fastapi."""
 
 from __future__ import annotations
 

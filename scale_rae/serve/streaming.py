@@ -1,4 +1,4 @@
-"""Waiting for a job while its client stays and its time lasts, and the response that streams events meanwhile."""
+"""Waits for a job while its client stays and its time lasts; the response that streams server-sent events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Clients take turns, so that none waits for all requests of another."""
+"""The order of clients: they take turns, so that none waits for all requests of another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a model does in the world of shapes: drawing judged from pixels, reading judged by what was drawn.
+"""Evaluation of a model in the world of shapes: `draw` (judged from pixels), `read`, `reconstruct`.
 
     python -m scale_rae.shapes.evaluate draw --guidance 1 --guidance 3 --output-dir runs/evaluation
     python -m scale_rae.shapes.evaluate read

@@ -1,7 +1,7 @@
-"""What a picture shows, from its pixels alone, and whether that is what a prompt asked for. Classical vision, no network.
+"""The judge of the world of shapes: lists a picture's objects from its pixels, and compares them with a prompt.
 
-The background is a plane a channel, fitted to what the frame shows; objects are the connected regions that differ from it; a
-region's colour is the nearest of the palette in CIELAB, its shape the template of highest overlap.
+Classical vision, no network. The background is one plane per channel, fitted to the pixels at the frame. Objects are the connected
+regions that differ from it. A region's colour is the nearest of the palette in CIELAB; its shape is the template of highest overlap.
 """
 
 from __future__ import annotations

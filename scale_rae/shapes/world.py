@@ -1,4 +1,4 @@
-"""The world of shapes: what a picture may hold, and every sentence said about it.
+"""The world of shapes: its scenes, its prompts, questions and answers, and what is held out of training.
 
 A scene is one to four objects on a pale background. Prompts are GenEval's six kinds and are meant strictly: they name everything
 in the picture. A fixed tenth of the (colour, shape) pairs, shape pairs and (count, shape) pairs is held out of training.

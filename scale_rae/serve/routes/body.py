@@ -1,4 +1,4 @@
-"""How a request's body becomes values: JSON in UTF-8, with bounds on its numbers."""
+"""Parses request bodies: JSON in UTF-8, with bounds on numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: answers, about images too, and draws when the answer asks for it."""
+"""POST /v1/chat/completions: answers, also about images, and draws if the answer starts an image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of a request against the model and this server's limits, beyond what the schema says."""
+"""Checks that several routes share: a request's values against the model and the server's limits."""
 
 from __future__ import annotations
 

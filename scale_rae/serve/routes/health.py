@@ -1,4 +1,4 @@
-"""GET /health, /ready and /metrics: for those who operate the server."""
+"""GET /health, /ready and /metrics, for monitoring."""
 
 from __future__ import annotations
 

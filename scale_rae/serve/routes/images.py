@@ -1,4 +1,4 @@
-"""POST /v1/images/generations: draws."""
+"""POST /v1/images/generations: draws images, and returns the best of them."""
 
 from __future__ import annotations
 
