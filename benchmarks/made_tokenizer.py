@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from recipes.shapes.tokenizer import END_OF_TEXT, SPECIAL, byte_letters
+from recipes.shapes.tokenizer import END_OF_TEXT, SPECIAL, special_tokens, write_bpe
 from scale_rae.prompt import CHAT_END
 
 MERGES = (
@@ -16,17 +16,10 @@ SIZE = 256 + len(MERGES) + len(SPECIAL)  # tokens
 
 def write_tokenizer(folder: Path) -> None:
     """Writes vocab.json, merges.txt and tokenizer_config.json: 256 bytes, 20 merges, the five special tokens."""
-    folder.mkdir(parents=True, exist_ok=True)
-    vocabulary = {letter: index for index, letter in enumerate(byte_letters())}
-    for merge in MERGES:
-        vocabulary.setdefault(merge.replace(" ", ""), len(vocabulary))
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    added = {str(len(vocabulary) + i): {"content": token, **flags} for i, token in enumerate(SPECIAL)}
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n", encoding="utf-8")
+    base = write_bpe(folder, [(left, right) for left, _, right in (merge.partition(" ") for merge in MERGES)])
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
-        "added_tokens_decoder": added,
+        "added_tokens_decoder": special_tokens(base),
         "additional_special_tokens": list(SPECIAL[1:]),
         "eos_token": CHAT_END,
         "pad_token": END_OF_TEXT,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recipes.shapes import common, data, encoder, networks, pools
 from recipes.shapes.common import Vocabulary
-from recipes.shapes.loop import Metrics, Trainer, loop_options, prepare_device, say
+from recipes.shapes.loop import Metrics, prepare_device, say, train_stage
 from recipes.shapes.optim import FlatModel
 from recipes.shapes.settings import Preset
 from scale_rae.decoder import PixelDecoder
@@ -68,19 +68,15 @@ def main(argv: list[str] | None = None) -> bool:
     compiled = [] if args.no_compile else list(network.decoder_layers)
     settings = common.fingerprint(preset, model.options, batch=args.batch, pool=args.pool, seed=args.seed)
     loss = Loss(network, images, latents, preset, args.batch)
-    trainer = Trainer(model, loss, loop_options(args), folder, settings, compiled)
-    outcome = trainer.run()
-    if args.bench:
-        say(f"decoder: {trainer.pace * 1000:.2f} ms a step of {args.batch}")
-        return False
-    if outcome == "finished":
+    finished = train_stage(model, loss, args, folder, settings, compiled)
+    if finished:
         common.save_weights(folder / "decoder.safetensors", model.tensors())
         shipped = networks.build_decoder(preset)
         common.fill(shipped, common.load_weights(folder / "decoder.safetensors"))
         count = 64 if args.tiny else 2048
         psnr = encoder.measure(siglip, shipped.to(device), preset, device, count)
         say(f"encode -> decode on {count} held-out scenes: {psnr:.2f} dB")
-    return outcome == "finished"
+    return finished
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from recipes.shapes import common, data, networks, pools
 from recipes.shapes.common import Vocabulary
-from recipes.shapes.loop import Metrics, Trainer, loop_options, prepare_device, say
+from recipes.shapes.loop import Metrics, prepare_device, say, train_stage
 from recipes.shapes.optim import FlatModel
 from recipes.shapes.settings import Preset
 from scale_rae.decoder import PixelDecoder
@@ -32,8 +32,7 @@ CONTRASTIVE = 0.05
 
 def reconstruction_loss(decoder: PixelDecoder, latents: Tensor, pixels: Tensor, noise: float) -> tuple[Tensor, Metrics]:
     """L1 + 4 L2, in pixels from -1 to 1, of latents [B, L, C] with added noise of standard deviation U(0, noise)."""
-    sigma = noise * torch.rand(len(latents), 1, 1, device=latents.device)
-    error = decoder(latents + sigma * torch.randn_like(latents)).float() - pixels
+    error = decoder(networks.with_noise(latents, noise)).float() - pixels
     l1, l2 = error.abs().mean(), error.square().mean()
     return l1 + 4 * l2, {"l1": l1, "psnr": -10 * torch.log10(l2 / 4)}
 
@@ -121,14 +120,10 @@ def main(argv: list[str] | None = None) -> bool:
         siglip, decoder, images, torch.from_numpy(ids).to(device), torch.from_numpy(numbers).to(device), args.batch
     )
     settings = common.fingerprint(preset, model.options, batch=args.batch, pool=args.pool, seed=args.seed)
-    trainer = Trainer(model, loss, loop_options(args), folder, settings, compiled)
-    outcome = trainer.run()
-    if args.bench:
-        say(f"encoder: {trainer.pace * 1000:.2f} ms a step of {args.batch}")
-        return False
-    if outcome == "finished":
+    finished = train_stage(model, loss, args, folder, settings, compiled)
+    if finished:
         finish(model, folder, words, preset, device, 64 if args.tiny else 2048)
-    return outcome == "finished"
+    return finished
 
 
 def build(words: Vocabulary, preset: Preset) -> tuple[nn.Module, PixelDecoder]:

@@ -379,3 +379,20 @@ class Trainer:
         self.model.load_state(state)
         self.done, self.elapsed, self.planned = compact["done"], compact["elapsed"], compact["planned"]
         self.save()
+
+
+def train_stage(
+    model: FlatModel,
+    loss: LossFunction,
+    args: argparse.Namespace,
+    folder: Path,
+    settings: str,
+    compiled: list[nn.Module],
+) -> bool:
+    """Trains the stage whose folder is `folder`; returns whether it is finished. With --bench, only times its steps."""
+    trainer = Trainer(model, loss, loop_options(args), folder, settings, compiled)
+    outcome = trainer.run()
+    if args.bench:
+        say(f"{folder.name}: {trainer.pace * 1000:.2f} ms a step of {args.batch}")
+        return False
+    return outcome == "finished"

@@ -76,6 +76,12 @@ def latent_of(hidden: Tensor) -> Tensor:
     return F.layer_norm(hidden.float(), hidden.shape[-1:], eps=1e-6)
 
 
+def with_noise(latents: Tensor, most: float) -> Tensor:
+    """Latents [B, L, C] with added noise; its standard deviation is drawn from U(0, most) for each image."""
+    sigma = most * torch.rand(len(latents), 1, 1, device=latents.device)
+    return latents + sigma * torch.randn_like(latents)
+
+
 def normalised(images: Tensor) -> Tensor:
     """uint8 pictures -> pixels as the encoder's processor makes them, float32 in -1..1."""
     return images.float() / (255 * settings.PIXEL_STD) - settings.PIXEL_MEAN / settings.PIXEL_STD

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from recipes.shapes import common, data, networks, pools
 from recipes.shapes.decoder import frozen_encoder
-from recipes.shapes.loop import Metrics, Trainer, loop_options, prepare_device, say
+from recipes.shapes.loop import Metrics, prepare_device, say, train_stage
 from recipes.shapes.optim import FlatModel
 from recipes.shapes.settings import CAPTION_TOKENS, Preset
 from scale_rae.shapes import world
@@ -74,8 +74,7 @@ class Loss:
     def __call__(self) -> tuple[Tensor, Metrics]:
         rows = torch.randint(len(self.ids), (self.batch,), device=self.ids.device)
         latents = self.latents.index_select(0, rows).float().view(-1, self.preset.tokens, self.preset.channels)
-        sigma = NOISE * torch.rand(len(latents), 1, 1, device=latents.device)
-        latents = latents + sigma * torch.randn_like(latents)
+        latents = networks.with_noise(latents, NOISE)
         ids = self.ids.index_select(0, rows).long().view(self.batch, data.MATCHES, CAPTION_TOKENS)
         truth = self.truth.index_select(0, rows).float()
         logits = scores(self.siglip, latents.to(self.dtype), ids)
@@ -132,12 +131,8 @@ def main(argv: list[str] | None = None) -> bool:
     ids, truth = (torch.from_numpy(array).to(device) for array in (chunk.texts.ids, chunk.attributes))
     settings = common.fingerprint(preset, model.options, batch=args.batch, pool=args.pool, seed=args.seed)
     loss = Loss(siglip, latents, ids, truth, preset, args.batch)
-    trainer = Trainer(model, loss, loop_options(args), folder, settings, compiled)
-    outcome = trainer.run()
-    if args.bench:
-        say(f"reward: {trainer.pace * 1000:.2f} ms a step of {args.batch}")
-        return False
-    if outcome == "finished":
+    finished = train_stage(model, loss, args, folder, settings, compiled)
+    if finished:
         before = common.load_weights(args.out / "encoder" / "encoder.safetensors")
         common.save_weights(folder / "encoder.safetensors", {**before, **model.tensors()})
         count = 64 if args.tiny else 2048
@@ -147,7 +142,7 @@ def main(argv: list[str] | None = None) -> bool:
             shares = measure(shipped.to(device).eval(), words, preset, device, count)
             listed = "  ".join(f"{kind} {share:.3f}" for kind, share in shares.items())
             say(f"true prompt above a changed one, {count} held-out scenes, {name}: {listed}")
-    return outcome == "finished"
+    return finished
 
 
 if __name__ == "__main__":

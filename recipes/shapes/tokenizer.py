@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from scale_rae.prompt import CHAT_END, CHAT_START, IMAGE_END, IMAGE_START, SYSTEM
@@ -55,21 +55,34 @@ def _merged(word: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
+def write_bpe(folder: Path, merges: Sequence[tuple[str, str]]) -> int:
+    """Writes vocab.json and merges.txt: 256 bytes and the merges. Returns the vocabulary's size without special tokens."""
+    vocabulary = {letter: index for index, letter in enumerate(byte_letters())}
+    for left, right in merges:
+        vocabulary.setdefault(left + right, len(vocabulary))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
+    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return len(vocabulary)
+
+
+def special_tokens(first: int) -> dict[str, dict[str, str | bool]]:
+    """`added_tokens_decoder` of tokenizer_config.json: the special tokens, with ids from `first` on."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    return {str(first + i): {"content": token, **flags} for i, token in enumerate(SPECIAL)}
+
+
 def write_tokenizer(folder: Path, max_length: int = 1024, padding: bool = False) -> int:
     """Writes vocab.json, merges.txt and tokenizer_config.json; returns the vocabulary's size.
 
-    `padding` makes the tokenizer pad to `max_length` (the SigLIP text tower's).
+    With `padding`, the tokenizer pads to `max_length`, as the SigLIP text tower needs it.
     """
-    vocabulary = {letter: index for index, letter in enumerate(byte_letters())}
-    merges = train_merges(words())
-    for left, right in merges:
-        vocabulary.setdefault(left + right, len(vocabulary))
-    base = len(vocabulary)
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    base = write_bpe(folder, train_merges(words()))
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,
-        "added_tokens_decoder": {str(base + i): {"content": token, **flags} for i, token in enumerate(SPECIAL)},
+        "added_tokens_decoder": special_tokens(base),
         "additional_special_tokens": list(SPECIAL[1:]),
         "bos_token": None,
         "eos_token": CHAT_END,
@@ -82,9 +95,5 @@ def write_tokenizer(folder: Path, max_length: int = 1024, padding: bool = False)
     }
     if padding:
         settings |= {"padding_side": "right", "model_input_names": ["input_ids"]}
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
-    lines = ["#version: 0.2", *(f"{left} {right}" for left, right in merges)]
-    (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=1), encoding="utf-8")
     return base + len(SPECIAL)

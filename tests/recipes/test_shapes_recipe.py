@@ -73,6 +73,15 @@ def small_trainer(vocabulary: Vocabulary, folder: Path, kind: str = "muon", step
     return Trainer(model, loss, LoopOptions(steps=steps, log_every=4, **options), folder, "same")
 
 
+def with_large_weights(vocabulary: Vocabulary, folder: Path) -> joint.Loss:
+    """`small_trainer`'s loss; the language model's weights are far from their small initial values."""
+    loss = small_trainer(vocabulary, folder).loss
+    assert isinstance(loss, joint.Loss)
+    for parameter in loss.language.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return loss
+
+
 # Tokenizer and data -----------------------------------------------------------------------------------------------------------
 
 
@@ -147,11 +156,8 @@ class Scripted(nn.Module):
 
 
 def test_condition_in_training_is_the_condition_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    loss = small_trainer(vocabulary, tmp_path).loss
-    assert isinstance(loss, joint.Loss)
+    loss = with_large_weights(vocabulary, tmp_path)
     language, made = loss.language, loss.pools
-    for parameter in language.parameters():  # far from the small initial values
-        nn.init.normal_(parameter, std=0.2)
     rows = torch.arange(6)
     hidden = networks.hidden_states(language, loss.embed(made.draw.ids[rows].long()), loss.rotary)
     trained = loss.queried(hidden, made.draw.length[rows])
@@ -166,11 +172,8 @@ def test_condition_in_training_is_the_condition_at_inference(vocabulary: Vocabul
 
 
 def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    loss = small_trainer(vocabulary, tmp_path).loss
-    assert isinstance(loss, joint.Loss)
+    loss = with_large_weights(vocabulary, tmp_path)
     language, made = loss.language, loss.pools
-    for parameter in language.parameters():
-        nn.init.normal_(parameter, std=0.2)
     rows = torch.arange(5)
     latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
     hidden = networks.hidden_states(language, loss.after_pictures(rows, latents), loss.shown_rotary)
@@ -314,11 +317,8 @@ def test_additive_conditions_leave_nothing_over(vocabulary: Vocabulary, tmp_path
 
 
 def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:
-    loss = small_trainer(vocabulary, tmp_path).loss
-    assert isinstance(loss, joint.Loss)
+    loss = with_large_weights(vocabulary, tmp_path)
     language, made = loss.language, loss.pools
-    for parameter in language.parameters():
-        nn.init.normal_(parameter, std=0.2)
     rows = torch.arange(6)
     ids, place = made.read.ids[rows].long(), made.image_place
     latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
