@@ -27,11 +27,12 @@ from scale_rae.demo.widgets import (
     remembered,
     removed_if_refused,
     result_panel,
+    run_buttons,
+    runs,
     sampling,
     sampling_fields,
     set_after_error,
     shows_errors,
-    stops,
 )
 from scale_rae.demo.words import bar, note, sentence, whole_number
 from scale_rae.errors import InputError
@@ -102,9 +103,7 @@ def _draw_tab(model: SharedModel, drawn: Any) -> None:
                     SHAPES_PROMPTS, prompt, label="This model knows shapes, and nothing else", api_visibility="private"
                 )
             fields = sampling_fields(model, 4, "draw")
-            with gr.Row():
-                go = gr.Button("Draw", variant="primary", min_width=120, elem_id="draw-go")
-                stop = gr.Button("Stop", min_width=90, elem_id="draw-stop")
+            buttons = run_buttons("draw", "Draw")
         with gr.Column(scale=3, min_width=300):
             results = result_panel("draw", "Drawings")
 
@@ -112,12 +111,7 @@ def _draw_tab(model: SharedModel, drawn: Any) -> None:
         *values, before = rest
         yield from draw_updates(model.draw(text, sampling(*values)), before)
 
-    outputs = [*results.outputs, drawn]
-    events = [
-        model_event(trigger, draw, [prompt, *fields.values, drawn], outputs, results.status)
-        for trigger in (go.click, prompt.submit)
-    ]
-    stops(stop, events, results.status)
+    runs(buttons, prompt, draw, [prompt, *fields.values, drawn], [*results.outputs, drawn], results.status)
 
 
 # --- Look ----------------------------------------------------------------------------------------------------------
@@ -217,9 +211,7 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
                 elem_id="best-metric",
             )
             fields = sampling_fields(model, 6, "best")
-            with gr.Row():
-                go = gr.Button("Draw and rank", variant="primary", min_width=140, elem_id="best-go")
-                stop = gr.Button("Stop", min_width=90, elem_id="best-stop")
+            buttons = run_buttons("best", "Draw and rank", 140)
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML("", elem_id="best-status", elem_classes="status")
             board = gr.HTML("", elem_id="best-board")
@@ -258,11 +250,7 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
         ]
 
     inputs = [prompt, keep, metric, reward, *fields.values, drawn]
-    events = [
-        model_event(trigger, rank_them, inputs, [status, board, files, drawn], status)
-        for trigger in (go.click, prompt.submit)
-    ]
-    stops(stop, events, status)
+    runs(buttons, prompt, rank_them, inputs, [status, board, files, drawn], status)
 
 
 # --- Latent ----------------------------------------------------------------------------------------------------------
@@ -295,9 +283,7 @@ def _latent_tab(model: SharedModel, drawn: Any) -> None:
                 )
                 with gr.Accordion("How to draw", open=False):
                     fields = sampling_fields(model, 1, "latent")
-                with gr.Row():
-                    go = gr.Button("Continue", variant="primary", min_width=120, elem_id="latent-go")
-                    stop = gr.Button("Stop", min_width=90, elem_id="latent-stop")
+                buttons = run_buttons("latent", "Continue")
                 results = result_panel("latent", "Drawn after the latent")
 
     def load(path: str | None) -> list[Any]:
@@ -331,9 +317,4 @@ def _latent_tab(model: SharedModel, drawn: Any) -> None:
             raise InputError("Write a message first: how is it to go on?")
         yield from draw_updates(model.draw(text, sampling(*values), Path(path)), before)
 
-    outputs = [*results.outputs, drawn]
-    events = [
-        model_event(trigger, go_on, [prompt, file, *fields.values, drawn], outputs, results.status)
-        for trigger in (go.click, prompt.submit)
-    ]
-    stops(stop, events, results.status)
+    runs(buttons, prompt, go_on, [prompt, file, *fields.values, drawn], [*results.outputs, drawn], results.status)

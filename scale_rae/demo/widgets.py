@@ -280,9 +280,33 @@ def set_after_error(event: Any, function: Callable[..., Any], outputs: list[Any]
     event.failure(function, outputs=outputs, queue=False, show_progress="hidden", api_visibility="private")
 
 
-def stops(button: Any, events: list[Any], status: Any) -> None:
-    """Makes a button end the events' work."""
-    button.click(
+@dataclass(frozen=True)
+class RunButtons:
+    """The buttons that start and stop the work of a tab."""
+
+    go: Any
+    stop: Any
+
+
+def run_buttons(prefix: str, label: str, width: int = 120) -> RunButtons:
+    """Makes the buttons in a row; `prefix` begins their ids, `width` is the first one's least width in pixels."""
+    with gr.Row():
+        go = gr.Button(label, variant="primary", min_width=width, elem_id=f"{prefix}-go")
+        stop = gr.Button("Stop", min_width=90, elem_id=f"{prefix}-stop")
+    return RunButtons(go, stop)
+
+
+def runs(
+    buttons: RunButtons,
+    prompt: Any,
+    function: Callable[..., Any],
+    inputs: list[Any],
+    outputs: list[Any],
+    status: Any,
+) -> None:
+    """Adds a handler that uses the model: a click or Enter in `prompt` starts it, a click on Stop ends it."""
+    events = [model_event(trigger, function, inputs, outputs, status) for trigger in (buttons.go.click, prompt.submit)]
+    buttons.stop.click(
         lambda: note("Stopped."),
         outputs=status,
         cancels=events,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -18,17 +20,33 @@ pytest.importorskip("gradio", reason="needs the extra `demo`")
 httpx = pytest.importorskip("httpx")  # comes with gradio
 
 
-def test_opens_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None:
-    environment = os.environ | {"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "scale_rae", "demo", "--device", "cpu"]
+@contextlib.contextmanager
+def running(environment: dict[str, str], *options: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """The program and the address that it prints; the block must end it, without an error."""
+    command = [sys.executable, "-m", "scale_rae", "demo", "--device", "cpu", *options]
     program = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heed_interrupts
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        preexec_fn=heed_interrupts,
     )
     try:
         assert program.stdout is not None
         line = program.stdout.readline()
-        address = line.split()[0]
+        address = line.split()[0] if line else str(program.communicate(timeout=300))
         assert address.startswith("http://127.0.0.1:")
+        yield program, address
+        _, errors = program.communicate(timeout=300)
+    finally:
+        program.kill()
+    assert program.returncode == 0
+    assert errors == ""
+
+
+def test_opens_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None:
+    with running({"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}) as (program, address):
         with urllib.request.urlopen(address, timeout=300) as answer:
             text = answer.read().decode()
         assert answer.status == 200
@@ -36,11 +54,6 @@ def test_opens_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None:
             assert f"//{other}" not in text
         assert list(tmp_path.glob("scale-rae-demo-*"))
         program.send_signal(signal.SIGINT)
-        _, errors = program.communicate(timeout=300)
-    finally:
-        program.kill()
-    assert program.returncode == 0
-    assert errors == ""
     assert not list(tmp_path.glob("scale-rae-demo-*"))
 
 
@@ -68,33 +81,25 @@ def test_the_environment_neither_stops_nor_opens_it_and_sigterm_ends_it_while_it
     temporary, output = tmp_path / "tmp", tmp_path / "out"
     temporary.mkdir()
     (temporary / "gradio").touch()  # the folder that gradio would have is another user's
-    environment = os.environ | HOSTILE | {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "scale_rae", "demo", "--device", "cpu", "--output-dir", str(output)]
-    program = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        assert program.stdout is not None
-        line = program.stdout.readline()
-        address = line.split()[0] if line else program.communicate(timeout=300)
-        assert str(address).startswith("http://127.0.0.1:")
-        with httpx.Client(base_url=str(address), trust_env=False, timeout=300) as http:
-            config = http.get("/config").json()
-            assert config["root"] == address
-            assert http.get("/gradio_api/file=/etc/hostname").status_code == 404
-            listening = {c.laddr.ip for c in psutil.Process(program.pid).net_connections() if c.status == "LISTEN"}
-            assert listening == {"127.0.0.1"}
-            (go,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "draw-go"]
-            function = next(d["id"] for d in config["dependencies"] if [go, "click"] in [list(t) for t in d["targets"]])
-            data = ["a red circle", 16, 1.0, 250, "euler", "1", None]
-            body = {"data": data, "fn_index": function, "session_hash": "s"}
-            assert http.post("/gradio_api/queue/join", json=body).status_code == 200
-            with http.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
-                next(text for text in stream.iter_lines() if "Step" in text)
-                program.send_signal(signal.SIGTERM)
-                _, errors = program.communicate(timeout=300)
-    finally:
-        program.kill()
-    assert program.returncode == 0
-    assert errors == ""
+    environment = HOSTILE | {"TMPDIR": str(temporary), "HF_HUB_OFFLINE": "1"}
+    with (
+        running(environment, "--output-dir", str(output)) as (program, address),
+        httpx.Client(base_url=address, trust_env=False, timeout=300) as http,
+    ):
+        config = http.get("/config").json()
+        assert config["root"] == address
+        assert http.get("/gradio_api/file=/etc/hostname").status_code == 404
+        listening = {c.laddr.ip for c in psutil.Process(program.pid).net_connections() if c.status == "LISTEN"}
+        assert listening == {"127.0.0.1"}
+        (go,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "draw-go"]
+        function = next(d["id"] for d in config["dependencies"] if [go, "click"] in [list(t) for t in d["targets"]])
+        data = ["a red circle", 16, 1.0, 250, "euler", "1", None]
+        body = {"data": data, "fn_index": function, "session_hash": "s"}
+        assert http.post("/gradio_api/queue/join", json=body).status_code == 200
+        with http.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:
+            next(text for text in stream.iter_lines() if "Step" in text)
+            program.send_signal(signal.SIGTERM)
+            program.wait(timeout=300)  # the page ends while a visitor is connected
     assert [path.name for path in temporary.iterdir()] == ["gradio"]
     assert list(output.iterdir()) == []
 
