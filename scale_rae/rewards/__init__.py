@@ -32,7 +32,7 @@ class Reward(Protocol):
         """One of `REWARDS`."""
 
     def identity(self) -> dict[str, Any]:
-        """{"name"} and what pins its files: for each part {"name", "revision"} or {"name", "files": {file: SHA-256}}."""
+        """{"name"}, and for each part {"name", "revision"} or {"name", "files": {file: SHA-256}}."""
 
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """One score per picture, higher if it shows the prompt better; pictures may differ in size."""

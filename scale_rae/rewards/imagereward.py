@@ -22,7 +22,6 @@ from scale_rae.errors import CheckpointError
 from scale_rae.hub import Source
 from scale_rae.images import Picture
 from scale_rae.jsonio import Fields, read_json
-from scale_rae.provenance import file_record
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -74,11 +73,8 @@ class ImageReward:
         self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
-        """What pins weights and tokenizer."""
-        identity = {"name": self.name, "weights": file_record(self.source)}
-        if self.tokenizer_source.folder != self.source.folder:
-            identity["tokenizer"] = file_record(self.tokenizer_source)
-        return identity
+        """The reward's name, and the files or commits of weights and tokenizer."""
+        return parts.identity(self.name, self.source, "tokenizer", self.tokenizer_source)
 
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:

@@ -17,6 +17,7 @@ from scale_rae.files import check_file
 from scale_rae.hub import Source, find, import_hub
 from scale_rae.images import Picture, as_rgb
 from scale_rae.jsonio import read_json
+from scale_rae.provenance import file_record
 from scale_rae.tokenizer_file import read_qwen2, read_tokenizer_json, reading
 
 if TYPE_CHECKING:
@@ -34,10 +35,12 @@ Module = TypeVar("Module", bound=nn.Module)
 def locate(
     model: ScaleRAE, reward: str, repo: str, needs: str, path: str | None = None, files: tuple[str, ...] = ()
 ) -> Source:
-    """A reward's weights: the folder `path`, or what `hub.find` finds by the hub id `repo`; `needs` says it in words.
+    """A reward's weights: the folder `path`, or those that `hub.find` finds by the hub id `repo`.
+
+    `needs` names the files in the error message.
 
     Raises:
-        ScaleRAEError: of the kind that `find` raises; it names where the files come from and the alternatives.
+        ScaleRAEError: as `hub.find`; the message also says where the files come from, and names alternatives.
     """
     try:
         return find(path or repo, "reward", model.source.folder, files=files)
@@ -48,7 +51,7 @@ def locate(
 
 
 def locate_part(model: ScaleRAE, reward: str, repo: str, what: str, first: str) -> Source:
-    """A tokenizer or processor that isn't beside a reward's weights, by the hub id `repo`; `first` is the file it must have."""
+    """A tokenizer or processor that is not beside a reward's weights, by the hub id `repo`. The file `first` must exist."""
     try:
         return find(repo, what, model.source.folder, files=(first, *(f for f in TOKENIZER_FILES if f != first)))
     except ScaleRAEError as e:
@@ -58,7 +61,7 @@ def locate_part(model: ScaleRAE, reward: str, repo: str, what: str, first: str) 
 
 
 def require(folder: Path, files: Sequence[str], reward: str, repo: str) -> None:
-    """Raises CheckpointError for files that a reward's folder lacks, as `locate` does."""
+    """Raises CheckpointError if a reward's folder lacks one of `files`; the message is as `locate`'s."""
     if missing := [file for file in files if not (folder / file).is_file()]:
         lacks = " and no ".join(missing)
         raise CheckpointError(f"{folder}: no {lacks}. {_origin(reward, repo, ' and '.join(files))} there, {INSTEAD}")
@@ -68,11 +71,17 @@ def _origin(reward: str, repo: str, needs: str) -> str:
     return f"The reward {reward} needs the {needs} of https://huggingface.co/{repo}: copy them"
 
 
+def identity(reward: str, source: Source, part: str, part_source: Source) -> dict[str, Any]:
+    """`Reward.identity` of a reward whose `part` (its tokenizer, say) may lie in another folder than its weights."""
+    found = {"name": reward, "weights": file_record(source)}
+    return found if part_source.folder == source.folder else found | {part: file_record(part_source)}
+
+
 def build(make: Callable[[], Module], where: Path) -> Module:
-    """A network of transformers on the meta device: no memory, no random weights; its places count from 0.
+    """A network of transformers on the meta device, without memory for its weights. Position ids are computed.
 
     Raises:
-        ConfigError: naming `where` the sizes come from, when they make no network.
+        ConfigError: the library cannot build it; the message names `where` the sizes come from.
     """
     import_hub()
     try:
@@ -81,24 +90,24 @@ def build(make: Callable[[], Module], where: Path) -> Module:
     except Exception as e:  # the library's many ways to refuse a config
         raise ConfigError(f"{where}: not a usable config ({last_line(e)})") from e
     for owner in module.modules():
-        if "position_ids" in owner._buffers:  # the one thing in these networks that is computed
+        if "position_ids" in owner._buffers:  # the only buffer that is computed
             count = owner.get_buffer("position_ids").shape[-1]
             owner._buffers["position_ids"] = torch.arange(count)[None]
     return module
 
 
 def check_depth(reader: TensorReader, config: Any, path: Path) -> None:
-    """Raises ConfigError for a network of more layers than its weights can have."""
+    """Raises ConfigError if a network has more layers than its weights have tensors."""
     layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
     if isinstance(layers, int):
         reader.check_depth(layers, "num_hidden_layers", path)
 
 
 def read_tokenizer(folder: Path, kind: str) -> Tokenizer:
-    """A folder's tokenizer of a `kind` ("bert", "clip", "qwen2"), which decides what files other than tokenizer.json mean.
+    """The tokenizer in a folder: tokenizer.json, else the files of its `kind` ("bert", "clip", "qwen2").
 
     Raises:
-        CheckpointError: naming the folder, when there is none or it is damaged.
+        CheckpointError: there is no tokenizer, or it is damaged; the message names the folder.
     """
     from tokenizers.implementations.bert_wordpiece import BertWordPieceTokenizer
 

@@ -21,7 +21,6 @@ from scale_rae.errors import CheckpointError, ConfigError, last_line
 from scale_rae.hub import Source, import_hub, weight_files
 from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
-from scale_rae.provenance import file_record
 from scale_rae.rewards import parts
 
 if TYPE_CHECKING:
@@ -82,11 +81,8 @@ class PickScore:
         self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
-        """What pins weights, tokenizer and image processor."""
-        identity = {"name": self.name, "weights": file_record(self.source)}
-        if self.processor_source.folder != self.source.folder:
-            identity["processor"] = file_record(self.processor_source)
-        return identity
+        """The reward's name, and the files or commits of weights, tokenizer and image processor."""
+        return parts.identity(self.name, self.source, "processor", self.processor_source)
 
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:

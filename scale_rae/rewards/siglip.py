@@ -92,7 +92,7 @@ class SiglipReward:
         self._memory_errors = model.memory_errors
 
     def identity(self) -> dict[str, Any]:
-        """What pins the encoder's folder."""
+        """The reward's name, and the files or commit of the encoder."""
         return {"name": self.name, "weights": file_record(self.source)}
 
     def text_embeds(self, text: str) -> Tensor:
