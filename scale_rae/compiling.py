@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
-MOST_SHAPES = 4096  # that a function is compiled for
-COMPILE_PAYS = 8e15  # operations that repay the seconds of compiling: those of 130 images by the 2.4B DiT
+MOST_SHAPES = 4096  # shapes per compiled function
+COMPILE_PAYS = 8e15  # operations from which compiling pays: those of 130 images with the 2.4B DiT
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled for each shape it meets, whole or with an error.
+    """The function, compiled for each shape that it is called with; if it cannot be compiled as a whole, it raises.
 
     Compiled code is kept between runs, in $TORCHINDUCTOR_CACHE_DIR or the user's cache folder.
     """
@@ -25,7 +25,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scale_rae" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
-    # Every batch size is a compilation of the same function; torch gives up at 8, and at 256 in all.
+    # Each batch size is compiled; by default, torch stops compiling a function after 8 shapes, and after 256 in all.
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, name, max(MOST_SHAPES, getattr(torch._dynamo.config, name)))
     return torch.compile(function, dynamic=False, fullgraph=True)
@@ -62,12 +62,14 @@ class CompilePolicy:
         """Whether compiled code is to draw a batch; `is_compiled` says that there is code for its size already."""
         if self.choice != "auto":
             return self.choice == "on"
-        expected = max(self.expected, self.drawn[images, prompts])  # who has drawn many will draw more
+        expected = max(
+            self.expected, self.drawn[images, prompts]
+        )  # a program that has drawn many images will draw more
         return self.on_cuda and (is_compiled or expected * evaluations * self.operations >= COMPILE_PAYS)
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
-    """On CUDA, what PyTorch may choose from: not cuDNN's attention, which makes a plan for every shape it meets."""
+    """For a `with`: on CUDA, PyTorch does not use cuDNN's attention, which makes a plan for every new shape."""
     if device.type != "cuda":
         return nullcontext()
     from torch.nn.attention import SDPBackend, sdpa_kernel

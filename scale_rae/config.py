@@ -12,7 +12,7 @@ from scale_rae.errors import ConfigError
 from scale_rae.jsonio import MOST_COUNT, Fields, read_json
 
 MODEL_TYPE = "cambrian_qwen"
-# Limits far beyond any checkpoint: a damaged file beyond them would keep us building for hours before it fails.
+# Limits far beyond any checkpoint: building a network beyond them would take hours before it fails.
 _DEEPEST, _MOST_TOKENS = 1 << 10, 1 << 14
 _WIDEST_HEAD = 1 << 10  # a rotary table has tokens x width of a head numbers
 LARGEST_NUMBER = 1 << 24  # in a config that a library reads
@@ -67,7 +67,7 @@ class ScaleRAEConfig:
 
 
 def check_numbers(raw: dict[str, Any], path: Path, most: int) -> None:
-    """Raises ConfigError when a number anywhere in a config is larger than `most`: libraries allocate what they say."""
+    """Raises ConfigError if any number in a config is larger than `most`, since libraries allocate memory by it."""
     for field, value in raw.items():
         waiting = [value]
         while waiting:
@@ -79,7 +79,7 @@ def check_numbers(raw: dict[str, Any], path: Path, most: int) -> None:
 
 
 def library_fields(raw: dict[str, Any], path: Path) -> dict[str, Any]:
-    """The fields of a network's config that transformers may see: none that stands for labels, no number without bound.
+    """The fields of a network's config that transformers gets: without labels, and with bounded numbers.
 
     Raises:
         ConfigError: naming the file and the field.

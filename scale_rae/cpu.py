@@ -20,17 +20,17 @@ from torch import Tensor
 from scale_rae.memory import out_of_memory
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
-_KEPT = 256 << 20  # bytes free at the end of the heap that stay there
-_LARGE = 32 << 20  # bytes from which memory is the system's again at once; glibc takes no more
+_KEPT = 256 << 20  # free bytes that are kept at the end of the heap
+_LARGE = 32 << 20  # larger blocks are returned to the system at once; glibc's upper limit
 
 
 @functools.cache
 def keep_freed_memory() -> bool:
-    """Whether glibc now keeps freed memory, for the whole process.
+    """Makes glibc keep freed memory, for the whole process; returns whether it does.
 
-    By default glibc returns what a layer frees to the system when it is large, and the next layer's memory comes in page
-    by page, which takes a third of the time of batches of images. Up to 256 MiB stay with the process instead. Nothing
-    changes where another C library is in use, or where the environment sets glibc's own thresholds.
+    By default, glibc returns a layer's large blocks to the system, and gets memory for the next layer page by page, which takes a
+    third of the time of batches of images. Instead, the process keeps up to 256 MiB. Nothing changes with another C library, or if
+    the environment sets glibc's own thresholds.
     """
     if platform.libc_ver()[0] != "glibc" or _sets_thresholds(os.environ):
         return False
@@ -58,10 +58,10 @@ def one_thread() -> Iterator[int]:
 
 
 def exact_batch(most: int, draws: Sequence[Callable[[int], Sequence[Tensor]]]) -> int:
-    """The largest of `most` and its halves whose batches draw, to the bit, what drawing one at a time draws.
+    """The largest batch size, of `most` and its halves, whose latents equal those drawn one at a time, to the bit.
 
-    Each of `draws` draws the same latents whenever it is called, in batches of the size given. Sizes that run out of memory
-    are skipped. Call this with one thread of arithmetic, as images will be drawn.
+    Each of `draws` draws the same latents whenever it is called, in batches of the given size. Sizes that run out of memory
+    are skipped. Call this with one thread of arithmetic, as for the later images.
     """
     alone: list[Sequence[Tensor]] = []
     size = most

@@ -38,7 +38,7 @@ class GraphMemory:
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                     output = function()
-            except RuntimeError as e:  # ending a capture that memory ran out in fails too, and hides why
+            except RuntimeError as e:  # if memory runs out in a capture, ending it fails too, which hides the cause
                 if isinstance(e.__context__, torch.OutOfMemoryError):
                     raise e.__context__ from None
                 raise
@@ -82,7 +82,7 @@ class Captures:
     def run(
         self, key: Hashable, function: Callable[..., Tensor], *inputs: Tensor, when_it_comes_again: bool = True
     ) -> Tensor:
-        """`function(*inputs)`. Capturing takes three runs, so by default a key is captured when it comes again."""
+        """`function(*inputs)`. Capturing takes three runs, so by default a key is captured at its second run."""
         if not self.enabled:
             return function(*inputs)
         captured = self._graphs.pop(key, None)

@@ -21,7 +21,7 @@ from scale_rae.hub import import_hub, weight_files
 from scale_rae.jsonio import Fields, read_json, shortened
 
 SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")
-LARGEST_IMAGE = 2048  # pixels along an edge, and the most that any number in a preprocessor's config may be
+LARGEST_IMAGE = 2048  # pixels along an edge; also the limit for any number in a preprocessor's config
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
 
 
@@ -62,7 +62,7 @@ class Encoder:
         self.image_mean: list[float] = [float(x) for x in self._preprocessor["image_mean"]]
         self.image_std: list[float] = [float(x) for x in self._preprocessor["image_std"]]
         side = _plain_side(self._preprocessor, self.kind)
-        if side is None:  # an unusual one, which has to be tried
+        if side is None:  # an unusual preprocessor: its side is found by running it
             side = self._processor_and_side[1]
         self._config = config = _read_vision_config(folder, self.kind)
         self.channels: int = config.width
@@ -139,7 +139,7 @@ _PLAIN_FIELDS = _PLAIN | {
 def _plain_side(raw: dict[str, Any], kind: str) -> int | None:
     """The side of the images that a preprocessor of the published form makes; None for one of another form.
 
-    Drawing needs no more of the preprocessor, and importing transformers' takes a second.
+    Drawing needs only this number, and importing transformers' image processors takes a second.
     """
     published = "BitImageProcessor" if kind == "dinov2" else "SiglipImageProcessor"
     name = raw.get("image_processor_type", published)
@@ -160,8 +160,8 @@ def _plain_side(raw: dict[str, Any], kind: str) -> int | None:
 def _load_processor(raw: dict[str, Any], path: Path, kind: str) -> tuple[Any, int]:
     """The image processor of a preprocessor_config.json, on Pillow, and the side of the images it makes.
 
-    Pillow's resize on every machine, with or without torchvision, so that an image means one latent. The classes are
-    asked for by name: transformers' AutoImageProcessor wants torchvision in some versions even for these.
+    Pillow resizes on every machine, with or without torchvision, so an image has the same latent everywhere. The classes are
+    chosen by name, because some versions of transformers' AutoImageProcessor require torchvision even for these.
     """
     import_hub()
     from transformers import BitImageProcessorPil, SiglipImageProcessorPil
@@ -234,7 +234,7 @@ _DINO = _SIZES | {"patch_size": (14, 1 << 13)}
 
 
 def _load_vision_model(folder: Path, kind: str, sizes: VisionConfig, dtype: torch.dtype) -> nn.Module:
-    """Our reader reads the weights, so that what it refuses is refused here too; transformers knows where they go."""
+    """transformers builds the network and knows the parameters' names; our reader reads the weights, with its checks."""
     import_hub()
     from transformers import Dinov2Config, Dinov2Model, SiglipVisionConfig, SiglipVisionModel
     from transformers.utils import logging

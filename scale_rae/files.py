@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 _PIPE_WAIT = 10  # seconds
 _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
-_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # what systems and file systems without it answer
+_UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # errors of systems and file systems that cannot exchange
 
 
 def is_lfs_pointer(start: bytes) -> bool:
@@ -135,7 +135,7 @@ def _start_of_pipe(file: FileIO) -> bytes | None:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Swaps what two names of one folder stand for, in one step that nobody sees half done; false where that is not known.
+    """Exchanges two names in one folder atomically; false if the system cannot do that.
 
     Raises:
         OSError: as a rename does.

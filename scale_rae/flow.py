@@ -4,9 +4,12 @@ x_t = (1 - t) data + t noise and v = noise - data, so dx/dt = v: sampling starts
 The state is float32 [B, C, S, S]; `velocity(x, t)` takes it and the time all images share, and returns the same shape.
 
 A schedule is a function `(steps, shift) -> times`, where `times` has the (from, to) times of each step. A solver is a function
-`(velocity, x, times, callback) -> x` that works on any schedule. SAMPLERS names the pairs of solver and schedule that can
-be chosen. `callback(evaluation, evaluations, t, x, v)`, called after each network evaluation with the state before the step,
-lets a caller show progress or preview the data estimate x - t v.
+`(velocity, x, now, then, memory) -> (x, memory)` that takes one step; `memory` is what a multistep solver keeps from the step
+before, None at the first. SAMPLERS names the pairs of solver and schedule that can be chosen. `solve` takes all steps, and
+`advance` some of them, so that images can be looked at on their way, and dropped.
+
+`callback(evaluation, evaluations, t, x, v)`, called after each network evaluation with the state that was evaluated, lets a
+caller show progress or preview the data estimate x - t v.
 """
 
 from __future__ import annotations
@@ -24,7 +27,8 @@ from scale_rae.options import TRAINING_STEPS
 Velocity = Callable[[Tensor, float], Tensor]
 StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
 Times = Sequence[tuple[float, float]]  # (from, to) of each step
-Solver = Callable[[Velocity, Tensor, Times, StepCallback | None], Tensor]
+Memory = tuple[Tensor, float] | None  # of a multistep solver: values like x of the step before, and a number that all images share
+Solver = Callable[[Velocity, Tensor, float, float, Memory], tuple[Tensor, Memory]]
 
 
 def time_shift(channels: int, tokens: int, base_dim: int) -> float:
@@ -69,79 +73,52 @@ def exact_times(steps: int, shift: float) -> Times:
 # --- solvers ---------------------------------------------------------------------------------------------------------
 
 
-def euler(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+def euler(velocity: Velocity, x: Tensor, now: float, then: float, memory: Memory = None) -> tuple[Tensor, Memory]:
     """Euler's method: x' = x + (t' - t) v."""
-    x = noise
-    for i, (now, then) in enumerate(times):
-        v = velocity(x, now)
-        if callback:
-            callback(i + 1, len(times), now, x, v)
-        x = torch.add(x, v, alpha=then - now)  # one kernel
-    return x
+    return torch.add(x, velocity(x, now), alpha=then - now), None  # one kernel
 
 
-def heun(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+def heun(velocity: Velocity, x: Tensor, now: float, then: float, memory: Memory = None) -> tuple[Tensor, Memory]:
     """Heun's second order method: two evaluations a step, but one in a step that ends at t = 0, which is Euler's.
 
     Source: Karras et al. 2022 (EDM), algorithm 1.
     """
-    evaluations, done = len(starts_and_ends(times)), 0
-    x = noise
-    for now, then in times:
-        v = velocity(x, now)
-        done += 1
-        if callback:
-            callback(done, evaluations, now, x, v)
-        ahead = x + (then - now) * v
-        if then > 0:
-            v_then = velocity(ahead, then)
-            done += 1
-            if callback:
-                callback(done, evaluations, then, ahead, v_then)
-            ahead = x + (then - now) * 0.5 * (v + v_then)
-        x = ahead
-    return x
+    v = velocity(x, now)
+    ahead = x + (then - now) * v
+    if then > 0:
+        v_then = velocity(ahead, then)
+        ahead = x + (then - now) * 0.5 * (v + v_then)
+    return ahead, None
 
 
-def dpmpp_2m(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+def dpmpp_2m(velocity: Velocity, x: Tensor, now: float, then: float, memory: Memory = None) -> tuple[Tensor, Memory]:
     """DPM-Solver++(2M) for a flow: second order, one evaluation a step, multistep in data predictions.
 
     With alpha = 1 - t, sigma = t, lambda = log(alpha / sigma), h the step in lambda and D = x - t v the data estimate:
     x' = (sigma' / sigma) x + alpha' (1 - e^-h) D̃, where D̃ extrapolates the last two estimates to the step's middle.
-    1 - e^-h equals 1 - (sigma' alpha) / (alpha' sigma), which stays finite at both ends. Source: Lu et al. 2022
-    (2211.01095), algorithm 2.
+    1 - e^-h equals 1 - (sigma' alpha) / (alpha' sigma), which stays finite at both ends. The memory is (D, h). Source: Lu et
+    al. 2022 (2211.01095), algorithm 2.
     """
-    x, previous = noise, None
-    previous_h = math.inf
-    for i, (now, then) in enumerate(times):
-        v = velocity(x, now)
-        if callback:
-            callback(i + 1, len(times), now, x, v)
-        data = x - now * v
-        estimate = data
-        h = math.inf if now == 1 or then == 0 else math.log((1 - then) / then) - math.log((1 - now) / now)
-        if previous is not None and math.isfinite(h) and math.isfinite(previous_h):
-            estimate = data + (h / (2 * previous_h)) * (data - previous)
-        x = (then / now) * x + ((1 - then) - then * (1 - now) / now) * estimate
-        previous, previous_h = data, h
-    return x
+    data = x - now * velocity(x, now)
+    estimate = data
+    h = math.inf if now == 1 or then == 0 else math.log((1 - then) / then) - math.log((1 - now) / now)
+    if memory is not None and math.isfinite(h) and math.isfinite(memory[1]):
+        previous, previous_h = memory
+        estimate = data + (h / (2 * previous_h)) * (data - previous)
+    return (then / now) * x + ((1 - then) - then * (1 - now) / now) * estimate, (data, h)
 
 
-def ab2(velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None) -> Tensor:
+def ab2(velocity: Velocity, x: Tensor, now: float, then: float, memory: Memory = None) -> tuple[Tensor, Memory]:
     """Adams-Bashforth of second order in v: one evaluation a step, multistep, first step Euler's.
 
     With d the step and d₀ the one before: x' = x + d (v + d / (2 d₀) (v - v₀)). A straight path, whose v is constant, is
-    followed exactly. Source: any text on linear multistep methods, with variable steps.
+    followed exactly. The memory is (v, d). Source: any text on linear multistep methods, with variable steps.
     """
-    x, previous, previous_d = noise, None, 1.0
-    for i, (now, then) in enumerate(times):
-        v = velocity(x, now)
-        if callback:
-            callback(i + 1, len(times), now, x, v)
-        d = then - now
-        x = x + d * (v if previous is None else v + d / (2 * previous_d) * (v - previous))
-        previous, previous_d = v, d
-    return x
+    v, d = velocity(x, now), then - now
+    if memory is None:
+        return x + d * v, (v, d)
+    previous, previous_d = memory
+    return x + d * (v + d / (2 * previous_d) * (v - previous)), (v, d)
 
 
 def starts(times: Times) -> list[float]:
@@ -152,6 +129,14 @@ def starts(times: Times) -> list[float]:
 def starts_and_ends(times: Times) -> list[float]:
     """The times at which `heun` evaluates the velocity, in order."""
     return [t for now, then in times for t in ((now, then) if then > 0 else (now,))]
+
+
+class State(NamedTuple):
+    """Images between two steps: x [B, C, S, S], the solver's memory, and how many steps were taken."""
+
+    x: Tensor
+    memory: Memory = None
+    steps: int = 0
 
 
 class Sampler(NamedTuple):
@@ -174,6 +159,33 @@ def evaluation_times(name: str, steps: int, shift: float) -> list[float]:
     """The times at which the sampler called `name` evaluates the velocity, in order."""
     sampler = SAMPLERS[name]
     return sampler.evaluated(sampler.schedule(steps, shift))
+
+
+def advance(
+    sampler: Sampler, velocity: Velocity, state: State, times: Times, stop: int, callback: StepCallback | None = None
+) -> State:
+    """The state after `stop` of the steps `times`."""
+    evaluations, done = len(sampler.evaluated(times)), len(sampler.evaluated(times[: state.steps]))
+
+    def heard(x: Tensor, t: float) -> Tensor:
+        nonlocal done
+        v = velocity(x, t)
+        done += 1
+        if callback:
+            callback(done, evaluations, t, x, v)
+        return v
+
+    x, memory = state.x, state.memory
+    for now, then in times[state.steps : stop]:
+        x, memory = sampler.solver(heard, x, now, then, memory)
+    return State(x, memory, stop)
+
+
+def solve(
+    sampler: Sampler, velocity: Velocity, noise: Tensor, times: Times, callback: StepCallback | None = None
+) -> Tensor:
+    """The data x [B, C, S, S] that noise becomes by all steps of `times`."""
+    return advance(sampler, velocity, State(noise), times, len(times), callback).x
 
 
 # --- guidance --------------------------------------------------------------------------------------------------------

@@ -29,7 +29,7 @@ FORMATS = {
     "AVIF": "AvifImagePlugin",
     "JPEG2000": "Jpeg2KImagePlugin",
 }
-MAX_PIXELS = 100_000_000  # 300 MB as RGB; anything an encoder sees is shrunk to a few hundred pixels a side
+MAX_PIXELS = 100_000_000  # 300 MB as RGB; encoders see a few hundred pixels per side
 MAX_BYTES = 512 << 20  # of a file; MAX_PIXELS of uncompressed RGBA are 381 MiB
 
 _TURNS = {
@@ -43,7 +43,7 @@ _TURNS = {
 }
 _SAMPLE_FORMAT, _UNSIGNED = 339, 1  # a TIFF's tag, and its value for integers that are never negative
 
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damaged files is not for stderr
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # keeps its messages on damaged files from stderr
 
 
 def load_image(path: str | Path) -> Image.Image:
@@ -75,7 +75,7 @@ def decode_image(
         InputError: beginning with `name`, when it is not an image of `formats`, damaged, or over `max_pixels`.
     """
     try:
-        with warnings.catch_warnings(action="ignore"):  # Pillow's, of files that it can read
+        with warnings.catch_warnings(action="ignore"):  # Pillow's warnings about files that it can read
             return _decode(data, max_pixels, formats)
     except InputError as e:
         raise InputError(f"{name}: {e}") from e.__cause__

@@ -9,10 +9,10 @@ from typing import Any, NoReturn
 from scale_rae.errors import ConfigError, ScaleRAEError, first_line
 from scale_rae.files import read_bytes
 
-MOST_BYTES = 32 << 20  # of one JSON file; the largest that a checkpoint brings, an index of shards, has a few MB
+MOST_BYTES = 32 << 20  # per JSON file; the largest in a checkpoint, an index of shards, has a few MB
 
-MOST_DIGITS = 400  # of an integer; no float has more, and their time grows with the square
-MOST_COUNT = 1 << 20  # of what a field counts, where no other limit is given; no published network has so wide a layer
+MOST_DIGITS = 400  # per integer; no float has more, and the time to parse them grows with the square
+MOST_COUNT = 1 << 20  # default limit of a count; no published network has so wide a layer
 _LARGEST_FLOAT = 1e300
 _REQUIRED = object()
 _KINDS = {int: "a whole number", str: "a text", bool: "true or false", list: "a list", dict: "an object"}

@@ -35,7 +35,7 @@ TextListener = Callable[[int, str], bool]
 
 @dataclass
 class Conversation:
-    """Token ids with IMAGE in the place of each latent [L, C]: of `latent`, then of `latents` in turn."""
+    """Token ids with IMAGE in place of each latent [L, C]; first that of `latent`, then those of `latents`."""
 
     ids: list[int]
     latent: Tensor | None = None
@@ -51,8 +51,8 @@ class Conversation:
 class Reply:
     """A reply's token ids, with the logit and confidence of each chosen token (REFERENCE §10).
 
-    `condition` [L, Z], in the model's dtype, is there when the reply asks for an image (its last id is <im_start>), unless
-    drawing was switched off.
+    `condition` [L, Z], in the model's dtype, exists if the reply asks for an image (its last id is <im_start>), unless drawing
+    was switched off.
     """
 
     ids: list[int] = field(default_factory=list)
@@ -76,7 +76,7 @@ class LanguageModel(nn.Module):
         self.config = config
         self.model = Qwen2Modules(config.language)
         self.model.latent_queries = nn.Parameter(torch.zeros(config.tokens, config.hidden_size))
-        if config.vae is None:  # else it is useless: it takes latents of the encoder, and other latents are drawn
+        if config.vae is None:  # else unused: it takes the encoder's latents, but the model draws others
             self.model.mm_projector = _projector(config.channels, config.hidden_size, config.projector_depth)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.condition_projector:
@@ -86,7 +86,7 @@ class LanguageModel(nn.Module):
 
     def _set(self, speed: Speed) -> None:
         self._ahead = speed.ahead
-        # Compiling takes seconds, which only tens of thousands of tokens make up for: "auto" does not.
+        # Not for "auto": only tens of thousands of tokens repay the seconds of compiling.
         self.caches = CachePool(speed.graph, compile_steps=speed.compile == "on")
 
     def with_speed(self, speed: Speed) -> LanguageModel:
@@ -153,7 +153,7 @@ class LanguageModel(nn.Module):
         """Input embeddings [T, H] per conversation: of its tokens, and the projected latent in the place of IMAGE."""
         shown = [latent for c in conversations for latent in c.shown]
         images = iter(self.project(shown) if shown else ())
-        tokens = self.tokens([i for c in conversations for i in c.ids if i != IMAGE])  # all at once, then taken in turn
+        tokens = self.tokens([i for c in conversations for i in c.ids if i != IMAGE])  # all at once, then distributed
         rows, taken = [], 0
         for conversation in conversations:
             parts: list[Tensor] = []

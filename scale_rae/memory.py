@@ -67,7 +67,7 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 class MemoryErrors:
-    """For a `with`: running out of memory raises a DeviceError that says while doing `what`, and what to try."""
+    """For a `with`: if memory runs out, raises a DeviceError that names `what` was being done, and remedies."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype, what: str, remedy: str) -> None:
         self.device, self.what = device, what
@@ -102,10 +102,10 @@ def in_batches(
     remedy: str = "fewer at once",
     release: Callable[[], None] | None = None,
 ) -> list[T]:
-    """The results of `run(start, stop)` for 0 … `count`, in batches of `size`, halved whenever memory runs out.
+    """The results of `run(start, stop)` for 0 … `count`, in batches of `size`, which is halved whenever memory runs out.
 
-    `what` describes a batch, with {} for the number in it; `errors(what, remedy)` makes the MemoryErrors. `release` frees
-    memory before a smaller batch is tried; without it, the error is raised. A warning is logged for each halving.
+    `what` describes a batch in messages, with {} for its size; `errors(what, remedy)` makes the MemoryErrors. `release` frees
+    memory before a smaller batch is tried; without `release`, the error is raised. A warning is logged for each halving.
     """
     done: list[T] = []
     while len(done) < count:
@@ -135,7 +135,7 @@ def largest_batch(
     """The largest batch among 1, 2, 4, … and `most` for which `attempt` leaves at least `least_spare` of the memory.
 
     `spare` returns the share of memory that was free at the peak so far; `release` frees what a failed attempt took. The
-    result is 1 when not even one image fits: then drawing itself fails, and says why.
+    result is 1 even if a single image does not fit: then drawing itself fails with an error.
     """
     fits, size = 1, 1
     while True:
@@ -158,7 +158,7 @@ def largest_batch(
 
 
 def spare_memory(device: torch.device) -> float:
-    """The share of the memory this process can have that was free at its peak; 1 where torch does not say."""
+    """The share of memory available to this process that was free at its peak; 1 if torch does not report it."""
     if device.type != "cuda":
         return 1.0
     free, _ = torch.cuda.mem_get_info(device)

@@ -43,7 +43,7 @@ class Sample:
 
 
 def timestamp() -> str:
-    """The local time, to the second, as file names have it."""
+    """The local time, to the second, in the form used in file names."""
     return time.strftime("%Y%m%d-%H%M%S")
 
 
@@ -129,7 +129,7 @@ def save_run(
 
 
 def _pngs(samples: Sequence[Sample]) -> Iterator[bytes | None]:
-    """The PNG of each sample, None where it has no image; up to four are encoded at once."""
+    """The PNG of each sample, None if it has no image; up to four are encoded at once."""
 
     def png(sample: Sample) -> bytes | None:
         return None if sample.image is None else png_bytes(sample.image, sample.text or {})
@@ -213,13 +213,13 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
     for key, value in text.items():
         info.add_text(key, value)
     buffer = io.BytesIO()
-    # Of a copy: Pillow notes the options on the image while it saves, which two threads with one image would mix up.
+    # Saves a copy: Pillow stores options on the image while it saves, so two threads must not share one.
     image.copy().save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()
 
 
 def latent_bytes(latent: Tensor) -> bytes:
-    """A latent [L, C] float32 as `torch.save` writes it, copied first: a view would bring its base along."""
+    """A latent [L, C] float32 as bytes of `torch.save`; copied first, since a view would be saved with its base."""
     import torch
 
     buffer = io.BytesIO()

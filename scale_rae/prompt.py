@@ -114,8 +114,8 @@ class ChatTokenizer:
 class TextStream:
     """Text of token ids that come one by one, as `decode` has it, in time linear in their number.
 
-    Tokens are parts of UTF-8: half a character waits for its other half. `tokenizers.decoders.DecodeStream` decodes all
-    that waits again for each token, so that its time grows with the square where no token completes a character.
+    Tokens are parts of UTF-8, so half a character waits for its other half. `tokenizers.decoders.DecodeStream` decodes all waiting
+    tokens again for each new token, so its time grows with the square if no token completes a character.
     """
 
     def __init__(self, tokenizer: ChatTokenizer) -> None:
@@ -133,7 +133,7 @@ class TextStream:
         return self.rest()
 
     def rest(self) -> str:
-        """What waits, as it is: bytes that make no character are U+FFFD."""
+        """The text of the waiting tokens; bytes that make no character become U+FFFD."""
         text = self._tokenizer.decode(self._waiting)
         self._waiting.clear()
         return text
@@ -157,9 +157,9 @@ def put_prompt(template: str, prompt: str) -> str:
 
 
 def chat_text(message: str) -> str:
-    """A message in the chat layout as text, with the assistant's turn open: what `ChatTokenizer.chat` gives the ids of.
+    """A message in the chat layout as text, with the assistant's turn open; `ChatTokenizer.chat` gives the ids.
 
-    It is for people and records to read; the model reads the ids, in which a message cannot forge control tokens.
+    This text is for people and records; the model reads the ids, in which a message cannot forge control tokens.
     """
     turns = (("system", SYSTEM), ("user", clean_message(message)))
     return "".join(f"{CHAT_START}{role}\n{text}{CHAT_END}\n" for role, text in turns) + f"{CHAT_START}assistant\n"

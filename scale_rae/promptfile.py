@@ -118,7 +118,7 @@ def _parse_record(line: str, number: int, ordinal: int) -> PromptRecord:
         record = parse_json(line)
     except json.JSONDecodeError as e:
         raise InputError(f"not valid JSON ({e.msg} at column {e.colno})") from e
-    except ValueError as e:  # NaN, numbers of thousands of digits, brackets in brackets in …
+    except ValueError as e:  # NaN, numbers of thousands of digits, deep nesting
         raise InputError(f"not valid JSON ({first_line(e)})") from e
     if not isinstance(record, dict):
         raise InputError(f'must be an object like {{"prompt": "…"}}, not {type(record).__name__}')

@@ -40,7 +40,7 @@ class PartRecords:
             self._records[part] = _Hashing(source)
 
     def results(self) -> dict[str, dict[str, Any] | None]:
-        """For each of PARTS its `file_record`, or None. Waits for the hashes.
+        """The `file_record` of each of PARTS, or None. Waits for the hashes.
 
         A part found inside or beside the model's folder also has "with_model": true.
         """

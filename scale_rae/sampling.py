@@ -102,7 +102,7 @@ class LatentSampler:
             compile = self.policy.compiles(len(seeds), len(condition), len(evaluated), is_compiled)
         conditional, null, both = self.fast_dit.velocities(condition, evaluated, guided, compile)
         velocity = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        latents = self.latents(sampler.solver(velocity, noise(), times, callback))
+        latents = self.latents(flow.solve(sampler, velocity, noise(), times, callback))
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         for seed, is_finite in zip(seeds, finite, strict=True):
             if not is_finite:

@@ -93,15 +93,15 @@ def measure(
     """For each kind of prompt, how often a held-out scene's prompt scores above the same with one attribute changed."""
     rng = random.Random(4321)
     scenes = world.sample(np.random.default_rng(4321), count, world.KINDS, "only")
-    told = [next(p for p in world.true_prompts(scene) if p.tag == scene.kind) for scene in scenes]
-    false = [world.changed(rng, prompt, "any") for prompt in told]
-    texts = [data.captions(words.encoder, [prompt.text for prompt in prompts]) for prompts in (told, false)]
+    true = [next(p for p in world.true_prompts(scene) if p.tag == scene.kind) for scene in scenes]
+    false = [world.changed(rng, prompt, "any") for prompt in true]
+    texts = [data.captions(words.encoder, [prompt.text for prompt in prompts]) for prompts in (true, false)]
     ids = torch.from_numpy(np.stack(texts, 1)).to(device).long()
     latents = pools.latent_pool(siglip, scenes, preset, device).float().view(count, preset.tokens, preset.channels)
     of: dict[str, list[bool]] = defaultdict(list)
     for start in range(0, count, 512):
         logits = scores(siglip, latents[start : start + 512], ids[start : start + 512])
-        for prompt, right in zip(told[start:], (logits[:, 0] > logits[:, 1]).tolist(), strict=False):
+        for prompt, right in zip(true[start:], (logits[:, 0] > logits[:, 1]).tolist(), strict=False):
             of[prompt.tag].append(right)
     return {kind: float(np.mean(of[kind])) for kind in world.KINDS if of[kind]}
 

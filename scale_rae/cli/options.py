@@ -13,7 +13,7 @@ Debug = Annotated[bool, Knob("Show tracebacks and the libraries' own messages.",
 
 @dataclass(frozen=True)
 class OutputOptions:
-    """What is left behind and printed."""
+    """The files that a run writes, and what it prints."""
 
     folder: Annotated[Path, Knob("Folder for results; made if missing.", OUTPUT, name="output_dir")] = Path("outputs")
     save_latent: Annotated[bool, Knob("Also save the latent of each drawn image.", OUTPUT)] = False

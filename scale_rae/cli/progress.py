@@ -143,7 +143,7 @@ class ScalingDisplay:
         return text
 
     def _completed(self) -> int:
-        # Failed prompts draw less than they should; prompts begun in earlier runs too.
+        # Failed prompts, and prompts begun in earlier runs, draw fewer images than planned.
         return min(self._total, max(self._images, self._finished * (self._total // self._todo)))
 
     def _update(self) -> None:

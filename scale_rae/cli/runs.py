@@ -44,16 +44,16 @@ class ModelInput:
 
 
 class Outcome(NamedTuple):
-    """What became of one input."""
+    """The result of one input."""
 
     drew: bool
-    text: str  # of the reply
+    text: str  # the reply
     cut_off: bool  # the reply has as many tokens as allowed
     withheld: bool  # the reply asks for an image, which was not to be drawn
 
 
 def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
-    """The model's files. First come the checks that need no torch; at the end torch is imported, which is slow.
+    """Finds the model's files. Checks that need no torch come first; at the end torch is imported, which is slow.
 
     Raises:
         OptionError: for values that no run can use. ScaleRAEError: for a model that is not there or cannot be used.
@@ -196,7 +196,7 @@ def note_shortcomings(opened: OpenedModel, outcomes: Sequence[Outcome], flag: st
 
 
 def _check_lengths(model: ScaleRAE, inputs: Sequence[ModelInput]) -> None:
-    """Raises InputError, with their places in the file, for prompts that are too long; the pipeline knows no places."""
+    """Raises InputError for prompts that are too long, with their places in the file, which the pipeline does not know."""
     config, problems = model.config, []
     for item in inputs:
         if item.where:

@@ -140,7 +140,7 @@ def by_kind(drawn: Sequence[Drawn]) -> dict[str, Share]:
 
 
 def agreement(model: scale_rae.ScaleRAE, drawn: Sequence[Drawn]) -> dict[str, Share]:
-    """How often the model's yes or no about its own latents is the judge's verdict, apart for right and wrong drawings."""
+    """How often the model's yes or no about its own latents equals the judge's verdict, separately for right and wrong drawings."""
     shown = [item for item in drawn if item.latent is not None]
     said_yes = align(model, [item.latent for item in shown], [item.metadata["prompt"] for item in shown])
     agreed = [yes == item.correct for yes, item in zip(said_yes, shown, strict=True)]
@@ -174,13 +174,13 @@ def alignment(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOu
     """Yes/no accuracy on drawn scenes, balanced between true prompts and prompts with one thing changed, by kind."""
     rng = random.Random(seed)
     scenes = world.sample(np.random.default_rng(seed), count // 2, world.KINDS, held_out)
-    told = [next(p for p in world.true_prompts(scene) if p.tag == scene.kind) for scene in scenes]
+    true = [next(p for p in world.true_prompts(scene) if p.tag == scene.kind) for scene in scenes]
     latents = model.encode(pictures(scenes))
-    false = [world.changed(rng, prompt, "any") for prompt in told]
-    yes = align(model, [*latents, *latents], [prompt.text for prompt in (*told, *false)])
-    truth = [True] * len(told) + [False] * len(false)
+    false = [world.changed(rng, prompt, "any") for prompt in true]
+    yes = align(model, [*latents, *latents], [prompt.text for prompt in (*true, *false)])
+    truth = [True] * len(true) + [False] * len(false)
     groups: dict[str, list[bool]] = defaultdict(list)
-    for prompt, said, is_true in zip((*told, *false), yes, truth, strict=True):
+    for prompt, said, is_true in zip((*true, *false), yes, truth, strict=True):
         for group in (prompt.tag, "true prompts" if is_true else "false prompts", "overall"):
             groups[group].append(said == is_true)
     order = [*world.KINDS, "true prompts", "false prompts", "overall"]

@@ -63,8 +63,9 @@ class Verdict:
 
 
 def judge(image: Image.Image | NDArray[np.uint8], metadata: dict[str, Any]) -> Verdict:
-    """Whether the picture shows exactly what GenEval's `metadata` asks for: every thing in its number, colour and place, nothing
-    else, and nothing unclear. Arguments and errors as `find_objects`."""
+    """Whether the picture shows exactly what GenEval's `metadata` asks for, and nothing else or unclear.
+
+    Number, colour and place of all objects count. Arguments and errors are those of `find_objects`."""
     objects = find_objects(image)
     reasons = [
         f"unclear {thing.color} object at {thing.x:.0f}, {thing.y:.0f}, most like a {thing.shape}"
@@ -113,7 +114,7 @@ def _plane_terms() -> tuple[Float, NDArray[np.bool_]]:
 
 
 def _background(pixels: Float) -> Float:
-    """The light behind the objects, [128, 128, 3]: a plane a channel, fitted to the frame, then to all that is like it."""
+    """The background behind the objects, [128, 128, 3]: a plane per channel, fitted to the frame, then to all similar pixels."""
     terms, frame = _plane_terms()
     flat = pixels.reshape(-1, 3)
     near = _length(flat - np.median(flat[frame], axis=0).astype(np.float32)) < 0.20
@@ -132,7 +133,7 @@ def _length(colors: Float) -> Float:
 
 
 def _regions(pixels: Float, back: Float, mask: NDArray[np.bool_]) -> NDArray[np.int32]:
-    """Number the connected parts of the mask 1, 2, … ([128, 128], 0 outside); parts of two colours are divided."""
+    """The connected parts of the mask, numbered 1, 2, … ([128, 128], 0 outside); parts of two colours are divided."""
     labels, count = ndimage.label(mask)
     inside = ndimage.binary_erosion(mask, iterations=2)  # edges mix colours
     colors = np.full(mask.shape, -1)

@@ -67,7 +67,7 @@ MARGIN = 2.0  # px between an object's circle and the frame
 GAP = 4.0  # px between the circles of two objects
 MAX_TILT = math.radians(15)  # beyond this a square could pass for a diamond
 MIN_DX = 6.0  # px between any two centres in x: reading order (left to right) is never in doubt
-CLEAR = 1.3  # a relation is told only where its axis dominates the other by this factor
+CLEAR = 1.3  # a prompt names a relation only if its axis dominates the other axis by this factor
 RADIUS: NDArray[np.float32] = np.array([[0, 0], [18, 36], [17, 27], [15, 22], [14, 19]], dtype=np.float32)
 """Least and greatest radius, px, by number of objects."""
 
@@ -91,7 +91,7 @@ class Object(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What is said of one picture: the kind it was sampled for (of `SCENE_KINDS`) and its objects, in no spatial order."""
+    """A scene: the kind it was sampled for (one of `SCENE_KINDS`) and its objects, in no spatial order."""
 
     kind: str
     objects: tuple[Object, ...]
@@ -138,7 +138,7 @@ class SceneBatch:
         return self.named(SHAPES, COLORS)
 
     def named(self, shapes: Sequence[str], colors: Sequence[str]) -> Iterator[Scene]:
-        """The scenes with these names in the place of SHAPES and COLORS: longer lists name what else is in the arrays."""
+        """The scenes with these names instead of SHAPES and COLORS. Longer lists also name invented shapes and colours."""
         columns = (self.kind, self.shape, self.color, self.center, self.radius)
         for kind, shape, color, center, radius in zip(*(column.tolist() for column in columns), strict=True):
             yield Scene(
@@ -152,11 +152,11 @@ class SceneBatch:
 
 
 def sample(rng: np.random.Generator, n: int, kinds: Sequence[str] = KINDS, held_out: HeldOut = "exclude") -> SceneBatch:
-    """Draw n scenes, each of a kind chosen evenly from `kinds` (repeat a kind to weigh it).
+    """n random scenes, each of a kind chosen evenly from `kinds`; repeat a kind to choose it more often.
 
-    held_out: "exclude" (training) leaves out every scene that shows a held-out pair; "only" keeps scenes that fall on what their
-    kind can hold out: colors and color_attr a (colour, shape) pair, two_object and position a shape pair, counting a (count,
-    shape) pair, mixed any of them, single_object nothing; "any" does neither.
+    held_out: "exclude" (training) gives no scene that shows a held-out pair. "only" gives scenes with a held-out pair of their
+    kind: (colour, shape) for colors and color_attr, a shape pair for two_object and position, (count, shape) for counting, any of
+    them for mixed; single_object has none. "any" gives all scenes.
     Raises ValueError for an unknown kind or held_out, or no kinds.
     """
     if not kinds or not set(kinds) <= set(SCENE_KINDS):
@@ -195,7 +195,7 @@ def _check_held_out(held_out: str) -> None:
 def _contents(
     rng: np.random.Generator, kind: NDArray[np.int8], held_out: HeldOut
 ) -> tuple[NDArray[np.int8], NDArray[np.int8], NDArray[np.bool_]]:
-    """One try at shapes [N, 4] and colours [N, 4] for scenes of these kinds [N]; which [N] are as wanted."""
+    """One attempt at shapes [N, 4] and colours [N, 4] for scenes of these kinds [N]; and which [N] are usable."""
     n = len(kind)
     of = {name: kind == number for number, name in enumerate(SCENE_KINDS)}
     pair = of["two_object"] | of["position"] | of["color_attr"]
@@ -234,7 +234,7 @@ def _contents(
 def tints(
     rng: np.random.Generator, color: NDArray[np.integer], palette: NDArray[np.float32] = PALETTE
 ) -> NDArray[np.float32]:
-    """RGB [..., 3] in 0..1 of objects whose colours [...] are rows of `palette`, each a little off its colour."""
+    """RGB [..., 3] in 0..1 of objects whose colours [...] are rows of `palette`, each with a small random deviation."""
     rgb: NDArray[np.float32] = palette[color] + rng.uniform(-JITTER, JITTER, (*color.shape, 3)).astype(np.float32)
     return rgb.clip(0, 1)
 
@@ -248,14 +248,15 @@ def is_color_shape(color: NDArray[np.int8], shape: NDArray[np.int8]) -> NDArray[
 def _places(
     rng: np.random.Generator, count: NDArray[np.int_], clear: NDArray[np.bool_]
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Centres [N, 4, 2] and radii [N, 4] of `count` [N] objects apart from each other; pairs in `clear` [N] stand clearly
-    beside or above one another."""
+    """Centres [N, 4, 2] and radii [N, 4] of `count` [N] objects that keep their distance.
+
+    In scenes with `clear` [N], the two objects stand clearly beside or above one another."""
     n = len(count)
     low, high = RADIUS[count].T[:, :, None]
     radius = (low + (high - low) * rng.random((n, MAX_OBJECTS), dtype=np.float32)).astype(np.float32)
     center = np.empty((n, MAX_OBJECTS, 2), dtype=np.float32)
     todo = np.arange(n)
-    while todo.size:  # radii stay: large objects are not to become rare because they are harder to place
+    while todo.size:  # radii stay, so that large objects do not become rare because they are harder to place
         edge = (radius[todo] + MARGIN)[:, :, None]
         tried = edge + (SIZE - 2 * edge) * rng.random((todo.size, MAX_OBJECTS, 2), dtype=np.float32)
         center[todo] = tried
@@ -282,17 +283,17 @@ def shows_held_out(objects: Sequence[Object]) -> bool:
 
 
 class Prompt(NamedTuple):
-    """A prompt of one of the six kinds, taken apart."""
+    """A prompt of one of the six kinds, as its parts."""
 
     tag: str
     shapes: tuple[str, ...]
-    """One shape, or two different ones; of a position prompt the first is the one referred to."""
+    """One shape, or two different ones. A position is relative to the first."""
     colors: tuple[str, ...] = ()
-    """One a shape where the kind names colours."""
+    """One per shape, if the kind names colours."""
     relation: str = ""
     """Where the second shape is, seen from the first (position only)."""
     number: int = 1
-    """How many of each (more than one for counting only)."""
+    """How many objects per shape; more than one only for counting."""
 
     @property
     def text(self) -> str:
@@ -306,7 +307,7 @@ class Prompt(NamedTuple):
 
     @property
     def is_held_out(self) -> bool:
-        """Whether training may not say it: it names a held-out (colour, shape), shape pair or (count, shape)."""
+        """Whether the prompt names a held-out (colour, shape), shape pair or (count, shape), so training may not use it."""
         return (
             self.shapes in _SHAPE_PAIR_SET
             or (self.number, self.shapes[0]) in _COUNT_SET
@@ -315,7 +316,7 @@ class Prompt(NamedTuple):
 
     @property
     def names_held_out_color_shape(self) -> bool:
-        """Whether it names a held-out (colour, shape) pair."""
+        """Whether the prompt names a held-out (colour, shape) pair."""
         return not _COLOR_SHAPE_SET.isdisjoint(zip(self.colors, self.shapes, strict=False))
 
     def metadata(self) -> dict[str, Any]:
@@ -373,7 +374,7 @@ def _is_clear(a: Seen, b: Seen) -> bool:
 def mismatches(metadata: dict[str, Any], objects: Sequence[Seen]) -> list[str]:
     """Why `metadata` (GenEval's form) is not the whole truth about `objects`; empty when it is.
 
-    Strict: every included class in exactly its number and colours, its position if one is given, and nothing else.
+    This is strict: each included class must have its exact number, colours and (if given) position, and nothing else may be there.
     """
     include = metadata["include"]
     expected: Counter[str] = Counter()
@@ -404,9 +405,9 @@ def mismatches(metadata: dict[str, Any], objects: Sequence[Seen]) -> list[str]:
 
 
 def true_prompts(scene: Scene) -> list[Prompt]:
-    """Every prompt that describes the scene, one a kind, things named in the order of `scene.objects`.
+    """Every prompt that describes the scene, one per kind; things are named in the order of `scene.objects`.
 
-    Empty for three or more objects of different shapes. A relation is told only where it is clear (`CLEAR`).
+    Empty for three or more objects of different shapes. Relations are only named if they are clear (`CLEAR`).
     """
     objects = scene.objects
     shapes = tuple(thing.shape for thing in objects)
@@ -417,12 +418,12 @@ def true_prompts(scene: Scene) -> list[Prompt]:
     if len(objects) > 2:
         return []
     first, second = objects
-    told = [Prompt("two_object", shapes)]
+    found = [Prompt("two_object", shapes)]
     if first.color != second.color:
-        told.append(Prompt("color_attr", shapes, (first.color, second.color)))
+        found.append(Prompt("color_attr", shapes, (first.color, second.color)))
     if _is_clear(first, second):
-        told.append(Prompt("position", shapes, relation=relation(second, first)))
-    return told
+        found.append(Prompt("position", shapes, relation=relation(second, first)))
+    return found
 
 
 def metadata(scene: Scene) -> dict[str, Any]:
@@ -434,10 +435,10 @@ def metadata(scene: Scene) -> dict[str, Any]:
 
 
 def changed(rng: random.Random, prompt: Prompt, held_out: Literal["exclude", "any"] = "exclude") -> Prompt:
-    """The prompt with one attribute changed — shape, colour, count, relation, or two objects' colours or places swapped — and so
-    false of every scene of which it was true.
+    """The prompt with one attribute changed, so that it is false of every scene of which the prompt is true.
 
-    With "exclude" the result names nothing held out; raises ValueError if the prompt itself does, as one change may not cure it.
+    The change is a shape, a colour, the count or the relation, or swaps two objects' colours or places. With "exclude", the
+    result names nothing held out. Raises ValueError if the prompt itself does, since one change may not suffice.
     """
     if held_out == "exclude" and prompt.is_held_out:
         raise ValueError(f'"{prompt.text}" is held out of training: pass held_out="any"')
@@ -477,8 +478,8 @@ _CHANGES = {
 def prompts(n_per_kind: int, held_out: HeldOut = "only", seed: int = 0) -> list[dict[str, Any]]:
     """Metadata of n_per_kind prompts of each kind for evaluation, with "index" 0, 1, …, the same for the same arguments.
 
-    A kind's distinct prompts come in random order and repeat only when they are used up (there are but 8 single_object prompts):
-    give every index its own seed. held_out as in `sample`. Raises ValueError for an unknown held_out.
+    A kind's distinct prompts come in random order, and repeat only when all were used (there are only 8 single_object prompts), so
+    give every index its own seed. held_out is as in `sample`. Raises ValueError for an unknown held_out.
     """
     _check_held_out(held_out)
     rng = random.Random(seed)
@@ -536,11 +537,11 @@ REQUEST_WORDINGS = (
     "Generate {prompt}.",
     "Please draw {things}.",
 )
-"""What a user says for a picture: {prompt} is "a photo of …", {things} what follows "a photo of"."""
+"""Requests for a picture: {prompt} is "a photo of …", {things} what follows "a photo of"."""
 HELD_OUT_WORDINGS = ("Could you make {prompt}?", "I would like {prompt}.", "Please create a picture of {things}.")
 """Never used in training."""
 REPLY = "Sure, here it is:"
-"""Said before a picture."""
+"""The reply before a picture."""
 
 CHATS = (
     "Hello",
@@ -594,7 +595,7 @@ _DESCRIBED = re.compile(rf"an? ({'|'.join(COLORS)}) ({'|'.join(SHAPES)})")
 def describe(scene: Scene) -> str:
     """Everything in the picture, left to right by x centre: "a photo of a red circle, a blue star and a black ring."
 
-    It opens like a prompt, so that a prompt's likelihood as an answer (the prompt-loss reward) means something.
+    It begins like a prompt, so that a prompt's likelihood as an answer (`prompt_loss`) is meaningful.
     """
     names = [with_article(f"{t.color} {t.shape}") for t in sorted(scene.objects, key=lambda thing: thing.x)]
     return "a photo of " + listed(names) + "."
@@ -606,7 +607,7 @@ def listed(names: Sequence[str]) -> str:
 
 
 def parse_description(text: str) -> list[tuple[str, str]] | None:
-    """The (colour, shape) pairs of a description in order, or None if it isn't one; "a photo of" and the full stop may lack."""
+    """The (colour, shape) pairs of a description in order, or None. "a photo of" and the full stop may be missing."""
     body = text.strip().removesuffix(".").removeprefix("a photo of ")
     matches = [_DESCRIBED.fullmatch(part) for part in re.split(r", | and ", body)]
     pairs = [(match[1], match[2]) for match in matches if match]
@@ -617,22 +618,22 @@ def parse_description(text: str) -> list[tuple[str, str]] | None:
 def alignments(
     rng: random.Random, scenes: Sequence[Scene], held_out: Literal["exclude", "any"] = "exclude"
 ) -> list[tuple[Prompt, bool]]:
-    """A prompt for each scene and whether it describes the scene, half of them true for each kind of prompt (as nearly as the
-    scenes allow: pass some hundreds at once).
+    """A prompt for each scene, and whether it describes the scene.
 
-    False prompts are true ones with one attribute changed, or name one part of what is there, or more than is there. With
-    "exclude" no prompt names anything held out; raises ValueError if the scenes were not sampled so.
+    For each kind of prompt, half of the prompts are true, as nearly as the scenes allow; pass several hundred scenes at once. A
+    false prompt is a true one with one attribute changed, or names fewer or more objects than there are. With "exclude", no prompt
+    names anything held out; raises ValueError if the scenes were not sampled that way.
     """
     chosen: list[tuple[Prompt, bool]] = []
     other_number: Counter[str] = Counter()
     free: dict[str, list[int]] = {kind: [] for kind in KINDS}
     for place, scene in enumerate(scenes):
-        told = true_prompts(scene)
-        if not told or rng.random() < OTHER_NUMBER:
+        true = true_prompts(scene)
+        if not true or rng.random() < OTHER_NUMBER:
             chosen.append((_other_number(rng, scene, held_out), False))
             other_number[chosen[-1][0].tag] += 1
         else:
-            chosen.append((rng.choice(told), True))
+            chosen.append((rng.choice(true), True))
             free[chosen[-1][0].tag].append(place)
     for kind, places in free.items():
         total = len(places) + other_number[kind]
@@ -643,7 +644,7 @@ def alignments(
 
 
 def _other_number(rng: random.Random, scene: Scene, held_out: Literal["exclude", "any"]) -> Prompt:
-    """A prompt that is true of some of the scene's objects, or of a lone object and others that are not there."""
+    """A prompt that names only some of the scene's objects, or a single object and objects that are not there."""
     objects = scene.objects
     while True:
         if len(objects) > 1:
@@ -652,16 +653,17 @@ def _other_number(rng: random.Random, scene: Scene, held_out: Literal["exclude",
             extra = Object(rng.choice(SHAPES), rng.choice(COLORS), rng.uniform(0, SIZE), rng.uniform(0, SIZE), 0.0)
             same = extra.shape == objects[0].shape
             imagined = (*rng.sample((objects[0], extra), 2), *(extra,) * (rng.randrange(3) if same else 0))
-        told = [p for p in true_prompts(Scene("mixed", imagined)) if held_out == "any" or not p.is_held_out]
-        if told:
-            return rng.choice(told)
+        true = [p for p in true_prompts(Scene("mixed", imagined)) if held_out == "any" or not p.is_held_out]
+        if true:
+            return rng.choice(true)
 
 
 def questions(
     rng: random.Random, scenes: Sequence[Scene], held_out: Literal["exclude", "any"] = "exclude"
 ) -> list[tuple[str, str]]:
-    """One (question, answer) about each scene: alignment (45 %, see `alignments`), description (25 %), and colours, numbers and
-    relations (30 %)."""
+    """One (question, answer) per scene.
+
+    45 % are about alignment (see `alignments`), 25 % ask for a description, 30 % are about colours, numbers and relations."""
     asked: list[tuple[str, str] | None] = [None] * len(scenes)
     aligning = []
     for place, scene in enumerate(scenes):
@@ -679,7 +681,7 @@ def questions(
 
 
 def _detail(rng: random.Random, scene: Scene) -> tuple[str, str]:
-    """A question about one colour, number or relation that the scene decides."""
+    """A question about one colour, number or relation to which the scene has an answer."""
     objects = scene.objects
     shapes = [thing.shape for thing in objects]
     which = rng.randrange(4)
