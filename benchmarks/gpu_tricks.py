@@ -42,7 +42,7 @@ def checks(b: Bench) -> None:
         else:
             c, u, both = FastDiT(dit, speed).velocities(y, times, guidance != 1.0, speed.compile == "on")
             f = flow.guided(c, u, guidance, both=both)
-        return flow.euler(f, noise.to(device), flow.official_times(8, 3.0))
+        return flow.solve(flow.SAMPLERS["euler"], f, noise.to(device), flow.official_times(8, 3.0))
 
     ways: dict[str, tuple[torch.dtype, Speed | None, float]] = {
         "plain": (torch.float32, None, 1e-4),

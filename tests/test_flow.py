@@ -48,13 +48,18 @@ def solve(
 ) -> Tensor:
     """The sampler of that name, on its own schedule."""
     sampler = flow.SAMPLERS[name]
-    return sampler.solver(velocity, noise, sampler.schedule(steps, shift), callback)
+    return flow.solve(sampler, velocity, noise, sampler.schedule(steps, shift), callback)
+
+
+def on_exact_grid(solver: flow.Solver, velocity: flow.Velocity, steps: int, shift: float) -> Tensor:
+    """What a solver makes of NOISE on the exact schedule."""
+    return flow.solve(flow.Sampler(solver, exact_times), velocity, NOISE, exact_times(steps, shift))
 
 
 def order(solver: flow.Solver, velocity: flow.Velocity, exact: Tensor, shift: float) -> float:
     """The slope of log error over log steps on the exact schedule."""
     steps = [256, 512, 1024, 2048]
-    errors = [float((solver(velocity, NOISE, exact_times(n, shift), None) - exact).abs().max()) for n in steps]
+    errors = [float((on_exact_grid(solver, velocity, n, shift) - exact).abs().max()) for n in steps]
     return -float(np.polyfit(np.log(steps), np.log(errors), 1)[0])
 
 
@@ -70,7 +75,7 @@ def test_order_of_convergence(solver: Any, least: float, most: float, shift: flo
 
 @pytest.mark.parametrize(("solver", "least", "most"), ORDERS)
 def test_order_of_convergence_on_a_mixture(solver: Any, least: float, most: float) -> None:
-    exact = heun(mixture, NOISE, exact_times(8192, 3.0))
+    exact = on_exact_grid(heun, mixture, 8192, 3.0)
     assert least <= order(solver, mixture, exact, 3.0) <= most
 
 
@@ -79,8 +84,8 @@ def test_second_order_pays(solver: flow.Solver) -> None:
     exact = MEAN + SPREAD * NOISE
     for steps in (32, 64, 256):
         evaluations = 2 * steps - 1 if solver is heun else steps
-        error = (solver(gaussian, NOISE, exact_times(steps, 3.0), None) - exact).abs().max()
-        assert error < (euler(gaussian, NOISE, exact_times(evaluations, 3.0)) - exact).abs().max()
+        error = (on_exact_grid(solver, gaussian, steps, 3.0) - exact).abs().max()
+        assert error < (on_exact_grid(euler, gaussian, evaluations, 3.0) - exact).abs().max()
 
 
 def test_published_loop_comes_near() -> None:
@@ -150,7 +155,22 @@ def test_times_at_which_a_solver_evaluates(name: str, steps: int) -> None:
 @pytest.mark.parametrize("name", sorted(flow.SAMPLERS))
 def test_any_solver_works_on_any_schedule(name: str) -> None:
     times = [(1.0, 0.7), (0.7, 0.25), (0.25, 0.0)]
-    assert flow.SAMPLERS[name].solver(gaussian, NOISE, times, None).isfinite().all()
+    assert flow.solve(flow.SAMPLERS[name], gaussian, NOISE, times).isfinite().all()
+
+
+@pytest.mark.parametrize("name", sorted(flow.SAMPLERS))
+@pytest.mark.parametrize("stops", [(3,), (1, 2, 6)])
+def test_stopping_on_the_way_changes_nothing(name: str, stops: tuple[int, ...]) -> None:
+    sampler = flow.SAMPLERS[name]
+    times = sampler.schedule(7, 3.0)
+    whole: list[tuple[int, int, float]] = []
+    parts: list[tuple[int, int, float]] = []
+    result = flow.solve(sampler, gaussian, NOISE, times, lambda i, n, t, x, v: whole.append((i, n, t)))
+    state = flow.State(NOISE)
+    for stop in (*stops, len(times)):
+        state = flow.advance(sampler, gaussian, state, times, stop, lambda i, n, t, x, v: parts.append((i, n, t)))
+    assert torch.equal(state.x, result)
+    assert parts == whole
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
