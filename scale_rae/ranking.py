@@ -12,13 +12,27 @@ from scale_rae.errors import InputError, OptionError
 ANSWERS = ("yes", "uncertain", "no")  # in the order of preference
 
 
+REWARD_WEIGHT = 0.5  # of the reward in a mix, where nothing else is chosen
+
+
+@dataclass(frozen=True)
+class Part:
+    """A number of the judgement that a metric mixes, and its share of what the reward's weight leaves."""
+
+    field: str
+    share: float
+    noun: str  # in sentences
+
+
 @dataclass(frozen=True)
 class Metric:
     """One way to order images; a new metric is one entry of TABLE.
 
-    A metric goes by one of three things: the reward, a `field` of the judgement, or the answer. By the answer, images with
-    a yes come first, then the uncertain ones, then those with a no; `answer_field` names the number that orders images
-    with the same answer ("logit" stands for yes_logit and no_logit).
+    A metric goes by one of four things: the reward, a `field` of the judgement, the answer, or the answer and a mix. By the
+    answer, images with a yes come first, then the uncertain ones, then those with a no; `answer_field` names the number
+    that orders images with the same answer ("logit" stands for yes_logit and no_logit). With a `mix`, such images are
+    ordered by w · z(reward) + (1 - w) · Σ share · z(field), where w is the reward's weight and z standardises over the
+    prompt's images.
     """
 
     title: str  # in headings
@@ -27,26 +41,45 @@ class Metric:
     noun: str  # in sentences
     field: str | None = None
     answer_field: str | None = None
+    mix: tuple[Part, ...] = ()
+    without_reward: str | None = None  # the metric that takes a mix's place without rewards; None: the mix alone
+    fewer_fields: str | None = None  # a metric for records that lack a field of the mix
     needs_reward: bool = False
-    mixes_reward: bool = (
-        False  # among images with the same answer, the reward counts beside yes_conf_score, if there is one
-    )
     lower_is_better: bool = False
 
     @property
     def uses_reward(self) -> bool:
         """Whether rewards make a difference."""
-        return self.needs_reward or self.mixes_reward
+        return self.needs_reward or bool(self.mix)
+
+    @property
+    def by_answer(self) -> bool:
+        """Whether images with a yes come first, then the uncertain ones, then those with a no."""
+        return self.answer_field is not None or bool(self.mix)
 
 
 TABLE = {
+    # Shares tuned on recorded drawings with other seeds than those that docs/scaling.md reports. Among images that the model
+    # says yes to, confidence in yes hardly tells right from wrong (mean area under the ROC curve within a prompt 0.41); the
+    # reward (0.66) and confidence in the prompt (0.68) do.
     "combined": Metric(
-        "reward and confidence",
-        "answer, then reward and confidence",
+        "reward and both confidences",
+        "answer, then reward and both confidences",
         "comb.",
         "combined score",
-        answer_field="conf_score",
-        mixes_reward=True,
+        mix=(
+            Part("yes_conf_score", 0.2, "confidence in yes"),
+            Part("prompt_conf_score", 0.8, "confidence in the prompt"),
+        ),
+        fewer_fields="combined_v1",
+    ),
+    "combined_v1": Metric(
+        "reward and confidence in yes",
+        "answer, then reward and confidence in yes",
+        "comb. v1",
+        "combined score",
+        mix=(Part("yes_conf_score", 1.0, "confidence in yes"),),
+        without_reward="answer_conf",
     ),
     "answer_conf": Metric(
         "confidence of the answer", "answer and its confidence", "answer", "confidence", answer_field="conf_score"
@@ -213,15 +246,38 @@ class Ranking:
 
     order: list[int]
     scores: list[float | None]
-    without_reward: bool = False  # `combined` went by confidence alone
+    without_reward: bool = False  # a metric that mixes the reward in went by confidence alone
 
 
-def rank(verdicts: Verdicts, metric: str, reward_weight: float = 0.5, at_least: int = 1) -> Ranking:
+def formula(metric: str, reward_weight: float = REWARD_WEIGHT, with_reward: bool = True) -> str:
+    """What a metric orders images by, in one line: "yes first; 0.5 z(reward) + 0.1 z(yes_conf_score) + …".
+
+    z standardises over the prompt's images. `with_reward` says whether there are rewards.
+    """
+    entry = _goes_by(metric_named(metric), with_reward)
+    if entry.mix:
+        weight = reward_weight if with_reward else 0.0
+        terms = [f"{weight:.4g} z(reward)"] if with_reward else []
+        terms += [f"{(1 - weight) * part.share:.4g} z({part.field})" for part in entry.mix]
+        return f"yes first; {' + '.join(terms)}"
+    if entry.answer_field:
+        return f"yes first; yes_{entry.answer_field} of a yes, -no_{entry.answer_field} of a no"
+    return f"{'-' if entry.lower_is_better else ''}{entry.field or 'reward'}"
+
+
+def _goes_by(metric: str, with_reward: bool) -> Metric:
+    """The metric's entry of TABLE, or the entry that takes its place where there are no rewards."""
+    entry = TABLE[metric]
+    return TABLE[entry.without_reward] if entry.without_reward is not None and not with_reward else entry
+
+
+def rank(verdicts: Verdicts, metric: str, reward_weight: float = REWARD_WEIGHT, at_least: int = 1) -> Ranking:
     """A prompt's images by a metric, best first; images that are equal stay in the order they were drawn.
 
     - `combined`: images with a yes, then the uncertain ones, then those with a no; within each by
-      w · z(reward) + (1 - w) · z(yes_conf_score), where w is `reward_weight` and z standardises over the prompt's images
-      (0 if all are equal). Without rewards, as `answer_conf`.
+      w · z(reward) + (1 - w) · (0.2 · z(yes_conf_score) + 0.8 · z(prompt_conf_score)), where w is `reward_weight` and z
+      standardises over the prompt's images (0 if all are equal). Without rewards, the same without the first term.
+    - `combined_v1`: likewise by w · z(reward) + (1 - w) · z(yes_conf_score). Without rewards, as `answer_conf`.
     - `answer_conf`, `answer_logits`: the answers in the same order; the surest yes first, the surest no last.
     - `image_reward`, `prompt_conf`, `image_conf`, `response_conf`: higher is better; `prompt_loss`: lower.
 
@@ -231,52 +287,57 @@ def rank(verdicts: Verdicts, metric: str, reward_weight: float = 0.5, at_least: 
         InputError: naming the field, when fewer than `at_least` images have what the metric needs.
     """
     metric = metric_named(metric)
-    entry, count = TABLE[metric], verdicts.count
-    without_reward = False
+    count = verdicts.count
+    rewards = verdicts.rewards() if TABLE[metric].uses_reward else None
+    entry = _goes_by(metric, rewards is not None)
+    if entry.needs_reward and rewards is None:
+        missing = "null" if verdicts.names_rewards else "missing"
+        raise InputError(
+            f"{verdicts.where}all_ir_scores is {missing}; --metric {metric} needs a reward of each image, which "
+            "`scale-rae score DIR --reward NAME` adds to an experiment"
+        )
     tiers = [0] * count
-    if entry.needs_reward:
-        rewards = verdicts.rewards()
-        if rewards is None:
-            missing = "null" if verdicts.names_rewards else "missing"
-            raise InputError(
-                f"{verdicts.where}all_ir_scores is {missing}; --metric {metric} needs a reward of each image"
-            )
-        scores, needs = rewards, "all_ir_scores"
-    elif entry.answer_field is None:
-        needs = str(entry.field)
-        scores = [verdicts.score(i, needs) for i in range(count)]
-    else:
+    if entry.by_answer:
         answers = [verdicts.answer(i) for i in range(count)]
         tiers = [ANSWERS.index(answer) if answer is not None else len(ANSWERS) for answer in answers]
-        needs = entry.answer_field
-        scores = [verdicts.answer_score(i, needs) for i in range(count)]
-        if entry.mixes_reward:
-            rewards = verdicts.rewards()
-            without_reward = rewards is None
-            if rewards is not None:
-                sure = [verdicts.score(i, "yes_conf_score") if a is not None else None for i, a in enumerate(answers)]
-                scores = _combine(rewards, sure, reward_weight)
+    scores: Sequence[float | None]
+    if entry.mix:
+        scores = _mixed(verdicts, entry.mix, rewards, reward_weight)
+    elif entry.answer_field is not None:
+        scores = [verdicts.answer_score(i, entry.answer_field) for i in range(count)]
+    elif entry.field is not None:
+        scores = [verdicts.score(i, entry.field) for i in range(count)]
+    else:
+        scores = rewards or []
     scored = [i for i in range(count) if scores[i] is not None]
     if len(scored) < at_least:
-        raise _lacking(verdicts, metric, needs, scores, at_least)
+        raise _lacking(verdicts, metric, entry, scores, at_least)
     sign = 1.0 if entry.lower_is_better else -1.0
     order = sorted(scored, key=lambda i: (tiers[i], sign * (scores[i] or 0.0), i))
-    return Ranking(order + [i for i in range(count) if scores[i] is None], scores, without_reward)
+    without_reward = bool(TABLE[metric].mix) and rewards is None
+    return Ranking(order + [i for i in range(count) if scores[i] is None], list(scores), without_reward)
 
 
-def _combine(
-    rewards: Sequence[float | None], confidences: Sequence[float | None], reward_weight: float
+def _mixed(
+    verdicts: Verdicts, mix: Sequence[Part], rewards: Sequence[float | None] | None, reward_weight: float
 ) -> list[float | None]:
-    both = [
-        (i, reward, sure)
-        for i, (reward, sure) in enumerate(zip(rewards, confidences, strict=True))
-        if reward is not None and sure is not None
-    ]
-    z_reward, z_sure = standardised([r for _, r, _ in both]), standardised([c for _, _, c in both])
-    scores: list[float | None] = [None] * len(rewards)
-    for (i, _, _), r, c in zip(both, z_reward, z_sure, strict=True):
+    """The mixed score of each image; None for an image that was not asked about or lacks a part."""
+    complete: list[int] = []
+    columns: list[list[float]] = [[] for _ in range(len(mix) + 1)]  # the reward first
+    for i in range(verdicts.count):
+        parts = [0.0 if rewards is None else rewards[i], *(verdicts.score(i, part.field) for part in mix)]
+        values = [value for value in parts if value is not None]
+        if verdicts.answer(i) is not None and len(values) == len(parts):
+            complete.append(i)
+            for column, value in zip(columns, values, strict=True):
+                column.append(value)
+    weight = 0.0 if rewards is None else reward_weight
+    z_reward, *z_parts = (standardised(column) for column in columns)
+    scores: list[float | None] = [None] * verdicts.count
+    for place, i in enumerate(complete):
+        rest = sum(part.share * z[place] for part, z in zip(mix, z_parts, strict=True))
         # Rounded, so that scores that are equal on paper tie whatever their last bits.
-        scores[i] = round(reward_weight * r + (1 - reward_weight) * c, 9) + 0.0
+        scores[i] = round(weight * z_reward[place] + (1 - weight) * rest, 9) + 0.0
     return scores
 
 
@@ -289,61 +350,67 @@ def standardised(values: Sequence[float]) -> list[float]:
     return [(v - mean) / spread for v in values] if spread else [0.0] * len(values)
 
 
-def _lacking(verdicts: Verdicts, metric: str, needs: str, scores: Sequence[float | None], at_least: int) -> InputError:
-    """The error that names the first field that is missing."""
+def _lacking(
+    verdicts: Verdicts, metric: str, entry: Metric, scores: Sequence[float | None], at_least: int
+) -> InputError:
+    """The error that names the first field that is missing; the metric goes by `entry`."""
     have = sum(score is not None for score in scores)
     image = next(i for i, score in enumerate(scores) if score is None)
-    if needs == "all_ir_scores":
+    instead = ""
+    if entry.needs_reward:
         name = f"all_ir_scores[{image}]"
     elif not verdicts.responses:
         name = "text_responses"
-    elif not verdicts.response(image):
+    elif not (response := verdicts.response(image)):
         name = f'text_responses["{image}"]'
     else:
-        response = verdicts.response(image)
-        if TABLE[metric].answer_field:
-            given = "yes" if TABLE[metric].mixes_reward and verdicts.rewards_field else verdicts.answer(image)
-            needs = "answer" if verdicts.answer(image) is None else f"{given}_{needs}"
-            if response.get(needs) is not None:  # so the image's reward is null
+        answer = verdicts.answer(image)
+        missing: str | None = entry.field
+        if entry.by_answer and answer is None:
+            missing = "answer"
+        elif entry.answer_field is not None:
+            missing = f"{answer}_{entry.answer_field}"
+        elif entry.mix:
+            missing = next((part.field for part in entry.mix if response.get(part.field) is None), None)
+            if missing is None:
                 return InputError(f"{verdicts.where}all_ir_scores[{image}] is null; --metric {metric} needs it")
-        name = f'text_responses["{image}"].{needs}'
+            if entry.fewer_fields and missing not in [part.field for part in TABLE[entry.fewer_fields].mix]:
+                instead = f"; --metric {entry.fewer_fields.replace('_', '-')} does without"
+        name = f'text_responses["{image}"].{missing}'
     images = "1 image" if at_least == 1 else f"{at_least} images"
     return InputError(
-        f"{verdicts.where}{name} is missing; --metric {metric} needs it of at least {images} ({have} have it)"
+        f"{verdicts.where}{name} is missing; --metric {metric} needs it of at least {images} ({have} have it){instead}"
     )
 
 
 def why_dropped(verdicts: Verdicts, ranking: Ranking, keep: int, metric: str, image: int) -> str | None:
     """A sentence on what `image` lacks against the last of the `keep` kept images; None when it is kept itself."""
-    metric = metric_named(metric)
-    entry = TABLE[metric]
+    entry = _goes_by(metric_named(metric), not ranking.without_reward)
     if ranking.order.index(image) < keep:
         return None
     last = ranking.order[keep - 1]
     score, needed = ranking.scores[image], ranking.scores[last]
-    if entry.answer_field:
+    if entry.by_answer:
         answer, best = verdicts.answer(image), verdicts.answer(last)
         if answer is None:
             return "The model was not asked about it."
         if best is not None and ANSWERS.index(answer) > ANSWERS.index(best):
             said = {"no": "the model says no", "uncertain": "the model says neither yes nor no"}[answer]
             return f"Asked whether it shows the prompt, {said}; the last image kept has a {best}."
-    combined = entry.mixes_reward and not ranking.without_reward
-    name = TABLE["answer_conf"].noun if ranking.without_reward else entry.noun
     if score is None or needed is None:
-        return f"It has no {name}."
+        return f"It has no {entry.noun}."
     if score == needed:
-        return f"Its {name} of {number(score)} is that of the last image kept, which was drawn earlier."
+        return f"Its {entry.noun} of {number(score)} is that of the last image kept, which was drawn earlier."
     side = "above" if entry.lower_is_better else "below"
-    sentence = f"Its {name} of {number(score)} is {side} the {number(needed)} of the last image kept"
-    return f"{sentence}{_parts(verdicts, image, last) if combined else ''}."
+    sentence = f"Its {entry.noun} of {number(score)} is {side} the {number(needed)} of the last image kept"
+    return f"{sentence}{_parts(verdicts, entry.mix, image, last)}."
 
 
-def _parts(verdicts: Verdicts, image: int, last: int) -> str:
-    """The numbers that a combined score is made of, for both images."""
-    rewards = verdicts.rewards() or []
+def _parts(verdicts: Verdicts, mix: Sequence[Part], image: int, last: int) -> str:
+    """The numbers that a mixed score is made of, for both images; empty for a score of one number."""
+    rewards = (verdicts.rewards() or []) if mix else []
     pairs = [("reward", rewards[image], rewards[last])] if rewards else []
-    pairs.append(("confidence in yes", verdicts.score(image, "yes_conf_score"), verdicts.score(last, "yes_conf_score")))
+    pairs += [(part.noun, verdicts.score(image, part.field), verdicts.score(last, part.field)) for part in mix]
     parts = [f"{name} {number(a)} against {number(b)}" for name, a, b in pairs if a is not None and b is not None]
     return f" ({', '.join(parts)})" if parts else ""
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from scale_rae.errors import InputError
-from scale_rae.ranking import METRICS, Verdicts, metric_named, number, rank, standardised, why_dropped
+from scale_rae.ranking import METRICS, TABLE, Verdicts, formula, metric_named, number, rank, standardised, why_dropped
 
 ANSWER = st.sampled_from(["yes", "no", "uncertain"])
 NUMBER = st.one_of(st.floats(-50, 50), st.integers(-2, 2).map(float))  # the integers make ties
@@ -64,7 +64,7 @@ def test_the_order_of_drawing_matters_to_ties_alone(
     assert after.scores == [before.scores[i] for i in moved]
 
     key = [(drawn[i][0]["answer"], before.scores[i]) for i in before.order]
-    answered = metric in ("combined", "answer_conf", "answer_logits")
+    answered = TABLE[metric].by_answer
     again = [(drawn[moved[i]][0]["answer"], after.scores[i]) for i in after.order]
     assert [k if answered else k[1] for k in again] == [k if answered else k[1] for k in key]
 
@@ -78,7 +78,7 @@ def test_ties_go_to_the_lower_index(drawn: list[tuple[dict[str, Any], float]], m
     assert rank(of([drawn[0]] * 5), metric).order == [0, 1, 2, 3, 4]
 
 
-@given(images(), st.sampled_from(["combined", "answer_conf", "answer_logits"]), st.floats(0, 1))
+@given(images(), st.sampled_from([m for m in METRICS if TABLE[m].by_answer]), st.floats(0, 1))
 def test_yes_comes_before_uncertain_before_no(
     drawn: list[tuple[dict[str, Any], float]], metric: str, weight: float
 ) -> None:
@@ -92,18 +92,59 @@ def test_asking_for_more_images_changes_no_order(drawn: list[tuple[dict[str, Any
     assert rank(of(drawn), "combined", at_least=n).order == rank(of(drawn), "combined").order
 
 
-def test_combined_by_hand() -> None:
-    p = verdicts([said("yes", 8), said("yes", 6), said("yes", 7), said("no", 9)], [0.0, 2.0, 1.0, 9.0])
-    rewards, sure = [0.0, 2.0, 1.0, 9.0], [8.0, 6.0, 7.0, 0.0]
+def z(values: list[float]) -> list[float]:
+    mean = sum(values) / len(values)
+    spread = math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    return [(v - mean) / spread for v in values]
 
-    def z(values: list[float]) -> list[float]:
-        mean = sum(values) / 4
-        return [(v - mean) / math.sqrt(sum((w - mean) ** 2 for w in values) / 4) for v in values]
 
-    ranking = rank(p, "combined", 0.25)
-    assert ranking.scores == pytest.approx([0.25 * r + 0.75 * c for r, c in zip(z(rewards), z(sure), strict=True)])
+REWARDS, YES_CONF, PROMPT = [0.0, 2.0, 1.0, 9.0], [8.0, 6.0, 7.0, 0.0], [3.0, 5.0, 1.0, 9.0]
+
+
+def by_hand(rewards: list[float] | None) -> Verdicts:
+    answers = ["yes", "yes", "yes", "no"]
+    judged = [said(a, s or 9.0, prompt_conf_score=p) for a, s, p in zip(answers, YES_CONF, PROMPT, strict=True)]
+    return verdicts(judged, rewards)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
+def test_combined_by_hand(weight: float) -> None:
+    ranking = rank(by_hand(REWARDS), "combined", weight)
+    expected = [
+        weight * r + (1 - weight) * (0.2 * y + 0.8 * p)
+        for r, y, p in zip(z(REWARDS), z(YES_CONF), z(PROMPT), strict=True)
+    ]
+    assert ranking.scores == pytest.approx(expected)
+    assert ranking.order == [*sorted(range(3), key=lambda i: -expected[i]), 3]  # a no comes last whatever its score
+    assert not ranking.without_reward
+
+
+def test_combined_without_rewards_by_hand() -> None:
+    ranking = rank(by_hand(None), "combined", 0.9)
+    assert ranking.scores == pytest.approx([0.2 * y + 0.8 * p for y, p in zip(z(YES_CONF), z(PROMPT), strict=True)])
+    assert ranking.without_reward
+    assert ranking.order == [1, 0, 2, 3]
+
+
+def test_combined_v1_by_hand() -> None:
+    ranking = rank(by_hand(REWARDS), "combined-v1", 0.25)
+    assert ranking.scores == pytest.approx([0.25 * r + 0.75 * c for r, c in zip(z(REWARDS), z(YES_CONF), strict=True)])
     assert ranking.order == [0, 2, 1, 3]
-    assert rank(p, "combined", 1.0).order == [1, 2, 0, 3]
+    assert rank(by_hand(REWARDS), "combined_v1", 1.0).order == [1, 2, 0, 3]
+
+
+def test_formulas() -> None:
+    assert formula("combined") == "yes first; 0.5 z(reward) + 0.1 z(yes_conf_score) + 0.4 z(prompt_conf_score)"
+    assert formula("combined", 0.3) == "yes first; 0.3 z(reward) + 0.14 z(yes_conf_score) + 0.56 z(prompt_conf_score)"
+    assert formula("combined", 0.3, with_reward=False) == "yes first; 0.2 z(yes_conf_score) + 0.8 z(prompt_conf_score)"
+    assert formula("combined-v1", 0.3) == "yes first; 0.3 z(reward) + 0.7 z(yes_conf_score)"
+    assert formula("combined-v1", with_reward=False) == formula("answer_conf")
+    assert formula("answer_logits") == "yes first; yes_logit of a yes, -no_logit of a no"
+    assert (formula("image_reward"), formula("loss"), formula("prompt_conf")) == (
+        "reward",
+        "-prompt_loss",
+        "prompt_conf_score",
+    )
 
 
 def test_what_is_equal_on_paper_is_a_tie() -> None:
@@ -119,10 +160,11 @@ def test_no_spread_counts_nothing() -> None:
     assert standardised([0.0, 5e-324]) == [0.0, 0.0]  # a spread too small to have a square
 
 
-def test_without_rewards_combined_goes_by_confidence() -> None:
+def test_without_rewards_combined_v1_goes_by_the_answers_confidence() -> None:
     responses = [said("no", 9), said("yes", 3), said("no", 2), said("uncertain"), said("yes", 5)]
-    ranking = rank(verdicts(responses), "combined")
+    ranking = rank(verdicts(responses), "combined_v1")
     assert ranking.without_reward
+    assert ranking.scores == [-9, 3, -2, 0, 5]
     assert ranking.order == rank(verdicts(responses), "answer_conf").order == [4, 1, 3, 2, 0]
 
 
@@ -148,7 +190,16 @@ def test_images_that_were_not_asked_about_come_last() -> None:
 @pytest.mark.parametrize(
     ("p", "metric", "message"),
     [
-        (verdicts([said("yes")]), "image_reward", "all_ir_scores is null; --metric image_reward"),
+        (verdicts([said("yes")]), "image_reward", "all_ir_scores is null; --metric image_reward needs a reward"),
+        (verdicts([said("yes")]), "image_reward", "which `scale-rae score DIR --reward NAME` adds"),
+        (
+            verdicts([said("yes", prompt_conf_score=None)], [1.0]),
+            "combined",
+            r'text_responses\["0"\].prompt_conf_score is missing; .* \(0 have it\); --metric combined-v1 does without$',
+        ),
+        (verdicts([said("yes", yes_conf_score=None)], [1.0]), "combined_v1", r"yes_conf_score is missing.*have it\)$"),
+        (verdicts([said("yes", yes_conf_score=None)], [1.0]), "combined", r"yes_conf_score is missing.*have it\)$"),
+        (verdicts([said("no", no_conf_score=None)]), "combined_v1", "no_conf_score is missing"),
         (verdicts([said("yes")] * 3, [1.0, 2.0]), "combined", "all_ir_scores has 2 values for 3 images"),
         (verdicts([said("yes")], ["high"]), "image_reward", r"all_ir_scores\[0\] is 'high', not a number"),
         (verdicts([said("yes")], [True]), "image_reward", r"all_ir_scores\[0\] is True"),
@@ -217,14 +268,23 @@ def test_the_score_and_what_it_is_made_of() -> None:
     text = why(judged_so(["yes", "yes"], [2.0, 1.5], [0.5, -1.25]), 1)
     assert text == (
         "Its combined score of −1 is below the 1 of the last image kept "
+        "(reward −1.25 against 0.5, confidence in yes 1.5 against 2, confidence in the prompt 1.5 against 2)."
+    )
+    text = why(judged_so(["yes", "yes"], [2.0, 1.5]), 1)
+    assert text == (
+        "Its combined score of −1 is below the 1 of the last image kept "
+        "(confidence in yes 1.5 against 2, confidence in the prompt 1.5 against 2)."
+    )
+    text = why(judged_so(["yes", "yes"], [2.0, 1.5], [0.5, -1.25]), 1, metric="combined_v1")
+    assert text == (
+        "Its combined score of −1 is below the 1 of the last image kept "
         "(reward −1.25 against 0.5, confidence in yes 1.5 against 2)."
     )
 
 
-def test_without_a_reward_it_is_the_confidence() -> None:
-    assert (
-        why(judged_so(["yes", "yes"], [2.0, 1.5]), 1) == "Its confidence of 1.5 is below the 2 of the last image kept."
-    )
+def test_without_a_reward_combined_v1_is_the_confidence() -> None:
+    text = why(judged_so(["yes", "yes"], [2.0, 1.5]), 1, metric="combined_v1")
+    assert text == "Its confidence of 1.5 is below the 2 of the last image kept."
 
 
 def test_a_loss_is_above() -> None:
@@ -234,7 +294,7 @@ def test_a_loss_is_above() -> None:
 
 def test_a_tie() -> None:
     text = why(judged_so(["yes", "yes"], [1.0, 1.0]), 1)
-    assert text == "Its confidence of 1 is that of the last image kept, which was drawn earlier."
+    assert text == "Its combined score of 0 is that of the last image kept, which was drawn earlier."
 
 
 def test_no_score() -> None:

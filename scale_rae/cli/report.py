@@ -9,7 +9,7 @@ import typer
 
 from scale_rae.cli.app import say, show
 from scale_rae.cli.select import Debug, Keep, RewardWeight, check_metric
-from scale_rae.ranking import METRICS_HELP
+from scale_rae.ranking import METRICS_HELP, REWARD_WEIGHT
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The experiment: the folder that holds 00000, 00001, ….")]
 Metric = Annotated[
@@ -23,7 +23,7 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: DIR_report.html.")] = None,
     metric: Metric = None,
     keep: Keep = None,
-    reward_weight: RewardWeight = 0.5,
+    reward_weight: RewardWeight = REWARD_WEIGHT,
     thumbnail: Annotated[int, typer.Option(min=16, max=2048, help="Longest side of an image, in pixels.")] = 224,
     debug: Debug = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from scale_rae.cli.app import say, show, show_json
 from scale_rae.errors import InputError
-from scale_rae.ranking import METRICS_HELP, metric_as_given, metric_named
+from scale_rae.ranking import METRICS_HELP, REWARD_WEIGHT, formula, metric_as_given, metric_named
 
 if TYPE_CHECKING:
     from scale_rae.scaling.select import Selection
@@ -37,7 +37,13 @@ Keep = Annotated[
     int | None, typer.Option(min=1, help="Images to keep of each prompt. Default: the experiment's n_samples.")
 ]
 RewardWeight = Annotated[
-    float, typer.Option(min=0.0, max=1.0, help="combined: weight of the reward; the confidence has the rest.")
+    float,
+    typer.Option(
+        min=0.0,
+        max=1.0,
+        help="Weight of the reward; the confidences share the rest. By default, combined: "
+        f"{formula('combined')}; combined_v1: {formula('combined_v1')}. z standardises over a prompt's images.",
+    ),
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 
@@ -49,7 +55,7 @@ def command(
     ] = None,
     metric: Annotated[str, typer.Option(callback=_check_given, help=METRICS_HELP + ".")] = "combined",
     keep: Keep = None,
-    reward_weight: RewardWeight = 0.5,
+    reward_weight: RewardWeight = REWARD_WEIGHT,
     json: Annotated[bool, typer.Option("--json", help="Print selection.json, in one line, and nothing else.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 from scale_rae.cli.app import say, show
 from scale_rae.cli.report import Folder
 from scale_rae.cli.select import Debug, Keep, RewardWeight, check_metric
-from scale_rae.ranking import METRICS_HELP
+from scale_rae.ranking import METRICS_HELP, REWARD_WEIGHT
 
 
 def command(
@@ -18,7 +18,7 @@ def command(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Default: DIR_sheet.png.")] = None,
     metric: Annotated[str, typer.Option(callback=check_metric, help=METRICS_HELP + ".")] = "combined",
     keep: Keep = None,
-    reward_weight: RewardWeight = 0.5,
+    reward_weight: RewardWeight = REWARD_WEIGHT,
     thumbnail: Annotated[int, typer.Option(min=16, max=1024, help="Longest side of an image, in pixels.")] = 128,
     columns: Annotated[
         int | None, typer.Option(min=1, help="Columns of prompts. Default: what makes the sheet about square.")

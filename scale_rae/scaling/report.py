@@ -19,7 +19,7 @@ from scale_rae.ranking import METRICS, TABLE
 from scale_rae.scaling.plots import best_of_n_plots, scatter
 from scale_rae.scaling.reader import Experiment, Prompt, read_experiment
 from scale_rae.scaling.replacing import write_file
-from scale_rae.scaling.select import Selection, choose, yes_share
+from scale_rae.scaling.select import Selection, choose, formula_of, yes_share
 
 
 def write_report(
@@ -109,8 +109,8 @@ def render(
         lower=sorted(name for name, metric in TABLE.items() if metric.lower_is_better),
         # The page may be passed on, so no path of this machine is on it.
         unusable={name: why.replace(f"{experiment.folder}{os.sep}", "") for name, why in unusable.items()},
-        reward_weight=reward_weight,
-        without_reward="combined" in chosen and all(s.ranking.without_reward for s in chosen["combined"]),
+        formulas={name: formula_of(s, name, reward_weight) for name, s in chosen.items() if TABLE[name].mix},
+        without_reward=[name for name, s in chosen.items() if all(x.ranking.without_reward for x in s)],
         prompts=views,
         incomplete=experiment.incomplete,
         not_begun=experiment.not_begun,

@@ -12,7 +12,7 @@ from typing import Any
 
 from scale_rae.errors import InputError, OutputError
 from scale_rae.jsonio import dump_json
-from scale_rae.ranking import TABLE, Ranking, metric_as_given, metric_named, rank
+from scale_rae.ranking import REWARD_WEIGHT, TABLE, Ranking, formula, metric_as_given, metric_named, rank
 from scale_rae.scaling.reader import Experiment, Prompt, read_experiment, read_object
 from scale_rae.scaling.replacing import replaced
 
@@ -54,6 +54,15 @@ def choose(experiment: Experiment, metric: str, keep: int | None, reward_weight:
     return selections
 
 
+def formula_of(selections: Sequence[Selection], metric: str, reward_weight: float) -> str:
+    """What a metric ordered the images by: `ranking.formula`, and both of its forms when only some prompts have rewards."""
+    without = [selection.ranking.without_reward for selection in selections]
+    if all(without) or not any(without):
+        return formula(metric, reward_weight, with_reward=not all(without))
+    bare = formula(metric, reward_weight, with_reward=False)
+    return f"{formula(metric, reward_weight)} (prompts without rewards: {bare})"
+
+
 def yes_share(selections: Sequence[Selection], images: Callable[[Selection], Sequence[int]]) -> tuple[int, int]:
     """How many of the images the model says yes to, and how many it was asked about."""
     answers = [selection.prompt.answer(i) for selection in selections for i in images(selection)]
@@ -61,7 +70,7 @@ def yes_share(selections: Sequence[Selection], images: Callable[[Selection], Seq
 
 
 def select(
-    folder: Path, metric: str = "combined", keep: int | None = None, reward_weight: float = 0.5
+    folder: Path, metric: str = "combined", keep: int | None = None, reward_weight: float = REWARD_WEIGHT
 ) -> tuple[Experiment, list[Selection], dict[str, Any]]:
     """The experiment, what was kept of each prompt, and selection.json's content, once the files are written.
 
@@ -87,7 +96,8 @@ def select(
         "tool": _TOOL,
         "source": str(source),
         "metric": metric,
-        "reward_weight": reward_weight if TABLE[metric].mixes_reward else None,
+        "reward_weight": reward_weight if TABLE[metric].mix else None,
+        "formula": formula_of(selections, metric, reward_weight),
         "keep": keep if keep is not None else experiment.n_samples,
         "yes_ratios": {
             "kept": _ratio(yes_share(selections, lambda s: s.kept)),

@@ -18,6 +18,7 @@ RESPONSE = {
     "answer": "yes",
     "yes_logit": 1.0,
     "yes_conf_score": 2.0,
+    "prompt_conf_score": 5.0,
     "no_logit": 0.0,
     "no_conf_score": 0.0,
     "score": 2.0,

@@ -170,7 +170,8 @@ def test_without_rewards(tmp_path: Path) -> None:
     folder = write_experiment(tmp_path / "e", 2, reward=False)
     assert main(["report", str(folder)]) == 0
     text = (tmp_path / "e_report.html").read_text()
-    assert "goes by confidence alone" in text
+    assert "combined: yes first; 0.2 z(yes_conf_score) + 0.8 z(prompt_conf_score)" in text
+    assert "the experiment has no reward: combined goes by confidence alone" in text
     assert "cannot be ranked by image_reward: 00000/metadata.jsonl: all_ir_scores is null" in text
     assert "Reward against confidence" not in text
     assert main(["report", str(folder), "--metric", "image_reward"]) == 1

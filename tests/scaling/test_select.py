@@ -395,22 +395,50 @@ def test_what_is_printed(experiment: Path, tmp_path: Path, capsys: pytest.Captur
 
 def test_the_rewards_weight(experiment: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = {}
+    formulas = {
+        "0": "yes first; 0 z(reward) + 0.2 z(yes_conf_score) + 0.8 z(prompt_conf_score)",
+        "0.5": "yes first; 0.5 z(reward) + 0.1 z(yes_conf_score) + 0.4 z(prompt_conf_score)",
+        "1": "yes first; 1 z(reward) + 0 z(yes_conf_score) + 0 z(prompt_conf_score)",
+    }
     for weight in ("0", "0.5", "1"):
         assert main(["select", str(experiment), "--reward-weight", weight, "--json"]) == 0
         record = json.loads(capsys.readouterr().out)
         assert record["reward_weight"] == float(weight)
+        assert record["formula"] == formulas[weight]
         assert record == select(experiment, reward_weight=float(weight))[2]
         records[weight] = [prompt["kept"] for prompt in record["prompts"]]
     assert records["0"] != records["1"]
+
+
+def test_the_first_formula(experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """combined-v1: what `combined` was; the folder's name says so."""
+    assert main(["select", str(experiment), "--metric", "combined-v1", "--json"]) == 0
+    record = json.loads(capsys.readouterr().out)
+    assert record["metric"] == "combined_v1"
+    assert record["formula"] == "yes first; 0.5 z(reward) + 0.5 z(yes_conf_score)"
+    assert names(tmp_path) == ["2_scale", "2_scale_combined_v1_verified", "2_scale_ref"]
+
+
+def test_only_some_prompts_have_rewards(tmp_path: Path) -> None:
+    for index, rewards in ((0, [1.0, 2.0]), (1, None)):
+        write_prompt(tmp_path / "e" / f"{index:05}", index, "a", ["yes", "no"], rewards, random.Random(0), n_samples=1)
+    _, _, record = select(tmp_path / "e")
+    assert record["formula"] == (
+        "yes first; 0.5 z(reward) + 0.1 z(yes_conf_score) + 0.4 z(prompt_conf_score) "
+        "(prompts without rewards: yes first; 0.2 z(yes_conf_score) + 0.8 z(prompt_conf_score))"
+    )
 
 
 def test_no_reward_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = write_experiment(tmp_path / "e", 2, reward=False)
     assert main(["select", str(folder)]) == 0
     assert "note: the experiment has no reward; chosen by confidence alone" in capsys.readouterr().out
+    (written,) = tmp_path.glob("e_combined_verified/selection.json")
+    assert json.loads(written.read_text())["formula"] == "yes first; 0.2 z(yes_conf_score) + 0.8 z(prompt_conf_score)"
     assert main(["select", str(folder), "--metric", "image_reward"]) == 1
     err = capsys.readouterr().err
     assert err.startswith(f"error: {folder}/00000/metadata.jsonl: all_ir_scores is null")
+    assert err.endswith("which `scale-rae score DIR --reward NAME` adds to an experiment\n")
     assert err.count("\n") == 1
     assert not (tmp_path / "e_image_reward_verified").exists()
 
