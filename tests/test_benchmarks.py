@@ -75,7 +75,7 @@ def test_benchmarks_need_neither_tests_nor_private_names_of_the_package() -> Non
 
 
 def test_cpu_benchmark(script: Script, tmp_path: Path) -> None:
-    shown = script("cpu.py", "--repeat", 1, "--steps", 4, "--json", tmp_path / "cpu.json")
+    shown = script("cpu.py", "--repeat", 1, "--steps", 2, "--json", tmp_path / "cpu.json")
     figures = json.loads((tmp_path / "cpu.json").read_text())
     assert all(value > 0 for value in figures.values() if isinstance(value, float))
     assert all(name in shown for name in figures)
@@ -112,11 +112,11 @@ def test_load_finds_pictures_of_another_seed() -> None:
 
 
 def test_load_on_a_server(script: Script, tmp_path: Path) -> None:
-    command = ["--full-size", "tiny", "--device", "cpu", "--clients", 6, "--seconds", 4, "--cases", 8, "--steps", 12]
+    command = ["--full-size", "tiny", "--device", "cpu", "--clients", 6, "--seconds", 2, "--cases", 8, "--steps", 12]
     script("serve.py", *command, "--lone", 2, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["statuses"] == {"200": figures["requests"]}
-    assert figures["requests"] >= 12
+    assert figures["requests"] >= 6  # one of each client, however slow the machine is
     assert figures["wrong"] == figures["lost_or_refused"] == 0
     assert figures["farthest_pixel"] == 0  # to the byte, on the CPU
 
@@ -276,11 +276,14 @@ def test_gpu_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
     assert f"| {sampled[0]['share_sustained']:.1%} |" in table
     assert not re.search("target|commit", table)  # these are for whoever changes the code
     page = tmp_path / "page.md"
-    page.write_text((ROOT / "docs" / "figures" / "gpu.md").read_text())
+    before = (ROOT / "docs" / "figures" / "gpu.md").read_text()
+    page.write_text(before)
     for _ in range(2):
         script("gpu.py", "--markdown", file, "--into", page)
         assert page.read_text().count(table.strip()) == 1
-    assert "There are two ceilings" in page.read_text()  # what stands around the tables stays
+    begin, end = (before.index(f"<!-- figures: {mark}") for mark in ("begin", "end"))
+    assert page.read_text().startswith(before[:begin])  # what stands around the tables stays
+    assert page.read_text().endswith(before[end:])
 
 
 def test_gpu_benchmark_reports_what_fails(tmp_path: Path) -> None:

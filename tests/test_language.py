@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2Model
 
 from scale_rae import kv_cache
 from scale_rae import language as language_module
@@ -20,6 +19,9 @@ from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.qwen2 import Qwen2, self_certainty
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Model
 
 PROMPTS = [
     "Can you generate a photo of a cat on a windowsill?",
@@ -160,6 +162,8 @@ def test_a_reply_that_is_cut_before_its_image_draws_nothing(model: ScaleRAE, scr
 
 def published(language: LanguageModel) -> Qwen2Model:
     """Transformers' own Qwen2 with the weights of a language model."""
+    from transformers import Qwen2Config, Qwen2Model  # takes seconds, so not where tests are collected
+
     config = Qwen2Config(**language.config.language)
     config._attn_implementation = "sdpa"
     network = Qwen2Model(config)

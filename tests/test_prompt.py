@@ -6,12 +6,11 @@ import json
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import Qwen2Tokenizer
 
 from benchmarks.made_tokenizer import write_tokenizer
 from recipes.shapes.tokenizer import SPECIAL
@@ -20,6 +19,9 @@ from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import IMAGE, ChatTokenizer, ask_question, chat_text, clean_message
 from scale_rae.tokenizer_file import read_qwen2
+
+if TYPE_CHECKING:
+    from transformers import Qwen2Tokenizer
 
 CONTROL = ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<|endoftext|>", "<image>"]
 LAYOUT = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
@@ -31,6 +33,12 @@ hostile = st.lists(
 )
 
 
+def transformers_tokenizer(folder: Path) -> Qwen2Tokenizer:
+    from transformers import Qwen2Tokenizer  # takes seconds, so not where tests are collected
+
+    return Qwen2Tokenizer.from_pretrained(str(folder))
+
+
 @pytest.fixture(scope="module")
 def tokenizer(models: dict[str, ScaleRAE]) -> ChatTokenizer:
     return models["siglip"].tokenizer
@@ -38,7 +46,7 @@ def tokenizer(models: dict[str, ScaleRAE]) -> ChatTokenizer:
 
 @pytest.fixture(scope="module")
 def published(checkpoints: dict[str, Path]) -> Qwen2Tokenizer:
-    return Qwen2Tokenizer.from_pretrained(str(checkpoints["siglip"]))
+    return transformers_tokenizer(checkpoints["siglip"])
 
 
 def special(ids: list[int], tokenizer: ChatTokenizer) -> list[int]:
@@ -78,7 +86,7 @@ def tokenizer_layouts(folder: Path) -> dict[str, Path]:
         json.dumps(mapped | {"additional_special_tokens": ["<im_start>", "<im_end>"]})
     )
     for name, source in (("tokenizer.json", shapes), ("tokenizer.json alone", folder / "vocab and merges")):
-        Qwen2Tokenizer.from_pretrained(str(source)).save_pretrained(str(folder / name))
+        transformers_tokenizer(source).save_pretrained(str(folder / name))
         layouts[name] = folder / name
         for file in ("vocab.json", "merges.txt", *(["tokenizer_config.json"] if "alone" in name else [])):
             (folder / name / file).unlink(missing_ok=True)
@@ -87,7 +95,7 @@ def tokenizer_layouts(folder: Path) -> dict[str, Path]:
 
 def test_tokenizers_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
     for name, folder in tokenizer_layouts(tmp_path).items():
-        theirs = json.loads(Qwen2Tokenizer.from_pretrained(str(folder)).backend_tokenizer.to_str())
+        theirs = json.loads(transformers_tokenizer(folder).backend_tokenizer.to_str())
         full, plain = read_qwen2(folder)
         ours = json.loads(full.to_str())
         for part in ("model", "normalizer", "pre_tokenizer", "decoder", "added_tokens"):
@@ -185,7 +193,7 @@ def test_a_very_long_prompt(models: dict[str, ScaleRAE]) -> None:
 
 @pytest.mark.parametrize("message", ["Can you generate a red circle", "Zwei Kreise, é 猫!", "a <image-placeholder>cat"])
 def test_the_input_prompt_is_what_the_model_reads(message: str) -> None:
-    published = Qwen2Tokenizer.from_pretrained(BUNDLED["shapes"])
+    published = transformers_tokenizer(BUNDLED["shapes"])
     tokenizer = ChatTokenizer(BUNDLED["shapes"], image_markers=True)
     assert published(chat_text(message), add_special_tokens=False).input_ids == tokenizer.chat(message)
 

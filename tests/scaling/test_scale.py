@@ -113,7 +113,7 @@ def test_batch_size_and_threads_do_not_decide_on_the_cpu(
         scale.folder = scale.out / NAME
         torch.set_num_threads(threads)
         try:
-            options = ("--limit", 1, "--reward", "siglip", "--steps", 8, "--guidance-level", 3)
+            options = ("--limit", 1, "--reward", "siglip", "--steps", 5, "--guidance-level", 3)
             assert scale(*options, "--batch-size", batch_size).code == 0
             assert torch.get_num_threads() == threads
         finally:
