@@ -14,6 +14,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from scale_rae.compiling import attention_kernels
 from scale_rae.cuda_graphs import Captures, graph_memory
@@ -59,25 +60,23 @@ class KVCache:
         """Shortens each conversation to its length in `lengths`."""
         self.lengths = list(lengths)
 
-    def expand(self, other: KVCache) -> None:
-        """Copies the conversation of a cache with one row to the start of every row."""
-        (length,) = other.lengths
+    def expand(self, other: KVCache, rows: Sequence[int]) -> None:
+        """Copies the conversation in row `rows[b]` of another cache to the start of row b, for every b."""
+        self.lengths = [other.lengths[row] for row in rows]
+        length = max(self.lengths)
         self._grow(length)
+        index = torch.tensor(rows, device=self._row.device)
         for mine, its in zip((*self._keys, *self._values), (*other._keys, *other._values), strict=True):
-            mine[: self.batch, :length] = its[:1, :length]
-        self.lengths = [length] * self.batch
+            mine[: self.batch, :length] = its[index, :length]
 
     def extend(self, rows: Sequence[Tensor] | Tensor) -> Tensor:
         """Hidden states [B, T, H] of new embeddings: [B, T, H], or [T_b, H] for each row, padded on the right."""
         counts = [len(row) for row in rows]
         longest = max(counts)
         width = -(-longest // _WIDTHS) * _WIDTHS if self.network.on_cuda else longest
-        if isinstance(rows, Tensor):
-            embeds = F.pad(rows, (0, 0, 0, width - longest))
-        else:
-            embeds = torch.stack([F.pad(row, (0, 0, 0, width - len(row))) for row in rows])  # [B, T, H]
+        embeds = rows if isinstance(rows, Tensor) else pad_sequence(list(rows), batch_first=True)  # [B, T, H]
         idle = self.rows - self.batch if self.passes.enabled else 0  # idle rows run too, so that one shape serves all
-        embeds = F.pad(embeds, (0, 0, 0, 0, 0, idle))
+        embeds = F.pad(embeds, (0, 0, 0, width - longest, 0, idle))
         past = torch.tensor([*self.lengths, *(0,) * idle], device=embeds.device)
         reach = max(self.lengths) + width
         self._grow(reach)

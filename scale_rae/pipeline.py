@@ -46,7 +46,7 @@ from scale_rae.options import (
 from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.sampling import LatentSampler, NormStats
-from scale_rae.scores import Score, score_latents, texts_of
+from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
@@ -503,15 +503,62 @@ class ScaleRAE:
             ConfigError: for a checkpoint that cannot read latents (`check_reads`).
         """
         self.check_reads()
-        checked = [self.check_latent(latent) for latent in latents]
         request = request or prompt
-        reply = request_reply or self.reply([request])[0]
+        asked = Asked(prompt, request, request_reply or self.reply([request])[0])
+        return self.score_each(latents, [asked] * len(latents), question, max_new_tokens)
 
-        def score(start: int, stop: int) -> list[Score]:
-            some = checked[start:stop]
-            return score_latents(self.language, self.tokenizer, some, prompt, request, reply, question, max_new_tokens)
+    def score_each(
+        self,
+        latents: Sequence[Tensor],
+        asked: Sequence[Asked],
+        question: str = QUESTION,
+        max_new_tokens: int = DEFAULT_ANSWER_TOKENS,
+    ) -> list[Score]:
+        """One Score per latent [L, C], against the prompt of its own `Asked`; several prompts share a batch.
 
-        return self._in_batches(len(checked), READ_AT_ONCE, score, "scoring {} latents at once")
+        Latents of one prompt should share one Asked object: what they have in common is then computed once.
+
+        Raises:
+            InputError: for an empty prompt, text longer than the model reads, tensors that are no latents of this model, or
+                when the numbers of latents and `asked` differ.
+            ConfigError: for a checkpoint that cannot read latents (`check_reads`). DeviceError: when memory runs out.
+        """
+        return self._scored(score_latents, latents, asked, question, max_new_tokens)
+
+    def score_early(
+        self,
+        latents: Sequence[Tensor],
+        asked: Sequence[Asked],
+        question: str = QUESTION,
+        max_new_tokens: int = DEFAULT_ANSWER_TOKENS,
+    ) -> list[EarlyScore]:
+        """One EarlyScore per latent [L, C]: the answer and the prompt's scores, in about 0.6 of `score_each`'s time.
+
+        For estimates of half-formed images (`estimate`). Arguments are those of `score_each`.
+
+        Raises:
+            InputError, ConfigError, DeviceError: as `score_each` does.
+        """
+        return self._scored(score_early, latents, asked, question, max_new_tokens)
+
+    def _scored(
+        self,
+        score: Callable[[LanguageModel, ChatTokenizer, Sequence[Tensor], Sequence[Asked], str, int], list[T]],
+        latents: Sequence[Tensor],
+        asked: Sequence[Asked],
+        question: str,
+        max_new_tokens: int,
+    ) -> list[T]:
+        self.check_reads()
+        if len(latents) != len(asked):
+            raise InputError(f"{len(latents)} latents but {len(asked)} entries of `asked`: give one each")
+        checked = [self.check_latent(latent) for latent in latents]
+
+        def run(start: int, stop: int) -> list[T]:
+            some, about = checked[start:stop], asked[start:stop]
+            return score(self.language, self.tokenizer, some, about, question, max_new_tokens)
+
+        return self._in_batches(len(checked), READ_AT_ONCE, run, "scoring {} latents at once")
 
     def check_question(self, prompt: str, question: str = QUESTION) -> None:
         """Raises an error if `score` cannot ask this question about a prompt.
