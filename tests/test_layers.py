@@ -26,13 +26,13 @@ provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards
 scaling scaling.settings scaling.experiment scaling.events scaling.local_files scaling.object_store scaling.store
 scaling.batches scaling.joining scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
-scaling.replacing scaling.reader scaling.select scaling.plots scaling.report scaling.sheet
+scaling.replacing scaling.reader scaling.scoring scaling.select scaling.plots scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.gate demo.server
-cli.app cli.progress cli.signature cli.options cli.runs cli.t2i cli.img cli.latent cli.scale cli.select cli.report cli.sheet cli.serve
+cli.app cli.progress cli.signature cli.options cli.runs cli.t2i cli.img cli.latent cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -39,6 +39,7 @@ COMMANDS = {
     "img": ("scale_rae.cli.img", "Ask about an image, or have it changed."),
     "latent": ("scale_rae.cli.latent", "Decode saved latents, ask about them, or continue from them."),
     "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
+    "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
     "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
     "serve": ("scale_rae.cli.serve", "Serve a model to OpenAI's clients over HTTP."),

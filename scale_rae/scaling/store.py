@@ -264,6 +264,13 @@ class Store:
         """Adds to experiment.json what is known at the end."""
         self._write_experiment({**(self.read_experiment() or {}), **changes})
 
+    def replace_experiment(self, value: Mapping[str, Any]) -> None:
+        """Writes all of experiment.json anew. Its copy is made after it, since a copy that differs would count instead."""
+        with self._disk_errors(self._copy):
+            self._copy.unlink(missing_ok=True)
+        self._write_experiment(value)
+        self.keep_copy(value)
+
     def _write_experiment(self, value: Mapping[str, Any]) -> None:
         path = self.folder / "experiment.json"
         self.write(path, (dump_json(value, indent=2) + "\n").encode())
