@@ -34,6 +34,7 @@ from benchmarks.gpu_kernels import profile_stage
 from benchmarks.gpu_language import tokens_stage
 from benchmarks.gpu_pipeline import decode_stage, load_stage, memory_stage, t2i_stage
 from benchmarks.gpu_scaling import scaling_stage
+from benchmarks.gpu_search import search_stage
 from benchmarks.gpu_tricks import attention_stage, checks, ladder
 from benchmarks.made_up import made_model
 from scale_rae.errors import InputError
@@ -47,6 +48,7 @@ WITH_MODEL: dict[str, Callable[[Bench, ScaleRAE, str], None]] = {
     "t2i": t2i_stage,
     "tokens": tokens_stage,
     "scaling": scaling_stage,
+    "search": search_stage,
     "profile": profile_stage,
     "decode": decode_stage,
     "solver20": solver_stage,

@@ -42,7 +42,7 @@ def scaling_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         before = worker.seconds()
         number = next(index)
         record = PromptRecord(number + 1, prompt, number)
-        worker.attempt(record)
+        worker.attempt([record])
         if not store.has_record(record.index):
             raise RuntimeError(f"the prompt failed: {store.failure(record.index)}")
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from scale_rae.errors import OptionError
 from scale_rae.options import TRAINING_STEPS
 
 Velocity = Callable[[Tensor, float], Tensor]
@@ -141,6 +142,22 @@ class State(NamedTuple):
     steps: int = 0
 
 
+def joined(states: Sequence[State]) -> State:
+    """Images that took equally many steps as one batch."""
+    memories = [state.memory for state in states if state.memory is not None]
+    memory = (torch.cat([values for values, _ in memories]), memories[0][1]) if memories else None
+    return State(torch.cat([state.x for state in states]), memory, states[0].steps)
+
+
+def parted(state: State) -> list[State]:
+    """The images of a batch, one each: the opposite of `joined`."""
+    rows = [slice(i, i + 1) for i in range(len(state.x))]
+    if state.memory is None:
+        return [State(state.x[row], None, state.steps) for row in rows]
+    values, number = state.memory
+    return [State(state.x[row], (values[row], number), state.steps) for row in rows]
+
+
 class Sampler(NamedTuple):
     """A solver, the schedule that goes with it, and at which of a schedule's times it evaluates the velocity."""
 
@@ -161,6 +178,22 @@ def evaluation_times(name: str, steps: int, shift: float) -> list[float]:
     """The times at which the sampler called `name` evaluates the velocity, in order."""
     sampler = SAMPLERS[name]
     return sampler.evaluated(sampler.schedule(steps, shift))
+
+
+def steps_until(name: str, times: Times, t: float) -> int:
+    """How many steps of the sampler called `name` end with the evaluation whose time is nearest to t, not the last step.
+
+    Raises:
+        OptionError: when there is but one step, or all but the last are over before t.
+    """
+    ends = [SAMPLERS[name].evaluated(times[:steps])[-1] for steps in range(1, len(times))]
+    if not ends:
+        raise OptionError("--check-at: a sampler of one step has nothing to look at on the way; choose more --steps")
+    if t < ends[-1]:
+        raise OptionError(
+            f"--check-at {t:g}: later than the last step but one, which evaluates at t = {ends[-1]:.3g}; choose a larger t"
+        )
+    return 1 + min(range(len(ends)), key=lambda i: abs(ends[i] - t))
 
 
 def advance(

@@ -24,7 +24,9 @@ QUANTIZE = ("fp8",)
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
 REWARDS = ("imagereward", "siglip", "pickscore")
+AUTO_REWARD = "auto"  # the model's own reward where it brings one, else the guide's; known once the model is loaded
 POST_QA_MODES = ("latent", "image")
+SEARCHES = ("best-of-n", "adaptive")
 
 DEFAULT_STEPS = 49
 DEFAULT_SEED = 42
@@ -36,6 +38,7 @@ TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 LARGEST_SEED = 2**63 - 1
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
+SEARCH = "Adaptive search"
 
 _DEVICE = re.compile(r"(cpu|cuda|mps)(:[1-9]?\d)?")  # torch takes longer numbers too, and wraps them around
 
@@ -49,7 +52,7 @@ class Knob:
 
     `name` is the option's name in flags and files, `label` its name in error messages. `must` says what a value must be,
     where `least`, `most` and `choices` do not say it well enough. With `show_range`, --help shows least and most. A flag's
-    value times `unit` is the field's.
+    value times `unit` is the field's. `bare` is the value of a flag that is given without one.
     """
 
     help: str
@@ -64,6 +67,7 @@ class Knob:
     show_default: bool = True
     show_range: bool = False
     unit: int = 1
+    bare: int | None = None
 
     def check(self, label: str, value: Any) -> None:
         """Raises OptionError, beginning with `label`, for a value that the option does not take. None is always taken."""
@@ -319,6 +323,45 @@ class SamplingOptions:
             low, high = self.interval
             if not 0 <= low < high <= 1:
                 raise OptionError(f"guidance interval {low} {high}: needs 0 <= LO < HI <= 1 (in t, noise is 1)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchOptions:
+    """The options of adaptive search: when candidates are looked at, how many are begun, and which are accepted."""
+
+    check_at: Annotated[
+        tuple[float, ...],
+        Knob(
+            "Look at a half-formed candidate where its t comes nearest to this, and drop it if it will not do; noise is "
+            "t = 1. Given twice, look twice.",
+            SEARCH,
+            metavar="T",
+        ),
+    ] = (0.84,)
+    max_candidates: Annotated[int, Knob("Begin at most this number of candidates per prompt.", SEARCH, least=1)] = 32
+    accept_reward: Annotated[
+        float | None,
+        Knob(
+            "Accept only images with at least this reward. Default: an image that is not far below the mean of its "
+            "prompt's candidates, by reward and confidence.",
+            SEARCH,
+            show_default=False,
+            least=-math.inf,
+            must="must be a finite number",
+        ),
+    ] = None
+    save_dropped: Annotated[bool, Knob("Also save the half-formed picture of each dropped candidate.", SEARCH)] = False
+
+    def check(self) -> None:
+        """Raises OptionError, naming the flag, for values that no search can use."""
+        check_options(self, flags=True)
+        if not 1 <= len(self.check_at) <= 2:
+            raise OptionError("--check-at: give one or two times")
+        for t in self.check_at:
+            if not 0 < t < 1:
+                raise OptionError(f"--check-at {t:g}: must be between 0 and 1 (noise is 1)")
+        if self.check_at != tuple(sorted(set(self.check_at), reverse=True)):
+            raise OptionError(f"--check-at {' '.join(f'{t:g}' for t in self.check_at)}: must fall, as t does")
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ from scale_rae.options import (
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.results import Answer, GeneratedImage, Generation
-from scale_rae.sampling import LatentSampler, NormStats
+from scale_rae.sampling import LatentSampler, NormStats, Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
 
 if TYPE_CHECKING:
@@ -379,6 +379,33 @@ class ScaleRAE:
             return self.sampler.draw(conditions[start:stop], seeds[start:stop], options, callback, compile)
 
         return self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
+
+    @torch.inference_mode()
+    def advance(
+        self,
+        trajectories: Sequence[Trajectory],
+        stop: int,
+        options: SamplingOptions,
+        batch_size: int | None = None,
+        callback: flow.StepCallback | None = None,
+        compile: bool | None = None,
+    ) -> list[Trajectory]:
+        """The trajectories of images after `stop` steps of the sampler; all have taken equally many steps before.
+
+        An image may be dropped on its way: its `latent` is an estimate of what it will be. Arguments are those of `sample`,
+        and an image that is taken to its end has the latent that `sample` gives it.
+
+        Raises:
+            InputError: for options, seeds or a batch size out of range. ScaleRAEError: when a latent is not finite.
+        """
+        self.sampler.check(options, [t.seed for t in trajectories])
+        check_count("batch size", batch_size)
+        size = batch_size or default_batch_size(self.device)
+
+        def go_on(start: int, end: int) -> list[Trajectory]:
+            return self.sampler.advance(trajectories[start:end], stop, options, callback, compile)
+
+        return self._in_batches(len(trajectories), size, go_on, "drawing {} images at once", "a smaller --batch-size")
 
     def estimate(self, t: float, x: Tensor, v: Tensor) -> list[Tensor]:
         """Latents [L, C] that the state x [B, C, S, S] at time t is on its way to: x - t v.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -19,6 +20,20 @@ from scale_rae.noise import draw_noise
 from scale_rae.options import SamplingOptions, Speed
 
 NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """One image on its way from noise to its latent. `advance` takes it further.
+
+    `state` is None before the first step. `latent` [L, C] is what the state is on its way to, by its last evaluation; after
+    the last step it is the image's latent.
+    """
+
+    condition: Tensor  # [L, Z]
+    seed: int
+    state: flow.State | None = None
+    latent: Tensor | None = None
 
 
 class LatentSampler:
@@ -90,19 +105,92 @@ class LatentSampler:
         compile: bool | None,
     ) -> Tensor:
         """Latents [B, L, C] of conditions [P, L, Z], with B / P consecutive seeds per condition."""
-        config = self.config
-        noise = draw_noise(seeds, config.channels, config.dit.side, self.device)
-        shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
-        sampler = flow.SAMPLERS[options.solver]
-        times = sampler.schedule(options.steps, shift)
-        evaluated = sampler.evaluated(times)
+        noise = self._noise(seeds)
+        times = self.times(options)
+        velocity = self._velocity(
+            condition, len(seeds), options, flow.SAMPLERS[options.solver].evaluated(times), compile
+        )
+        x = flow.solve(flow.SAMPLERS[options.solver], velocity, noise(), times, callback)
+        return self._finished(x, seeds)
+
+    def times(self, options: SamplingOptions) -> flow.Times:
+        """The (from, to) times of the sampler's steps for latents of this network."""
+        shift = flow.time_shift(self.config.channels, self.config.tokens, self.config.base_dim)
+        return flow.SAMPLERS[options.solver].schedule(options.steps, shift)
+
+    @torch.inference_mode()
+    def advance(
+        self,
+        trajectories: Sequence[Trajectory],
+        stop: int,
+        options: SamplingOptions,
+        callback: flow.StepCallback | None = None,
+        compile: bool | None = None,
+    ) -> list[Trajectory]:
+        """The trajectories after `stop` steps, each with the latent that it is on its way to. All have taken equally many.
+
+        Raises:
+            ScaleRAEError: when a latent is not finite.
+        """
+        wanted, trajectories = len(trajectories), self._padded(trajectories)
+        sampler, times = flow.SAMPLERS[options.solver], self.times(options)
+        (before,) = {0 if t.state is None else t.state.steps for t in trajectories}
+        seeds = [t.seed for t in trajectories]
+        if before == 0:
+            state = flow.State(self._noise(seeds)())
+        else:
+            state = flow.joined([t.state for t in trajectories if t.state is not None])
+        conditions = [t.condition for t in trajectories]
+        shared = torch.stack(conditions[:: self._images_per_prompt(conditions)])
+        evaluated = sampler.evaluated(times[before:stop])
+        velocity = self._velocity(shared, len(seeds), options, evaluated, compile)
+        estimate = state.x
+
+        def see(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
+            nonlocal estimate
+            estimate = x - t * v  # of the last evaluation, in the end
+            if callback:
+                callback(evaluation, evaluations, t, x, v)
+
+        state = flow.advance(sampler, velocity, state, times, stop, see)
+        latents = self._finished(state.x if stop == len(times) else estimate, seeds)
+        self.policy.count(len(seeds), len(shared))
+        parts = zip(trajectories, flow.parted(state), latents.unbind(), strict=True)
+        return [replace(trajectory, state=part, latent=latent) for trajectory, part, latent in parts][:wanted]
+
+    def _padded(self, trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
+        """As many as a power of two where CUDA graphs are captured per number of images; the last one is repeated."""
+        if self.device.type != "cuda" or not self.speed.graph:
+            return trajectories
+        missing = (1 << (len(trajectories) - 1).bit_length()) - len(trajectories)
+        return [*trajectories, *[trajectories[-1]] * missing]
+
+    def _noise(self, seeds: Sequence[int]) -> Callable[[], Tensor]:
+        return draw_noise(seeds, self.config.channels, self.config.dit.side, self.device)
+
+    def _velocity(
+        self,
+        condition: Tensor,
+        images: int,
+        options: SamplingOptions,
+        evaluated: Sequence[float],
+        compile: bool | None,
+    ) -> flow.Velocity:
+        """The guided velocity of a batch of images, for the times at which it will be evaluated."""
         guided = options.guidance != 1.0
         if compile is None:
-            is_compiled = self.fast_dit.is_compiled(len(seeds), guided, len(condition))
-            compile = self.policy.compiles(len(seeds), len(condition), len(evaluated), is_compiled)
+            is_compiled = self.fast_dit.is_compiled(images, guided, len(condition))
+            compile = self.policy.compiles(images, len(condition), len(evaluated), is_compiled)
         conditional, null, both = self.fast_dit.velocities(condition, evaluated, guided, compile)
-        velocity = flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
-        latents = self.latents(flow.solve(sampler, velocity, noise(), times, callback))
+        return flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
+
+    def _finished(self, x: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Latents [B, L, C] on the CPU of sampled states [B, C, S, S], one seed each.
+
+        Raises:
+            ScaleRAEError: when one is not finite.
+        """
+        latents = self.latents(x)
         finite = latents.isfinite().flatten(1).all(dim=1).tolist()
         for seed, is_finite in zip(seeds, finite, strict=True):
             if not is_finite:

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "scale_rae"
 # stands: inside a function and under TYPE_CHECKING, too.
 ROAD = """
 version errors files jsonio options processes
-tokenizer_file prompt promptfile ranking
+tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise
 compiling cuda_graphs
@@ -21,11 +21,11 @@ qwen2 qwen2_modules kv_cache language
 dit flow float8 kernels fast_dit sampling
 encoder decoder vae loading
 scores results
-pipeline scale_rae
+pipeline
 provenance manifest outputs opening
-rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards
+rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards adaptive prompt_search scale_rae
 scaling scaling.settings scaling.experiment scaling.events scaling.local_files scaling.object_store scaling.store
-scaling.batches scaling.joining scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
+scaling.batches scaling.joining scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
 scaling.replacing scaling.reader scaling.scoring scaling.select scaling.plots scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks

@@ -13,10 +13,10 @@ from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError, OptionError
-from scale_rae.options import DEFAULT_MODEL, REWARDS, SAMPLING, ModelChoice, check_device_name
+from scale_rae.options import AUTO_REWARD, DEFAULT_MODEL, REWARDS, SAMPLING, ModelChoice, check_device_name
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
-from scale_rae.scaling.settings import AUTO_REWARD, JUDGING, SCALING, Settings
+from scale_rae.scaling.settings import JUDGING, SCALING, Settings
 
 if TYPE_CHECKING:
     from scale_rae.scaling.launch import Launcher, RunSummary

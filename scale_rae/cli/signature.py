@@ -24,12 +24,18 @@ def one_of(*values: str) -> Callable[[str | None], str | None]:
     return check
 
 
+def flag_name(name: str) -> str:
+    """The flag of an option: --num-images for num_images."""
+    return f"--{name.replace('_', '-')}"
+
+
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one flag for each option of the options dataclasses among its parameters.
 
     A parameter annotated with an options dataclass becomes the flags of `options_of`, with the defaults of the parameter's
     default if it has one; the function receives the object with the flags' values. A parameter annotated with a Knob becomes
-    one flag. All other parameters are typer's as they are.
+    one flag. All other parameters are typer's as they are. The result's `bare` has, by flag, the value of each flag that may
+    be given without one.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Any, list[Option]]] = {}
@@ -53,6 +59,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             built[name] = with_values(defaults, {o.name: _field_value(flags.pop(o.name), o.knob) for o in options})
         command(**flags, **built)
 
+    knobs = [(o.name, o.knob) for _, options in groups.values() for o in options]
+    with_flags.bare = {flag_name(name): str(knob.bare) for name, knob in knobs if knob.bare is not None}  # type: ignore[attr-defined]
     # What typer reads: the signature's annotations with typer's options in them, and the same without.
     with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_flags.__annotations__ = {
@@ -62,6 +70,8 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _field_value(value: Any, knob: Knob) -> Any:
+    if isinstance(value, list):  # of a flag that may be given several times
+        return tuple(value)
     return value if knob.unit == 1 else value * knob.unit
 
 
@@ -71,7 +81,7 @@ def _flag_value(value: Any, knob: Knob) -> Any:
 
 def _flag(name: str, kind: Any, default: Any, knob: Knob) -> inspect.Parameter:
     option = typer.Option(
-        f"--{name.replace('_', '-')}",  # named, since typer gives unnamed flags of yes or no a --no-… too
+        flag_name(name),  # named, since typer gives unnamed flags of yes or no a --no-… too
         help=knob.help,
         rich_help_panel=knob.panel,
         metavar=knob.metavar,
@@ -80,6 +90,8 @@ def _flag(name: str, kind: Any, default: Any, knob: Knob) -> inspect.Parameter:
         max=_flag_value(knob.most, knob) if knob.show_range else None,
         callback=one_of(*knob.choices) if knob.choices else None,
     )
+    if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
+        kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
     return inspect.Parameter(
         name,
         inspect.Parameter.KEYWORD_ONLY,

@@ -31,6 +31,14 @@ class Reward(Protocol):
     def name(self) -> str:
         """One of `REWARDS`."""
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The lowest and the highest score that a picture can have."""
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations of scoring one picture, without its text: what an early look costs."""
+
     def identity(self) -> dict[str, Any]:
         """{"name"}, and for each part {"name", "revision"} or {"name", "files": {file: SHA-256}}."""
 

@@ -6,6 +6,7 @@ vocab.txt beside the weights or in a folder `tokenizer` there, else google-bert/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +72,16 @@ class ImageReward:
             )
         self._device = model.device
         self._memory_errors = model.memory_errors
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Unbounded: an MLP's output."""
+        return -math.inf, math.inf
+
+    @property
+    def operations(self) -> float:
+        """Those of the vision tower for one picture."""
+        return parts.operations(self.network.vision, self.network.vision.config)
 
     def identity(self) -> dict[str, Any]:
         """The reward's name, and the files or commits of weights and tokenizer."""

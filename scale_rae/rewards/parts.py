@@ -32,6 +32,12 @@ INSTEAD = "or choose --reward siglip or --reward none"
 Module = TypeVar("Module", bound=nn.Module)
 
 
+def operations(network: nn.Module, config: Any) -> float:
+    """Floating-point operations of a vision tower for one picture: a multiply-add per weight and patch, counted as two."""
+    weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
+    return 2.0 * weights * int(config.image_size // config.patch_size) ** 2
+
+
 def locate(
     model: ScaleRAE, reward: str, repo: str, needs: str, path: str | None = None, files: tuple[str, ...] = ()
 ) -> Source:

@@ -80,6 +80,17 @@ class PickScore:
         self._device, self._dtype = model.device, model.dtype
         self._memory_errors = model.memory_errors
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The scores of opposite and of equal embeddings."""
+        scale = float(self.network.logit_scale.exp())
+        return -scale, scale
+
+    @property
+    def operations(self) -> float:
+        """Those of the vision tower for one picture."""
+        return parts.operations(self.network.vision_model, self.network.config.vision_config)
+
     def identity(self) -> dict[str, Any]:
         """The reward's name, and the files or commits of weights, tokenizer and image processor."""
         return parts.identity(self.name, self.source, "processor", self.processor_source)

@@ -91,6 +91,17 @@ class SiglipReward:
         self.tokenizer.enable_padding(length=length, pad_id=parts.pad_id(folder, self.tokenizer))
         self._memory_errors = model.memory_errors
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The scores of opposite and of equal embeddings."""
+        scale, bias = float(self._logit.logit_scale.exp()), float(self._logit.logit_bias)
+        return bias - scale, bias + scale
+
+    @property
+    def operations(self) -> float:
+        """Those of the vision tower for one picture."""
+        return parts.operations(self._encoder.model, self._encoder.model.config)
+
     def identity(self) -> dict[str, Any]:
         """The reward's name, and the files or commit of the encoder."""
         return {"name": self.name, "weights": file_record(self.source)}

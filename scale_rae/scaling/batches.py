@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
+    from scale_rae.adaptive import Batching, Searcher
     from scale_rae.language import Reply
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
@@ -83,6 +84,38 @@ class BatchMaker:
         request = self.settings.request(prompt.prompt)
         reply = self.model.reply([request], max_new_tokens=self.settings.max_new_tokens)[0]
         return Replied(prompt, request, reply)
+
+    def replies(self, prompts: Sequence[PromptRecord]) -> list[Replied]:
+        """Each prompt with the model's reply: all at once, but on a CPU one by one, which gives the bits of one alone."""
+        if self.model.device.type == "cpu":
+            return [self.reply(prompt) for prompt in prompts]
+        requests = [self.settings.request(prompt.prompt) for prompt in prompts]
+        replies = self.model.reply(requests, max_new_tokens=self.settings.max_new_tokens)
+        return [Replied(*parts) for parts in zip(prompts, requests, replies, strict=True)]
+
+    def searcher(self, batching: Batching) -> Searcher:
+        """What carries out adaptive searches.
+
+        Raises:
+            OptionError: for looks that are not on the sampler's way, or a threshold outside of the reward's range.
+            ConfigError: for a checkpoint that cannot read the latents it draws.
+        """
+        from scale_rae.adaptive import Searcher
+
+        settings = self.settings
+        return Searcher(
+            self.model,
+            self._reward,
+            settings.n_samples,
+            settings.adaptive,
+            self.options,
+            batching,
+            question=settings.question,
+            post_qa_mode=settings.post_qa_mode,
+            max_new_tokens=settings.post_qa_max_new_tokens,
+            step=self._step,
+            timed=self.clock.timed,
+        )
 
     def draw(
         self,

@@ -7,13 +7,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from scale_rae import acceptance
+from scale_rae.acceptance import Candidate, Look
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
 from scale_rae.manifest import text_chunks
-from scale_rae.options import to_record
+from scale_rae.options import AUTO_REWARD, to_record
 from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.settings import AUTO_REWARD, Settings
+from scale_rae.scaling.settings import Settings
 
 # Not compared when an experiment is resumed: these settings name files, whose content is compared.
 _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path")
@@ -23,6 +25,8 @@ def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> di
     """experiment.json's part on settings and prompts."""
     values = to_record(settings)
     del values["model_name"]  # the model_path of the experiment's first record
+    for name in () if settings.is_adaptive else ("search", *to_record(settings.adaptive)):
+        del values[name]  # as before there was another search
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]
     content = hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
     return {"settings": values, "prompts": {"count": len(prompts), "sha256": content}}
@@ -38,7 +42,8 @@ def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
         return ["its settings are missing"]
     found = []
     old = to_record(Settings("", "")) | old
-    for name in new:
+    new = {"search": "best-of-n"} | new  # which records do not say
+    for name in new if new["search"] == old["search"] else ("search",):
         here, there = new[name], old[name]
         if name in _NAMES or here == there or (name in ("batch_size", "dtype") and here is None):
             continue
@@ -74,8 +79,12 @@ def prompt_record(
     seeds: Sequence[int],
     judged: Sequence[Mapping[str, Any]],
     rewards: Sequence[float] | None,
+    candidates: Sequence[Candidate] = (),
 ) -> dict[str, Any]:
-    """metadata.jsonl's object, from settings, prompt and results alone: no time, no device, no worker is in it."""
+    """metadata.jsonl's object, from settings, prompt and results alone: no time, no device, no worker is in it.
+
+    `candidates` are those of an adaptive search; its finished images are numbered in the order of their candidates.
+    """
     best = best_rewards = None
     if rewards is not None:
         best = sorted(range(len(rewards)), key=lambda i: (-rewards[i], i))[: settings.n_samples]
@@ -101,8 +110,78 @@ def prompt_record(
         "top_ir_indices": best,
         "text_responses": {str(i): dict(entry) for i, entry in enumerate(judged)},
     }
+    if settings.is_adaptive:
+        record |= {"scaling_rounds": None} | search_record(settings, candidates)
     clashing = {name: value for name, value in prompt.extra.items() if name in record}
     return {**prompt.extra, **record, **({"prompt_fields": clashing} if clashing else {})}
+
+
+def search_record(settings: Settings, candidates: Sequence[Candidate]) -> dict[str, Any]:
+    """What metadata.jsonl says of an adaptive search.
+
+    `top_ir_indices` are the kept images, best first; where too few were accepted, `filled_up` has those of the kept images
+    that were not. `evaluations` count looks at their cost.
+    """
+    images = image_numbers(candidates)
+    by_number = {c.number: c for c in candidates}
+    kept = acceptance.kept(candidates, settings.n_samples)
+    rewards = [final.reward for number in kept if (final := by_number[number].final) is not None]
+    return {
+        "search": settings.search,
+        "evaluations": round(sum(c.evaluations for c in candidates), 2),
+        "n_accepted": sum(c.fate == acceptance.ACCEPTED for c in candidates),
+        "top_ir_scores": rewards if settings.reward is not None else None,
+        "top_ir_indices": [images[number] for number in kept],
+        "filled_up": [images[number] for number in kept if by_number[number].fate != acceptance.ACCEPTED],
+        "candidates": [candidate_record(c, images.get(c.number)) for c in candidates],
+    }
+
+
+def image_numbers(candidates: Sequence[Candidate], first: int = 0) -> dict[int, int]:
+    """The image of each candidate that was finished: candidate number -> number in samples/, from `first` on."""
+    finished = [c.number for c in candidates if c.final is not None]
+    return {number: first + i for i, number in enumerate(finished)}
+
+
+def candidate_record(candidate: Candidate, image: int | None) -> dict[str, Any]:
+    """What metadata.jsonl says of a candidate; its finished image's scores stand with those of the other images."""
+    dropped = candidate.looks[-1].t if candidate.fate == acceptance.DROPPED else None
+    return {
+        "candidate": candidate.number,
+        "image": image,
+        "seed": candidate.seed,
+        "fate": candidate.fate,
+        "dropped_at": dropped,
+        "reason": candidate.reason,
+        "evaluations": candidate.evaluations,
+        "looks": [look.record() for look in candidate.looks],
+    }
+
+
+def candidate_of(record: Mapping[str, Any], judged: Mapping[str, Any] | None, reward: float | None) -> Candidate:
+    """The candidate of a `candidate_record`, with what was found of its finished image.
+
+    Raises:
+        ValueError, KeyError, TypeError: when it is not such a record.
+    """
+    looks = [
+        Look(look["t"], {name: value for name, value in look.items() if name not in ("t", "reward")}, look["reward"])
+        for look in record["looks"]
+    ]
+    if record["fate"] not in (acceptance.ACCEPTED, acceptance.REJECTED, acceptance.DROPPED):
+        raise ValueError(f"fate is {record['fate']!r:.40}")
+    if (judged is None) != (record["fate"] == acceptance.DROPPED):
+        raise ValueError("a finished image's scores are missing, or a dropped candidate has some")
+    final = None if judged is None else Look(None, dict(judged), reward)
+    return Candidate(
+        int(record["candidate"]),
+        int(record["seed"]),
+        looks,
+        final,
+        record["fate"],
+        record["reason"],
+        record["evaluations"],
+    )
 
 
 def png_text(settings: Settings, request: str, seed: int) -> dict[str, str]:

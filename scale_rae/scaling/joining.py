@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
+from scale_rae.options import AUTO_REWARD
 from scale_rae.provenance import differences, reward_differs
-from scale_rae.scaling.settings import AUTO_REWARD, Settings
+from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 
 if TYPE_CHECKING:

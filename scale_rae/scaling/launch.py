@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,11 @@ class Job:
     failed_before: dict[int, int]
     lock: RunLock
     debug: bool
+
+    @property
+    def together(self) -> int:
+        """How many prompts a worker draws together."""
+        return self.settings.prompts_together(self.description["prompts"]["count"])
 
 
 class Launcher(Protocol):
@@ -78,10 +83,17 @@ class RunSummary:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-def share(prompts: Sequence[PromptRecord], worker: int, workers: int) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """A worker's own prompts, every `workers`-th from its number on, and the rest, which it takes over in the end."""
-    own = list(prompts[worker::workers])
-    return own, [p for i, p in enumerate(prompts) if i % workers != worker]
+def share(
+    prompts: Sequence[PromptRecord], todo: Collection[int], together: int, worker: int, workers: int
+) -> tuple[list[list[PromptRecord]], list[list[PromptRecord]]]:
+    """A worker's own groups of prompts, every `workers`-th from its number on, and the rest, which it takes over in the end.
+
+    `together` prompts that follow one another are a group. Groups without any of the prompts that are `todo` are left out.
+    """
+    groups = [list(prompts[i : i + together]) for i in range(0, len(prompts), together)]
+    own = [group for group in groups[worker::workers] if any(p.index in todo for p in group)]
+    rest = [g for i, g in enumerate(groups) if i % workers != worker and any(p.index in todo for p in g)]
+    return own, rest
 
 
 def run(

@@ -79,11 +79,13 @@ class Local:
 
         A worker whose device has no memory for the model leaves its prompts to the other workers; so does one that dies.
         """
+        todo = {p.index for p in job.todo}
+        prompts = job.chosen if job.together > 1 else job.todo
         assignments = [
             Assignment(
                 worker,
                 device,
-                *share(job.todo, worker, len(self.devices)),
+                *share(prompts, todo, job.together, worker, len(self.devices)),
                 job.description,
                 job.failed_before,
                 job.debug,

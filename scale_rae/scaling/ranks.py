@@ -95,7 +95,7 @@ class Ranks:
         Process 0 hears of what all processes draw, from the files in the folder.
         """
         todo = {p.index for p in job.todo}
-        own, rest = ([p for p in some if p.index in todo] for some in share(job.chosen, self.index, self.size))
+        own, rest = share(job.chosen, todo, job.together, self.index, self.size)
         assignment = Assignment(self.index, self.device, own, rest, job.description, job.failed_before, job.debug)
 
         def hear(event: Event) -> None:

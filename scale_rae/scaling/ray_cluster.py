@@ -215,7 +215,7 @@ class Actor:
 
     def attempt(self, prompt: PromptRecord) -> Reply:
         """Draws what is missing of a prompt."""
-        tried = self._worker.attempt(prompt)
+        tried = self._worker.attempt([prompt])
         if not tried:
             time.sleep(WAIT)  # what is left of an earlier run, or of a lost node, is still drawing it
         return dataclasses.replace(self._reply(), busy=not tried)
@@ -315,7 +315,7 @@ class _Driver:
             assignment = Assignment(
                 worker.number,
                 "cpu" if cpus is not None else "cuda:0",  # the one that Ray lets it see
-                self._job.todo[:MEASURED_ON],
+                [[prompt] for prompt in self._job.todo[:MEASURED_ON]],
                 [],
                 self._job.description,
                 self._job.failed_before,

@@ -10,25 +10,29 @@ from typing import Annotated, Any
 
 from scale_rae.errors import OptionError
 from scale_rae.options import (
+    AUTO_REWARD,
     DEFAULT_ANSWER_TOKENS,
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
     POST_QA_MODES,
     PROMPT_PREFIX,
+    SEARCHES,
     Knob,
     MaxNewTokens,
     ModelChoice,
     SamplingOptions,
+    SearchOptions,
     Seed,
     check_count,
     check_options,
+    options_of,
 )
 from scale_rae.prompt import QUESTION
 from scale_rae.wording import as_request
 
 MOST_IMAGES = 1_000_000  # per prompt; the plan of a larger experiment fills the memory
+MOST_TOGETHER = 16  # prompts that one worker searches at a time
 SCALING, JUDGING = "Scaling", "Judging"  # headings in --help
-AUTO_REWARD = "auto"  # the model's own reward where it brings one, else the guide's; known once the model is loaded
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,16 @@ class Settings:
     dtype: str | None = None
     n_samples: Annotated[int, Knob("Images to keep of each prompt.", SCALING, least=1)] = 4
     scaling_rounds: Annotated[int, Knob("Rounds: n-samples times as many images are drawn.", SCALING, least=1)] = 2
+    search: Annotated[
+        str,
+        Knob(
+            "best-of-n: all images are drawn, then ranked. adaptive: candidates are looked at early and dropped, until "
+            "n-samples are accepted.",
+            SCALING,
+            choices=SEARCHES,
+        ),
+    ] = "best-of-n"
+    adaptive: SearchOptions = field(default_factory=SearchOptions)
     question: str = QUESTION
     question_name: str = "qa_prompt_template"
     post_qa_mode: Annotated[
@@ -77,21 +91,50 @@ class Settings:
             object.__setattr__(self, "model_name", self.model_path)
 
     @property
+    def is_adaptive(self) -> bool:
+        """Whether candidates are begun until enough are accepted, instead of a fixed number of images."""
+        return self.search == "adaptive"
+
+    @property
     def total(self) -> int:
-        """Images drawn of each prompt."""
+        """Images drawn per prompt; in an adaptive search, the most candidates that may be begun."""
+        if self.is_adaptive:
+            return max(self.n_samples, self.adaptive.max_candidates)
         return self.n_samples * self.scaling_rounds
+
+    @property
+    def usual_total(self) -> int:
+        """About how many images are drawn per prompt."""
+        return min(self.total, 2 * self.n_samples) if self.is_adaptive else self.total
+
+    def prompts_together(self, prompts: int) -> int:
+        """How many of an experiment's prompts a worker draws together: several in an adaptive search, which fills batches.
+
+        The number depends on the experiment alone, since a GPU's rounding depends on what is drawn together.
+        """
+        return max(1, min(MOST_TOGETHER, prompts // 8)) if self.is_adaptive else 1
 
     def check(self) -> None:
         """Raises OptionError for values that no experiment can use."""
         check_options(self, flags=True)
         check_count("--batch-size", self.batch_size)
-        if self.total > MOST_IMAGES:
-            raise OptionError(
-                f"--n-samples {self.n_samples} x --scaling-rounds {self.scaling_rounds}: at most {MOST_IMAGES:,} images of a prompt"
-            )
+        self._check_total()
         if not self.question.strip():
             raise OptionError("the question about the images is empty")
         self.options.check()
+
+    def _check_total(self) -> None:
+        given = f"--n-samples {self.n_samples} x --scaling-rounds {self.scaling_rounds}"
+        if self.is_adaptive:
+            self.adaptive.check()
+            given = f"--max-candidates {self.adaptive.max_candidates}"
+            if self.adaptive.max_candidates < self.n_samples:
+                raise OptionError(f"{given}: must be at least --n-samples, which is {self.n_samples}")
+        elif self.adaptive != SearchOptions():
+            changed = [o for o in options_of(SearchOptions) if getattr(self.adaptive, o.path[0]) != o.default]
+            raise OptionError(f"--{changed[0].name.replace('_', '-')}: only with --search adaptive")
+        if self.total > MOST_IMAGES:
+            raise OptionError(f"{given}: at most {MOST_IMAGES:,} images of a prompt")
 
     def with_model(self, choice: ModelChoice) -> Settings:
         """The same settings with the model that was chosen; the device is no setting."""
@@ -116,11 +159,12 @@ class Settings:
         return dataclasses.replace(settings, reward=known.get("reward"))
 
     def folder(self, output_dir: Path) -> Path:
-        """OUT/<model name, dots to dashes>/<rounds>_<template>_scale_<mode>, as the guide has it."""
+        """OUT/<model name, dots to dashes>/<rounds or "adaptive">_<template>_scale_<mode>, as the guide has it."""
         model = Path(self.model_path.rstrip("/")).name if self.model_path.strip("/.") else ""
         if not model:
             model = Path(self.model_path).expanduser().resolve().name
-        kind = f"{self.scaling_rounds}_{self.question_name}_scale_{self.post_qa_mode}"
+        how = "adaptive" if self.is_adaptive else self.scaling_rounds
+        kind = f"{how}_{self.question_name}_scale_{self.post_qa_mode}"
         return output_dir / model.replace(".", "-") / kind
 
     def request(self, prompt: str) -> str:

@@ -5,6 +5,7 @@
     00000/metadata.jsonl               one object; written when all images of the prompt are there
     00000/error.json                   instead of it, when the prompt failed
     logs/worker-0.log
+    00000/dropped/00003.png            candidate 3's picture as it was dropped, with --save-dropped
     .work/batches/00000/00000-00007.json   scores and SHA-256 of the files of samples 0 to 7, written after them
     .work/experiment.json              a copy of what experiment.json said at the start
     .work/locks/, .work/tmp/, .work/run.lock
@@ -35,10 +36,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
+from scale_rae import acceptance
+from scale_rae.acceptance import Candidate
 from scale_rae.errors import InputError, OutputError, first_line, printable
 from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import prompt_record
+from scale_rae.scaling.experiment import candidate_of, prompt_record
 from scale_rae.scaling.local_files import FileLocks, LocalFiles, cannot_write
 from scale_rae.scaling.object_store import Lease, ObjectFiles, is_remote
 from scale_rae.scaling.settings import Settings
@@ -62,7 +65,8 @@ class Batch:
     seeds: list[int]
     judged: list[dict[str, Any]]  # entries of text_responses
     rewards: list[float] | None
-    files: dict[str, str]  # name in samples/ -> SHA-256
+    files: dict[str, str]  # name in samples/, or below the prompt's folder -> SHA-256
+    candidates: list[dict[str, Any]] | None = None  # of an adaptive search's wave, as metadata.jsonl has them
 
     @property
     def samples(self) -> range:
@@ -70,8 +74,27 @@ class Batch:
 
     @property
     def name(self) -> str:
-        """The name of its record."""
-        return f"{self.samples[0]:05}-{self.samples[-1]:05}.json"
+        """The name of its record: by its samples, or by the candidates of its wave."""
+        numbers = [c["candidate"] for c in self.candidates] if self.candidates else self.samples
+        return f"{numbers[0]:05}-{numbers[-1]:05}.json"
+
+    def record(self) -> dict[str, Any]:
+        """Its fields as they are stored."""
+        return {name: value for name, value in self.__dict__.items() if name != "candidates" or value is not None}
+
+    def searched(self) -> list[Candidate]:
+        """The candidates of its wave.
+
+        Raises:
+            ValueError, KeyError, TypeError: when they are not as `candidate_record` makes them.
+        """
+        found = []
+        for record in self.candidates or ():
+            image = record["image"]
+            place = None if image is None else image - self.start
+            reward = None if place is None or self.rewards is None else self.rewards[place]
+            found.append(candidate_of(record, None if place is None else self.judged[place], reward))
+        return found
 
 
 @dataclass(frozen=True)
@@ -281,11 +304,14 @@ class Store:
 
     def save_batch(self, index: int, batch: Batch, files: Mapping[str, bytes]) -> None:
         """Writes a batch's files, then its record. `batch.files` is filled in from `files`."""
-        samples = self.prompt_folder(index) / "samples"
         for name, data in files.items():
-            self.write(samples / name, data)
+            self.write(self._sample_file(index, name), data)
             batch.files[name] = hashlib.sha256(data).hexdigest()
-        self.write(self._record_folder(index) / batch.name, seal(batch.__dict__))
+        self.write(self._record_folder(index) / batch.name, seal(batch.record()))
+
+    def _sample_file(self, index: int, name: str) -> Path:
+        """The path of a file of a batch."""
+        return self.prompt_folder(index) / ("" if "/" in name else "samples") / name
 
     def _record_folder(self, index: int) -> Path:
         return self._work / "batches" / f"{index:05}"
@@ -298,16 +324,20 @@ class Store:
             return []
 
     def batches(self, index: int) -> tuple[list[Batch], list[str]]:
-        """A prompt's finished batches, in order and disjoint; and what is wrong with the files of its other batches."""
+        """A prompt's finished batches, in order and disjoint; and what is wrong with the files of its other batches.
+
+        Of an adaptive search, these are the waves from the first on until one is missing.
+        """
         sealed, unsealed, problems = self._batches(index)
-        return sorted([*sealed, *unsealed], key=lambda b: b.start), problems
+        batches = sorted([*sealed, *unsealed], key=lambda b: (b.start, b.name))
+        return _consecutive(batches) if self.settings.is_adaptive else batches, problems
 
     def _batches(self, index: int) -> tuple[list[Batch], list[Batch], list[str]]:
         """A prompt's finished batches, those with a checksum and those of version 0.1.0 without, and what is wrong."""
         finished: tuple[list[Batch], list[Batch]] = ([], [])
         problems: list[str] = []
-        samples, covered = self.prompt_folder(index) / "samples", set[int]()
-        stored = {path.name for path in samples.glob("*")} if self.remote else None
+        covered = set[int]()
+        stored = {path.name for path in (self.prompt_folder(index) / "samples").glob("*")} if self.remote else None
         for path in self._records(index):
             try:
                 data = self._read(path)
@@ -328,7 +358,11 @@ class Store:
             bad = [
                 problem
                 for name, sha in batch.files.items()
-                if (problem := self._file_problem(samples / name, sha if stored is None else name in stored))
+                if (
+                    problem := self._file_problem(
+                        self._sample_file(index, name), sha if stored is None else name in stored
+                    )
+                )
             ]
             problems += bad
             if not bad and covered.isdisjoint(batch.samples):
@@ -372,7 +406,11 @@ class Store:
 
     def record(self, prompt: PromptRecord, batches: Sequence[Batch]) -> bytes | None:
         """What metadata.jsonl must be, or None when batches are missing."""
-        if sum(len(b.judged) for b in batches) != self.settings.total:
+        candidates = [candidate for b in batches for candidate in b.searched()]
+        if self.settings.is_adaptive:
+            if acceptance.next_wave(candidates, self.settings.n_samples, self.settings.adaptive):
+                return None
+        elif sum(len(b.judged) for b in batches) != self.settings.total:
             return None
         rewards = [b.rewards for b in batches]
         value = prompt_record(
@@ -382,6 +420,7 @@ class Store:
             [seed for b in batches for seed in b.seeds],
             [entry for b in batches for entry in b.judged],
             None if self.settings.reward is None else [x for some in rewards for x in some or ()],
+            candidates,
         )
         return (dump_json(value) + "\n").encode()
 
@@ -438,11 +477,11 @@ class Store:
         folder = self.prompt_folder(index)
         sealed, unsealed, _ = self._batches(index)
         for batch in unsealed:
-            self.write(self._record_folder(index) / batch.name, seal(batch.__dict__))
+            self.write(self._record_folder(index) / batch.name, seal(batch.record()))
         with self._disk_errors(folder):
             (folder / "error.json").unlink(missing_ok=True)
             (folder / "metadata.jsonl").unlink(missing_ok=True)
-        return [*sealed, *unsealed]
+        return self.batches(index)[0] if self.settings.is_adaptive else [*sealed, *unsealed]
 
     def finish(self, prompt: PromptRecord) -> dict[str, Any]:
         """Writes a prompt's metadata.jsonl from its batches and returns it."""
@@ -554,12 +593,14 @@ def _batch_of(data: bytes, settings: Settings) -> tuple[bool, Batch]:
         value = unseal(data)
     elif not _writes(lambda: dump_json(value).encode(), data):
         raise ValueError("not as it was written")
-    if value.keys() != {f.name for f in dataclasses.fields(Batch)}:
+    expected = {f.name for f in dataclasses.fields(Batch)}
+    if value.keys() != (expected if settings.is_adaptive else expected - {"candidates"}):
         raise ValueError("other fields than a record's")
     start, seeds, judged, rewards, files = (value[n] for n in ("start", "seeds", "judged", "rewards", "files"))
-    if not (_is_whole(start, settings.total) and isinstance(value["output_text"], str)):
+    if not (_is_whole(start, settings.total + settings.is_adaptive) and isinstance(value["output_text"], str)):
         raise ValueError("start or output_text is of another type or too large")
-    if not (isinstance(judged, list) and 0 < len(judged) <= settings.total - start):
+    least = 0 if settings.is_adaptive else 1
+    if not (isinstance(judged, list) and least <= len(judged) <= settings.total - start):
         raise ValueError("judged is not a list of the experiment's size")
     if not all(isinstance(entry, dict) and isinstance(entry.get("answer"), str) for entry in judged):
         raise ValueError("judged has an entry without an answer")
@@ -575,9 +616,47 @@ def _batch_of(data: bytes, settings: Settings) -> tuple[bool, Batch]:
     names = {f"{i:05}.png" for i in batch.samples}
     if settings.save_latents:
         names |= {f"{i:05}_latent.pt" for i in batch.samples}
+    if settings.is_adaptive:
+        candidates = _searched(batch)
+        if settings.adaptive.save_dropped:
+            names |= {dropped_name(c) for c in candidates if c.fate == acceptance.DROPPED}
     if not (isinstance(files, dict) and files.keys() == names and all(isinstance(sha, str) for sha in files.values())):
         raise ValueError("files are not those of its samples")
     return is_sealed, batch
+
+
+def dropped_name(candidate: Candidate) -> str:
+    """The file of a dropped candidate's picture, below the prompt's folder."""
+    return f"dropped/{candidate.number:05}.png"
+
+
+def _searched(batch: Batch) -> list[Candidate]:
+    """The candidates of a wave's record, in order and numbered as its samples are.
+
+    Raises:
+        ValueError: when they are not what such a record holds.
+    """
+    try:
+        candidates = batch.searched()
+        images = [c["image"] for c in batch.candidates or () if c["image"] is not None]
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise ValueError(f"candidates are not those of a wave ({first_line(e)})") from e
+    numbers = [c.number for c in candidates]
+    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))) or images != list(batch.samples):
+        raise ValueError("candidates or their images are not numbered one by one")
+    return candidates
+
+
+def _consecutive(batches: Sequence[Batch]) -> list[Batch]:
+    """The waves, in order, up to the first that does not follow on the one before."""
+    waves: list[Batch] = []
+    for batch in sorted(batches, key=lambda b: b.name):
+        begun = sum(len(wave.candidates or ()) for wave in waves)
+        drawn = sum(len(wave.judged) for wave in waves)
+        if (batch.candidates or [{}])[0].get("candidate") != begun or batch.start != drawn:
+            break
+        waves.append(batch)
+    return waves
 
 
 def _is_whole(value: Any, end: int) -> bool:

@@ -21,6 +21,7 @@ from scale_rae.scaling.experiment import check_finite, png_text
 from scale_rae.scaling.joining import join_experiment, with_reward
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Batch, Store
+from scale_rae.scaling.waves import WaveWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,14 +38,17 @@ ENCODERS = 4  # threads that compress PNGs while the model scores
 class Assignment:
     """What a worker has to do: its own prompts, then the rest, as far as no other worker has begun them.
 
+    Prompts come in groups that are drawn together, of one prompt each except in adaptive searches; a group has all its
+    prompts, also those that are finished.
+
     `description` is experiment.json's part on settings and prompts. `failed_before` has the time of failure (ns) of prompts
     that failed in earlier runs: a prompt that failed since then is not tried again.
     """
 
     worker: int  # its number, from 0
     device: str | None
-    own: Sequence[PromptRecord]
-    rest: Sequence[PromptRecord]
+    own: Sequence[Sequence[PromptRecord]]
+    rest: Sequence[Sequence[PromptRecord]]
     description: dict[str, Any]
     failed_before: dict[int, int] = field(default_factory=dict)
     debug: bool = False
@@ -59,10 +63,10 @@ def work(
         ScaleRAEError: when model or reward cannot be loaded or are not the experiment's, or a result not written.
     """
     with open_worker(store, settings, assignment, listen, bars) as worker:
-        left = [p for p in (*assignment.own, *reversed(assignment.rest)) if not worker.attempt(p)]
+        left = [group for group in (*assignment.own, *reversed(assignment.rest)) if not worker.attempt(group)]
         if left:
-            worker.log(f"waiting for {len(left)} prompts that other workers are drawing")
-        while left := [p for p in left if not worker.attempt(p)]:
+            worker.log(f"waiting for {sum(map(len, left))} prompts that other workers are drawing")
+        while left := [group for group in left if not worker.attempt(group)]:
             time.sleep(WAIT)  # the lock of a worker that dies is free
         worker.log("done")
     return worker.seconds()
@@ -96,7 +100,7 @@ def open_worker(
             split_batches=False,  # the worker itself knows which images belong together
         )
         model = opened.model
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and model.device.index is not None:
             import torch
 
             torch.cuda.set_device(model.device)  # otherwise libraries take memory of cuda:0
@@ -108,11 +112,12 @@ def open_worker(
             reward = load_reward(settings.reward, model, settings.reward_path)
 
         def measure() -> int:
-            return BatchMaker(settings, model, reward).largest_batch([*assignment.own, *assignment.rest])
+            prompts = [prompt for group in (*assignment.own, *assignment.rest) for prompt in group]
+            return BatchMaker(settings, model, reward).largest_batch(prompts)
 
         batch_size = join_experiment(store, settings, assignment.description, opened, reward, say, measure)
         # The whole experiment's, so that what is compiled does not depend on who draws how much of it.
-        model.expect(assignment.description["prompts"]["count"] * settings.total)
+        model.expect(assignment.description["prompts"]["count"] * settings.usual_total)
         maker = BatchMaker(settings, model, reward, clock)
         worker = Worker(store.with_settings(settings), maker, batch_size, assignment, listen)
     worker.log(f"loaded in {clock.seconds()['loading']:.1f} s; batches of {batch_size}")
@@ -160,7 +165,7 @@ class Worker:
             options.append(dataclasses.replace(options[0], guidance=1.0, interval=None))
         threads = stack.enter_context(one_thread())
         most = min(MOST_PER_THREAD, -(-min(self._batch_size, self._settings.total) // threads))
-        per_thread = self._model.exact_batch(most, options, one_prompt=True)
+        per_thread = self._model.exact_batch(most, options, one_prompt=not self._settings.is_adaptive)
         pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
         return stack.enter_context(pool), per_thread
 
@@ -184,75 +189,127 @@ class Worker:
         self.log(text)
         self._listen(Message(text))
 
-    def attempt(self, prompt: PromptRecord) -> bool:
-        """Draws what is missing of a prompt, unless it failed in this run already; False when another worker draws it.
+    def attempt(self, group: Sequence[PromptRecord]) -> bool:
+        """Draws what is missing of a group of prompts; False when another worker draws it.
 
-        A prompt that fails is tried once more, in smaller batches, and then recorded as failed.
+        Prompts that failed in this run already are left out. A group that fails is tried again prompt by prompt, and a prompt
+        once more in smaller batches; a prompt that fails again is recorded as failed.
 
         Raises:
             OutputError: when something cannot be written.
         """
-        lock = self._store.lock_prompt(prompt.index)
+        lock = self._store.lock_prompt(group[0].index)
         if lock is None:
             return False
         with lock:
-            if self._store.check(prompt)[0]:
+            todo = [prompt for prompt in group if self._is_to_do(prompt)]
+            if not todo:
                 return True
-            failure = self._store.failure(prompt.index)
-            if failure is not None and failure[0] != self._assignment.failed_before.get(prompt.index):
+            size = self._batch_size
+            if len(group) > 1 and (error := self._try(group, todo, size)) is not None:
+                self._say(f"prompts {', '.join(str(p.index) for p in todo)}: {error}; each is tried alone")
+                todo = [prompt for prompt in todo if self._is_to_do(prompt)]
+            elif len(group) > 1:
                 return True
-            tries, size = 0, self._batch_size
-            start, drawn, seconds = time.perf_counter(), self._drawn, self.seconds()
-            while True:
-                tries += 1
-                try:
-                    record = self._finish(prompt, size)
-                except OutputError:
-                    raise
-                except Exception as e:
-                    error = str(e) if isinstance(e, ScaleRAEError) else f"{type(e).__name__}: {e}"
-                    self.log(f"prompt {prompt.index} failed: {error}\n{traceback.format_exc()}")
-                else:
-                    break
-                self._model.release_memory()
-                if tries == 2:
-                    self._store.fail(prompt.index, error, tries)
+            for prompt in todo:
+                error = self._try([prompt], [prompt], size)
+                if error is not None:
+                    smaller = max(1, size // 2)
+                    self._say(f"prompt {prompt.index} failed ({error}); once more in batches of {smaller}")
+                    error = self._try([prompt], [prompt], smaller)
+                if error is not None:
+                    self._store.fail(prompt.index, error, 2)
                     self._listen(PromptFailed(prompt.index, error))
-                    return True
-                size = max(1, size // 2)
-                self._say(f"prompt {prompt.index} failed ({error}); once more in batches of {size}")
-        answers = [entry["answer"] for entry in record["text_responses"].values()]
-        self.log(f"prompt {prompt.index} done: {prompt.prompt}")
-        spent = {stage: value - seconds.get(stage, 0.0) for stage, value in self.seconds().items()}
-        spent["total"] = time.perf_counter() - start
-        self._listen(
-            PromptFinished(prompt.index, prompt.prompt, len(answers), answers.count("yes"), self._drawn - drawn, spent)
-        )
         return True
 
-    def _finish(self, prompt: PromptRecord, size: int) -> dict[str, Any]:
-        """Draws the images that are missing, in batches of `size`; returns the prompt's record, which is written."""
+    def _is_to_do(self, prompt: PromptRecord) -> bool:
+        """Whether a prompt is unfinished, and has not failed in this run."""
+        if self._store.check(prompt)[0]:
+            return False
+        failure = self._store.failure(prompt.index)
+        return failure is None or failure[0] == self._assignment.failed_before.get(prompt.index)
+
+    def _try(self, group: Sequence[PromptRecord], todo: Sequence[PromptRecord], size: int) -> str | None:
+        """Why what is missing of a group's prompts cannot be drawn in batches of `size`; None once it is drawn."""
+        start, drawn, before = time.perf_counter(), self._drawn, self.seconds()
+        failed = None
+        try:
+            if self._settings.is_adaptive:
+                self._search(group, todo, size)
+            else:
+                self._draw(todo[0], size)
+            with self._maker.clock.timed("writing"):
+                records = [self._store.finish(prompt) for prompt in todo]
+        except OutputError:
+            raise
+        except Exception as e:
+            error = str(e) if isinstance(e, ScaleRAEError) else f"{type(e).__name__}: {e}"
+            which = ", ".join(str(p.index) for p in todo)
+            self.log(f"prompt{'s' if len(todo) > 1 else ''} {which} failed: {error}\n{traceback.format_exc()}")
+            failed = error
+        if failed is not None:  # outside the handler, where the error no longer holds tensors
+            self._model.release_memory()
+            return failed
+        spent = {stage: value - before.get(stage, 0.0) for stage, value in self.seconds().items()}
+        spent["total"] = time.perf_counter() - start
+        for i, (prompt, record) in enumerate(zip(todo, records, strict=True)):
+            answers = [entry["answer"] for entry in record["text_responses"].values()]
+            self.log(f"prompt {prompt.index} done: {prompt.prompt}")
+            new, seconds = (self._drawn - drawn, spent) if i == 0 else (0, {})  # of the group
+            yes = answers.count("yes")
+            self._listen(PromptFinished(prompt.index, prompt.prompt, len(answers), yes, new, seconds))
+        return None
+
+    def _search(self, group: Sequence[PromptRecord], todo: Sequence[PromptRecord], size: int) -> None:
+        """Has an adaptive search draw what is missing of the prompts that are drawn together."""
+        with self._maker.clock.timed("reply"):
+            replies = self._maker.replies(group)
+        for replied in replies:
+            self._check_asks(replied)
+        from scale_rae.adaptive import Batching
+
+        if self._threads is None:
+            batching = Batching(size, size)
+        else:
+            batching = Batching(self._per_thread, 1, self._threads.map)
+        writer = WaveWriter(
+            self._store,
+            self._model,
+            self._maker.searcher(batching),
+            self._encoders,
+            self._threads is not None,
+            self._count,
+        )
+        writer.search(replies, todo)
+
+    def _count(self, images: int) -> None:
+        self._drawn += images
+        self._listen(ImagesDrawn(images))
+
+    def _check_asks(self, replied: Replied) -> None:
+        """Raises InputError for a reply that asks for no image, or a question that cannot be asked."""
+        reply = replied.reply
+        if reply.condition is None:
+            text = self._model.tokenizer.decode(reply.ids).strip()
+            cut = len(reply.ids) >= self._settings.max_new_tokens
+            hint = f" within --max-new-tokens {self._settings.max_new_tokens}" if cut else ""
+            raise InputError(f"the model's reply asks for no image{hint}: {text[:200]!r}")
+        self._model.check_question(replied.prompt.prompt, self._settings.question)  # before anything is drawn
+
+    def _draw(self, prompt: PromptRecord, size: int) -> None:
+        """Draws the images that are missing of a prompt, in batches of `size`."""
         there = {i for batch in self._store.reopen(prompt.index) for i in batch.samples}
         missing = [
             run
             for samples in self._settings.slices(self._batch_size)
             for run in _runs([i for i in samples if i not in there])
         ]
-        clock = self._maker.clock
         if missing:
-            with clock.timed("reply"):
+            with self._maker.clock.timed("reply"):
                 replied = self._maker.reply(prompt)
-            reply = replied.reply
-            if reply.condition is None:
-                text = self._model.tokenizer.decode(reply.ids).strip()
-                cut = len(reply.ids) >= self._settings.max_new_tokens
-                hint = f" within --max-new-tokens {self._settings.max_new_tokens}" if cut else ""
-                raise InputError(f"the model's reply asks for no image{hint}: {text[:200]!r}")
-            self._model.check_question(prompt.prompt, self._settings.question)  # before anything is drawn
+            self._check_asks(replied)
             for samples in missing:
                 self._draw_samples(replied, samples, size)
-        with clock.timed("writing"):
-            return self._store.finish(prompt)
 
     def _draw_samples(self, replied: Replied, samples: Sequence[int], size: int) -> None:
         """Draws samples in batches of `size`, or of fewer once memory has run out."""
@@ -313,8 +370,7 @@ class Worker:
             text = self._model.tokenizer.decode(replied.reply.ids)
             batch = Batch(samples[0], text, seeds, judged, rewards or None, {})
             self._store.save_batch(prompt.index, batch, files)
-        self._drawn += len(seeds)
-        self._listen(ImagesDrawn(len(seeds)))
+        self._count(len(seeds))
 
 
 def _runs(numbers: Sequence[int]) -> list[list[int]]:

@@ -38,7 +38,7 @@ def _decode_assignment(line: str) -> tuple[Store, Settings, Assignment]:
     values, assigned = value["settings"], value["assignment"]
     assigned["failed_before"] = {int(index): time for index, time in assigned["failed_before"].items()}
     for name in ("own", "rest"):
-        assigned[name] = [PromptRecord(**prompt) for prompt in assigned[name]]
+        assigned[name] = [[PromptRecord(**prompt) for prompt in group] for group in assigned[name]]
     settings, assignment = from_record(Settings, values), Assignment(**assigned)
     return Store(Path(value["folder"]), settings, f"w{assignment.worker}"), settings, assignment
 

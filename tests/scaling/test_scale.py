@@ -85,7 +85,8 @@ def test_launched_ranks_leave_the_same_bytes(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setattr(
-        "scale_rae.scaling.ranks.share", lambda prompts, worker, workers: (prompts[worker::workers], [])
+        "scale_rae.scaling.ranks.share",
+        lambda prompts, todo, together, worker, workers: ([[p] for p in prompts[worker::workers]], []),
     )
     assert scale().code == 1  # rank 0's prompts are not there
     assert [p.name for p in sorted(scale.folder.glob("0*"))] == ["00007"]
