@@ -4,7 +4,7 @@
     model = scale_rae.load("shapes")
     model.generate("Can you generate a photo of a red circle?").images[0].image.show()
 
-Importing this package loads no torch; `load` does.
+`search` draws until images are accepted. Importing this package loads no torch; `load` does.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from scale_rae.version import __version__
 if TYPE_CHECKING:
     from scale_rae.loading import LoadProgress
     from scale_rae.pipeline import ScaleRAE
+    from scale_rae.prompt_search import search
 
-__all__ = ["ScaleRAE", "ScaleRAEError", "__version__", "load"]
+__all__ = ["ScaleRAE", "ScaleRAEError", "__version__", "load", "search"]
 
 
 def load(
@@ -46,4 +47,8 @@ def __getattr__(name: str) -> Any:
         from scale_rae.pipeline import ScaleRAE
 
         return ScaleRAE
+    if name == "search":
+        from scale_rae.prompt_search import search
+
+        return search
     raise AttributeError(f"module 'scale_rae' has no attribute {name!r}")

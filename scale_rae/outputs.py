@@ -35,11 +35,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Sample:
-    """One image to save: pixels with the text that goes into the PNG, a latent, or both."""
+    """One image to save: pixels with the text that goes into the PNG, a latent, or both.
+
+    The half-formed picture of a dropped candidate has a `mark` in its name instead of a number, and is listed apart.
+    """
 
     image: Image.Image | None = None
     latent: Tensor | None = None
     text: Mapping[str, str] | None = None
+    mark: str = ""
 
 
 def timestamp() -> str:
@@ -80,14 +84,16 @@ def save_run(
 ) -> dict[str, Any]:
     """Writes one run and returns its manifest, completed by the paths and the seconds that writing took.
 
-    Names begin `sample_<time_of_run><label>`; several samples get _00, _01, …. If a file of that name exists, -2, -3, … is
+    Names begin `sample_<time_of_run><label>`; several samples get _00, _01, …, and samples with a mark, which come last, get
+    that. If a file of that name exists, -2, -3, … is
     appended.
 
     Raises:
         OutputError: when a file cannot be written; then no file of the run is left.
     """
     start = time.perf_counter()
-    marks = [f"_{i:02}" for i in range(len(samples))] if len(samples) > 1 else ["" for _ in samples]
+    several = sum(not sample.mark for sample in samples) > 1
+    marks = [sample.mark or (f"_{i:02}" if several else "") for i, sample in enumerate(samples)]
     suffixes = [m + ".png" for m, s in zip(marks, samples, strict=True) if s.image is not None]
     suffixes += [m + "_latent.pt" for m, s in zip(marks, samples, strict=True) if s.latent is not None]
     suffixes.append("_manifest.json")
@@ -96,11 +102,13 @@ def save_run(
         with _reserved(folder, f"sample_{time_of_run}{label}", suffixes) as (stem, staging):
             placed: list[Path] = []
             try:
-                images, latents = [], []
+                images: list[str] = []
+                latents: list[str] = []
+                marked: list[str] = []
                 for mark, sample, png in zip(marks, samples, _pngs(samples), strict=True):
                     if png is not None:
-                        images.append(stem + mark + ".png")
-                        write_new(staging / images[-1], png)
+                        (marked if sample.mark else images).append(stem + mark + ".png")
+                        write_new(staging / (stem + mark + ".png"), png)
                     if sample.latent is not None:
                         latents.append(stem + mark + "_latent.pt")
                         write_new(staging / latents[-1], latent_bytes(sample.latent))
@@ -109,11 +117,12 @@ def save_run(
                     "output_images": [str(folder / name) for name in images],
                     "latent_path": paths[0] if paths else None,
                     "latent_paths": paths,
+                    **({"dropped_images": [str(folder / name) for name in marked]} if marked else {}),
                     "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
                 }
                 last = f"{stem}_manifest.json"
                 write_new(staging / last, (dump_json(complete, indent=2) + "\n").encode())
-                for name in (*images, *latents, last):
+                for name in (*images, *latents, *marked, last):
                     placed.append(folder / name)
                     (staging / name).rename(folder / name)
             except BaseException:  # Ctrl-C too

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
+from scale_rae.acceptance import Candidate
 from scale_rae.errors import shorten
 from scale_rae.language import Reply
 
@@ -36,6 +38,56 @@ class Generation:
 
     def __repr__(self) -> str:
         return f"Generation({shorten(self.prompt)!r} -> {shorten(self.text)!r}, {len(self.images)} images)"
+
+
+@dataclass
+class FoundImage:
+    """One image that a search kept: latent [L, C] float32 on the CPU, pixels, its noise seed, and what it was found to be.
+
+    `candidate` is its number among the prompt's candidates. `judgement` has the fields of a Score, `reward` is None without a
+    reward. `accepted` is False for an image that is kept because too few were accepted.
+    """
+
+    latent: Tensor
+    image: Image.Image
+    seed: int
+    candidate: int
+    accepted: bool
+    judgement: dict[str, Any]
+    reward: float | None
+
+    def __repr__(self) -> str:
+        reward = "" if self.reward is None else f", reward {self.reward:.3f}"
+        fate = "accepted" if self.accepted else "not accepted"
+        size = f"{self.image.width} x {self.image.height}"
+        return f"FoundImage({fate}, {self.judgement['answer']}{reward}, {size}, seed {self.seed})"
+
+
+@dataclass
+class SearchResult:
+    """The result of one prompt's search: the kept images, best first, and what became of every candidate.
+
+    `images` is empty when the reply asks for no image. `accepted` counts accepted images. `evaluations` of the network
+    include looks at their cost. `dropped` has the half-formed pictures of dropped candidates by number, where they were to be
+    saved. `seconds` per stage are those of all prompts that were searched together.
+    """
+
+    prompt: str
+    request: str  # the message that asked for the images
+    text: str
+    reply: Reply
+    images: list[FoundImage] = field(default_factory=list)
+    candidates: list[Candidate] = field(default_factory=list)
+    accepted: int = 0
+    evaluations: float = 0.0
+    dropped: dict[int, Image.Image] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return (
+            f"SearchResult({shorten(self.prompt)!r}: {self.accepted} of {len(self.images)} images accepted, "
+            f"{len(self.candidates)} candidates, {self.evaluations:g} evaluations)"
+        )
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,9 @@ _REQUEST = re.compile(
     r"|(generate|draw|create|make|paint|produce|render)( me)? (an?|the|one|two|three|four|five|some|this|\d+))\b",
     re.IGNORECASE,
 )
+# Words between a request's verb and what is to be drawn: "draw me", "I want to see".
+_BEFORE_THE_SUBJECT = re.compile(r"(?:me|to (?:see|have|get))\s+", re.IGNORECASE)
+_END_MARKS = (".", "?", "!", "…", "。", "？", "！", " ")
 
 
 def as_request(prompt: str, prefix: str) -> str:
@@ -51,6 +54,15 @@ def as_request(prompt: str, prefix: str) -> str:
     if not prefix.strip() or _REQUEST.match(prompt) or prompt.lower().startswith(prefix.strip().lower()):
         return prompt
     return f"{prefix}{'' if prefix[-1].isspace() else ' '}{prompt}"
+
+
+def subject(message: str) -> str:
+    """What a message asks to draw: "a cat" of "Can you generate a cat?". A message that is no request is its own subject."""
+    request = _ASKS_TO_DRAW.match(message) if _REQUEST.match(message) else None
+    if request is None:
+        return message
+    rest = _BEFORE_THE_SUBJECT.sub("", message[request.end() :].strip()).rstrip("".join(_END_MARKS))
+    return rest if rest[:1].isalnum() else message
 
 
 def asks_to_draw(message: str) -> bool:

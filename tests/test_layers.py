@@ -32,7 +32,7 @@ serve.guard serve.connections serve.data_urls serve.decoding serve.streaming ser
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.gate demo.server
-cli.app cli.progress cli.signature cli.options cli.runs cli.t2i cli.img cli.latent cli.scale cli.select cli.score cli.report cli.sheet cli.serve
+cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -64,14 +64,19 @@ class _LazyGroup(TyperGroup):
 
 
 class _Command(TyperCommand):
-    """A command that refuses an option of one value given twice; click would silently use the last one."""
+    """A command that refuses an option of one value given twice; click would silently use the last one.
+
+    `bare` has the values of options that may be given without one, which typer does not know of.
+    """
+
+    bare: Mapping[str, str] = {}
 
     def make_parser(self, ctx: Any) -> Any:
         parser: Any = super().make_parser(ctx)
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
-            values, rest, order = parse(args)
+            values, rest, order = parse(_with_values(args, self.bare))
             for option, count in Counter(order).items():
                 harmless = option.is_flag and not option.secondary_opts if option.param_type_name == "option" else True
                 if count > 1 and not option.multiple and not harmless:
@@ -86,7 +91,20 @@ def _load(name: str) -> Any:
     function = importlib.import_module(COMMANDS[name][0]).command
     single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     single.command(name, cls=_Command)(_guarded(function))
-    return typer.main.get_command(single)
+    command: Any = typer.main.get_command(single)
+    command.bare = getattr(function, "bare", {})
+    return command
+
+
+def _with_values(args: Sequence[str], bare: Mapping[str, str]) -> list[str]:
+    """The arguments, with its value after each option that has one for when it is given without."""
+    complete: list[str] = []
+    for i, arg in enumerate(args):
+        complete.append(arg)
+        value = bare.get(arg.replace("_", "-"))
+        if value is not None and (i + 1 == len(args) or args[i + 1].startswith("-")):
+            complete.append(value)
+    return complete
 
 
 def _show_version(value: bool) -> None:

@@ -1,12 +1,24 @@
-"""Option groups of the command line only: output folder and files, and questions about drawn images (--post-qa-…)."""
+"""Option groups of the command line only: output files, questions about drawn images, and searches (--until-accepted)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from scale_rae.options import DEFAULT_ANSWER_TOKENS, OUTPUT, POST_QA_MODES, QUESTIONS, Knob, check_options
+from scale_rae.errors import OptionError
+from scale_rae.options import (
+    AUTO_REWARD,
+    DEFAULT_ANSWER_TOKENS,
+    OUTPUT,
+    POST_QA_MODES,
+    QUESTIONS,
+    REWARDS,
+    SEARCH,
+    Knob,
+    SearchOptions,
+    check_options,
+)
 
 Debug = Annotated[bool, Knob("Show tracebacks and the libraries' own messages.", OUTPUT)]
 
@@ -79,6 +91,52 @@ class PostQA:
         assert self.prompt is not None
         return put_prompt(self.prompt, prompt)
 
+    def record(self, answers: list[dict[str, str]]) -> dict[str, Any]:
+        """What a manifest says of the questions about one prompt's images."""
+        return {"mode": self.mode, "max_new_tokens": self.max_new_tokens, "answers": answers}
+
     def check(self) -> None:
         """Raises OptionError, naming the option, for values that no question can use."""
         check_options(self)
+
+
+@dataclass(frozen=True)
+class UntilAccepted:
+    """A search of each prompt: candidates are drawn until `keep` are accepted. None: images are drawn without a search."""
+
+    keep: Annotated[
+        int | None,
+        Knob(
+            "Draw candidates of each prompt until N of them (1 if no number is given) are accepted, and save those.",
+            SEARCH,
+            name="until_accepted",
+            metavar="[N]",
+            show_default=False,
+            least=1,
+            bare=1,
+        ),
+    ] = None
+    search: SearchOptions = field(default_factory=SearchOptions)
+    reward: Annotated[
+        str,
+        Knob(
+            "What scores candidates besides the model: imagereward, siglip, pickscore, or none. auto: siglip for a model that "
+            "brings it, as the bundled one does; else imagereward.",
+            SEARCH,
+            choices=(AUTO_REWARD, *REWARDS, "none"),
+        ),
+    ] = AUTO_REWARD
+    reward_path: Annotated[Path | None, Knob("Folder with the reward's weights, instead of the hub.", SEARCH)] = None
+
+    def check(self) -> None:
+        """Raises OptionError, naming the flag, for values that no search can use."""
+        check_options(self, flags=True)
+        self.search.check()
+        if self.keep is not None and self.keep > self.search.max_candidates:
+            raise OptionError(
+                f"--max-candidates {self.search.max_candidates}: must be at least --until-accepted, which is {self.keep}"
+            )
+        if self.reward == "none" and self.reward_path is not None:
+            raise OptionError(f"--reward-path {self.reward_path}: --reward none has no weights")
+        if self.reward == "none" and self.search.accept_reward is not None:
+            raise OptionError(f"--accept-reward {self.search.accept_reward:g}: needs a reward, and --reward is none")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from scale_rae.acceptance import ACCEPTED, DROPPED
 from scale_rae.cli.app import say
 from scale_rae.errors import printable
 from scale_rae.scaling.events import (
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
+    from scale_rae.adaptive import Drawn
+
 
 class Bars:
     """One progress bar, moved by callbacks of loading and sampling."""
@@ -37,6 +41,8 @@ class Bars:
         self._task: Any = None
         self._drawn_before = 0  # evaluations so far, times their images
         self._images = 0
+        self._wanted = 0
+        self._candidates: Counter[str] = Counter()  # of searches, by what became of them
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
@@ -70,6 +76,20 @@ class Bars:
             if self._drawn_before >= total:
                 self.stop()
 
+    def search(self, wanted: int) -> None:
+        """Sets how many images all searches together are to find."""
+        self._wanted = wanted
+
+    def watch(self, drawn: Drawn) -> None:
+        """Shows what became of candidates so far: `watch` of a search."""
+        candidate = drawn.candidate
+        state = candidate.fate or ("begun" if not candidate.looks else "looked at")
+        self._candidates[state] += 1
+        if self._shown:
+            begun, dropped, accepted = (self._candidates[name] for name in ("begun", DROPPED, ACCEPTED))
+            text = f"{begun} candidates begun, {dropped} dropped, {accepted} accepted"
+            self._update(text, min(accepted, self._wanted), self._wanted)
+
     def _update(self, text: str, done: int, total: int) -> None:
         if self._progress is None:
             from rich.console import Console
@@ -79,7 +99,7 @@ class Bars:
             self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
             self._task = self._progress.add_task(text, total=total)
             self._progress.start()
-        self._progress.update(self._task, completed=done, total=total)
+        self._progress.update(self._task, description=text, completed=done, total=total)
 
     def stop(self) -> None:
         """Removes the bar, if there is one."""

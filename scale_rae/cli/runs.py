@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from scale_rae.hub import Source
     from scale_rae.pipeline import ScaleRAE
-    from scale_rae.results import Generation
+    from scale_rae.results import Generation, SearchResult
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def send(
     model = opened.model
     if post_qa is not None or any(item.latent is not None for item in inputs):
         model.check_reads()
-    _check_lengths(model, inputs)
+    check_lengths(model, inputs)
     seeds = [_seeds(item, sampling) for item in inputs]
     batch_size = sampling.batch_size or default_batch_size(model.device)
     at_once = max(1, batch_size // max(len(s) for s in seeds))
@@ -108,7 +108,7 @@ def send(
             answers: list[list[dict[str, str]]] | None = None
             if post_qa is not None:
                 start = time.perf_counter()
-                answers = _ask_about(model, batch, results, images, post_qa, batch_size)
+                answers = ask_about(model, [item.prompt for item in batch], results, images, post_qa, batch_size)
                 seconds["post_qa"] = round(time.perf_counter() - start, 3)
             record = opened.record()
             for j, (item, result) in enumerate(zip(batch, results, strict=True)):
@@ -125,11 +125,7 @@ def send(
                     opened.seconds | seconds,
                 )
                 if post_qa is not None and answers is not None:
-                    manifest["post_qa"] = {
-                        "mode": post_qa.mode,
-                        "max_new_tokens": post_qa.max_new_tokens,
-                        "answers": answers[j],
-                    }
+                    manifest["post_qa"] = post_qa.record(answers[j])
                 samples = [
                     Sample(
                         images[j][k],
@@ -139,10 +135,15 @@ def send(
                     for k, drawing in enumerate(result.images)
                 ]
                 writer.save(manifest, samples, item.label)
-                withheld = not result.images and model.asks_for_image(result.reply)
-                cut_off = not (result.images or withheld) and len(result.reply.ids) >= sampling.max_new_tokens
-                outcomes.append(Outcome(bool(result.images), result.text.strip(), cut_off, withheld))
+                outcomes.append(outcome_of(model, result, sampling))
     return outcomes
+
+
+def outcome_of(model: ScaleRAE, result: Generation | SearchResult, sampling: Sampling) -> Outcome:
+    """The outcome of one result of the model."""
+    withheld = not result.images and model.asks_for_image(result.reply)
+    cut_off = not (result.images or withheld) and len(result.reply.ids) >= sampling.max_new_tokens
+    return Outcome(bool(result.images), result.text.strip(), cut_off, withheld)
 
 
 class RunWriter:
@@ -195,7 +196,7 @@ def note_shortcomings(opened: OpenedModel, outcomes: Sequence[Outcome], flag: st
         )
 
 
-def _check_lengths(model: ScaleRAE, inputs: Sequence[ModelInput]) -> None:
+def check_lengths(model: ScaleRAE, inputs: Sequence[ModelInput]) -> None:
     """Raises InputError for prompts that are too long, with their places in the file, which the pipeline does not know."""
     config, problems = model.config, []
     for item in inputs:
@@ -251,16 +252,16 @@ def _draw(
     return results, images, seconds
 
 
-def _ask_about(
+def ask_about(
     model: ScaleRAE,
-    batch: Sequence[ModelInput],
-    results: Sequence[Generation],
+    prompts: Sequence[str],
+    results: Sequence[Generation | SearchResult],
     images: Sequence[Sequence[Any]],
     post_qa: PostQA,
     batch_size: int,
 ) -> list[list[dict[str, str]]]:
     """Question and answer per image, a list per result."""
-    questions = [post_qa.question(m.prompt) for m, result in zip(batch, results, strict=True) for _ in result.images]
+    questions = [post_qa.question(p) for p, result in zip(prompts, results, strict=True) for _ in result.images]
     if post_qa.mode == "image":
         latents = model.encode([image for row in images for image in row])
     else:

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from scale_rae.cli.app import fail, say
-from scale_rae.cli.options import OutputOptions, PostQA
+from scale_rae.cli.options import OutputOptions, PostQA, UntilAccepted
 from scale_rae.cli.progress import Bars
 from scale_rae.cli.runs import ModelInput, prepare, send
-from scale_rae.cli.signature import expanded
+from scale_rae.cli.searches import search_and_save
+from scale_rae.cli.signature import expanded, flag_name
 from scale_rae.errors import InputError, OptionError
 from scale_rae.jsonio import Fields
 from scale_rae.manifest import recorded_sampling
@@ -45,6 +46,7 @@ def command(
     ] = False,
     choice: ModelChoice,
     sampling: Sampling,
+    until: UntilAccepted,
     post_qa: PostQA,
     output: OutputOptions,
 ) -> None:
@@ -61,12 +63,13 @@ def command(
     if post_qa.mode == "image" and output.skip_decoder:
         raise typer.BadParameter("image needs the pixels that --skip-decoder leaves out", param_hint="--post-qa-mode")
 
+    _check_search(until, sampling, output, from_manifest, given)
     if post_qa.asked:
         post_qa = _with_template(post_qa)
     recorded: dict[str, Any] | None = None
     if from_manifest is not None:
         recorded_names = [option.name for option in options_of(Sampling)]
-        clash = [f"--{name.replace('_', '-')}" for name in recorded_names if name in given]
+        clash = [flag_name(name) for name in recorded_names if name in given]
         if clash:
             raise typer.BadParameter(f"the manifest says {', '.join(clash)} already", param_hint="--from-manifest")
         recorded = read_manifest(from_manifest)
@@ -92,7 +95,11 @@ def command(
     opened = OpenedModel(choice, bars, source=source, decoder=not output.skip_decoder, debug=output.debug)
     if recorded is not None:
         _check_same_model(recorded, opened, from_manifest, force)
-    outcomes = send(opened, {"mode": "t2i"}, inputs, sampling, output, bars, post_qa if post_qa.asked else None)
+    mode = {"mode": "t2i"}
+    if until.keep is not None:
+        outcomes = search_and_save(opened, mode, inputs, sampling, until, output, bars, post_qa)
+    else:
+        outcomes = send(opened, mode, inputs, sampling, output, bars, post_qa if post_qa.asked else None)
     undrawn = [outcome for outcome in outcomes if not outcome.drew]
     if undrawn:
         how_many = "" if len(inputs) == 1 else f" {len(undrawn)} of {len(inputs)} prompts"
@@ -105,6 +112,25 @@ def command(
 def _is_given(ctx: typer.Context, name: str) -> bool:
     source = ctx.get_parameter_source(name)
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
+
+
+def _check_search(
+    until: UntilAccepted, sampling: Sampling, output: OutputOptions, from_manifest: Path | None, given: set[str]
+) -> None:
+    """Raises BadParameter for flags of a search without one, or flags that no search can go with; else checks the values."""
+    keep = flag_name("until_accepted")
+    if until.keep is None:
+        if alone := [flag_name(o.name) for o in options_of(UntilAccepted) if o.name in given]:
+            raise typer.BadParameter(f"only with {keep}", param_hint=alone)
+        return
+    for clashes, flag, why in (
+        (from_manifest is not None, "--from-manifest", "draws the images that a search found by their seeds"),
+        (sampling.num_images > 1, "--num-images", f"is the number of images without a search; give {keep} N"),
+        (output.skip_decoder, "--skip-decoder", "leaves out the pixels that candidates are looked at by"),
+    ):
+        if clashes:
+            raise typer.BadParameter(f"not with {keep}: {why}", param_hint=flag)
+    until.check()
 
 
 def _with_template(post_qa: PostQA) -> PostQA:
