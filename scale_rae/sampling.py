@@ -142,8 +142,8 @@ class LatentSampler:
             state = flow.joined([t.state for t in trajectories if t.state is not None])
         conditions = [t.condition for t in trajectories]
         shared = torch.stack(conditions[:: self._images_per_prompt(conditions)])
-        evaluated = sampler.evaluated(times[before:stop])
-        velocity = self._velocity(shared, len(seeds), options, evaluated, compile)
+        # All of the sampler's times, as when it does not stop: on a CPU, bits of a time's embedding depend on their number.
+        velocity = self._velocity(shared, len(seeds), options, sampler.evaluated(times), compile)
         estimate = state.x
 
         def see(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
