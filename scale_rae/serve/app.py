@@ -71,7 +71,7 @@ def _document_limits(app: FastAPI, settings: ServeSettings) -> None:
             for field, bound in bounds.items():
                 schema = schemas[name]["properties"].get(field, {})
                 for variant in schema.get("anyOf", [schema]):
-                    if variant.get("type") != "null":
+                    if variant.get("type") != "null" and "const" not in variant:
                         variant.update(bound)
         if settings.api_key is not None:  # the Guard checks it: FastAPI's HTTPBearer would do so after reading the body
             value["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}

@@ -6,6 +6,12 @@ A job (one request) goes through up to three stages, each for several jobs at on
     draw     images with equal `SamplingOptions`, of any prompts and seeds, are sampled and decoded as one batch
     rank     if only the best images are to be returned, all are scored
 
+A search (`best_of: "auto"`) has other stages after its reply, in turn until enough candidates are accepted, each of them for
+candidates of several jobs at once:
+
+    advance  candidates at the same step are drawn up to the next look, or to their end
+    look     the model and the reward score what they are; acceptance.py says what becomes of them
+
 On a GPU, one thread runs batches of up to `batch_size`; an image differs from the same image drawn alone by rounding only. On the
 CPU, as in `scaling.worker`, there is one thread per core, and each computes with one thread of torch. Then an image drawn in a batch
 has the bytes of the same image drawn alone, which `ScaleRAE.exact_batch` checks before the first request. Replies are computed one
@@ -17,22 +23,28 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from scale_rae import acceptance, adaptive
+from scale_rae.adaptive import Batching, Drawn, Search, Searcher
 from scale_rae.errors import DeviceError, InputError
+from scale_rae.flow import StepCallback
 from scale_rae.language import Conversation, Reply
 from scale_rae.manifest import text_chunks
-from scale_rae.options import SamplingOptions, to_record
+from scale_rae.options import SamplingOptions, SearchOptions, to_record
 from scale_rae.outputs import png_bytes
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
 from scale_rae.ranking import Verdicts, rank
 from scale_rae.rewards import Reward
+from scale_rae.scores import Asked
 from scale_rae.serve.jobs import Job, Result, ResultImage
 from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.refusals import Refused, shutting_down
@@ -101,6 +113,17 @@ class Engine:
             raise Refused(503, "loading", "the model is still loading")
         if self.jobs >= self.most_jobs:
             raise Refused(429, "queue_full", f"{self.most_jobs} requests are waiting or under way; try again later")
+
+    def searcher(self, keep: int, most: int, reward: str, options: SamplingOptions) -> Searcher:
+        """What draws a job's candidates, at most `most`, until `keep` are accepted. `reward` is as in a Job.
+
+        Raises:
+            OptionError: when there are too few steps to look at candidates on their way.
+            ConfigError: for a checkpoint that cannot read the latents it draws.
+        """
+        batching = Batching(draw=self.sizes.most, read=self.sizes.most)
+        search = SearchOptions(max_candidates=most)
+        return Searcher(self.model, self.rewards.get(reward), keep, search, options, batching, watch=self._count_fate)
 
     def cancel(self, job: Job) -> None:
         """Drops a job whose client has gone or whose time is over; its computation ends at the next step."""
@@ -242,6 +265,8 @@ class Engine:
             Stage.REPLY: self._answer,
             Stage.DRAW: self._draw,
             Stage.RANK: self._rank,
+            Stage.ADVANCE: self._advance,
+            Stage.LOOK: self._look,
         }
         while (work := self._take()) is not None:
             stage, batch = work
@@ -379,33 +404,52 @@ class Engine:
             else:
                 self._complete(task, [])
             return
+        stage = None
+        if job.searcher is not None:
+            try:
+                stage = self._begin_search(task, job.searcher, reply)
+            except Exception as e:
+                self._fail(task, e)
+                return
         with self._wake:
             if task.over:
                 return
             task.begun = job.streams  # it waits again, for its images
             refused = self.draining and not task.begun
             if not refused:
-                self._schedule.add_images(task)
+                if stage is None:
+                    self._schedule.add_images(task)
+                else:
+                    self._schedule.add_stage(task, stage)
                 self._wake.notify_all()
         if refused:
             self._finish(task, shutting_down())
 
-    def _draw(self, tiles: list[Tile]) -> None:
-        count = len(tiles)
-        self.metrics.batch.labels("draw").observe(count)
-        size = self.sizes.padded(count)
-        padded = tiles + [tiles[-1]] * (size - count)
-        replies = [tile.task.reply for tile in padded if tile.task.reply is not None]
-        conditions = _all_distinct([reply.condition for reply in replies if reply.condition is not None])
-        seeds = [tile.task.job.seed_of(tile.index) for tile in padded]
+    def _padded(self, tiles: list[Tile]) -> list[Tile]:
+        """The tiles with the last one repeated, up to a size that code is compiled for."""
+        return tiles + [tiles[-1]] * (self.sizes.padded(len(tiles)) - len(tiles))
 
-        def step(*evaluation: object) -> None:
+    def _step(self, tiles: Sequence[Tile]) -> StepCallback:
+        """What a batch calls after each evaluation: counts it, and ends a batch that nobody waits for."""
+
+        def step(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
+            self.metrics.evaluations.inc(min(len(tiles), len(x)))
             if all(tile.task.dead for tile in tiles):
                 raise _Deserted
 
+        return step
+
+    def _draw(self, tiles: list[Tile]) -> None:
+        count = len(tiles)
+        self.metrics.batch.labels("draw").observe(count)
+        padded = self._padded(tiles)
+        size = len(padded)
+        replies = [tile.task.reply for tile in padded if tile.task.reply is not None]
+        conditions = _all_distinct([reply.condition for reply in replies if reply.condition is not None])
+        seeds = [tile.task.job.seed_of(tile.index) for tile in padded]
         try:
             with self.metrics.stage("sample"):
-                latents = self.model.sample(conditions, seeds, tiles[0].task.job.options, size, step)
+                latents = self.model.sample(conditions, seeds, tiles[0].task.job.options, size, self._step(tiles))
             with self.metrics.stage("decode"):
                 images = self.model.decode(latents, batch_size=1 if self._on_cpu else size)[:count]
         except _Deserted:
@@ -466,7 +510,122 @@ class Engine:
             )
         ]
 
-    def _complete(self, task: Task, chosen: Sequence[tuple[int, dict[str, Any]]]) -> None:
+    # --- searches ------------------------------------------------------------------------------------------------
+
+    def _begin_search(self, task: Task, searcher: Searcher, reply: Reply) -> adaptive.Stage:
+        """Sets a task's search, and gives its first stage.
+
+        Raises:
+            Refused: when the prompt is too long for what will be asked about its images.
+        """
+        job = task.job
+        try:
+            self.model.check_question(job.subject)
+        except InputError:  # which quotes the prompt
+            field = job.text_field
+            raise Refused(
+                400, "invalid_value", f"{field}: is too long for a question about its image; shorten it", field
+            ) from None
+        task.search = Search(Asked(job.subject, job.turns[-1].text, reply), job.seed_of)
+        task.stages = _stages(task, searcher, task.search)
+        return next(task.stages)
+
+    def _advance(self, tiles: list[Tile]) -> None:
+        count, padded = len(tiles), self._padded(tiles)
+        self.metrics.batch.labels("draw").observe(count)
+        stops = [tile.stage.stop for tile in tiles if tile.stage is not None and tile.stage.stop is not None]
+        trajectories = [drawn.trajectory for drawn in _candidates(padded)]
+        trajectories = [replace(t, condition=t.condition[:]) for t in trajectories]  # as in _all_distinct
+        try:
+            with self.metrics.stage("sample"):
+                advanced = self.model.advance(
+                    trajectories, stops[0], tiles[0].task.job.options, len(padded), self._step(tiles)
+                )
+        except _Deserted:
+            with self._wake:
+                self._drop_dead()
+            return
+        except Exception as e:
+            self._one_by_one(self._advance, tiles, e)
+            return
+        for drawn, trajectory in zip(_candidates(tiles), advanced[:count], strict=True):
+            drawn.trajectory = trajectory
+        self._done_with(tiles)
+
+    def _look(self, tiles: list[Tile]) -> None:
+        count, padded = len(tiles), self._padded(tiles)
+        self.metrics.batch.labels("look").observe(count)
+        searcher, stage, going = tiles[0].task.job.searcher, tiles[0].stage, _candidates(padded)
+        assert searcher is not None
+        assert stage is not None
+        size = 1 if self._on_cpu else len(going)  # as in _judgements
+        try:
+            with self.metrics.stage("judge"):
+                batches = [searcher.read(going[i : i + size], stage.t) for i in range(0, len(going), size)]
+                found = [one for batch in batches for one in batch][:count]
+        except Exception as e:
+            self._one_by_one(self._look, tiles, e)
+            return
+        for drawn, (picture, look) in zip(_candidates(tiles), found, strict=True):
+            drawn.note(picture, look)
+        if stage.t is None:
+            self.metrics.drew(count)
+        self._done_with(tiles)
+
+    def _done_with(self, tiles: Sequence[Tile]) -> None:
+        """Takes those searches further that have nothing left of their stage."""
+        for task, count in Counter(tile.task for tile in tiles).items():
+            with self._wake:
+                task.pending -= count
+                if task.pending or task.over:
+                    continue
+            try:
+                stage = next(task.stages, None)
+                if stage is None:
+                    self._complete_search(task)
+                    continue
+            except Exception as e:
+                self._fail(task, e)
+                continue
+            with self._wake:
+                if not task.over:
+                    self._schedule.add_stage(task, stage)
+                    self._wake.notify_all()
+
+    def _complete_search(self, task: Task) -> None:
+        search, searcher, reward = task.search, task.job.searcher, task.job.reward
+        assert search is not None
+        assert searcher is not None
+        chosen = []
+        for number in acceptance.kept(search.candidates, searcher.keep):
+            candidate = search.candidates[number]
+            final = candidate.final
+            assert final is not None
+            scores = {
+                "reward": reward,
+                "score": final.judgement["score"] if reward == OWN_JUDGEMENT else final.reward,
+                "answer": final.judgement["answer"],
+                "accepted": candidate.fate == acceptance.ACCEPTED,
+            }
+            chosen.append((number, scores))
+        fates = Counter(candidate.fate for candidate in search.candidates)
+        took = {
+            "candidates": len(search.candidates),
+            "dropped": fates[acceptance.DROPPED],
+            "accepted": fates[acceptance.ACCEPTED],
+            "evaluations": search.evaluations,
+        }
+        self._complete(task, chosen, took)
+
+    def _count_fate(self, drawn: Drawn) -> None:
+        if drawn.candidate.fate:
+            self.metrics.candidates.labels(drawn.candidate.fate).inc()
+
+    # --- ends ----------------------------------------------------------------------------------------------------
+
+    def _complete(
+        self, task: Task, chosen: Sequence[tuple[int, dict[str, Any]]], search: dict[str, Any] | None = None
+    ) -> None:
         """Emits a task's result; PNGs are encoded on threads of their own, while the model goes on."""
         reply, job = task.reply, task.job
         assert reply is not None
@@ -478,7 +637,7 @@ class Engine:
                     for i, scores in chosen
                 ]
                 cut_off = reply.condition is None and len(reply.ids) >= job.max_new_tokens
-                self._finish(task, Result(task.text, images, task.prompt_tokens, len(reply.ids), cut_off))
+                self._finish(task, Result(task.text, images, task.prompt_tokens, len(reply.ids), cut_off, search))
             except BaseException as e:
                 self._fail(task, e)
 
@@ -513,6 +672,20 @@ class _Deserted(Exception):
 
 def _task_of(item: Task | Tile) -> Task:
     return item.task if isinstance(item, Tile) else item
+
+
+def _stages(task: Task, searcher: Searcher, search: Search) -> Iterator[adaptive.Stage]:
+    """The stages of all rounds of a search; of each round, the finished images are then in `task.drawn`."""
+    while not searcher.is_over(search):
+        wave = searcher.begin(search)
+        yield from searcher.stages([search], [wave])
+        for drawn in wave:
+            if drawn.candidate.final is not None and drawn.picture is not None:
+                task.drawn[drawn.candidate.number] = (drawn.latent, drawn.picture)
+
+
+def _candidates(tiles: Sequence[Tile]) -> list[Drawn]:
+    return [tile.candidate for tile in tiles if tile.candidate is not None]
 
 
 def _all_distinct(conditions: Sequence[Tensor]) -> list[Tensor]:

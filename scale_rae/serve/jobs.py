@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from scale_rae.adaptive import Searcher
 from scale_rae.noise import image_seed
 from scale_rae.options import SamplingOptions
 from scale_rae.prompt import SYSTEM, Turn
@@ -34,6 +35,7 @@ class Result:
     prompt_tokens: int
     new_tokens: int
     cut_off: bool
+    search: dict[str, Any] | None = None  # what a search took: `candidates`, `dropped`, `accepted`, `evaluations`
 
 
 Event = str | Result | BaseException
@@ -54,7 +56,8 @@ class Job:
     emit: Callable[[Event], None]
     deadline: float  # on time.monotonic's clock
     count: int = 1  # images to return
-    best_of: int = 1  # images to draw
+    best_of: int = 1  # images to draw, unless they are searched
+    searcher: Searcher | None = None  # draws candidates until `count` are accepted
     reward: str | None = None  # what ranks the images: a reward's name or OWN_JUDGEMENT; None where all are returned
     subject: str = ""  # what the images are ranked against
     system: str = SYSTEM

@@ -36,7 +36,7 @@ class Metrics:
         self.running = Gauge("scale_rae_requests_running", "Requests that are worked at.", registry=registry)
         self.batch = Histogram(
             "scale_rae_batch_size",
-            "Replies given, or images drawn, at once.",
+            "Replies given, or images drawn or looked at, at once.",
             ["stage"],
             registry=registry,
             buckets=_SIZES,
@@ -44,7 +44,15 @@ class Metrics:
         self.stages = Histogram(
             "scale_rae_stage_seconds", "Seconds that a batch takes.", ["stage"], registry=registry, buckets=_SECONDS
         )
-        self.images = Counter("scale_rae_images", "Images drawn.", registry=registry)
+        self.images = Counter("scale_rae_images", "Images drawn to their end.", registry=registry)
+        self.evaluations = Counter(
+            "scale_rae_evaluations",
+            "Images times evaluations of the network, unfinished images too.",
+            registry=registry,
+        )
+        self.candidates = Counter(
+            "scale_rae_candidates", "What became of candidates of searches.", ["fate"], registry=registry
+        )
         self.tokens = Counter("scale_rae_tokens", "Tokens written by the model.", registry=registry)
         rate = Gauge("scale_rae_images_per_second", "Images drawn a second, over the last minute.", registry=registry)
         rate.set_function(self.images_per_second)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from scale_rae import adaptive
 from scale_rae.language import Reply
 from scale_rae.prompt import TextStream
 from scale_rae.serve.jobs import Job
@@ -26,6 +27,8 @@ class Stage(Enum):
     REPLY = "reply"
     DRAW = "draw"
     RANK = "rank"
+    ADVANCE = "advance"  # candidates of searches are drawn up to the next look
+    LOOK = "look"
 
 
 @dataclass(eq=False)
@@ -43,6 +46,10 @@ class Task:
     heard: int = 0  # tokens of the reply that have gone through `stream`
     text: str = ""
     drawn: dict[int, tuple[Tensor, Image.Image]] = field(default_factory=dict)  # latent and image by index
+    search: adaptive.Search | None = None
+    stages: Iterator[adaptive.Stage] = field(default_factory=lambda: iter(()))  # of the search, from now on
+    stages_queued: int = 0
+    pending: int = 0  # candidates that the stage queued last is still to be done with
 
     @property
     def dead(self) -> bool:
@@ -52,10 +59,23 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One image to draw."""
+    """One image to draw or, of a search, one candidate that a stage is to be done with."""
 
     task: Task
     index: int
+    stage: adaptive.Stage | None = None
+    candidate: adaptive.Drawn | None = None
+    resumes: bool = False  # its search has had a batch before
+
+    @property
+    def kind(self) -> tuple[Stage, Any]:
+        """What it is for, and what else must be equal in a batch."""
+        job = self.task.job
+        if self.stage is None:
+            return Stage.DRAW, job.options
+        if self.stage.stop is None:
+            return Stage.LOOK, (job.reward, self.stage.t)
+        return Stage.ADVANCE, (job.options, self.stage.stop)
 
 
 @dataclass(frozen=True)
@@ -102,6 +122,7 @@ class Schedule:
         self._turns = Turns()
         self._replies_first = 0  # replies that were waiting when the last batch of images was taken
         self._answered = 0  # replies since then
+        self._resumed: set[str] = set()  # clients whose last batch of tiles went on with a search
 
     def add(self, task: Task) -> None:
         """Queues a new task for its reply."""
@@ -111,6 +132,13 @@ class Schedule:
     def add_images(self, task: Task) -> None:
         """Queues the images of a task that has its reply."""
         self._tiles.extend(Tile(task, i) for i in range(task.job.best_of))
+
+    def add_stage(self, task: Task, stage: adaptive.Stage) -> None:
+        """Queues what a task's search needs next."""
+        resumes = task.stages_queued > 0
+        task.stages_queued += 1
+        task.pending = len(stage.going)
+        self._tiles.extend(Tile(task, d.candidate.number, stage, d, resumes) for d in stage.going)
 
     def add_ranking(self, task: Task) -> None:
         """Queues a task whose images are drawn."""
@@ -137,7 +165,10 @@ class Schedule:
         return bool(self._rankings or self._replies or self._tiles)
 
     def next(self, sizes: BatchSizes) -> tuple[Stage, list[Any]]:
-        """The next batch: its stage and its tasks, of `Stage.DRAW` tiles. There must be work."""
+        """The next batch: its stage, and its tasks or tiles. There must be work.
+
+        A client's searches that go on and its images that have not begun take turns, so neither wait for all of the others.
+        """
         if self._rankings:
             return Stage.RANK, [self._rankings.popleft()]
         if self._is_reply_next(sizes):
@@ -147,14 +178,18 @@ class Schedule:
             self._answered += len(tasks)
             self._begin(tasks)
             return Stage.REPLY, tasks
-        waiting = self._turns.order(self._tiles, lambda tile: tile.task.job.client)
-        alike = [tile for tile in waiting if tile.task.job.options == waiting[0].task.job.options]
+        tiles = sorted(self._tiles, key=lambda tile: tile.resumes == (tile.task.job.client in self._resumed))
+        waiting = self._turns.order(tiles, lambda tile: tile.task.job.client)
+        kind = waiting[0].kind
+        alike = [tile for tile in waiting if tile.kind == kind]
         chosen = alike[: sizes.images(len(alike))]
         taken = set(chosen)
+        self._resumed -= {tile.task.job.client for tile in chosen}
+        self._resumed |= {tile.task.job.client for tile in chosen if tile.resumes}
         self._tiles = deque(tile for tile in self._tiles if tile not in taken)
         self._replies_first, self._answered = len(self._replies), 0
         self._begin([tile.task for tile in chosen])
-        return Stage.DRAW, chosen
+        return kind[0], chosen
 
     def _is_reply_next(self, sizes: BatchSizes) -> bool:
         """Whether the next batch is of replies, not of images.
@@ -178,4 +213,6 @@ class Schedule:
         for task in tasks:
             task.begun = True
         self._turns.serve(dict.fromkeys(task.job.client for task in tasks))
-        self._turns.keep({job.client for job in self.tasks})
+        clients = {job.client for job in self.tasks}
+        self._turns.keep(clients)
+        self._resumed &= clients

@@ -10,7 +10,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, WithJsonSchema, create_model, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WithJsonSchema,
+    WrapValidator,
+    create_model,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from scale_rae.options import (
@@ -33,7 +44,16 @@ def _no(value: bool) -> bool:
     return value
 
 
+def _number_or_auto(value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return validate(value)
+    except ValidationError:  # one for each of the two
+        raise PydanticCustomError("number_or_auto", 'must be an integer from 1 to 64, or "auto"') from None
+
+
 MOST_FIELDS = 100  # of an object
+AUTO: Literal["auto"] = "auto"  # best_of: candidates are searched until enough are accepted
+BestOf = Annotated[Annotated[int, Field(ge=1, le=64)] | Literal["auto"], WrapValidator(_number_or_auto)]
 NoList = Annotated[list[Any], Field(max_length=0)]
 Zero = Annotated[int, Field(ge=0, le=0)]  # as Literal[False] would take 0, Literal[0] would take false
 
@@ -149,7 +169,11 @@ class ImageRequest(_Sampling):
     n: int = Field(1, ge=1, le=64, description="Images to return.")
     size: str = Field("auto", pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="auto, or the model's.")
     response_format: Literal["b64_json"] = "b64_json"
-    best_of: int | None = Field(None, ge=1, le=64, description="Images to draw, of which the best n are returned.")
+    best_of: BestOf | None = Field(
+        None,
+        description="Images to draw, of which the best n are returned. auto: as many as it takes until n are accepted; those "
+        "that will not do are dropped while they form.",
+    )
     reward: Literal["answer", "imagereward", "siglip", "pickscore"] | None = Field(
         None,
         description="What picks the best: a reward model that the server has loaded, or answer: the model's own yes or no.",
@@ -280,13 +304,29 @@ class ErrorResponse(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One image: a PNG in base64, and the seed of its noise. With best_of, what it was scored."""
+    """One image: a PNG in base64, and the seed of its noise. With best_of, what it was scored.
+
+    With best_of "auto", `accepted` is false for an image that only makes up the number.
+    """
 
     b64_json: str
     seed: int
     reward: str | None = None
     score: float | None = None
     answer: str | None = None
+    accepted: bool | None = None
+
+
+class SearchSummary(BaseModel):
+    """What best_of "auto" took: candidates begun, those of them that were dropped early, and those that were accepted.
+
+    `evaluations` are those of the network, per image, with looks at their cost.
+    """
+
+    candidates: int
+    dropped: int
+    accepted: int
+    evaluations: float
 
 
 class ImagesResponse(BaseModel):
@@ -296,6 +336,7 @@ class ImagesResponse(BaseModel):
     output_format: str = "png"
     quality: str = "auto"
     background: str = "opaque"
+    search: SearchSummary | None = None
 
 
 class ModelCard(BaseModel):

@@ -60,7 +60,7 @@ def mend(body: Any) -> None:
         body["prompt"] = DRAWN
         body.pop("reward", None)
         body["size"] = "auto"
-        if body.get("best_of") is not None:
+        if body.get("best_of") not in (None, "auto"):
             body["best_of"] = 4
         if body["prompt"] and (body.get("n") or 1) > 2:
             body["n"] = 2

@@ -8,14 +8,17 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
+from scale_rae.adaptive import Searcher
+from scale_rae.errors import ConfigError, OptionError
 from scale_rae.noise import new_seed
+from scale_rae.options import SamplingOptions
 from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.jobs import Inbox, Job
 from scale_rae.serve.refusals import invalid
 from scale_rae.serve.routes.body import json_router
 from scale_rae.serve.routes.checks import check_model, check_sampling, check_text, client_name
-from scale_rae.serve.schema import ImageData, ImageRequest, ImagesResponse
+from scale_rae.serve.schema import AUTO, ImageData, ImageRequest, ImagesResponse, SearchSummary
 from scale_rae.serve.settings import OWN_JUDGEMENT, SEED_BITS, ServeSettings
 from scale_rae.serve.streaming import result_of
 from scale_rae.wording import as_request
@@ -32,25 +35,30 @@ def images_router(engine: Engine, settings: ServeSettings) -> APIRouter:
         """Draws."""
         engine.check_open()
         check_model(body.model, settings)
-        best_of = body.best_of or body.n
-        check_sampling(body, engine, limits, best_of, "best_of" if body.best_of else "n")
+        best_of = body.best_of if isinstance(body.best_of, int) else body.n
+        check_sampling(body, engine, limits, best_of, "best_of" if isinstance(body.best_of, int) else "n")
         if best_of < body.n:
             raise invalid("best_of", f"must be at least n, which is {body.n}")
         check_text(body.prompt, len(body.prompt), "prompt", limits)
         size = f"{engine.model.image_size}x{engine.model.image_size}"
         if body.size not in ("auto", size):
             raise invalid("size", f'this model draws "{size}"; give that or "auto"')
+        options, reward = body.options(limits.steps), _reward(body, engine, best_of)
+        searcher = None
+        if body.best_of == AUTO:
+            searcher = _searcher(engine, body.n, limits.drawings, str(reward), options)
         inbox = Inbox(limits.deadline)
         job = Job(
             [Turn("user", as_request(body.prompt, settings.prompt_prefix))],
             None,
-            body.options(limits.steps),
+            options,
             new_seed(SEED_BITS) if body.seed is None else body.seed,
             inbox.put,
             inbox.deadline,
             count=body.n,
             best_of=best_of,
-            reward=_reward(body, engine, best_of),
+            searcher=searcher,
+            reward=reward,
             subject=body.prompt,
             must_draw=True,
             client=client_name(request),
@@ -60,16 +68,40 @@ def images_router(engine: Engine, settings: ServeSettings) -> APIRouter:
             ImageData(b64_json=base64.b64encode(image.png).decode("ascii"), seed=image.seed, **image.scores)
             for image in result.images
         ]
-        return ImagesResponse(created=int(time.time()), data=data, size=size)
+        search = None if result.search is None else SearchSummary(**result.search)
+        return ImagesResponse(created=int(time.time()), data=data, size=size, search=search)
 
     return router
 
 
 def _reward(body: ImageRequest, engine: Engine, best_of: int) -> str | None:
-    """What ranks the images, or None where all of them are returned."""
+    """What scores the images, or None where all that are drawn are returned."""
     available = [*engine.rewards, OWN_JUDGEMENT]
     if body.reward is not None and body.reward not in available:
         raise invalid("reward", f"not loaded on this server, which has {', '.join(available)}")
     if body.reward is not None and body.best_of is None:
         raise invalid("reward", "picks the best of best_of images; give best_of too")
-    return (body.reward or available[0]) if body.best_of is not None and best_of > body.n else None
+    if body.best_of != AUTO and best_of == body.n:
+        return None
+    reward = body.reward or available[0]
+    if body.best_of == AUTO or reward == OWN_JUDGEMENT:
+        try:
+            engine.model.check_reads()
+        except ConfigError:  # which names a file
+            field = "best_of" if body.best_of == AUTO else "reward"
+            raise invalid(field, "this model cannot look at what it draws; give a number and a reward model") from None
+    return reward
+
+
+def _searcher(engine: Engine, keep: int, most: int, reward: str, options: SamplingOptions) -> Searcher:
+    """What searches for the images of best_of "auto".
+
+    Raises:
+        Refused: when there are too few steps to look at candidates on their way.
+    """
+    try:
+        return engine.searcher(keep, most, reward, options)
+    except OptionError:  # which names a flag
+        raise invalid(
+            "steps", f'{options.steps} are too few to look at images on their way, as best_of "auto" does; take more'
+        ) from None
