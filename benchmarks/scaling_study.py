@@ -4,6 +4,7 @@
     python benchmarks/scaling_study.py --out runs/scaling --only draw --device cuda         # needs the model
     python benchmarks/scaling_study.py --results runs/scaling/results.jsonl --only analyse  # needs results.jsonl alone
     … --json docs/figures/scaling.json --markdown docs/figures/scaling-study.md --plot docs/figures/scaling.png --into docs/scaling.md
+    python benchmarks/scaling_study.py --records FILE … --tune FILE …                       # the searches: study_search.py
 
 Drawing (study_drawing.py) runs `scale t2i`: 4 x 8 images per prompt, latent questions, siglip reward. Then it reads every
 picture: the judge from its pixels, the model's questions again in image mode, further rewards whose weights are given. The
@@ -12,6 +13,8 @@ results go to results.jsonl, one line per prompt. If it is stopped, the same com
 Analysis (study_analysis.py) computes, for every metric, what would have been kept if only the first 4, 8, 12 or 32 images had
 been drawn. Intervals are 95 %, by bootstrap over prompts. Errors removed: 1 - (share of wrong images among the kept) / (among
 all drawn).
+
+With --records, nothing is drawn: policies of search are replayed from records of study_records.py, as study_search.py does it.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import study_search
 from benchmarks.bench import write_between_marks, write_json
 from benchmarks.study_analysis import analyse
 from benchmarks.study_drawing import PER_KIND, draw
@@ -51,6 +55,7 @@ def main() -> None:
     parser.add_argument("--judges", type=int, default=2, help="processes that judge pictures")
     parser.add_argument("--imagereward", help="folder with ImageReward's weights, to study that reward too")
     parser.add_argument("--pickscore", help="folder with PickScore's weights")
+    study_search.add_options(parser)
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--markdown", type=Path, help="write the tables here")
     parser.add_argument("--plot", type=Path, help="draw the plot here")
@@ -60,6 +65,9 @@ def main() -> None:
     if not 1 <= args.prompts <= 6 * PER_KIND:
         parser.error(f"--prompts {args.prompts}: must be 1 to {6 * PER_KIND}")
     try:
+        if args.records:
+            study_search.write(study_search.analyse(args.records, args.tune, args.seconds), args)
+            return
         if args.only != "analyse":
             draw(args)
         if args.only == "draw":

@@ -1,10 +1,12 @@
-"""Tables and plot of scaling_study.py, from the figures that study_analysis.py computes."""
+"""Tables and plots of scaling_study.py and study_search.py, from the figures that study_analysis.py and study_search.py compute."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.bench import table_head, table_row
 from benchmarks.study_analysis import JUDGE, MODES, Estimate
@@ -126,8 +128,9 @@ def _rewards(figures: dict[str, Any]) -> list[str]:
     return [x.split(", ")[1] for x in labels if x.startswith("image_reward, ")]
 
 
-def _text(value: dict[str, Any]) -> str:
-    return str(Estimate(value["value"], value["low"], value["high"]))
+def _text(value: dict[str, Any], digits: int = 3) -> str:
+    estimate = Estimate(value["value"], value["low"], value["high"])
+    return str(estimate) if digits == 3 else "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*value.values(), digits)
 
 
 def _share(part: int, whole: int) -> str:
@@ -177,3 +180,170 @@ def plot(figures: dict[str, Any], path: Path) -> None:
     kept.figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     kept.figure.savefig(path)
+
+
+def search_markdown(figures: dict[str, Any]) -> str:
+    """The figures of study_search.py as tables."""
+    lines = [
+        "# Policies of search",
+        "",
+        "Made by `benchmarks/study_search.py` from records that `benchmarks/study_records.py` made ([the commands](../scaling.md#does-it-help)). "
+        "Right: share of right images among the kept, by the judge. Evaluations: of the network, per prompt, with early looks at "
+        "their cost. Begun: candidates begun per prompt. Short: share of prompts with fewer accepted images than are kept. "
+        "Brackets: 95 % intervals, bootstrap over prompts.",
+    ]
+    for study in figures["studies"]:
+        lines += ["", f"## Guidance {study['study']['guidance']:g}", "", _recorded(study)]
+        every = {name: row for some in study["families"].values() for name, row in some.items()}
+        timed = any("seconds" in row for row in every.values())
+        for keep in sorted({row["keep"] for row in every.values()}, reverse=True):
+            heads = ["right", "first right", "evaluations", "begun", "short", *(["seconds"] if timed else [])]
+            lines += ["", f"{keep} {'images are' if keep > 1 else 'image is'} kept:", "", *table_head("", heads)]
+            for name, row in every.items():
+                if row["keep"] == keep:
+                    cells = [_text(row["right"]), _text(row["first"])]
+                    cells += [_text(row[x], 1) if x in row else "" for x in ("evaluations", "begun")]
+                    cells += [_text(row["short"]) if "short" in row else ""]
+                    cells += [_text(row["seconds"], 2)] if timed else []
+                    lines.append(table_row(name, cells))
+        chosen = ["best 4 of 4, combined", "best 4 of 8, combined", "best 4 of 32, combined", "adaptive"]
+        lines += [
+            "",
+            "Right by kind of prompt, in brackets the evaluations of the adaptive search:",
+            "",
+            *table_head("", chosen),
+        ]
+        for kind in every["adaptive"]["kinds"]:
+            found = [every[name]["kinds"][kind] for name in chosen]
+            cells = [f"{value['right']:.3f}" for value in found]
+            cells[-1] += f" ({found[-1]['evaluations']:.0f})"
+            lines.append(table_row(kind, cells))
+    if figures["tuning"]:
+        lines += _tuning_tables(figures)
+    return "\n".join(lines) + "\n"
+
+
+def _recorded(study: dict[str, Any]) -> str:
+    record = study["study"]
+    which = {"only": "held-out prompts", "exclude": "prompts of training"}[record["held_out"]]
+    return (
+        f"{study['prompts']} {which}, {record['candidates']} candidates each, seed {record['seed']}, {record['solver']} with "
+        f"{record['steps']} evaluations, {record['dtype'] or 'float32'}, reward {record['reward']}. A look costs "
+        f"{study['costs']['look']:g} evaluations, without reward {study['costs']['look without reward']:g}."
+    )
+
+
+def _tuning_tables(figures: dict[str, Any]) -> list[str]:
+    default = figures["thresholds"]
+    lines = [
+        "",
+        "## Thresholds",
+        "",
+        "A candidate is dropped early when its standing is below the first threshold, and accepted at the end when its standing is at "
+        "least the second. The standing is the combined score among the prompt's candidates so far, in standard deviations. "
+        f"The defaults, {_signed(default['drop_below'])} and {_signed(default['accept_from'])}, were chosen on the records of this "
+        "section, which have other seeds than the figures above. 4 images are kept: right, first right @ evaluations.",
+    ]
+    for study in figures["tuning"]:
+        cells = {(row["drop_below"], row["accept_from"]): row for row in study["rows"]}
+        drops = sorted({drop for drop, _ in cells})
+        lines += ["", f"Guidance {study['study']['guidance']:g}. {_recorded(study)}", ""]
+        lines += table_head("dropped below ↓, accepted from →", [_signed(x) for x in sorted({a for _, a in cells})])
+        for drop in drops:
+            row = []
+            for accept in sorted({a for _, a in cells}):
+                found = cells.get((drop, accept))
+                bold = "**" if (drop, accept) == (default["drop_below"], default["accept_from"]) else ""
+                row.append(
+                    f"{bold}{found['right']['value']:.3f}, {found['first']['value']:.3f} @ {found['evaluations']['value']:.0f}{bold}"
+                    if found
+                    else ""
+                )
+            lines.append(table_row(_signed(drop), row))
+    return lines
+
+
+def _signed(value: float) -> str:
+    return f"{value:g}".replace("-", "−")
+
+
+SUMMARY = (  # policies on the page about scaling, and what they are called there
+    ("best 4 of 4, combined", "4 drawn, 4 kept"),
+    ("best 4 of 8, combined", "best 4 of 8 (`--scaling-rounds 2`, the guide's)"),
+    ("best 4 of 32, combined", "best 4 of 32 (`--scaling-rounds 8`)"),
+    ("adaptive", "`--search adaptive`"),
+    ("adaptive, --reward none", "`--search adaptive --reward none`"),
+    (f"best 4 of 32, {JUDGE}", "the judge itself, of 32"),
+    ("one accepted", "`--until-accepted 1`"),
+    ("one accepted, --accept-reward -2", "`--until-accepted 1 --accept-reward -2`"),
+)
+
+
+def search_summary(figures: dict[str, Any], links: str = "") -> str:
+    """A short table of both ways for a page on scaling."""
+    studies = figures["studies"]
+    every = [{name: row for some in s["families"].values() for name, row in some.items()} for s in studies]
+    guidances = [f"guidance {s['study']['guidance']:g}" for s in studies]
+    widest = [_widest([rows[name][x] for name, _ in SUMMARY for x in ("right", "first")]) for rows in every]
+    lines = [
+        f"{studies[0]['prompts']} held-out prompts, {studies[0]['study']['solver']} with {studies[0]['study']['steps']} "
+        "evaluations, siglip: share of right images among the kept, share of prompts whose first-ranked image is right, "
+        f"evaluations per prompt (95 % intervals of the shares: ± {max(widest):.3f} or less).",
+        "",
+        *table_head("", [f"{what}, {g}" for g in guidances for what in ("right", "first right", "evaluations")]),
+    ]
+    for name, label in SUMMARY:
+        cells = []
+        for rows in every:
+            row = rows[name]
+            cells += [f"{row[x]['value']:.3f}" for x in ("right", "first")] + [f"{row['evaluations']['value']:.0f}"]
+        lines.append(table_row(label, cells))
+    return "\n".join([*lines, *(["", links] if links else [])]) + "\n"
+
+
+def search_plot(figures: dict[str, Any], path: Path) -> None:
+    """Share of right images among the kept against evaluations, and against seconds if they are known; a panel per guidance."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    studies = figures["studies"]
+    timed = "seconds" in studies[0]["families"]["adaptive"]["adaptive"]
+    costs = ["evaluations", *(["seconds"] if timed else [])]
+    size = (6.2 * len(studies), 4.6 * len(costs) + 0.8)
+    grid = plt.subplots(len(costs), len(studies), figsize=size, dpi=150, squeeze=False)[1]
+    families = list(studies[0]["families"])
+    colours = dict(zip(families, plt.get_cmap("tab20")(np.linspace(0, 1, len(families))), strict=True))
+    for row, cost in zip(grid, costs, strict=True):
+        for axes, study in zip(row, studies, strict=True):
+            for family, some in study["families"].items():
+                points = list(some.values())
+                x, y = ([p[field]["value"] for p in points] for field in (cost, "right"))
+                bars = [[p["right"]["value"] - p["right"]["low"] for p in points]]
+                bars.append([p["right"]["high"] - p["right"]["value"] for p in points])
+                adaptive, line = family == "adaptive", "best of n" in family
+                axes.errorbar(
+                    *(x, y, bars),
+                    color="black" if adaptive else colours[family],
+                    marker="*" if adaptive else "o" if line else "s",
+                    markersize=11 if adaptive else 4,
+                    linestyle="-" if line else "none",
+                    elinewidth=0.8,
+                    linewidth=1,
+                    zorder=3 if adaptive else 2,
+                    label=family,
+                )
+            axes.set_xscale("log", base=2)
+            if cost == "evaluations":
+                whole = [study["study"]["steps"] * n for n in (1, 2, 4, 8, 16, 32)]
+                axes.set_xticks(whole, [str(n) for n in whole])
+            axes.set_xlabel(f"{cost} per prompt")
+            axes.set_title(f"guidance {study['study']['guidance']:g}")
+            axes.grid(alpha=0.3, which="both")
+        row[0].set_ylabel("right among the kept")
+    grid[0][-1].legend(fontsize=7, loc="lower right")
+    figure = grid[0][0].figure
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

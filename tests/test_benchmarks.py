@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import base64
+import functools
 import io
 import json
 import random
@@ -19,9 +21,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import serve, study_analysis, study_drawing, study_tables
+from benchmarks import serve, study_analysis, study_drawing, study_search, study_tables
 from benchmarks.bench import Bench, write_between_marks
+from scale_rae.acceptance import Thresholds
 from scale_rae.errors import InputError
+from scale_rae.options import SearchOptions
 
 ROOT = Path(__file__).parents[1]
 Script = Callable[..., str]
@@ -312,3 +316,110 @@ def test_text_between_marks_is_replaced_and_a_page_without_marks_is_refused(tmp_
     assert page.read_text() == "a\n<!-- figures: begin (x) -->\nnew\n<!-- figures: end -->\nb\n"
     with pytest.raises(InputError, match=r"page\.md.*study: begin"):
         write_between_marks(page, "study", "new\n")
+
+
+def recorded(
+    path: Path,
+    correct: str,
+    early: str,
+    final: str,
+    rewards: list[float],
+    prompt_confidences: list[float] | None = None,
+) -> Path:
+    """Records of one prompt: answers at evaluation 2 of 4 and at the end; rewards are the same at both."""
+    stage = {"reward": rewards, "yes_conf_score": [1.0] * len(correct)}
+    stage["prompt_conf_score"] = prompt_confidences or rewards
+    stages = {"2": stage | {"answer": early}, "4": stage | {"answer": final}}
+    study = {"model_path": "shapes", "reward": "siglip", "guidance": 1.0, "seed": 7, "steps": 4, "solver": "ab2"}
+    study |= {"held_out": "only", "candidates": len(correct), "dtype": None, "out": "/somewhere"}
+    line = {"tag": "colors", "correct": correct, "times": [1.0, 0.84, 0.6, 0.3], "stages": stages}
+    path.write_text(json.dumps({"study": study}) + "\n" + json.dumps(line) + "\n")
+    return path
+
+
+def test_policies_are_replayed_from_records(tmp_path: Path) -> None:
+    #       candidates 0 to 3: rejected, dropped, accepted, accepted; then 4: accepted
+    path = recorded(tmp_path / "r.jsonl", "00111", "ynyyy", "nnyyy", [0.0, 0.0, 0.1, 0.2, 0.3])
+    _, (prompt,) = study_search.read_records(path)
+    policy = study_search.Adaptive(3, SearchOptions(max_candidates=5), Thresholds(-9, -9))
+    found = study_search.searched(prompt, policy)
+    assert [c.fate for c in found] == ["rejected", "dropped", "accepted", "accepted", "accepted"]
+    assert [c.evaluations for c in found] == [4, 2, 4, 4, 4]
+    outcome = study_search.replay(prompt, policy)
+    assert outcome == study_search.Outcome(1.0, True, 18, 5, 4, 5, False)
+    assert study_search.replay(prompt, study_search.BestOf("image_reward", 4, 2)).right == 1.0
+    assert study_search.replay(prompt, study_search.BestOf("image_reward", 2, 1)).first is False
+    assert study_search.replay(prompt, study_search.BestOf(None, 3, 1)).first is True
+    more = study_search.Adaptive(4, SearchOptions(max_candidates=6), Thresholds(-9, -9))
+    with pytest.raises(InputError, match="5 candidates per prompt, which are too few"):
+        study_search.replay(prompt, more)
+    with pytest.raises(InputError, match=r"no record of evaluation 3 \(t = 0\.55\)"):
+        study_search.replay(prompt, study_search.Adaptive(1, SearchOptions(check_at=(0.55,))))
+
+
+def test_a_replay_does_what_the_search_does(tmp_path: Path) -> None:
+    """On two prompts, with few steps and candidates: the same fates at the same cost."""
+    import torch
+
+    import scale_rae
+    from benchmarks import study_records
+    from scale_rae.adaptive import Batching, Search, Searcher, search
+    from scale_rae.noise import image_seed
+    from scale_rae.options import PROMPT_PREFIX, SamplingOptions
+    from scale_rae.rewards import load_reward
+    from scale_rae.scores import Asked
+    from scale_rae.wording import as_request
+
+    names = {"out": tmp_path, "model_path": "shapes", "prompts": 2, "held_out": "only", "prompts_seed": 0, "seed": 42}
+    names |= {"candidates": 4, "guidance": 1.0, "steps": 4, "solver": "ab2", "evaluations": [2], "reward": "siglip"}
+    args = argparse.Namespace(**names, device="cpu", dtype=None, workers=1, seconds=1e9)
+    threads = torch.get_num_threads()
+    study_records.record(args, 0)
+    torch.set_num_threads(threads)
+    lines = (tmp_path / "part-0.jsonl").read_text()
+    (tmp_path / "records.jsonl").write_text(json.dumps({"study": {"model_path": "shapes"}}) + "\n" + lines)
+    _, prompts = study_search.read_records(tmp_path / "records.jsonl")
+    texts = [json.loads(line)["prompt"] for line in lines.splitlines()]
+    model = scale_rae.load("shapes", device="cpu")
+    options = SearchOptions(check_at=(prompts[0].times[1],), max_candidates=4)
+    sampling = SamplingOptions(solver="ab2", steps=4)
+    searcher = Searcher(model, load_reward("siglip", model), 2, options, sampling, Batching(4, 4))
+    requests = [as_request(text, PROMPT_PREFIX) for text in texts]
+    asked = [Asked(*each) for each in zip(texts, requests, model.reply(requests), strict=True)]
+    results = search(searcher, [Search(a, functools.partial(image_seed, 42, i)) for i, a in enumerate(asked)])
+    for prompt, found in zip(prompts, results, strict=True):
+        replayed = study_search.searched(prompt, study_search.Adaptive(2, options))
+        assert [c.fate for c in replayed] == [c.fate for c in found.candidates]
+        for here, there in zip(replayed, found.candidates, strict=True):
+            assert here.evaluations + len(here.looks) * searcher.look_cost == pytest.approx(there.evaluations)
+
+
+def test_search_study_s_tables_and_plot(script: Script, tmp_path: Path) -> None:
+    marks, scores = "01" * 16, [float(i % 5) for i in range(32)]
+    answers = "ny" * 16
+    records = recorded(tmp_path / "g.jsonl", marks, answers, answers, scores)
+    tune = recorded(tmp_path / "s.jsonl", marks, answers, answers, scores)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- search: begin (so) -->\nold\n<!-- search: end -->\n")
+    files = ["--json", tmp_path / "s.json", "--markdown", tmp_path / "s.md", "--plot", tmp_path / "s.png"]
+    command = ["--records", records, "--tune", tune, "--seconds", 0.5, 0.25, *files, "--into", page]
+    shown = script("scaling_study.py", *command)
+    figures = json.loads((tmp_path / "s.json").read_text())
+    (study,) = figures["studies"]
+    adaptive = study["families"]["adaptive"]["adaptive"]
+    assert adaptive["right"]["value"] == 1.0
+    cost = study["costs"]["look"]
+    begun = adaptive["begun"]["value"]
+    finished = adaptive["evaluations"]["value"] - cost * begun - 2 * begun
+    assert adaptive["seconds"]["value"] == pytest.approx(
+        0.5 * (2 * begun + finished) + 0.25 * (begun + finished / 2), abs=1e-6
+    )
+    assert "out" not in study["study"]
+    assert 0 < cost < 2
+    best = study["families"]["best of n, combined"]["best 4 of 8, combined"]
+    assert best["evaluations"]["value"] == 32
+    assert "| adaptive | 1.000 [1.000, 1.000] |" in shown
+    assert len(figures["tuning"][0]["rows"]) >= 25
+    assert "| `--search adaptive` | 1.000 | 1.000 |" in page.read_text()
+    assert "old" not in page.read_text()
+    assert (tmp_path / "s.png").stat().st_size > 10_000
