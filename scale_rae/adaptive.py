@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import acceptance
-from scale_rae.acceptance import Candidate, Look
+from scale_rae.acceptance import Candidate, Look, Thresholds
 from scale_rae.dit import flops
 from scale_rae.errors import InputError, OptionError, ScaleRAEError
 from scale_rae.flow import SAMPLERS, StepCallback, steps_until
@@ -147,6 +147,7 @@ class Searcher:
         evaluated = SAMPLERS[sampling.solver].evaluated
         self._stops = [(steps, evaluated(times[:steps])) for steps in (*looks, len(times))]
         self.look_cost = look_cost(model, reward, sampling, self._encodes)
+        self._thresholds = Thresholds(unlikely=None if reward is None else reward.unlikely)
 
     def next_round(self, searches: Sequence[Search]) -> list[list[Drawn]]:
         """The searches' next waves, one list per search, in the order of their numbers; the searches have them then.
@@ -179,9 +180,9 @@ class Searcher:
             for search, wave in zip(searches, waves, strict=True):
                 candidates = [drawn.candidate for drawn in wave]
                 if early:
-                    acceptance.drop(search.candidates, candidates, self.keep, self.search)
+                    acceptance.drop(search.candidates, candidates, self.keep, self.search, self._thresholds)
                 else:
-                    acceptance.accept(search.candidates, candidates, self.search)
+                    acceptance.accept(search.candidates, candidates, self.search, self._thresholds)
             for drawn in going:
                 self._watch(drawn)
             going = [drawn for drawn in going if not drawn.candidate.fate]
@@ -284,7 +285,7 @@ def look_cost(model: ScaleRAE, reward: Reward | None, sampling: SamplingOptions,
     if reward is not None:
         operations += reward.operations
     if encodes:
-        operations += 2.0 * _weights(model.encoder) * config.tokens
+        operations += 2.0 * _weights(model.encoder.model) * config.tokens
     branches = 1 if sampling.guidance in (0.0, 1.0) else 2
     return round(operations / (branches * flops(config.dit)), 2)
 

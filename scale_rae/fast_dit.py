@@ -37,7 +37,7 @@ from scale_rae.options import Speed
 
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
-MOST_GRAPHS = 12  # captured graphs that are kept
+MOST_GRAPHS = 24  # captured graphs that are kept
 
 Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # the signature of `dit.attend`
 

@@ -19,6 +19,7 @@ from scale_rae.fast_dit import FastDiT
 from scale_rae.noise import draw_noise
 from scale_rae.options import SamplingOptions, Speed
 
+LEAST_SHARED = 4  # images per prompt; in searches, fewer share nothing, so that few sizes of batches are captured
 NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
 
 
@@ -141,7 +142,8 @@ class LatentSampler:
         else:
             state = flow.joined([t.state for t in trajectories if t.state is not None])
         conditions = [t.condition for t in trajectories]
-        shared = torch.stack(conditions[:: self._images_per_prompt(conditions)])
+        images = self._images_per_prompt(conditions)
+        shared = torch.stack(conditions[:: images if images >= LEAST_SHARED else 1])
         # All of the sampler's times, as when it does not stop: on a CPU, bits of a time's embedding depend on their number.
         velocity = self._velocity(shared, len(seeds), options, sampler.evaluated(times), compile)
         estimate = state.x
@@ -159,11 +161,16 @@ class LatentSampler:
         return [replace(trajectory, state=part, latent=latent) for trajectory, part, latent in parts][:wanted]
 
     def _padded(self, trajectories: Sequence[Trajectory]) -> Sequence[Trajectory]:
-        """As many as a power of two where CUDA graphs are captured per number of images; the last one is repeated."""
+        """As many as one of few sizes, where CUDA graphs are captured per size; the last one is repeated.
+
+        The sizes are powers of two and, between them, three quarters of those.
+        """
         if self.device.type != "cuda" or not self.speed.graph:
             return trajectories
-        missing = (1 << (len(trajectories) - 1).bit_length()) - len(trajectories)
-        return [*trajectories, *[trajectories[-1]] * missing]
+        size = 1 << (len(trajectories) - 1).bit_length()
+        if len(trajectories) <= size * 3 // 4:
+            size = size * 3 // 4
+        return [*trajectories, *[trajectories[-1]] * (size - len(trajectories))]
 
     def _noise(self, seeds: Sequence[int]) -> Callable[[], Tensor]:
         return draw_noise(seeds, self.config.channels, self.config.dit.side, self.device)

@@ -34,6 +34,7 @@ class PickScore:
     """CLIP's logit of a picture and a text: cosine · exp(logit_scale)."""
 
     name = "pickscore"
+    unlikely = None
 
     def __init__(self, model: ScaleRAE, path: str | None = None) -> None:
         """Finds and loads the weights.

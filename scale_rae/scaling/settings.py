@@ -31,7 +31,7 @@ from scale_rae.prompt import QUESTION
 from scale_rae.wording import as_request
 
 MOST_IMAGES = 1_000_000  # per prompt; the plan of a larger experiment fills the memory
-MOST_TOGETHER = 16  # prompts that one worker searches at a time
+MOST_TOGETHER = 32  # prompts that one worker searches at a time
 SCALING, JUDGING = "Scaling", "Judging"  # headings in --help
 
 
@@ -112,7 +112,7 @@ class Settings:
 
         The number depends on the experiment alone, since a GPU's rounding depends on what is drawn together.
         """
-        return max(1, min(MOST_TOGETHER, prompts // 8)) if self.is_adaptive else 1
+        return max(1, min(MOST_TOGETHER, prompts // 4)) if self.is_adaptive else 1
 
     def check(self) -> None:
         """Raises OptionError for values that no experiment can use."""
