@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG, coloured by the page's CSS: best of n, and reward against confidence."""
+"""The report's plots as inline SVG, coloured by the page's CSS: best of n, reward against confidence, evaluations per prompt."""
 
 from __future__ import annotations
 
@@ -74,6 +74,24 @@ def line_plot(values: Sequence[float], low: float, high: float, x_title: str, y_
         anchor = f'x="{x + 6 * first:.1f}" y="{y:.1f}" text-anchor="{"start" if first else "end"}"'
         labels += f'<text class="value" {anchor}>{_short(values[i])}</text>'
     return axes.svg(f'<polyline class="line" points="{path}"/>{marks}{labels}', ticks, x_title, y_title)
+
+
+def histogram(values: Sequence[float], x_title: str, y_title: str) -> str:
+    """An SVG of how many of the values lie in each of about ten ranges."""
+    low, high = min(values), max(values)
+    ticks = round_ticks(low, high if high > low else low + 5)
+    width = (ticks[1] - ticks[0]) / 2 if len(ticks) > 1 else (high - low or 1)
+    places = [math.floor(value / width + 1e-9) for value in values]
+    first, last = min(places), max(places)
+    most = max(places.count(place) for place in places)
+    axes = _Axes(first * width, (last + 1) * width, 0, max(5, 1.1 * most))  # from 5 on, ticks are whole numbers
+    columns = ""
+    for place in range(first, last + 1):
+        count = places.count(place)
+        left, right, top = axes.x(place * width) + 1, axes.x((place + 1) * width) - 1, axes.y(count)
+        columns += f'<path class="column" d="M{left:.1f},{axes.y(0):.1f}V{top:.1f}H{right:.1f}V{axes.y(0):.1f}z">'
+        columns += f"<title>{_tick(place * width)} to {_tick((place + 1) * width)}: {count}</title></path>"
+    return axes.svg(columns, None, x_title, y_title)
 
 
 def scatter(selections: Sequence[Selection]) -> str | None:

@@ -6,6 +6,7 @@ metadata.jsonl. Nothing in it is changed.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -14,11 +15,41 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from scale_rae.acceptance import ACCEPTED, DROPPED, REJECTED
 from scale_rae.errors import InputError, first_line
 from scale_rae.files import check_file, check_name, read_bytes
 from scale_rae.jsonio import MOST_BYTES, parse_json
 from scale_rae.ranking import Verdicts
 from scale_rae.scaling.replacing import restored, short_name
+
+FATES = (ACCEPTED, REJECTED, DROPPED)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate of an adaptive search: what became of it, and its picture, if there is one."""
+
+    number: int
+    fate: str
+    image: int | None  # its number among the prompt's images, if it was drawn to the end
+    dropped_at: float | None  # t
+    reason: str | None
+    evaluations: float
+    picture: Path | None
+
+
+@dataclass(frozen=True)
+class Searched:
+    """What an adaptive search did for a prompt; `evaluations` count looks at their cost."""
+
+    candidates: list[Tried]
+    evaluations: float
+    accepted: int
+    filled_up: int  # kept images that were not accepted
+
+    def count(self, fate: str) -> int:
+        """How many candidates had that fate."""
+        return sum(c.fate == fate for c in self.candidates)
 
 
 @dataclass(frozen=True)
@@ -28,6 +59,7 @@ class Prompt:
     folder: Path
     metadata: dict[str, Any]
     images: list[Path]
+    searched: Searched | None = None  # of an adaptive search
 
     @property
     def name(self) -> str:
@@ -221,7 +253,60 @@ def _read_prompt(folder: Path) -> Prompt | Incomplete:
     for image in images:
         if reason := _unreadable(image):
             return Incomplete(folder, f"samples/{image.name} {reason}", text)
-    return Prompt(folder, metadata, images)
+    try:
+        searched = _searched(folder, metadata, images)
+    except ValueError as e:
+        return Incomplete(folder, str(e), text)
+    return Prompt(folder, metadata, images, searched)
+
+
+def _searched(folder: Path, metadata: dict[str, Any], images: Sequence[Path]) -> Searched | None:
+    """What the metadata say of an adaptive search; None if there was none.
+
+    Raises:
+        ValueError: when the record or a dropped candidate's picture is damaged; the message names the field or file.
+    """
+    if metadata.get("search") != "adaptive":
+        return None
+    records = metadata.get("candidates")
+    if not isinstance(records, list):
+        raise ValueError("metadata.jsonl: candidates is not a list")
+    tried = []
+    for place, record in enumerate(records):
+        where = f"metadata.jsonl: candidates[{place}]"
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is not an object")
+        number, image, fate = (record.get(name) for name in ("candidate", "image", "fate"))
+        if type(number) is not int or number != place:
+            raise ValueError(f"{where}.candidate is {number!r:.40}, not {place}")
+        if image is not None and (type(image) is not int or not 0 <= image < len(images)):
+            raise ValueError(f"{where}.image is {image!r:.40}, not one of {len(images)} images")
+        if fate not in FATES:
+            raise ValueError(f"{where}.fate is {fate!r:.40}, not one of {', '.join(FATES)}")
+        dropped_at = None if record.get("dropped_at") is None else _number(record, "dropped_at", f"{where}.")
+        dropped = folder / "dropped" / f"{number:05}.png"
+        picture = images[image] if image is not None else dropped if os.path.lexists(dropped) else None
+        if picture is dropped and (why := _unreadable(dropped)):
+            raise ValueError(f"dropped/{dropped.name} {why}")
+        reason = record.get("reason")
+        reason = reason if isinstance(reason, str) else None
+        tried.append(
+            Tried(number, fate, image, dropped_at, reason, _number(record, "evaluations", f"{where}."), picture)
+        )
+    evaluations = _number(metadata, "evaluations", "metadata.jsonl: ")
+    accepted, filled_up = metadata.get("n_accepted"), metadata.get("filled_up")
+    if type(accepted) is not int or not 0 <= accepted <= len(tried):
+        raise ValueError(f"metadata.jsonl: n_accepted is {accepted!r:.40}, not a number of candidates")
+    if not isinstance(filled_up, list):
+        raise ValueError("metadata.jsonl: filled_up is not a list")
+    return Searched(tried, evaluations, accepted, len(filled_up))
+
+
+def _number(record: dict[str, Any], name: str, where: str) -> float:
+    value = record.get(name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value < 0:
+        raise ValueError(f"{where}{name} is {value!r:.40}, not a number from 0 up")
+    return float(value)
 
 
 def _read_error(path: Path) -> tuple[str, str | None]:

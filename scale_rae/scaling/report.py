@@ -16,10 +16,12 @@ from typing import Any
 
 from scale_rae.errors import InputError
 from scale_rae.ranking import METRICS, TABLE
-from scale_rae.scaling.plots import best_of_n_plots, scatter
-from scale_rae.scaling.reader import Experiment, Prompt, read_experiment
+from scale_rae.scaling.plots import best_of_n_plots, histogram, scatter
+from scale_rae.scaling.reader import FATES, Experiment, Prompt, Searched, Tried, read_experiment
 from scale_rae.scaling.replacing import write_file
 from scale_rae.scaling.select import Selection, choose, formula_of, yes_share
+
+SMALL = 72  # longest side of a candidate's picture, in pixels
 
 
 def write_report(
@@ -90,6 +92,7 @@ def render(
             {
                 "keep": len(s.kept),
                 "answers": s.answers(),
+                "filled": s.prompt.searched is not None and s.prompt.searched.filled_up > 0,
                 "order": {name: chosen[name][i].ranking.order for name in chosen},
                 "scores": {name: [_number(v) for v in chosen[name][i].ranking.scores] for name in chosen},
             }
@@ -98,6 +101,7 @@ def render(
         "shares": shares,
         "short": short,
     }
+    searches = [s.prompt.searched for s in first if s.prompt.searched is not None]
     template = files("scale_rae").joinpath("assets", "report.html").read_text(encoding="utf-8")
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     keeps = sorted({len(s.kept) for s in first})
@@ -119,9 +123,26 @@ def render(
         shares=shares,
         yes_all=_percent(yes_share(first, lambda s: s.ranking.order)),
         scatter=scatter(first),
-        curves={name: best_of_n_plots(selections) for name, selections in chosen.items()},
+        # Among the images of an adaptive search there are no equal chances to be drawn.
+        curves={} if searches else {name: best_of_n_plots(selections) for name, selections in chosen.items()},
+        search=_search_view(searches),
         data=data,
     )
+
+
+def _search_view(searches: list[Searched]) -> dict[str, Any] | None:
+    """What the page says of all adaptive searches together; None when there are none."""
+    if not searches:
+        return None
+    total = sum(s.evaluations for s in searches)
+    return {
+        "mean": f"{total / len(searches):.0f}",
+        "total": f"{total:,.0f}",
+        "begun": sum(len(s.candidates) for s in searches),
+        "fates": ", ".join(f"{sum(s.count(fate) for s in searches)} {fate}" for fate in FATES),
+        "filled_up": sum(s.filled_up > 0 for s in searches),
+        "plot": histogram([s.evaluations for s in searches], "evaluations", "prompts"),
+    }
 
 
 def _percent(count: tuple[int, int]) -> str:
@@ -149,6 +170,18 @@ class ImageView:
 
 
 @dataclass(frozen=True)
+class CandidateView:
+    """One candidate of an adaptive search as the page shows it; `source` is a data URL."""
+
+    number: int
+    fate: str
+    text: str  # what became of it
+    source: str | None
+    width: int = SMALL
+    height: int = SMALL
+
+
+@dataclass(frozen=True)
 class PromptView:
     """One prompt as the page shows it; `images` are best first by the metric shown first."""
 
@@ -158,6 +191,8 @@ class PromptView:
     yes_kept: int
     images: list[ImageView]
     in_turn: list[ImageView]
+    searched: Searched | None
+    candidates: list[CandidateView]
 
 
 def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, thumbnail: int) -> PromptView:
@@ -178,8 +213,18 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
     shown = by_metric[metric]
     yes_kept = sum(prompt.answer(i) == "yes" for i in shown.kept)
     return PromptView(
-        *(prompt.name, prompt.text, len(shown.kept), yes_kept), [views[i] for i in shown.ranking.order], views
+        *(prompt.name, prompt.text, len(shown.kept), yes_kept, [views[i] for i in shown.ranking.order], views),
+        prompt.searched,
+        [_candidate_view(c) for c in prompt.searched.candidates] if prompt.searched is not None else [],
     )
+
+
+def _candidate_view(candidate: Tried) -> CandidateView:
+    at = "" if candidate.dropped_at is None else f" at t = {candidate.dropped_at:.2f}"
+    reason = (candidate.reason or "").replace(at, "")  # a reason names the time again
+    text = f"{candidate.fate}{at}" + (f": {reason}" if reason else "")
+    picture = _thumbnail(candidate.picture, SMALL) if candidate.picture is not None else (None,)
+    return CandidateView(candidate.number, candidate.fate, text, *picture)
 
 
 def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:

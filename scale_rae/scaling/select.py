@@ -161,6 +161,9 @@ def renumbered(metadata: Mapping[str, Any], images: Sequence[int]) -> dict[str, 
     responses = metadata.get("text_responses")
     if isinstance(responses, dict):
         result["text_responses"] = {str(new[i]): responses[str(i)] for i in images if str(i) in responses}
+    if isinstance(metadata.get("filled_up"), list):  # an adaptive search's
+        result["filled_up"] = [new[i] for i in metadata["filled_up"] if i in new]
+        result["candidates"] = [c | {"image": new.get(c["image"])} for c in metadata["candidates"]]
     known = isinstance(earlier, list) and all(i < len(earlier) for i in images)
     result["original_indices"] = [earlier[i] for i in images] if known and earlier else list(images)
     return result

@@ -131,6 +131,37 @@ def write_experiment(
     return folder
 
 
+def make_adaptive(folder: Path) -> None:
+    """Makes an experiment of `write_experiment` an adaptive one: after each image, a candidate that was dropped.
+
+    Images with a yes were accepted. Every second dropped candidate has a picture.
+    """
+    settings = json.loads((folder / "experiment.json").read_text())
+    settings["settings"]["search"] = "adaptive"
+    (folder / "experiment.json").write_text(json.dumps(settings))
+    for place in sorted(folder.glob("[0-9]*")):
+        metadata = json.loads((place / "metadata.jsonl").read_text())
+        (place / "dropped").mkdir()
+        candidates: list[dict[str, Any]] = []
+        for i, response in metadata["text_responses"].items():
+            accepted = response["answer"] == "yes"
+            fate = {"fate": "accepted", "reason": None} if accepted else {"fate": "rejected", "reason": "<i>no</i>"}
+            candidates.append(fate | {"image": int(i), "dropped_at": None, "evaluations": 20.91})
+            reason = {"reason": "the model says no at t = 0.84", "evaluations": 8.91}
+            candidates.append({"fate": "dropped", "image": None, "dropped_at": 0.84} | reason)
+            if int(i) % 2:
+                draw("red", "circle", random.Random(0)).save(place / "dropped" / f"{2 * int(i) + 1:05}.png")
+        for number, candidate in enumerate(candidates):
+            candidate |= {"candidate": number, "seed": 1000 + number, "looks": []}
+        yes = [i for i, response in metadata["text_responses"].items() if response["answer"] == "yes"]
+        lacking = max(0, metadata["n_samples"] - len(yes))
+        no = [i for i in metadata["text_responses"] if i not in yes][:lacking]
+        metadata |= {"search": "adaptive", "scaling_rounds": None, "candidates": candidates}
+        metadata |= {"evaluations": sum(c["evaluations"] for c in candidates), "n_accepted": len(yes)}
+        metadata["filled_up"] = [int(i) for i in no]
+        (place / "metadata.jsonl").write_text(json.dumps(metadata) + "\n")
+
+
 if __name__ == "__main__":
     made = write_experiment(
         Path(sys.argv[1]),

@@ -19,10 +19,10 @@ from PIL import Image
 
 from scale_rae.cli import main
 from scale_rae.ranking import METRICS
-from scale_rae.scaling.plots import expected_best, round_ticks
-from scale_rae.scaling.reader import read_experiment
+from scale_rae.scaling.plots import expected_best, histogram, round_ticks
+from scale_rae.scaling.reader import FATES, read_experiment
 from scale_rae.scaling.select import choose
-from tests.helpers.made_experiment import write_experiment, write_prompt
+from tests.helpers.made_experiment import make_adaptive, write_experiment, write_prompt
 from tests.scaling.test_select import digest, names
 
 EVIL = "a red circle <script>alert(1)</script> \"quoted\" & 'more' </section> <img src=x onerror=alert(2)>"
@@ -198,6 +198,83 @@ def test_nothing_goes_into_the_experiment(
     assert main([command, str(experiment), "-o", str(tmp_path / "file" / name)]) == 1
     assert "cannot be written" in capsys.readouterr().err
     assert digest(experiment) == before
+
+
+@pytest.fixture
+def adaptive(tmp_path: Path) -> Path:
+    folder = write_experiment(tmp_path / "adaptive_scale", 4)
+    make_adaptive(folder)
+    return folder
+
+
+def test_an_adaptive_search_is_shown(adaptive: Path, tmp_path: Path) -> None:
+    assert main(["report", str(adaptive)]) == 0
+    text = (tmp_path / "adaptive_scale_report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert [len(page.all("li", "class", fate)) for fate in ("dropped", "accepted", "rejected")] == [
+        32,
+        *(sum(p.searched.count(fate) for p in read_experiment(adaptive).prompts if p.searched) for fate in FATES[:2]),
+    ]
+    assert len(page.all("img")) == 4 * (8 + 8 + 4)  # images, the same as candidates, and pictures that were kept
+    assert text.count("<span>dropped at t = 0.84: the model says no</span>") == 32
+    assert "&lt;i&gt;no&lt;/i&gt;" in text
+    assert "<i>no" not in text
+    assert "<b>239</b><span>evaluations per prompt, 954 in all</span>" in text
+    assert "<b>64</b><span>candidates begun: " in text
+    filled = [p for p in read_experiment(adaptive).prompts if p.searched and p.searched.filled_up]
+    assert 0 < len(filled) < 4
+    assert f"<b>{len(filled)}</b><span>prompts filled up" in text
+    assert [p["filled"] for p in data_of(text)["prompts"]].count(True) == len(filled)
+    assert len(page.all("div", "class", "curves")) == 0
+    assert len(page.all("path", "class", "column")) >= 1
+    assert main(["sheet", str(adaptive)]) == 0
+
+
+def test_a_selection_of_an_adaptive_search_is_one_too(adaptive: Path, tmp_path: Path) -> None:
+    assert main(["select", str(adaptive)]) == 0
+    selected = tmp_path / "adaptive_scale_combined_verified"
+    for before, after in zip(read_experiment(adaptive).prompts, read_experiment(selected).prompts, strict=True):
+        assert before.searched is not None
+        assert after.searched is not None
+        kept = after.metadata["original_indices"]
+        images = [c.image for c in after.searched.candidates]
+        assert images == [kept.index(c.image) if c.image in kept else None for c in before.searched.candidates]
+    assert main(["report", str(selected)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("candidates", None, "candidates is not a list"),
+        ("candidates", [3], "candidates[0] is not an object"),
+        ("candidates", [{"candidate": 2}], "candidates[0].candidate is 2, not 0"),
+        ("candidates", [{"candidate": 0, "image": 99}], "candidates[0].image is 99, not one of 8 images"),
+        ("candidates", [{"candidate": 0, "fate": "lost"}], "candidates[0].fate is 'lost', not one of accepted, "),
+        ("evaluations", -1, "evaluations is -1, not a number from 0 up"),
+        ("n_accepted", 1000, "n_accepted is 1000, not a number of candidates"),
+        ("filled_up", "x", "filled_up is not a list"),
+    ],
+)
+def test_a_damaged_record_of_a_search_is_an_incomplete_prompt(
+    adaptive: Path, field: str, value: Any, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = adaptive / "00001" / "metadata.jsonl"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {field: value}))
+    assert main(["report", str(adaptive)]) == 0
+    assert f"incomplete 00001: metadata.jsonl: {expected}" in capsys.readouterr().err
+
+
+def test_a_damaged_picture_of_a_dropped_candidate(adaptive: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (adaptive / "00000" / "dropped" / "00003.png").write_bytes(b"x")
+    assert main(["report", str(adaptive)]) == 0
+    assert "incomplete 00000: dropped/00003.png is damaged" in capsys.readouterr().err
+
+
+@given(st.lists(st.floats(0, 1e4), min_size=1, max_size=50))
+def test_a_histogram_counts_every_value(values: list[float]) -> None:
+    counts = re.findall(r"<title>.*?: (\d+)</title>", histogram(values, "x", "y"))
+    assert sum(map(int, counts)) == len(values)
+    assert len(counts) <= 25
 
 
 @given(st.lists(st.floats(-9, 9), min_size=1, max_size=7), st.randoms(), st.data())
