@@ -165,6 +165,7 @@ def search_each(
     if post_qa_mode not in POST_QA_MODES:
         raise OptionError(f"post qa mode {post_qa_mode!r}: use one of {', '.join(POST_QA_MODES)}")
     check_count("batch size", batch_size)
+    model.sampler.check(options)
     size = batch_size or default_batch_size(model.device)
     clock = _Clock()
     searcher = Searcher(
@@ -181,7 +182,6 @@ def search_each(
         watch=watch or (lambda drawn: None),
         timed=clock.timed,
     )
-    model.sampler.check(options)
     for prompt in sought:
         model.check_question(prompt.about, question)
     model.expect(len(sought) * min(search.max_candidates, 2 * keep))

@@ -84,9 +84,10 @@ class SearchResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
+        candidates = f"{len(self.candidates)} candidate{'' if len(self.candidates) == 1 else 's'}"
         return (
-            f"SearchResult({shorten(self.prompt)!r}: {self.accepted} of {len(self.images)} images accepted, "
-            f"{len(self.candidates)} candidates, {self.evaluations:g} evaluations)"
+            f"SearchResult({shorten(self.prompt)!r}: {self.accepted} of {len(self.images)} images accepted, {candidates}, "
+            f"{self.evaluations:g} evaluations)"
         )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from scale_rae.hub import BUNDLED, Source
 from scale_rae.shapes.world import COLORS, SHAPES
-from scale_rae.wording import GUIDE, after_no_drawing, asks_to_draw, is_bundled, is_refusal, what_it_can
+from scale_rae.wording import GUIDE, after_no_drawing, asks_to_draw, is_bundled, is_refusal, subject, what_it_can
 
 SHIPPED, OTHER = Source("shapes", BUNDLED["shapes"]), Source("other", Path("/models/other"))
 
@@ -92,3 +92,22 @@ def test_of_other_models_nothing_is_claimed() -> None:
     assert what_it_can(OTHER) is None
     assert "shapes" not in after_no_drawing(OTHER)
     assert not is_refusal(OTHER, "I only draw and read pictures of shapes.")
+
+
+@pytest.mark.parametrize(
+    ("message", "wanted"),
+    [
+        ("Can you generate a photo of a red circle?", "a photo of a red circle"),
+        ("Can you generate red circles", "red circles"),
+        ("Show me a green ring above a red heart.", "a green ring above a red heart"),
+        ("Please draw me two stars!", "two stars"),
+        ("I want to see a dog", "a dog"),
+        ("I'd like a red one", "a red one"),
+        ("a photo of a cat.", "a photo of a cat."),  # no request
+        ("paint brushes on a table", "paint brushes on a table"),
+        ("Can you tell me a story?", "Can you tell me a story?"),
+        ("Can you generate ?", "Can you generate ?"),
+    ],
+)
+def test_what_a_message_asks_to_draw(message: str, wanted: str) -> None:
+    assert subject(message) == wanted
