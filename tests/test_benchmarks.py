@@ -383,12 +383,14 @@ def test_a_replay_does_what_the_search_does(tmp_path: Path) -> None:
     model = scale_rae.load("shapes", device="cpu")
     options = SearchOptions(check_at=(prompts[0].times[1],), max_candidates=4)
     sampling = SamplingOptions(solver="ab2", steps=4)
-    searcher = Searcher(model, load_reward("siglip", model), 2, options, sampling, Batching(4, 4))
+    reward = load_reward("siglip", model)
+    searcher = Searcher(model, reward, 2, options, sampling, Batching(4, 4))
     requests = [as_request(text, PROMPT_PREFIX) for text in texts]
     asked = [Asked(*each) for each in zip(texts, requests, model.reply(requests), strict=True)]
     results = search(searcher, [Search(a, functools.partial(image_seed, 42, i)) for i, a in enumerate(asked)])
     for prompt, found in zip(prompts, results, strict=True):
-        replayed = study_search.searched(prompt, study_search.Adaptive(2, options))
+        policy = study_search.Adaptive(2, options, Thresholds(unlikely=reward.unlikely))
+        replayed = study_search.searched(prompt, policy)
         assert [c.fate for c in replayed] == [c.fate for c in found.candidates]
         for here, there in zip(replayed, found.candidates, strict=True):
             assert here.evaluations + len(here.looks) * searcher.look_cost == pytest.approx(there.evaluations)
