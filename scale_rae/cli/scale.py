@@ -203,6 +203,16 @@ def _show_summary(summary: RunSummary) -> None:
     done = summary.prompts - len(summary.failed) - len(summary.unfinished)
     rate = f" ({summary.drawn / summary.working:.2f} images/s once loaded)" if summary.drawn else ""
     say(f"{done} of {summary.prompts} prompts done; {summary.drawn} images drawn in {summary.seconds:.0f} s{rate}")
+    if found := summary.search:
+        mean = found["evaluations"] / found["prompts"]
+        filled = (
+            f"; {found['filled_up']} of {found['prompts']} prompts have fewer and are filled up"
+            if found["filled_up"]
+            else ""
+        )
+        say(
+            f"{mean:.1f} evaluations per prompt for {found['accepted']} accepted of {found['candidates']} candidates{filled}"
+        )
     if summary.failed:
         width = max(len(f"{index:05}") for index in summary.failed)
         say(f"{'prompt':{width}}  error")

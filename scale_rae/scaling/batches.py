@@ -93,14 +93,14 @@ class BatchMaker:
         replies = self.model.reply(requests, max_new_tokens=self.settings.max_new_tokens)
         return [Replied(*parts) for parts in zip(prompts, requests, replies, strict=True)]
 
-    def searcher(self, batching: Batching) -> Searcher:
-        """What carries out adaptive searches.
+    def searcher(self, batching: Batching | None = None) -> Searcher:
+        """What carries out adaptive searches; by default it draws and reads one image at a time.
 
         Raises:
             OptionError: for looks that are not on the sampler's way, or a threshold outside of the reward's range.
             ConfigError: for a checkpoint that cannot read the latents it draws.
         """
-        from scale_rae.adaptive import Searcher
+        from scale_rae.adaptive import Batching, Searcher
 
         settings = self.settings
         return Searcher(
@@ -109,7 +109,7 @@ class BatchMaker:
             settings.n_samples,
             settings.adaptive,
             self.options,
-            batching,
+            batching or Batching(1, 1),
             question=settings.question,
             post_qa_mode=settings.post_qa_mode,
             max_new_tokens=settings.post_qa_max_new_tokens,

@@ -81,6 +81,7 @@ class RunSummary:
     seconds: float  # in all
     working: float  # of them, since the first worker had loaded
     stages: dict[str, float] = field(default_factory=dict)
+    search: dict[str, float] | None = None  # sums over the finished prompts of an adaptive search
 
 
 def share(
@@ -150,7 +151,7 @@ def run(
         chosen = list(prompts[:limit])
         untouched = store.remote and recorded is None  # nothing is there: spares the requests of looking
         todo = chosen if untouched else _unfinished(store, chosen, leads, counter)
-        counter(Planned(len(todo), len(chosen) - len(todo), settings.total, launcher.workers))
+        counter(Planned(len(todo), len(chosen) - len(todo), settings.usual_total, launcher.workers))
         stages: dict[str, float] = {}
         if todo:
             failures = _each(lambda p: store.failure(p.index), todo) if not untouched else ()
@@ -165,6 +166,8 @@ def run(
                 summary.failed[prompt.index] = failure[1]
             elif not is_there:
                 summary.unfinished.append(prompt.index)
+        if leads and settings.is_adaptive:
+            summary.search = _searched(store, chosen)
         if leads:
             _note_end(store, recorded or {}, summary, {p.index for p in chosen}, bool(todo))
         return summary
@@ -215,7 +218,17 @@ def _note_end(store: Store, recorded: Mapping[str, Any], summary: RunSummary, ch
         if isinstance(value, int | float):
             summed[name] = summed.get(name, 0.0) + value
     summed = {name: round(value, 3) for name, value in summed.items()}
-    store.update_experiment({"seconds": summed, **ended})
+    found = {} if summary.search is None else {"search": summary.search}
+    store.update_experiment({"seconds": summed, **ended, **found})
+
+
+def _searched(store: Store, prompts: Sequence[PromptRecord]) -> dict[str, float]:
+    """What adaptive searches took, summed over the finished prompts."""
+    summed: dict[str, float] = {}
+    for _, counts in _each(lambda p: store.search_counts(p.index), prompts):
+        for name, value in (counts or {}).items():
+            summed[name] = round(summed.get(name, 0) + value, 2)
+    return summed
 
 
 def _each(look: Callable[[PromptRecord], T], prompts: Sequence[PromptRecord]) -> Iterator[tuple[PromptRecord, T]]:

@@ -50,7 +50,7 @@ RunLock: TypeAlias = FileLocks | Lease
 _MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the published models have 4 MB
 _MOST_OF_AN_ERROR = 4000  # characters shown of a prompt's error
 _RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}\.json")
-_ADDED_AT_THE_END = ("seconds", "failed", "unfinished")  # to experiment.json, by each run
+_ADDED_AT_THE_END = ("seconds", "failed", "unfinished", "search")  # to experiment.json, by each run
 # What version 0.1.0 wrote into every metadata.jsonl. Fields that came later may be missing in its experiments.
 FIRST_FIELDS = {"index", "prompt", "request", "output_text", "n_samples", "scaling_rounds", "qa_mode", "reward"}
 FIRST_FIELDS |= {"image_seeds", "all_ir_scores", "top_ir_indices", "text_responses"}
@@ -460,6 +460,20 @@ class Store:
     def holder(self) -> str:
         """Who has the run's lock, as written in the folder; empty where that cannot be read, and in an object store."""
         return self._files.holder()
+
+    def search_counts(self, index: int) -> dict[str, float] | None:
+        """What an adaptive search took for a finished prompt, in numbers; None when its record does not say."""
+        try:
+            record = self._read_object(self.prompt_folder(index) / "metadata.jsonl") or {}
+            return {
+                "prompts": 1,
+                "candidates": len(record["candidates"]),
+                "evaluations": record["evaluations"],
+                "accepted": record["n_accepted"],
+                "filled_up": int(bool(record["filled_up"])),
+            }
+        except (InputError, ValueError, KeyError, TypeError):
+            return None
 
     def answers(self, index: int) -> list[str]:
         """The model's answers about a finished prompt's images; none when its record has gone since."""

@@ -111,6 +111,9 @@ def open_worker(
 
             reward = load_reward(settings.reward, model, settings.reward_path)
 
+        if settings.is_adaptive:
+            BatchMaker(settings, model, reward).searcher()  # raises what would fail with every prompt
+
         def measure() -> int:
             prompts = [prompt for group in (*assignment.own, *assignment.rest) for prompt in group]
             return BatchMaker(settings, model, reward).largest_batch(prompts)
