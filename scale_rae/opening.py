@@ -1,4 +1,4 @@
-"""Opens the model that a command, page or server was given: finds its files, loads its parts, records them for manifests.
+"""`OpenedModel`, from which commands, server, page and workers start: a ModelChoice as a loaded model with its record.
 
 This module does not import torch, so a wrong choice is reported at once.
 """

@@ -1,4 +1,4 @@
-"""What the model thinks of a latent against a prompt (REFERENCE §10), up to the judgement that metadata.jsonl stores.
+"""Yes or no, confidences and prompt loss of a latent against a prompt (REFERENCE §10), as metadata.jsonl stores them.
 
 Latents of several prompts are scored in one batch, in which each prompt's texts are tokenized, and the beginning of the
 conversation that drew its images is read, once.

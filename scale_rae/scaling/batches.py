@@ -1,4 +1,4 @@
-"""One prompt's images, a batch at a time: drawn, decoded, scored by the model and the reward. Nothing is written here."""
+"""A prompt's images, a batch at a time: drawn, decoded, scored; and how many fit into memory. Nothing is written here."""
 
 from __future__ import annotations
 

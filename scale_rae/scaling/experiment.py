@@ -1,4 +1,4 @@
-"""What a scaling experiment records: its settings and prompts, and each prompt's result."""
+"""What experiment.json and each prompt's metadata.jsonl say. store.py writes them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is: checks, the plan, the outcome. How prompts get to workers is a launcher's: local, ranks, ray_cluster."""
+"""`run`: checks, the plan, the outcome. A `Launcher` gets prompts to workers; each is a module (local, ranks, ray_cluster)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders and files that are replaced whole: at any moment the old one or the new one is there.
+"""Folders and files of select, report and sheet are replaced whole: at any moment the old one or the new one is there.
 
 A new folder is built beside its target and takes its place in one step. On file systems that cannot exchange two names
 the step is two renames; the next command that reads or writes the folder mends what a kill left between them.

@@ -32,8 +32,9 @@ from scale_rae.scaling import worker
 from scale_rae.scaling.events import ImagesDrawn, Listener, Message, Planned, PromptFinished, WorkerLoaded
 from scale_rae.scaling.experiment import check_finite, prompt_record
 from scale_rae.scaling.reader import Prompt, read_experiment, read_object
+from scale_rae.scaling.records import Batch, seal, unseal
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import Batch, Store, seal, unseal
+from scale_rae.scaling.store import Store
 
 if TYPE_CHECKING:
     from scale_rae.encoder import Encoder

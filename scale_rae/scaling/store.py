@@ -1,4 +1,4 @@
-"""An experiment's folder: what is finished, written whole or not at all, and locked against a second start.
+"""Reads and writes an experiment's folder: batches, metadata.jsonl, experiment.json, locks; all whole or not at all.
 
     experiment.json                    settings, identities of model and reward, versions; seconds at the end
     00000/samples/00000.png …          every image drawn, and 00000_latent.pt with --save-latents
@@ -25,25 +25,32 @@ local_files.py has what is done with files of a folder. In an object store (obje
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import hashlib
-import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from scale_rae import acceptance
-from scale_rae.acceptance import Candidate
 from scale_rae.errors import InputError, OutputError, first_line, printable
-from scale_rae.jsonio import MOST_BYTES, dump_json, parse_json
+from scale_rae.jsonio import MOST_BYTES, dump_json
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.experiment import candidate_of, prompt_record
+from scale_rae.scaling.experiment import prompt_record
 from scale_rae.scaling.local_files import FileLocks, LocalFiles, cannot_write
 from scale_rae.scaling.object_store import Lease, ObjectFiles, is_remote
+from scale_rae.scaling.records import (
+    Batch,
+    consecutive,
+    is_record,
+    read_batch,
+    read_object,
+    says_the_same,
+    seal,
+    unseal,
+)
 from scale_rae.scaling.settings import Settings
 
 RunLock: TypeAlias = FileLocks | Lease
@@ -51,50 +58,6 @@ _MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the publ
 _MOST_OF_AN_ERROR = 4000  # characters shown of a prompt's error
 _RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}\.json")
 _ADDED_AT_THE_END = ("seconds", "failed", "unfinished", "search")  # to experiment.json, by each run
-# What version 0.1.0 wrote into every metadata.jsonl. Fields that came later may be missing in its experiments.
-FIRST_FIELDS = {"index", "prompt", "request", "output_text", "n_samples", "scaling_rounds", "qa_mode", "reward"}
-FIRST_FIELDS |= {"image_seeds", "all_ir_scores", "top_ir_indices", "text_responses"}
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What is known of samples `start` … `start + len(judged) - 1` of a prompt."""
-
-    start: int
-    output_text: str
-    seeds: list[int]
-    judged: list[dict[str, Any]]  # entries of text_responses
-    rewards: list[float] | None
-    files: dict[str, str]  # name in samples/, or below the prompt's folder -> SHA-256
-    candidates: list[dict[str, Any]] | None = None  # of an adaptive search's wave, as metadata.jsonl has them
-
-    @property
-    def samples(self) -> range:
-        return range(self.start, self.start + len(self.judged))
-
-    @property
-    def name(self) -> str:
-        """The name of its record: by its samples, or by the candidates of its wave."""
-        numbers = [c["candidate"] for c in self.candidates] if self.candidates else self.samples
-        return f"{numbers[0]:05}-{numbers[-1]:05}.json"
-
-    def record(self) -> dict[str, Any]:
-        """Its fields as they are stored."""
-        return {name: value for name, value in self.__dict__.items() if name != "candidates" or value is not None}
-
-    def searched(self) -> list[Candidate]:
-        """The candidates of its wave.
-
-        Raises:
-            ValueError, KeyError, TypeError: when they are not as `candidate_record` makes them.
-        """
-        found = []
-        for record in self.candidates or ():
-            image = record["image"]
-            place = None if image is None else image - self.start
-            reward = None if place is None or self.rewards is None else self.rewards[place]
-            found.append(candidate_of(record, None if place is None else self.judged[place], reward))
-        return found
 
 
 @dataclass(frozen=True)
@@ -190,7 +153,7 @@ class Store:
             InputError: when it cannot be read.
         """
         data = self._read(path)
-        return None if data is None else _object(data)
+        return None if data is None else read_object(data)
 
     # --- experiment.json -----------------------------------------------------------------------------------------
 
@@ -330,7 +293,7 @@ class Store:
         """
         sealed, unsealed, problems = self._batches(index)
         batches = sorted([*sealed, *unsealed], key=lambda b: (b.start, b.name))
-        return _consecutive(batches) if self.settings.is_adaptive else batches, problems
+        return consecutive(batches) if self.settings.is_adaptive else batches, problems
 
     def _batches(self, index: int) -> tuple[list[Batch], list[Batch], list[str]]:
         """A prompt's finished batches, those with a checksum and those of version 0.1.0 without, and what is wrong."""
@@ -343,7 +306,7 @@ class Store:
                 data = self._read(path)
                 if data is None:
                     continue  # gone since it was listed
-                is_sealed, batch = _batch_of(data, self.settings)
+                is_sealed, batch = read_batch(data, self.settings)
                 if batch.name != path.name:
                     raise ValueError("of other samples than its name says")
             except InputError as e:
@@ -376,7 +339,7 @@ class Store:
             metadata = self._read_object(self.prompt_folder(index) / "metadata.jsonl")
         except (InputError, ValueError):
             return False
-        return metadata is not None and _says_the_same(metadata, batch)
+        return metadata is not None and says_the_same(metadata, batch)
 
     def _file_problem(self, path: Path, sha: str | bool) -> str | None:
         """What is wrong with a file that should have that SHA-256, or of which it is known whether it is there."""
@@ -442,7 +405,7 @@ class Store:
             return Finding(False, problems)
         if expected is None:
             return Finding(False, problems or [f"{path}: belongs to images that are not there"])
-        if not _is_record(found, expected):
+        if not is_record(found, expected):
             return Finding(False, [*problems, f"{path}: damaged"])
         return Finding(True, problems, expected if found != expected else None)
 
@@ -511,7 +474,7 @@ class Store:
                 for path in self._records(prompt.index):
                     if path.name not in used:
                         path.unlink(missing_ok=True)
-        return _object(data)
+        return read_object(data)
 
     def tidy(self, index: int) -> None:
         """Removes the error of an earlier run from beside a finished prompt's record."""
@@ -559,154 +522,3 @@ class Store:
     def lock_prompt(self, index: int) -> IO[str] | None:
         """A prompt's lock, held until the file is closed; None when another worker has it."""
         return self._files.lock_prompt(index)
-
-
-def seal(value: Mapping[str, Any]) -> bytes:
-    """An object as JSON, with the SHA-256 of that JSON as its last field."""
-    digest = hashlib.sha256(dump_json(value).encode()).hexdigest()
-    return dump_json({**value, "sha256": digest}).encode()
-
-
-def unseal(data: bytes) -> dict[str, Any]:
-    """The object that `seal` made to bytes, without the checksum.
-
-    Raises:
-        ValueError: when not every byte is as it was.
-    """
-    value = _object(data)
-    value.pop("sha256", None)
-    if not _writes(lambda: seal(value), data):
-        raise ValueError("its checksum does not fit")
-    return value
-
-
-def _object(data: bytes) -> dict[str, Any]:
-    value = parse_json(data)
-    if not isinstance(value, dict):
-        raise ValueError("no JSON object")
-    return value
-
-
-def _writes(write: Callable[[], bytes], data: bytes) -> bool:
-    """Whether a value that was read from somewhere is written as those bytes."""
-    try:
-        return write() == data
-    except (ValueError, RecursionError):  # half surrogates, infinite numbers, brackets in brackets in …
-        return False
-
-
-def _batch_of(data: bytes, settings: Settings) -> tuple[bool, Batch]:
-    """The batch of a record, and whether the record has a checksum.
-
-    Raises:
-        ValueError: when it is not a record of this experiment, or not as it was written.
-    """
-    value = _object(data)
-    is_sealed = "sha256" in value
-    if is_sealed:
-        value = unseal(data)
-    elif not _writes(lambda: dump_json(value).encode(), data):
-        raise ValueError("not as it was written")
-    expected = {f.name for f in dataclasses.fields(Batch)}
-    if value.keys() != (expected if settings.is_adaptive else expected - {"candidates"}):
-        raise ValueError("other fields than a record's")
-    start, seeds, judged, rewards, files = (value[n] for n in ("start", "seeds", "judged", "rewards", "files"))
-    if not (_is_whole(start, settings.total + settings.is_adaptive) and isinstance(value["output_text"], str)):
-        raise ValueError("start or output_text is of another type or too large")
-    least = 0 if settings.is_adaptive else 1
-    if not (isinstance(judged, list) and least <= len(judged) <= settings.total - start):
-        raise ValueError("judged is not a list of the experiment's size")
-    if not all(isinstance(entry, dict) and isinstance(entry.get("answer"), str) for entry in judged):
-        raise ValueError("judged has an entry without an answer")
-    if not (isinstance(seeds, list) and len(seeds) == len(judged) and all(_is_whole(n, 1 << 63) for n in seeds)):
-        raise ValueError("seeds are not one whole number for each image")
-    if settings.reward is None and rewards is not None:
-        raise ValueError("rewards, of which the experiment has none")
-    if settings.reward is not None and not (
-        isinstance(rewards, list) and len(rewards) == len(judged) and all(_is_number(x) for x in rewards)
-    ):
-        raise ValueError("rewards are not one number for each image")
-    batch = Batch(**value)
-    names = {f"{i:05}.png" for i in batch.samples}
-    if settings.save_latents:
-        names |= {f"{i:05}_latent.pt" for i in batch.samples}
-    if settings.is_adaptive:
-        candidates = _searched(batch)
-        if settings.adaptive.save_dropped:
-            names |= {dropped_name(c) for c in candidates if c.fate == acceptance.DROPPED}
-    if not (isinstance(files, dict) and files.keys() == names and all(isinstance(sha, str) for sha in files.values())):
-        raise ValueError("files are not those of its samples")
-    return is_sealed, batch
-
-
-def dropped_name(candidate: Candidate) -> str:
-    """The file of a dropped candidate's picture, below the prompt's folder."""
-    return f"dropped/{candidate.number:05}.png"
-
-
-def _searched(batch: Batch) -> list[Candidate]:
-    """The candidates of a wave's record, in order and numbered as its samples are.
-
-    Raises:
-        ValueError: when they are not what such a record holds.
-    """
-    try:
-        candidates = batch.searched()
-        images = [c["image"] for c in batch.candidates or () if c["image"] is not None]
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise ValueError(f"candidates are not those of a wave ({first_line(e)})") from e
-    numbers = [c.number for c in candidates]
-    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))) or images != list(batch.samples):
-        raise ValueError("candidates or their images are not numbered one by one")
-    return candidates
-
-
-def _consecutive(batches: Sequence[Batch]) -> list[Batch]:
-    """The waves, in order, up to the first that does not follow on the one before."""
-    waves: list[Batch] = []
-    for batch in sorted(batches, key=lambda b: b.name):
-        begun = sum(len(wave.candidates or ()) for wave in waves)
-        drawn = sum(len(wave.judged) for wave in waves)
-        if (batch.candidates or [{}])[0].get("candidate") != begun or batch.start != drawn:
-            break
-        waves.append(batch)
-    return waves
-
-
-def _is_whole(value: Any, end: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < end
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, float) and math.isfinite(value)
-
-
-def _says_the_same(metadata: Mapping[str, Any], batch: Batch) -> bool:
-    """Whether a prompt's metadata.jsonl agrees with all that a batch's record puts into it."""
-    try:
-        entries, seeds, rewards = (metadata[n] for n in ("text_responses", "image_seeds", "all_ir_scores"))
-        return (
-            metadata["output_text"] == batch.output_text
-            and all(
-                dump_json(entries[str(i)]) == dump_json(entry)
-                for i, entry in zip(batch.samples, batch.judged, strict=True)
-            )
-            and seeds[batch.start : batch.samples.stop] == batch.seeds
-            and (
-                rewards is None if batch.rewards is None else rewards[batch.start : batch.samples.stop] == batch.rewards
-            )
-        )
-    except (ValueError, RecursionError, LookupError, TypeError):
-        return False
-
-
-def _is_record(found: bytes, expected: bytes) -> bool:
-    """Whether a metadata.jsonl is the expected one, or what version 0.1.0 wrote: that without fields that came later."""
-    if found == expected:
-        return True
-    try:
-        there, now = _object(found), _object(expected)
-    except ValueError:
-        return False
-    older = {name: value for name, value in now.items() if name in there}
-    return older.keys() >= FIRST_FIELDS and found == (dump_json(older) + "\n").encode()

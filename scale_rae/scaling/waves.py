@@ -11,7 +11,8 @@ from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.batches import Replied
 from scale_rae.scaling.experiment import candidate_record, check_finite, image_numbers, png_text
-from scale_rae.scaling.store import Batch, Store, dropped_name
+from scale_rae.scaling.records import Batch, dropped_name
+from scale_rae.scaling.store import Store
 
 if TYPE_CHECKING:
     from scale_rae.adaptive import Drawn, Search, Searcher

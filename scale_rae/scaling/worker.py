@@ -19,8 +19,9 @@ from scale_rae.scaling.batches import BatchMaker, Replied, StageClock
 from scale_rae.scaling.events import ImagesDrawn, Listener, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.experiment import check_finite, png_text
 from scale_rae.scaling.joining import join_experiment, with_reward
+from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import Batch, Store
+from scale_rae.scaling.store import Store
 from scale_rae.scaling.waves import WaveWriter
 
 if TYPE_CHECKING:

@@ -29,8 +29,9 @@ from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinishe
 from scale_rae.scaling.launch import Job
 from scale_rae.scaling.local_files import FileLocks
 from scale_rae.scaling.object_store import results_folder
+from scale_rae.scaling.records import FIRST_FIELDS, Batch, seal, unseal
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import FIRST_FIELDS, Batch, Store, seal, unseal
+from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Assignment
 
 pytestmark = pytest.mark.attack

@@ -22,8 +22,9 @@ from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import local
 from scale_rae.scaling.events import Event, ImagesDrawn, PromptFailed, PromptFinished, WorkerFailed, to_json
 from scale_rae.scaling.ranks import ProcessGroup, watched
+from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import Batch, Store
+from scale_rae.scaling.store import Store
 from tests.scaling.conftest import PROMPTS, Scale, snapshot, write_prompts
 
 

@@ -14,8 +14,9 @@ from scale_rae.errors import InputError, OutputError
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import object_store
 from scale_rae.scaling.object_store import Lease, is_remote, results_folder
+from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import Batch, Store
+from scale_rae.scaling.store import Store
 from tests.scaling.conftest import Scale
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("upath") is None, reason="needs the ray extra")

@@ -21,8 +21,9 @@ from scale_rae.errors import DeviceError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.sampling import LatentSampler
 from scale_rae.scaling.local_files import LocalFiles
+from scale_rae.scaling.records import FIRST_FIELDS
 from scale_rae.scaling.settings import Settings
-from scale_rae.scaling.store import FIRST_FIELDS, Store
+from scale_rae.scaling.store import Store
 from tests.scaling.conftest import Scale, record, snapshot
 
 TOUCHES = ("open", "os.rename", "os.remove", "os.mkdir", "os.link")  # audit events of Python
