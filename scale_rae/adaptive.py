@@ -19,7 +19,7 @@ from torch import Tensor
 from scale_rae import acceptance
 from scale_rae.acceptance import Candidate, Look, Thresholds
 from scale_rae.dit import flops
-from scale_rae.errors import InputError, OptionError, ScaleRAEError
+from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.flow import SAMPLERS, StepCallback, steps_until
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
@@ -103,7 +103,6 @@ class Searcher:
     Args:
         keep: images to accept per prompt.
         question: a template with `{prompt}`; `post_qa_mode` "image" shows the model decoded pictures, encoded again.
-        save_pictures: decode estimates although nothing reads their pictures.
         step: called after each evaluation of the network, as in `ScaleRAE.sample`.
         watch: called with a candidate when it is begun, whenever it was looked at, and when its fate is known.
         timed: `timed(stage)` is a context that the stages "drawing" and "judging" run in.
@@ -293,37 +292,3 @@ def look_cost(model: ScaleRAE, reward: Reward | None, sampling: SamplingOptions,
 def _weights(network: Any) -> int:
     """Elements of a network's matrices."""
     return sum(p.numel() for p in network.parameters() if p.dim() > 1)
-
-
-@dataclass(frozen=True)
-class Found:
-    """The result of `search`: the kept images, best first, and every candidate with what became of it."""
-
-    images: list[Drawn]
-    candidates: list[Candidate]
-    accepted: int  # of the kept images; the others are the best of those that were not accepted
-    evaluations: float
-
-
-def search(
-    searcher: Searcher,
-    searches: Sequence[Search],
-) -> list[Found]:
-    """One Found per search, once nothing is left to begin for any of them.
-
-    Raises:
-        InputError: when a reply asks for no image.
-    """
-    pictures: dict[Search, dict[int, Drawn]] = {s: {} for s in searches}
-    for one in searches:
-        if one.asked.reply.condition is None:
-            raise InputError(f"the model's reply to {one.asked.request!r} asks for no image")
-    while going := [s for s in searches if not searcher.is_over(s)]:
-        for one, wave in zip(going, searcher.next_round(going), strict=True):
-            pictures[one] |= {d.candidate.number: d for d in wave if d.candidate.final is not None}
-    results = []
-    for one in searches:
-        kept = [pictures[one][number] for number in acceptance.kept(one.candidates, searcher.keep)]
-        accepted = sum(d.candidate.fate == acceptance.ACCEPTED for d in kept)
-        results.append(Found(kept, one.candidates, accepted, one.evaluations))
-    return results
