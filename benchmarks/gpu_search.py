@@ -47,6 +47,7 @@ def search_stage(b: Bench, model: ScaleRAE, size: str) -> None:
         max_new_tokens=16,
     )
     adaptive = dataclasses.replace(best, search="adaptive")
+    model.expect(10_000)  # as an experiment of hundreds of prompts does: what pays is compiled in the first run
     read = model.score_each, model.score_early
     model.score_each = _stub(read[0], FINAL_NO)  # type: ignore[method-assign]
     model.score_early = _stub(read[1], EARLY_NO)  # type: ignore[method-assign]

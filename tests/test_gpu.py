@@ -17,6 +17,7 @@ from scale_rae.float8 import FLOAT8, quantize
 from scale_rae.noise import image_seed
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import Trajectory
 from tests.test_goldens import DRAW
 
 pytestmark = pytest.mark.gpu
@@ -265,6 +266,24 @@ def test_scores_on_the_gpu_are_those_of_the_cpu(checkpoints: dict[str, Path]) ->
         assert a.reply == b.reply
         for name in ("prompt_loss", "prompt_conf_score", "image_conf_score", "response_conf_score"):
             assert getattr(b, name) == pytest.approx(getattr(a, name), rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_images_that_stop_on_their_way(checkpoints: dict[str, Path], guidance: float) -> None:
+    """Five images of two prompts, which run as six: each ends at the latent that it has alone, and early ones are estimates."""
+    model = ScaleRAE.from_pretrained(str(checkpoints["webssl"]), device="cuda", dtype="float32", compile="off")
+    conditions = [model.reply([text])[0].condition for text in (DRAW, f"{DRAW} again")]
+    options = SamplingOptions(solver="ab2", steps=6, guidance=guidance)
+    begun = [Trajectory(conditions[i // 3], seed) for i, seed in enumerate(range(5)) if conditions[i // 3] is not None]  # type: ignore[arg-type]
+    early = model.advance(begun, 2, options)
+    assert len(begun) == len(early) == 5
+    late = [*model.advance(early[:1], 6, options), *model.advance(early[1:], 6, options)]
+    for trajectory, estimate in zip(late, early, strict=True):
+        (alone,) = model.sample([trajectory.condition], [trajectory.seed], options)
+        assert trajectory.latent is not None
+        assert off_by(trajectory.latent, alone) < 1e-4
+        assert estimate.latent is not None
+        assert off_by(estimate.latent, alone) > 1e-3
 
 
 def test_out_of_memory_halves_the_batch(checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
