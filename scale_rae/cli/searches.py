@@ -171,13 +171,13 @@ def _say_what_became(result: SearchResult, keep: int, alone: bool) -> None:
         for candidate in result.candidates:
             if candidate.reason is not None:
                 say(f"  candidate {candidate.number} (seed {candidate.seed}) {candidate.fate}: {candidate.reason}")
-    if not result.accepted:
-        what = "the best image that was drawn is" if keep == 1 else f"the {keep} best images that were drawn are"
-        say(f"warning: {result.prompt}: no candidate was accepted; {what} kept")
-    elif result.accepted < keep:
+    if result.accepted < keep:
+        finished = sum(c.final is not None for c in result.candidates)
+        accepted = "no candidate was" if not result.accepted else f"only {result.accepted} of {keep} images were"
+        others = "the best image is" if keep == 1 else f"the best {keep - result.accepted} of the rest are"
         say(
-            f"warning: {result.prompt}: only {result.accepted} of {keep} images were accepted; the others are the best of the "
-            "images that were not"
+            f"warning: {result.prompt}: {accepted} accepted; {others} kept, of {finished} that were drawn to the end; "
+            "a larger --max-candidates or a lower --accept-reward may find more"
         )
 
 

@@ -87,7 +87,8 @@ def test_nothing_is_accepted(until: Cli, out: Path) -> None:
     assert result.code == 0, result.err
     assert "0 accepted, 2 dropped (the model says no: 2), 2 rejected (the model says no: 2)" in result.err
     assert result.err.splitlines()[-1] == (
-        f"warning: {IMPOSSIBLE}: no candidate was accepted; the 2 best images that were drawn are kept"
+        f"warning: {IMPOSSIBLE}: no candidate was accepted; the best 2 of the rest are kept, of 2 that were drawn to the end; "
+        "a larger --max-candidates or a lower --accept-reward may find more"
     )
     (manifest,) = result.manifests
     search = manifest["search"]
