@@ -40,7 +40,6 @@ KEEP = 4
 COUNTS = (4, 8, 12, 16, 32)  # images of best-of-n
 METRICS = ("combined", "combined_v1", "image_reward", "prompt_conf")
 DROPS = (-1.1, -0.9, -0.7, -0.5, -0.3, -0.1)  # standings tried for the tuning
-UNLIKELY = (None, -4.0, -3.0, -2.0, -1.0, 0.0)  # rewards tried for it
 ACCEPTS = (-1.1, -0.9, -0.7, -0.5, -0.3)
 NEEDED = ("yes_conf_score", "prompt_conf_score")  # of the metrics that are replayed
 WORDS = {"y": "yes", "n": "no", "u": "uncertain"}
@@ -182,8 +181,8 @@ def searched(prompt: Prompt, policy: Adaptive) -> list[Candidate]:
     return candidates
 
 
-def policies(prompt: Prompt, rule: Thresholds) -> dict[str, dict[str, BestOf | Adaptive]]:
-    """Every policy that is reported, by family and name; `rule` is the default. A family is a line or colour of the plot."""
+def policies(prompt: Prompt) -> dict[str, dict[str, BestOf | Adaptive]]:
+    """Every policy that is reported, by family and name. A family is a line or colour of the plot."""
     early = sorted(prompt.stages)[:-1]
     times = {stop: prompt.times[stop - 1] for stop in early}
     standard = prompt.early(SearchOptions().check_at[0])
@@ -192,9 +191,6 @@ def policies(prompt: Prompt, rule: Thresholds) -> dict[str, dict[str, BestOf | A
         family = f"best of n, {metric or JUDGE}"
         found[family] = {f"best {KEEP} of {n}, {metric or JUDGE}": BestOf(metric, n) for n in COUNTS}
     found["adaptive"] = {"adaptive": Adaptive()}
-    found["adaptive, standings alone"] = {
-        "adaptive, standings alone": Adaptive(thresholds=dataclasses.replace(rule, unlikely=None)),
-    }
     found["adaptive, other times"] = {"adaptive, no early look": Adaptive(looks=False)} | {
         f"adaptive, --check-at {times[stop]:.2f} (evaluation {stop})": Adaptive(
             options=SearchOptions(check_at=(times[stop],))
@@ -227,15 +223,7 @@ def policies(prompt: Prompt, rule: Thresholds) -> dict[str, dict[str, BestOf | A
     }
     ones = (1, 2, 4, 8)
     found["one image, best of n, combined"] = {f"best of {n}, combined": BestOf("combined", n, 1) for n in ones}
-    return {
-        family: {
-            name: dataclasses.replace(p, thresholds=rule)
-            if isinstance(p, Adaptive) and p.thresholds is DEFAULT_THRESHOLDS
-            else p
-            for name, p in some.items()
-        }
-        for family, some in found.items()
-    }
+    return found
 
 
 def measured(
@@ -276,16 +264,15 @@ def measured(
 
 
 @functools.cache
-def _reward_facts(model_path: str, reward: str | None, guidance: float) -> tuple[float, float | None]:
-    """What a look costs, and the score that the reward finds unlikely."""
+def _look_cost(model_path: str, reward: str | None, guidance: float) -> float:
+    """What a look costs, in evaluations."""
     import scale_rae
     from scale_rae.adaptive import look_cost
     from scale_rae.rewards import load_reward
 
     model = scale_rae.load(model_path, device="cpu")
     loaded = load_reward(reward, model) if reward is not None else None
-    cost = look_cost(model, loaded, SamplingOptions(guidance=guidance), encodes=False)
-    return cost, None if loaded is None else loaded.unlikely
+    return look_cost(model, loaded, SamplingOptions(guidance=guidance), encodes=False)
 
 
 def analyse(records: Sequence[Path], tune: Sequence[Path], seconds: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
@@ -300,36 +287,33 @@ def analyse(records: Sequence[Path], tune: Sequence[Path], seconds: Sequence[Seq
         raise InputError(f"--seconds is given {len(seconds)} times for {len(records)} files of --records")
     studies = []
     for i, path in enumerate(records):
-        study, prompts, costs, bootstrap, rule = _study(path)
+        study, prompts, costs, bootstrap = _study(path)
         if seconds:
             costs["seconds"] = list(seconds[i])
         families = {
             family: {name: measured(prompts, policy, costs, bootstrap) for name, policy in some.items()}
-            for family, some in policies(prompts[0], rule).items()
+            for family, some in policies(prompts[0]).items()
         }
         studies.append({"study": study, "prompts": len(prompts), "costs": costs, "families": families})
     tuning = []
     for path in tune:
-        study, prompts, costs, bootstrap, rule = _study(path)
-        grid = [(KEEP, dataclasses.replace(rule, drop_below=d, accept_from=a)) for d in DROPS for a in ACCEPTS]
-        grid += [(keep, dataclasses.replace(rule, unlikely=u)) for keep in (KEEP, 1) for u in UNLIKELY]
+        study, prompts, costs, bootstrap = _study(path)
+        grid = [Thresholds(drop_below=d, accept_from=a) for d in DROPS for a in ACCEPTS]
         rows = [
-            dataclasses.asdict(t) | measured(prompts, Adaptive(keep, thresholds=t), costs, bootstrap)
-            for keep, t in dict.fromkeys([(KEEP, rule), *grid])
+            dataclasses.asdict(t) | measured(prompts, Adaptive(thresholds=t), costs, bootstrap)
+            for t in dict.fromkeys([DEFAULT_THRESHOLDS, *grid])
         ]
         tuning.append({"study": study, "prompts": len(prompts), "costs": costs, "rows": rows})
     return {"studies": studies, "tuning": tuning}
 
 
-def _study(path: Path) -> tuple[dict[str, Any], list[Prompt], dict[str, Any], Bootstrap, Thresholds]:
-    """A file's description, prompts, costs, resamples, and the default rule with its reward."""
+def _study(path: Path) -> tuple[dict[str, Any], list[Prompt], dict[str, Any], Bootstrap]:
+    """A file's description, prompts, costs and resamples."""
     study, prompts = read_records(path)
     shown = {name: value for name, value in study.items() if name not in ("out", "workers", "seconds")}
-    model_path, reward, guidance = study["model_path"], study["reward"], study["guidance"]
-    look, unlikely = _reward_facts(model_path, reward, guidance)
-    costs: dict[str, Any] = {"look": look, "look without reward": _reward_facts(model_path, None, guidance)[0]}
-    rule = Thresholds(unlikely=unlikely)
-    return shown | {"rule": dataclasses.asdict(rule)}, prompts, costs, Bootstrap(len(prompts)), rule
+    about = study["model_path"], study["reward"], study["guidance"]
+    costs: dict[str, Any] = {"look": _look_cost(*about), "look without reward": _look_cost(about[0], None, about[2])}
+    return shown | {"rule": dataclasses.asdict(DEFAULT_THRESHOLDS)}, prompts, costs, Bootstrap(len(prompts))
 
 
 def write(figures: dict[str, Any], args: argparse.Namespace) -> None:

@@ -240,25 +240,19 @@ def _tuning_tables(figures: dict[str, Any]) -> list[str]:
         "## Thresholds",
         "",
         "A candidate is dropped early when its standing is below the first threshold, and accepted at the end when its standing is at "
-        "least the second. The standing is the combined score among the prompt's candidates so far, in standard deviations. In both "
-        "cases its reward must not be unlikely by the reward's own account (siglip: below "
-        f"{_signed(rule['unlikely'])}). Bold: the defaults. They were chosen on the records of this section, which have other seeds "
-        "than the figures above. Cells: right, first right @ evaluations.",
+        "least the second. The standing is the combined score among the prompt's candidates so far, in standard deviations. Bold: "
+        "the defaults. They were chosen on the records of this section, which have other seeds than the figures above. Cells: "
+        "right, first right @ evaluations.",
     ]
     for study in figures["tuning"]:
-        at = {(row["keep"], row["drop_below"], row["accept_from"], row["unlikely"]): row for row in study["rows"]}
-        kept = max(keep for keep, *_ in at)
+        at = {(row["drop_below"], row["accept_from"]): row for row in study["rows"]}
         default = (rule["drop_below"], rule["accept_from"])
-        drops, accepts = (sorted({key[i] for key in at}) for i in (1, 2))
-        lines += ["", f"### Guidance {study['study']['guidance']:g}", "", _recorded(study), "", f"{kept} kept:", ""]
+        drops, accepts = (sorted({key[i] for key in at}) for i in (0, 1))
+        lines += ["", f"### Guidance {study['study']['guidance']:g}", "", _recorded(study), ""]
         lines += table_head("dropped below ↓, accepted from →", [_signed(x) for x in accepts])
         for drop in drops:
-            cells = [_tuned(at.get((kept, drop, a, rule["unlikely"])), (drop, a) == default) for a in accepts]
+            cells = [_tuned(at.get((drop, a)), (drop, a) == default) for a in accepts]
             lines.append(table_row(_signed(drop), cells))
-        lines += ["", *table_head("unlikely below", [f"{keep} kept" for keep in (kept, 1)])]
-        for unlikely in dict.fromkeys(key[3] for key in sorted(at, key=lambda key: (key[3] is not None, key[3]))):
-            cells = [_tuned(at.get((keep, *default, unlikely)), unlikely == rule["unlikely"]) for keep in (kept, 1)]
-            lines.append(table_row("never" if unlikely is None else _signed(unlikely), cells))
     return lines
 
 
@@ -279,7 +273,7 @@ SUMMARY = (  # policies on the page about scaling, and what they are called ther
     ("best 4 of 8, combined", "best 4 of 8 (`--scaling-rounds 2`, the guide's)"),
     ("best 4 of 32, combined", "best 4 of 32 (`--scaling-rounds 8`)"),
     ("adaptive", "`--search adaptive`"),
-    ("adaptive, standings alone", "the same with a reward that has no `unlikely` score"),
+    ("adaptive, --accept-reward 0", "`--search adaptive --accept-reward 0`"),
     ("adaptive, --reward none", "`--search adaptive --reward none`"),
     (f"best 4 of 32, {JUDGE}", "the judge itself, of 32"),
     ("one accepted", "`--until-accepted 1`"),

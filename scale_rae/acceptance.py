@@ -8,9 +8,7 @@ would not begin. What becomes of a candidate depends on nothing but its prompt's
 An image's standing is its score by the metric `combined` among its prompt's candidates so far: a weighted sum of
 standardised reward and confidences, in standard deviations. Standings need no labels, and no scale of a reward. A candidate
 is dropped at a look when the model says no, or its standing is below DROP_BELOW; it is accepted at the end when the model
-says yes and its standing is at least ACCEPT_FROM. A reward whose scores have an absolute meaning (siglip's are log-odds)
-also says which score is unlikely; a candidate below it will not do. With `--accept-reward`, that threshold takes the place of
-both.
+says yes and its standing is at least ACCEPT_FROM. With `--accept-reward`, that threshold takes the place of both.
 docs/scaling.md shows what other thresholds do.
 """
 
@@ -24,20 +22,16 @@ from scale_rae.options import SearchOptions
 from scale_rae.ranking import Verdicts, number, rank
 
 METRIC = "combined"  # what candidates stand by
-DROP_BELOW, ACCEPT_FROM = -0.7, -0.7  # standings; tuned on seeds that no published figure is of
+DROP_BELOW, ACCEPT_FROM = -0.3, -0.7  # standings; tuned on seeds that no published figure is of
 ACCEPTED, REJECTED, DROPPED = "accepted", "rejected", "dropped"
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """What candidates need: standings and, where a reward has an absolute meaning, a reward that is not `unlikely`.
-
-    A study may replay records with others.
-    """
+    """The standings that candidates need; a study may replay records with others."""
 
     drop_below: float = DROP_BELOW
     accept_from: float = ACCEPT_FROM
-    unlikely: float | None = None  # `Reward.unlikely`
 
 
 DEFAULT_THRESHOLDS = Thresholds()
@@ -94,9 +88,7 @@ def drop(
     look = len(left[0].looks) - 1 if left else 0
     seen = [c for c in (*earlier, *wave) if len(c.looks) > look]
     standings = dict(zip((c.number for c in seen), _standings([c.looks[look] for c in seen]), strict=True))
-    reasons = {
-        c.number: _why_not(c.looks[look], standings[c.number], thresholds.drop_below, thresholds, options) for c in left
-    }
+    reasons = {c.number: _why_not(c.looks[look], standings[c.number], thresholds.drop_below, options) for c in left}
     doomed = [c for c in left if reasons[c.number]]
     doomed.sort(key=lambda c: (c.looks[look].judgement["answer"] == "no", -standings[c.number], c.number))
     to_begin = _most(keep, options) - len(earlier) - len(wave)
@@ -118,7 +110,7 @@ def accept(
     new = {c.number for c in wave}
     for (candidate, final), standing in zip(finished, standings, strict=True):
         if candidate.number in new:
-            reason = _why_not(final, standing, thresholds.accept_from, thresholds, options)
+            reason = _why_not(final, standing, thresholds.accept_from, options)
             if reason is None and final.judgement["answer"] != "yes":
                 reason = "the model says neither yes nor no"
             candidate.fate, candidate.reason = (REJECTED, reason) if reason else (ACCEPTED, None)
@@ -150,14 +142,15 @@ def _verdicts(looks: Iterable[Look]) -> Verdicts:
     return Verdicts.made([look.judgement for look in seen], rewards if len(rewards) == len(seen) else None)
 
 
-def _why_not(look: Look, standing: float, least: float, thresholds: Thresholds, options: SearchOptions) -> str | None:
+def _why_not(look: Look, standing: float, least: float, options: SearchOptions) -> str | None:
     """Why a candidate will not do, None if it will."""
     at = "" if look.t is None else f" at t = {look.t:.2f}"
     if look.judgement["answer"] == "no":
         return f"the model says no{at}"
-    floor = thresholds.unlikely if options.accept_reward is None else options.accept_reward
-    if floor is not None and look.reward is not None and look.reward < floor:
-        return f"its reward{at} is {number(look.reward)}, below {number(floor)}"
-    if options.accept_reward is None and standing < least:
+    floor = options.accept_reward
+    if floor is not None:
+        if look.reward is not None and look.reward < floor:
+            return f"its reward{at} is {number(look.reward)}, below {number(floor)}"
+    elif standing < least:
         return f"its combined score{at} is {number(-standing)} below the mean of the prompt's candidates so far"
     return None

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import acceptance
-from scale_rae.acceptance import Candidate, Look, Thresholds
+from scale_rae.acceptance import Candidate, Look
 from scale_rae.dit import flops
 from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.flow import SAMPLERS, StepCallback, steps_until
@@ -146,7 +146,6 @@ class Searcher:
         evaluated = SAMPLERS[sampling.solver].evaluated
         self._stops = [(steps, evaluated(times[:steps])) for steps in (*looks, len(times))]
         self.look_cost = look_cost(model, reward, sampling, self._encodes)
-        self._thresholds = Thresholds(unlikely=None if reward is None else reward.unlikely)
 
     def next_round(self, searches: Sequence[Search]) -> list[list[Drawn]]:
         """The searches' next waves, one list per search, in the order of their numbers; the searches have them then.
@@ -179,9 +178,9 @@ class Searcher:
             for search, wave in zip(searches, waves, strict=True):
                 candidates = [drawn.candidate for drawn in wave]
                 if early:
-                    acceptance.drop(search.candidates, candidates, self.keep, self.search, self._thresholds)
+                    acceptance.drop(search.candidates, candidates, self.keep, self.search)
                 else:
-                    acceptance.accept(search.candidates, candidates, self.search, self._thresholds)
+                    acceptance.accept(search.candidates, candidates, self.search)
             for drawn in going:
                 self._watch(drawn)
             going = [drawn for drawn in going if not drawn.candidate.fate]

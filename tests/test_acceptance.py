@@ -103,15 +103,9 @@ def test_a_threshold_takes_the_place_of_standings() -> None:
     drop([], candidates, 1, options)
     assert not any(c.fate for c in candidates)
     options = SearchOptions(accept_reward=1.05)
-    drop([], candidates, 1, options, Thresholds(unlikely=5.0))
+    drop([], candidates, 1, options, Thresholds(drop_below=5.0))
     assert [c.fate for c in candidates] == [DROPPED, "", "", DROPPED]
     assert candidates[0].reason == "its reward at t = 0.80 is 1, below 1.05"
-
-
-def test_what_a_reward_finds_unlikely_will_not_do() -> None:
-    candidates = wave([look(reward=r) for r in (-2.5, -1.9)])
-    drop([], candidates, 1, OPTIONS, Thresholds(drop_below=-9, unlikely=-2.0))
-    assert [c.fate for c in candidates] == [DROPPED, ""]
 
 
 def test_accepted_ones_are_kept_first_then_the_best_of_the_rest() -> None:

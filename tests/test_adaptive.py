@@ -41,7 +41,6 @@ class Stub:
     name = "stub"
     range = (0.0, 10.0)
     operations = 0.0
-    unlikely = None
 
     def __init__(self) -> None:
         self.prompts: list[str] = []

@@ -363,7 +363,7 @@ def test_a_replay_does_what_the_search_does(tmp_path: Path) -> None:
 
     import scale_rae
     from benchmarks import study_records
-    from scale_rae.adaptive import Batching, Search, Searcher, search
+    from scale_rae.adaptive import Batching, Search, Searcher
     from scale_rae.noise import image_seed
     from scale_rae.options import PROMPT_PREFIX, SamplingOptions
     from scale_rae.rewards import load_reward
@@ -387,9 +387,11 @@ def test_a_replay_does_what_the_search_does(tmp_path: Path) -> None:
     searcher = Searcher(model, reward, 2, options, sampling, Batching(4, 4))
     requests = [as_request(text, PROMPT_PREFIX) for text in texts]
     asked = [Asked(*each) for each in zip(texts, requests, model.reply(requests), strict=True)]
-    results = search(searcher, [Search(a, functools.partial(image_seed, 42, i)) for i, a in enumerate(asked)])
-    for prompt, found in zip(prompts, results, strict=True):
-        policy = study_search.Adaptive(2, options, Thresholds(unlikely=reward.unlikely))
+    searches = [Search(a, functools.partial(image_seed, 42, i)) for i, a in enumerate(asked)]
+    while going := [one for one in searches if not searcher.is_over(one)]:
+        searcher.next_round(going)
+    for prompt, found in zip(prompts, searches, strict=True):
+        policy = study_search.Adaptive(2, options)
         replayed = study_search.searched(prompt, policy)
         assert [c.fate for c in replayed] == [c.fate for c in found.candidates]
         for here, there in zip(replayed, found.candidates, strict=True):

@@ -36,13 +36,6 @@ class Reward(Protocol):
         """The lowest and the highest score that a picture can have."""
 
     @property
-    def unlikely(self) -> float | None:
-        """The score below which the reward itself finds it unlikely that a picture shows its prompt.
-
-        None for a reward whose scores only compare pictures.
-        """
-
-    @property
     def operations(self) -> float:
         """Floating-point operations of scoring one picture, without its text: what an early look costs."""
 

@@ -44,7 +44,6 @@ class ImageReward:
     """The loaded model. Computes in the checkpoint's dtype, the MLP always in float32."""
 
     name = "imagereward"
-    unlikely = None
 
     def __init__(self, model: ScaleRAE, path: str | None = None) -> None:
         """Finds and loads the weights.

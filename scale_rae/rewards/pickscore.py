@@ -34,7 +34,6 @@ class PickScore:
     """CLIP's logit of a picture and a text: cosine · exp(logit_scale)."""
 
     name = "pickscore"
-    unlikely = None
 
     def __init__(self, model: ScaleRAE, path: str | None = None) -> None:
         """Finds and loads the weights.

@@ -45,7 +45,6 @@ class SiglipReward:
     """SigLIP's logit of a picture and a text: cosine · exp(logit_scale) + logit_bias."""
 
     name = "siglip"
-    unlikely = -2.0  # log-odds: one in eight
 
     def __init__(self, model: ScaleRAE) -> None:
         """Loads the text tower beside the model's encoder.

@@ -31,14 +31,17 @@ TWO_THINGS = "Can you generate a photo of a blue cross and a pink square?"
 AUTO = {"best_of": "auto"}
 
 
-def found_in_python(model: ScaleRAE, reward: Reward | None, keep: int, steps: int, seed: int) -> adaptive.Found:
+def found_in_python(model: ScaleRAE, reward: Reward | None, keep: int, steps: int, seed: int) -> adaptive.Search:
     """What the package's own search finds, everything one at a time."""
     sampling = SamplingOptions(steps=steps)
     search = SearchOptions(max_candidates=16)
     searcher = adaptive.Searcher(model, reward, keep, search, sampling, adaptive.Batching(1, 1))
     (reply,) = model.reply([TWO_THINGS])
     seed_of = Job([], None, sampling, seed, print, 0.0).seed_of
-    return adaptive.search(searcher, [adaptive.Search(Asked(TWO_THINGS, TWO_THINGS, reply), seed_of)])[0]
+    search_of = adaptive.Search(Asked(TWO_THINGS, TWO_THINGS, reply), seed_of)
+    while not searcher.is_over(search_of):
+        searcher.next_round([search_of])
+    return search_of
 
 
 @pytest.fixture
@@ -63,9 +66,10 @@ def test_images_are_those_of_the_packages_search_and_of_t2i(
         prompt=TWO_THINGS, n=2, extra_body={"seed": 7, "steps": 8, "reward": reward, **AUTO}
     )
     found = found_in_python(shapes, siglip if reward == "siglip" else None, 2, 8, 7)
-    finals = [d.candidate.final for d in found.images]
-    assert [d.seed for d in answer.data] == [d.candidate.seed for d in found.images]
-    assert [d.accepted for d in answer.data] == [d.candidate.fate == acceptance.ACCEPTED for d in found.images]
+    kept = [found.candidates[number] for number in acceptance.kept(found.candidates, 2)]
+    finals = [candidate.final for candidate in kept]
+    assert [d.seed for d in answer.data] == [candidate.seed for candidate in kept]
+    assert [d.accepted for d in answer.data] == [candidate.fate == acceptance.ACCEPTED for candidate in kept]
     assert [d.reward for d in answer.data] == [reward] * 2
     assert [d.answer for d in answer.data] == [f.judgement["answer"] for f in finals if f]
     scores = [f.reward if reward == "siglip" else f.judgement["score"] for f in finals if f]
@@ -74,7 +78,7 @@ def test_images_are_those_of_the_packages_search_and_of_t2i(
     assert answer.search == {
         "candidates": begun,
         "dropped": cut,
-        "accepted": found.accepted,
+        "accepted": sum(candidate.fate == acceptance.ACCEPTED for candidate in kept),
         "evaluations": pytest.approx(found.evaluations),
     }
     assert running.metric("scale_rae_images_total") - drawn == begun - cut
