@@ -30,7 +30,7 @@ scaling.replacing scaling.reader scaling.scoring scaling.select scaling.plots sc
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
-demo demo.limits demo.results demo.streams demo.best_of demo.shared_model demo.listening demo.surroundings demo.words demo.fence
+demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.gate demo.server
 cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__

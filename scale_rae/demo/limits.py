@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from scale_rae.errors import InputError
-from scale_rae.options import PROMPT_PREFIX, Sampling
+from scale_rae.options import PROMPT_PREFIX, Sampling, SearchOptions
 
 MOST_IMAGES = 16
+MOST_CANDIDATES = SearchOptions().max_candidates  # of a search
 MOST_STEPS = 250
 ANSWER_TOKENS = 128
 LARGEST_FILE = 64 << 20  # bytes of a picture or latent
@@ -21,6 +22,14 @@ def check_sampling(sampling: Sampling) -> None:
     if sampling.options.steps > MOST_STEPS:
         raise InputError(f"{sampling.options.steps} steps: the page takes at most {MOST_STEPS}.")
     sampling.check()
+
+
+def check_search(keep: int, most: int) -> None:
+    """Raises InputError for numbers of images to keep and of candidates that a visitor may not ask for."""
+    if not 1 <= most <= MOST_CANDIDATES:
+        raise InputError(f"{most} candidates: the page begins 1 to {MOST_CANDIDATES}.")
+    if not 1 <= keep <= min(most, MOST_IMAGES):
+        raise InputError(f"Of at most {most} candidates, {keep} cannot be kept: keep 1 to {min(most, MOST_IMAGES)}.")
 
 
 def check_length(text: str, what: str) -> None:

@@ -5,16 +5,16 @@ The page loads nothing from other hosts and sends nothing to them: it uses the s
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from scale_rae.demo.board import leaderboard
+from scale_rae.demo.board import candidate_board, leaderboard
 from scale_rae.demo.fence import fence, gr
-from scale_rae.demo.limits import MOST_CHARACTERS, MOST_IMAGES
-from scale_rae.demo.results import SavedImage
+from scale_rae.demo.limits import MOST_CANDIDATES, MOST_CHARACTERS, MOST_IMAGES
+from scale_rae.demo.results import RankingState, SavedImage, SearchState
 from scale_rae.demo.shared_model import SharedModel
 from scale_rae.demo.surroundings import settle
 from scale_rae.demo.widgets import (
@@ -188,12 +188,22 @@ def _look_tab(model: SharedModel, drawn: Any) -> None:
 # --- Best of N -------------------------------------------------------------------------------------------------------
 
 
+ALL, UNTIL = "all", "until"  # the choices of "How" in Best of N
+
+
 def _best_tab(model: SharedModel, drawn: Any) -> None:
     bundled = model.bundled
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(
                 label="Prompt", lines=2, placeholder="a red circle", elem_id="best-prompt", max_length=MOST_CHARACTERS
+            )
+            how = gr.Radio(
+                [("Draw all N, then rank them", ALL), ("Draw until enough are accepted", UNTIL)],
+                value=ALL,
+                label="How",
+                info="The second way drops a half-formed picture when the model says it will be wrong.",
+                elem_id="best-how",
             )
             with gr.Row():
                 keep = gr.Slider(1, MOST_IMAGES, 2, step=1, label="Keep", min_width=140, elem_id="best-keep")
@@ -210,6 +220,14 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
                 label="Rank by",
                 elem_id="best-metric",
             )
+            most = gr.Slider(
+                *(1, MOST_CANDIDATES, MOST_CANDIDATES),
+                step=1,
+                label="Candidates",
+                info="Begin at most this number; if too few are accepted by then, the best of the others are kept too.",
+                visible=False,
+                elem_id="best-candidates",
+            )
             fields = sampling_fields(model, 6, "best")
             buttons = run_buttons("best", "Draw and rank", 140)
         with gr.Column(scale=3, min_width=300):
@@ -222,35 +240,71 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
                 elem_id="best-files",
             )
 
-    def rank_them(text: str, count: int, metric_name: str, reward_name: str, *rest: Any) -> Iterator[list[Any]]:
-        *values, before = rest
-        how = sampling(*values)
-        steps = model.best_of(
-            text,
-            how,
-            whole_number(count, "The number to keep"),
-            metric_name,
-            None if reward_name == NO_REWARD else reward_name,
-        )
-        yield [bar(0, "Starting"), "", gr.Files(value=None, visible=False), gr.skip()]
-        while True:
-            try:
-                state = next(steps)
-            except StopIteration as stop:
-                state = stop.value
-                break
-            yield [bar(len(state.images) / state.total, state.progress), leaderboard(state), gr.skip(), gr.skip()]
-        kept = [saved for ranked, saved in zip(state.images, state.saved, strict=True) if ranked.kept]
-        paths = [str(path) for saved in kept for path in (saved.png, saved.latent_file, saved.manifest)]
-        yield [
-            note(state.progress + "."),
-            leaderboard(state),
-            gr.Files(value=paths, visible=True),
-            remembered(before, state.saved),
+    def choose(way: str) -> list[Any]:
+        until = way == UNTIL
+        return [
+            gr.Slider(visible=until),
+            gr.Dropdown(visible=not until),
+            gr.Slider(visible=not until),
+            gr.Button("Search" if until else "Draw and rank"),
         ]
 
-    inputs = [prompt, keep, metric, reward, *fields.values, drawn]
-    runs(buttons, prompt, rank_them, inputs, [status, board, files, drawn], status)
+    how.change(
+        choose,
+        how,
+        [most, metric, fields.images, buttons.go],
+        queue=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+    def run(
+        text: str, way: str, count: int, most_begun: int, metric_name: str, reward_name: str, *rest: Any
+    ) -> Iterator[list[Any]]:
+        *values, before = rest
+        options, kept = sampling(*values), whole_number(count, "The number to keep")
+        judge = None if reward_name == NO_REWARD else reward_name
+        yield [bar(0, "Starting"), "", gr.Files(value=None, visible=False), gr.skip()]
+        if way == UNTIL:
+            begun = whole_number(most_begun, "The number of candidates")
+            yield from search_updates(model.search(text, options, kept, begun, judge), before)
+        else:
+            yield from ranking_updates(model.best_of(text, options, kept, metric_name, judge), before)
+
+    inputs = [prompt, how, keep, most, metric, reward, *fields.values, drawn]
+    runs(buttons, prompt, run, inputs, [status, board, files, drawn], status)
+
+
+def ranking_updates(
+    steps: Generator[RankingState, None, RankingState], before: list[SavedImage]
+) -> Iterator[list[Any]]:
+    """Updates of the tab's status, board and files, and of `before`, while all images are drawn and ranked."""
+    while True:
+        try:
+            state = next(steps)
+        except StopIteration as stop:
+            state = stop.value
+            break
+        yield [bar(len(state.images) / state.total, state.progress), leaderboard(state), gr.skip(), gr.skip()]
+    kept = [saved for ranked, saved in zip(state.images, state.saved, strict=True) if ranked.kept]
+    yield [note(state.progress + "."), leaderboard(state), _files(kept), remembered(before, state.saved)]
+
+
+def search_updates(steps: Generator[SearchState, None, SearchState], before: list[SavedImage]) -> Iterator[list[Any]]:
+    """Updates as of `ranking_updates`, while candidates are begun, dropped and accepted."""
+    while True:
+        try:
+            state = next(steps)
+        except StopIteration as stop:
+            state = stop.value
+            break
+        yield [bar(state.done, state.progress), candidate_board(state), gr.skip(), gr.skip()]
+    yield [note(state.progress), candidate_board(state), _files(state.saved), remembered(before, state.saved)]
+
+
+def _files(kept: Sequence[SavedImage]) -> Any:
+    paths = [str(path) for saved in kept for path in (saved.png, saved.latent_file, saved.manifest)]
+    return gr.Files(value=paths, visible=True)
 
 
 # --- Latent ----------------------------------------------------------------------------------------------------------

@@ -64,3 +64,33 @@ class RankingState:
     total: int
     progress: str
     saved: list[SavedImage]
+
+
+@dataclass(frozen=True)
+class CandidateCard:
+    """One candidate of a search at some moment.
+
+    `fate` is "" while it forms, then accepted, rejected or dropped; `why` is the reason unless it was accepted. `place` is
+    its rank from 0 if it is kept. `answer` and `scores` are those of the last look, at time `t` (None for a finished image).
+    """
+
+    picture: Image.Image | None
+    number: int
+    seed: int
+    fate: str
+    place: int | None
+    answer: str | None
+    t: float | None
+    scores: dict[str, float | None]
+    why: str | None
+    evaluations: float
+
+
+@dataclass(frozen=True)
+class SearchState:
+    """A search at some moment: `done` is a share of the work. `saved`, the kept images best first, is filled at the end."""
+
+    cards: list[CandidateCard]
+    done: float
+    progress: str
+    saved: list[SavedImage]

@@ -1,4 +1,4 @@
-"""The model behind the demo page: draw, ask, best of N, as generators of progress. Independent of gradio.
+"""The model behind the demo page: draw, ask, best of N, search, as generators of progress. Independent of gradio.
 
 If a generator is closed, as when a visitor stops or leaves, its work ends at the next step.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import secrets
 import shlex
 import shutil
@@ -20,22 +21,34 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from scale_rae.adaptive import Batching, Search, Searcher
 from scale_rae.checkpoint import load_latent
 from scale_rae.demo.best_of import BestOf
-from scale_rae.demo.limits import ANSWER_TOKENS, LARGEST_FILE, check_length, check_sampling, without_folder
-from scale_rae.demo.results import DrawResult, Preview, RankingState, SavedImage
+from scale_rae.demo.candidates import Candidates
+from scale_rae.demo.limits import (
+    ANSWER_TOKENS,
+    LARGEST_FILE,
+    check_length,
+    check_sampling,
+    check_search,
+    without_folder,
+)
+from scale_rae.demo.results import DrawResult, Preview, RankingState, SavedImage, SearchState
 from scale_rae.demo.streams import Emitter, Stopped, streamed
-from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.errors import InputError, OptionError, ScaleRAEError
+from scale_rae.flow import StepCallback
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
 from scale_rae.noise import image_seed
 from scale_rae.opening import OpenedModel
-from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling
+from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling, SearchOptions
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.prompt import QUESTION, clean_message
 from scale_rae.ranking import metric_named
 from scale_rae.rewards import Reward, load_reward
-from scale_rae.wording import after_no_drawing, as_request, is_bundled
+from scale_rae.scores import Asked
+from scale_rae.wording import after_no_drawing, as_request, is_bundled, subject
 
 PREVIEWS = 12  # pictures shown of an image that forms
 
@@ -305,7 +318,7 @@ class SharedModel:
                     raise InputError(self._no_drawing(said))
                 ranking = BestOf(total, keep, metric, with_reward=reward is not None)
                 options = sampling.options
-                at_once = 2 if self.model.device.type == "cpu" else 8
+                at_once = self._at_once
                 self.model.expect(total)
                 while (start := len(ranking.seeds)) < total:
                     count = min(at_once, total - start)
@@ -331,6 +344,89 @@ class SharedModel:
                 return dataclasses.replace(done, saved=saved)
 
         return (yield from streamed(work))
+
+    def search(
+        self, prompt: str, sampling: Sampling, keep: int, most: int, reward_name: str | None
+    ) -> Generator[SearchState, None, SearchState]:
+        """Begins candidates until `keep` are accepted or `most` are begun, and yields all of them as they form.
+
+        `sampling.num_images` has no effect. Candidate j has the noise of image j of `best_of`.
+
+        Raises:
+            ScaleRAEError: for settings that cannot be used, or a reward that cannot be loaded.
+        """
+        request = self.request(prompt)
+        sampling = dataclasses.replace(sampling, num_images=1)
+        check_sampling(sampling)
+        check_search(keep, most)
+        about = subject(clean_message(prompt.strip()))
+        self.model.check_reads()
+        self.model.check_question(about, QUESTION)
+
+        def work(emit: Emitter[SearchState]) -> SearchState:
+            with self._alone(emit):
+                cards = Candidates(keep, most)
+                searcher = self._searcher(keep, most, self.reward(reward_name), sampling, cards)
+                reply = self.model.reply([request], max_new_tokens=sampling.max_new_tokens)[0]
+                said = self.model.tokenizer.decode(reply.ids)
+                if reply.condition is None:
+                    raise InputError(self._no_drawing(said))
+                self.model.expect(min(most, 2 * keep))
+                search = Search(Asked(about, request, reply), functools.partial(image_seed, sampling.seed, 0))
+                while not searcher.is_over(search):
+                    self._search_round(searcher, search, cards, emit)
+                done, kept = cards.finished()
+                saved = [
+                    self._save(request, image, latent, seed, sampling, {"mode": "t2i"}, said)
+                    for image, latent, seed in kept
+                ]
+                return dataclasses.replace(done, saved=saved)
+
+        return (yield from streamed(work))
+
+    def _searcher(self, keep: int, most: int, reward: Reward | None, sampling: Sampling, cards: Candidates) -> Searcher:
+        """What takes a search further; it decodes the pictures of dropped candidates, which the page shows."""
+        options, at_once = SearchOptions(max_candidates=most, save_dropped=True), self._at_once
+        batching = Batching(draw=at_once, read=at_once)
+        try:
+            return Searcher(self.model, reward, keep, options, sampling.options, batching, watch=cards.update)
+        except OptionError as e:
+            steps, solver = sampling.options.steps, sampling.options.solver
+            leave = "steps of {} leave" if steps > 1 else "step of {} leaves"
+            raise InputError(f"{steps} {leave.format(solver)} no half-formed picture to look at: take more.") from e
+
+    def _search_round(self, searcher: Searcher, search: Search, cards: Candidates, emit: Emitter[SearchState]) -> None:
+        """Takes a search's next wave to its end, a few candidates at a time, and emits the cards."""
+
+        def show(progress: str) -> None:
+            emit(cards.now(progress))
+
+        wave = searcher.begin(search)
+        show(f"Begins {cards.names(wave)}")
+        for stage in searcher.stages([search], [wave]):
+            for start in range(0, len(stage.going), self._at_once):
+                some = stage.going[start : start + self._at_once]
+                if stage.stop is None:
+                    show(f"Looking at {cards.names(some)}")
+                    for drawn, seen in zip(some, searcher.read(some, stage.t), strict=True):
+                        drawn.note(*seen)
+                    continue
+                form = cards.forming(some, self.model, show)
+
+                def step(i: int, of: int, t: float, x: Tensor, v: Tensor, form: StepCallback = form) -> None:
+                    emit.check()
+                    form(i, of, t, x, v)
+
+                on_their_way = [drawn.trajectory for drawn in some]
+                advanced = self.model.advance(on_their_way, stage.stop, searcher.sampling, len(some), step)
+                for drawn, trajectory in zip(some, advanced, strict=True):
+                    drawn.trajectory = trajectory
+        show(f"Looked at {cards.names(wave)}")
+
+    @property
+    def _at_once(self) -> int:
+        """Images that best of N draws in one batch."""
+        return 2 if self.model.device.type == "cpu" else 8
 
     def _no_drawing(self, text: str) -> str:
         said = f' ("{text.strip()}")' if text.strip() else ""

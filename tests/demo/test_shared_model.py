@@ -16,16 +16,18 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_rae.acceptance import ACCEPTED, DROPPED, REJECTED
 from scale_rae.checkpoint import load_latent
 from scale_rae.cli import main
-from scale_rae.demo.limits import MOST_IMAGES, check_sampling
-from scale_rae.demo.results import DrawResult, Preview, RankingState
+from scale_rae.demo.limits import MOST_CANDIDATES, MOST_IMAGES, check_sampling
+from scale_rae.demo.results import DrawResult, Preview, RankingState, SearchState
 from scale_rae.demo.shared_model import SharedModel
 from scale_rae.demo.streams import streamed
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.language import hear_text
 from scale_rae.noise import new_seed
-from scale_rae.options import Sampling, SamplingOptions
+from scale_rae.options import Sampling, SamplingOptions, SearchOptions
+from scale_rae.prompt_search import search
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -146,6 +148,7 @@ def test_empty_prompts_and_questions_are_refused(shared: SharedModel) -> None:
     for work in (
         shared.draw("  ", FEW),
         shared.best_of("", FEW, 1, "combined", None),
+        shared.search("", FEW, 1, 2, None),
         shared.ask(" ", latent=torch.zeros(1)),
     ):
         with pytest.raises(InputError, match="first"):
@@ -163,6 +166,8 @@ def test_a_reply_without_a_drawing_is_an_error_that_quotes_it(
         run(shared.draw(CIRCLE, FEW))
     with pytest.raises(InputError, match="answered without drawing"):
         run(shared.best_of(CIRCLE, FEW, 1, "combined", None))
+    with pytest.raises(InputError, match="answered without drawing"):
+        run(shared.search(CIRCLE, FEW, 1, 2, None))
 
 
 def test_an_answer_grows(shared: SharedModel, drawn: tuple[list[Preview], DrawResult]) -> None:
@@ -297,6 +302,98 @@ def test_what_cannot_be_ranked_is_refused(
 ) -> None:
     with pytest.raises(ScaleRAEError, match=says):
         run(shared.best_of(CIRCLE, FEW, keep, metric, reward))
+
+
+TWO = "a photo of a red circle left of a blue star"
+SEARCHED = Sampling(seed=3, options=SamplingOptions(steps=10, solver="ab2"))
+
+
+@pytest.fixture(scope="module")
+def found(shared: SharedModel) -> tuple[list[SearchState], SearchState]:
+    return run(shared.search(TWO, SEARCHED, 2, 8, "siglip"))
+
+
+def test_candidates_appear_form_and_end_with_a_fate(found: tuple[list[SearchState], SearchState]) -> None:
+    steps, done = found
+    first = steps[0].cards
+    assert [(card.fate, card.picture, card.answer) for card in first] == [("", None, None)] * 2
+    assert any(card.picture is not None and not card.fate for step in steps for card in step.cards)
+    shares = [step.done for step in steps]
+    assert shares == sorted(shares)
+    for before, after in itertools.pairwise([step.cards for step in steps]):
+        assert [card.number for card in after] == list(range(len(after)))  # in the order of their beginning
+        assert len(before) <= len(after)
+        assert all(old.fate in ("", new.fate) for old, new in zip(before, after, strict=False))
+    assert {card.fate for card in done.cards} <= {ACCEPTED, REJECTED, DROPPED}
+    for card in done.cards:
+        assert (card.why is None) == (card.fate == ACCEPTED)
+        assert card.picture is not None
+        assert card.scores["reward"] is not None
+        assert (card.t is None) == (card.fate != DROPPED)
+    assert any(card.fate != ACCEPTED for card in done.cards)
+
+
+def test_kept_images_of_a_search_stand_first_and_can_be_drawn_again(
+    shared: SharedModel,
+    found: tuple[list[SearchState], SearchState],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _, done = found
+    assert [card.place for card in done.cards] == [0, 1] + [None] * (len(done.cards) - 2)
+    assert [saved.seed for saved in done.saved] == [card.seed for card in done.cards[:2]]
+    alone = search(shared.model, TWO, keep=2, reward="siglip", options=SEARCHED.options, seed=SEARCHED.seed,
+                   search=SearchOptions(max_candidates=8))  # fmt: skip
+    fates = {c.number: c.fate for c in alone.candidates}
+    assert {card.number: card.fate for card in done.cards} == fates
+    assert [image.seed for image in alone.images] == [saved.seed for saved in done.saved]
+    begun = f"{len(done.cards)} candidates begun, "
+    assert done.progress.startswith(begun)
+    assert f"; {alone.evaluations:.0f} evaluations" in done.progress
+    first = done.saved[0]
+    recorded = json.loads(first.manifest.read_text())
+    assert recorded["image_seeds"] == [first.seed]
+    _, *arguments = shlex.split(first.command)
+    assert main([*arguments, "--output-dir", str(tmp_path)]) == 0
+    again = Image.open(next(tmp_path.glob("*.png")))
+    assert np.abs(np.asarray(again).astype(int) - np.asarray(first.image)).max() <= 2
+    capsys.readouterr()
+
+
+def test_a_search_that_accepts_too_few_says_so(shared: SharedModel) -> None:
+    hard = "four green rings above three pink crosses"
+    _, done = run(shared.search(hard, Sampling(options=SamplingOptions(steps=4)), 2, 3, None))
+    accepted = sum(card.fate == ACCEPTED for card in done.cards)
+    assert accepted < 2
+    assert len(done.saved) == 2
+    assert "None was accepted: the best 2 images" in done.progress or "Only 1 of 2 accepted" in done.progress
+
+
+@pytest.mark.parametrize(
+    ("keep", "most", "steps", "says"),
+    [
+        (3, 2, 9, "3 cannot be kept: keep 1 to 2"),
+        (0, 2, 9, "0 cannot be kept"),
+        (1, MOST_CANDIDATES + 1, 9, "the page begins 1 to"),
+        (MOST_IMAGES + 1, MOST_CANDIDATES, 9, "keep 1 to 16"),
+        (1, 2, 1, "1 step of ab2 leaves no half-formed picture"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(shared: SharedModel, keep: int, most: int, steps: int, says: str) -> None:
+    with pytest.raises(InputError, match=says):
+        run(shared.search(CIRCLE, Sampling(options=SamplingOptions(steps=steps, solver="ab2")), keep, most, None))
+
+
+def test_who_leaves_ends_a_search(shared: SharedModel) -> None:
+    before = set(shared.folder.iterdir())
+    work = shared.search(CIRCLE, Sampling(options=SamplingOptions(steps=200)), 2, 8, None)
+    next(work)
+    work.close()
+    end = time.monotonic() + 240  # against hanging only
+    while shared.busy:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    assert set(shared.folder.iterdir()) == before
 
 
 def test_who_leaves_stops_the_work(shared: SharedModel) -> None:
