@@ -191,12 +191,15 @@ def policies(prompt: Prompt) -> dict[str, dict[str, BestOf | Adaptive]]:
         family = f"best of n, {metric or JUDGE}"
         found[family] = {f"best {KEEP} of {n}, {metric or JUDGE}": BestOf(metric, n) for n in COUNTS}
     found["adaptive"] = {"adaptive": Adaptive()}
-    found["adaptive, other times"] = {"adaptive, no early look": Adaptive(looks=False)} | {
-        f"adaptive, --check-at {times[stop]:.2f} (evaluation {stop})": Adaptive(
-            options=SearchOptions(check_at=(times[stop],))
-        )
-        for stop in early
-        if stop != standard
+    found["adaptive, other times"] = {
+        "adaptive, no early look": Adaptive(looks=False),
+        **{
+            f"adaptive, --check-at {times[stop]:.2f} (evaluation {stop})": Adaptive(
+                options=SearchOptions(check_at=(times[stop],))
+            )
+            for stop in early
+            if stop != standard
+        },
     }
     later = [stop for stop in early if stop > standard]
     if later:
