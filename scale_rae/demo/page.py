@@ -16,6 +16,7 @@ from scale_rae.demo.fence import fence, gr
 from scale_rae.demo.limits import MOST_CANDIDATES, MOST_CHARACTERS, MOST_IMAGES
 from scale_rae.demo.results import RankingState, SavedImage, SearchState
 from scale_rae.demo.shared_model import SharedModel
+from scale_rae.demo.streams import mapped
 from scale_rae.demo.surroundings import settle
 from scale_rae.demo.widgets import (
     asks,
@@ -279,26 +280,22 @@ def ranking_updates(
     steps: Generator[RankingState, None, RankingState], before: list[SavedImage]
 ) -> Iterator[list[Any]]:
     """Updates of the tab's status, board and files, and of `before`, while all images are drawn and ranked."""
-    while True:
-        try:
-            state = next(steps)
-        except StopIteration as stop:
-            state = stop.value
-            break
-        yield [bar(len(state.images) / state.total, state.progress), leaderboard(state), gr.skip(), gr.skip()]
+
+    def now(state: RankingState) -> list[Any]:
+        return [bar(len(state.images) / state.total, state.progress), leaderboard(state), gr.skip(), gr.skip()]
+
+    state = yield from mapped(steps, now)
     kept = [saved for ranked, saved in zip(state.images, state.saved, strict=True) if ranked.kept]
     yield [note(state.progress + "."), leaderboard(state), _files(kept), remembered(before, state.saved)]
 
 
 def search_updates(steps: Generator[SearchState, None, SearchState], before: list[SavedImage]) -> Iterator[list[Any]]:
     """Updates as of `ranking_updates`, while candidates are begun, dropped and accepted."""
-    while True:
-        try:
-            state = next(steps)
-        except StopIteration as stop:
-            state = stop.value
-            break
-        yield [bar(state.done, state.progress), candidate_board(state), gr.skip(), gr.skip()]
+
+    def now(state: SearchState) -> list[Any]:
+        return [bar(state.done, state.progress), candidate_board(state), gr.skip(), gr.skip()]
+
+    state = yield from mapped(steps, now)
     yield [note(state.progress), candidate_board(state), _files(state.saved), remembered(before, state.saved)]
 
 

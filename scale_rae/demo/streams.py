@@ -11,6 +11,7 @@ from scale_rae.errors import ScaleRAEError
 
 T = TypeVar("T")
 R = TypeVar("R")
+U = TypeVar("U")
 
 
 class Stopped(Exception):
@@ -43,6 +44,16 @@ class Emitter(Generic[T]):
 
 
 class _End: ...
+
+
+def mapped(steps: Generator[T, None, R], show: Callable[[T], U]) -> Generator[U, None, R]:
+    """Yields `show` of each value of a generator, and returns what the generator returns."""
+    while True:
+        try:
+            value = next(steps)
+        except StopIteration as stop:
+            return stop.value  # type: ignore[no-any-return]
+        yield show(value)
 
 
 def streamed(work: Callable[[Emitter[T]], R]) -> Generator[T, None, R]:

@@ -17,6 +17,7 @@ from scale_rae.demo.fence import gr
 from scale_rae.demo.limits import MOST_CHARACTERS, MOST_IMAGES, MOST_STEPS
 from scale_rae.demo.results import DrawResult, Preview, SavedImage
 from scale_rae.demo.shared_model import SharedModel
+from scale_rae.demo.streams import mapped
 from scale_rae.demo.words import bar, note, sentence, whole_number, without_paths
 from scale_rae.errors import ScaleRAEError, printable
 from scale_rae.noise import new_seed
@@ -230,13 +231,11 @@ def pictures(images: Sequence[SavedImage]) -> list[tuple[str, str]]:
 def draw_updates(steps: Generator[Preview, None, DrawResult], drawn: list[SavedImage]) -> Iterator[list[Any]]:
     """Updates of `ResultPanel.outputs` and of `drawn`, during and after a drawing."""
     yield [bar(0, "Reading the prompt"), [], [], *detailed([], 0), gr.skip()]
-    while True:
-        try:
-            preview = next(steps)
-        except StopIteration as stop:
-            result = stop.value
-            break
-        yield [bar(preview.done, preview.text), preview.pictures, [], *[gr.skip()] * 5]
+
+    def now(preview: Preview) -> list[Any]:
+        return [bar(preview.done, preview.text), preview.pictures, [], *[gr.skip()] * 5]
+
+    result = yield from mapped(steps, now)
     status = f"“{result.text.strip()}”" if result.text.strip() else "The model said nothing."
     if result.images:
         status += f" {len(result.images)} drawn in {result.seconds:.1f} s."
