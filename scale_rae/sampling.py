@@ -146,16 +146,17 @@ class LatentSampler:
         shared = torch.stack(conditions[:: images if images >= LEAST_SHARED else 1])
         # All of the sampler's times, as when it does not stop: on a CPU, bits of a time's embedding depend on their number.
         velocity = self._velocity(shared, len(seeds), options, sampler.evaluated(times), compile)
-        estimate = state.x
+        last = 0.0, state.x, state.x  # evaluation: t, x, v
 
         def see(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
-            nonlocal estimate
-            estimate = x - t * v  # of the last evaluation, in the end
+            nonlocal last
+            last = t, x, v
             if callback:
                 callback(evaluation, evaluations, t, x, v)
 
         state = flow.advance(sampler, velocity, state, times, stop, see)
-        latents = self._finished(state.x if stop == len(times) else estimate, seeds)
+        t, x, v = last
+        latents = self._finished(state.x if stop == len(times) else x - t * v, seeds)
         self.policy.count(len(seeds), len(shared))
         parts = zip(trajectories, flow.parted(state), latents.unbind(), strict=True)
         return [replace(trajectory, state=part, latent=latent) for trajectory, part, latent in parts][:wanted]
