@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from scale_rae import acceptance
 from scale_rae.adaptive import Batching, Drawn, Search, Searcher, Watch
+from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, OptionError
 from scale_rae.memory import default_batch_size
 from scale_rae.noise import image_seed
@@ -40,9 +39,7 @@ if TYPE_CHECKING:
     from scale_rae.flow import StepCallback
     from scale_rae.rewards import Reward
 
-MOST_AHEAD = (
-    4  # results that may wait for the result of an earlier prompt, times the prompts that are searched together
-)
+MOST_AHEAD = 4  # results that may wait for that of an earlier prompt, per prompt that is searched at a time
 
 
 @dataclass(frozen=True)
@@ -167,7 +164,7 @@ def search_each(
     check_count("batch size", batch_size)
     model.sampler.check(options)
     size = batch_size or default_batch_size(model.device)
-    clock = _Clock()
+    clock = StageClock()
     searcher = Searcher(
         model,
         reward,
@@ -192,7 +189,7 @@ def search_each(
         begun: list[tuple[int, Sought]] = []
         while waiting and len(going) + len(begun) < at_once and waiting[0][0] < yielded + MOST_AHEAD * at_once:
             begun.append(waiting.popleft())
-        before = dict(clock.seconds)
+        before = clock.seconds()
         if begun:
             with clock.timed("reply"):
                 replies = model.reply([prompt.request for _, prompt in begun], max_new_tokens=max_new_tokens)
@@ -235,22 +232,6 @@ def check_keep(keep: int, search: SearchOptions) -> None:
         )
 
 
-class _Clock:
-    """Seconds per stage, under the names that `ScaleRAE.generate` has for them."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            name = "sampling" if stage == "drawing" else stage
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-
 @dataclass
 class _Going:
     """A prompt that is being searched."""
@@ -273,7 +254,7 @@ class _Going:
             elif self.saves_dropped:
                 self.result.dropped[number] = drawn.picture
 
-    def finished(self, keep: int, clock: _Clock) -> SearchResult:
+    def finished(self, keep: int, clock: StageClock) -> SearchResult:
         """The result, once the search is over."""
         candidates, result = self.search.candidates, self.result
         for number in acceptance.kept(candidates, keep):
@@ -285,7 +266,9 @@ class _Going:
         result.candidates = candidates
         result.accepted = sum(image.accepted for image in result.images)
         result.evaluations = self.search.evaluations
-        result.seconds = {name: value - self.before.get(name, 0.0) for name, value in clock.seconds.items()}
+        spent = {stage: value - self.before.get(stage, 0.0) for stage, value in clock.seconds().items()}
+        # Under the names that `ScaleRAE.generate` has for them.
+        result.seconds = {"sampling" if stage == "drawing" else stage: value for stage, value in spent.items()}
         return result
 
 

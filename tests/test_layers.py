@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "scale_rae"
 # A new module takes its place here: after all that it imports, before all that import it. An import counts wherever it
 # stands: inside a function and under TYPE_CHECKING, too.
 ROAD = """
-version errors files jsonio options processes
+version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.options import SamplingOptions
 from scale_rae.promptfile import PromptRecord
@@ -25,29 +24,6 @@ if TYPE_CHECKING:
     from scale_rae.rewards import Reward
 
 SPARE = 0.1  # share of a GPU's memory that `--batch-size auto` leaves free: prompts differ in length
-
-
-class StageClock:
-    """Seconds per stage of the work, summed over threads."""
-
-    def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
-
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Adds the time spent in a `with` to a stage."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        """The seconds so far, by stage."""
-        with self._lock:
-            return dict(self._seconds)
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, OutputError, ScaleRAEError
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.batches import BatchMaker, Replied, StageClock
+from scale_rae.scaling.batches import BatchMaker, Replied
 from scale_rae.scaling.events import ImagesDrawn, Listener, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.experiment import check_finite, png_text
 from scale_rae.scaling.joining import join_experiment, with_reward
