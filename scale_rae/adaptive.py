@@ -258,10 +258,10 @@ def _rewards(reward: Reward, pictures: Sequence[Image.Image], prompts: Sequence[
 
 def check_threshold(search: SearchOptions, reward: Reward | None) -> None:
     """Raises OptionError for an `accept_reward` without a reward, or outside of the reward's range."""
-    if search.accept_reward is None:
-        return
     if reward is None:
-        raise OptionError(f"--accept-reward {search.accept_reward:g}: there is no reward; give --reward too")
+        search.check_without_reward()
+    if reward is None or search.accept_reward is None:
+        return
     low, high = reward.range
     if not low <= search.accept_reward <= high:
         raise OptionError(

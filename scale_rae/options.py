@@ -363,6 +363,11 @@ class SearchOptions:
         if self.check_at != tuple(sorted(set(self.check_at), reverse=True)):
             raise OptionError(f"--check-at {' '.join(f'{t:g}' for t in self.check_at)}: must fall, as t does")
 
+    def check_without_reward(self) -> None:
+        """Raises OptionError for a search that has no reward, where these options need one."""
+        if self.accept_reward is not None:
+            raise OptionError(f"--accept-reward {self.accept_reward:g}: there is no reward; give --reward too")
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -130,10 +130,8 @@ class Settings:
             given = f"--max-candidates {self.adaptive.max_candidates}"
             if self.adaptive.max_candidates < self.n_samples:
                 raise OptionError(f"{given}: must be at least --n-samples, which is {self.n_samples}")
-            if self.reward is None and self.adaptive.accept_reward is not None:
-                raise OptionError(
-                    f"--accept-reward {self.adaptive.accept_reward:g}: there is no reward; give --reward too"
-                )
+            if self.reward is None:
+                self.adaptive.check_without_reward()
         elif self.adaptive != SearchOptions():
             changed = [o for o in options_of(SearchOptions) if getattr(self.adaptive, o.path[0]) != o.default]
             raise OptionError(f"--{changed[0].name.replace('_', '-')}: only with --search adaptive")
