@@ -363,6 +363,11 @@ class SearchOptions:
         if self.check_at != tuple(sorted(set(self.check_at), reverse=True)):
             raise OptionError(f"--check-at {' '.join(f'{t:g}' for t in self.check_at)}: must fall, as t does")
 
+    def check_keep(self, keep: int, named: str = "the images to keep, which are") -> None:
+        """Raises OptionError for more images to keep than candidates; `named` says in the message what the number is."""
+        if keep > self.max_candidates:
+            raise OptionError(f"--max-candidates {self.max_candidates}: must be at least {named} {keep}")
+
     def check_without_reward(self) -> None:
         """Raises OptionError for a search that has no reward, where these options need one."""
         if self.accept_reward is not None:

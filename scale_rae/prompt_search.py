@@ -158,7 +158,8 @@ def search_each(
 
     As many prompts are searched together as fill a batch. When one is over, the next takes its place.
     """
-    check_keep(keep, search)
+    check_count("images to keep", keep)
+    search.check_keep(keep)
     if post_qa_mode not in POST_QA_MODES:
         raise OptionError(f"post qa mode {post_qa_mode!r}: use one of {', '.join(POST_QA_MODES)}")
     check_count("batch size", batch_size)
@@ -221,15 +222,6 @@ def search_each(
 def prompts_at_once(batch_size: int, keep: int) -> int:
     """How many prompts are searched together."""
     return max(1, batch_size // keep)
-
-
-def check_keep(keep: int, search: SearchOptions) -> None:
-    """Raises OptionError for a number of images to keep that a search cannot find."""
-    check_count("images to keep", keep)
-    if keep > search.max_candidates:
-        raise OptionError(
-            f"--max-candidates {search.max_candidates}: must be at least the images to keep, which are {keep}"
-        )
 
 
 @dataclass

@@ -132,10 +132,8 @@ class UntilAccepted:
         """Raises OptionError, naming the flag, for values that no search can use."""
         check_options(self, flags=True)
         self.search.check()
-        if self.keep is not None and self.keep > self.search.max_candidates:
-            raise OptionError(
-                f"--max-candidates {self.search.max_candidates}: must be at least --until-accepted, which is {self.keep}"
-            )
+        if self.keep is not None:
+            self.search.check_keep(self.keep, "--until-accepted, which is")
         if self.reward == "none" and self.reward_path is not None:
             raise OptionError(f"--reward-path {self.reward_path}: --reward none has no weights")
         if self.reward == "none" and self.search.accept_reward is not None:

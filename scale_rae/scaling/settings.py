@@ -128,8 +128,7 @@ class Settings:
         if self.is_adaptive:
             self.adaptive.check()
             given = f"--max-candidates {self.adaptive.max_candidates}"
-            if self.adaptive.max_candidates < self.n_samples:
-                raise OptionError(f"{given}: must be at least --n-samples, which is {self.n_samples}")
+            self.adaptive.check_keep(self.n_samples, "--n-samples, which is")
             if self.reward is None:
                 self.adaptive.check_without_reward()
         elif self.adaptive != SearchOptions():
