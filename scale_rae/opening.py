@@ -85,6 +85,7 @@ class OpenedModel:
                 compile=choice.compile,
                 quantize=choice.quantize,
                 split_batches=split_batches,
+                offload=choice.offload,
             )
         finally:
             if bars is not None:
@@ -116,6 +117,7 @@ class OpenedModel:
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
             "quantize": self.model.speed.quantize,
+            "offload": self.model.residency.mode,
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,

@@ -21,6 +21,7 @@ PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-vi
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("fp8",)
+OFFLOAD = ("none", "model", "stream")
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
 REWARDS = ("imagereward", "siglip", "pickscore")
@@ -240,6 +241,15 @@ Quantize = Annotated[
         choices=QUANTIZE,
     ),
 ]
+Offload = Annotated[
+    str,
+    Knob(
+        "Where weights wait, on a GPU with little memory. none: all on the GPU; model: in the host's memory until their part "
+        "of the model has its turn; stream: in the host's memory, and the GPU holds two blocks at a time.",
+        MODEL,
+        choices=OFFLOAD,
+    ),
+]
 Seed = Annotated[
     int,
     Knob(
@@ -275,11 +285,13 @@ class ModelChoice:
     dtype: Annotated[str | None, _DTYPE] = None
     compile: Compile = "auto"
     quantize: Quantize = None
+    offload: Offload = "none"
 
     def check(self) -> None:
         """Raises OptionError for values that exist on no machine."""
         check_device_name(self.device)
         check_options(self)
+        check_offload(self.offload, self.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -442,6 +454,16 @@ def check_device_name(name: str | None) -> None:
     """Raises OptionError for what is not the name of a device; whether the device exists, torch knows."""
     if name is not None and not _DEVICE.fullmatch(name):
         raise OptionError(f"device {name!r}: not a device name; use cpu, cuda, cuda:N or mps")
+
+
+def check_offload(offload: str, device: str | None) -> None:
+    """Raises OptionError for offloading from a device that has no memory of its own; None may be any device."""
+    kind = (device or "cuda").partition(":")[0]
+    if offload != "none" and kind != "cuda":
+        holds = "computes in the host's memory" if kind == "cpu" else "shares its memory with the host"
+        raise OptionError(
+            f"offload {offload!r}: weights would move to the host's memory, but the device {device} {holds}; use --offload none"
+        )
 
 
 def check_dtype_name(name: str | None) -> None:

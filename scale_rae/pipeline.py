@@ -42,8 +42,10 @@ from scale_rae.options import (
     SamplingOptions,
     Speed,
     check_count,
+    check_offload,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
+from scale_rae.residency import Residency
 from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.sampling import LatentSampler, NormStats, Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
@@ -97,10 +99,12 @@ class ScaleRAE:
         device: torch.device,
         speed: Speed | None = None,
         split_batches: bool = True,
+        residency: Residency | None = None,
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
         self.norm_stats = norm_stats
         self.source, self.dtype, self.device = source, dtype, device
+        self.residency = residency or Residency("none", device)
         self.speed = speed or Speed()
         self.sampler = LatentSampler(config, dit, norm_stats, self.speed)
         language.fuse()
@@ -126,6 +130,7 @@ class ScaleRAE:
         compile: str = "auto",
         quantize: str | None = None,
         split_batches: bool = True,
+        offload: str = "none",
     ) -> ScaleRAE:
         """The model `name`: "shapes" (bundled), a folder in the published layout, a hub id, or a `hub.Source`.
 
@@ -142,6 +147,7 @@ class ScaleRAE:
             progress: `progress(what, done, total)`, in bytes of weights.
             compile: "auto", "on" or "off", and `quantize`: None or "fp8", as in `Speed`.
             split_batches: halve a batch and try again when memory runs out.
+            offload: where weights wait: "none" (all on the device), "model" or "stream", as in `Residency`.
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
@@ -149,12 +155,14 @@ class ScaleRAE:
         speed = Speed(compile, quantize)
         speed.check()
         torch_device = pick_device(device)
+        check_offload(offload, torch_device.type)
         torch_dtype = pick_dtype(dtype, torch_device)
         if torch_device.type == "cpu":
             keep_freed_memory()
         if quantize is not None:
             check_device(torch_device, torch_dtype)
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
+        residency = Residency(offload, torch_device)
         config = load_config(source.folder)
         tokenizer = load_tokenizer(source, config)
         language, dit, norm_stats = load_networks(source, config, torch_dtype, torch_device, speed, progress)
@@ -163,6 +171,7 @@ class ScaleRAE:
                 *(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device),
                 speed=speed,
                 split_batches=split_batches,
+                residency=residency,
             )
 
     # --- parts that load when first used -------------------------------------------------------------------------
@@ -329,7 +338,7 @@ class ScaleRAE:
             hear = None if listening is None else listening.attempt(start)
             return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear, draw)
 
-        return self._in_batches(len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
+        return self._in_batches("language", len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
 
     def asks_for_image(self, reply: Reply) -> bool:
         """Whether a reply ends where an image begins, drawn or not."""
@@ -378,7 +387,7 @@ class ScaleRAE:
         def draw(start: int, stop: int) -> list[Tensor]:
             return self.sampler.draw(conditions[start:stop], seeds[start:stop], options, callback, compile)
 
-        return self._in_batches(len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
+        return self._in_batches("dit", len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
 
     @torch.inference_mode()
     def advance(
@@ -405,7 +414,9 @@ class ScaleRAE:
         def go_on(start: int, end: int) -> list[Trajectory]:
             return self.sampler.advance(trajectories[start:end], stop, options, callback, compile)
 
-        return self._in_batches(len(trajectories), size, go_on, "drawing {} images at once", "a smaller --batch-size")
+        return self._in_batches(
+            "dit", len(trajectories), size, go_on, "drawing {} images at once", "a smaller --batch-size"
+        )
 
     def estimate(self, t: float, x: Tensor, v: Tensor) -> list[Tensor]:
         """Latents [L, C] that the state x [B, C, S, S] at time t is on its way to: x - t v.
@@ -436,7 +447,7 @@ class ScaleRAE:
             pixels = to_uint8(pixels, mean, std)
             return [Image.fromarray(array) for array in pixels.cpu().numpy()]
 
-        return self._in_batches(len(checked), batch_size, draw, "decoding {} latents at once")
+        return self._in_batches("decoder", len(checked), batch_size, draw, "decoding {} latents at once")
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -462,7 +473,7 @@ class ScaleRAE:
         def encode(start: int, stop: int) -> list[Tensor]:
             return self._encode(self.encoder.preprocess([as_rgb(picture) for picture in pictures[start:stop]]))
 
-        return self._in_batches(len(pictures), batch_size, encode, "encoding {} images at once")
+        return self._in_batches("encoder", len(pictures), batch_size, encode, "encoding {} images at once")
 
     def encode_pixels(self, pixels: Tensor, batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of normalised pixels [N, 3, H, W], as `encoder.preprocess` makes them."""
@@ -470,7 +481,7 @@ class ScaleRAE:
         def encode(start: int, stop: int) -> list[Tensor]:
             return self._encode(pixels[start:stop])
 
-        return self._in_batches(len(pixels), batch_size, encode, "encoding {} images at once")
+        return self._in_batches("encoder", len(pixels), batch_size, encode, "encoding {} images at once")
 
     def _encode(self, pixels: Tensor) -> list[Tensor]:
         with attention_kernels(self.device):
@@ -585,7 +596,7 @@ class ScaleRAE:
             some, about = checked[start:stop], asked[start:stop]
             return score(self.language, self.tokenizer, some, about, question, max_new_tokens)
 
-        return self._in_batches(len(checked), READ_AT_ONCE, run, "scoring {} latents at once")
+        return self._in_batches("language", len(checked), READ_AT_ONCE, run, "scoring {} latents at once")
 
     def check_question(self, prompt: str, question: str = QUESTION) -> None:
         """Raises an error if `score` cannot ask this question about a prompt.
@@ -620,10 +631,18 @@ class ScaleRAE:
         return exact_batch(most, draws)
 
     def _in_batches(
-        self, count: int, size: int, run: Callable[[int, int], list[T]], what: str, remedy: str = "fewer at once"
+        self,
+        part: str,
+        count: int,
+        size: int,
+        run: Callable[[int, int], list[T]],
+        what: str,
+        remedy: str = "fewer at once",
     ) -> list[T]:
+        """`memory.in_batches` while `part` has its turn on the device. All that a network computes goes through here."""
         release = self.release_memory if self.split_batches else None
-        return in_batches(count, size, run, self.memory_errors, what, remedy, release)
+        with self.residency.use(part):
+            return in_batches(count, size, run, self.memory_errors, what, remedy, release)
 
     def with_speed(self, speed: Speed) -> ScaleRAE:
         """The same model, sharing its weights, with another `speed`.

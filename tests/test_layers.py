@@ -16,7 +16,7 @@ version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise
-compiling cuda_graphs
+compiling cuda_graphs residency
 qwen2 qwen2_modules kv_cache language
 dit flow float8 kernels fast_dit sampling
 encoder decoder vae loading

@@ -166,6 +166,8 @@ def _from_manifest(
             changes[name] = manifest.get(name, str)
     if "quantize" not in given:
         changes["quantize"] = manifest.get("quantize", str, None)
+    if "offload" not in given and "device" not in given:  # a device of another kind may have nowhere to offload to
+        changes["offload"] = manifest.get("offload", str, "none")
     kept = {str(k): raw[k] for k in ("prompt_index", "prompt_line", "prompt_record") if k in raw}
     message = ModelInput(manifest.get("prompt", str), recorded=kept | {"from_manifest": str(path)})
     clean_message(message.prompt)

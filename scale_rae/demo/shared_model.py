@@ -175,6 +175,7 @@ class SharedModel:
             "--device": choice.device,
             "--dtype": choice.dtype,
             "--quantize": choice.quantize,
+            "--offload": choice.offload if choice.offload != "none" else None,
         }
         for name, value in options.items():
             if value is not None:

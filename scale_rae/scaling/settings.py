@@ -84,6 +84,7 @@ class Settings:
     save_latents: Annotated[bool, Knob("Also save each image's latent.", SCALING)] = False
     compile: str = "auto"
     quantize: str | None = None
+    offload: str = "none"
     model_name: str = ""
 
     def __post_init__(self) -> None:
