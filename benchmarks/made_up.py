@@ -13,8 +13,8 @@ from torch import nn
 
 from benchmarks.made_tokenizer import SIZE as TOKENS
 from benchmarks.made_tokenizer import write_tokenizer
-from scale_rae.config import ScaleRAEConfig, parse_config
-from scale_rae.decoder import PixelDecoder, load_decoder_config
+from scale_rae.config import ScaleRAEConfig, load_decoder_config, parse_config
+from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.hub import Source
 from scale_rae.language import Conversation, LanguageModel

@@ -1,4 +1,4 @@
-"""Reads and checks a checkpoint's config.json. Values that no published checkpoint has are refused by name."""
+"""Reads and checks the config.json of models, encoders and decoders. Values that no published checkpoint has are refused by name."""
 
 from __future__ import annotations
 
@@ -246,3 +246,118 @@ def _language_config(fields: Fields) -> dict[str, Any]:
         "bos_token_id": None,
         "eos_token_id": None,
     }
+
+
+# --- pixel decoders and encoders --------------------------------------------------------------------------------------
+
+_MOST_OF_DECODERS = {"depth": 1 << 10, "image": 1 << 13, "patch": 1 << 13}  # no published decoder comes near
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Sizes of a pixel decoder; `channels` is C of the latents it decodes."""
+
+    channels: int
+    width: int
+    depth: int
+    heads: int
+    inner: int
+    patch: int
+    image: int
+    eps: float
+
+    @property
+    def patches(self) -> int:
+        """Patches (and so tokens) along one edge of the image."""
+        return self.image // self.patch
+
+
+def load_decoder_config(folder: Path, channels: int) -> DecoderConfig:
+    """Reads and checks a decoder's config.json. `channels` comes from its weights: published configs misstate it.
+
+    Raises:
+        ConfigError: naming the file and the field that is missing or not usable.
+    """
+    path = folder / "config.json"
+    return parse_decoder_config(read_json(path), path, channels)
+
+
+def parse_decoder_config(raw: dict[str, Any], path: Path, channels: int) -> DecoderConfig:
+    """`load_decoder_config` on an object already read; `path` is only for error messages."""
+    fields = Fields(raw, path)
+    names = {
+        "width": "decoder_hidden_size",
+        "depth": "decoder_num_hidden_layers",
+        "heads": "decoder_num_attention_heads",
+        "inner": "decoder_intermediate_size",
+        "patch": "patch_size",
+        "image": "image_size",
+    }
+    sizes = {ours: fields.count(name, most=_MOST_OF_DECODERS.get(ours, MOST_COUNT)) for ours, name in names.items()}
+    fields.choice("hidden_act", ("gelu",), "gelu")
+    eps = fields.positive("layer_norm_eps") if "layer_norm_eps" in fields.raw else 1e-12
+    if eps >= 1:
+        raise fields.fail("layer_norm_eps", f"is {eps}; must be a small positive number")
+    config = DecoderConfig(channels=channels, **sizes, eps=eps)
+    if config.image % config.patch:
+        raise fields.fail("image_size", f"{config.image} is not a multiple of patch_size {config.patch}")
+    if config.width % config.heads:
+        raise fields.fail("decoder_hidden_size", f"{config.width} does not divide into {config.heads} heads")
+    return config
+
+
+ENCODERS = ("siglip", "siglip_vision_model", "dinov2")
+_MOST_PATCHES = 256  # along an edge of an image
+_SIZES = {  # transformers' defaults, and the most there may be
+    "hidden_size": (768, 1 << 20),
+    "num_hidden_layers": (12, 1 << 10),
+    "num_attention_heads": (12, 1 << 10),
+    "num_channels": (3, 3),
+    "image_size": (224, 1 << 13),
+}
+_SIGLIP = _SIZES | {"patch_size": (16, 1 << 13), "intermediate_size": (3072, 1 << 20)}
+_DINO = _SIZES | {"patch_size": (14, 1 << 13)}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Kind (one of ENCODERS) and sizes of a vision model, and all fields of its config for transformers."""
+
+    kind: str
+    width: int
+    layers: int
+    image: int
+    patch: int
+    fields: dict[str, Any]
+
+
+def encoder_kind(raw: dict[str, Any], path: Path) -> str:
+    """The `model_type` of an encoder's config.json. Raises ConfigError, naming the file, for one that is not in ENCODERS."""
+    kind = raw.get("model_type")
+    if kind not in ENCODERS:
+        raise ConfigError(f"{path}: model_type {kind!r} is not a supported encoder (supported: {', '.join(ENCODERS)})")
+    return str(kind)
+
+
+def parse_vision_config(raw: dict[str, Any], path: Path) -> VisionConfig:
+    """The vision model that an encoder's config.json describes, with transformers' defaults.
+
+    Raises:
+        ConfigError: naming the file, for a model that is no supported encoder, and for sizes that no encoder has.
+    """
+    kind = encoder_kind(raw, path)
+    vision = Fields(raw, path).get("vision_config", dict) if kind == "siglip" else raw
+    fields = Fields(vision, f"{path}: not a usable encoder config")
+    limits = _DINO if kind == "dinov2" else _SIGLIP
+    sizes = {field: fields.count(field, default, most=most) for field, (default, most) in limits.items()}
+    if sizes["image_size"] // sizes["patch_size"] > _MOST_PATCHES:
+        problem = f"{sizes['image_size']} has more than {_MOST_PATCHES} patches of {sizes['patch_size']} per edge"
+        raise fields.fail("image_size", problem)
+    return VisionConfig(
+        kind=kind,
+        width=sizes["hidden_size"],
+        layers=sizes["num_hidden_layers"],
+        image=sizes["image_size"],
+        patch=sizes["patch_size"],
+        fields=library_fields(vision, path),
+    )

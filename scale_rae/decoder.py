@@ -2,65 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scale_rae.config import DecoderConfig
 from scale_rae.encoder import resize_tokens
-from scale_rae.jsonio import MOST_COUNT, Fields, read_json
-
-_MOST = {"depth": 1 << 10, "image": 1 << 13, "patch": 1 << 13}  # no published decoder comes near
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Sizes of a pixel decoder; `channels` is C of the latents it decodes."""
-
-    channels: int
-    width: int
-    depth: int
-    heads: int
-    inner: int
-    patch: int
-    image: int
-    eps: float
-
-    @property
-    def patches(self) -> int:
-        """Patches (and so tokens) along one edge of the image."""
-        return self.image // self.patch
-
-
-def load_decoder_config(folder: Path, channels: int) -> DecoderConfig:
-    """Reads and checks a decoder's config.json. `channels` comes from its weights: published configs misstate it.
-
-    Raises:
-        ConfigError: naming the file and the field that is missing or not usable.
-    """
-    path = folder / "config.json"
-    fields = Fields(read_json(path), path)
-    names = {
-        "width": "decoder_hidden_size",
-        "depth": "decoder_num_hidden_layers",
-        "heads": "decoder_num_attention_heads",
-        "inner": "decoder_intermediate_size",
-        "patch": "patch_size",
-        "image": "image_size",
-    }
-    sizes = {ours: fields.count(name, most=_MOST.get(ours, MOST_COUNT)) for ours, name in names.items()}
-    fields.choice("hidden_act", ("gelu",), "gelu")
-    eps = fields.positive("layer_norm_eps") if "layer_norm_eps" in fields.raw else 1e-12
-    if eps >= 1:
-        raise fields.fail("layer_norm_eps", f"is {eps}; must be a small positive number")
-    config = DecoderConfig(channels=channels, **sizes, eps=eps)
-    if config.image % config.patch:
-        raise fields.fail("image_size", f"{config.image} is not a multiple of patch_size {config.patch}")
-    if config.width % config.heads:
-        raise fields.fail("decoder_hidden_size", f"{config.width} does not divide into {config.heads} heads")
-    return config
 
 
 class _SelfAttention(nn.Module):

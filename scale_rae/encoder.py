@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader
-from scale_rae.config import check_numbers, library_fields
+from scale_rae.config import VisionConfig, check_numbers, encoder_kind, parse_vision_config
 from scale_rae.errors import CheckpointError, ConfigError, last_line
 from scale_rae.hub import import_hub, weight_files
-from scale_rae.jsonio import Fields, read_json, shortened
+from scale_rae.jsonio import read_json, shortened
 
-SUPPORTED = ("siglip", "siglip_vision_model", "dinov2")
 LARGEST_IMAGE = 2048  # pixels along an edge; also the limit for any number in a preprocessor's config
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
 
@@ -51,12 +49,8 @@ class Encoder:
         self.tokens, self.select_layer = tokens, select_layer
         self.dtype, self.device = dtype, device
         path = folder / "config.json"
-        kind = read_json(path).get("model_type")
-        if kind not in SUPPORTED:
-            raise ConfigError(
-                f"{path}: model_type {kind!r} is not a supported encoder (supported: {', '.join(SUPPORTED)})"
-            )
-        self.kind: str = kind
+        raw = read_json(path)
+        self.kind = encoder_kind(raw, path)
         self._folder = folder
         self._preprocessor = _read_preprocessor(folder / "preprocessor_config.json")
         self.image_mean: list[float] = [float(x) for x in self._preprocessor["image_mean"]]
@@ -64,7 +58,7 @@ class Encoder:
         side = _plain_side(self._preprocessor, self.kind)
         if side is None:  # an unusual preprocessor: its side is found by running it
             side = self._processor_and_side[1]
-        self._config = config = _read_vision_config(folder, self.kind)
+        self._config = config = parse_vision_config(raw, path)
         self.channels: int = config.width
         layers = config.layers
         if self.kind != "dinov2" and not -layers - 1 <= select_layer <= layers:
@@ -184,53 +178,6 @@ def _load_processor(raw: dict[str, Any], path: Path, kind: str) -> tuple[Any, in
     if size[0] != size[1]:
         raise ConfigError(f"{path}: makes images of {size[1]} x {size[0]} pixels; they must be square")
     return processor, int(size[0])
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """Sizes of a vision model, and all fields of its config for transformers."""
-
-    width: int
-    layers: int
-    image: int
-    patch: int
-    fields: dict[str, Any]
-
-
-def _read_vision_config(folder: Path, kind: str) -> VisionConfig:
-    """The config of the vision model in a folder's config.json, with transformers' defaults.
-
-    Raises:
-        ConfigError: naming the file, for sizes that no encoder has.
-    """
-    path = folder / "config.json"
-    raw = read_json(path)
-    vision = Fields(raw, path).get("vision_config", dict) if kind == "siglip" else raw
-    fields = Fields(vision, f"{path}: not a usable encoder config")
-    limits = _DINO if kind == "dinov2" else _SIGLIP
-    sizes = {field: fields.count(field, default, most=most) for field, (default, most) in limits.items()}
-    if sizes["image_size"] // sizes["patch_size"] > _MOST_PATCHES:
-        problem = f"{sizes['image_size']} has more than {_MOST_PATCHES} patches of {sizes['patch_size']} per edge"
-        raise fields.fail("image_size", problem)
-    return VisionConfig(
-        width=sizes["hidden_size"],
-        layers=sizes["num_hidden_layers"],
-        image=sizes["image_size"],
-        patch=sizes["patch_size"],
-        fields=library_fields(vision, path),
-    )
-
-
-_MOST_PATCHES = 256  # along an edge of an image
-_SIZES = {  # transformers' defaults, and the most there may be
-    "hidden_size": (768, 1 << 20),
-    "num_hidden_layers": (12, 1 << 10),
-    "num_attention_heads": (12, 1 << 10),
-    "num_channels": (3, 3),
-    "image_size": (224, 1 << 13),
-}
-_SIGLIP = _SIZES | {"patch_size": (16, 1 << 13), "intermediate_size": (3072, 1 << 20)}
-_DINO = _SIZES | {"patch_size": (14, 1 << 13)}
 
 
 def _load_vision_model(folder: Path, kind: str, sizes: VisionConfig, dtype: torch.dtype) -> nn.Module:

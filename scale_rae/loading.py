@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from scale_rae.checkpoint import TensorReader, fill
-from scale_rae.config import ScaleRAEConfig
-from scale_rae.decoder import PixelDecoder, load_decoder_config
+from scale_rae.config import ScaleRAEConfig, load_decoder_config
+from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError

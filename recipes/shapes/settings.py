@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from scale_rae.decoder import DecoderConfig
+from scale_rae.config import DecoderConfig
 
 ENCODER_NAME = "shapes/siglip-patch16-128"
 CAPTION_TOKENS = 32  # length that SigLIP's text tower reads, padded
