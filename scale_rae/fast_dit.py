@@ -63,6 +63,12 @@ def spread(modulation: Tensor, null: Tensor | None, images: int) -> Tensor:
     return torch.where(first, conditional, null).flatten(0, 2)
 
 
+def _per_image(modulation: Tensor, prompt_of: Tensor | None) -> Tensor:
+    """Modulations [B, L, W] from those per prompt [P, L, W] by each image's prompt [B]; without numbers, as they are."""
+    # Copied, so that the blocks run as for images of different prompts, whatever the numbers.
+    return modulation if prompt_of is None else modulation.index_select(0, prompt_of)
+
+
 class Deferred(NamedTuple):
     """A block's result as a sum that is not yet computed: x + gate · update. The gate is the last of the six modulations.
 
@@ -346,15 +352,22 @@ class FastDiT:
         self._captures = Captures(speed.graph and on_cuda, MOST_GRAPHS)
 
     def velocities(
-        self, condition: Tensor, times: Sequence[float], guided: bool, compile: bool
+        self,
+        condition: Tensor,
+        times: Sequence[float],
+        guided: bool,
+        compile: bool,
+        prompt_of: Tensor | None = None,
     ) -> tuple[Velocity, Velocity, Callable[[Tensor, float], tuple[Tensor, Tensor]]]:
         """(conditional, null, both) velocity functions of a batch, for `flow.guided`.
 
-        condition [P, L, Z] has P prompts, with B / P consecutive images per prompt. `times` are the times at which the solver
-        will evaluate. The null branch is only available if `guided`.
+        condition [P, L, Z] has P prompts, with B / P consecutive images per prompt or, in any order, those that `prompt_of`
+        [B] names by the numbers of their prompts. `times` are the times at which the solver will evaluate. The null branch is
+        only available if `guided`.
         """
         null = self.dit.null_condition
         condition = condition.to(self.device, self.dit.dtype)
+        prompt_of = None if prompt_of is None else prompt_of.to(self.device)
         speed = self.speed
         modulated = guided and speed.together and speed.null
         rows = self._before_the_steps(tuple(dict.fromkeys(times)), modulated) if speed.before else {}
@@ -367,11 +380,11 @@ class FastDiT:
             return rows[t]
 
         def conditional(x: Tensor, t: float) -> Tensor:
-            return self._run(compile, x, at(t)[0], condition)
+            return self._run(compile, x, at(t)[0], condition, prompt_of=prompt_of)
 
         def unconditional(x: Tensor, t: float) -> Tensor:
             assert null is not None
-            return self._run(compile, x, at(t)[0], null.expand_as(condition).contiguous())
+            return self._run(compile, x, at(t)[0], null.expand_as(condition).contiguous(), prompt_of=prompt_of)
 
         def both(x: Tensor, t: float) -> tuple[Tensor, Tensor]:
             if not speed.together:
@@ -380,9 +393,10 @@ class FastDiT:
             if modulations is None:
                 assert null is not None
                 conditions = torch.cat([condition, null.expand_as(condition)])
-                velocities = self._run(compile, torch.cat([x, x]), time, conditions)
+                twice = None if prompt_of is None else torch.cat([prompt_of, prompt_of + len(condition)])
+                velocities = self._run(compile, torch.cat([x, x]), time, conditions, prompt_of=twice)
             else:
-                velocities = self._run(compile, x, time, condition, modulations)
+                velocities = self._run(compile, x, time, condition, modulations, prompt_of)
             v_cond, v_null = velocities.chunk(2)
             return v_cond, v_null
 
@@ -419,33 +433,51 @@ class FastDiT:
         modulations = torch.cat(parts, dim=-1).flatten(0, 1)  # [K, W]
         return {t: (row, m) for t, row, m in zip(times, embedded.split(1), modulations, strict=True)}
 
-    def _run(self, compile: bool, *inputs: Tensor) -> Tensor:
-        function = self._evaluate_compiled if compile else self._evaluate_eager
-        # Number of images, number of prompts, whether the null branch's modulations are given.
-        size = (len(inputs[0]), len(inputs[2]), len(inputs) > 3)
+    def _run(
+        self,
+        compile: bool,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        null_modulations: Tensor | None = None,
+        prompt_of: Tensor | None = None,
+    ) -> Tensor:
+        size = (len(x), len(condition), null_modulations is not None)
         if compile:
             self._compiled_sizes.add(size)
+        options = {"null_modulations": null_modulations, "prompt_of": prompt_of}
+        given = {name: value for name, value in options.items() if value is not None}
+
+        def function(x: Tensor, time: Tensor, condition: Tensor, *values: Tensor) -> Tensor:
+            functions = self._compiled_functions() if compile else self._eager
+            return self.evaluate(functions, x, time, condition, **dict(zip(given, values, strict=True)))
+
+        key = (*size, prompt_of is not None, compile)
         with attention_kernels(self.device):
-            return self._captures.run((*size, compile), function, *inputs, when_it_comes_again=False)
+            return self._captures.run(key, function, x, time, condition, *given.values(), when_it_comes_again=False)
 
-    def _evaluate_eager(self, *inputs: Tensor) -> Tensor:
-        return self.evaluate(self._eager, *inputs)
-
-    def _evaluate_compiled(self, *inputs: Tensor) -> Tensor:
+    def _compiled_functions(self) -> Functions:
         if self._compiled is None:
             own = self._to_compile
             functions: dict[str, Any] = {
                 f.name: compiled(value) for f in fields(own) if callable(value := getattr(own, f.name))
             }
             self._compiled = replace(own, **functions)
-        return self.evaluate(self._compiled, *inputs)
+        return self._compiled
 
     def evaluate(
-        self, functions: Functions, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None
+        self,
+        functions: Functions,
+        x: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        null_modulations: Tensor | None = None,
+        prompt_of: Tensor | None = None,
     ) -> Tensor:
         """Velocities [B, C, S, S] float32 of x [B, C, S, S]; time [1, Z] is embedded, condition [P, L, Z].
 
         With the null branch's modulations [W] at this time: [2B, C, S, S], first the conditional branch, then the null branch.
+        `prompt_of` [B] has the number of each image's prompt; without it, each prompt has B / P consecutive images.
         """
         dit = self.dit
         widths = [layer.out_features for layer in self.layers] + [2 * dit.config.width] * self.final_shared
@@ -459,7 +491,7 @@ class FastDiT:
         h = h.repeat(copies, 1, 1) if copies > 1 else h
         state: Deferred | None = None
         for block, modulation, null_modulation in zip(
-            self.shared, self._modulations(read, len(condition)), null, strict=False
+            self.shared, self._modulations(read, len(condition), prompt_of), null, strict=False
         ):
             if state is None:  # a sum like all later states, so that one compiled block serves all
                 no_more = None if null_modulation is None else null_modulation[:]
@@ -467,7 +499,8 @@ class FastDiT:
             state = functions.block(block, state, modulation, functions.cos, functions.sin, null_modulation)
         assert state is not None
         if self.final_shared:
-            v = functions.final(dit.final_layer, state, dit.final_layer.adaLN_modulation[1](plain), null[-1])
+            modulation = _per_image(dit.final_layer.adaLN_modulation[1](plain), prompt_of)
+            v = functions.final(dit.final_layer, state, modulation, null[-1])
         else:  # DDT: the output of the first blocks is the condition of the remaining blocks
             s = F.silu(summed(state))
             if hasattr(dit, "s_projector"):
@@ -478,14 +511,15 @@ class FastDiT:
             v = functions.plain_final(dit.final_layer, h, s)
         return v.transpose(1, 2).reshape(copies * x.shape[0], *x.shape[1:]).float()  # [B or 2B, C, S, S]
 
-    def _modulations(self, read: Any, prompts: int) -> Iterator[Tensor]:
-        """The modulations [P, L, 6D] of each block in turn."""
+    def _modulations(self, read: Any, prompts: int, prompt_of: Tensor | None) -> Iterator[Tensor]:
+        """The modulations of each block in turn: [P, L, 6D], or [B, L, 6D] with `prompt_of` [B]."""
         if self.stacked is None:
             for layer in self.layers:
-                yield layer(read)
+                yield _per_image(layer(read), prompt_of)
             return
         depth = len(self.layers)
         most = max(1, GROUP_ROWS // (prompts * self.dit.config.tokens)) if self.speed.group else 1
         at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # equal groups: other strides compile other code
         for first in range(0, depth, at_once):
-            yield from self.stacked(read, first, first + at_once).chunk(at_once, dim=-1)
+            for modulation in self.stacked(read, first, first + at_once).chunk(at_once, dim=-1):
+                yield _per_image(modulation, prompt_of)

@@ -19,7 +19,7 @@ from scale_rae.fast_dit import FastDiT
 from scale_rae.noise import draw_noise
 from scale_rae.options import SamplingOptions, Speed
 
-LEAST_SHARED = 4  # images per prompt; in searches, fewer share nothing, so that few sizes of batches are captured
+LEAST_SHARED = 4  # consecutive images per prompt; in searches, images of fewer name their prompts by number
 NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
 
 
@@ -142,10 +142,9 @@ class LatentSampler:
         else:
             state = flow.joined([t.state for t in trajectories if t.state is not None])
         conditions = [t.condition for t in trajectories]
-        images = self._images_per_prompt(conditions)
-        shared = torch.stack(conditions[:: images if images >= LEAST_SHARED else 1])
+        shared, prompt_of = self._prompts(conditions)
         # All of the sampler's times, as when it does not stop: on a CPU, bits of a time's embedding depend on their number.
-        velocity = self._velocity(shared, len(seeds), options, sampler.evaluated(times), compile)
+        velocity = self._velocity(shared, len(seeds), options, sampler.evaluated(times), compile, prompt_of)
         last = 0.0, state.x, state.x  # evaluation: t, x, v
 
         def see(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
@@ -166,12 +165,35 @@ class LatentSampler:
 
         The sizes are powers of two and, between them, three quarters of those.
         """
-        if self.device.type != "cuda" or not self.speed.graph:
+        if not self.has_few_sizes:
             return trajectories
         size = 1 << (len(trajectories) - 1).bit_length()
         if len(trajectories) <= size * 3 // 4:
             size = size * 3 // 4
         return [*trajectories, *[trajectories[-1]] * (size - len(trajectories))]
+
+    @property
+    def has_few_sizes(self) -> bool:
+        """Whether batches on their way are padded to few sizes, as they are where CUDA graphs are captured per size."""
+        return self.device.type == "cuda" and self.speed.graph
+
+    def _prompts(self, conditions: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """(conditions [P, L, Z], number of each image's prompt [B]) of images of several prompts; without numbers, P = B.
+
+        Each prompt's condition is there once, and the last one is repeated until P is a quarter or a half of B, so that few
+        sizes are captured.
+        """
+        images = self._images_per_prompt(conditions)
+        if images >= LEAST_SHARED:
+            return torch.stack(list(conditions[::images])), None
+        own = {id(condition): condition for condition in conditions}
+        if self.speed.shared and self.has_few_sizes:
+            for size in (len(conditions) // 4, len(conditions) // 2):
+                if len(own) <= size:
+                    number = {key: i for i, key in enumerate(own)}
+                    padded = [*own.values(), *[conditions[-1]] * (size - len(own))]
+                    return torch.stack(padded), torch.tensor([number[id(c)] for c in conditions])
+        return torch.stack(list(conditions)), None
 
     def _noise(self, seeds: Sequence[int]) -> Callable[[], Tensor]:
         return draw_noise(seeds, self.config.channels, self.config.dit.side, self.device)
@@ -183,13 +205,14 @@ class LatentSampler:
         options: SamplingOptions,
         evaluated: Sequence[float],
         compile: bool | None,
+        prompt_of: Tensor | None = None,
     ) -> flow.Velocity:
         """The guided velocity of a batch of images, for the times at which it will be evaluated."""
         guided = options.guidance != 1.0
         if compile is None:
             is_compiled = self.fast_dit.is_compiled(images, guided, len(condition))
             compile = self.policy.compiles(images, len(condition), len(evaluated), is_compiled)
-        conditional, null, both = self.fast_dit.velocities(condition, evaluated, guided, compile)
+        conditional, null, both = self.fast_dit.velocities(condition, evaluated, guided, compile, prompt_of)
         return flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
 
     def _finished(self, x: Tensor, seeds: Sequence[int]) -> Tensor:

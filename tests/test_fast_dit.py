@@ -23,8 +23,9 @@ from scale_rae.dit import DiT, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.fast_dit import FastDiT, deferred_block, pad_swiglu, summed_block
 from scale_rae.float8 import Float8Linear, check_device, quantize
-from scale_rae.options import Speed
+from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import LatentSampler, Trajectory
 from tests.test_goldens import DRAW
 
 CONFIG = DiTConfig(channels=24, tokens=16, condition_width=32, width=80, depth=4, heads=2)
@@ -100,9 +101,9 @@ def test_switched_off(kind: str, off: str, monkeypatch: pytest.MonkeyPatch) -> N
     calls: list[tuple[int, int]] = []
     evaluate = fast.evaluate
 
-    def counted(parts: Any, *inputs: Any) -> torch.Tensor:
-        calls.append((len(inputs[0]), len(inputs)))
-        return evaluate(parts, *inputs)
+    def counted(parts: Any, *inputs: Any, **options: Any) -> torch.Tensor:
+        calls.append((len(inputs[0]), len(inputs) + len(options)))
+        return evaluate(parts, *inputs, **options)
 
     fast.evaluate = counted  # type: ignore[method-assign]
     x, y = inputs()
@@ -117,6 +118,31 @@ def test_switched_off(kind: str, off: str, monkeypatch: pytest.MonkeyPatch) -> N
         fast.velocities(y, TIMES, guided=True, compile=True)[2](x, TIMES[0])
     assert fast.is_compiled(2, guided=True, prompts=2)
     assert not fast.is_compiled(3, guided=True, prompts=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "options", [{}, {"defer": False}, {"null": False}, {"together": False}, {"group": False}], ids=str
+)
+def test_images_name_their_prompts(kind: str, options: dict[str, Any]) -> None:
+    """Images of prompts in any order, with a prompt that none of them is of; each prompt's modulations are computed once."""
+    fast = with_cuda_weights(made(kind), **options)
+    x, _ = inputs(5)
+    y = inputs(3)[1]
+    prompt_of = torch.tensor([1, 0, 1, 1, 0])
+    read: list[int] = []
+    for layer in fast.layers:
+        layer.register_forward_hook(lambda layer, args, out: read.append(len(args[0])))
+    fast.stacked = None  # so that the layers are called
+    with torch.inference_mode():
+        conditional, null, both = fast.velocities(y, TIMES, guided=True, compile=False, prompt_of=prompt_of)
+        expected = reference(made(kind), x, 0.9, y[prompt_of])
+        read.clear()
+        values = [conditional(x, 0.9)]
+        assert set(read) == {3}
+        values += [null(x, 0.9), *both(x, 0.9)]
+    for value, wanted in zip(values, (*expected, *expected), strict=True):
+        torch.testing.assert_close(value, wanted, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -438,6 +464,43 @@ def test_the_policy_hears_of_sizes_that_are_compiled(siglip: ScaleRAE, monkeypat
     for images, guidance in ((2, 3.0), (2, 1.0), (1, 3.0)):
         siglip.generate(DRAW, num_images=images, steps=3, guidance=guidance, decode=False)
     assert asked == [(2, 1, 3, True), (2, 1, 3, False), (1, 1, 3, False)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "images", "conditions"),
+    [
+        ([0] * 4 + [1] * 4, 8, 2),
+        ([0, 0, 0, 1, 1], 6, 3),
+        ([0, 1, 1, 1, 1, 1, 1, 1], 8, 2),
+        ([0, 1, 2, 0], 4, 4),
+        ([0], 1, 1),
+    ],
+)
+def test_batches_on_their_way_have_few_sizes(
+    siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch, prompts: list[int], images: int, conditions: int
+) -> None:
+    """As on CUDA: images and prompts are padded to few numbers, and each image has the latent that it has alone."""
+    condition = siglip.reply([DRAW])[0].condition
+    assert condition is not None
+    made = [condition * factor for factor in (1.0, 0.5, 0.0)]
+    options = SamplingOptions(steps=3)
+    begun = [Trajectory(made[p], seed) for seed, p in enumerate(prompts)]
+    alone = [siglip.sample([t.condition], [t.seed], options)[0] for t in begun]
+    ran: list[tuple[int, int]] = []
+    velocities = siglip.sampler.fast_dit.velocities
+
+    def counted(condition: Tensor, *args: Any) -> Any:
+        functions = velocities(condition, *args)
+        return lambda x, t: (ran.append((len(x), len(condition))), functions[0](x, t))[1], *functions[1:]
+
+    monkeypatch.setattr(siglip.sampler.fast_dit, "velocities", counted)
+    monkeypatch.setattr(LatentSampler, "has_few_sizes", True)
+    done = siglip.advance(begun, 3, options)
+    assert set(ran) == {(images, conditions)}
+    assert len(done) == len(begun)
+    for trajectory, expected in zip(done, alone, strict=True):
+        assert trajectory.latent is not None
+        torch.testing.assert_close(trajectory.latent, expected, atol=1e-4, rtol=1e-4)
 
 
 def test_operations_of_the_published_network() -> None:
