@@ -12,7 +12,8 @@ from torch import Tensor
 from benchmarks.bench import Bench
 from benchmarks.made_up import made_config
 from scale_rae.cuda_graphs import graph_memory
-from scale_rae.float8 import Float8Linear, quantize
+from scale_rae.float8 import quantize
+from scale_rae.quantization import product, quantize_weight
 
 
 def ceilings(b: Bench) -> None:
@@ -72,12 +73,11 @@ def gemm_stage(b: Bench, size: str) -> None:
             with torch.inference_mode():
                 x, w = (torch.randn(m, k, device=b.device, dtype=b.dtype) for m in (rows, n))
                 bias = torch.randn(n, device=b.device, dtype=b.dtype)
-                xq, linear = quantize(x), Float8Linear(w, bias)
-                bare = Float8Linear(w, None)
+                xq, w8 = quantize(x), quantize_weight("fp8", w)
                 ways: dict[str, Callable[[], Tensor]] = {
                     "bf16": partial(torch.nn.functional.linear, x, w, bias),
-                    "float8": partial(linear.product, xq),
-                    "float8 without bias": partial(bare.product, xq),
+                    "float8": partial(product, xq, w8, bias),
+                    "float8 without bias": partial(product, xq, w8),
                 }
                 line = [f"gemm      {rows:5} x {k:5} -> {n:6} ({name:7})"]
                 for way, run in ways.items():

@@ -5,7 +5,7 @@ The host never holds the weights twice. `hub` finds the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,21 +83,28 @@ class TensorReader:
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies a tensor into `target`, 64 MiB at a time. `target` has its shape, any dtype, and is on any device."""
+        for start, part in self.pieces(name):
+            place = target[start : start + len(part)] if part.dim() else target
+            place.copy_(part)
+
+    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
+        """(start, rows from there) of a tensor on the CPU as it is stored, 64 MiB at a time; a scalar in one piece.
+
+        A piece is valid until the next one is read.
+        """
         stored = self.tensors[name]
         rows = stored.shape[0] if stored.shape else 1
         step = max(1, rows * _CHUNK_BYTES // max(stored.bytes, 1))
         for start in range(0, rows, step):
             if stored.place is not None:
-                part = _file_rows(stored.file, stored.place, start, start + step)
+                yield start, _file_rows(stored.file, stored.place, start, start + step)
             else:
                 if stored.file != self._open_file or self._read_bytes >= _CHUNK_BYTES:
                     self._rows = lambda name, start, stop: torch.empty(0)  # frees the old mapping before the next
                     self._rows = _safetensors_rows(stored.file)
                     self._open_file, self._read_bytes = stored.file, 0
                 self._read_bytes += stored.bytes * min(step, rows - start) // rows
-                part = self._rows(name, start, start + step)
-            place = target[start : start + step] if stored.shape else target
-            place.copy_(part)
+                yield start, self._rows(name, start, start + step)
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor on the CPU, in float32."""
@@ -265,6 +272,17 @@ def _few(names: list[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
+@dataclass(frozen=True)
+class RowSink:
+    """Where `fill` puts a stored tensor of this shape: `store(start, rows)` takes rows from `start` on, in order.
+
+    Rows are on the CPU, in the dtype in which they are stored, and only valid during the call.
+    """
+
+    shape: tuple[int, ...]
+    store: Callable[[int, Tensor], None]
+
+
 def fill(
     modules: dict[str, nn.Module],
     reader: TensorReader,
@@ -273,39 +291,48 @@ def fill(
     keep_float32: Callable[[str], bool] = lambda name: False,
     ignore: Callable[[str], bool] = lambda name: False,
     progress: Callable[[int, int], None] | None = None,
+    sinks: Mapping[str, RowSink] | None = None,
 ) -> None:
     """Loads the stored tensors into `modules`, which are built on the meta device; keys are prefixes of tensor names.
 
     Parameters are created in `dtype` on `device`, in float32 if `keep_float32(name)`. Tied parameters share one tensor.
-    Buffers are not stored but computed, and only moved. `progress(done, total)` counts bytes as stored.
+    Buffers are not stored but computed, and only moved. `progress(done, total)` counts bytes as stored. `sinks` take tensors by
+    their names instead of parameters.
 
     Raises:
         CheckpointError: tensors are missing, unexpected or have a wrong shape; lists the first 20 of each kind.
     """
+    sinks = sinks or {}
     targets: dict[str, list[tuple[nn.Module, str, nn.Parameter]]] = {}
     first_name: dict[int, str] = {}
     for prefix, module in modules.items():
         for path, owner in module.named_modules():
             for leaf, parameter in owner.named_parameters(recurse=False):
                 name = prefix + (f"{path}." if path else "") + leaf
+                if name in sinks:
+                    continue
                 # A tied parameter is stored under the first of its names.
                 name = first_name.setdefault(id(parameter), name)
                 targets.setdefault(name, []).append((owner, leaf, parameter))
-    tied = {prefix + n for prefix, m in modules.items() for n, _ in m.named_parameters(remove_duplicate=False)} - set(
-        targets
-    )
+    names = {prefix + n for prefix, m in modules.items() for n, _ in m.named_parameters(remove_duplicate=False)}
+    tied = names - targets.keys() - sinks.keys()
     stored = {name: t for name, t in reader.tensors.items() if not ignore(name) and name not in tied}
-    _check_tensors({n: tuple(places[0][2].shape) for n, places in targets.items()}, stored)
-    reader.check_floats(targets)
+    shapes = {name: tuple(places[0][2].shape) for name, places in targets.items()}
+    _check_tensors(shapes | {name: sink.shape for name, sink in sinks.items()}, stored)
+    reader.check_floats([*targets, *sinks])
 
     total, done = sum(t.bytes for t in stored.values()), 0
-    for name in sorted(targets, key=lambda n: (stored[n].file, stored[n].offset)):
-        kept = torch.float32 if keep_float32(name) else dtype
-        tensor = torch.empty(stored[name].shape, dtype=kept, device=device)
-        reader.read_into(name, tensor)
-        parameter = nn.Parameter(tensor, requires_grad=False)
-        for owner, leaf, _ in targets[name]:
-            setattr(owner, leaf, parameter)
+    for name in sorted([*targets, *sinks], key=lambda n: (stored[n].file, stored[n].offset)):
+        if name in sinks:
+            for start, rows in reader.pieces(name):
+                sinks[name].store(start, rows)
+        else:
+            kept = torch.float32 if keep_float32(name) else dtype
+            tensor = torch.empty(stored[name].shape, dtype=kept, device=device)
+            reader.read_into(name, tensor)
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            for owner, leaf, _ in targets[name]:
+                setattr(owner, leaf, parameter)
         done += stored[name].bytes
         if progress:
             progress(done, total)

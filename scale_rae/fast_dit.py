@@ -10,7 +10,7 @@
 - `defer`: a block's final residual addition is left to the next block's first norm, which fuses it.
 - `graph`: one evaluation is captured as a CUDA graph for each (images, prompts, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
-- `quantize`: the blocks' linears are in float8 (float8.py).
+- `quantize`: the blocks' linears are quantised (quantization.py); "fp8" multiplies in float8 (float8.py).
 - `kernels`: Triton kernels (kernels.py) quantise to float8 and rotate queries and keys; needs `defer`.
 - `attention`: a Triton kernel (kernels.py) computes attention and rotates queries and keys as it reads them.
 
@@ -28,12 +28,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scale_rae.checkpoint import RowSink
 from scale_rae.compiling import attention_kernels, compiled
 from scale_rae.cuda_graphs import Captures
 from scale_rae.dit import NORM_EPS, Attention, Block, DiT, FinalLayer, RMSNorm, SwiGLU, attend, heads_output
-from scale_rae.float8 import Float8Linear, Quantized, check_device, quantize
+from scale_rae.float8 import Quantized, quantize
 from scale_rae.flow import Velocity
 from scale_rae.options import Speed
+from scale_rae.quantization import (
+    Place,
+    QuantizedLinear,
+    QuantizedWeight,
+    check_quantize,
+    check_widths,
+    joined,
+    product,
+    quantize_linears,
+)
 
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
@@ -133,19 +144,19 @@ def float8_block(
     null: Tensor | None = None,
     attend: Attend = attend,
 ) -> Deferred:
-    """`deferred_block` in Triton kernels, for blocks whose linears are `Float8Linear`. `before` must have an update."""
+    """`deferred_block` in Triton kernels, for blocks whose linears are of kind fp8. `before` must have an update."""
     vectors = modulation.chunk(6, dim=-1)
     nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
-    qkv, proj, w12, w3 = (_float8(x) for x in (block.attn.qkv, block.attn.proj, block.mlp.w12, block.mlp.w3))
     assert before.update is not None
     assert before.modulation is not None
     gate = before.modulation.chunk(6, dim=-1)[5]
     null_gate = None if before.null is None else before.null.chunk(6, dim=-1)[5]
     x, read = _quantized_norm(block.norm1, before.x, before.update, (gate, null_gate), vectors[:2], nulls[:2])
-    seen = attend(qkv.product(read), block.attn.heads, cos, sin)
-    update = proj.product(Quantized(*_kernels.quantize_rows(seen)))
+    seen = attend(_float8(block.attn.qkv, read), block.attn.heads, cos, sin)
+    update = _float8(block.attn.proj, Quantized(*_kernels.quantize_rows(seen)))
     x, read = _quantized_norm(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
-    update = w3.product(Quantized(*_kernels.quantize_swiglu(w12.product(read))))
+    inner = Quantized(*_kernels.quantize_swiglu(_float8(block.mlp.w12, read)))
+    update = _float8(block.mlp.w3, inner)
     return Deferred(x, update, modulation, null)
 
 
@@ -160,9 +171,8 @@ def with_attention(block: Callable[..., Deferred], attend: Attend) -> Callable[.
     return run
 
 
-def _float8(linear: object) -> Float8Linear:
-    assert isinstance(linear, Float8Linear)
-    return linear
+def _float8(linear: Any, x: Quantized) -> Tensor:
+    return product(x, linear.weight, linear.bias)
 
 
 def _quantized_norm(
@@ -221,38 +231,93 @@ def pad_swiglu(dit: nn.Module, multiple: int) -> None:
 class StackedModulations:
     """The adaLN linears of blocks that share a condition, fused; the blocks' own weights are views of one matrix."""
 
-    def __init__(self, layers: Sequence[nn.Linear]) -> None:
+    def __init__(self, layers: Sequence[Any]) -> None:
         self.width = layers[0].out_features
-        self.weight = torch.cat([layer.weight.detach() for layer in layers])  # [blocks · 6D, Z]
-        self.bias = torch.cat([layer.bias.detach() for layer in layers])
+        self.bias = torch.cat([layer.bias.detach() for layer in layers])  # [blocks · 6D]
+        self.weight: Tensor | QuantizedWeight  # [blocks · 6D, Z]
+        if isinstance(layers[0].weight, QuantizedWeight):
+            self.weight = joined([layer.weight for layer in layers])
+        else:
+            self.weight = torch.cat([layer.weight.detach() for layer in layers])
         for i, layer in enumerate(layers):
             rows = slice(i * self.width, (i + 1) * self.width)
-            layer.weight = nn.Parameter(self.weight[rows], requires_grad=False)
             layer.bias = nn.Parameter(self.bias[rows], requires_grad=False)
-        self.float8: Float8Linear | None = None
-
-    def quantize(self, layers: Sequence[nn.Linear]) -> None:
-        """Replaces the weights by float8 weights; the layers' own weights are freed."""
-        self.float8 = Float8Linear(self.weight, self.bias)
-        del self.weight
-        for layer in layers:
-            layer.weight = layer.bias = None  # type: ignore[assignment]
+            if isinstance(self.weight, QuantizedWeight):
+                layer.values, layer.scale = self.weight.values[rows], self.weight.scale[rows]
+            else:
+                layer.weight = nn.Parameter(self.weight[rows], requires_grad=False)
 
     def __call__(self, read: Any, first: int, stop: int) -> Tensor:
         """Modulations [..., (stop - first) · 6D] of blocks `first` to `stop` - 1; `read` is SiLU(c), which `_read` returns."""
         rows = slice(first * self.width, stop * self.width)
-        if self.float8 is not None:
-            return self.float8.product(read, rows)
-        return F.linear(read, self.weight[rows], self.bias[rows])
+        if not isinstance(self.weight, QuantizedWeight):
+            return F.linear(read, self.weight[rows], self.bias[rows])
+        if isinstance(read, Quantized):
+            return product(read, self.weight.rows(rows), self.bias[rows])
+        return self.weight.rows(rows).linear(read, self.bias[rows])
 
 
-def quantize_blocks(dit: DiT) -> None:
-    """Replaces the linears of the blocks by float8; embedders, final linear and DDT projector stay as they are."""
-    for block in dit.dit_blocks:
-        for owner, names in ((block.attn, ("qkv", "proj")), (block.mlp, ("w12", "w3"))):
-            for name in names:
-                linear: Any = getattr(owner, name)
-                setattr(owner, name, Float8Linear(linear.weight.detach(), linear.bias.detach()))
+def quantize_blocks(dit: DiT, kind: str, place: Place) -> dict[str, RowSink]:
+    """Quantises the linears of the blocks, in place; embedders, final layer and DDT projector stay as they are.
+
+    Without weights (on "meta"), the sinks take those of a checkpoint, by their names below `dit`. SwiGLU's inner width becomes a
+    multiple of PAD_TO. The adaLN linears that `StackedModulations` fuses are consecutive in memory.
+
+    Raises:
+        InputError: for a linear whose numbers of inputs or outputs the kind cannot have.
+    """
+    sinks: dict[str, RowSink] = {}
+    blocks: list[Any] = list(dit.dit_blocks)
+    stacked = [(f"dit_blocks.{i}.adaLN_modulation.1", b.adaLN_modulation, "1") for i, b in enumerate(blocks)]
+    for _, owner, name in stacked:
+        check_widths(kind, *getattr(owner, name).weight.shape)
+    sinks |= quantize_linears(stacked[: dit.encoder_depth], kind, place)
+    if kind != "fp8":  # as float8 was measured
+        for linear in stacked[dit.encoder_depth :]:
+            sinks |= quantize_linears([linear], kind, place)
+    for i, block in enumerate(blocks):
+        for name in ("qkv", "proj"):
+            check_widths(kind, *getattr(block.attn, name).weight.shape)
+            sinks |= quantize_linears([(f"dit_blocks.{i}.attn.{name}", block.attn, name)], kind, place)
+        sinks |= _quantize_swiglu(f"dit_blocks.{i}.mlp", block.mlp, kind, place)
+    return sinks
+
+
+def is_quantized(dit: DiT) -> bool:
+    """Whether `quantize_blocks` was called."""
+    return isinstance(dit.dit_blocks[0].attn.qkv, QuantizedLinear)  # type: ignore[union-attr]
+
+
+def _quantize_swiglu(path: str, mlp: SwiGLU, kind: str, place: Place) -> dict[str, RowSink]:
+    """As `quantize_linears`, for both linears of a SwiGLU, whose inner width is padded with zeros."""
+    w12, w3 = mlp.w12, mlp.w3
+    width, inner = w12.in_features, w3.in_features
+    extra = -inner % PAD_TO
+    check_widths(kind, 2 * (inner + extra), width)
+    check_widths(kind, width, inner + extra)
+    rows = place.room(kind, [inner, extra, inner, extra], width)
+    (columns,) = place.room(kind, [width], inner + extra)
+    bias = torch.zeros(2, inner + extra, dtype=place.dtype, device=place.storage)
+
+    def store_bias(start: int, values: Tensor) -> None:
+        first = values[: max(0, inner - start)]  # values for the gates; the rest are for the values
+        bias[0, start : start + len(first)] = first
+        after = max(0, start - inner)
+        bias[1, after : after + len(values) - len(first)] = values[len(first) :]
+
+    sinks = {
+        f"{path}.w12.weight": place.sink([rows[0], rows[2]], width),
+        f"{path}.w12.bias": RowSink((2 * inner,), store_bias),
+        f"{path}.w3.weight": place.sink([columns], inner),
+    }
+    for name, linear in (("w12", w12), ("w3", w3)):
+        for leaf in ("weight", "bias"):
+            value, sink = getattr(linear, leaf).detach(), sinks.get(f"{path}.{name}.{leaf}")
+            if sink is not None and not value.is_meta:
+                sink.store(0, value)
+    mlp.w12 = QuantizedLinear(joined(rows), bias.flatten())  # type: ignore[assignment]
+    mlp.w3 = QuantizedLinear(columns, w3.bias)  # type: ignore[assignment]
+    return sinks
 
 
 # --- which functions run ---------------------------------------------------------------------------------------------
@@ -287,17 +352,17 @@ def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
     """The functions for a network on its device. With `compile`, the functions that are to be compiled."""
     block: Callable[..., Deferred] = deferred_block if speed.defer else summed_block
     cos, sin = dit.rope_cos, dit.rope_sin
-    device = dit.pos_embed.device
+    device, is_float8 = dit.pos_embed.device, speed.quantize == "fp8"
     if speed.defer and speed.kernels and device.type == "cuda" and find_spec("triton") is not None:
         from scale_rae import kernels
 
         attend = _choose_attention(speed, dit)
         # A compiled block in bfloat16 is as fast with PyTorch's rotation as with ours.
-        needed = not compile or speed.quantize is not None or attend is not attend_rotating
+        needed = not compile or is_float8 or attend is not attend_rotating
         if needed and kernels.usable(device):
-            block = with_attention(deferred_block if speed.quantize is None else float8_block, attend)
+            block = with_attention(float8_block if is_float8 else deferred_block, attend)
             cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
-    read = _read if speed.quantize is None else _read_float8
+    read = _read_float8 if is_float8 else _read
     return Functions(read, block, Block.forward, final_layer, FinalLayer.forward, cos, sin)
 
 
@@ -321,8 +386,7 @@ def _is_hopper(device: torch.device) -> bool:
 class FastDiT:
     """A velocity network with the tricks of `speed`. It computes `DiT.forward`, up to rounding.
 
-    Padding, stacking and float8 change the weights of `dit` in place. Afterwards `dit` itself can still be used, except after
-    float8.
+    Padding, stacking and quantising change the weights of `dit` in place. Afterwards `dit` itself can still be used.
 
     Raises:
         InputError, DeviceError: an option does not exist, or this device does not support it.
@@ -334,18 +398,18 @@ class FastDiT:
         self.device = dit.pos_embed.device
         on_cuda = self.device.type == "cuda"
         if speed.quantize is not None:
-            check_device(self.device, dit.dtype)
+            check_quantize(speed.quantize, self.device, dit.dtype)
+            if not is_quantized(dit):
+                with torch.inference_mode(False), torch.no_grad():
+                    quantize_blocks(dit, speed.quantize, Place(self.device, self.device, dit.dtype))
         self.shared = dit.dit_blocks[: dit.encoder_depth]  # blocks whose condition does not depend on x
         self.final_shared = dit.config.encoder_depth is None
-        if (speed.pad and on_cuda) or speed.quantize is not None:
+        if speed.pad and on_cuda and speed.quantize is None:
             pad_swiglu(dit, PAD_TO)
         self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.shared]  # type: ignore[index]
         self.stacked: StackedModulations | None = None
         if (speed.group and on_cuda) or speed.quantize is not None:
             self.stacked = StackedModulations(self.layers)
-        if speed.quantize is not None and self.stacked is not None:
-            self.stacked.quantize(self.layers)
-            quantize_blocks(dit)
         self._eager, self._to_compile = (choose_functions(speed, dit, compile) for compile in (False, True))
         self._compiled: Functions | None = None
         self._compiled_sizes: set[tuple[int, int, bool]] = set()

@@ -1,4 +1,4 @@
-"""Linears in float8 (e4m3): weights with a scale per output row, activations with one per token.
+"""Products in float8 (e4m3): weights with a scale per output row, activations with one per token.
 
 Activations are quantised where they are computed; in compiled code, the cast is fused with the norm or gate kernel before it. The
 product is torch's scaled matrix product, which multiplies by the scales and needs a GPU of compute capability 8.9 or more.
@@ -9,14 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scale_rae.errors import DeviceError, InputError
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST = 448.0  # of float8_e4m3fn
 LEAST = 1e-12  # lower bound for the largest value of a row, so that a row of zeros has a scale
-_MULTIPLE = 16  # rows and channels of a product must be multiples of this
+_MULTIPLE = 16  # of the rows of a product
 
 
 class Quantized(NamedTuple):
@@ -46,45 +46,23 @@ def quantize(x: Tensor) -> Quantized:
     return Quantized((x.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale)
 
 
-class Float8Linear(nn.Module):
-    """A Linear in float8. `forward` takes tensors, `product` what `quantize` returned; both return bfloat16."""
+def product(x: Quantized, weight: Quantized, bias: Tensor | None = None) -> Tensor:
+    """Tokens x [..., K] times a weight [N, K], both quantised by rows, plus bias [N]: bfloat16 [..., N].
 
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        if weight.shape[0] % _MULTIPLE or weight.shape[1] % _MULTIPLE:
-            raise InputError(
-                f"quantize fp8: this network has a linear of {weight.shape[1]} to {weight.shape[0]} channels; "
-                f"float8 products need multiples of {_MULTIPLE}"
-            )
-        parts = [quantize(rows) for rows in torch.split(weight, 4096)]  # some rows at a time, since it takes float32
-        values, scale = torch.cat([p.values for p in parts]), torch.cat([p.scale for p in parts])
-        self.register_buffer("weight", values)  # [N, K]
-        self.register_buffer("scale", scale.t().contiguous())  # [1, N]
-        self.register_buffer("bias", bias.to(torch.bfloat16) if bias is not None else None)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.product(quantize(x))
-
-    def product(self, x: Quantized, rows: slice = slice(None)) -> Tensor:
-        """The outputs `rows` of the linear, bfloat16 [..., N]."""
-        weight, scale = self.weight[rows], self.scale[:, rows].contiguous()
-        bias = self.bias[rows] if self.bias is not None else None
-        values, by_token = x.values.flatten(0, -2), x.scale.flatten(0, -2)
-        count = len(values)
-        if count % _MULTIPLE:
-            values = torch.cat([values, values.new_zeros(-count % _MULTIPLE, values.shape[1])])
-            by_token = torch.cat([by_token, by_token.new_ones(-count % _MULTIPLE, 1)])
-        out: Tensor = torch._scaled_mm(
-            values,
-            weight.t(),
-            scale_a=by_token,
-            scale_b=scale,
-            bias=bias,
-            out_dtype=torch.bfloat16,
-            use_fast_accum=True,
-        )
-        return out[:count].view(*x.values.shape[:-1], -1)
+    N and K are multiples of 16.
+    """
+    values, by_token = x.values.flatten(0, -2), x.scale.flatten(0, -2)
+    count = len(values)
+    if count % _MULTIPLE:
+        values = torch.cat([values, values.new_zeros(-count % _MULTIPLE, values.shape[1])])
+        by_token = torch.cat([by_token, by_token.new_ones(-count % _MULTIPLE, 1)])
+    out: Tensor = torch._scaled_mm(
+        values,
+        weight.values.t(),
+        scale_a=by_token,
+        scale_b=weight.scale.t(),
+        bias=bias,
+        out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    )
+    return out[:count].view(*x.values.shape[:-1], -1)

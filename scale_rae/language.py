@@ -12,18 +12,30 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from scale_rae.checkpoint import RowSink
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import Speed
 from scale_rae.prompt import IMAGE, ChatTokenizer, TextStream
+from scale_rae.quantization import Place, QuantizedEmbedding, QuantizedLinear, check_widths, quantize_linears
 from scale_rae.qwen2 import FusedLayer, Qwen2, fuse, self_certainty
 from scale_rae.qwen2_modules import Qwen2Modules
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
+# The quantisation of the language model by that of the DiT. Activations stay as they are: decoding gains nothing from smaller
+# ones, and those of language models have outliers.
+LANGUAGE_KINDS = {"int8": "int8", "int8-products": "int8", "fp8-storage": "fp8-storage", "nf4": "nf4"}
+_FUSED = (
+    ("self_attn", ("q_proj", "k_proj", "v_proj")),
+    ("self_attn", ("o_proj",)),
+    ("mlp", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
 _USUAL_REPLY = 64  # tokens; a cache is made for replies of this length and grows for longer ones
 
 TokenListener = Callable[[int, int], bool]
@@ -85,7 +97,7 @@ class LanguageModel(nn.Module):
         self._set(speed or Speed())
 
     def _set(self, speed: Speed) -> None:
-        self._ahead = speed.ahead
+        self._ahead, self._quantize = speed.ahead, speed.quantize
         # Not for "auto": only tens of thousands of tokens repay the seconds of compiling.
         self.caches = CachePool(speed.graph, compile_steps=speed.compile == "on")
 
@@ -95,9 +107,48 @@ class LanguageModel(nn.Module):
         other._set(speed)
         return other
 
+    def quantize(self, kind: str, place: Place) -> dict[str, RowSink]:
+        """Quantises the layers' linears, the head and the token embedding, in place; layer by layer where weights exist.
+
+        Without weights (on "meta"), the sinks take those of a checkpoint. nf4 keeps the head and the embedding in int8.
+
+        Raises:
+            InputError: for a linear whose numbers of inputs or outputs the kind cannot have.
+        """
+        sinks: dict[str, RowSink] = {}
+        for i, layer in enumerate(self.model.layers):
+            for part, names in _FUSED:
+                owner, path = getattr(layer, part), f"model.layers.{i}.{part}"
+                for name in names:
+                    check_widths(kind, *getattr(owner, name).weight.shape)
+                sinks |= quantize_linears([(f"{path}.{name}", owner, name) for name in names], kind, place)
+        by_rows = "int8" if kind == "nf4" else kind
+        tied = self.lm_head.weight is self.model.embed_tokens.weight
+        rows: Any = self.model.embed_tokens
+        (table,) = place.room(by_rows, [rows.num_embeddings], rows.embedding_dim)
+        sinks["model.embed_tokens.weight"] = sink = place.sink([table], rows.embedding_dim)
+        if not rows.weight.is_meta:
+            sink.store(0, rows.weight.detach())
+        self.model.embed_tokens = QuantizedEmbedding(table, place.dtype)  # type: ignore[assignment]
+        if tied:
+            self.lm_head = QuantizedLinear(table, None)  # type: ignore[assignment]
+        else:
+            sinks |= quantize_linears([("lm_head", self, "lm_head")], by_rows, place)
+        return sinks
+
+    @property
+    def is_quantized(self) -> bool:
+        return isinstance(self.lm_head, QuantizedLinear)
+
     def fuse(self) -> None:
-        """Fuses projections that share an input, in place: parameters become views of the fused matrices."""
+        """Fuses projections that share an input, in place: parameters become views of the fused matrices.
+
+        Before, the weights are quantised, if `speed` says so and they are not yet.
+        """
+        kind = LANGUAGE_KINDS.get(self._quantize or "")
         with torch.inference_mode(False), torch.no_grad():
+            if kind is not None and not self.is_quantized:
+                self.quantize(kind, Place(self.device, self.device, self.dtype))
             self._network = self._as_network([fuse(layer, in_place=True) for layer in self.model.layers])
 
     def network(self) -> Qwen2:
@@ -128,11 +179,11 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.lm_head.weight.dtype
+        return self.model.norm.weight.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.lm_head.weight.device
+        return self.model.norm.weight.device
 
     def condition(self, hidden: Tensor) -> Tensor:
         """Condition [..., L, Z] from the final-normed hidden states [..., L, H] at the latent queries."""

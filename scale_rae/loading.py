@@ -10,17 +10,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.checkpoint import RowSink, TensorReader, fill
 from scale_rae.config import ScaleRAEConfig, load_decoder_config
 from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
+from scale_rae.fast_dit import quantize_blocks
 from scale_rae.hub import Source, find, vae_folder, weight_files
-from scale_rae.language import LanguageModel
+from scale_rae.language import LANGUAGE_KINDS, LanguageModel
 from scale_rae.memory import MemoryErrors
 from scale_rae.options import PUBLISHED_DECODERS, Speed
 from scale_rae.prompt import ChatTokenizer
+from scale_rae.quantization import Place
 from scale_rae.sampling import NormStats
 
 if TYPE_CHECKING:
@@ -50,12 +52,18 @@ def load_networks(
     device: torch.device,
     speed: Speed,
     progress: LoadProgress | None = None,
+    storage: torch.device | None = None,
 ) -> tuple[LanguageModel, DiT, NormStats | None]:
-    """The language model and the DiT with their weights in `dtype` on `device`, and the norm stats if there are any.
+    """The language model and the DiT for `device`, and the norm stats if there are any.
+
+    Weights are in `dtype`, or quantised as `speed` says: each chunk of rows is quantised on `device` when it has been read, so
+    that a weight is never whole in `dtype`. They are kept in `storage`, by default on `device`.
 
     Raises:
-        CheckpointError: when weights are missing, damaged or of other shapes. DeviceError: out of memory.
+        CheckpointError: when weights are missing, damaged or of other shapes. DeviceError: out of memory. InputError: for a
+            linear that cannot be quantised so.
     """
+    storage = storage or device
     reader = TensorReader(weight_files(source.folder))
     for field, depth in (
         ("num_hidden_layers", config.language["num_hidden_layers"]),
@@ -69,17 +77,34 @@ def load_networks(
     norm_stats = _read_norm_stats(reader, config, device)
     size = sum(math.prod(stored.shape) for stored in reader.tensors.values()) * dtype.itemsize / 2**30
     what = f"loading the weights, {size:.1f} GiB as {str(dtype).removeprefix('torch.')}"
+    if speed.quantize is not None:
+        what += f", quantised ({speed.quantize})"
+    skipped = _is_computed if config.vae is None else _is_not_read
     with MemoryErrors(device, dtype, what, "a smaller checkpoint"):
+        sinks = _quantize(language, dit, speed.quantize, Place(storage, device, dtype))
+        # A quantised head that is tied to the embedding is no longer a parameter that `fill` would leave out.
+        tied = "lm_head.weight" if config.tied_embeddings and language.is_quantized else None
         fill(
             {"": language, "diff_head.model.": dit},
             reader,
             dtype,
-            device,
+            storage,
             keep_float32=_keeps_float32,
-            ignore=_is_computed if config.vae is None else _is_not_read,
+            ignore=lambda name: name == tied or skipped(name),
             progress=(lambda done, total: progress("model", done, total)) if progress else None,
+            sinks=sinks,
         )
     return language, dit, norm_stats
+
+
+def _quantize(language: LanguageModel, dit: DiT, kind: str | None, place: Place) -> dict[str, RowSink]:
+    """The sinks of both networks' quantised weights, by the names that checkpoints have for them; none without a kind."""
+    if kind is None:
+        return {}
+    sinks = {f"diff_head.model.{name}": sink for name, sink in quantize_blocks(dit, kind, place).items()}
+    if kind in LANGUAGE_KINDS:
+        sinks |= language.quantize(LANGUAGE_KINDS[kind], place)
+    return sinks
 
 
 def load_encoder(source: Source, config: ScaleRAEConfig, dtype: torch.dtype, device: torch.device) -> Encoder:

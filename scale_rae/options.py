@@ -20,7 +20,7 @@ DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
-QUANTIZE = ("fp8",)
+QUANTIZE = ("int8", "int8-products", "fp8", "fp8-storage", "nf4")
 OFFLOAD = ("none", "model", "stream")
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
@@ -235,8 +235,9 @@ Compile = Annotated[
 Quantize = Annotated[
     str | None,
     Knob(
-        "fp8: draw with float8 matrix products; faster, a little less exact. Needs a GPU that has them (Ada, Hopper, "
-        "Blackwell).",
+        "Smaller weights. int8: half of bfloat16's memory, on any device. nf4: a third or less, a little less exact. "
+        "fp8-storage: as int8, in float8. int8-products: as int8, and the DiT multiplies in int8, which is faster on most "
+        "GPUs. fp8: draw with float8 matrix products, fastest; needs a GPU that has them (Ada, Hopper, Blackwell).",
         MODEL,
         choices=QUANTIZE,
     ),

@@ -25,7 +25,6 @@ from scale_rae.decoder import PixelDecoder, to_uint8
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import ConfigError, InputError
-from scale_rae.float8 import check_device
 from scale_rae.hub import Source, find
 from scale_rae.images import Picture, as_rgb
 from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, TextListener, TokenListener, hear_text
@@ -45,6 +44,7 @@ from scale_rae.options import (
     check_offload,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
+from scale_rae.quantization import check_quantize
 from scale_rae.residency import Residency
 from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.sampling import LatentSampler, NormStats, Trajectory
@@ -145,7 +145,7 @@ class ScaleRAE:
             dtype: "float32", "bfloat16" or "float16"; None means float32 on the CPU and bfloat16 elsewhere.
             revision: of the model on the hub.
             progress: `progress(what, done, total)`, in bytes of weights.
-            compile: "auto", "on" or "off", and `quantize`: None or "fp8", as in `Speed`.
+            compile: "auto", "on" or "off", and `quantize`: None or one of `options.QUANTIZE`, as in `Speed`.
             split_batches: halve a batch and try again when memory runs out.
             offload: where weights wait: "none" (all on the device), "model" or "stream", as in `Residency`.
 
@@ -159,8 +159,7 @@ class ScaleRAE:
         torch_dtype = pick_dtype(dtype, torch_device)
         if torch_device.type == "cpu":
             keep_freed_memory()
-        if quantize is not None:
-            check_device(torch_device, torch_dtype)
+        check_quantize(quantize, torch_device, torch_dtype)
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
         residency = Residency(offload, torch_device)
         config = load_config(source.folder)

@@ -16,6 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.compiling import compiled
+from scale_rae.quantization import QuantizedWeight, joined, linear
+
+Weight = Tensor | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,12 @@ class FusedLayer(NamedTuple):
     """The weights of a Qwen2 layer; projections that share an input are fused."""
 
     norm1: Tensor
-    qkv: Tensor  # [(heads + 2 groups) d, H]
+    qkv: Weight  # [(heads + 2 groups) d, H]
     qkv_bias: Tensor
-    out: Tensor
+    out: Weight
     norm2: Tensor
-    gate_up: Tensor  # [2 M, H]
-    down: Tensor
+    gate_up: Weight  # [2 M, H]
+    down: Weight
     eps: float
 
     def is_of(self, layer: Any) -> bool:
@@ -56,14 +59,30 @@ class FusedLayer(NamedTuple):
         parts = (layer.self_attn.q_proj.weight, layer.self_attn.q_proj.bias, layer.mlp.gate_proj.weight)
         rest = (layer.input_layernorm.weight, layer.self_attn.o_proj.weight, layer.mlp.down_proj.weight)
         mine = (self.qkv, self.qkv_bias, self.gate_up, self.norm1, self.out, self.down)
-        return all(a.data_ptr() == b.data_ptr() for a, b in zip((*parts, *rest), mine, strict=True))
+        return all(_address(a) == _address(b) for a, b in zip((*parts, *rest), mine, strict=True))
+
+
+def _address(weight: Weight) -> int:
+    return (weight if isinstance(weight, Tensor) else weight.values).data_ptr()
 
 
 def fuse(layer: Any, in_place: bool = False) -> FusedLayer:
-    """The layer's weights for `qwen2_layer`; `in_place` makes its parameters views of the fused matrices."""
+    """The layer's weights for `qwen2_layer`; `in_place` makes its parameters views of the fused matrices.
 
-    def side_by_side(linears: Sequence[nn.Linear], name: str) -> Tensor:
+    Quantised weights that are consecutive in memory (`quantization.room`) are fused as they are.
+    """
+
+    def side_by_side(linears: Sequence[nn.Linear], name: str) -> Any:
         parts = [getattr(linear, name) for linear in linears]
+        if isinstance(parts[0], QuantizedWeight):
+            joint = joined(parts)
+            if in_place:
+                start = 0
+                for linear in linears:
+                    rows = slice(start, start + linear.out_features)
+                    linear.values, linear.scale = joint.values[rows], joint.scale[rows]
+                    start = rows.stop
+            return joint
         whole = torch.cat([p.detach() for p in parts])
         if in_place:
             for part, place in zip(parts, torch.split(whole, [len(p) for p in parts]), strict=True):
@@ -76,12 +95,16 @@ def fuse(layer: Any, in_place: bool = False) -> FusedLayer:
         norm1=layer.input_layernorm.weight.detach(),
         qkv=side_by_side(qkv, "weight"),
         qkv_bias=side_by_side(qkv, "bias"),
-        out=attention.o_proj.weight.detach(),
+        out=_detached(attention.o_proj.weight),
         norm2=layer.post_attention_layernorm.weight.detach(),
         gate_up=side_by_side((mlp.gate_proj, mlp.up_proj), "weight"),
-        down=mlp.down_proj.weight.detach(),
+        down=_detached(mlp.down_proj.weight),
         eps=layer.input_layernorm.variance_epsilon,
     )
+
+
+def _detached(weight: Weight) -> Weight:
+    return weight.detach() if isinstance(weight, Tensor) else weight
 
 
 def qwen2_layer(
@@ -104,7 +127,7 @@ def qwen2_layer(
     batch, tokens, hidden = x.shape
     groups, d = keys.shape[2:]
     normed = F.rms_norm(x, (hidden,), weights.norm1, weights.eps)
-    qkv = F.linear(normed, weights.qkv, weights.qkv_bias).view(batch, tokens, -1, d)
+    qkv = linear(normed, weights.qkv, weights.qkv_bias).view(batch, tokens, -1, d)
     heads = qkv.shape[2] - 2 * groups
     # Qwen2's rotary embedding turns channel i with channel i + d/2.
     qk, v = torch.split(qkv, [heads + groups, groups], dim=2)
@@ -121,10 +144,10 @@ def qwen2_layer(
         q = q.reshape(batch, tokens, groups, -1, d).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [B, G, heads/G · T, d]
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         out = out.view(batch, groups, -1, tokens, d).permute(0, 3, 1, 2, 4)  # [B, T, G, heads/G, d]
-    x = x + F.linear(out.reshape(batch, tokens, heads * d), weights.out)
+    x = x + linear(out.reshape(batch, tokens, heads * d), weights.out)
     normed = F.rms_norm(x, (hidden,), weights.norm2, weights.eps)
-    gate, up = F.linear(normed, weights.gate_up).chunk(2, dim=-1)
-    return x + F.linear(F.silu(gate) * up, weights.down)
+    gate, up = linear(normed, weights.gate_up).chunk(2, dim=-1)
+    return x + linear(F.silu(gate) * up, weights.down)
 
 
 @lru_cache

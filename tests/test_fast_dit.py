@@ -22,9 +22,10 @@ from scale_rae.cuda_graphs import Captures, graph_memory
 from scale_rae.dit import DiT, SwiGLU, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.fast_dit import FastDiT, deferred_block, pad_swiglu, summed_block
-from scale_rae.float8 import Float8Linear, check_device, quantize
+from scale_rae.float8 import check_device, quantize
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.quantization import QuantizedLinear, product, quantize_weight
 from scale_rae.sampling import LatentSampler, Trajectory
 from tests.test_goldens import DRAW
 
@@ -75,7 +76,7 @@ def check(fast: FastDiT, exact: DiT, tolerance: float, compile: bool = False) ->
 @pytest.fixture
 def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets the tricks that are for CUDA alone, but work anywhere, run here."""
-    monkeypatch.setattr(fast_dit, "check_device", lambda device, dtype: None)
+    monkeypatch.setattr(fast_dit, "check_quantize", lambda kind, device, dtype: None)
 
 
 def with_cuda_weights(dit: DiT, **options: Any) -> FastDiT:
@@ -185,7 +186,7 @@ def test_float8_is_near(kind: str, as_if_on_cuda: None) -> None:
         if "t_embedder" not in name and ".norm" not in name:
             parameter.data = parameter.data.bfloat16()
     check(FastDiT(dit, Speed("off", "fp8")), made(kind), 0.08)
-    assert {type(m).__name__ for m in (dit.dit_blocks[0].attn.qkv, dit.dit_blocks[0].mlp.w3)} == {"Float8Linear"}  # type: ignore[union-attr]
+    assert {m.kind for m in (dit.dit_blocks[0].attn.qkv, dit.dit_blocks[0].mlp.w3)} == {"fp8"}  # type: ignore[union-attr]
     assert dit.final_layer.linear.weight.dtype == torch.bfloat16
 
 
@@ -315,12 +316,12 @@ def test_float8_linear(rows: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(2)
     weight, bias = torch.randn(48, 64, generator=generator), torch.randn(48, generator=generator)
     x = torch.randn(*rows, 64, generator=generator).bfloat16()
-    linear = Float8Linear(weight, bias)
+    linear = QuantizedLinear(quantize_weight("fp8", weight), bias.bfloat16())
     (xq, xs), (wq, ws) = quantize(x), quantize(weight)
     expected = (xq.float() * xs) @ (wq.float() * ws).t() + bias.bfloat16().float()
     assert linear(x).shape == (*rows, 48)
     torch.testing.assert_close(linear(x).float(), expected, rtol=1e-2, atol=2e-2)
-    part = linear.product(quantize(x), slice(16, 32))
+    part = product(quantize(x), linear.weight.rows(slice(16, 32)), bias[16:32].bfloat16())
     torch.testing.assert_close(part, linear(x)[..., 16:32])
 
 
@@ -328,7 +329,7 @@ def test_float8_needs_its_shapes(as_if_on_cuda: None) -> None:
     with pytest.raises(
         InputError, match=r"quantize fp8: this network has a linear of 32 to 40 channels; .*multiples of 16"
     ):
-        Float8Linear(torch.randn(40, 32), None)
+        quantize_weight("fp8", torch.randn(40, 32))
 
 
 def test_float8_needs_its_hardware(monkeypatch: pytest.MonkeyPatch) -> None:

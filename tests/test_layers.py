@@ -17,8 +17,9 @@ tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
 config containers images torch_file checkpoint hub wording memory cpu noise
 compiling cuda_graphs residency
+float8 kernels quantization
 qwen2 qwen2_modules kv_cache language
-dit flow float8 kernels fast_dit sampling
+dit flow fast_dit sampling
 encoder decoder vae loading
 scores results
 pipeline

@@ -40,11 +40,14 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
     """Checks what workers on this machine need: a folder with locks, and devices that are there.
 
     Raises:
-        InputError: for results in an object store. DeviceError: for a device that is not there, or cannot quantize so.
+        InputError: for results in an object store. DeviceError: for a device that is not there, or cannot quantize so; for
+            noise of a GPU where there is none.
     """
-    from scale_rae.float8 import check_device
     from scale_rae.memory import pick_device, pick_dtype
+    from scale_rae.noise import check_noise
+    from scale_rae.quantization import check_quantize
 
+    check_noise(settings.options.noise)
     if is_remote(output_dir):
         raise InputError(
             f"--output-dir {output_dir}: a store has no locks, by which workers that were launched so share prompts; "
@@ -53,8 +56,7 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
     for name in devices:
         device = pick_device(name)
         dtype = pick_dtype(settings.dtype, device)
-        if settings.quantize is not None:
-            check_device(device, dtype)
+        check_quantize(settings.quantize, device, dtype)
 
 
 @dataclass(frozen=True)

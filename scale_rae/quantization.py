@@ -1,0 +1,351 @@
+"""Quantised weights: their forms, how weights become them, and linears and embeddings that hold them.
+
+| kind | values | scale |
+| --- | --- | --- |
+| int8, int8-products | int8 [N, K] | float32 [N, 1], per output row |
+| fp8, fp8-storage | float8 e4m3 [N, K] | float32 [N, 1], per output row |
+| nf4 | two 4-bit codes a byte, uint8 [N, K/2] | bfloat16 [N, K/64], per 64 weights of a row |
+
+A weight is value * scale; nf4's values are the 16 quantiles of NF4 (QLoRA, arXiv 2305.14314). int8, fp8-storage and nf4 multiply in
+the activations' dtype. int8-products and fp8 quantise activations per token too and multiply in int8 or float8.
+
+The plain forms run on any device. On CUDA, kernels compute the products where `own_kernels` says that there are some.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scale_rae import float8
+from scale_rae.checkpoint import RowSink
+from scale_rae.errors import DeviceError, InputError
+from scale_rae.float8 import FLOAT8, LEAST, Quantized
+
+BLOCK = 64  # weights of a row that share a scale in nf4
+INT8_MOST = 127.0
+NF4 = (
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+_AT_ONCE = 1 << 22  # weights quantised at once, since that takes several float32 copies of them
+_MULTIPLES = {"int8-products": 8, "fp8": 16}  # of rows and columns, which the products need
+_LEAST_TOKENS = 32  # torch's int8 product takes more than 16 rows
+
+_nf4_tables: dict[torch.device, Tensor] = {}
+_kernels = torch.ops.scale_rae  # has the operators of a module of kernels after that is imported
+
+
+class QuantizedWeight(NamedTuple):
+    """A weight [N, K] in one of the forms above; `own` chooses our kernels for its products.
+
+    nf4: byte j of a block of 64 columns has the code of column j in its low half and that of column j + 32 in its high half.
+    """
+
+    kind: str
+    values: Tensor
+    scale: Tensor
+    own: bool = False
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(N, K): outputs and inputs of the linear."""
+        return len(self.values), self.values.shape[1] * (2 if self.kind == "nf4" else 1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and scales."""
+        return self.values.nbytes + self.scale.nbytes
+
+    def rows(self, index: slice | Tensor) -> QuantizedWeight:
+        """The weight's rows `index`: a view for a slice, a copy [..., K] for a tensor of row numbers."""
+        return QuantizedWeight(self.kind, self.values[index], self.scale[index], self.own)
+
+    def to(self, device: torch.device) -> QuantizedWeight:
+        """The weight on a device."""
+        return QuantizedWeight(self.kind, self.values.to(device), self.scale.to(device), self.own)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The weight [..., K], computed in float32 and rounded to `dtype`."""
+        if self.kind != "nf4":
+            return (self.values.float() * self.scale).to(dtype)
+        pairs = F.embedding(self.values.int(), _nf4_pairs(self.values.device))  # [..., K/2, 2]
+        blocks = pairs.view(*self.scale.shape, BLOCK // 2, 2).transpose(-1, -2)  # [..., K/64, 2, 32]
+        return (blocks * self.scale.float()[..., None, None]).flatten(-3).to(dtype)
+
+    def linear(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x [..., K] times the weight, plus bias [N], in x's dtype: [..., N]."""
+        if self.own:
+            return _own_linear(x, self, bias)
+        if self.kind in ("fp8", "int8-products"):
+            return product(quantize_tokens(self.kind, x), self, bias, x.dtype)
+        return F.linear(x, self.dequantize(x.dtype), bias)
+
+
+def _own_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
+    """`QuantizedWeight.linear` by our kernels, one operator per kind."""
+    operators = {
+        "int8": "int8_linear",
+        "int8-products": "int8_products",
+        "fp8-storage": "float8_linear",
+        "nf4": "nf4_linear",
+    }
+    operator = getattr(_kernels, operators[weight.kind])
+    return operator(x, weight.values, weight.scale, bias)  # type: ignore[no-any-return]
+
+
+def own_kernels(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether our kernels compute a kind's products on this device: none do yet."""
+    return False
+
+
+def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
+    """x [..., K] times a weight [N, K], quantised or not, plus bias [N]: [..., N]."""
+    if isinstance(weight, Tensor):
+        return F.linear(x, weight, bias)
+    return weight.linear(x, bias)
+
+
+# --- products of quantised activations -------------------------------------------------------------------------------
+
+
+def quantize_tokens(kind: str, x: Tensor) -> Quantized:
+    """x [..., K] for `product` with weights of a kind: quantised with a scale per token [..., 1]."""
+    if kind == "fp8":
+        return float8.quantize(x)
+    return _int8_rows(x)
+
+
+def product(
+    x: Quantized, weight: QuantizedWeight, bias: Tensor | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    """Quantised tokens x [..., K] times a weight of kind fp8 or int8-products, plus bias [N]: [..., N] in `dtype`."""
+    if weight.kind == "fp8":
+        return float8.product(x, Quantized(weight.values, weight.scale), bias)
+    values = x.values.flatten(0, -2)
+    count = len(values)
+    if count < _LEAST_TOKENS:
+        values = torch.cat([values, values.new_zeros(_LEAST_TOKENS - count, values.shape[1])])
+    sums = torch._int_mm(values, weight.values.t())[:count].view(*x.values.shape[:-1], -1)  # exact, int32
+    out = sums.float() * x.scale * weight.scale.t()[0]
+    return (out if bias is None else out + bias.float()).to(dtype)
+
+
+# --- quantising ------------------------------------------------------------------------------------------------------
+
+
+def quantize_weight(kind: str, weight: Tensor) -> QuantizedWeight:
+    """A weight [N, K] of any float dtype in a quantised form, on its device.
+
+    Raises:
+        InputError: for a number of rows or columns that the form cannot have.
+    """
+    check_widths(kind, *weight.shape)
+    (made,) = room(kind, [len(weight)], weight.shape[1], weight.device)
+    store(made, weight)
+    return made
+
+
+def room(kind: str, rows: Sequence[int], columns: int, device: torch.device) -> list[QuantizedWeight]:
+    """Weights of zeros with these numbers of rows, consecutive in memory, so that `joined` need not copy them."""
+    counts, total = list(rows), sum(rows)
+    if kind == "nf4":
+        values = torch.full((total, columns // 2), 0x77, dtype=torch.uint8, device=device)  # two codes of 0.0
+        scale = torch.zeros(total, columns // BLOCK, dtype=torch.bfloat16, device=device)
+    else:
+        values = torch.zeros(total, columns, dtype=torch.int8 if "int8" in kind else FLOAT8, device=device)
+        scale = torch.zeros(total, 1, device=device)
+    return [
+        QuantizedWeight(kind, v, s)
+        for v, s in zip(torch.split(values, counts), torch.split(scale, counts), strict=True)
+    ]
+
+
+def store(target: QuantizedWeight, weight: Tensor) -> None:
+    """Quantises a weight [N, K] into `target` [N, K' ≥ K], which may be on another device; missing columns are zeros."""
+    columns = target.size[1]
+    at_once = max(1, _AT_ONCE // columns)
+    for start in range(0, len(weight), at_once):
+        part = weight[start : start + at_once]
+        made = _quantized(target.kind, F.pad(part, (0, columns - part.shape[1])))
+        target.values[start : start + at_once].copy_(made.values)
+        target.scale[start : start + at_once].copy_(made.scale)
+
+
+class Place(NamedTuple):
+    """Where a network's quantised weights are kept, and the device and dtype of its computations, which quantises them."""
+
+    storage: torch.device
+    device: torch.device
+    dtype: torch.dtype
+
+    def room(self, kind: str, rows: Sequence[int], columns: int) -> list[QuantizedWeight]:
+        """`room` in the storage, for our kernels where they compute this kind."""
+        own = own_kernels(kind, self.device, self.dtype)
+        return [weight._replace(own=own) for weight in room(kind, rows, columns, self.storage)]
+
+    def sink(self, targets: Sequence[QuantizedWeight], columns: int) -> RowSink:
+        """Takes a stored weight of `columns` columns; its rows are quantised into the targets, one after another."""
+
+        def take(start: int, rows: Tensor) -> None:
+            rows = rows.to(self.device)
+            if targets[0].kind == "fp8":
+                rows = rows.to(self.dtype)
+            for target in targets:
+                count = target.size[0]
+                low, high = max(0, -start), min(len(rows), count - start)  # the rows that are this target's
+                if low < high:
+                    store(target.rows(slice(start + low, start + high)), rows[low:high])
+                start -= count
+
+        return RowSink((sum(target.size[0] for target in targets), columns), take)
+
+
+def quantize_linears(linears: Sequence[tuple[str, nn.Module, str]], kind: str, place: Place) -> dict[str, RowSink]:
+    """Puts QuantizedLinears in the place of linears with the same inputs; their weights are consecutive in memory.
+
+    A linear is (name, owner, name in its owner). The sinks take the weights, by the names that checkpoints have for them;
+    weights that exist already are quantised. Biases stay as they are.
+    """
+    replaced: list[Any] = [getattr(owner, leaf) for _, owner, leaf in linears]
+    made = place.room(kind, [linear.out_features for linear in replaced], replaced[0].in_features)
+    sinks: dict[str, RowSink] = {}
+    for (name, owner, leaf), linear, weight in zip(linears, replaced, made, strict=True):
+        sinks[f"{name}.weight"] = sink = place.sink([weight], linear.in_features)
+        if not linear.weight.is_meta:
+            sink.store(0, linear.weight.detach())
+        setattr(owner, leaf, QuantizedLinear(weight, linear.bias))
+    return sinks
+
+
+def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """The rows of several weights as one: a view where they are consecutive in memory, else a copy."""
+    first = weights[0]
+    return QuantizedWeight(
+        first.kind, _joined([w.values for w in weights]), _joined([w.scale for w in weights]), first.own
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    end = parts[0].data_ptr()
+    for part in parts:
+        if part.data_ptr() != end or not part.is_contiguous():
+            return torch.cat(list(parts))
+        end += part.nbytes
+    if parts[0].untyped_storage().data_ptr() != parts[-1].untyped_storage().data_ptr():
+        return torch.cat(list(parts))  # neighbours by chance
+    return parts[0].as_strided((sum(len(p) for p in parts), parts[0].shape[1]), parts[0].stride())
+
+
+def _quantized(kind: str, weight: Tensor) -> Quantized:
+    if kind == "nf4":
+        return _nf4_blocks(weight)
+    return _int8_rows(weight) if "int8" in kind else float8.quantize(weight)
+
+
+def _int8_rows(x: Tensor) -> Quantized:
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=LEAST) / INT8_MOST
+    return Quantized((x.float() / scale).round().clamp(-INT8_MOST, INT8_MOST).to(torch.int8), scale)
+
+
+def _nf4_blocks(weight: Tensor) -> Quantized:
+    blocks = weight.float().reshape(len(weight), -1, BLOCK)  # [N, K/64, 64]
+    scale = blocks.abs().amax(dim=-1).clamp(min=LEAST).to(torch.bfloat16)
+    between = torch.tensor([(a + b) / 2 for a, b in pairwise(NF4)], device=weight.device)
+    codes = torch.bucketize(blocks / scale.float()[..., None], between, out_int32=True).to(torch.uint8)
+    low, high = codes.chunk(2, dim=-1)  # each [N, K/64, 32]
+    return Quantized((low | high << 4).flatten(-2), scale)
+
+
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """The two values [256, 2] that a byte stands for; made once per device, since CUDA graphs cannot copy from the host."""
+    if device not in _nf4_tables:
+        codes = torch.arange(256)
+        with torch.inference_mode(False):
+            table = torch.tensor(NF4)[torch.stack([codes % 16, codes // 16], dim=-1)]
+            _nf4_tables[device] = table.to(device)
+    return _nf4_tables[device]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def check_quantize(kind: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises DeviceError for a kind of quantisation that a device has no products for, InputError for a wrong dtype."""
+    if kind == "fp8":
+        float8.check_device(device, dtype)
+    if kind == "fp8-storage" and device.type == "mps":
+        raise DeviceError(f"quantize fp8-storage: {device} has no float8 numbers; use --quantize int8")
+    if kind == "int8-products":
+        if device.type not in ("cuda", "cpu"):
+            raise DeviceError(f"quantize int8-products: {device} has no int8 matrix products; use --quantize int8")
+        if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+            major, minor = torch.cuda.get_device_capability(device)
+            raise DeviceError(
+                f"quantize int8-products: {torch.cuda.get_device_name(device)} has compute capability {major}.{minor}; int8 "
+                "products need 7.5 or more; use --quantize int8"
+            )
+
+
+def check_widths(kind: str, rows: int, columns: int) -> None:
+    """Raises InputError for a linear whose numbers of rows (outputs) or columns (inputs) a kind cannot have."""
+    what = f"quantize {kind}: this network has a linear of {columns} to {rows} channels; "
+    if kind == "nf4" and columns % BLOCK:
+        raise InputError(f"{what}nf4 needs a multiple of {BLOCK} inputs; use --quantize int8")
+    multiple = _MULTIPLES.get(kind, 1)
+    if rows % multiple or columns % multiple:
+        number = "float8" if kind == "fp8" else "int8"
+        raise InputError(f"{what}{number} products need multiples of {multiple}")
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
+
+
+class QuantizedLinear(nn.Module):
+    """A Linear with a quantised weight: buffers `values` and `scale`, and a parameter `bias` or None."""
+
+    values: Tensor
+    scale: Tensor
+    bias: nn.Parameter | None
+
+    def __init__(self, weight: QuantizedWeight, bias: Tensor | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.size
+        self.kind, self.own = weight.kind, weight.own
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.kind, self.values, self.scale, self.own)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight.linear(x, self.bias)
+
+
+class QuantizedEmbedding(nn.Module):
+    """An Embedding with a weight quantised by rows; `forward` returns rows in `dtype`."""
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: QuantizedWeight, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind, self.dtype = weight.kind, dtype
+        self.register_buffer("values", weight.values)
+        self.register_buffer("scale", weight.scale)
+
+    @property
+    def weight(self) -> QuantizedWeight:
+        return QuantizedWeight(self.kind, self.values, self.scale)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.weight.rows(ids).dequantize(self.dtype)
