@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.config import DiTConfig
+from scale_rae.layout import TIME_FREQUENCIES
 
 NORM_EPS = 1e-6
-TIME_FREQUENCIES = 256
 TIME_SEED = 114514  # the published networks' frequencies are not in their files: they are drawn from this seed
 
 

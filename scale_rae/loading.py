@@ -19,10 +19,12 @@ from scale_rae.errors import CheckpointError, ConfigError
 from scale_rae.fast_dit import quantize_blocks
 from scale_rae.hub import Source, find, vae_folder, weight_files
 from scale_rae.language import LANGUAGE_KINDS, LanguageModel
+from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
 from scale_rae.memory import MemoryErrors
 from scale_rae.options import PUBLISHED_DECODERS, Speed
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantization import Place
+from scale_rae.residency import Residency
 from scale_rae.sampling import NormStats
 
 if TYPE_CHECKING:
@@ -79,18 +81,15 @@ def load_networks(
     what = f"loading the weights, {size:.1f} GiB as {str(dtype).removeprefix('torch.')}"
     if speed.quantize is not None:
         what += f", quantised ({speed.quantize})"
-    skipped = _is_computed if config.vae is None else _is_not_read
     with MemoryErrors(device, dtype, what, "a smaller checkpoint"):
         sinks = _quantize(language, dit, speed.quantize, Place(storage, device, dtype))
-        # A quantised head that is tied to the embedding is no longer a parameter that `fill` would leave out.
-        tied = "lm_head.weight" if config.tied_embeddings and language.is_quantized else None
         fill(
-            {"": language, "diff_head.model.": dit},
+            {"": language, DIT_PREFIX: dit},
             reader,
             dtype,
             storage,
-            keep_float32=_keeps_float32,
-            ignore=lambda name: name == tied or skipped(name),
+            keep_float32=keeps_float32,
+            ignore=lambda name: is_not_read(name, config),
             progress=(lambda done, total: progress("model", done, total)) if progress else None,
             sinks=sinks,
         )
@@ -101,19 +100,25 @@ def _quantize(language: LanguageModel, dit: DiT, kind: str | None, place: Place)
     """The sinks of both networks' quantised weights, by the names that checkpoints have for them; none without a kind."""
     if kind is None:
         return {}
-    sinks = {f"diff_head.model.{name}": sink for name, sink in quantize_blocks(dit, kind, place).items()}
+    sinks = {DIT_PREFIX + name: sink for name, sink in quantize_blocks(dit, kind, place).items()}
     if kind in LANGUAGE_KINDS:
         sinks |= language.quantize(LANGUAGE_KINDS[kind], place)
     return sinks
 
 
-def load_encoder(source: Source, config: ScaleRAEConfig, dtype: torch.dtype, device: torch.device) -> Encoder:
-    """The representation encoder in `source`'s folder.
+def load_encoder(
+    source: Source,
+    config: ScaleRAEConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    residency: Residency | None = None,
+) -> Encoder:
+    """The representation encoder in `source`'s folder. `residency` takes its weights once they are loaded.
 
     Raises:
         ConfigError, CheckpointError: naming the file, when it does not fit the model or is damaged.
     """
-    encoder = Encoder(source.folder, config.tokens, config.encoder_layer, dtype, device)
+    encoder = Encoder(source.folder, config.tokens, config.encoder_layer, dtype, device, residency)
     if encoder.channels != config.channels and config.vae is None:
         raise ConfigError(
             f"{source.folder}: the encoder's hidden_size is {encoder.channels}, but the "
@@ -177,7 +182,7 @@ def _read_norm_stats(
     reader: TensorReader, config: ScaleRAEConfig, device: torch.device
 ) -> tuple[Tensor, Tensor] | None:
     """diff_head.data_mean and data_std, or None if the checkpoint has neither."""
-    names = ("diff_head.data_mean", "diff_head.data_std")
+    names = NORM_STATS
     present = [name in reader.tensors for name in names]
     if not any(present):
         return None
@@ -196,19 +201,3 @@ def _read_norm_stats(
             ) from e
         stats.append(value)
     return stats[0], stats[1]
-
-
-def _keeps_float32(name: str) -> bool:
-    """The time embedding and the DiT's norm gains stay float32 (Qwen2's norms compute in float32 by themselves)."""
-    return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)
-
-
-def _is_not_read(name: str) -> bool:
-    """Tensors that a FLUX-VAE-aligned model does not read: its projector takes latents of the encoder's width."""
-    return _is_computed(name) or name.startswith("model.mm_projector.")
-
-
-def _is_computed(name: str) -> bool:
-    """Stored constants that this package computes, and norm stats, which are read by themselves."""
-    constants = ("freqs_cos", "freqs_sin", "rotary_emb.inv_freq", "diff_head.data_mean", "diff_head.data_std")
-    return name.endswith(constants)

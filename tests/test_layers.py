@@ -15,7 +15,7 @@ ROAD = """
 version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
-config containers images torch_file checkpoint hub wording memory cpu noise
+config layout headers containers images torch_file checkpoint hub wording memory cpu noise
 compiling cuda_graphs residency
 float8 kernels quantization
 qwen2 qwen2_modules kv_cache language

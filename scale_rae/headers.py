@@ -1,0 +1,128 @@
+"""Headers of safetensors files: which tensors a file holds, of what dtype and shape, and where. Imports no torch.
+
+A header is JSON after its length in 8 bytes, and says all about the file but the values, so a file on a hub can be judged by its first
+100 kB. A header that contradicts itself or the file's size is refused by the name of the tensor and the field.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from scale_rae.errors import CheckpointError, first_line
+from scale_rae.files import size_text
+from scale_rae.jsonio import parse_json, shortened
+
+MOST_HEADER = 16 << 20  # bytes of a header; one with 2,000 tensors has 200 kB
+BITS = {  # per value, by the format's name of the dtype
+    name: bits
+    for bits, names in (
+        (64, "F64 I64 U64 C64"),
+        (32, "F32 I32 U32"),
+        (16, "F16 BF16 I16 U16"),
+        (8, "F8_E4M3 F8_E5M2 F8_E8M0 BOOL I8 U8"),
+        (6, "F6_E2M3 F6_E3M2"),
+        (4, "F4"),
+    )
+    for name in names.split()
+}
+_FIRST = 4096  # bytes that are read at once with the length
+_MOST_DIMENSIONS, _LARGEST = 64, 1 << 62
+
+Read = Callable[[int, int], bytes]
+"""`read(start, stop)` returns these bytes of a file, fewer only if it ends before."""
+
+
+class HeaderTensor(NamedTuple):
+    """A tensor as a header declares it: `dtype` in the format's names, and its bytes `start` to `stop` after the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers."""
+        return "F" in self.dtype
+
+
+def read_header(read: Read, size: int, where: str) -> dict[str, HeaderTensor]:
+    """The tensors that a file of `size` bytes declares; `where` names it in errors. Reads the header and at most 4 kB more.
+
+    Raises:
+        CheckpointError: naming the file, the tensor and the field: for a header that is cut short, too large or not JSON, for
+            unknown dtypes, for tensors that overlap, leave gaps or do not end with the file, and for tensors whose bytes
+            are not those of their shape and dtype.
+    """
+    again = "copy or download it again"
+    first = read(0, min(size, _FIRST))
+    if len(first) < 8:
+        raise CheckpointError(f"{where}: cut short ({len(first)} bytes); {again}")
+    length = int.from_bytes(first[:8], "little")
+    if length > size - 8:
+        raise CheckpointError(
+            f"{where}: its header says that it has {length:,} bytes, but the file has {size:,}: damaged or cut short; {again}"
+        )
+    if length > MOST_HEADER:
+        raise CheckpointError(f"{where}: its header is larger than {size_text(MOST_HEADER)}; {again}")
+    data = first[8 : 8 + length]
+    if len(data) < length:
+        data += read(8 + len(data), 8 + length)
+    if len(data) < length:
+        raise CheckpointError(f"{where}: cut short in its header; {again}")
+    try:
+        value = parse_json(data, constants=True)
+    except ValueError as e:
+        raise CheckpointError(f"{where}: its header is not valid JSON ({first_line(e)}); {again}") from e
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{where}: its header must be a JSON object; {again}")
+    tensors = {name: _tensor(entry, f"{where}: {name}") for name, entry in value.items() if name != "__metadata__"}
+    _check_places(tensors, size - 8 - length, where)
+    return tensors
+
+
+def _tensor(entry: Any, where: str) -> HeaderTensor:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where}: is declared as {shortened(entry)}, not as an object")
+    dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in BITS:
+        raise CheckpointError(f"{where}: dtype is {shortened(dtype)}, which safetensors does not have")
+    if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
+        raise CheckpointError(f"{where}: shape is {shortened(shape)}; must be a list of whole numbers")
+    if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:
+        raise CheckpointError(f"{where}: data_offsets is {shortened(place)}; must be [start, end]")
+    values = math.prod(shape)
+    if values >= _LARGEST or values * BITS[dtype] != 8 * (place[1] - place[0]):
+        needed = (values * BITS[dtype] + 7) // 8
+        raise CheckpointError(
+            f"{where}: data_offsets is {place}, which is {place[1] - place[0]:,} bytes, but shape {shape} of {dtype} takes "
+            f"{needed:,}"
+        )
+    return HeaderTensor(dtype, tuple(shape), *place)
+
+
+def _are_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and 0 <= n < _LARGEST for n in value)
+
+
+def _check_places(tensors: dict[str, HeaderTensor], size: int, where: str) -> None:
+    """Raises CheckpointError unless the tensors lie one after another in the `size` bytes that follow the header."""
+    end, before = 0, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
+        place = f"{where}: {name}: data_offsets is [{tensor.start}, {tensor.stop}]"
+        if tensor.start < end:
+            raise CheckpointError(f"{place}, which overlaps {before}; the file is damaged")
+        if tensor.start > end:
+            raise CheckpointError(
+                f"{place}, which leaves {tensor.start - end:,} bytes before it unused; the file is damaged"
+            )
+        if tensor.stop > size:
+            raise CheckpointError(
+                f"{place}, which is beyond the end of the file, whose tensors have {size:,} bytes: cut short or damaged; copy or "
+                "download it again"
+            )
+        end, before = tensor.stop, name
+    if end != size:
+        raise CheckpointError(f"{where}: {size - end:,} bytes at its end belong to no tensor; the file is damaged")
