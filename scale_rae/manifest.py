@@ -30,6 +30,7 @@ def drawing_manifest(
 ) -> dict[str, Any]:
     """One message's manifest, without the paths that writing adds. `opened` is `OpenedModel.record`'s."""
     options = to_record(sampling.options)
+    gpu = {"noise_gpu": noise_gpu(opened["device"])} if "noise" in options else {}
     return {
         **mode,
         "prompt": prompt,
@@ -37,13 +38,23 @@ def drawing_manifest(
         **opened,
         "seed": sampling.seed,
         "image_seeds": list(image_seeds),
-        **{name: options[name] for name in SAMPLER_FIELDS},
+        **{name: options[name] for name in SAMPLER_FIELDS if name in options},
+        **gpu,
         "max_new_tokens": sampling.max_new_tokens,
         "batch_size": batch_size,
         "prompts_in_batch": prompts_in_batch,
         "output_text": output_text,
         "seconds": dict(seconds),
     }
+
+
+def noise_gpu(device: str) -> str:
+    """The name of the GPU that draws noise "cuda" for a model on `device`; imports torch."""
+    import torch
+
+    from scale_rae.noise import gpu_name
+
+    return gpu_name(torch.device(device))
 
 
 def recorded_sampling(manifest: Fields) -> Sampling:

@@ -12,6 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from scale_rae.errors import DeviceError
+
 
 def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
     """The seed of one image's noise. The first image of the first prompt uses `seed` as it is."""
@@ -36,12 +38,49 @@ if hasattr(os, "register_at_fork"):  # a forked process has none of the threads
     os.register_at_fork(after_in_child=_threads.cache_clear)
 
 
-def draw_noise(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Callable[[], Tensor]:
+def check_noise(where: str) -> None:
+    """Raises DeviceError when noise is to be drawn by CUDA's generator (`where` "cuda") and torch finds no CUDA device."""
+    if where == "cuda" and not torch.cuda.is_available():
+        raise DeviceError(
+            "noise cuda: is drawn by a GPU, and torch finds no CUDA devices here; use --noise cpu, which draws other images"
+        )
+
+
+def gpu_of_noise(device: torch.device) -> torch.device:
+    """The GPU that draws noise "cuda" for a model on `device`: that device, or the first GPU for a model elsewhere."""
+    return device if device.type == "cuda" else torch.device("cuda", 0)
+
+
+def gpu_name(device: torch.device) -> str:
+    """The name of the GPU that draws noise "cuda" for a model on `device`: GPUs of other names may draw other noise."""
+    return torch.cuda.get_device_name(gpu_of_noise(device))
+
+
+def gpu_noise(seeds: Sequence[int], channels: int, side: int, device: torch.device) -> Tensor:
+    """Noise [B, C, S, S] float32 on `device`, drawn as the official code does on a GPU, one seed per image.
+
+    Each image's noise has the bits of `torch.manual_seed(seed); torch.randn(1, C, S, S, device="cuda")`. A generator of our own
+    gives the same numbers as torch's, and leaves torch's as it is. On a GPU with fewer threads than the noise has values, the
+    numbers depend on how many it has, so GPUs of different models may draw different noise (REFERENCE §6).
+    """
+    gpu = gpu_of_noise(device)
+    generator = torch.Generator(gpu)
+    shape = (1, channels, side, side)
+    drawn = [torch.randn(shape, device=gpu, generator=generator.manual_seed(seed)) for seed in seeds]
+    return torch.cat(drawn).to(device)
+
+
+def draw_noise(
+    seeds: Sequence[int], channels: int, side: int, device: torch.device, where: str = "cpu"
+) -> Callable[[], Tensor]:
     """A function that returns standard normal noise [B, C, S, S] float32 on the device, one seed per image.
 
-    Each image's noise is `torch.randn(1, C, S, S)` of its seed on the CPU, so that a seed means one picture everywhere.
-    Threads start to draw it at once, while the device prepares; the returned function waits for them.
+    By default each image's noise is `torch.randn(1, C, S, S)` of its seed on the CPU, so that a seed means one picture
+    everywhere. Threads start to draw it at once, while the device prepares; the returned function waits for them. With `where`
+    "cuda" it is that of `gpu_noise`.
     """
+    if where == "cuda":
+        return functools.partial(gpu_noise, seeds, channels, side, device)
     noise = torch.empty(len(seeds), channels, side, side, pin_memory=device.type == "cuda")
 
     @torch.inference_mode()

@@ -24,6 +24,7 @@ QUANTIZE = ("int8", "int8-products", "fp8", "fp8-storage", "nf4")
 OFFLOAD = ("none", "model", "stream")
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
+NOISE = ("cpu", "cuda")
 REWARDS = ("imagereward", "siglip", "pickscore")
 AUTO_REWARD = "auto"  # the model's own reward where it brings one, else the guide's; known once the model is loaded
 POST_QA_MODES = ("latent", "image")
@@ -53,7 +54,8 @@ class Knob:
 
     `name` is the option's name in flags and files, `label` its name in error messages. `must` says what a value must be,
     where `least`, `most` and `choices` do not say it well enough. With `show_range`, --help shows least and most. A flag's
-    value times `unit` is the field's. `bare` is the value of a flag that is given without one.
+    value times `unit` is the field's. `bare` is the value of a flag that is given without one. With `only_if_set`, records
+    leave out the default, so files are the same as before the option existed.
     """
 
     help: str
@@ -69,6 +71,7 @@ class Knob:
     show_range: bool = False
     unit: int = 1
     bare: int | None = None
+    only_if_set: bool = False
 
     def check(self, label: str, value: Any) -> None:
         """Raises OptionError, beginning with `label`, for a value that the option does not take. None is always taken."""
@@ -153,15 +156,18 @@ def with_values(defaults: T, values: Mapping[str, Any]) -> T:
     return _replaced(defaults, changes)
 
 
-def to_record(options: object) -> dict[str, Any]:
-    """All fields of an options dataclass as JSON values under the options' names; contained dataclasses are flattened."""
+def to_record(options: object, complete: bool = False) -> dict[str, Any]:
+    """All fields of an options dataclass as JSON values under the options' names; contained dataclasses are flattened.
+
+    Defaults of options that are `only_if_set` are left out, unless the record is to be `complete`.
+    """
     record: dict[str, Any] = {}
     hints = get_type_hints(type(options), include_extras=True)
     for field in fields(options):  # type: ignore[arg-type]
         value, knob = getattr(options, field.name), knob_of(hints[field.name])
         if is_dataclass(value):
-            record |= to_record(value)
-        else:
+            record |= to_record(value, complete)
+        elif complete or knob is None or not knob.only_if_set or value != _default(field):
             name = (knob.name if knob else "") or field.name
             record[name] = list(value) if isinstance(value, tuple) else value
     return record
@@ -323,6 +329,16 @@ class SamplingOptions:
             must=" is unknown; choose one of",
         ),
     ] = "euler"
+    noise: Annotated[
+        str,
+        Knob(
+            "Where an image's noise is drawn. cpu: a seed means the same noise on every device; cuda: the noise that the "
+            "official code draws on this GPU.",
+            SAMPLING,
+            choices=NOISE,
+            only_if_set=True,
+        ),
+    ] = "cpu"
 
     def check(self) -> None:
         """Raises OptionError, naming the option, for values that no sampler can use."""

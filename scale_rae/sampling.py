@@ -16,7 +16,7 @@ from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import DiT, flops
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.fast_dit import FastDiT
-from scale_rae.noise import draw_noise
+from scale_rae.noise import check_noise, draw_noise
 from scale_rae.options import SamplingOptions, Speed
 
 LEAST_SHARED = 4  # consecutive images per prompt; in searches, images of fewer name their prompts by number
@@ -58,8 +58,9 @@ class LatentSampler:
         return other
 
     def check(self, options: SamplingOptions, seeds: Sequence[int] = ()) -> None:
-        """Raises InputError for options or seeds that this network cannot use."""
+        """Raises InputError for options or seeds that this network cannot use, DeviceError for noise that no GPU draws here."""
         options.check()
+        check_noise(options.noise)
         if options.guidance != 1.0 and not self.config.dit.null_condition:
             raise InputError(
                 f"guidance level {options.guidance}: this checkpoint was trained without condition dropout "
@@ -106,7 +107,7 @@ class LatentSampler:
         compile: bool | None,
     ) -> Tensor:
         """Latents [B, L, C] of conditions [P, L, Z], with B / P consecutive seeds per condition."""
-        noise = self._noise(seeds)
+        noise = self._noise(seeds, options)
         times = self.times(options)
         velocity = self._velocity(
             condition, len(seeds), options, flow.SAMPLERS[options.solver].evaluated(times), compile
@@ -138,7 +139,7 @@ class LatentSampler:
         (before,) = {0 if t.state is None else t.state.steps for t in trajectories}
         seeds = [t.seed for t in trajectories]
         if before == 0:
-            state = flow.State(self._noise(seeds)())
+            state = flow.State(self._noise(seeds, options)())
         else:
             state = flow.joined([t.state for t in trajectories if t.state is not None])
         conditions = [t.condition for t in trajectories]
@@ -195,8 +196,8 @@ class LatentSampler:
                     return torch.stack(padded), torch.tensor([number[id(c)] for c in conditions])
         return torch.stack(list(conditions)), None
 
-    def _noise(self, seeds: Sequence[int]) -> Callable[[], Tensor]:
-        return draw_noise(seeds, self.config.channels, self.config.dit.side, self.device)
+    def _noise(self, seeds: Sequence[int], options: SamplingOptions) -> Callable[[], Tensor]:
+        return draw_noise(seeds, self.config.channels, self.config.dit.side, self.device, options.noise)
 
     def _velocity(
         self,

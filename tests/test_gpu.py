@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from scale_rae import flow
 from scale_rae.dit import attend, rope_table, rotate
 from scale_rae.fast_dit import Deferred, spread, summed
 from scale_rae.float8 import FLOAT8, quantize
-from scale_rae.noise import image_seed
+from scale_rae.noise import draw_noise, image_seed
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.sampling import Trajectory
@@ -284,6 +285,49 @@ def test_images_that_stop_on_their_way(checkpoints: dict[str, Path], guidance: f
         assert off_by(trajectory.latent, alone) < 1e-4
         assert estimate.latent is not None
         assert off_by(estimate.latent, alone) > 1e-3
+
+
+def official_noise(seed: int, channels: int, side: int) -> Tensor:
+    """The noise of the official code on a GPU."""
+    torch.manual_seed(seed)
+    return torch.randn(1, channels, side, side, device="cuda")
+
+
+@pytest.mark.parametrize("seed", [0, 42, 2**31, 2**63 - 1])
+@pytest.mark.parametrize("channels", [1152, 1024])
+def test_noise_of_a_gpu_is_the_official_codes_to_the_bit(seed: int, channels: int) -> None:
+    expected = official_noise(seed, channels, 16)
+    for name in ("cuda", "cpu"):
+        device = torch.device(name)
+        assert torch.equal(draw_noise([7, seed, 9], channels, 16, device, "cuda")()[1:2], expected.to(device))
+    torch.manual_seed(1)
+    before = torch.cuda.get_rng_state()
+    draw_noise([seed], channels, 16, torch.device("cuda"), "cuda")()
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("case", ["siglip", "wide"])
+def test_latents_of_the_official_codes_noise(checkpoints: dict[str, Path], case: str) -> None:
+    """Those of the plain float32 network, solved step by step from that noise."""
+    model = ScaleRAE.from_pretrained(str(checkpoints[case]), device="cuda", dtype="float32")
+    condition, options, seeds = model.reply([DRAW])[0].condition, SamplingOptions(noise="cuda"), [42, 43]
+    assert condition is not None
+
+    @torch.inference_mode()
+    def plain(seed: int) -> Tensor:
+        def velocity(x: Tensor, t: float) -> Tensor:
+            return model.dit(x, torch.tensor([t], device="cuda"), condition[None]).float()
+
+        noise = official_noise(seed, model.config.channels, model.config.dit.side)
+        x = flow.solve(flow.SAMPLERS["euler"], velocity, noise, model.sampler.times(options))
+        return model.sampler.latents(x)[0].cpu()
+
+    exact = torch.stack([plain(seed) for seed in seeds])
+    on_the_gpu = torch.stack(model.sample([condition] * 2, seeds, options))
+    assert off_by(on_the_gpu, exact) <= 1e-5
+    on_the_cpu = ScaleRAE.from_pretrained(str(checkpoints[case]), device="cpu")
+    assert off_by(torch.stack(on_the_cpu.sample([condition.cpu()] * 2, seeds, options)), exact) <= 1e-4
+    assert off_by(torch.stack(model.sample([condition] * 2, seeds)), exact) > 0.1  # the CPU's noise is other noise
 
 
 def test_out_of_memory_halves_the_batch(checkpoints: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:

@@ -57,8 +57,13 @@ def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
 
     Raises:
         OptionError: for values that no run can use. ScaleRAEError: for a model that is not there or cannot be used.
+        DeviceError: for noise of a GPU where there is none.
     """
     sampling.check()
+    if sampling.options.noise != "cpu":  # before a model is fetched
+        with bars.waiting("starting"):
+            from scale_rae.noise import check_noise
+        check_noise(sampling.options.noise)
     source = find_model(choice)
     with bars.waiting("starting"):
         from scale_rae.pipeline import ScaleRAE  # noqa: F401

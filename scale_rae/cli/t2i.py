@@ -16,7 +16,7 @@ from scale_rae.cli.searches import search_and_save
 from scale_rae.cli.signature import expanded, flag_name
 from scale_rae.errors import InputError, OptionError
 from scale_rae.jsonio import Fields
-from scale_rae.manifest import recorded_sampling
+from scale_rae.manifest import noise_gpu, recorded_sampling
 from scale_rae.opening import OpenedModel
 from scale_rae.options import ModelChoice, Sampling, options_of
 from scale_rae.outputs import check_folder, read_manifest
@@ -195,3 +195,5 @@ def _check_same_model(recorded: dict[str, Any], opened: OpenedModel, path: Path 
     for name in ("torch", "transformers"):
         if isinstance(then, dict) and then.get(name) not in (None, now["versions"][name]):
             say(f"note: {name} {now['versions'][name]} here, {then[name]} then: rounding may differ")
+    if "noise_gpu" in recorded and recorded["noise_gpu"] != (here := noise_gpu(now["device"])):
+        say(f"note: the noise is drawn by {here} here, by {recorded['noise_gpu']} then: the images may be others")

@@ -41,8 +41,11 @@ def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
     if not isinstance(old, dict):
         return ["its settings are missing"]
     found = []
-    old = to_record(Settings("", "")) | old
-    new = {"search": "best-of-n"} | new  # which records do not say
+    defaults = to_record(Settings("", ""), complete=True)
+    old = defaults | old
+    recorded_always = to_record(Settings("", ""))
+    left_out = {name: value for name, value in defaults.items() if name not in recorded_always}
+    new = {"search": "best-of-n"} | left_out | new
     for name in new if new["search"] == old["search"] else ("search",):
         here, there = new[name], old[name]
         if name in _NAMES or here == there or (name in ("batch_size", "dtype") and here is None):
@@ -194,5 +197,6 @@ def png_text(settings: Settings, request: str, seed: int) -> dict[str, str]:
             "guidance_level": settings.options.guidance,
             "solver": settings.options.solver,
             "steps": settings.options.steps,
+            "noise": to_record(settings.options).get("noise"),
         }
     )

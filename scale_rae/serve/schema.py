@@ -156,6 +156,7 @@ if TYPE_CHECKING:
         guidance: float
         guidance_interval: tuple[float, float] | None
         steps: int | None
+        noise: str
 
 else:
     _Sampling = _with_sampler_options(_Seeded)

@@ -93,6 +93,7 @@ VIOLATIONS: list[tuple[str, Any, str]] = [
     (IMAGES, {"prompt": "a", "steps": 1}, "steps"),
     (IMAGES, {"prompt": "a", "steps": 251}, "steps"),
     (IMAGES, {"prompt": "a", "solver": "rk4"}, "solver"),
+    (IMAGES, {"prompt": "a", "noise": "mps"}, "noise"),
     (IMAGES, {"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
     (IMAGES, {"prompt": "a", "best_of": 60}, "best_of"),
     (IMAGES, {"prompt": "a", "best_of": 2, "reward": "pickscore"}, "reward"),
@@ -152,6 +153,13 @@ VIOLATIONS: list[tuple[str, Any, str]] = [
     ),
     (CHAT, ask(*[data_url(Image.new("RGB", (8, 8)))] * 9), "messages.0.content.9.image_url.url"),
 ]
+
+
+def test_noise_of_a_gpu_is_refused_where_there_is_none(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    status, answer, _ = post(running.url + IMAGES, {"prompt": CIRCLE, "noise": "cuda"})
+    assert (status, answer["error"]["param"]) == (400, "noise")
+    assert "noise cuda: is drawn by a GPU" in answer["error"]["message"]
 
 
 @pytest.mark.parametrize(("path", "body", "field"), VIOLATIONS, ids=lambda value: str(value)[:60])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from fastapi import Request
 
-from scale_rae.errors import InputError
+from scale_rae.errors import DeviceError, InputError
+from scale_rae.noise import check_noise
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.guard import client_of
 from scale_rae.serve.refusals import Refused, invalid
@@ -49,6 +50,10 @@ def check_sampling(body: ImageRequest | ChatRequest, engine: Engine, limits: Lim
     interval = body.guidance_interval
     if interval is not None and not 0 <= interval[0] < interval[1] <= 1:
         raise invalid("guidance_interval", "needs 0 <= lo < hi <= 1")
+    try:
+        check_noise(body.noise)
+    except DeviceError as e:
+        raise invalid("noise", str(e)) from None
     try:
         body.options(limits.steps)
     except InputError as e:
