@@ -18,6 +18,7 @@ from scale_rae.config import VisionConfig, check_numbers, encoder_kind, parse_vi
 from scale_rae.errors import CheckpointError, ConfigError, last_line
 from scale_rae.hub import import_hub, weight_files
 from scale_rae.jsonio import read_json, shortened
+from scale_rae.residency import Residency
 
 LARGEST_IMAGE = 2048  # pixels along an edge; also the limit for any number in a preprocessor's config
 _NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
@@ -40,14 +41,23 @@ class Encoder:
     `model` is first used: drawing needs none of them.
     """
 
-    def __init__(self, folder: Path, tokens: int, select_layer: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Loads from a local folder.
+    def __init__(
+        self,
+        folder: Path,
+        tokens: int,
+        select_layer: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        residency: Residency | None = None,
+    ) -> None:
+        """Loads from a local folder. `residency` takes the weights once they are loaded.
 
         Raises:
             ConfigError, CheckpointError: naming the file and what is wrong with it.
         """
         self.tokens, self.select_layer = tokens, select_layer
         self.dtype, self.device = dtype, device
+        self._residency = residency or Residency("none", device)
         path = folder / "config.json"
         raw = read_json(path)
         self.kind = encoder_kind(raw, path)
@@ -84,7 +94,10 @@ class Encoder:
         Raises:
             CheckpointError: naming the folder or file and what is wrong with the weights.
         """
-        return _load_vision_model(self._folder, self.kind, self._config, self.dtype).to(self.device)
+        with torch.inference_mode(False):
+            model = _load_vision_model(self._folder, self.kind, self._config, self.dtype).to(self._residency.home)
+        self._residency.keep("encoder", model, [model])
+        return model
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels [N, 3, H, W] float32 of RGB images."""

@@ -45,6 +45,7 @@ from scale_rae.quantization import (
     product,
     quantize_linears,
 )
+from scale_rae.residency import Residency
 
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
@@ -257,6 +258,12 @@ class StackedModulations:
         return self.weight.rows(rows).linear(read, self.bias[rows])
 
 
+def _modulation(block: Block, read: Any) -> Tensor:
+    """A block's modulations [..., 6D]; `read` is SiLU(c), which `_read` returns."""
+    linear: Any = block.adaLN_modulation[1]
+    return product(read, linear.weight, linear.bias) if isinstance(read, Quantized) else linear(read)
+
+
 def quantize_blocks(dit: DiT, kind: str, place: Place) -> dict[str, RowSink]:
     """Quantises the linears of the blocks, in place; embedders, final layer and DDT projector stay as they are.
 
@@ -392,24 +399,29 @@ class FastDiT:
         InputError, DeviceError: an option does not exist, or this device does not support it.
     """
 
-    def __init__(self, dit: DiT, speed: Speed) -> None:
+    def __init__(self, dit: DiT, speed: Speed, residency: Residency | None = None) -> None:
         speed.check()
         self.dit, self.speed = dit, speed
         self.device = dit.pos_embed.device
+        residency = residency or Residency("none", self.device)
         on_cuda = self.device.type == "cuda"
         if speed.quantize is not None:
             check_quantize(speed.quantize, self.device, dit.dtype)
             if not is_quantized(dit):
                 with torch.inference_mode(False), torch.no_grad():
                     quantize_blocks(dit, speed.quantize, Place(self.device, self.device, dit.dtype))
-        self.shared = dit.dit_blocks[: dit.encoder_depth]  # blocks whose condition does not depend on x
         self.final_shared = dit.config.encoder_depth is None
         if speed.pad and on_cuda and speed.quantize is None:
             pad_swiglu(dit, PAD_TO)
-        self.layers: list[Any] = [block.adaLN_modulation[1] for block in self.shared]  # type: ignore[index]
+        blocks: Sequence[Any] = list(dit.dit_blocks)
+        self.layers: list[Any] = [block.adaLN_modulation[1] for block in blocks[: dit.encoder_depth]]
         self.stacked: StackedModulations | None = None
-        if (speed.group and on_cuda) or speed.quantize is not None:
+        if ((speed.group and on_cuda) or speed.quantize is not None) and not residency.streams:
             self.stacked = StackedModulations(self.layers)
+        stacked = () if self.stacked is None else (self.stacked.weight, self.stacked.bias)
+        blocks = residency.keep_blocks("dit", blocks, stacked, [dit.t_embedder])
+        self.shared = blocks[: dit.encoder_depth]  # blocks whose condition does not depend on x
+        self.own_condition = blocks[dit.encoder_depth :]
         self._eager, self._to_compile = (choose_functions(speed, dit, compile) for compile in (False, True))
         self._compiled: Functions | None = None
         self._compiled_sizes: set[tuple[int, int, bool]] = set()
@@ -491,7 +503,7 @@ class FastDiT:
         if self.stacked is not None:
             parts = [self.stacked(read, 0, len(self.layers))]
         else:
-            parts = [layer(read) for layer in self.layers]
+            parts = [_modulation(block, read) for block in self.shared]
         if self.final_shared:
             parts.append(dit.final_layer.adaLN_modulation[1](plain))
         modulations = torch.cat(parts, dim=-1).flatten(0, 1)  # [K, W]
@@ -554,9 +566,8 @@ class FastDiT:
         h = dit.x_embedder(tokens) + dit.pos_embed  # [B, L, D]
         h = h.repeat(copies, 1, 1) if copies > 1 else h
         state: Deferred | None = None
-        for block, modulation, null_modulation in zip(
-            self.shared, self._modulations(read, len(condition), prompt_of), null, strict=False
-        ):
+        modulated = self._modulated_blocks(read, len(condition), prompt_of)
+        for (block, modulation), null_modulation in zip(modulated, null, strict=False):
             if state is None:  # a sum like all later states, so that one compiled block serves all
                 no_more = None if null_modulation is None else null_modulation[:]
                 state = Deferred(h, torch.zeros_like(h), modulation[:], no_more) if self.speed.defer else Deferred(h)
@@ -570,20 +581,25 @@ class FastDiT:
             if hasattr(dit, "s_projector"):
                 s = dit.s_projector(s)
             h = torch.cat([dit.s_embedder(tokens)] * copies)
-            for block in dit.dit_blocks[dit.encoder_depth :]:
+            for block in self.own_condition:
                 h = functions.plain_block(block, h, s, dit.decoder_rope_cos, dit.decoder_rope_sin)
             v = functions.plain_final(dit.final_layer, h, s)
         return v.transpose(1, 2).reshape(copies * x.shape[0], *x.shape[1:]).float()  # [B or 2B, C, S, S]
 
-    def _modulations(self, read: Any, prompts: int, prompt_of: Tensor | None) -> Iterator[Tensor]:
-        """The modulations of each block in turn: [P, L, 6D], or [B, L, 6D] with `prompt_of` [B]."""
+    def _modulated_blocks(self, read: Any, prompts: int, prompt_of: Tensor | None) -> Iterator[tuple[Block, Tensor]]:
+        """The blocks that read the condition, each with its modulations [P, L, 6D], or [B, L, 6D] with `prompt_of` [B]."""
         if self.stacked is None:
-            for layer in self.layers:
-                yield _per_image(layer(read), prompt_of)
+            for block in self.shared:
+                yield block, _per_image(_modulation(block, read), prompt_of)
             return
+        yield from zip(self.shared, self._modulations(self.stacked, read, prompts, prompt_of), strict=True)
+
+    def _modulations(
+        self, stacked: StackedModulations, read: Any, prompts: int, prompt_of: Tensor | None
+    ) -> Iterator[Tensor]:
         depth = len(self.layers)
         most = max(1, GROUP_ROWS // (prompts * self.dit.config.tokens)) if self.speed.group else 1
         at_once = max(n for n in range(1, most + 1) if depth % n == 0)  # equal groups: other strides compile other code
         for first in range(0, depth, at_once):
-            for modulation in self.stacked(read, first, first + at_once).chunk(at_once, dim=-1):
+            for modulation in stacked(read, first, first + at_once).chunk(at_once, dim=-1):
                 yield _per_image(modulation, prompt_of)

@@ -164,7 +164,7 @@ class KVCache:
         for memory in (self._keys, self._values):
             before = list(memory)
             # Zeros, since what is masked must still be finite.
-            memory[:] = [torch.zeros(shape, dtype=network.dtype, device=network.device) for _ in network.layers]
+            memory[:] = [torch.zeros(shape, dtype=network.dtype, device=network.device) for _ in range(len(network.layers))]
             for new, one in zip(memory, before, strict=False):
                 new[:, :old] = one
         place = torch.arange(slots, device=network.device)[None]

@@ -22,9 +22,17 @@ from scale_rae.config import ScaleRAEConfig
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import Speed
 from scale_rae.prompt import IMAGE, ChatTokenizer, TextStream
-from scale_rae.quantization import Place, QuantizedEmbedding, QuantizedLinear, check_widths, quantize_linears
+from scale_rae.quantization import (
+    Place,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    check_widths,
+    quantize_linears,
+    rows_in_chunks,
+)
 from scale_rae.qwen2 import FusedLayer, Qwen2, fuse, self_certainty
 from scale_rae.qwen2_modules import Qwen2Modules
+from scale_rae.residency import HostEmbedding, Residency, RowsOneByOne, tensors_of
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
 # The quantisation of the language model by that of the DiT. Activations stay as they are: decoding gains nothing from smaller
@@ -94,6 +102,7 @@ class LanguageModel(nn.Module):
         if config.condition_projector:
             self.diff_head_projector = nn.Linear(config.hidden_size, config.dit.condition_width)
         self._network: Qwen2 | None = None
+        self._stays = False  # whether its weights' places are `residency`'s
         self._set(speed or Speed())
 
     def _set(self, speed: Speed) -> None:
@@ -140,19 +149,40 @@ class LanguageModel(nn.Module):
     def is_quantized(self) -> bool:
         return isinstance(self.lm_head, QuantizedLinear)
 
-    def fuse(self) -> None:
+    def fuse(self, residency: Residency | None = None) -> None:
         """Fuses projections that share an input, in place: parameters become views of the fused matrices.
 
-        Before, the weights are quantised, if `speed` says so and they are not yet.
+        Before, the weights are quantised, if `speed` says so and they are not yet. `residency` takes layers, head and embedding.
         """
+        residency = residency or Residency("none", self.device)
         kind = LANGUAGE_KINDS.get(self._quantize or "")
         with torch.inference_mode(False), torch.no_grad():
             if kind is not None and not self.is_quantized:
                 self.quantize(kind, Place(self.device, self.device, self.dtype))
-            self._network = self._as_network([fuse(layer, in_place=True) for layer in self.model.layers])
+            layers = self._kept([fuse(layer, in_place=True) for layer in self.model.layers], residency)
+            self._network = self._as_network(layers)
+            self._stays = residency.offloads
+
+    def _kept(self, layers: Sequence[FusedLayer], residency: Residency) -> Sequence[FusedLayer]:
+        """The layers for the network, once `residency` has taken all large weights.
+
+        Where blocks are streamed, the head comes after the layers in chunks of about a layer's size, and the embedding's table
+        stays on the host, where tokens are looked up.
+        """
+        table: nn.Module = self.model.embed_tokens
+        weights = [self.model.layers, table, self.lm_head]
+        if not residency.streams:
+            return residency.keep_blocks("language", layers, weights, [table, self.lm_head])
+        chunks = rows_in_chunks(self.lm_head, sum(t.nbytes for t in tensors_of(layers[0])))
+        blocks: Sequence[Any] = residency.keep_blocks("language", [*layers, *chunks], weights, [table])
+        self.model.embed_tokens = HostEmbedding(table, self.device)  # type: ignore[assignment]
+        self.lm_head = RowsOneByOne(blocks[len(layers) :])  # type: ignore[assignment]
+        return blocks[: len(layers)]
 
     def network(self) -> Qwen2:
         """The network for `KVCache`; it copies the weights if `fuse` was not called or the weights moved since."""
+        if self._stays and self._network is not None:  # comparing streamed layers would copy them
+            return self._network
         fused = self._network.layers if self._network is not None else []
         if fused and all(f.is_of(layer) for f, layer in zip(fused, self.model.layers, strict=True)):
             assert self._network is not None

@@ -105,9 +105,11 @@ class ScaleRAE:
         self.norm_stats = norm_stats
         self.source, self.dtype, self.device = source, dtype, device
         self.residency = residency or Residency("none", device)
-        self.speed = speed or Speed()
-        self.sampler = LatentSampler(config, dit, norm_stats, self.speed)
-        language.fuse()
+        self.speed = self.residency.speed(speed or Speed())
+        self.residency.settle(dit, [dit.dit_blocks])
+        self.residency.settle(language, [language.model.layers, language.model.embed_tokens, language.lm_head])
+        language.fuse(self.residency)
+        self.sampler = LatentSampler(config, dit, norm_stats, self.speed, self.residency)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the memory of weights from before they were padded, stacked and fused
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
@@ -152,19 +154,21 @@ class ScaleRAE:
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
-        speed = Speed(compile, quantize)
-        speed.check()
         torch_device = pick_device(device)
         check_offload(offload, torch_device.type)
+        residency = Residency(offload, torch_device)
+        speed = residency.speed(Speed(compile, quantize))
+        speed.check()
         torch_dtype = pick_dtype(dtype, torch_device)
         if torch_device.type == "cpu":
             keep_freed_memory()
         check_quantize(quantize, torch_device, torch_dtype)
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
-        residency = Residency(offload, torch_device)
         config = load_config(source.folder)
         tokenizer = load_tokenizer(source, config)
-        language, dit, norm_stats = load_networks(source, config, torch_dtype, torch_device, speed, progress)
+        language, dit, norm_stats = load_networks(
+            source, config, torch_dtype, torch_device, speed, progress, residency.home
+        )
         with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint"):
             return cls(
                 *(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device),
@@ -180,7 +184,7 @@ class ScaleRAE:
         """The representation encoder; also knows the pixel normalisation the decoder undoes."""
         if self._encoder is None:
             self.encoder_source = find(self.config.encoder_name, "encoder", self.source.folder)
-            self._encoder = load_encoder(self.encoder_source, self.config, self.dtype, self.device)
+            self._encoder = load_encoder(self.encoder_source, self.config, self.dtype, self.device, self.residency)
         return self._encoder
 
     @property
@@ -189,7 +193,10 @@ class ScaleRAE:
         if self._decoder is None:
             kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
             self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
-            self._decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.device)
+            with torch.inference_mode(False):
+                decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.residency.home)
+            self.residency.keep("decoder", decoder, [decoder])
+            self._decoder = decoder
         return self._decoder
 
     @property
@@ -640,19 +647,24 @@ class ScaleRAE:
     ) -> list[T]:
         """`memory.in_batches` while `part` has its turn on the device. All that a network computes goes through here."""
         release = self.release_memory if self.split_batches else None
-        with self.residency.use(part):
+        with self.memory_errors(f"copying weights to the device ({part})", ""), self.residency.use(part):
             return in_batches(count, size, run, self.memory_errors, what, remedy, release)
 
     def with_speed(self, speed: Speed) -> ScaleRAE:
         """The same model, sharing its weights, with another `speed`.
 
-        Choosing float8 changes the shared weights for good; for a model in float8 only `compile` can change.
+        Quantising changes the shared weights for good; for a quantised or offloaded model only `compile` can change.
 
         Raises:
             InputError, DeviceError: for a choice that does not exist, or that this device does not support.
         """
         if self.speed.quantize is not None and not speed.same_network(self.speed):
             raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
+        speed = self.residency.speed(speed)
+        if self.residency.offloads and not speed.same_network(self.speed):
+            raise InputError(
+                f"speed: only compile can change with --offload {self.residency.mode}; load the model anew"
+            )
         other = copy.copy(self)
         other.speed = speed
         other.language = self.language.with_speed(speed)

@@ -349,3 +349,24 @@ class QuantizedEmbedding(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.weight.rows(ids).dequantize(self.dtype)
+
+
+def rows_in_chunks(linear: nn.Module, at_most: int) -> list[nn.Module]:
+    """A linear without bias, quantised or not, as linears for some of its outputs each, of at most about `at_most` bytes.
+
+    They are views of its weight.
+    """
+    weight: Any = linear.weight
+    rows, size = (weight.size[0] if isinstance(weight, QuantizedWeight) else len(weight)), int(weight.nbytes)
+    step = -(-rows // max(1, round(size / max(at_most, 1))) // 64) * 64
+    return [_with_rows(weight, slice(start, start + step)) for start in range(0, rows, step)]
+
+
+def _with_rows(weight: Any, rows: slice) -> nn.Module:
+    if isinstance(weight, QuantizedWeight):
+        return QuantizedLinear(weight.rows(rows), None)
+    part = weight.detach()[rows]
+    with torch.device("meta"):
+        linear = nn.Linear(part.shape[1], part.shape[0], bias=False)
+    linear.weight = nn.Parameter(part, requires_grad=False)
+    return linear

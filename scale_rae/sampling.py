@@ -18,6 +18,7 @@ from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.fast_dit import FastDiT
 from scale_rae.noise import check_noise, draw_noise
 from scale_rae.options import SamplingOptions, Speed
+from scale_rae.residency import Residency
 
 LEAST_SHARED = 4  # consecutive images per prompt; in searches, images of fewer name their prompts by number
 NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
@@ -43,10 +44,17 @@ class LatentSampler:
     `fast_dit` is the network, and `policy` decides which batches compiled code draws.
     """
 
-    def __init__(self, config: ScaleRAEConfig, dit: DiT, norm_stats: NormStats | None, speed: Speed) -> None:
+    def __init__(
+        self,
+        config: ScaleRAEConfig,
+        dit: DiT,
+        norm_stats: NormStats | None,
+        speed: Speed,
+        residency: Residency | None = None,
+    ) -> None:
         self.config, self.dit, self.norm_stats, self.speed = config, dit, norm_stats, speed
         self.device = dit.pos_embed.device
-        self.fast_dit = FastDiT(dit, speed)
+        self.fast_dit = FastDiT(dit, speed, residency)
         self.policy = CompilePolicy(speed.compile, flops(config.dit), self.device.type == "cuda")
 
     def with_speed(self, speed: Speed) -> LatentSampler:
