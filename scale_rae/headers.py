@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from scale_rae.errors import CheckpointError, first_line
 from scale_rae.files import size_text
@@ -103,7 +103,7 @@ def _tensor(entry: Any, where: str) -> HeaderTensor:
     return HeaderTensor(dtype, tuple(shape), *place)
 
 
-def _are_sizes(value: object) -> bool:
+def _are_sizes(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and 0 <= n < _LARGEST for n in value)
 
 

@@ -12,18 +12,18 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import CheckpointError, HubError, first_line, first_sentence
+from scale_rae.errors import CheckpointError, HubError, ScaleRAEError, first_line, first_sentence
 from scale_rae.files import check_name
 from scale_rae.jsonio import read_json
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "shapes"}
-_HUB_TIMEOUT = 10.0  # seconds for the hub to list a repository's files
-_DECODER_WEIGHTS = "model.pt"
+HUB_TIMEOUT = 10.0  # seconds for the hub to list a repository's files
+DECODER_WEIGHTS = "model.pt"
 _SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json"),
@@ -124,9 +124,8 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
     files; the next run keeps the finished files and downloads the rest.
     """
     import_hub()
-    from huggingface_hub import HfApi, constants, snapshot_download
-    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
-    from huggingface_hub.utils import tqdm, validate_repo_id
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import tqdm
 
     class Bar(tqdm):  # type: ignore[misc]
         """The library's progress bar, on a terminal only."""
@@ -136,36 +135,56 @@ def _download(name: str, what: str, revision: str | None, wanted: tuple[str, ...
                 options["disable"] = True
             super().__init__(*args, **options)
 
-    instead = f"use a local folder{', or the bundled model: --model-path shapes' if what == 'model' else ''}"
-    where = f"{what} {name}" + (f" at revision {revision}" if revision else "")
+    where = hub_name(name, what, revision)
     try:
-        validate_repo_id(name)
-    except HFValidationError as e:
-        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id ({first_sentence(e)})") from e
-    try:
-        if constants.HF_HUB_OFFLINE:
-            raise OfflineModeIsEnabled("")  # before a client is created, which a bad proxy variable would prevent
-        listed = HfApi().model_info(name, revision=revision, timeout=_HUB_TIMEOUT).siblings or []
-    except RevisionNotFoundError as e:
-        raise HubError(f"{where}: the hub's repository has no such revision") from e
+        listed = ask_hub(name, what, revision).siblings or []
+    except ScaleRAEError:
+        raise
     except Exception as e:  # also errors from bad proxy, token or certificate variables
-        return _cached(name, what, revision, wanted, where, e, instead)
+        return cached(name, what, revision, wanted, e)
 
     names = [file.rfilename for file in listed]
     files = [name for name in names if name in wanted] if wanted else needed(names, what)
     if not files or (wanted and wanted[0] not in files):
         content = wanted[0] if wanted else "config.json and weights"
-        raise HubError(f"{where}: the hub's repository holds no {what} ({content}); {instead}")
+        raise HubError(f"{where}: the hub's repository holds no {what} ({content}); {_instead(what)}")
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=files, tqdm_class=Bar))
     except Exception as e:  # also hf_xet's RuntimeError
-        raise HubError(f"{where}: {_hub_problem(e, instead, broke_off=True)}") from e
+        raise HubError(f"{where}: {hub_problem(e, what, broke_off=True)}") from e
     return Source(name, folder, folder.name, what=what, files=wanted)
 
 
-def _cached(
-    name: str, what: str, revision: str | None, wanted: tuple[str, ...], where: str, error: Exception, instead: str
-) -> Source:
+def hub_name(name: str, what: str, revision: str | None) -> str:
+    """A repository of the hub for error messages: what it is for, its name, and its revision if one is chosen."""
+    return f"{what} {name}" + (f" at revision {revision}" if revision else "")
+
+
+def ask_hub(name: str, what: str, revision: str | None, sizes: bool = False) -> Any:
+    """The hub's account of a repository (huggingface_hub's ModelInfo): its commit and files, with `sizes` also their bytes.
+
+    Raises:
+        CheckpointError: the name cannot be a hub id. HubError: there is no such revision. Other errors of the library, for
+        `hub_problem`: the hub refuses or cannot be asked.
+    """
+    import_hub()
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled, RevisionNotFoundError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError as e:
+        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id ({first_sentence(e)})") from e
+    if constants.HF_HUB_OFFLINE:
+        raise OfflineModeIsEnabled("")  # before a client is created, which a bad proxy variable would prevent
+    try:
+        return HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT, files_metadata=sizes)
+    except RevisionNotFoundError as e:
+        raise HubError(f"{hub_name(name, what, revision)}: the hub's repository has no such revision") from e
+
+
+def cached(name: str, what: str, revision: str | None, wanted: tuple[str, ...], error: Exception) -> Source:
     """The files of an earlier download. Used if the hub could not be asked, for the reason `error`.
 
     Raises:
@@ -173,18 +192,19 @@ def _cached(
     """
     from huggingface_hub import snapshot_download
 
+    where = hub_name(name, what, revision)
     patterns = wanted[:1] or ("*config.json" if what == "VAE" else "config.json")
     try:
         folder = Path(snapshot_download(name, revision=revision, local_files_only=True, allow_patterns=patterns))
     except Exception:  # not in the cache, or the cache cannot be read
-        raise HubError(f"{where}: {_hub_problem(error, instead)}") from error
+        raise HubError(f"{where}: {hub_problem(error, what)}") from error
     try:
         if wanted or what == "decoder":
-            _existing(folder / (wanted[0] if wanted else _DECODER_WEIGHTS))
+            _existing(folder / (wanted[0] if wanted else DECODER_WEIGHTS))
         else:
             weight_files(vae_folder(folder) if what == "VAE" else folder)
     except CheckpointError as incomplete:
-        problem = _hub_problem(error, instead)
+        problem = hub_problem(error, what)
         raise HubError(f"{where}: only part of it was downloaded ({incomplete}); {problem}") from error
     return Source(name, folder, folder.name, what=what, files=wanted)
 
@@ -194,10 +214,15 @@ def vae_folder(folder: Path) -> Path:
     return folder / "vae" if not (folder / "config.json").is_file() and (folder / "vae").is_dir() else folder
 
 
-def _hub_problem(error: BaseException, instead: str, broke_off: bool = False) -> str:
-    """Why the hub could not be used, and what to do, in one line."""
+def _instead(what: str) -> str:
+    return f"use a local folder{', or the bundled model: --model-path shapes' if what == 'model' else ''}"
+
+
+def hub_problem(error: BaseException, what: str, broke_off: bool = False) -> str:
+    """Why the hub could not be used to find a `what`, and what to do, in one line."""
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
+    instead = _instead(what)
     if isinstance(error.__cause__, (HfHubHTTPError, OfflineModeIsEnabled)) and not isinstance(error, HfHubHTTPError):
         error = error.__cause__  # the library's "not in the cache either" hides what the hub said
     if isinstance(error, GatedRepoError):
@@ -253,17 +278,17 @@ def needed(names: list[str], what: str) -> list[str]:
         folders.setdefault(folder, []).append(file)
     own = folders.pop("", [])
     if what == "decoder":
-        return [n for n in own if n in ("config.json", _DECODER_WEIGHTS)]
+        return [n for n in own if n in ("config.json", DECODER_WEIGHTS)]
     if what == "VAE" and "vae" in folders:  # a repository of a whole image model
-        return [f"vae/{n}" for n in ("config.json", *_choose_weights(folders["vae"])) if n in folders["vae"]]
-    needed = [n for n in own if n in _SMALL_FILES] + _choose_weights(own)
+        return [f"vae/{n}" for n in ("config.json", *choose_weights(folders["vae"])) if n in folders["vae"]]
+    needed = [n for n in own if n in _SMALL_FILES] + choose_weights(own)
     if what == "model":
         for folder, files in folders.items():
             wanted = [n for n in files if n in _SMALL_FILES]
             if folder.rpartition("/")[2] == "decoder":
-                wanted += [n for n in files if n == _DECODER_WEIGHTS]
+                wanted += [n for n in files if n == DECODER_WEIGHTS]
             elif "config.json" in files and "preprocessor_config.json" in files:
-                wanted += _choose_weights(files)
+                wanted += choose_weights(files)
             else:
                 continue
             needed += [f"{folder}/{n}" for n in wanted]
@@ -276,23 +301,30 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         CheckpointError: there are none, or a shard that the index or the shards' names announce is missing.
     """
-    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
-    chosen = _choose_weights(names)
+    names = [p.name for p in folder.iterdir() if p.exists()] if folder.is_dir() else []
+    chosen = weight_names(names, str(folder), lambda index: read_json(folder / index))
+    return [folder / name for name in chosen]
+
+
+def weight_names(names: Iterable[str], where: str, read: Callable[[str], dict[str, Any]]) -> list[str]:
+    """`weight_files` among the `names` of a place that errors call `where`; `read` returns the JSON object in a file of it."""
+    present = set(names)
+    chosen = choose_weights(present)
     if not chosen:
-        raise CheckpointError(f"{folder}: no weights (model*.safetensors or pytorch_model*.bin)")
-    announced = set()
+        raise CheckpointError(f"{where}: no weights (model*.safetensors or pytorch_model*.bin)")
+    announced: set[str] = set()
     for name in chosen:
         if name.endswith(".index.json"):
-            announced |= _indexed(folder / name)
+            announced |= set(weight_map(read(name), f"{where}/{name}").values())
         else:
             announced |= {name, *_numbered(name)}
-    missing = sorted(name for name in announced if not (folder / name).exists())
+    missing = sorted(name for name in announced if name not in present)
     if missing:
-        raise CheckpointError(f"{folder}: missing shards {', '.join(missing)}; copy or download them again")
-    return [folder / name for name in sorted(announced)]
+        raise CheckpointError(f"{where}: missing shards {', '.join(missing)}; copy or download them again")
+    return sorted(announced)
 
 
-def _choose_weights(names: Iterable[str]) -> list[str]:
+def choose_weights(names: Iterable[str]) -> list[str]:
     """The names among `names` that make one set of weights: a single file, else an index and shards."""
     present = sorted(names)
     for stem, suffix in (
@@ -309,16 +341,19 @@ def _choose_weights(names: Iterable[str]) -> list[str]:
     return []
 
 
-def _indexed(index: Path) -> set[str]:
-    """The shards that an index names. They must lie beside it."""
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index}: weight_map must map tensor names to files")
-    files: set[str] = set(weight_map.values())
-    for name in sorted(files):
+def weight_map(index: dict[str, Any], where: str) -> dict[str, str]:
+    """Tensor name -> shard, from the JSON object in an index file. Shards must lie beside the index.
+
+    Raises:
+        CheckpointError: naming the file and the field.
+    """
+    found = index.get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
+        raise CheckpointError(f"{where}: weight_map must map tensor names to files")
+    for name in sorted(set(found.values())):
         if not re.fullmatch(r"[\w-][\w.-]*\.(safetensors|bin)", name):
-            raise CheckpointError(f"{index}: weight_map names {name!r}; shards must be .safetensors or .bin beside it")
-    return files
+            raise CheckpointError(f"{where}: weight_map names {name!r}; shards must be .safetensors or .bin beside it")
+    return found
 
 
 def _numbered(name: str) -> Iterator[str]:

@@ -44,13 +44,17 @@ def read_json(path: Path, what: str = "file", error: type[ScaleRAEError] = Confi
     Raises:
         `error`: naming the file, when it is missing, unreadable, over MOST_BYTES, not JSON, or not an object.
     """
-    data = read_bytes(path, MOST_BYTES, what, error)
+    return parse_object(read_bytes(path, MOST_BYTES, what, error), path, error)
+
+
+def parse_object(data: bytes, where: Path | str, error: type[ScaleRAEError] = ConfigError) -> dict[str, Any]:
+    """`read_json` on the bytes of a file; `where` names it in errors."""
     try:
         value = parse_json(data, constants=True)
     except ValueError as e:
-        raise error(f"{path}: not valid JSON ({first_line(e)})") from e
+        raise error(f"{where}: not valid JSON ({first_line(e)})") from e
     if not isinstance(value, dict):
-        raise error(f"{path}: must hold a JSON object, not {type(value).__name__}")
+        raise error(f"{where}: must hold a JSON object, not {type(value).__name__}")
     return value
 
 

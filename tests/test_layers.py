@@ -15,7 +15,7 @@ ROAD = """
 version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
-config layout headers containers images torch_file checkpoint hub wording memory cpu noise
+config layout headers containers images torch_file checkpoint hub listing wording memory cpu noise
 compiling cuda_graphs residency
 float8 kernels quantization
 qwen2 qwen2_modules kv_cache language
@@ -25,7 +25,7 @@ scores results
 pipeline
 provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards adaptive prompt_search scale_rae
-scaling scaling.settings scaling.experiment scaling.records scaling.events scaling.local_files scaling.object_store scaling.store
+scaling scaling.settings scaling.experiment scaling.records scaling.events scaling.locks scaling.local_files scaling.object_store scaling.store
 scaling.batches scaling.joining scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
 scaling.replacing scaling.reader scaling.scoring scaling.select scaling.plots scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
