@@ -16,26 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.config import DiTConfig
+from scale_rae.footprint import flops as flops  # re-exported: the network's operations
 from scale_rae.layout import TIME_FREQUENCIES
 
 NORM_EPS = 1e-6
 TIME_SEED = 114514  # the published networks' frequencies are not in their files: they are drawn from this seed
-
-
-def flops(config: DiTConfig) -> float:
-    """Floating-point operations of one evaluation of one image: its matrix products, a multiply-add counted as two."""
-
-    def block(width: int, condition_width: int) -> int:
-        attention = 4 * width**2 + 2 * config.tokens * width
-        return attention + 3 * width * int(2 / 3 * 4 * width) + 6 * width * condition_width
-
-    depth = config.depth if config.encoder_depth is None else config.encoder_depth
-    width = config.decoder_width or config.width
-    condition_width = config.condition_width if config.encoder_depth is None else width
-    blocks = depth * block(config.width, config.condition_width) + (config.depth - depth) * block(width, width)
-    embedders = config.channels * (config.width + (0 if config.encoder_depth is None else width))
-    final = 2 * width * condition_width + width * config.channels
-    return 2.0 * config.tokens * (blocks + embedders + final)
 
 
 def rope_table(side: int, head_dim: int) -> tuple[Tensor, Tensor]:

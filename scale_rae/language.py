@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scale_rae.checkpoint import RowSink
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
-from scale_rae.options import Speed
+from scale_rae.options import LANGUAGE_KINDS, Speed
 from scale_rae.prompt import IMAGE, ChatTokenizer, TextStream
 from scale_rae.quantization import (
     Place,
@@ -35,9 +35,6 @@ from scale_rae.qwen2_modules import Qwen2Modules
 from scale_rae.residency import HostEmbedding, Residency, RowsOneByOne, tensors_of
 
 _LOGIT_ROWS = 512  # rows of a [rows, vocabulary] float32 block: 0.3 GB at Qwen2.5's vocabulary
-# The quantisation of the language model by that of the DiT. Activations stay as they are: decoding gains nothing from smaller
-# ones, and those of language models have outliers.
-LANGUAGE_KINDS = {"int8": "int8", "int8-products": "int8", "fp8-storage": "fp8-storage", "nf4": "nf4"}
 _FUSED = (
     ("self_attn", ("q_proj", "k_proj", "v_proj")),
     ("self_attn", ("o_proj",)),

@@ -21,6 +21,9 @@ PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-vi
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("int8", "int8-products", "fp8", "fp8-storage", "nf4")
+# The quantisation of the language model by that of the DiT. Activations stay as they are: decoding gains nothing from smaller
+# ones, and those of language models have outliers.
+LANGUAGE_KINDS = {"int8": "int8", "int8-products": "int8", "fp8-storage": "fp8-storage", "nf4": "nf4"}
 OFFLOAD = ("none", "model", "stream")
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")

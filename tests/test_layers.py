@@ -15,7 +15,7 @@ ROAD = """
 version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
-config layout headers containers images torch_file checkpoint hub listing wording memory cpu noise
+config layout headers footprint containers images torch_file checkpoint hub listing wording memory cpu noise
 compiling cuda_graphs residency
 float8 kernels quantization
 qwen2 qwen2_modules kv_cache language
@@ -32,7 +32,7 @@ serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serv
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
-demo.widgets demo.board demo.page demo.gate demo.server
+demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
 cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
