@@ -38,6 +38,7 @@ _GET = re.compile(
 _POST = re.compile(rf"{_API}/(queue/join|run/predict|cancel|upload|reset)/?")
 _UPLOAD = f"{_API}/upload"
 _FILE = f"{_API}/file="
+_NO_FILE = (404, "no such file")
 _ADDED = [
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"SAMEORIGIN"),
@@ -109,6 +110,9 @@ class Gate:
         except ClientDisconnect:
             pass
         except Exception:
+            if self._is_gone(scope) and not started:
+                await _answer(send, *_NO_FILE)
+                return
             _log.exception("unexpected error on the page")
             if not started:
                 await _answer(send, 500, "unexpected error; the terminal that runs the page says more")
@@ -122,7 +126,7 @@ class Gate:
         if not (_POST if method == "POST" else _GET).fullmatch(path) or method not in ("GET", "HEAD", "POST"):
             return 404, "no such page"
         if path.startswith(_FILE) and not self._gives(path.removeprefix(_FILE)):
-            return 404, "no such file"
+            return _NO_FILE
         if method != "POST":
             return None
         length = _length(scope)
@@ -161,6 +165,11 @@ class Gate:
     def _gives(self, name: str) -> bool:
         """Whether a URL names a file in the page's folder."""
         return "\0" not in name and Path(os.path.realpath(name)).is_relative_to(self._folder)
+
+    def _is_gone(self, scope: Scope) -> bool:
+        """Whether a request names a file that is not there: a refused upload is removed, though the page may still ask for it."""
+        path = scope["path"]
+        return path.startswith(_FILE) and not Path(path.removeprefix(_FILE)).is_file()
 
     def _held(self) -> int:
         """Bytes in the page's folder and in uploads under way."""

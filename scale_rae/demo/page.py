@@ -168,17 +168,21 @@ def _look_tab(model: SharedModel, drawn: Any) -> None:
     )
 
     def own(file: str | None) -> list[Any]:
-        if file:
-            with removed_if_refused(file, model):
-                model.picture(Path(file))
-        words = "The picture is read through the encoder." if file else _NO_PICTURE
-        return [None, note(words), []]
+        if not file:  # from no browser
+            raise InputError("Choose a picture first: drop one.")
+        with removed_if_refused(file, model):
+            model.picture(Path(file))
+        return [None, note("The picture is read through the encoder."), []]
+
+    def forget() -> list[Any]:
+        return [None, None, note(_NO_PICTURE), []]
 
     places = [chosen, source, panel.chat]
-    for change in (picture.upload, picture.clear):
-        # In the queue, since gradio shows the text of an error only there.
-        event = change(shows_errors(own), picture, places, show_progress="hidden", api_visibility="private")
-        set_after_error(event, lambda: [None, *own(None)], [picture, *places])
+    # In the queue, since gradio shows the text of an error only there.
+    event = picture.upload(shows_errors(own), picture, places, show_progress="hidden", api_visibility="private")
+    set_after_error(event, forget, [picture, *places])
+    # Without the picture as an input: gradio still gives it when a drawn one is cleared.
+    picture.clear(forget, outputs=[picture, *places], queue=False, show_progress="hidden", api_visibility="private")
 
     def ask(history: list[dict[str, Any]], text: str, file: str | None, latent: Tensor | None) -> Iterator[Any]:
         yield from conversation(model, history, text, latent, Path(file) if file else None)

@@ -17,6 +17,7 @@ from typing import Any
 import uvicorn
 from fastapi import FastAPI
 
+from scale_rae.demo.event_streams import EventStreams
 from scale_rae.demo.gate import Gate
 from scale_rae.demo.limits import LARGEST_FILE
 from scale_rae.demo.page import CSS, THEME
@@ -122,7 +123,7 @@ def launch(
     )
     page.app = parent.routes[-1].app  # type: ignore[attr-defined]  # for page.close
     page.has_launched = True  # otherwise gradio does not check the files that visitors name
-    page.server = _Server(Gate(parent, folder, host, names), listener)
+    page.server = _Server(Gate(EventStreams(parent), folder, host, names), listener)
     page.server.wait_until_started()
     shown = {"0.0.0.0": "localhost", "::": "localhost"}.get(host, f"[{host}]" if ":" in host else host)
     url = f"http://{shown}:{port}/"
