@@ -20,7 +20,7 @@ from scale_rae.fast_dit import quantize_blocks
 from scale_rae.hub import Source, find, vae_folder, weight_files
 from scale_rae.language import LANGUAGE_KINDS, LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
-from scale_rae.memory import MemoryErrors
+from scale_rae.memory import MemoryErrors, savings
 from scale_rae.options import PUBLISHED_DECODERS, Speed
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantization import Place
@@ -81,7 +81,8 @@ def load_networks(
     what = f"loading the weights, {size:.1f} GiB as {str(dtype).removeprefix('torch.')}"
     if speed.quantize is not None:
         what += f", quantised ({speed.quantize})"
-    with MemoryErrors(device, dtype, what, "a smaller checkpoint"):
+    flags = savings(device, speed.quantize, "none" if storage == device else "model")
+    with MemoryErrors(device, dtype, what, "a smaller checkpoint", flags):
         sinks = _quantize(language, dit, speed.quantize, Place(storage, device, dtype))
         fill(
             {"": language, DIT_PREFIX: dit},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -67,11 +67,16 @@ def out_of_memory(error: BaseException | None) -> bool:
 
 
 class MemoryErrors:
-    """For a `with`: if memory runs out, raises a DeviceError that names `what` was being done, and remedies."""
+    """For a `with`: if memory runs out, raises a DeviceError that names `what` was being done, and remedies.
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, what: str, remedy: str) -> None:
+    `savings` are flags with which the model itself takes less memory (`savings`).
+    """
+
+    def __init__(
+        self, device: torch.device, dtype: torch.dtype | None, what: str, remedy: str, savings: Sequence[str] = ()
+    ) -> None:
         self.device, self.what = device, what
-        remedies = [remedy] if remedy else []
+        remedies = [*([remedy] if remedy else []), *savings]
         if dtype == torch.float32:
             remedies.append("--dtype bfloat16, which takes half of it")
         if device.type != "cpu":
@@ -91,6 +96,14 @@ class MemoryErrors:
         listed = f"{', '.join(others)}, or {last}" if others else last
         memory = "memory" if self.device.type == "cpu" else "GPU memory"
         raise DeviceError(f"{self.device}: out of {memory}{free} while {self.what}; try {listed}") from error
+
+
+def savings(device: torch.device, quantize: str | None, offload: str) -> list[str]:
+    """The flags with which a model on this device takes less memory than with those it has."""
+    if device.type != "cuda":
+        return []
+    smaller = {None: ["--quantize int8"], "nf4": []}.get(quantize, ["--quantize nf4"])
+    return smaller + {"none": ["--offload model"], "model": ["--offload stream"]}.get(offload, [])
 
 
 def in_batches(

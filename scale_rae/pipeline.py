@@ -29,7 +29,7 @@ from scale_rae.hub import Source, find
 from scale_rae.images import Picture, as_rgb
 from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, TextListener, TokenListener, hear_text
 from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
-from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype
+from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype, savings
 from scale_rae.noise import image_seed
 from scale_rae.options import (
     DECODE_AT_ONCE,
@@ -169,7 +169,8 @@ class ScaleRAE:
         language, dit, norm_stats = load_networks(
             source, config, torch_dtype, torch_device, speed, progress, residency.home
         )
-        with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint"):
+        flags = savings(torch_device, quantize, offload)
+        with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint", flags):
             return cls(
                 *(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device),
                 speed=speed,
@@ -647,7 +648,7 @@ class ScaleRAE:
     ) -> list[T]:
         """`memory.in_batches` while `part` has its turn on the device. All that a network computes goes through here."""
         release = self.release_memory if self.split_batches else None
-        with self.memory_errors(f"copying weights to the device ({part})", ""), self.residency.use(part):
+        with self.residency.use(part):
             return in_batches(count, size, run, self.memory_errors, what, remedy, release)
 
     def with_speed(self, speed: Speed) -> ScaleRAE:
@@ -684,4 +685,5 @@ class ScaleRAE:
 
     def memory_errors(self, what: str, remedy: str = "fewer at once") -> MemoryErrors:
         """A context in which running out of memory raises a DeviceError that names `what` was done and the `remedy`."""
-        return MemoryErrors(self.device, self.dtype, what, remedy)
+        flags = savings(self.device, self.speed.quantize, self.residency.mode)
+        return MemoryErrors(self.device, self.dtype, what, remedy, flags)

@@ -365,8 +365,15 @@ def rows_in_chunks(linear: nn.Module, at_most: int) -> list[nn.Module]:
 def _with_rows(weight: Any, rows: slice) -> nn.Module:
     if isinstance(weight, QuantizedWeight):
         return QuantizedLinear(weight.rows(rows), None)
-    part = weight.detach()[rows]
-    with torch.device("meta"):
-        linear = nn.Linear(part.shape[1], part.shape[0], bias=False)
-    linear.weight = nn.Parameter(part, requires_grad=False)
-    return linear
+    return _Rows(weight.detach()[rows])
+
+
+class _Rows(nn.Module):
+    """A Linear without bias; making nn.Linear's own would initialise its weight."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)

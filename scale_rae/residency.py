@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_rae.errors import DeviceError
+from scale_rae.memory import MemoryErrors, savings
 from scale_rae.options import Speed
 
 _ALIGN = 256  # bytes; kernels and libraries read aligned weights faster
@@ -380,18 +381,21 @@ class Residency:
                 if id(tensor) not in left:
                     tensor.data = tensor.data.to(self.device)
 
-    def keep(self, part: str, weights: object, entries: Sequence[nn.Module] = ()) -> None:
+    def keep(self, part: str, weights: object, entries: Sequence[nn.Module] = ()) -> str:
         """Takes a part's weights, all that `tensors_of` finds: they wait on the host, and `use` brings them to the device.
 
-        Single numbers stay on the device. `entries` are modules through which the part is entered: outside of its turn they
-        raise RuntimeError, since the device's memory then holds another part's weights.
+        The result is the name for `use`: `part`, or another if there is a part of that name. Single numbers stay on the device.
+        `entries` are modules through which the part is entered: outside of its turn they raise RuntimeError, since the device's
+        memory then holds another part's weights.
 
         Raises:
             DeviceError: when the host's memory cannot be page-locked.
         """
         if not self.offloads:
-            return
+            return part
         with self._lock, torch.inference_mode(False), torch.no_grad():
+            if part in self._parts:
+                part = f"{part} {len(self._parts)}"
             found = _unique(weights)
             for tensor in found:
                 if tensor.numel() == 1:
@@ -400,6 +404,7 @@ class Residency:
             if self._turns[-1:] == [part]:
                 self._bring(part)
         self._guard(part, entries)
+        return part
 
     def keep_blocks(
         self, part: str, blocks: Sequence[T], weights: object, entries: Sequence[nn.Module] = ()
@@ -444,7 +449,7 @@ class Residency:
         kept = self._parts[part]
         if kept.arena is None:
             with torch.inference_mode(False), torch.no_grad():
-                kept.bind(self._arena(kept.size))
+                kept.bind(self._arena(part, kept.size))
         assert kept.arena is not None
         address = kept.arena.data_ptr()
         if self._present.get(address) != part:
@@ -452,13 +457,15 @@ class Residency:
             self._present[address] = part
             self.copies[part] += 1
 
-    def _arena(self, size: int) -> Tensor:
+    def _arena(self, part: str, size: int) -> Tensor:
         """Device memory for a part of this size; the first one is made for the largest part so far."""
         for arena in self._arenas:
             if arena.numel() >= size:
                 return arena
         most = max(kept.size for kept in self._parts.values())
-        self._arenas.append(torch.empty(most, dtype=torch.uint8, device=self.device))
+        what = f"making room for the weights of the {part}, {most / 2**30:.1f} GiB"
+        with MemoryErrors(self.device, None, what, "", savings(self.device, "nf4", self.mode)):
+            self._arenas.append(torch.empty(most, dtype=torch.uint8, device=self.device))
         return self._arenas[-1]
 
     def _guard(self, part: str, entries: Sequence[nn.Module]) -> None:

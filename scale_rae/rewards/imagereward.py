@@ -64,7 +64,9 @@ class ImageReward:
             raise CheckpointError(f"{self.tokenizer_source.folder}: the tokenizer has no token [PAD]")
         self.tokenizer.enable_truncation(TEXT_TOKENS)
         self.tokenizer.enable_padding(length=TEXT_TOKENS, pad_id=pad, pad_token="[PAD]")
-        self.network = load_network(folder, model.dtype, model.device)
+        self._residency = model.residency
+        self.network = load_network(folder, model.dtype, self._residency.home)
+        self._part = self._residency.keep(self.name, self.network, [self.network])
         if self.tokenizer.get_vocab_size() != self.network.vocabulary:
             raise CheckpointError(
                 f"{self.tokenizer_source.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens with [DEC] "
@@ -95,7 +97,7 @@ class ImageReward:
         scores: list[float] = []
         for batch in parts.batches(images):
             pixels = torch.stack([preprocess(image) for image in batch]).to(self._device)
-            with self._memory_errors(f"scoring {len(batch)} images at once"):
+            with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use(self._part):
                 scores += self.network(pixels, ids.expand(len(batch), -1), mask.expand(len(batch), -1)).tolist()
         return parts.checked(scores, self.name)
 

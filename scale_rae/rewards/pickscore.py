@@ -61,11 +61,13 @@ class PickScore:
             {"": network},
             reader,
             model.dtype,
-            model.device,
+            model.residency.home,
             keep_float32=lambda name: name == "logit_scale",
             ignore=lambda name: name.endswith("position_ids"),
         )
         self.network: Any = network
+        self._residency = model.residency
+        self._part = self._residency.keep(self.name, network, [network.text_model, network.vision_model])
         self.processor_source = _find_processor(model, folder)
         side = self.network.config.vision_config.image_size
         self._processor = _load_processor(self.processor_source.folder / PROCESSOR, side)
@@ -99,11 +101,12 @@ class PickScore:
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """Logits, about 20 for most pictures; the prompt is cut after 77 tokens."""
         ids = torch.tensor([self.tokenizer.encode(prompt).ids], device=self._device)  # [1, T], never padded
-        text = self.network.get_text_features(input_ids=ids).pooler_output  # [1, D]
+        with self._residency.use(self._part):
+            text = self.network.get_text_features(input_ids=ids).pooler_output  # [1, D]
         scores: list[float] = []
         for batch in parts.batches(images):
             pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"].to(self._device, self._dtype)
-            with self._memory_errors(f"scoring {len(batch)} images at once"):
+            with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use(self._part):
                 pictures = self.network.get_image_features(pixel_values=pixels).pooler_output  # [N, D]
             scores += (parts.similarity(pictures, text) * self.network.logit_scale.exp()).tolist()
         return parts.checked(scores, self.name)

@@ -76,10 +76,12 @@ class SiglipReward:
             {"text_model.": self._text, "": self._logit},
             reader,
             model.dtype,
-            model.device,
+            model.residency.home,
             keep_float32=lambda name: name.startswith("logit_"),
             ignore=lambda name: name.startswith("vision_model.") or name.endswith("position_ids"),
         )
+        self._residency = model.residency
+        self._part = self._residency.keep(self.name, [self._text, self._logit], [self._text])
         self.tokenizer: Any = parts.read_tokenizer(folder, "qwen2")
         if self.tokenizer.get_vocab_size() > config.vocab_size:
             raise CheckpointError(
@@ -109,7 +111,8 @@ class SiglipReward:
     def text_embeds(self, text: str) -> Tensor:
         """[1, D] of a text, lower-cased as SigLIP's training texts were."""
         ids = torch.tensor([self.tokenizer.encode(text.lower()).ids], device=self._encoder.device)  # [1, T]
-        return self._text(input_ids=ids).pooler_output  # type: ignore[no-any-return]
+        with self._residency.use(self._part):
+            return self._text(input_ids=ids).pooler_output  # type: ignore[no-any-return]
 
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
@@ -118,7 +121,7 @@ class SiglipReward:
         scores: list[float] = []
         for batch in parts.batches(images):
             pixels = encoder.preprocess(batch).to(encoder.device, encoder.dtype)
-            with self._memory_errors(f"scoring {len(batch)} images at once"):
+            with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use("encoder"):
                 pictures = encoder.model(pixels).pooler_output  # [N, D]
             logits = parts.similarity(pictures, text) * self._logit.logit_scale.exp() + self._logit.logit_bias
             scores += logits.tolist()

@@ -100,10 +100,12 @@ class EncoderOnly:
         source = find_model(choice)
         from scale_rae.config import load_config
         from scale_rae.memory import pick_device, pick_dtype
+        from scale_rae.residency import Residency
 
         self.source, self.config = source, load_config(source.folder)
         self.device = pick_device(choice.device)
         self.dtype = pick_dtype(choice.dtype, self.device)
+        self.residency = Residency("none", self.device)
         self.encoder_source: Source | None = None
         self._encoder: Encoder | None = None
 
