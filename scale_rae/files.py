@@ -9,6 +9,7 @@ import os
 import select
 import stat
 import sys
+import time
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from scale_rae.errors import InputError, ScaleRAEError
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _CHUNK = 1 << 20
 _PIPE_WAIT = 10  # seconds
+_IS_WINDOWS = os.name == "nt"
+_READER_WAIT = 5.0  # seconds
 _AT_FDCWD = -100
 _EXCHANGE = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _UNKNOWN = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)  # errors of systems and file systems that cannot exchange
@@ -113,6 +116,26 @@ def write_new(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())  # some file systems notice a full disk only here
+
+
+def replace(source: Path, target: Path) -> None:
+    """Renames a file, in the place of `target` if that exists.
+
+    Windows forbids that while any process has the target open, so there it is tried again for a few seconds.
+
+    Raises:
+        OSError: as a rename does.
+    """
+    end = time.monotonic() + _READER_WAIT
+    while True:
+        try:
+            source.replace(target)
+        except PermissionError:
+            if not _IS_WINDOWS or time.monotonic() >= end:
+                raise
+            time.sleep(0.02)
+        else:
+            return
 
 
 def _a(what: str) -> str:

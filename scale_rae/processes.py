@@ -12,10 +12,10 @@ FOLDER = Path(__file__).parent  # of the package
 # `python -m` and `-c` put the working folder before Python's own modules, and PYTHONPATH puts the package's neighbours there.
 # So the package alone is loaded from its place; the folder that holds it comes last, for processes that this one starts.
 _START = """
-import importlib.util, runpy, sys
+import importlib.util, os.path, runpy, sys
 spec = importlib.util.spec_from_file_location("scale_rae", sys.argv[1] + "/__init__.py")
 sys.modules["scale_rae"] = package = importlib.util.module_from_spec(spec)
-sys.path.append(sys.argv[1].rpartition("/")[0])
+sys.path.append(os.path.dirname(sys.argv[1]))
 spec.loader.exec_module(package)
 module = sys.argv[2]
 del sys.argv[1:3]

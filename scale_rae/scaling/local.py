@@ -16,6 +16,7 @@ from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError
 from scale_rae.scaling.events import Event, Listener, Message, WorkerFailed, WorkerFinished, from_json
 from scale_rae.scaling.launch import Job, share
 from scale_rae.scaling.local_files import append
+from scale_rae.scaling.locks import can_share
 from scale_rae.scaling.object_store import is_remote
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.worker import Assignment, work
@@ -102,7 +103,8 @@ class Local:
 def _follow(job: Job, assignments: Sequence[Assignment], listen: Listener) -> dict[str, float]:
     """Starts a process per assignment and passes their events on until all have ended; returns seconds per stage.
 
-    The processes share the run's lock, so that the folder stays locked until the last of them is gone.
+    The processes share the run's lock, so that the folder stays locked until the last of them is gone. Where locks cannot be
+    shared (Windows), this process alone has it; the others end when it does, by the end of their stdin.
     """
     reports: Reports = queue.Queue()
     workers: list[subprocess.Popen[str]] = []
@@ -179,7 +181,7 @@ def start_worker(job: Job, assignment: Assignment, threads: int) -> subprocess.P
             env=environment,
             text=True,
             encoding="utf-8",
-            pass_fds=[file.fileno() for file in job.lock.files],
+            pass_fds=[file.fileno() for file in job.lock.files] if can_share() else (),
         )
     assert worker.stdin is not None
     try:

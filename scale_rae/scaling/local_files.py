@@ -1,4 +1,4 @@
-"""Files of an experiment on this machine, or in a folder that machines share: whole or not at all, with flock's locks.
+"""Files of an experiment on this machine, or in a folder that machines share: whole or not at all, with locks (locks.py).
 
 A file is written under a temporary name, synced and renamed. No link is followed where something is written: somebody else may
 have put it there.
@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import IO
 
 from scale_rae.errors import InputError, OutputError, printable
-from scale_rae.files import read_bytes
+from scale_rae.files import read_bytes, replace
+from scale_rae.scaling.locks import can_share, try_lock
 
 LOCK_WAIT = 3.0  # seconds for the processes of a killed run to be gone
 
@@ -110,7 +111,7 @@ class LocalFiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _make(self.temporary, data, durable)
-            self.temporary.rename(path)
+            replace(self.temporary, path)
         except OSError:
             self.temporary.unlink(missing_ok=True)
             raise
@@ -125,13 +126,15 @@ class LocalFiles:
             pass
         except OSError:  # a file system without hard links
             if not path.exists():
-                mine.replace(path)
+                replace(mine, path)
         finally:
             mine.unlink(missing_ok=True)
         self.sync(path.parent)
 
     def sync(self, folder: Path) -> None:
         """Has the names in a folder outlive a loss of power, on file systems that can."""
+        if not hasattr(os, "O_DIRECTORY"):  # Windows, which opens no folder
+            return
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(descriptor)
@@ -157,8 +160,13 @@ class LocalFiles:
         """A run's locks: exclusive, or shared by `processes` that were started together.
 
         Raises:
-            OutputError: when another run has them.
+            OutputError: when another run has them, or locks cannot be shared.
         """
+        if processes > 1 and not can_share():
+            raise OutputError(
+                f"{self._work.parent}: this operating system has no flock, by which processes that were started together share "
+                "an experiment; start one process, with all devices in --devices"
+            )
         locks = FileLocks()
         wanted = [(self._work / "run.lock", processes > 1)]
         if processes > 1:
@@ -189,31 +197,24 @@ def _lock(path: Path, shared: bool, patience: float) -> IO[str] | None:
     """A locked file, None when another process still has the lock after `patience` seconds.
 
     Raises:
-        OutputError: when the file cannot be opened, or the file system or operating system has no such locks.
+        OutputError: when the file cannot be opened, or the file system has no locks.
     """
     try:
         file = append(path)
     except OSError as e:
         raise cannot_write(path, e) from e
-    try:
-        import fcntl
-    except ImportError as e:
-        file.close()
-        raise OutputError(f"{path}: this operating system has no flock, by which runs are kept apart") from e
-    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + patience
     while True:
         try:
-            fcntl.flock(file, kind | fcntl.LOCK_NB)
-            return file
-        except BlockingIOError:
-            if time.monotonic() >= deadline:
-                file.close()
-                return None
-            time.sleep(0.1)
+            if try_lock(file.fileno(), shared):
+                return file
         except OSError as e:
             file.close()
             raise OutputError(f"{path}: this file system knows no locks ({e.strerror}); use another folder") from e
+        if time.monotonic() >= deadline:
+            file.close()
+            return None
+        time.sleep(0.1)
 
 
 def _open(path: Path, flags: int) -> int:
@@ -222,8 +223,12 @@ def _open(path: Path, flags: int) -> int:
     Raises:
         OSError: when there is a link, which somebody else may have put there, or anything but a regular file.
     """
-    flags |= os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # else a pipe waits for its reader
+    flags |= os.O_WRONLY | os.O_CREAT
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # without O_NONBLOCK, a pipe waits for its reader
+        flags |= getattr(os, name, 0)  # Windows has only the last
     try:
+        if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
         descriptor = os.open(path, flags, 0o666)
     except OSError as e:
         if e.errno == errno.ELOOP:

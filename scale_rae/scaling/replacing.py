@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from scale_rae.errors import OutputError
-from scale_rae.files import check_name, exchange, write_new
+from scale_rae.files import check_name, exchange, replace, write_new
+from scale_rae.scaling.locks import alone_in
 
 
 @contextlib.contextmanager
@@ -28,7 +29,7 @@ def replaced(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterator
         OSError: when a folder cannot be moved.
     """
     new = [_new(target) for target in targets]
-    with _alone_in(targets[0].parent):
+    with alone_in(targets[0].parent):
         for target in targets:
             _recover(target)
             check(target)
@@ -45,7 +46,7 @@ def restored(folder: Path) -> Path:
     """The folder itself; if a process was killed while it replaced the folder, the old one is put back first."""
     with contextlib.suppress(OSError):
         if not os.path.lexists(folder) and os.path.lexists(_old(folder)):
-            with _alone_in(folder.parent):  # a process that is alive puts its new folder there by itself
+            with alone_in(folder.parent):  # a process that is alive puts its new folder there by itself
                 _recover(folder)
     return folder
 
@@ -67,7 +68,7 @@ def write_file(path: Path, data: bytes, source: Path) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_new(staging, data)
-            staging.replace(target)
+            replace(staging, target)
         finally:
             staging.unlink(missing_ok=True)
     except OSError as e:
@@ -86,24 +87,6 @@ def _new(target: Path) -> Path:
 
 def _old(target: Path) -> Path:
     return target.with_name(f".{target.name}.scale-rae-old")
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """For a `with`: waits until no other process replaces folders in `folder`; makes no lock file, so a kill leaves none."""
-    try:
-        import fcntl
-
-        handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):  # Windows has neither; there, two selections at once can disturb each other
-        yield
-        return
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
 
 
 def _recover(target: Path) -> None:

@@ -11,7 +11,7 @@
     .work/locks/, .work/tmp/, .work/run.lock
 
 A batch is finished when its record is there and every file it names has the recorded SHA-256. That is all that resuming
-needs to know: metadata.jsonl is a function of the batches. Locks are flock's, so they end with the process, however that ends.
+needs to know: metadata.jsonl is a function of the batches. Locks (locks.py) end with the process, however that ends.
 A prompt is finished once metadata.jsonl has been renamed into place: an error.json beside it is a leftover.
 
 Nothing is believed because it is in the folder: a disk may damage it, and a stranger may have made it. Batch records and the

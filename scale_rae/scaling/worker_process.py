@@ -47,7 +47,8 @@ def main() -> int:
     """Carries out the assignment on stdin. Exit code: 0 done, 3 after an event WorkerFailed, 1 for an unexpected error."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log
-    line = sys.stdin.readline()
+    sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    line = sys.stdin.buffer.readline().decode()  # in UTF-8 whatever the system's usual encoding
     threading.Thread(target=_die_with_launcher, daemon=True).start()
 
     def listen(event: Event) -> None:

@@ -280,7 +280,8 @@ class _Worker:
             stderr=subprocess.DEVNULL,  # libraries write there, also about what clients sent
             env=environment,
             cwd="/" if os.name == "posix" else None,
-            start_new_session=True,  # so that Ctrl-C reaches the server only
+            start_new_session=True,  # so that Ctrl-C reaches the server only; on Windows, the flag does that
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
         )
         with self._lock:
             self._process = process

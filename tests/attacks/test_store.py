@@ -8,7 +8,6 @@ import importlib.util
 import json
 import os
 import random
-import runpy
 import shutil
 import socket
 import stat
@@ -24,7 +23,7 @@ from scale_rae import processes
 from scale_rae.errors import InputError, OutputError
 from scale_rae.jsonio import dump_json
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling import local, local_files, object_store
+from scale_rae.scaling import local, object_store
 from scale_rae.scaling.events import Event, Message, PromptFailed, PromptFinished, printable_event
 from scale_rae.scaling.launch import Job
 from scale_rae.scaling.local_files import FileLocks
@@ -377,13 +376,6 @@ def test_an_index_that_is_no_file_name(store: Store) -> None:
     with pytest.raises(OutputError, match="File name too long"):
         draw(store, prompt)
 
-
-def test_a_system_without_flock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Such as Windows: importing is possible, a run is refused."""
-    monkeypatch.setitem(sys.modules, "fcntl", None)
-    runpy.run_path(str(local_files.__file__))
-    with pytest.raises(OutputError, match="no flock"):
-        Store(tmp_path, SETTINGS).lock_run()
 
 
 HOSTILE = "a \x1b]0;title\x07\x1b[2J\x9b1m\u202ecat"
