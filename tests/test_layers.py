@@ -15,9 +15,9 @@ ROAD = """
 version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
-config layout headers footprint containers images torch_file checkpoint hub listing wording memory cpu noise
+config layout headers footprint memory_plan containers images torch_file checkpoint hub listing wording memory cpu noise
 compiling cuda_graphs residency
-float8 kernels quantization
+float8 kernels quantization machine
 qwen2 qwen2_modules kv_cache language
 dit flow fast_dit sampling
 encoder decoder vae loading

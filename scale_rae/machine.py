@@ -1,0 +1,128 @@
+"""What a device is and what it does per second, measured in about a second, for estimates and for `--memory`."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+from scale_rae.errors import DeviceError
+from scale_rae.footprint import CONTEXT, Rates
+
+_SECONDS = 0.05  # that each rate is measured for, at least
+_SPARE = 0.05  # the share of what is free that `auto` leaves
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A device: its name, kind ("cuda", "cpu", "mps"), memory in bytes, and whether our kernels for quantised products run on it."""
+
+    name: str
+    kind: str
+    total: int
+    free: int
+    kernels: bool
+
+    @property
+    def usable(self) -> int:
+        """Bytes of memory that `--memory auto` stays below: what is free now, less a margin."""
+        return int(self.free * (1 - _SPARE))
+
+
+def describe(device: torch.device) -> Machine:
+    """The device and its memory now. On the CPU that is the host's memory, or the container's limit where that is lower.
+
+    Raises:
+        DeviceError: where the system does not say how much memory is free.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        free += torch.cuda.memory_reserved(device)  # what this process holds is its own
+        kernels = find_spec("triton") is not None
+        return Machine(torch.cuda.get_device_name(device), "cuda", total, free + CONTEXT["cuda"], kernels)
+    if device.type == "mps":
+        total = int(torch.mps.recommended_max_memory())
+        return Machine("MPS", "mps", total, total - int(torch.mps.driver_allocated_memory()), False)
+    total, free = _host_memory()
+    return Machine(f"CPU, {torch.get_num_threads()} threads", "cpu", total, free, False)
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Rates:
+    """Measured rates of a device: products of two square matrices, a copy within its memory, a copy from page-locked host memory.
+
+    Takes about half a second and 0.3 GB of the device's memory.
+    """
+    side = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(side, side, device=device).to(dtype)
+    products = 2.0 * side**3 / _time(device, lambda: a @ a)
+    words = (32 << 20) if device.type == "cpu" else (128 << 20)
+    source = torch.empty(words, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    memory = 2.0 * words / _time(device, lambda: target.copy_(source))
+    bus = memory
+    if device.type == "cuda":
+        host = torch.empty(words, dtype=torch.uint8, pin_memory=True)
+        bus = words / _time(device, lambda: target.copy_(host, non_blocking=True))
+    return Rates(products, memory, bus)
+
+
+def limit_process(device: torch.device, limit: int) -> None:
+    """Keeps the process below a limit of bytes of a GPU: allocations beyond it fail as if the memory were full.
+
+    The context of CUDA, which torch does not count, is part of the limit. On the CPU nothing is enforced.
+    """
+    if device.type == "cuda":
+        _, total = torch.cuda.mem_get_info(device)
+        share = max(limit - CONTEXT["cuda"], 0) / total
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    elif device.type == "mps":
+        torch.mps.set_per_process_memory_fraction(min(2.0, limit / torch.mps.recommended_max_memory()))
+
+
+def _time(device: torch.device, run: Callable[[], object]) -> float:
+    """Seconds of one call, from as many calls as take _SECONDS, after a first one."""
+    synchronise: Callable[[], object] = lambda: None  # noqa: E731
+    if device.type == "cuda":
+        synchronise = lambda: torch.cuda.synchronize(device)  # noqa: E731
+    elif device.type == "mps":
+        synchronise = torch.mps.synchronize
+    run()
+    synchronise()
+    calls = 1
+    while True:
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        synchronise()
+        seconds = time.perf_counter() - start
+        if seconds >= _SECONDS:
+            return seconds / calls
+        calls *= 4
+
+
+def _host_memory() -> tuple[int, int]:
+    """(bytes in all, bytes that are free) of the host's memory, within the limit of the process's container."""
+    total = free = None
+    with contextlib.suppress(OSError, ValueError, IndexError, KeyError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        fields = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if ":" in line}
+        total, free = fields["MemTotal"], fields["MemAvailable"]
+    if total is None or free is None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            free = total * 3 // 4  # macOS does not say what is free
+    if total is None or free is None:
+        raise DeviceError(
+            "--memory auto: this system does not say how much memory is free; give a size, as in --memory 8G"
+        )
+    with contextlib.suppress(OSError, ValueError):
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        total, free = min(total, limit), min(free, max(0, limit - used))
+    return total, free
