@@ -213,25 +213,40 @@ class Searcher:
     def _look(self, going: Sequence[Drawn], t: float | None) -> None:
         """Has the model and the reward look at candidates, early at time t or at the end."""
         with self._timed("judging"):
-            seen = self._mapped(partial(self.read, t=t), going, self.batching.read)
+            if self.model.residency.offloads:  # each part of the model has one turn
+                found = self.read(going, t, self.batching.read)
+                seen = list(zip(going, found, strict=True))
+            else:
+                seen = self._mapped(partial(self.read, t=t), going, self.batching.read)
         for drawn, (picture, look) in seen:
             drawn.note(picture, look)
 
-    def read(self, some: Sequence[Drawn], t: float | None) -> list[tuple[Image.Image | None, Look]]:
-        """What a look at candidates finds, early at time t or at the end: per candidate its picture, if decoded, and the look."""
+    def read(
+        self, some: Sequence[Drawn], t: float | None, at_once: int | None = None
+    ) -> list[tuple[Image.Image | None, Look]]:
+        """What a look at candidates finds, early at time t or at the end: per candidate its picture, if decoded, and the look.
+
+        They are decoded, rewarded, encoded and scored `at_once` at a time, by default all.
+        """
+        size = at_once or len(some)
         latents, asked = [d.latent for d in some], [d.search.asked for d in some]
         pictures: Sequence[Image.Image | None] = [None] * len(some)
         rewards: Sequence[float | None] = [None] * len(some)
         needs_pictures = t is None or self.reward is not None or self._encodes or self.search.save_dropped
         if needs_pictures:
-            decoded = self.model.decode(latents, batch_size=len(latents))
+            decoded = self.model.decode(latents, batch_size=size)
             pictures = decoded
             if self.reward is not None:
-                rewards = _rewards(self.reward, decoded, [a.prompt for a in asked])
+                prompts = [a.prompt for a in asked]
+                parts = [slice(i, i + size) for i in range(0, len(some), size)]
+                rewards = [value for part in parts for value in _rewards(self.reward, decoded[part], prompts[part])]
             if self._encodes:
-                latents = self.model.encode(decoded, batch_size=len(decoded))
+                latents = self.model.encode(decoded, batch_size=size)
         score: Any = self.model.score_each if t is None else self.model.score_early
-        scores: list[Score | EarlyScore] = score(latents, asked, self._question, self._max_new_tokens)
+        scores: list[Score | EarlyScore] = []
+        for i in range(0, len(some), size):
+            part = slice(i, i + size)
+            scores += score(latents[part], asked[part], self._question, self._max_new_tokens)
         looks = [Look(t, s.judgement(), reward) for s, reward in zip(scores, rewards, strict=True)]
         return list(zip(pictures, looks, strict=True))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 import scale_rae
 from scale_rae import options
+from scale_rae.adaptive import Batching, Search, Searcher
 from scale_rae.errors import InputError, OptionError
+from scale_rae.images import Picture
 from scale_rae.memory import MemoryErrors, savings
-from scale_rae.options import ModelChoice, SamplingOptions, Speed
+from scale_rae.options import ModelChoice, SamplingOptions, SearchOptions, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.residency import Layout, Residency, Ring, Streamed, tensors_of, to_host
 from scale_rae.rewards import load_reward
+from scale_rae.scores import Asked
 from tests.test_goldens import DRAW
 
 Load = Callable[..., ScaleRAE]
@@ -186,6 +189,44 @@ def test_a_reward_has_its_turn_too(load: Load, mode: str) -> None:
         return reward.range, found
 
     assert scores(mode) == scores("none")
+
+
+class Rewarding:
+    """A reward that is a part of the model, for counting its turns."""
+
+    name, range, operations = "rewarding", (0.0, 1.0), 0.0
+
+    def __init__(self, model: ScaleRAE) -> None:
+        self._residency, self._network = model.residency, nn.Linear(3, 1)
+        self._residency.keep(self.name, self._network, [self._network])
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": self.name}
+
+    def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
+        with self._residency.use(self.name):
+            return [float(self._network(torch.zeros(1, 3)).detach()) * 0 for _ in images]
+
+
+def test_in_a_search_each_part_has_one_turn_per_stage(load: Load) -> None:
+    """Candidates of all prompts are drawn, then decoded, then rewarded, then scored, in however many batches."""
+
+    def searched(offload: str) -> tuple[list[Any], ScaleRAE]:
+        model = load("shapes", offload)
+        requests = ["a photo of a red circle", "a photo of a blue square"]
+        replies = model.reply(requests)
+        searches = [Search(Asked(r, r, reply), lambda j: j) for r, reply in zip(requests, replies, strict=True)]
+        options, sampling = SearchOptions(check_at=(0.9,), max_candidates=4), SamplingOptions(steps=3)
+        searcher = Searcher(model, Rewarding(model), 2, options, sampling, Batching(draw=1, read=1))
+        model.residency.copies.clear()
+        waves = searcher.next_round(searches)
+        assert sum(map(len, waves)) >= 2, "several batches"
+        return [(drawn.candidate, drawn.latent.tolist()) for wave in waves for drawn in wave], model
+
+    found, model = searched("model")
+    assert set(model.residency.copies.values()) == {2}, "one turn until the look, and one to the end"
+    assert set(model.residency.copies) == {"dit", "decoder", "rewarding", "language"}
+    assert found == searched("none")[0]
 
 
 # --- layouts and blocks ----------------------------------------------------------------------------------------------

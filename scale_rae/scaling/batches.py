@@ -116,6 +116,13 @@ class BatchMaker:
     ) -> tuple[list[dict[str, Any]], list[float]]:
         """Entries of text_responses, and rewards (none without a reward model), per image of one batch."""
         settings, model, prompt = self.settings, self.model, replied.prompt.prompt
+        # The reward first: where weights are offloaded, the language model then has the next prompt's reply in the same turn.
+        rewards: list[float] = []
+        if self._reward is not None:
+            with self.clock.timed("reward"):
+                rewards = [float(value) for value in self._reward.score(images, prompt)]
+            if len(rewards) != len(images):
+                raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
         with self.clock.timed("judging"):
             scores = model.score(
                 model.encode(images, batch_size=len(images)) if settings.post_qa_mode == "image" else latents,
@@ -125,12 +132,6 @@ class BatchMaker:
                 question=settings.question,
                 max_new_tokens=settings.post_qa_max_new_tokens,
             )
-        if self._reward is None:
-            return [score.judgement() for score in scores], []
-        with self.clock.timed("reward"):
-            rewards = [float(value) for value in self._reward.score(images, prompt)]
-        if len(rewards) != len(images):
-            raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
         return [score.judgement() for score in scores], rewards
 
     def largest_batch(self, prompts: Sequence[PromptRecord]) -> int:
