@@ -3,15 +3,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
 
-from scale_rae.pipeline import ScaleRAE
-from scale_rae.sampling import LatentSampler
-from tests.helpers.made_checkpoints import golden_case, write_checkpoint
+if TYPE_CHECKING:
+    import torch
 
+    from scale_rae.pipeline import ScaleRAE
+
+# pytest's first process, which runs no test, imports this file before it starts the others: torch would take it seconds.
 # Tests run in parallel, and so do the programs that they start: threads that wait for a core take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
 
@@ -20,17 +21,23 @@ GOLDEN_CASES = ("siglip", "webssl", "ddt", "wide")
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model folders of the golden checkpoints, encoder and decoder beside them."""
+    from tests.helpers.made_checkpoints import golden_case, write_checkpoint
+
     return {name: write_checkpoint(golden_case(name), tmp_path_factory.mktemp(name)) for name in GOLDEN_CASES}
 
 
 @pytest.fixture(scope="session")
 def models(checkpoints: dict[str, Path]) -> dict[str, ScaleRAE]:
+    from scale_rae.pipeline import ScaleRAE
+
     return {name: ScaleRAE.from_pretrained(str(folder), device="cpu") for name, folder in checkpoints.items()}
 
 
@@ -42,6 +49,8 @@ def golden_model(request: pytest.FixtureRequest, models: dict[str, ScaleRAE]) ->
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """(conditions, images) of each batch that is drawn from now on."""
+    from scale_rae.sampling import LatentSampler
+
     sizes: list[tuple[int, int]] = []
     draw = LatentSampler.sample_batch
 
@@ -54,8 +63,11 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    on_gpu = [item for item in items if item.get_closest_marker("gpu")]
+    if on_gpu:
+        import torch
+
+        if torch.cuda.is_available():
+            return
+    for item in on_gpu:
+        item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
