@@ -31,7 +31,7 @@ from benchmarks.bench import write_between_marks, write_json
 from benchmarks.study_analysis import JUDGE, Bootstrap, read_lines
 from benchmarks.study_tables import search_markdown, search_plot, search_summary
 from scale_rae import acceptance
-from scale_rae.acceptance import DEFAULT_THRESHOLDS, Candidate, Look, Thresholds
+from scale_rae.acceptance import DEFAULT_THRESHOLDS, Candidate, Look, Rules, Thresholds
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.options import SamplingOptions, SearchOptions
 from scale_rae.ranking import Verdicts, rank
@@ -77,13 +77,18 @@ class BestOf:
 
 @dataclass(frozen=True)
 class Adaptive:
-    """An adaptive search; `looks` False drops nothing early."""
+    """An adaptive search; `reward` is the name of the records' reward, or None to do without; `looks` False drops nothing early."""
 
     keep: int = KEEP
     options: SearchOptions = field(default_factory=SearchOptions)
     thresholds: Thresholds = DEFAULT_THRESHOLDS
-    reward: bool = True
+    reward: str | None = "siglip"
     looks: bool = True
+
+    @property
+    def rules(self) -> Rules:
+        """What such a search goes by."""
+        return Rules(self.keep, self.options, self.reward, self.thresholds)
 
 
 @dataclass(frozen=True)
@@ -140,7 +145,7 @@ def replay(prompt: Prompt, policy: BestOf | Adaptive) -> Outcome:
         network = policy.count * len(prompt.times)
         return Outcome(share, prompt.right[first], network, 0, policy.count, policy.count)
     candidates = searched(prompt, policy)
-    kept = acceptance.kept(candidates, policy.keep)
+    kept = acceptance.kept(candidates, policy.rules)
     accepted = sum(c.fate == acceptance.ACCEPTED for c in candidates)
     return Outcome(
         float(np.mean([prompt.right[i] for i in kept])),
@@ -163,21 +168,25 @@ def searched(prompt: Prompt, policy: Adaptive) -> list[Candidate]:
         return seen if policy.reward else dataclasses.replace(seen, reward=None)
 
     candidates: list[Candidate] = []
-    while numbers := acceptance.next_wave(candidates, policy.keep, policy.options):
+    while numbers := acceptance.next_wave(candidates, policy.rules):
         if numbers[-1] >= len(prompt.right):
             raise InputError(f"the records have {len(prompt.right)} candidates per prompt, which are too few")
-        wave = [Candidate(number, number) for number in numbers]
-        for stop in stops:
+        revived = [candidates[number] for number in numbers if number < len(candidates)]
+        for candidate in revived:
+            candidate.revive()
+        wave = revived or [Candidate(number, number) for number in numbers]
+        for stop in stops if not revived else ():
             for candidate in wave:
                 if not candidate.fate:
                     candidate.looks.append(look(stop, candidate.number))
                     candidate.evaluations = stop
-            acceptance.drop(candidates, wave, policy.keep, policy.options, policy.thresholds)
+            acceptance.drop(candidates, wave, policy.rules)
         for candidate in wave:
             if not candidate.fate:
-                candidate.final, candidate.evaluations = look(end, candidate.number), end
-        acceptance.accept(candidates, wave, policy.options, policy.thresholds)
-        candidates += wave
+                candidate.final = look(end, candidate.number)
+                candidate.evaluations = end + (candidate.evaluations if revived else 0)
+        acceptance.accept(candidates, wave, policy.rules)
+        candidates = acceptance.with_wave(candidates, wave)
     return candidates
 
 
@@ -212,7 +221,7 @@ def policies(prompt: Prompt) -> dict[str, dict[str, BestOf | Adaptive]]:
         f"adaptive, --accept-reward {r}": Adaptive(options=SearchOptions(accept_reward=float(r)))
         for r in (-4, -2, 0, 2)
     }
-    found["adaptive, without reward"] = {"adaptive, --reward none": Adaptive(reward=False)}
+    found["adaptive, without reward"] = {"adaptive, --reward none": Adaptive(reward=None)}
     found["adaptive, at most 16"] = {
         "adaptive, --max-candidates 16": Adaptive(options=SearchOptions(max_candidates=16)),
     }
@@ -222,7 +231,7 @@ def policies(prompt: Prompt) -> dict[str, dict[str, BestOf | Adaptive]]:
             f"one accepted, --accept-reward {r}": Adaptive(1, SearchOptions(accept_reward=float(r)))
             for r in (-4, -2, -1, 0)
         },
-        "one accepted, --reward none": Adaptive(1, reward=False),
+        "one accepted, --reward none": Adaptive(1, reward=None),
     }
     ones = (1, 2, 4, 8)
     found["one image, best of n, combined"] = {f"best of {n}, combined": BestOf("combined", n, 1) for n in ones}

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import acceptance
-from scale_rae.acceptance import Candidate, Look
+from scale_rae.acceptance import Candidate, Look, Rules
 from scale_rae.dit import flops
 from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.flow import SAMPLERS, StepCallback, steps_until
@@ -98,7 +98,7 @@ Timed = Callable[[str], AbstractContextManager[None]]
 
 
 class Searcher:
-    """Takes searches from round to round, on one model with one set of options.
+    """Takes searches from round to round, on one model with one set of options; `rules` are what they go by.
 
     Args:
         keep: images to accept per prompt.
@@ -131,7 +131,8 @@ class Searcher:
         model.check_reads()
         search.check()
         check_threshold(search, reward)
-        self.model, self.reward, self.keep = model, reward, keep
+        self.model, self.reward = model, reward
+        self.rules = Rules(keep, search, None if reward is None else reward.name)
         self.search, self.sampling, self.batching = search, sampling, batching
         self._question, self._max_new_tokens = question, max_new_tokens
         self._encodes = post_qa_mode == "image"
@@ -165,39 +166,49 @@ class Searcher:
         """The stages of a round, for whoever carries them out, in any batches, before asking for the next.
 
         `waves` are what `begin` gave for the searches, which have the waves' candidates after the last stage. Drawing sets
-        a candidate's trajectory; a look is `read`, which `Drawn.note` takes.
+        a candidate's trajectory; a look is `read`, which `Drawn.note` takes. Revived candidates are drawn once more, with
+        no early look: they have had theirs.
         """
         going = [drawn for wave in waves for drawn in wave]
+        before = {drawn: drawn.candidate.evaluations for drawn in going}
         for place, (stop, evaluated) in enumerate(self._stops):
             early = place < len(self._stops) - 1
+            seen = [drawn for drawn in going if not (early and drawn.candidate.is_revived)]
             if going:
                 yield Stage(going, stop=stop)
-                yield Stage(going, t=evaluated[-1] if early else None)
+            if seen:
+                yield Stage(seen, t=evaluated[-1] if early else None)
             for drawn in going:
-                drawn.candidate.evaluations = round(len(evaluated) + len(drawn.candidate.looks) * self.look_cost, 2)
+                looks = 0 if drawn.candidate.is_revived else len(drawn.candidate.looks)
+                drawn.candidate.evaluations = round(before[drawn] + len(evaluated) + looks * self.look_cost, 2)
             for search, wave in zip(searches, waves, strict=True):
                 candidates = [drawn.candidate for drawn in wave]
-                if early:
-                    acceptance.drop(search.candidates, candidates, self.keep, self.search)
-                else:
-                    acceptance.accept(search.candidates, candidates, self.search)
-            for drawn in going:
+                (acceptance.drop if early else acceptance.accept)(search.candidates, candidates, self.rules)
+            for drawn in seen:
                 self._watch(drawn)
             going = [drawn for drawn in going if not drawn.candidate.fate]
         for search, wave in zip(searches, waves, strict=True):
-            search.candidates += [drawn.candidate for drawn in wave]
+            search.candidates = acceptance.with_wave(search.candidates, [drawn.candidate for drawn in wave])
 
     def is_over(self, search: Search) -> bool:
         """Whether nothing is left to begin for a search."""
-        return not acceptance.next_wave(search.candidates, self.keep, self.search)
+        return not acceptance.next_wave(search.candidates, self.rules)
 
     def begin(self, search: Search) -> list[Drawn]:
-        """The search's next wave, of which nothing is drawn yet."""
+        """The search's next wave, of which nothing is drawn yet. It may be of dropped candidates, which are revived.
+
+        A revived candidate is drawn from its noise once more: what it was when it was dropped may have been drawn by a
+        process that was killed, and in another batch, which on a GPU rounds otherwise.
+        """
         condition = search.asked.reply.condition
         assert condition is not None
         wave = []
-        for number in acceptance.next_wave(search.candidates, self.keep, self.search):
-            candidate = Candidate(number, search.seed_of(number))
+        for number in acceptance.next_wave(search.candidates, self.rules):
+            if number < len(search.candidates):
+                candidate = search.candidates[number]
+                candidate.revive()
+            else:
+                candidate = Candidate(number, search.seed_of(number))
             wave.append(Drawn(search, candidate, Trajectory(condition, candidate.seed)))
             self._watch(wave[-1])
         return wave

@@ -9,6 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, TypedDict, Unpack, overload
 
 from scale_rae import acceptance
+from scale_rae.acceptance import Rules
 from scale_rae.adaptive import Batching, Drawn, Search, Searcher, Watch
 from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, OptionError
@@ -97,7 +98,7 @@ def search(
 
     Args:
         prompts: one prompt or several; the result is one SearchResult, or a list in the same order.
-        keep: images per prompt. If too few are accepted, the best of the rest are kept too.
+        keep: images per prompt. If too few are accepted, the best of the rest are kept too, if need be of the dropped ones.
         reward: the name of a reward, a loaded Reward, None for none, or "auto": the model's own, else imagereward.
             `reward_path` is a folder with its weights.
         search: when candidates are looked at, how many are begun at most, and which reward is enough.
@@ -203,7 +204,7 @@ def search_each(
                         Search(asked, partial(image_seed, seed, prompt.index)),
                         result,
                         before,
-                        search.save_dropped,
+                        searcher.rules,
                     )
                 )
         drawing = [one for one in going if one.result.reply.condition is not None]
@@ -213,7 +214,7 @@ def search_each(
         for one in list(going):
             if one.result.reply.condition is None or searcher.is_over(one.search):
                 going.remove(one)
-                over[one.place] = one.finished(keep, clock)
+                over[one.place] = one.finished(clock)
         while yielded in over:
             yield over.pop(yielded)
             yielded += 1
@@ -232,7 +233,7 @@ class _Going:
     search: Search
     result: SearchResult
     before: dict[str, float]  # seconds
-    saves_dropped: bool
+    rules: Rules
     pictures: dict[int, tuple[Tensor, Image.Image]] = field(default_factory=dict)  # of finished candidates
 
     def add(self, wave: Sequence[Drawn]) -> None:
@@ -243,13 +244,14 @@ class _Going:
                 continue
             if drawn.candidate.fate != acceptance.DROPPED:
                 self.pictures[number] = drawn.latent, drawn.picture
-            elif self.saves_dropped:
+                self.result.dropped.pop(number, None)  # of a revived one
+            elif self.rules.options.save_dropped:
                 self.result.dropped[number] = drawn.picture
 
-    def finished(self, keep: int, clock: StageClock) -> SearchResult:
+    def finished(self, clock: StageClock) -> SearchResult:
         """The result, once the search is over."""
         candidates, result = self.search.candidates, self.result
-        for number in acceptance.kept(candidates, keep):
+        for number in acceptance.kept(candidates, self.rules):
             one, (latent, picture) = candidates[number], self.pictures[number]
             assert one.final is not None
             accepted = one.fate == acceptance.ACCEPTED

@@ -271,7 +271,13 @@ def _goes_by(metric: str, with_reward: bool) -> Metric:
     return TABLE[entry.without_reward] if entry.without_reward is not None and not with_reward else entry
 
 
-def rank(verdicts: Verdicts, metric: str, reward_weight: float = REWARD_WEIGHT, at_least: int = 1) -> Ranking:
+def rank(
+    verdicts: Verdicts,
+    metric: str,
+    reward_weight: float = REWARD_WEIGHT,
+    at_least: int = 1,
+    spreads: Mapping[str, float] | None = None,
+) -> Ranking:
     """A prompt's images by a metric, best first; images that are equal stay in the order they were drawn.
 
     - `combined`: images with a yes, then the uncertain ones, then those with a no; within each by
@@ -281,7 +287,9 @@ def rank(verdicts: Verdicts, metric: str, reward_weight: float = REWARD_WEIGHT, 
     - `answer_conf`, `answer_logits`: the answers in the same order; the surest yes first, the surest no last.
     - `image_reward`, `prompt_conf`, `image_conf`, `response_conf`: higher is better; `prompt_loss`: lower.
 
-    Images that lack what the metric needs come last, in the order they were drawn.
+    `spreads` has least standard deviations for z, by field ("reward" for the reward's): values that differ by less than that
+    are hardly told apart, however few they are. Images that lack what the metric needs come last, in the order they were
+    drawn.
 
     Raises:
         InputError: naming the field, when fewer than `at_least` images have what the metric needs.
@@ -302,7 +310,7 @@ def rank(verdicts: Verdicts, metric: str, reward_weight: float = REWARD_WEIGHT, 
         tiers = [ANSWERS.index(answer) if answer is not None else len(ANSWERS) for answer in answers]
     scores: Sequence[float | None]
     if entry.mix:
-        scores = _mixed(verdicts, entry.mix, rewards, reward_weight)
+        scores = _mixed(verdicts, entry.mix, rewards, reward_weight, spreads or {})
     elif entry.answer_field is not None:
         scores = [verdicts.answer_score(i, entry.answer_field) for i in range(count)]
     elif entry.field is not None:
@@ -319,7 +327,11 @@ def rank(verdicts: Verdicts, metric: str, reward_weight: float = REWARD_WEIGHT, 
 
 
 def _mixed(
-    verdicts: Verdicts, mix: Sequence[Part], rewards: Sequence[float | None] | None, reward_weight: float
+    verdicts: Verdicts,
+    mix: Sequence[Part],
+    rewards: Sequence[float | None] | None,
+    reward_weight: float,
+    spreads: Mapping[str, float],
 ) -> list[float | None]:
     """The mixed score of each image; None for an image that was not asked about or lacks a part."""
     complete: list[int] = []
@@ -332,7 +344,8 @@ def _mixed(
             for column, value in zip(columns, values, strict=True):
                 column.append(value)
     weight = 0.0 if rewards is None else reward_weight
-    z_reward, *z_parts = (standardised(column) for column in columns)
+    names = ["reward", *(part.field for part in mix)]
+    z_reward, *z_parts = (standardised(c, spreads.get(name, 0.0)) for name, c in zip(names, columns, strict=True))
     scores: list[float | None] = [None] * verdicts.count
     for place, i in enumerate(complete):
         rest = sum(part.share * z[place] for part, z in zip(mix, z_parts, strict=True))
@@ -341,12 +354,12 @@ def _mixed(
     return scores
 
 
-def standardised(values: Sequence[float]) -> list[float]:
-    """Values minus their mean, over their (population) standard deviation; zeros when all are equal."""
+def standardised(values: Sequence[float], least_spread: float = 0.0) -> list[float]:
+    """Values minus their mean, over their (population) standard deviation, at least `least_spread`; zeros if all are equal."""
     if not values or min(values) == max(values):
         return [0.0] * len(values)
     mean = math.fsum(values) / len(values)
-    spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values))
+    spread = max(least_spread, math.sqrt(math.fsum((v - mean) ** 2 for v in values) / len(values)))
     return [(v - mean) / spread for v in values] if spread else [0.0] * len(values)
 
 

@@ -23,6 +23,7 @@ from tests.cli.conftest import same_bits
 SAMPLING = SamplingOptions(steps=6, solver="ab2")
 SEARCH = SearchOptions(check_at=(0.9,), max_candidates=4)
 CIRCLE = "a photo of a red circle"
+CROSS = "a photo of a blue cross and a pink square"
 IMPOSSIBLE = "a photo of a red circle left of a blue star"  # to the bundled model
 
 
@@ -59,11 +60,11 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 
 def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> None:
-    """Two candidates are dropped and one is accepted; drawn alone, it has the same bits, since each wave is one image."""
+    """The first two candidates are dropped, the third is accepted; drawn alone, it has the same bits, as it was alone in its wave."""
     options = SearchOptions(
         check_at=(0.9,), max_candidates=4, accept_reward=-30
     )  # any image that the model says yes to
-    result = search(model, "a photo of two blue stars", search=options)
+    result = search(model, CROSS, search=options, seed=7)
     (image,) = result.images
     assert image.accepted
     assert image.judgement["answer"] == "yes"
@@ -71,7 +72,7 @@ def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> 
     fates = [c.fate for c in result.candidates]
     assert fates == [DROPPED] * (len(fates) - 1) + [ACCEPTED]
     assert fates.count(DROPPED)
-    assert [c.seed for c in result.candidates] == [image_seed(42, 0, j) for j in range(len(fates))]
+    assert [c.seed for c in result.candidates] == [image_seed(7, 0, j) for j in range(len(fates))]
     assert result.accepted == 1
     assert result.evaluations == pytest.approx(sum(c.evaluations for c in result.candidates))
     assert set(result.seconds) == {"reply", "sampling", "judging"}
@@ -79,7 +80,7 @@ def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> 
     assert same_bits(drawn.latent, image.latent)
     assert drawn.image is not None
     assert drawn.image.tobytes() == image.image.tobytes()
-    assert repr(result).startswith("SearchResult('a photo of two blue stars': 1 of 1 images accepted, ")
+    assert repr(result).startswith(f"SearchResult('{CROSS}': 1 of 1 images accepted, ")
     assert repr(image).startswith("FoundImage(accepted, yes, reward ")
 
 
@@ -92,6 +93,12 @@ def test_the_best_fill_up_when_too_few_are_accepted(model: scale_rae.ScaleRAE) -
     assert len(fates) == SEARCH.max_candidates
     assert fates.count(REJECTED) == 2
     assert all(c.reason and "the model says no" in c.reason for c in result.candidates)
+    assert [c.is_revived for c in result.candidates] == [fate == REJECTED for fate in fates]
+    for c in result.candidates:
+        assert c.evaluations == pytest.approx(2.57 + (6 if c.is_revived else 0))  # a look, and once more from noise
+    for image in result.images:
+        (alone,) = model.generate(result.request, image_seeds=[[image.seed]], options=SAMPLING, decode=False).images
+        torch.testing.assert_close(image.latent, alone.latent, atol=1e-4, rtol=0)
 
 
 def test_several_prompts_are_each_as_they_are_alone(model: scale_rae.ScaleRAE) -> None:
@@ -130,9 +137,10 @@ def test_watching_and_a_reward_of_ones_own(model: scale_rae.ScaleRAE) -> None:
         search=SearchOptions(check_at=(0.9,), max_candidates=2, save_dropped=True),
         callback=lambda evaluation, evaluations_, t, x, v: evaluations.append(t),
     )
-    assert seen == [(0, "", False), (0, DROPPED, True), (1, "", False), (1, "", True), (1, REJECTED, True)]
+    begun, looked = [(0, "", False), (1, "", False)], [(0, DROPPED, True), (1, DROPPED, True)]
+    assert seen == [*begun, *looked, (0, "", False), (0, REJECTED, True)]  # 0 is revived
     assert set(reward.prompts) == {IMPOSSIBLE}  # not the words of the request
-    assert list(result.dropped) == [0]
+    assert list(result.dropped) == [1]
     assert result.images[0].reward == 3.0
     assert 6 < len(evaluations) < 12
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import acceptance
-from scale_rae.acceptance import ACCEPTED, DROPPED, REJECTED, Candidate
+from scale_rae.acceptance import ACCEPTED, DROPPED, REJECTED, Candidate, Rules
 from scale_rae.adaptive import Drawn
 from scale_rae.demo.results import CandidateCard, SearchState
 from scale_rae.errors import ScaleRAEError
@@ -22,8 +22,8 @@ PREVIEWS = 6  # pictures shown of a candidate that forms
 class Candidates:
     """The candidates of one prompt. `update` is the `watch` of a Searcher; `now` gives all cards."""
 
-    def __init__(self, keep: int, most: int) -> None:
-        self._keep, self._most = keep, most
+    def __init__(self, rules: Rules) -> None:
+        self.rules, self._keep, self._most = rules, rules.keep, rules.most
         self._candidates: dict[int, Candidate] = {}
         self._pictures: dict[int, Image.Image] = {}
         self._latents: dict[int, Tensor] = {}  # of finished images
@@ -66,14 +66,14 @@ class Candidates:
         """All cards in the order in which the candidates were begun; accepted ones have their place so far."""
         candidates = list(self._candidates.values())
         accepted = self._count(ACCEPTED)
-        places = {n: place for place, n in enumerate(acceptance.kept(candidates, self._keep)[:accepted])}
-        decided = sum(bool(c.fate) for c in candidates)
+        places = {n: place for place, n in enumerate(acceptance.kept(candidates, self.rules)[:accepted])}
+        decided = sum(bool(c.fate) or c.is_revived for c in candidates)
         done = max(accepted / self._keep, decided / self._most)
         return SearchState([self._card(c, places.get(c.number)) for c in candidates], min(done, 1.0), progress, [])
 
     def finished(self) -> tuple[SearchState, list[tuple[Image.Image, Tensor, int]]]:
         """The cards at the end, the kept images first; and image, latent and seed of each of those, best first."""
-        kept = acceptance.kept(list(self._candidates.values()), self._keep)
+        kept = acceptance.kept(list(self._candidates.values()), self.rules)
         others = [n for n in self._candidates if n not in kept]
         cards = [self._card(self._candidates[n], place) for place, n in enumerate(kept)]
         cards += [self._card(self._candidates[n], None) for n in others]

@@ -21,6 +21,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
+from scale_rae.acceptance import Rules
 from scale_rae.adaptive import Batching, Search, Searcher
 from scale_rae.checkpoint import load_latent
 from scale_rae.demo.best_of import BestOf
@@ -366,8 +367,10 @@ class SharedModel:
 
         def work(emit: Emitter[SearchState]) -> SearchState:
             with self._alone(emit):
-                cards = Candidates(keep, most)
-                searcher = self._searcher(keep, most, self.reward(reward_name), sampling, cards)
+                reward = self.reward(reward_name)
+                options = SearchOptions(max_candidates=most, save_dropped=True)  # the page shows dropped ones too
+                cards = Candidates(Rules(keep, options, reward.name if reward is not None else None))
+                searcher = self._searcher(cards, reward, sampling)
                 reply = self.model.reply([request], max_new_tokens=sampling.max_new_tokens)[0]
                 said = self.model.tokenizer.decode(reply.ids)
                 if reply.condition is None:
@@ -385,12 +388,13 @@ class SharedModel:
 
         return (yield from streamed(work))
 
-    def _searcher(self, keep: int, most: int, reward: Reward | None, sampling: Sampling, cards: Candidates) -> Searcher:
-        """What takes a search further; it decodes the pictures of dropped candidates, which the page shows."""
-        options, at_once = SearchOptions(max_candidates=most, save_dropped=True), self._at_once
-        batching = Batching(draw=at_once, read=at_once)
+    def _searcher(self, cards: Candidates, reward: Reward | None, sampling: Sampling) -> Searcher:
+        """What takes a search further."""
+        rules, batching = cards.rules, Batching(draw=self._at_once, read=self._at_once)
         try:
-            return Searcher(self.model, reward, keep, options, sampling.options, batching, watch=cards.update)
+            return Searcher(
+                self.model, reward, rules.keep, rules.options, sampling.options, batching, watch=cards.update
+            )
         except OptionError as e:
             steps, solver = sampling.options.steps, sampling.options.solver
             leave = "steps of {} leave" if steps > 1 else "step of {} leaves"

@@ -86,7 +86,7 @@ def prompt_record(
 ) -> dict[str, Any]:
     """metadata.jsonl's object, from settings, prompt and results alone: no time, no device, no worker is in it.
 
-    `candidates` are those of an adaptive search; its finished images are numbered in the order of their candidates.
+    `candidates` are those of an adaptive search; its finished images are numbered as `image_numbers` does.
     """
     best = best_rewards = None
     if rewards is not None:
@@ -127,7 +127,7 @@ def search_record(settings: Settings, candidates: Sequence[Candidate]) -> dict[s
     """
     images = image_numbers(candidates)
     by_number = {c.number: c for c in candidates}
-    kept = acceptance.kept(candidates, settings.n_samples)
+    kept = acceptance.kept(candidates, settings.rules)
     rewards = [final.reward for number in kept if (final := by_number[number].final) is not None]
     return {
         "search": settings.search,
@@ -141,20 +141,28 @@ def search_record(settings: Settings, candidates: Sequence[Candidate]) -> dict[s
 
 
 def image_numbers(candidates: Sequence[Candidate], first: int = 0) -> dict[int, int]:
-    """The image of each candidate that was finished: candidate number -> number in samples/, from `first` on."""
-    finished = [c.number for c in candidates if c.final is not None]
-    return {number: first + i for i, number in enumerate(finished)}
+    """The image of each candidate that was finished: candidate number -> number in samples/, from `first` on.
+
+    Images are numbered in the order they were finished: by candidate, those of revived candidates last.
+    """
+    finished = sorted((c for c in candidates if c.final is not None), key=lambda c: (c.is_revived, c.number))
+    return {c.number: first + i for i, c in enumerate(finished)}
 
 
 def candidate_record(candidate: Candidate, image: int | None) -> dict[str, Any]:
-    """What metadata.jsonl says of a candidate; its finished image's scores stand with those of the other images."""
-    dropped = candidate.looks[-1].t if candidate.fate == acceptance.DROPPED else None
+    """What metadata.jsonl says of a candidate; its finished image's scores stand with those of the other images.
+
+    A candidate that was dropped and then drawn to the end after all has `dropped_at` and `dropped_for`, besides what became
+    of its image.
+    """
+    was_dropped = candidate.fate == acceptance.DROPPED or candidate.is_revived
     return {
         "candidate": candidate.number,
         "image": image,
         "seed": candidate.seed,
         "fate": candidate.fate,
-        "dropped_at": dropped,
+        "dropped_at": candidate.looks[-1].t if was_dropped else None,
+        "dropped_for": candidate.dropped_for,
         "reason": candidate.reason,
         "evaluations": candidate.evaluations,
         "looks": [look.record() for look in candidate.looks],
@@ -184,6 +192,7 @@ def candidate_of(record: Mapping[str, Any], judged: Mapping[str, Any] | None, re
         record["fate"],
         record["reason"],
         record["evaluations"],
+        record["dropped_for"],
     )
 
 

@@ -33,6 +33,7 @@ class Tried:
     fate: str
     image: int | None  # its number among the prompt's images, if it was drawn to the end
     dropped_at: float | None  # t
+    dropped_for: str | None  # of one that was revived
     reason: str | None
     evaluations: float
     picture: Path | None
@@ -286,13 +287,13 @@ def _searched(folder: Path, metadata: dict[str, Any], images: Sequence[Path]) ->
         dropped_at = None if record.get("dropped_at") is None else _number(record, "dropped_at", f"{where}.")
         dropped = folder / "dropped" / f"{number:05}.png"
         picture = images[image] if image is not None else dropped if os.path.lexists(dropped) else None
-        if picture is dropped and (why := _unreadable(dropped)):
-            raise ValueError(f"dropped/{dropped.name} {why}")
-        reason = record.get("reason")
-        reason = reason if isinstance(reason, str) else None
-        tried.append(
-            Tried(number, fate, image, dropped_at, reason, _number(record, "evaluations", f"{where}."), picture)
+        if picture is dropped and (problem := _unreadable(dropped)):
+            raise ValueError(f"dropped/{dropped.name} {problem}")
+        evaluations = _number(record, "evaluations", f"{where}.")
+        why, reason = (
+            text if isinstance(text := record.get(name), str) else None for name in ("dropped_for", "reason")
         )
+        tried.append(Tried(number, fate, image, dropped_at, why, reason, evaluations, picture))
     evaluations = _number(metadata, "evaluations", "metadata.jsonl: ")
     accepted, filled_up = metadata.get("n_accepted"), metadata.get("filled_up")
     if type(accepted) is not int or not 0 <= accepted <= len(tried):

@@ -44,7 +44,12 @@ class Batch:
     def name(self) -> str:
         """The name of its record: by its samples, or by the candidates of its wave."""
         numbers = [c["candidate"] for c in self.candidates] if self.candidates else self.samples
-        return f"{numbers[0]:05}-{numbers[-1]:05}.json"
+        return f"{numbers[0]:05}-{numbers[-1]:05}{'-revived' if self.revives else ''}.json"
+
+    @property
+    def revives(self) -> bool:
+        """Whether its candidates had been dropped in earlier waves."""
+        return bool(self.candidates) and self.candidates[0]["dropped_for"] is not None  # type: ignore[index]
 
     def record(self) -> dict[str, Any]:
         """Its fields as they are stored."""
@@ -149,7 +154,7 @@ def dropped_name(candidate: Candidate) -> str:
 
 
 def _searched(batch: Batch) -> list[Candidate]:
-    """The candidates of a wave's record, in order and numbered as its samples are.
+    """The candidates of a wave's record: numbered one by one, or revived ones in the order of their numbers.
 
     Raises:
         ValueError: when they are not what such a record holds.
@@ -160,20 +165,28 @@ def _searched(batch: Batch) -> list[Candidate]:
     except (KeyError, TypeError, AttributeError, IndexError) as e:
         raise ValueError(f"candidates are not those of a wave ({first_line(e)})") from e
     numbers = [c.number for c in candidates]
-    if not numbers or numbers != list(range(numbers[0], numbers[0] + len(numbers))) or images != list(batch.samples):
+    revived = {c.is_revived for c in candidates}
+    if len(revived) != 1 or (revived == {True} and any(c.fate == acceptance.DROPPED for c in candidates)):
+        raise ValueError("candidates are none, or only some of them are revived, or a revived one is dropped again")
+    expected = sorted(set(numbers)) if revived == {True} else list(range(numbers[0], numbers[0] + len(numbers)))
+    if numbers != expected or images != list(batch.samples):
         raise ValueError("candidates or their images are not numbered one by one")
     return candidates
 
 
 def consecutive(batches: Sequence[Batch]) -> list[Batch]:
-    """The waves, in order, up to the first that does not follow on the one before."""
+    """The waves, in order, up to the first that does not follow on those before; a wave of revived candidates is the last."""
     waves: list[Batch] = []
-    for batch in sorted(batches, key=lambda b: b.name):
-        begun = sum(len(wave.candidates or ()) for wave in waves)
-        drawn = sum(len(wave.judged) for wave in waves)
-        if (batch.candidates or [{}])[0].get("candidate") != begun or batch.start != drawn:
+    begun: dict[int, str] = {}  # fate by candidate
+    for batch in sorted(batches, key=lambda b: (b.revives, b.name)):
+        numbers = [c["candidate"] for c in batch.candidates or ()]
+        follows = (
+            all(begun.get(n) == acceptance.DROPPED for n in numbers) if batch.revives else numbers[:1] == [len(begun)]
+        )
+        if not follows or batch.start != sum(len(wave.judged) for wave in waves):
             break
         waves.append(batch)
+        begun |= {c["candidate"]: c["fate"] for c in batch.candidates or ()}
     return waves
 
 

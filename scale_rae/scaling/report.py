@@ -221,8 +221,13 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
 
 def _candidate_view(candidate: Tried) -> CandidateView:
     at = "" if candidate.dropped_at is None else f" at t = {candidate.dropped_at:.2f}"
-    reason = (candidate.reason or "").replace(at, "")  # a reason names the time again
-    text = f"{candidate.fate}{at}" + (f": {reason}" if reason else "")
+    if candidate.dropped_for is not None:
+        reason = f": {candidate.reason}" if candidate.reason else ""
+        dropped = f"dropped{at}: {candidate.dropped_for.replace(at, '')}"
+        text = f"{dropped}. Revived, since too few images were drawn to the end: {candidate.fate}{reason}"
+    else:
+        reason = (candidate.reason or "").replace(at, "")  # a reason names the time again
+        text = f"{candidate.fate}{at}" + (f": {reason}" if reason else "")
     picture = _thumbnail(candidate.picture, SMALL) if candidate.picture is not None else (None,)
     return CandidateView(candidate.number, candidate.fate, text, *picture)
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+from scale_rae.acceptance import Rules
 from scale_rae.errors import OptionError
 from scale_rae.options import (
     AUTO_REWARD,
@@ -97,10 +98,15 @@ class Settings:
         return self.search == "adaptive"
 
     @property
+    def rules(self) -> Rules:
+        """What an adaptive search of a prompt goes by; the reward must be known."""
+        return Rules(self.n_samples, self.adaptive, self.reward)
+
+    @property
     def total(self) -> int:
         """Images drawn per prompt; in an adaptive search, the most candidates that may be begun."""
         if self.is_adaptive:
-            return max(self.n_samples, self.adaptive.max_candidates)
+            return self.rules.most
         return self.n_samples * self.scaling_rounds
 
     @property

@@ -31,10 +31,12 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import IO, Any, TypeAlias
 
 from scale_rae import acceptance
+from scale_rae.acceptance import Candidate
 from scale_rae.errors import InputError, OutputError, first_line, printable
 from scale_rae.jsonio import MOST_BYTES, dump_json
 from scale_rae.promptfile import PromptRecord
@@ -56,7 +58,7 @@ from scale_rae.scaling.settings import Settings
 RunLock: TypeAlias = FileLocks | Lease
 _MOST_OF_A_SAMPLE = 256 << 20  # bytes of a picture or latent; those of the published models have 4 MB
 _MOST_OF_AN_ERROR = 4000  # characters shown of a prompt's error
-_RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}\.json")
+_RECORD_NAME = re.compile(r"[0-9]{5,}-[0-9]{5,}(-revived)?\.json")
 _ADDED_AT_THE_END = ("seconds", "failed", "unfinished", "search")  # to experiment.json, by each run
 
 
@@ -358,7 +360,7 @@ class Store:
         batches = {}
         with contextlib.suppress(OSError):
             for entry in os.scandir(self._record_folder(index)):
-                first, _, last = entry.name.removesuffix(".json").partition("-")
+                first, _, last = entry.name.removesuffix(".json").removesuffix("-revived").partition("-")
                 with contextlib.suppress(OSError, ValueError):
                     batches[entry.name] = (entry.stat().st_mtime_ns, int(last) - int(first) + 1)
         record = self.prompt_folder(index) / "metadata.jsonl"
@@ -369,9 +371,9 @@ class Store:
 
     def record(self, prompt: PromptRecord, batches: Sequence[Batch]) -> bytes | None:
         """What metadata.jsonl must be, or None when batches are missing."""
-        candidates = [candidate for b in batches for candidate in b.searched()]
+        candidates = reduce(acceptance.with_wave, (b.searched() for b in batches), list[Candidate]())
         if self.settings.is_adaptive:
-            if acceptance.next_wave(candidates, self.settings.n_samples, self.settings.adaptive):
+            if acceptance.next_wave(candidates, self.settings.rules):
                 return None
         elif sum(len(b.judged) for b in batches) != self.settings.total:
             return None

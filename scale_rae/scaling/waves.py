@@ -7,6 +7,7 @@ from concurrent.futures import Executor, Future
 from functools import partial
 from typing import TYPE_CHECKING
 
+from scale_rae.acceptance import with_wave
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.batches import Replied
@@ -63,11 +64,12 @@ class WaveWriter:
             to_draw = without if self._exact or not without else going
             for index in going:
                 if index not in to_draw:
-                    searches[index].candidates += waves[index][round_number].searched()
+                    wave = waves[index][round_number].searched()
+                    searches[index].candidates = with_wave(searches[index].candidates, wave)
             drawn = self._searcher.next_round([searches[index] for index in to_draw]) if to_draw else []
-            for index, wave in zip(to_draw, drawn, strict=True):
+            for index, new in zip(to_draw, drawn, strict=True):
                 if index in without:
-                    self._save(by_index[index], searches[index], wave)
+                    self._save(by_index[index], searches[index], new)
             round_number += 1
 
     def _encode(self, drawn: Drawn, text: Mapping[str, str]) -> Future[bytes]:
@@ -77,8 +79,9 @@ class WaveWriter:
     def _save(self, replied: Replied, search: Search, wave: Sequence[Drawn]) -> None:
         """Stores a prompt's wave: the finished images and what became of every candidate."""
         settings, index = self._store.settings, replied.prompt.index
-        before = search.candidates[: wave[0].candidate.number]
-        images = image_numbers([d.candidate for d in wave], sum(c.final is not None for c in before))
+        new = {d.candidate.number for d in wave}
+        start = sum(c.final is not None for c in search.candidates if c.number not in new)
+        images = image_numbers([d.candidate for d in wave], start)
         finished = [d for d in wave if d.candidate.final is not None]
         finals = [d.candidate.final for d in finished if d.candidate.final is not None]
         judged = [dict(final.judgement) for final in finals]
@@ -99,7 +102,7 @@ class WaveWriter:
                 pngs[dropped_name(drawn.candidate)] = self._encode(drawn, text)
         files = {name: png.result() for name, png in pngs.items()} | files
         batch = Batch(
-            sum(c.final is not None for c in before),
+            start,
             self._model.tokenizer.decode(replied.reply.ids),
             [d.candidate.seed for d in finished],
             judged,

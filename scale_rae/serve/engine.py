@@ -597,7 +597,7 @@ class Engine:
         assert search is not None
         assert searcher is not None
         chosen = []
-        for number in acceptance.kept(search.candidates, searcher.keep):
+        for number in acceptance.kept(search.candidates, searcher.rules):
             candidate = search.candidates[number]
             final = candidate.final
             assert final is not None

@@ -13,7 +13,7 @@ from PIL import Image
 from scale_rae.noise import image_seed
 from tests.cli.conftest import Cli, left, only_manifest, with_defaults
 
-STARS = "a photo of two blue stars"
+CROSS = "a photo of a blue cross and a pink square"
 IMPOSSIBLE = "a photo of a red circle left of a blue star"  # to the bundled model
 SAMPLER = ("--model-path", "shapes", "--device", "cpu", "--solver", "ab2", "--steps", 6)
 
@@ -27,7 +27,7 @@ def until(cli: Cli, out: Path) -> Cli:
 
 def test_an_accepted_image_can_be_drawn_again(until: Cli, cli: Cli, out: Path, tmp_path: Path) -> None:
     """By its seed and by the manifest, to the bit: alone in its batch both times."""
-    result = until("--prompt", STARS, "--until-accepted", "--save-latent", "--accept-reward", -30)
+    result = until("--prompt", CROSS, "--seed", 7, "--until-accepted", "--save-latent", "--accept-reward", -30)
     assert result.code == 0, result.err
     manifest = only_manifest(out)
     (path,), (seed,) = manifest["output_images"], manifest["image_seeds"]
@@ -40,7 +40,7 @@ def test_an_accepted_image_can_be_drawn_again(until: Cli, cli: Cli, out: Path, t
     )
     assert result.out.endswith(f"{path}\n{manifest['latent_path']}\n")
     text = Image.open(path).text  # type: ignore[attr-defined]
-    assert (text["prompt"], text["seed"], text["image_seed"]) == (STARS, "42", str(seed))
+    assert (text["prompt"], text["seed"], text["image_seed"]) == (CROSS, "7", str(seed))
 
     search = manifest["search"]
     assert {name: search[name] for name in ("until_accepted", "check_at", "max_candidates", "accept_reward")} == {
@@ -51,7 +51,7 @@ def test_an_accepted_image_can_be_drawn_again(until: Cli, cli: Cli, out: Path, t
     }
     assert search["reward"]["name"] == "siglip"
     assert (search["accepted"], search["filled_up"]) == (1, False)
-    assert search["about"] == STARS
+    assert search["about"] == CROSS
     *dropped, accepted = search["candidates"]
     assert {c["fate"] for c in dropped} == {"dropped"}
     assert all(c["image"] is None and c["final"] is None and c["looks"] for c in dropped)
@@ -62,7 +62,7 @@ def test_an_accepted_image_can_be_drawn_again(until: Cli, cli: Cli, out: Path, t
     begun = len(dropped) + 1
     first, *rest = result.err.splitlines()
     assert first == (
-        f"{STARS}: {begun} candidates begun, 1 accepted, {len(dropped)} dropped (the model says no: {len(dropped)}), "
+        f"{CROSS}: {begun} candidates begun, 1 accepted, {len(dropped)} dropped (the model says no: {len(dropped)}), "
         f"0 rejected; {search['evaluations']:g} evaluations"
     )
     assert rest == [
@@ -72,7 +72,7 @@ def test_an_accepted_image_can_be_drawn_again(until: Cli, cli: Cli, out: Path, t
 
     (file,) = out.glob("*_manifest.json")
     for again in (
-        cli("t2i", *SAMPLER, "--prompt", STARS, "--seed", seed, "--output-dir", tmp_path / "seed", "--json"),
+        cli("t2i", *SAMPLER, "--prompt", CROSS, "--seed", seed, "--output-dir", tmp_path / "seed", "--json"),
         cli("t2i", "--from-manifest", file, "--output-dir", tmp_path / "again", "--json"),
     ):
         assert again.code == 0, again.err
@@ -167,7 +167,7 @@ def test_questions_of_a_search(until: Cli, tmp_path: Path) -> None:
     ],
 )
 def test_values_that_no_search_can_use(until: Cli, out: Path, options: list[str], complaint: str) -> None:
-    result = until("--prompt", STARS, *options)
+    result = until("--prompt", CROSS, *options)
     assert result.code == 2
     assert complaint in result.error
     assert left(out) == []
@@ -199,7 +199,7 @@ def test_flags_that_do_not_go_together(cli: Cli, options: list[str], complaint: 
 
 
 def test_a_threshold_outside_of_the_rewards_range(until: Cli, out: Path) -> None:
-    result = until("--prompt", STARS, "--until-accepted", "--accept-reward", 1e6)
+    result = until("--prompt", CROSS, "--until-accepted", "--accept-reward", 1e6)
     assert result.code == 2
     assert "--accept-reward 1e+06: the reward siglip is between" in result.error
     assert left(out) == []

@@ -78,19 +78,22 @@ def test_what_it_leaves(searched_folder: Path) -> None:
         assert [c["candidate"] for c in candidates] == list(range(len(candidates)))
         assert 2 <= len(candidates) <= 5
         drawn = [c for c in candidates if c["image"] is not None]
+        drawn.sort(key=lambda c: (c["dropped_for"] is not None, c["candidate"]))  # revived ones were finished last
         assert [c["image"] for c in drawn] == list(range(len(drawn)))
         assert found["image_seeds"] == [c["seed"] for c in drawn]
         assert len(found["all_ir_scores"]) == len(found["text_responses"]) == len(drawn)
         place = searched_folder / f"{index:05}"
         pngs = sorted(p.name for p in (place / "samples").glob("*.png"))
         assert pngs == [f"{i:05}.png" for i in range(len(drawn))]
-        dropped = [c for c in candidates if c["fate"] == "dropped"]
+        dropped = [c for c in candidates if c["fate"] == "dropped" or c["dropped_for"]]
         assert sorted(p.name for p in (place / "dropped").glob("*")) == [f"{c['candidate']:05}.png" for c in dropped]
         for c in candidates:
-            assert (c["fate"] == "dropped") == (c["image"] is None) == (c["dropped_at"] is not None)
+            assert (c["fate"] == "dropped") == (c["image"] is None)
+            assert (c in dropped) == (c["dropped_at"] is not None)
             assert (c["reason"] is None) == (c["fate"] == "accepted")
             assert len(c["looks"]) == 1
-            assert c["evaluations"] == pytest.approx((2 if c["image"] is None else 5) + 0.91)
+            evaluations = 2 + 5 if c["dropped_for"] else 2 if c["image"] is None else 5
+            assert c["evaluations"] == pytest.approx(evaluations + 0.91)
         accepted = [c["image"] for c in candidates if c["fate"] == "accepted"]
         assert found["n_accepted"] == len(accepted)
         assert len(found["top_ir_indices"]) == 2
@@ -108,6 +111,7 @@ def test_what_it_leaves(searched_folder: Path) -> None:
     assert (settings["search"], settings["check_at"], settings["max_candidates"]) == ("adaptive", [0.9], 5)
     everything = [c for i in range(3) for c in record(searched_folder, i)["candidates"]]
     assert {"accepted", "dropped"} <= {c["fate"] for c in everything}  # so that this tests something
+    assert any(c["dropped_for"] for c in everything)
 
 
 def test_an_image_is_its_seeds(searched_folder: Path, scale: Scale, tmp_path: Path) -> None:
@@ -132,6 +136,7 @@ def test_prompts_together_leave_the_same_bytes(search: Search, searched: dict[st
     assert snapshot(search.folder) == searched
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_two_workers_leave_the_same_bytes(search: Search, searched: dict[str, bytes]) -> None:
     assert search("--devices", "cpu,cpu", device=False).code == 0
     assert snapshot(search.folder) == searched
@@ -155,8 +160,10 @@ def test_a_torn_round_is_drawn_again_for_all_of_a_group(
     """Where rounding depends on what is drawn together, as on a GPU: what is drawn together must not depend on kills."""
     assert search().code == 0
     whole = snapshot(search.folder)
-    for place in sorted(search.folder.glob(".work/batches/*/*.json"))[1::3]:
-        place.unlink()
+    waves = sorted(search.folder.glob(".work/batches/*/*.json"))
+    assert any(path.name.endswith("-revived.json") for path in waves)
+    for path in waves[1::3]:
+        path.unlink()
     for index in (1, 2):
         (search.folder / f"{index:05}" / "metadata.jsonl").unlink()
     assert search().code == 0
