@@ -32,14 +32,14 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class CompilePolicy:
-    """Decides which batches of images compiled code draws: none ("off"), all ("on"), or, on CUDA, if that pays ("auto").
+    """Decides which batches of images compiled code draws: none ("off"), all ("on"), or, where `possible`, if that pays ("auto").
 
     `operations` are those of one evaluation of one image. Each size of batch is compiled once, so "auto" compiles a size
     once the images that are expected, or that were drawn in that size already, repay the seconds that compiling takes.
     """
 
-    def __init__(self, choice: str, operations: float, on_cuda: bool) -> None:
-        self.choice, self.operations, self.on_cuda = choice, operations, on_cuda
+    def __init__(self, choice: str, operations: float, possible: bool) -> None:
+        self.choice, self.operations, self.possible = choice, operations, possible
         self.expected = 0  # images still to be drawn
         self.drawn = Counter[tuple[int, int]]()  # images so far, by batch size (images, prompts)
 
@@ -65,7 +65,7 @@ class CompilePolicy:
         expected = max(
             self.expected, self.drawn[images, prompts]
         )  # a program that has drawn many images will draw more
-        return self.on_cuda and (is_compiled or expected * evaluations * self.operations >= COMPILE_PAYS)
+        return self.possible and (is_compiled or expected * evaluations * self.operations >= COMPILE_PAYS)
 
 
 def attention_kernels(device: torch.device) -> AbstractContextManager[None]:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -46,6 +45,7 @@ from scale_rae.quantization import (
     quantize_linears,
 )
 from scale_rae.residency import Residency
+from scale_rae.toolchain import runs_own_kernels
 
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
@@ -360,13 +360,12 @@ def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
     block: Callable[..., Deferred] = deferred_block if speed.defer else summed_block
     cos, sin = dit.rope_cos, dit.rope_sin
     device, is_float8 = dit.pos_embed.device, speed.quantize == "fp8"
-    if speed.defer and speed.kernels and device.type == "cuda" and find_spec("triton") is not None:
+    if speed.defer and speed.kernels and runs_own_kernels(device):
         from scale_rae import kernels
 
         attend = _choose_attention(speed, dit)
         # A compiled block in bfloat16 is as fast with PyTorch's rotation as with ours.
-        needed = not compile or is_float8 or attend is not attend_rotating
-        if needed and kernels.usable(device):
+        if not compile or is_float8 or attend is not attend_rotating:
             block = with_attention(float8_block if is_float8 else deferred_block, attend)
             cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
     read = _read_float8 if is_float8 else _read

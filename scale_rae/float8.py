@@ -30,6 +30,10 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
     """Raises DeviceError where float8 products are not supported, InputError for another dtype than bfloat16."""
     if device.type != "cuda":
         raise DeviceError(f"quantize fp8: needs a CUDA GPU with float8 (compute capability 8.9 or more), not {device}")
+    if torch.version.hip is not None:  # whose "capability" counts otherwise
+        raise DeviceError(
+            "quantize fp8: uses the float8 products of NVIDIA GPUs, which AMD GPUs do in another format; use --quantize int8"
+        )
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 9):
         raise DeviceError(

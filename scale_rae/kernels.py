@@ -351,13 +351,14 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def usable(device: torch.device) -> bool:
-    """Whether Triton works on this device; it needs a C compiler. If not, a warning is logged."""
+    """Whether Triton works on this device (`toolchain.missing` knows what it needs). If not, a warning is logged."""
     try:
         with torch.inference_mode():
             rotate_pairs(torch.zeros(1, 1, 1, 64, device=device), *torch.zeros(2, 1, 16, device=device))
     except Exception as e:
         _log.warning(
-            "Triton does not work on %s (%s): code that is not compiled is slower, and compiling will fail",
+            "Triton does not work on %s (%s), so nothing is compiled and PyTorch's own kernels are used; images are the same up "
+            "to rounding, and take longer",
             device,
             first_line(e),
         )

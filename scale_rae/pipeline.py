@@ -49,6 +49,7 @@ from scale_rae.residency import Residency
 from scale_rae.results import Answer, GeneratedImage, Generation
 from scale_rae.sampling import LatentSampler, NormStats, Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
+from scale_rae.toolchain import check_compile
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
@@ -163,6 +164,7 @@ class ScaleRAE:
         if torch_device.type == "cpu":
             keep_freed_memory()
         check_quantize(quantize, torch_device, torch_dtype)
+        check_compile(speed.compile, torch_device)
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
         config = load_config(source.folder)
         tokenizer = load_tokenizer(source, config)

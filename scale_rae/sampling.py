@@ -19,6 +19,7 @@ from scale_rae.fast_dit import FastDiT
 from scale_rae.noise import check_noise, draw_noise
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.residency import Residency
+from scale_rae.toolchain import can_compile, check_compile
 
 LEAST_SHARED = 4  # consecutive images per prompt; in searches, images of fewer name their prompts by number
 NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to [L, C]
@@ -54,11 +55,17 @@ class LatentSampler:
     ) -> None:
         self.config, self.dit, self.norm_stats, self.speed = config, dit, norm_stats, speed
         self.device = dit.pos_embed.device
+        check_compile(speed.compile, self.device)
         self.fast_dit = FastDiT(dit, speed, residency)
-        self.policy = CompilePolicy(speed.compile, flops(config.dit), self.device.type == "cuda")
+        self.policy = CompilePolicy(speed.compile, flops(config.dit), can_compile(self.device))
 
     def with_speed(self, speed: Speed) -> LatentSampler:
-        """The same sampler, sharing its weights, with other choices of `speed`."""
+        """The same sampler, sharing its weights, with other choices of `speed`.
+
+        Raises:
+            DeviceError: when it is to be compiled, and what that needs is missing.
+        """
+        check_compile(speed.compile, self.device)
         other = copy.copy(self)
         other.speed, other.policy = speed, self.policy.with_choice(speed.compile)
         if not speed.same_network(self.speed):

@@ -239,14 +239,13 @@ def test_which_block_runs_on_cuda(
         attend_pairs=OWN,
         attention_fits=lambda config, dtype: dtype == torch.bfloat16 and config is not UNFIT,
         of_axis=lambda table: ("axis", table),
-        usable=lambda device: usable,
     )
     monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
     monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
-    monkeypatch.setattr(fast_dit, "find_spec", lambda name: object())
+    monkeypatch.setattr(fast_dit, "runs_own_kernels", lambda device: usable and device.type == "cuda")
     names = {deferred_block: "plain", fast_dit.float8_block: "float8"}
     monkeypatch.setattr(fast_dit, "with_attention", lambda block, attend: (names[block], attend))
-    hopper, others = ("12.8", (9, 0)), (("12.8", (8, 0)), ("12.8", (10, 0)), (None, (9, 4)))  # the last of ROCm
+    hopper, others = ("12.8", (9, 0)), (("12.8", (8, 0)), ("12.8", (10, 0)))
 
     def on(cuda: str | None, capability: tuple[int, int]) -> Any:
         monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -400,7 +399,7 @@ PUBLISHED = DiTConfig(channels=1152, tokens=256, condition_width=2048, width=204
 
 
 def test_auto_compiles_when_it_pays() -> None:
-    policy = CompilePolicy("auto", flops(PUBLISHED), on_cuda=True)
+    policy = CompilePolicy("auto", flops(PUBLISHED), possible=True)
 
     def compiles(images: int, prompts: int, evaluations: int = 49, is_compiled: bool = False) -> bool:
         return policy.compiles(images, prompts, evaluations, is_compiled)
@@ -420,25 +419,25 @@ def test_auto_compiles_when_it_pays() -> None:
     for mode, expected in (("on", True), ("off", False)):
         assert policy.with_choice(mode).compiles(1, 1, 49, is_compiled=False) is expected
     assert compiles(5, 5)
-    policy.on_cuda = False
+    policy.possible = False
     assert not compiles(5, 5)
 
 
 def test_small_models_are_not_compiled_for_little() -> None:
     bundled = scale_rae.load("shapes", device="cpu")
     for config, pays in ((PUBLISHED, True), (bundled.config.dit, False)):
-        policy = CompilePolicy("auto", flops(config), on_cuda=True)
+        policy = CompilePolicy("auto", flops(config), possible=True)
         policy.expect(1000)
         assert policy.compiles(8, 8, 49, is_compiled=False) is pays
     assert bundled.sampler.policy.operations == flops(bundled.config.dit)
-    assert not bundled.sampler.policy.on_cuda
+    assert not bundled.sampler.policy.possible
 
 
 @pytest.fixture
 def siglip(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> ScaleRAE:
     """A model that has drawn nothing yet."""
     model = models["siglip"]
-    monkeypatch.setattr(model.sampler, "policy", CompilePolicy("auto", 1.0, on_cuda=False))
+    monkeypatch.setattr(model.sampler, "policy", CompilePolicy("auto", 1.0, possible=False))
     return model
 
 

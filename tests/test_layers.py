@@ -17,7 +17,7 @@ tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
 config layout headers footprint memory_plan containers images torch_file checkpoint hub listing wording memory cpu noise
 compiling cuda_graphs residency
-float8 kernels quantization machine
+float8 kernels toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit flow fast_dit sampling
 encoder decoder vae loading

@@ -42,11 +42,12 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
 
     Raises:
         InputError: for results in an object store. DeviceError: for a device that is not there, or cannot quantize so; for
-            noise of a GPU where there is none.
+            noise of a GPU where there is none; for compile "on" where nothing can be compiled.
     """
     from scale_rae.memory import pick_device, pick_dtype
     from scale_rae.noise import check_noise
     from scale_rae.quantization import check_quantize
+    from scale_rae.toolchain import check_compile
 
     check_noise(settings.options.noise)
     if is_remote(output_dir):
@@ -58,6 +59,7 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
         device = pick_device(name)
         dtype = pick_dtype(settings.dtype, device)
         check_quantize(settings.quantize, device, dtype)
+        check_compile(settings.compile, device)
 
 
 @dataclass(frozen=True)
