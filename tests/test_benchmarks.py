@@ -24,8 +24,10 @@ from PIL import Image
 from benchmarks import serve, study_analysis, study_drawing, study_search, study_tables
 from benchmarks.bench import Bench, write_between_marks
 from scale_rae.acceptance import Thresholds
+from scale_rae.cli import main
 from scale_rae.errors import InputError
 from scale_rae.options import SearchOptions
+from tests.helpers.forked import fork_workers
 
 ROOT = Path(__file__).parents[1]
 Script = Callable[..., str]
@@ -85,7 +87,18 @@ def test_cpu_benchmark(script: Script, tmp_path: Path) -> None:
     assert all(name in shown for name in figures)
 
 
-def test_two_devices(script: Script, tmp_path: Path) -> None:
+def test_two_devices(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The experiments run in this process, and in forks of it, which have torch."""
+
+    def run(command: list[str], *, env: dict[str, str], **_: object) -> None:
+        assert command[:3] == [sys.executable, "-m", "scale_rae"]
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            assert main(command[3:]) == 0
+
+    monkeypatch.setattr(subprocess, "run", run)
+    fork_workers(monkeypatch)
     command = ["--devices", "cpu,cpu", "--tiny", "--prompts", 3, "--steps", 2, "--out", tmp_path / "out"]
     shown = script("two_gpus.py", *command, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -244,8 +257,6 @@ def test_scaling_study_draws_and_goes_on(script: Script, tmp_path: Path) -> None
     _, *lines = [json.loads(x) for x in file.read_text().splitlines()]
     assert [x["index"] for x in lines] == [0, 1, 2]
     assert all(x["seconds"]["total"] > x["seconds"]["reply"] > 0 for x in lines)
-
-    from scale_rae.cli import main
 
     argv = ["scale", "t2i", "--model-path", "shapes", "--metadata-file", str(tmp_path / "out" / "prompts.jsonl")]
     argv += ["--output-dir", str(tmp_path / "image"), "--post-qa-mode", "image", "--reward", "siglip", "--steps", "2"]

@@ -11,6 +11,7 @@ import pytest
 
 from scale_rae.cli import main
 from tests.cli.conftest import with_defaults
+from tests.helpers.forked import fork_workers
 
 NAME = Path("shapes") / "2_qa_prompt_template_scale_latent"
 QUICK = ["--model-path", "shapes", "--steps", "2", "--solver", "dpmpp_2m", "--reward", "none"]
@@ -89,6 +90,12 @@ def finished(scale: Scale, reference_folder: Path) -> Scale:
     """`scale`, whose experiment is finished already: its folder is a copy of the reference."""
     shutil.copytree(reference_folder, scale.folder)
     return scale
+
+
+@pytest.fixture
+def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the local launcher fork its workers."""
+    fork_workers(monkeypatch)
 
 
 @pytest.fixture

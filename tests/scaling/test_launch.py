@@ -151,6 +151,7 @@ def test_a_worker_waits_for_what_others_draw(scale: Scale, reference: dict[str, 
     assert snapshot(scale.folder) == reference
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_device_that_is_full_leaves_its_prompts_to_the_others(
     scale: Scale, reference: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
