@@ -38,6 +38,7 @@ from scale_rae.options import (
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
     DEFAULT_STEPS,
+    LANGUAGE_KINDS,
     SamplingOptions,
     Speed,
     check_count,
@@ -656,13 +657,18 @@ class ScaleRAE:
     def with_speed(self, speed: Speed) -> ScaleRAE:
         """The same model, sharing its weights, with another `speed`.
 
-        Quantising changes the shared weights for good; for a quantised or offloaded model only `compile` can change.
+        Choosing fp8 changes the shared weights for good; other quantisations are chosen when a model is loaded. For a quantised
+        or offloaded model only `compile` can change.
 
         Raises:
             InputError, DeviceError: for a choice that does not exist, or that this device does not support.
         """
         if self.speed.quantize is not None and not speed.same_network(self.speed):
             raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
+        if speed.quantize in LANGUAGE_KINDS and speed.quantize != self.speed.quantize:
+            raise InputError(
+                f"speed: quantize {speed.quantize} quantises the language model too; load the model anew with it"
+            )
         speed = self.residency.speed(speed)
         if self.residency.offloads and not speed.same_network(self.speed):
             raise InputError(

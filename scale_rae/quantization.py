@@ -15,7 +15,6 @@ The plain forms run on any device. On CUDA, kernels compute the products where `
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -24,23 +23,20 @@ from torch import Tensor, nn
 
 from scale_rae import float8
 from scale_rae.checkpoint import RowSink
+from scale_rae.codes import BLOCK, INT8_LARGEST, NF4
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.float8 import FLOAT8, LEAST, Quantized
+from scale_rae.toolchain import runs_own_kernels
 
-BLOCK = 64  # weights of a row that share a scale in nf4
-INT8_MOST = 127.0
-NF4 = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
+_NF4_FACTORS = (1.0, 0.92, 0.84)  # of a block's largest value, tried as its scale
 _AT_ONCE = 1 << 22  # weights quantised at once, since that takes several float32 copies of them
+_PLAIN_AT_ONCE = 1 << 23  # weights that the plain form dequantises at once: 100 MB of float32 copies
+_AT_ONCE_CPU = 1 << 16  # the same on a CPU, whose caches hold so many
 _MULTIPLES = {"int8-products": 8, "fp8": 16}  # of rows and columns, which the products need
 _LEAST_TOKENS = 32  # torch's int8 product takes more than 16 rows
 
 _nf4_tables: dict[torch.device, Tensor] = {}
-_kernels = torch.ops.scale_rae  # has the operators of a module of kernels after that is imported
+_kernels = torch.ops.scale_rae  # has the operators of products.py after that is imported
 
 
 class QuantizedWeight(NamedTuple):
@@ -86,7 +82,13 @@ class QuantizedWeight(NamedTuple):
             return _own_linear(x, self, bias)
         if self.kind in ("fp8", "int8-products"):
             return product(quantize_tokens(self.kind, x), self, bias, x.dtype)
-        return F.linear(x, self.dequantize(x.dtype), bias)
+        rows, columns = self.size
+        at_once = max(1, _PLAIN_AT_ONCE // columns)
+        if rows <= at_once:
+            return F.linear(x, self.dequantize(x.dtype), bias)
+        parts = [F.linear(x, self.rows(slice(i, i + at_once)).dequantize(x.dtype)) for i in range(0, rows, at_once)]
+        out = torch.cat(parts, dim=-1)
+        return out if bias is None else out + bias
 
 
 def _own_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tensor:
@@ -102,8 +104,15 @@ def _own_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
 
 
 def own_kernels(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether our kernels compute a kind's products on this device: none do yet."""
-    return False
+    """Whether our kernels compute a kind's products on this device.
+
+    Products with float8 need compute capability 8.9. int8 products are for Hopper alone, where they were measured.
+    """
+    if kind == "fp8" or dtype == torch.float32 or not runs_own_kernels(device):
+        return False
+    from scale_rae import products
+
+    return products.supports(kind, device)
 
 
 def linear(x: Tensor, weight: Tensor | QuantizedWeight, bias: Tensor | None = None) -> Tensor:
@@ -129,6 +138,8 @@ def product(
     """Quantised tokens x [..., K] times a weight of kind fp8 or int8-products, plus bias [N]: [..., N] in `dtype`."""
     if weight.kind == "fp8":
         return float8.product(x, Quantized(weight.values, weight.scale), bias)
+    if weight.own:
+        return _kernels.int8_product(x.values, x.scale, weight.values, weight.scale, bias, dtype)  # type: ignore[no-any-return]
     values = x.values.flatten(0, -2)
     count = len(values)
     if count < _LEAST_TOKENS:
@@ -171,10 +182,10 @@ def room(kind: str, rows: Sequence[int], columns: int, device: torch.device) -> 
 def store(target: QuantizedWeight, weight: Tensor) -> None:
     """Quantises a weight [N, K] into `target` [N, K' ≥ K], which may be on another device; missing columns are zeros."""
     columns = target.size[1]
-    at_once = max(1, _AT_ONCE // columns)
+    at_once = max(1, (_AT_ONCE_CPU if weight.device.type == "cpu" else _AT_ONCE) // columns)
     for start in range(0, len(weight), at_once):
         part = weight[start : start + at_once]
-        made = _quantized(target.kind, F.pad(part, (0, columns - part.shape[1])))
+        made = quantize_rows(target.kind, F.pad(part, (0, columns - part.shape[1])))
         target.values[start : start + at_once].copy_(made.values)
         target.scale[start : start + at_once].copy_(made.scale)
 
@@ -244,24 +255,38 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return parts[0].as_strided((sum(len(p) for p in parts), parts[0].shape[1]), parts[0].stride())
 
 
-def _quantized(kind: str, weight: Tensor) -> Quantized:
+def quantize_rows(kind: str, weight: Tensor) -> Quantized:
+    """Values and scales of a weight [N, K]; nf4's as the table above says."""
     if kind == "nf4":
         return _nf4_blocks(weight)
     return _int8_rows(weight) if "int8" in kind else float8.quantize(weight)
 
 
 def _int8_rows(x: Tensor) -> Quantized:
-    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=LEAST) / INT8_MOST
-    return Quantized((x.float() / scale).round().clamp(-INT8_MOST, INT8_MOST).to(torch.int8), scale)
+    scale = x.abs().amax(dim=-1, keepdim=True).float().clamp(min=LEAST) / INT8_LARGEST
+    return Quantized((x.float() / scale).round().clamp(-INT8_LARGEST, INT8_LARGEST).to(torch.int8), scale)
 
 
 def _nf4_blocks(weight: Tensor) -> Quantized:
+    """Each block of a weight with the scale, of a few around its largest value, that leaves the least squared error.
+
+    Scales may be negative, since NF4 is not symmetric. Against the block's largest value alone, errors are 7 % smaller.
+    """
     blocks = weight.float().reshape(len(weight), -1, BLOCK)  # [N, K/64, 64]
-    scale = blocks.abs().amax(dim=-1).clamp(min=LEAST).to(torch.bfloat16)
-    between = torch.tensor([(a + b) / 2 for a, b in pairwise(NF4)], device=weight.device)
-    codes = torch.bucketize(blocks / scale.float()[..., None], between, out_int32=True).to(torch.uint8)
-    low, high = codes.chunk(2, dim=-1)  # each [N, K/64, 32]
-    return Quantized((low | high << 4).flatten(-2), scale)
+    values = torch.tensor(NF4, device=weight.device)
+    between = (values[1:] + values[:-1]) / 2
+    largest = blocks.abs().amax(dim=-1).clamp(min=LEAST)
+    scale, codes, least = largest, blocks, torch.full_like(largest, torch.inf)
+    for factor in (f * sign for f in _NF4_FACTORS for sign in (1, -1)):
+        tried = (largest * factor).to(torch.bfloat16)
+        scaled = blocks / tried.float()[..., None]
+        found = torch.bucketize(scaled, between, out_int32=True)
+        error = (values[found] - scaled).square_().sum(dim=-1) * tried.float().square()
+        better = error < least
+        scale, least = torch.where(better, tried, scale), torch.where(better, error, least)
+        codes = torch.where(better[..., None], found, codes)
+    low, high = codes.to(torch.uint8).chunk(2, dim=-1)  # each [N, K/64, 32]
+    return Quantized((low | high << 4).flatten(-2), scale.to(torch.bfloat16))
 
 
 def _nf4_pairs(device: torch.device) -> Tensor:
@@ -352,13 +377,13 @@ class QuantizedEmbedding(nn.Module):
 
 
 def rows_in_chunks(linear: nn.Module, at_most: int) -> list[nn.Module]:
-    """A linear without bias, quantised or not, as linears for some of its outputs each, of at most about `at_most` bytes.
+    """A linear without bias, quantised or not, as linears for some of its outputs each, of about `at_most` bytes.
 
     They are views of its weight.
     """
     weight: Any = linear.weight
     rows, size = (weight.size[0] if isinstance(weight, QuantizedWeight) else len(weight)), int(weight.nbytes)
-    step = -(-rows // max(1, round(size / max(at_most, 1))) // 64) * 64
+    step = -(-rows // -(-size // max(at_most, 1)) // 64) * 64
     return [_with_rows(weight, slice(start, start + step)) for start in range(0, rows, step)]
 
 

@@ -598,6 +598,21 @@ def test_float8_where_it_cannot_be(t2i: Cli, out: Path) -> None:
     assert not out.exists()
 
 
+def test_quantised_pictures(cli: Cli, tmp_path: Path) -> None:
+    """The manifest says how the model was quantised, and pictures are drawn again by it."""
+    command = ["t2i", "--model-path", "shapes", "--prompt", "Can you generate a red circle?", "--steps", 3]
+    cli(*command, "--quantize", "int8", "--output-dir", tmp_path / "one")
+    cli(*command, "--output-dir", tmp_path / "plain")
+    (file,) = (tmp_path / "one").glob("*.json")
+    assert json.loads(file.read_text())["quantize"] == "int8"
+    cli("t2i", "--from-manifest", file, "--output-dir", tmp_path / "two")
+    one, two, plain = (
+        np.array(Image.open(next((tmp_path / name).glob("*.png"))), np.float32) for name in ("one", "two", "plain")
+    )
+    assert (one == two).all()
+    assert 0 < np.abs(one - plain).mean() < 5
+
+
 def test_compile_and_quantize_reach_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--compile changes nothing that a manifest must say; --quantize does, and is taken over from it."""
     seen: list[dict[str, Any]] = []
