@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,52 @@ if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
 
 
+class Writes:
+    """For a `with`: runs functions that write files one after the other, in a thread; the end of the `with` waits for them.
+
+    Waves of a prompt are stored in their order, so that after a kill none is there without those before it. `count` is
+    called, in the caller's thread, with the number of images that a function has stored.
+    """
+
+    def __init__(self, count: Callable[[int], None]) -> None:
+        self._count = count
+        self._thread = ThreadPoolExecutor(1)
+        self._underway: deque[tuple[Future[None], int]] = deque()
+        self._failed = False
+
+    def __enter__(self) -> Writes:
+        return self
+
+    def add(self, write: Callable[[], None], images: int) -> None:
+        """Has `write` called after all that were added before, unless one of them failed."""
+        self._underway.append((self._thread.submit(self._run, write), images))
+
+    def _run(self, write: Callable[[], None]) -> None:
+        if self._failed:
+            return
+        try:
+            write()
+        except BaseException:
+            self._failed = True
+            raise
+
+    def settle(self, wait: bool = False) -> None:
+        """Counts what is stored by now or, with `wait`, all. Raises what a function raised."""
+        while self._underway and (wait or self._underway[0][0].done()):
+            written, images = self._underway.popleft()
+            written.result()
+            self._count(images)
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        try:
+            if kind is None:
+                self.settle(wait=True)
+        finally:
+            self._thread.shutdown(cancel_futures=True)
+
+
 class WaveWriter:
-    """Takes prompts that are drawn together through their rounds, and stores each wave as soon as it is there.
+    """Takes prompts that are drawn together through their rounds, and stores each wave while the next is drawn.
 
     On a GPU, rounding depends on what is drawn together. A round that some prompt lacks is therefore drawn again for all of
     them, so that a run that was killed ends with the bytes of one that was not. On a CPU (`exact`) only what lacks is drawn.
@@ -58,26 +103,28 @@ class WaveWriter:
             asked = Asked(replied.prompt.prompt, replied.request, replied.reply)
             searches[index] = Search(asked, partial(image_seed, self._store.settings.seed, index))
             waves[index] = self._store.reopen(index) if index in lacking else self._store.batches(index)[0]
-        round_number = 0
-        while going := [index for index, search in searches.items() if not self._searcher.is_over(search)]:
-            without = [index for index in going if len(waves[index]) <= round_number]
-            to_draw = without if self._exact or not without else going
-            for index in going:
-                if index not in to_draw:
-                    wave = waves[index][round_number].searched()
-                    searches[index].candidates = with_wave(searches[index].candidates, wave)
-            drawn = self._searcher.next_round([searches[index] for index in to_draw]) if to_draw else []
-            for index, new in zip(to_draw, drawn, strict=True):
-                if index in without:
-                    self._save(by_index[index], searches[index], new)
-            round_number += 1
+        with Writes(self._count) as underway:
+            round_number = 0
+            while going := [index for index, search in searches.items() if not self._searcher.is_over(search)]:
+                underway.settle()
+                without = [index for index in going if len(waves[index]) <= round_number]
+                to_draw = without if self._exact or not without else going
+                for index in going:
+                    if index not in to_draw:
+                        wave = waves[index][round_number].searched()
+                        searches[index].candidates = with_wave(searches[index].candidates, wave)
+                drawn = self._searcher.next_round([searches[index] for index in to_draw]) if to_draw else []
+                for index, new in zip(to_draw, drawn, strict=True):
+                    if index in without:
+                        underway.add(*self._wave(by_index[index], searches[index], new))
+                round_number += 1
 
     def _encode(self, drawn: Drawn, text: Mapping[str, str]) -> Future[bytes]:
         assert drawn.picture is not None
         return self._encoders.submit(png_bytes, drawn.picture, text)
 
-    def _save(self, replied: Replied, search: Search, wave: Sequence[Drawn]) -> None:
-        """Stores a prompt's wave: the finished images and what became of every candidate."""
+    def _wave(self, replied: Replied, search: Search, wave: Sequence[Drawn]) -> tuple[Callable[[], None], int]:
+        """What stores a prompt's wave, with its finished images and what became of every candidate; and their number."""
         settings, index = self._store.settings, replied.prompt.index
         new = {d.candidate.number for d in wave}
         start = sum(c.final is not None for c in search.candidates if c.number not in new)
@@ -100,7 +147,6 @@ class WaveWriter:
                     files[f"{images[number]:05}_latent.pt"] = latent_bytes(drawn.latent)
             elif settings.adaptive.save_dropped:
                 pngs[dropped_name(drawn.candidate)] = self._encode(drawn, text)
-        files = {name: png.result() for name, png in pngs.items()} | files
         batch = Batch(
             start,
             self._model.tokenizer.decode(replied.reply.ids),
@@ -110,5 +156,8 @@ class WaveWriter:
             {},
             [candidate_record(d.candidate, images.get(d.candidate.number)) for d in wave],
         )
-        self._store.save_batch(index, batch, files)
-        self._count(len(finished))
+
+        def write() -> None:
+            self._store.save_batch(index, batch, {name: png.result() for name, png in pngs.items()} | files)
+
+        return write, len(finished)
