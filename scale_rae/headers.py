@@ -27,6 +27,16 @@ BITS = {  # per value, by the format's name of the dtype
     )
     for name in names.split()
 }
+NAMES = {  # torch's names of dtypes
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "BOOL": "bool",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    **{f"{kind}{bits}": f"{name}{bits}" for kind, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)},
+}
 _FIRST = 4096  # bytes that are read at once with the length
 _MOST_DIMENSIONS, _LARGEST = 64, 1 << 62
 

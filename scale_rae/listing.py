@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ class Listing:
     here: dict[str, Path]
     commit: str | None = None
     licence: str | None = None
+    folder: Path | None = None  # where all of them lie
     fetch: Callable[[str, int, int], bytes] | None = None
     traffic: list[int] = field(default_factory=list)
 
@@ -70,7 +70,10 @@ class Listing:
         return parse_object(self.read(file, 0, self.sizes[file]), where, error)
 
     def inside(self, folder: str) -> Listing | None:
-        """The files of a folder among these, by their names there; None if there are none."""
+        """The files of a folder beside these, by their names there; None if there are none."""
+        if self.folder is not None:
+            path = self.folder / folder
+            return list_folder(Source(folder, path)) if path.is_dir() else None
         prefix = f"{folder}/"
         sizes = {name.removeprefix(prefix): size for name, size in self.sizes.items() if name.startswith(prefix)}
         here = {name.removeprefix(prefix): path for name, path in self.here.items() if name.startswith(prefix)}
@@ -102,18 +105,21 @@ def list_files(
 
 
 def list_folder(source: Source) -> Listing:
-    """The files of a folder and of the folders in it."""
-    here: dict[str, Path] = {}
-    for place, folders, names in os.walk(source.folder):
-        folders[:] = [] if Path(place) != source.folder else folders  # one level: parts lie in folders of the model
-        for name in names:
-            path = Path(place) / name
-            if path.is_file():
-                here[path.relative_to(source.folder).as_posix()] = path
+    """The files of a folder, without those of folders in it.
+
+    Raises:
+        CheckpointError: the folder cannot be read.
+    """
+    try:
+        here = {path.name: path for path in sorted(source.folder.iterdir()) if path.is_file()}
+        sizes = {name: path.stat().st_size for name, path in here.items()}
+    except OSError as e:
+        raise CheckpointError(f"{source.folder}: cannot be read ({e.strerror or e})") from e
     return Listing(
         name=str(source.folder) if source.revision is None else source.name,
-        sizes={name: path.stat().st_size for name, path in here.items()},
+        sizes=sizes,
         here=here,
+        folder=source.folder,
         commit=source.revision,
         licence=_licence_of_card(here.get("README.md")),
     )
@@ -162,7 +168,7 @@ def _list_hub(name: str, what: str, revision: str | None, files: tuple[str, ...]
     def fetch(file: str, start: int, stop: int) -> bytes:
         return _fetch(name, info.sha, where, what, file, start, stop)
 
-    return Listing(name, sizes, here, info.sha, _licence_of_info(info), fetch)
+    return Listing(name, sizes, here, info.sha, _licence_of_info(info), fetch=fetch)
 
 
 def _licence_of_info(info: Any) -> str | None:

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from scale_rae.errors import DeviceError
 from scale_rae.footprint import CONTEXT, Rates
+from scale_rae.quantization import own_kernels
 
 _SECONDS = 0.05  # that each rate is measured for, at least
 _SPARE = 0.05  # the share of what is free that `auto` leaves
@@ -35,8 +35,10 @@ class Machine:
         return int(self.free * (1 - _SPARE))
 
 
-def describe(device: torch.device) -> Machine:
-    """The device and its memory now. On the CPU that is the host's memory, or the container's limit where that is lower.
+def describe(device: torch.device, dtype: torch.dtype) -> Machine:
+    """The device and its memory now; `dtype` is the model's.
+
+    On the CPU the memory is the host's, or the container's limit where that is lower.
 
     Raises:
         DeviceError: where the system does not say how much memory is free.
@@ -44,7 +46,7 @@ def describe(device: torch.device) -> Machine:
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device)  # what this process holds is its own
-        kernels = find_spec("triton") is not None
+        kernels = own_kernels("int8", device, dtype)
         return Machine(torch.cuda.get_device_name(device), "cuda", total, free + CONTEXT["cuda"], kernels)
     if device.type == "mps":
         total = int(torch.mps.recommended_max_memory())

@@ -127,3 +127,31 @@ def _sizes(most: int) -> list[int]:
 def _up(size: int) -> str:
     """A size in GiB, rounded up to a tenth: with it as the limit, it fits."""
     return f"{-(-size * 10 // _GIB) / 10:.1f}G"
+
+
+def table(
+    footprint: Footprint,
+    requests: dict[str, int],
+    rates: Rates | None,
+    quantize: str | None = None,
+    offload: str = "none",
+) -> list[dict[str, Any]]:
+    """What `choose` chooses for each limit (its name and bytes), as JSON, with estimated seconds per image if `rates` are known.
+
+    Seconds are those of one image drawn alone, and per image where as many of one prompt are drawn at once as fit.
+    """
+    rows: list[dict[str, Any]] = []
+    for request, limit in requests.items():
+        row: dict[str, Any] = {"memory": request, "bytes": limit}
+        try:
+            plan = choose(request, limit, footprint, None if rates is None else lambda: rates, quantize, offload)
+        except DeviceError as e:
+            rows.append(row | {"problem": str(e)})
+            continue
+        way = plan.way
+        row |= {"quantize": way.quantize, "offload": way.offload, "batch_size": way.batch, "peak_bytes": plan.peak}
+        if rates is not None:
+            alone, together = (footprint.seconds(w, rates) for w in (replace(way, batch=1), way))
+            row |= {"seconds_alone": round(alone.total, 3), "seconds_per_image": round(together.each, 3)}
+        rows.append(row)
+    return rows

@@ -430,7 +430,7 @@ class Speed:
     """Which optimisations are on: those of fast_dit.py under the names explained there, and `ahead`.
 
     `ahead`: the language model's next token is asked for before the host has seen this one. `graph`, `pad`, `group`,
-    `kernels` and `ahead` act on CUDA devices only; `null` needs `together`. `attention` is PyTorch's ("flash"), our kernel
+    `kernels`, `few` and `ahead` act on CUDA devices only; `null` needs `together`. `attention` is PyTorch's ("flash"), our kernel
     ("own"), or our kernel where it was measured to be faster ("auto"). "own" needs `kernels` and `defer`; without them "auto"
     means PyTorch's. `compile` "auto" compiles on CUDA once enough images are to be drawn (`ScaleRAE.expect`) to make up for
     the seconds that compiling takes.
@@ -447,6 +447,7 @@ class Speed:
     shared: bool = True
     defer: bool = True
     kernels: bool = True
+    few: bool = True
     ahead: bool = True
     attention: Annotated[str, Knob("Which attention kernel.", choices=ATTENTION)] = "auto"
 
@@ -484,6 +485,21 @@ def check_offload(offload: str, device: str | None) -> None:
         raise OptionError(
             f"offload {offload!r}: weights would move to the host's memory, but the device {device} {holds}; use --offload none"
         )
+
+
+def memory_bytes(text: str) -> int | None:
+    """The bytes of a size like "8G", "6.5GiB" or "6000M" (units of 1024); None for "auto".
+
+    Raises:
+        OptionError: for any other text.
+    """
+    if text == "auto":
+        return None
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([GM])(?:i?B)?", text, re.IGNORECASE)
+    size = int(float(match[1]) * (1 << (30 if match[2] in "gG" else 20))) if match else 0
+    if not size:
+        raise OptionError(f"memory {text!r:.40}: must be a size like 8G or 6000M, or auto")
+    return size
 
 
 def check_dtype_name(name: str | None) -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ from scale_rae.errors import CheckpointError, HubError
 from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.provenance import changed_files, file_hashes, file_record
-from tests.helpers.fake_hub import FakeHub, Repo
+from tests.helpers.fake_hub import FakeHub, Large, Repo, own_hub, point_at
 
 MODEL, ENCODER, DECODER = "some-lab/drawer", "google/siglip2-base-patch14-224", "nyu-visionx/siglip2_decoder"
 CONFIG = b'{"model_type": "x"}'
@@ -35,34 +34,14 @@ PARTS = [  # a model with its encoder and decoder, and what training left behind
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
-    """A hub that huggingface_hub talks to, with a cache of its own, no token, and no pauses between retries."""
-    proxies = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
-    with FakeHub() as hub:
-        _http.close_session()  # a client keeps the variables that it was made with
-        point_at(hub.url, monkeypatch)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no token"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        for name in (*("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), *proxies, *(name.lower() for name in proxies)):
-            monkeypatch.delenv(name, raising=False)
-        # Only these modules' sleep, not everyone's.
-        no_pause = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, monotonic=lambda: 0.0)
-        monkeypatch.setattr("huggingface_hub.file_download.time", no_pause)
-        monkeypatch.setattr("huggingface_hub.utils._http.time", no_pause)
+    with own_hub(tmp_path / "cache", monkeypatch) as hub:
         yield hub
-        _http.close_session()
-
-
-def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
-    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
 
 
 @pytest.fixture
 def small(hub: FakeHub) -> FakeHub:
     """A hub with a repository that has every file but no real weights."""
-    files = {
+    files: dict[str, bytes | Large] = {
         "config.json": CONFIG,
         "model.safetensors": bytes(range(256)) * 400,
         "vocab.json": b"{}",
@@ -339,7 +318,10 @@ def test_folders_come_before_the_hub(small: FakeHub, tmp_path: Path, monkeypatch
 
 
 def test_finding_needs_no_torch() -> None:
-    code = "import sys; from scale_rae.hub import find; find('shapes', 'model'); print('torch' in sys.modules)"
+    code = (
+        "import sys, scale_rae.inspection, scale_rae.memory_plan; from scale_rae.hub import find; find('shapes', 'model'); "
+        "print('torch' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "False"
 

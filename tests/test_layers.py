@@ -15,9 +15,9 @@ ROAD = """
 version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
-config layout headers footprint memory_plan containers images torch_file checkpoint hub listing wording memory cpu noise
+codes config layout headers footprint memory_plan containers images torch_file checkpoint hub listing inspection wording memory cpu noise
 compiling cuda_graphs residency
-float8 kernels toolchain quantization machine
+float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit flow fast_dit sampling
 encoder decoder vae loading
@@ -33,7 +33,7 @@ serve.guard serve.connections serve.data_urls serve.decoding serve.streaming ser
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
-cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.scale cli.select cli.score cli.report cli.sheet cli.serve
+cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -38,6 +38,7 @@ COMMANDS = {
     "t2i": ("scale_rae.cli.t2i", "Draw images from a prompt, or from every prompt of a file."),
     "img": ("scale_rae.cli.img", "Ask about an image, or have it changed."),
     "latent": ("scale_rae.cli.latent", "Decode saved latents, ask about them, or continue from them."),
+    "inspect": ("scale_rae.cli.inspect", "Say what a model is and what it needs, before it is downloaded."),
     "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
     "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),

@@ -6,20 +6,41 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Large:
+    """A file that begins with `head` and then has zeros up to `size` bytes, which only exist while they are sent."""
+
+    head: bytes
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def part(self, start: int, stop: int) -> bytes:
+        """The bytes `start` to `stop`."""
+        return self.head[start:stop].ljust(stop - start, b"\0")
 
 
 @dataclass
 class Repo:
     """Files by name; each revision name stands for a commit and its files."""
 
-    revisions: dict[str, dict[str, bytes]]
+    revisions: dict[str, dict[str, bytes | Large]]
     gated: bool = False
     token: str | None = None  # private: who does not send it is told that there is nothing
+    card: dict[str, Any] | None = None  # the model card's front matter
 
     def commit(self, revision: str) -> str | None:
         """The commit a branch, tag or commit name means."""
@@ -28,7 +49,7 @@ class Repo:
         }
         return revision if revision in commits.values() else commits.get(revision)
 
-    def files(self, commit: str) -> dict[str, bytes]:
+    def files(self, commit: str) -> dict[str, bytes | Large]:
         return next(files for name, files in self.revisions.items() if self.commit(name) == commit)
 
 
@@ -51,6 +72,8 @@ class FakeHub:
     status: int | None = None  # answer everything with this status
     cut: dict[str, int] = field(default_factory=dict)  # file name -> how many more of its downloads break off midway
     url: str = ""
+    ranges: bool = True  # whether parts of files can be asked for
+    sent: int = 0  # bytes of contents and accounts
 
     def __enter__(self) -> FakeHub:
         hub = self
@@ -73,7 +96,9 @@ class FakeHub:
 
     def add(self, name: str, folder: Path, **more: Any) -> None:
         """Serves a folder as a repository with one branch, main."""
-        files = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+        files: dict[str, bytes | Large] = {
+            p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+        }
         self.repos[name] = Repo({"main": files}, **more)
 
     def downloaded(self) -> list[str]:
@@ -118,21 +143,27 @@ class _Handler(BaseHTTPRequestHandler):
         if api and api[3]:
             entries = [_tree_entry(name, content) for name, content in files.items()]
             return self._send(200, json.dumps(entries).encode())
-        info = {"id": match[1], "modelId": match[1], "sha": commit, "siblings": [{"rfilename": name} for name in files]}
+        with_sizes = "blobs=" in self.path
+        siblings = [{"rfilename": n, **({"size": len(c)} if with_sizes else {})} for n, c in files.items()]
+        info = {"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings}
+        if repo.card is not None:
+            info["cardData"] = repo.card
         return self._send(200, json.dumps(info).encode())
 
-    def _file(self, name: str, commit: str, files: dict[str, bytes]) -> None:
+    def _file(self, name: str, commit: str, files: dict[str, bytes | Large]) -> None:
         if name not in files:
             return self._error(404, "EntryNotFound")
         content = files[name]
         headers = {"X-Repo-Commit": commit, "ETag": f'"{_etag(content)}"', "Accept-Ranges": "bytes"}
         if self.command == "HEAD":
             return self._send(200, content, headers)
-        status, start = 200, 0
-        if wanted := re.fullmatch(r"bytes=(\d+)-", self.headers.get("range") or ""):
+        status, start, stop = 200, 0, len(content)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("range") or "")
+        if wanted and self.hub.ranges:
             status, start = 206, int(wanted[1])
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        part = content[start:]
+            stop = min(stop, int(wanted[2]) + 1) if wanted[2] else stop
+            headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(content)}"
+        part = content.part(start, stop) if isinstance(content, Large) else content[start:stop]
         if self.hub.cut.get(name, 0) > 0:
             self.hub.cut[name] -= 1
             return self._send(status, part, headers, sent=len(part) // 2)
@@ -141,21 +172,59 @@ class _Handler(BaseHTTPRequestHandler):
     def _error(self, status: int, code: str) -> None:
         self._send(status, b"{}", {"X-Error-Code": code} if code else {})
 
-    def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None, sent: int | None = None) -> None:
+    def _send(
+        self, status: int, body: bytes | Large, headers: dict[str, str] | None = None, sent: int | None = None
+    ) -> None:
         self.send_response(status)
         for name, value in {"Content-Type": "application/json", **(headers or {})}.items():
             self.send_header(name, value)
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         if self.command != "HEAD":
+            assert isinstance(body, bytes)
             self.wfile.write(body[:sent])
+            self.hub.sent += len(body[:sent])
         if sent is not None:
             self.close_connection = True  # the client was promised more
 
 
-def _etag(content: bytes) -> str:
+@contextmanager
+def own_hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """For a `with`: a hub that huggingface_hub talks to, with a cache of its own, no token, and no pauses between retries."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import _http
+
+    proxies = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")
+    with FakeHub() as hub:
+        _http.close_session()  # a client keeps the variables that it was made with
+        point_at(hub.url, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        for name in (*("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), *proxies, *(name.lower() for name in proxies)):
+            monkeypatch.delenv(name, raising=False)
+        # Only these modules' sleep, not everyone's.
+        no_pause = SimpleNamespace(sleep=lambda seconds: None, time=lambda: 0.0, monotonic=lambda: 0.0)
+        monkeypatch.setattr("huggingface_hub.file_download.time", no_pause)
+        monkeypatch.setattr("huggingface_hub.utils._http.time", no_pause)
+        yield hub
+        _http.close_session()
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes huggingface_hub talk to this address."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr("huggingface_hub.hf_api.api.endpoint", url)
+
+
+def _etag(content: bytes | Large) -> str:
+    if isinstance(content, Large):
+        return hashlib.sha1(b"large %d\0" % content.size + content.head).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _tree_entry(name: str, content: bytes) -> dict[str, Any]:
+def _tree_entry(name: str, content: bytes | Large) -> dict[str, Any]:
     return {"type": "file", "path": name, "size": len(content), "oid": _etag(content)}
