@@ -87,7 +87,7 @@ class KVCache:
         return hidden[: self.batch, :longest]
 
     def begin(self, hidden: Tensor) -> Tensor:
-        """[3, B] float64: each conversation's next token, its logit and self-certainty, from hidden states [B, H]."""
+        """[3, B] float32: each conversation's next token, its logit and self-certainty, from hidden states [B, H]."""
         self._position[: self.batch] = torch.tensor(self.lengths, device=self._position.device)
         self._steps, self._first = 0, max(self.lengths)
         self._token[: self.batch], record = self._choose(hidden)
@@ -125,7 +125,7 @@ class KVCache:
     def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network.lm_head(hidden).float()  # [B, V]
         best, token = logits.max(dim=-1)
-        return token, torch.stack([token.double(), best.double(), self_certainty(logits).double()])
+        return token, torch.stack([token.float(), best, self_certainty(logits)])  # exact for 2^24 tokens; MPS has no float64
 
     def forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
         """Final-normed hidden states [B, T, H] of embeddings at positions [B, T].

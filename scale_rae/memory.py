@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -66,10 +67,17 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
+def missing_operation(error: BaseException) -> str | None:
+    """The name of the operation that PyTorch does not have for MPS, if that is the error; else None."""
+    found = re.search(r"operator '([^']+)' is not currently implemented for the MPS device", str(error))
+    return found[1] if found and isinstance(error, NotImplementedError) else None
+
+
 class MemoryErrors:
     """For a `with`: if memory runs out, raises a DeviceError that names `what` was being done, and remedies.
 
-    `savings` are flags with which the model itself takes less memory (`savings`).
+    It also says which operation is missing, if the device (MPS) lacks one. `savings` are flags with which the model itself takes
+    less memory (`savings`).
     """
 
     def __init__(
@@ -86,6 +94,11 @@ class MemoryErrors:
     def __enter__(self) -> None: ...
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if error is not None and (operation := missing_operation(error)) is not None:
+            raise DeviceError(
+                f"{self.device}: PyTorch {torch.__version__} has no operation {operation} for MPS, needed for {self.what}; set "
+                "PYTORCH_ENABLE_MPS_FALLBACK=1 to have that operation computed on the CPU, or use --device cpu"
+            ) from error
         if error is None or isinstance(error, ScaleRAEError) or not out_of_memory(error):
             return
         free = ""

@@ -93,6 +93,6 @@ def draw_noise(
     def wait() -> Tensor:
         for one in drawn:
             one.result()
-        return noise.to(device, non_blocking=True)
+        return noise.to(device, non_blocking=device.type == "cuda")  # MPS may read the memory after it was freed
 
     return wait

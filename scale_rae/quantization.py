@@ -206,7 +206,7 @@ class Place(NamedTuple):
         """Takes a stored weight of `columns` columns; its rows are quantised into the targets, one after another."""
 
         def take(start: int, rows: Tensor) -> None:
-            rows = rows.to(self.device)
+            rows = (rows.float() if rows.dtype == torch.float64 else rows).to(self.device)  # MPS has no float64
             if targets[0].kind == "fp8":
                 rows = rows.to(self.dtype)
             for target in targets:
