@@ -26,6 +26,38 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _exact_batches_are_remembered(_one_thread: None) -> Iterator[None]:
+    """The bundled model's exact batch sizes are measured once per process and not once per load, as long as drawing is as it is."""
+    import torch
+
+    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.sampling import LatentSampler
+    from scale_rae.wording import is_bundled
+
+    measure, found = ScaleRAE.exact_batch, dict[Any, int]()
+
+    def remembered(self: ScaleRAE, most: int, options: Sequence[Any], one_prompt: bool) -> int:
+        if not is_bundled(self.source) or "sample" in vars(self):  # replaced by the test
+            return measure(self, most, options, one_prompt)
+        how = (
+            self.dtype,
+            self.device,
+            self.speed,
+            torch.get_num_threads(),
+            ScaleRAE.sample,
+            LatentSampler.sample_batch,
+        )
+        key = (*how, most, tuple(options), one_prompt)
+        if key not in found:
+            found[key] = measure(self, most, options, one_prompt)
+        return found[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ScaleRAE, "exact_batch", remembered)
+        yield
+
+
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Model folders of the golden checkpoints, encoder and decoder beside them."""
