@@ -97,11 +97,13 @@ def open_worker(
             settings.model_choice(assignment.device),
             bars,
             decoder=True,
-            encoder=True,
+            encoder=settings.post_qa_mode == "image",
             debug=assignment.debug,
             split_batches=False,  # the worker itself knows which images belong together
         )
         model = opened.model
+        model.check_reads()
+        _ = model.encoder  # its files are recorded; its weights are not loaded where no picture is read
         if model.device.type == "cuda" and model.device.index is not None:
             import torch
 
