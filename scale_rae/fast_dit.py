@@ -11,8 +11,9 @@
 - `graph`: one evaluation is captured as a CUDA graph for each (images, prompts, guided or not) and replayed.
 - `compile`: each kind of block is compiled once, which fuses everything between the matrix products.
 - `quantize`: the blocks' linears are quantised (quantization.py); "fp8" multiplies in float8 (float8.py).
-- `kernels`: Triton kernels (kernels.py) quantise to float8 and rotate queries and keys; needs `defer`.
+- `kernels`: Triton kernels (kernels.py) quantise activations and rotate queries and keys; needs `defer`.
 - `attention`: a Triton kernel (kernels.py) computes attention and rotates queries and keys as it reads them.
+- `few`: for one or two images, on Hopper, all of a block is in Triton kernels (few_images.py); needs `kernels` and our attention.
 
 docs/performance.md lists what each trick gains.
 """
@@ -31,7 +32,7 @@ from scale_rae.checkpoint import RowSink
 from scale_rae.compiling import attention_kernels, compiled
 from scale_rae.cuda_graphs import Captures
 from scale_rae.dit import NORM_EPS, Attention, Block, DiT, FinalLayer, RMSNorm, SwiGLU, attend, heads_output
-from scale_rae.float8 import Quantized, quantize
+from scale_rae.float8 import Quantized
 from scale_rae.flow import Velocity
 from scale_rae.options import Speed
 from scale_rae.quantization import (
@@ -41,8 +42,10 @@ from scale_rae.quantization import (
     check_quantize,
     check_widths,
     joined,
+    own_kernels,
     product,
     quantize_linears,
+    quantize_tokens,
 )
 from scale_rae.residency import Residency
 from scale_rae.toolchain import runs_own_kernels
@@ -50,6 +53,7 @@ from scale_rae.toolchain import runs_own_kernels
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
 MOST_GRAPHS = 24  # captured graphs that are kept
+FEW_ROWS = 512  # rows (tokens of a batch's images, guided ones twice) up to which `few_block` is faster
 
 Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # the signature of `dit.attend`
 
@@ -84,7 +88,8 @@ def _per_image(modulation: Tensor, prompt_of: Tensor | None) -> Tensor:
 class Deferred(NamedTuple):
     """A block's result as a sum that is not yet computed: x + gate · update. The gate is the last of the six modulations.
 
-    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. If there is no update, x is the result.
+    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. If there is no update, x is the result. An update [S, B, L, D] is in
+    S parts that are yet to be summed.
     """
 
     x: Tensor
@@ -99,7 +104,8 @@ def summed(block: Deferred) -> Tensor:
         return block.x
     gate, null = (None if m is None else m.chunk(6, dim=-1)[5] for m in (block.modulation, block.null))
     assert gate is not None
-    return block.x + spread(gate, null, len(block.x)) * block.update
+    update = block.update if block.update.dim() == 3 else block.update.sum(dim=0).to(block.x.dtype)
+    return block.x + spread(gate, null, len(block.x)) * update
 
 
 # --- a block and the final layer, given their modulations ------------------------------------------------------------
@@ -136,7 +142,7 @@ def summed_block(
     return Deferred(summed(deferred_block(block, before, modulation, cos, sin, null)))
 
 
-def float8_block(
+def quantized_block(
     block: Block,
     before: Deferred,
     modulation: Tensor,
@@ -145,20 +151,66 @@ def float8_block(
     null: Tensor | None = None,
     attend: Attend = attend,
 ) -> Deferred:
-    """`deferred_block` in Triton kernels, for blocks whose linears are of kind fp8. `before` must have an update."""
+    """`deferred_block` in Triton kernels, for blocks whose products are in float8 or int8. `before` must have an update."""
     vectors = modulation.chunk(6, dim=-1)
     nulls = null.chunk(6, dim=-1) if null is not None else (None,) * 6
+    int8 = _is_int8(block.attn.qkv)
+    gate, null_gate, update = _gates(before)
+    x, read = _quantized_norm(block.norm1, before.x, update, (gate, null_gate), vectors[:2], nulls[:2], int8)
+    seen = attend(_product(block.attn.qkv, read), block.attn.heads, cos, sin)
+    update = _product(block.attn.proj, Quantized(*_kernels.quantize_rows(seen, int8)))
+    x, read = _quantized_norm(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5], int8)
+    inner = Quantized(*_kernels.quantize_swiglu(_product(block.mlp.w12, read), int8))
+    update = _product(block.mlp.w3, inner)
+    return Deferred(x, update, modulation, null)
+
+
+def few_block(
+    block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
+) -> Deferred:
+    """`deferred_block` in the Triton kernels for few images, in bfloat16 or, for weights of kind fp8, float8.
+
+    `before` must have an update; that of the result is in parts [S, B, L, D].
+    """
+    v = modulation.chunk(6, dim=-1)
+    n = null.chunk(6, dim=-1) if null is not None else (None,) * 6
+    float8 = isinstance(block.attn.qkv.weight, QuantizedWeight)
+    gate, null_gate, update = _gates(before)
+    parts = update if update.dim() == 4 else update[None]
+    x, read, scale = _kernels.few_normed(
+        before.x, parts, gate, null_gate, v[0], v[1], n[0], n[1], block.norm1.weight, NORM_EPS, float8
+    )
+    qkv = _few_product(block.attn.qkv, read, scale, "store")
+    seen = _kernels.attend_pairs(qkv, block.attn.heads, cos, sin, True)
+    parts = _few_parts(block.attn.proj, seen)
+    x, read, scale = _kernels.few_normed(
+        x, parts, v[2], n[2], v[3], v[4], n[3], n[4], block.norm2.weight, NORM_EPS, float8
+    )
+    inner = _few_product(block.mlp.w12, read, scale, "swiglu")
+    parts = _few_parts(block.mlp.w3, inner)
+    return Deferred(x, parts, modulation, null)
+
+
+def _few_product(linear: Any, x: Tensor, x_scale: Tensor | None, end: str) -> Tensor:
+    weight = linear.weight
+    if isinstance(weight, QuantizedWeight):
+        return _kernels.few_product(x, x_scale, weight.values, weight.scale, linear.bias, end)  # type: ignore[no-any-return]
+    return _kernels.few_product(x, None, weight, None, linear.bias, end)  # type: ignore[no-any-return]
+
+
+def _few_parts(linear: Any, x: Tensor) -> Tensor:
+    if isinstance(linear.weight, QuantizedWeight):
+        values, scale = _kernels.few_rows(x)
+        return _few_product(linear, values, scale, "parts")
+    return _few_product(linear, x, None, "parts")
+
+
+def _gates(before: Deferred) -> tuple[Tensor, Tensor | None, Tensor]:
+    """The gate of a deferred sum, the null branch's, and the update."""
     assert before.update is not None
     assert before.modulation is not None
-    gate = before.modulation.chunk(6, dim=-1)[5]
     null_gate = None if before.null is None else before.null.chunk(6, dim=-1)[5]
-    x, read = _quantized_norm(block.norm1, before.x, before.update, (gate, null_gate), vectors[:2], nulls[:2])
-    seen = attend(_float8(block.attn.qkv, read), block.attn.heads, cos, sin)
-    update = _float8(block.attn.proj, Quantized(*_kernels.quantize_rows(seen)))
-    x, read = _quantized_norm(block.norm2, x, update, (vectors[2], nulls[2]), vectors[3:5], nulls[3:5])
-    inner = Quantized(*_kernels.quantize_swiglu(_float8(block.mlp.w12, read)))
-    update = _float8(block.mlp.w3, inner)
-    return Deferred(x, update, modulation, null)
+    return before.modulation.chunk(6, dim=-1)[5], null_gate, before.update
 
 
 def with_attention(block: Callable[..., Deferred], attend: Attend) -> Callable[..., Deferred]:
@@ -172,7 +224,11 @@ def with_attention(block: Callable[..., Deferred], attend: Attend) -> Callable[.
     return run
 
 
-def _float8(linear: Any, x: Quantized) -> Tensor:
+def _is_int8(linear: Any) -> bool:
+    return linear.weight.kind == "int8-products"  # type: ignore[no-any-return]
+
+
+def _product(linear: Any, x: Quantized) -> Tensor:
     return product(x, linear.weight, linear.bias)
 
 
@@ -183,11 +239,12 @@ def _quantized_norm(
     gates: tuple[Tensor, Tensor | None],
     vectors: tuple[Tensor, ...],
     nulls: tuple[Tensor | None, ...],
+    int8: bool,
 ) -> tuple[Tensor, Quantized]:
-    """x' = x + gate · update, and norm(x') · (1 + scale) + shift in float8. vectors and nulls are (shift, scale)."""
+    """x' = x + gate · update, and norm(x') · (1 + scale) + shift, quantised. vectors and nulls are (shift, scale)."""
     (shift, factor), (null_shift, null_factor) = vectors, nulls
     x, values, scale = _kernels.quantize_normed(
-        x, update, *gates, shift, factor, null_shift, null_factor, norm.weight, NORM_EPS
+        x, update, *gates, shift, factor, null_shift, null_factor, norm.weight, NORM_EPS, int8
     )
     return x, Quantized(values, scale)
 
@@ -339,8 +396,15 @@ class Functions:
     plain_block: Callable[..., Tensor]
     final: Callable[..., Tensor]
     plain_final: Callable[..., Tensor]
+    few_block: (
+        Callable[..., Deferred] | None
+    )  # for up to FEW_ROWS rows; never compiled, since its kernels leave nothing to fuse
     cos: Tensor
     sin: Tensor
+
+    def block_for(self, rows: int) -> Callable[..., Deferred]:
+        """The block function for so many tokens of a batch."""
+        return self.block if self.few_block is None or rows > FEW_ROWS else self.few_block
 
 
 def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
@@ -352,24 +416,44 @@ def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
 def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
     """`_read` with a float8 SiLU(c) for the blocks."""
     read, _ = _read(time, condition)
-    return read, quantize(read)
+    return read, quantize_tokens("fp8", read)
+
+
+def _read_int8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
+    """`_read` with an int8 SiLU(c) for the blocks."""
+    read, _ = _read(time, condition)
+    return read, quantize_tokens("int8-products", read)
 
 
 def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
     """The functions for a network on its device. With `compile`, the functions that are to be compiled."""
     block: Callable[..., Deferred] = deferred_block if speed.defer else summed_block
+    few: Callable[..., Deferred] | None = None
     cos, sin = dit.rope_cos, dit.rope_sin
-    device, is_float8 = dit.pos_embed.device, speed.quantize == "fp8"
+    device, kind = dit.pos_embed.device, speed.quantize
+    quantizes = kind == "fp8" or (kind == "int8-products" and own_kernels(kind, device, dit.dtype))
     if speed.defer and speed.kernels and runs_own_kernels(device):
         from scale_rae import kernels
 
         attend = _choose_attention(speed, dit)
         # A compiled block in bfloat16 is as fast with PyTorch's rotation as with ours.
-        if not compile or is_float8 or attend is not attend_rotating:
-            block = with_attention(float8_block if is_float8 else deferred_block, attend)
+        if not compile or quantizes or attend is not attend_rotating:
+            block = with_attention(quantized_block if quantizes else deferred_block, attend)
             cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
-    read = _read_float8 if is_float8 else _read
-    return Functions(read, block, Block.forward, final_layer, FinalLayer.forward, cos, sin)
+        if speed.few and attend is kernels.attend_pairs and kind in (None, "fp8") and _few_block_fits(dit):
+            few = few_block
+    read = {"fp8": _read_float8, "int8-products": _read_int8}[kind] if quantizes and kind is not None else _read
+    return Functions(read, block, Block.forward, final_layer, FinalLayer.forward, few, cos, sin)
+
+
+def _few_block_fits(dit: DiT) -> bool:
+    """Whether `few_block` supports a network, which must be on Hopper, where it was measured, in bfloat16."""
+    if not _is_hopper(dit.pos_embed.device) or dit.dtype != torch.bfloat16:
+        return False
+    from scale_rae import few_images
+
+    inner = dit.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
+    return few_images.fits(dit.config.width, inner)  # type: ignore[arg-type]
 
 
 def _choose_attention(speed: Speed, dit: DiT) -> Attend:
@@ -535,7 +619,9 @@ class FastDiT:
         if self._compiled is None:
             own = self._to_compile
             functions: dict[str, Any] = {
-                f.name: compiled(value) for f in fields(own) if callable(value := getattr(own, f.name))
+                f.name: compiled(value)
+                for f in fields(own)
+                if f.name != "few_block" and callable(value := getattr(own, f.name))
             }
             self._compiled = replace(own, **functions)
         return self._compiled
@@ -565,12 +651,13 @@ class FastDiT:
         h = dit.x_embedder(tokens) + dit.pos_embed  # [B, L, D]
         h = h.repeat(copies, 1, 1) if copies > 1 else h
         state: Deferred | None = None
+        block_of = functions.block_for(h.shape[0] * h.shape[1])
         modulated = self._modulated_blocks(read, len(condition), prompt_of)
         for (block, modulation), null_modulation in zip(modulated, null, strict=False):
             if state is None:  # a sum like all later states, so that one compiled block serves all
                 no_more = None if null_modulation is None else null_modulation[:]
                 state = Deferred(h, torch.zeros_like(h), modulation[:], no_more) if self.speed.defer else Deferred(h)
-            state = functions.block(block, state, modulation, functions.cos, functions.sin, null_modulation)
+            state = block_of(block, state, modulation, functions.cos, functions.sin, null_modulation)
         assert state is not None
         if self.final_shared:
             modulation = _per_image(dit.final_layer.adaLN_modulation[1](plain), prompt_of)

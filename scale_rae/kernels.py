@@ -1,9 +1,9 @@
-"""Triton kernels for the diffusion transformer on NVIDIA GPUs: float8 rows, rotary embedding, attention.
+"""Triton kernels for the diffusion transformer on NVIDIA GPUs: quantised rows, rotary embedding, attention.
 
 Each does in one pass what PyTorch's compiled code does in several:
 
-- Float8 rows: each token's row is read once, kept in registers, scaled and written. Compiled code reads its inputs twice, first
-  for the row's largest value and then for the float8 values.
+- Quantised rows, float8 or int8: each token's row is read once, kept in registers, scaled and written. Compiled code reads its
+  inputs twice, first for the row's largest value and then for the quantised values.
 - The rotary embedding: each pair of channels is read once. (In bfloat16, PyTorch's compiled code is as fast.)
 - Attention over the tokens of an image, rotation included. An image has few tokens, so a block of queries sees all keys at once.
 
@@ -18,12 +18,14 @@ from __future__ import annotations
 import functools
 import logging
 import math
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from scale_rae.codes import INT8_LARGEST
 from scale_rae.config import DiTConfig
 from scale_rae.errors import first_line
 from scale_rae.float8 import FLOAT8, LARGEST, LEAST
@@ -32,11 +34,27 @@ _log = logging.getLogger("scale_rae")
 
 
 @triton.jit
+def _converted(values, dtype: tl.constexpr):
+    """Scaled values in float8 or int8. The conversion clamps what rounding moved beyond the range; tl.minimum would hide NaN."""
+    if dtype == tl.int8:
+        values = tl.floor(values + 0.5)
+    return values.to(dtype)
+
+
+@triton.jit
+def _scale_of(largest, values, dtype: tl.constexpr, LARGEST: tl.constexpr):
+    """A row's scale. int8 has no NaN, so a row with NaN or infinity among its values gets the scale NaN."""
+    scale = largest / LARGEST
+    if dtype == tl.int8:
+        scale += tl.sum(values * 0.0, axis=0)
+    return scale
+
+
+@triton.jit
 def _store_quantized(values, out, scale, row, i, inside, width, LARGEST: tl.constexpr, LEAST: tl.constexpr):
     largest = tl.maximum(tl.max(tl.abs(values), axis=0), LEAST)
-    tl.store(scale + row, largest / LARGEST)
-    # The conversion clamps values that rounding moved beyond the range; tl.minimum would hide NaN.
-    tl.store(out + row * width + i, (values * (LARGEST / largest)).to(out.dtype.element_ty), mask=inside)
+    tl.store(scale + row, _scale_of(largest, values, out.dtype.element_ty, LARGEST))
+    tl.store(out + row * width + i, _converted(values * (LARGEST / largest), out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -69,11 +87,14 @@ def _swiglu_kernel(
         others = _swiglu(x + row * 2 * width, j, j < width, width)
         largest = tl.maximum(largest, tl.max(tl.abs(others), axis=0))
     largest = tl.maximum(largest, LEAST)
-    tl.store(scale + row, largest / LARGEST)
-    factor = LARGEST / largest
-    tl.store(out + row * width + i, (values * factor).to(out.dtype.element_ty), mask=i < width)
+    by = _scale_of(largest, values, out.dtype.element_ty, LARGEST)
     if REST > 0:
-        tl.store(out + row * width + j, (others * factor).to(out.dtype.element_ty), mask=j < width)
+        by += _scale_of(largest, others, out.dtype.element_ty, LARGEST) - largest / LARGEST
+    tl.store(scale + row, by)
+    factor = LARGEST / largest
+    tl.store(out + row * width + i, _converted(values * factor, out.dtype.element_ty), mask=i < width)
+    if REST > 0:
+        tl.store(out + row * width + j, _converted(others * factor, out.dtype.element_ty), mask=j < width)
 
 
 @triton.jit
@@ -176,11 +197,15 @@ def _attend_kernel(
     HEAD: tl.constexpr,
     STEPS: tl.constexpr,
     WHOLE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Attention of STEPS blocks of ROWS queries of a head. `words` is qkv by pairs of channels.
 
-    WHOLE: no block has rows or keys beyond the image's tokens, so nothing is masked.
+    WHOLE: no block has rows or keys beyond the image's tokens, so nothing is masked. EARLY: launched before qkv is complete.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     TYPE: tl.constexpr = out.dtype.element_ty
     image = (tl.program_id(1) // heads).to(tl.int64)
     head = tl.program_id(1) % heads
@@ -228,39 +253,40 @@ def _attend_kernel(
             tl.store(at, seen.to(TYPE), mask=is_there[:, None])
 
 
-def _sizes(width: int) -> dict[str, int | float]:
+def _sizes(width: int, int8: bool) -> dict[str, int | float]:
     block = triton.next_power_of_2(width)
-    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8, "LARGEST": LARGEST, "LEAST": LEAST}
+    largest = INT8_LARGEST if int8 else LARGEST
+    return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8, "LARGEST": largest, "LEAST": LEAST}
 
 
-def _empty_rows(x: Tensor, width: int) -> tuple[Tensor, Tensor]:
-    values = torch.empty((*x.shape[:-1], width), dtype=FLOAT8, device=x.device)
+def _empty_rows(x: Tensor, width: int, int8: bool) -> tuple[Tensor, Tensor]:
+    values = torch.empty((*x.shape[:-1], width), dtype=torch.int8 if int8 else FLOAT8, device=x.device)
     return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("scale_rae::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values [..., K], scale [..., 1]) of `float8.quantize` for rows [..., K]."""
+def quantize_rows(x: Tensor, int8: bool = False) -> tuple[Tensor, Tensor]:
+    """(values [..., K], scale [..., 1]) of `float8.quantize` for rows [..., K]; with `int8`, values from -127 to 127."""
     x = x.contiguous()
     width = x.shape[-1]
-    values, scale = _empty_rows(x, width)
+    values, scale = _empty_rows(x, width, int8)
     with torch.cuda.device(x.device):
-        _rows_kernel[(x.numel() // width,)](x, values, scale, width, **_sizes(width))
+        _rows_kernel[(x.numel() // width,)](x, values, scale, width, **_sizes(width, int8))
     return values, scale
 
 
 @quantize_rows.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x, x.shape[-1])
+def _(x: Tensor, int8: bool = False) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x, x.shape[-1], int8)
 
 
 @torch.library.custom_op("scale_rae::quantize_swiglu", mutates_args=())
-def quantize_swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(values [..., K], scale [..., 1]) of SiLU(gate) · value in float8; gate and value are side by side in x [..., 2 K]."""
+def quantize_swiglu(x: Tensor, int8: bool = False) -> tuple[Tensor, Tensor]:
+    """`quantize_rows` of SiLU(gate) · value [..., K]; gate and value are side by side in x [..., 2 K]."""
     x = x.contiguous()
     width = x.shape[-1] // 2
-    values, scale = _empty_rows(x, width)
-    sizes = _sizes(width)
+    values, scale = _empty_rows(x, width, int8)
+    sizes = _sizes(width, int8)
     most = sizes.pop("BLOCK")
     if most > width:
         most //= 2
@@ -271,8 +297,8 @@ def quantize_swiglu(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @quantize_swiglu.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty_rows(x, x.shape[-1] // 2)
+def _(x: Tensor, int8: bool = False) -> tuple[Tensor, Tensor]:
+    return _empty_rows(x, x.shape[-1] // 2, int8)
 
 
 @torch.library.custom_op("scale_rae::quantize_normed", mutates_args=())
@@ -287,8 +313,9 @@ def quantize_normed(
     null_factor: Tensor | None,
     weight: Tensor,
     eps: float,
+    int8: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x', values, scale): x' = x + gate · update; values and scale are norm(x') · (1 + factor) + shift in float8 by rows.
+    """(x', values, scale): x' = x + gate · update; values and scale are `quantize_rows` of norm(x') · (1 + factor) + shift.
 
     x, update [B, L, D]; gate, shift, factor [P, L, D], with a dense last axis and B / P images per prompt. With the null
     branch's modulations, [D] each, the first half of x is the conditional branch and the second half the null branch.
@@ -298,13 +325,13 @@ def quantize_normed(
     conditional = images if null_gate is None else images // 2
     each = conditional // len(gate)
     x_out = torch.empty_like(x)
-    values, scale = _empty_rows(x, width)
+    values, scale = _empty_rows(x, width, int8)
     with torch.cuda.device(x.device):
         gates, shifts, factors = gate.flatten(0, -2), shift.flatten(0, -2), factor.flatten(0, -2)
         if shifts.stride(0) != factors.stride(0) or each * len(gate) != conditional or len(gate) != len(shift):
             raise ValueError("shift and factor must be parts of one tensor, with equally many images per prompt")
         common = (weight, x_out, values, scale)
-        sizes = _sizes(width)
+        sizes = _sizes(width, int8)
         strides = (gates.stride(0), shifts.stride(0))
         rows = conditional * tokens
         _norm_kernel[(rows,)](
@@ -318,8 +345,9 @@ def quantize_normed(
 
 
 @quantize_normed.register_fake
-def _(x: Tensor, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x.contiguous()), *_empty_rows(x, x.shape[-1])
+def _(x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    int8 = len(rest) > 9 and rest[9]
+    return torch.empty_like(x.contiguous()), *_empty_rows(x, x.shape[-1], int8)
 
 
 def of_axis(table: Tensor) -> Tensor:
@@ -374,8 +402,11 @@ _HEADS = (16, 32, 64)  # supported channels per head
 
 
 @torch.library.custom_op("scale_rae::attend_pairs", mutates_args=())
-def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
-    """`dit.attend` in one kernel; cos and sin are `of_axis` of its tables. Needs dtype and sizes that `attention_fits` accepts."""
+def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, early: bool = False) -> Tensor:
+    """`dit.attend` in one kernel; cos and sin are `of_axis` of its tables. Needs dtype and sizes that `attention_fits` accepts.
+
+    With `early` (Hopper), the kernel is launched while the kernel before it ends.
+    """
     qkv = qkv.contiguous()
     batch, tokens, width = qkv.shape
     head = width // 3 // heads
@@ -401,13 +432,15 @@ def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
             HEAD=head,
             STEPS=steps,
             WHOLE=tokens == keys and tokens % (_ROWS * steps) == 0,
+            EARLY=early,
             num_warps=4,
+            **({"launch_pdl": True} if early else {}),
         )
     return out
 
 
 @attend_pairs.register_fake
-def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+def _(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, early: bool = False) -> Tensor:
     return qkv.new_empty((*qkv.shape[:2], qkv.shape[2] // 3))
 
 

@@ -223,10 +223,12 @@ CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
     ({"attention": "flash"}, True, deferred_block),  # PyTorch compiles it as well
     ({"attention": "own"}, False, ("plain", OWN)),
     ({"attention": "own"}, True, ("plain", OWN)),
-    ({"quantize": "fp8"}, True, ("float8", OWN)),
-    ({"quantize": "fp8", "attention": "flash"}, True, ("float8", FLASH)),
-    ({"quantize": "fp8", "attention": "own"}, False, ("float8", OWN)),
+    ({"quantize": "fp8"}, True, ("quantized", OWN)),
+    ({"quantize": "fp8", "attention": "flash"}, True, ("quantized", FLASH)),
+    ({"quantize": "fp8", "attention": "own"}, False, ("quantized", OWN)),
     ({"quantize": "fp8", "kernels": False}, True, deferred_block),
+    ({"quantize": "int8"}, False, ("plain", OWN)),
+    ({"quantize": "int8-products"}, True, ("quantized", OWN)),
 ]
 
 
@@ -243,27 +245,28 @@ def test_which_block_runs_on_cuda(
     monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
     monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
     monkeypatch.setattr(fast_dit, "runs_own_kernels", lambda device: usable and device.type == "cuda")
-    names = {deferred_block: "plain", fast_dit.float8_block: "float8"}
+    monkeypatch.setattr(fast_dit, "own_kernels", lambda kind, device, dtype: usable and device.type == "cuda")
+    names = {deferred_block: "plain", fast_dit.quantized_block: "quantized"}
     monkeypatch.setattr(fast_dit, "with_attention", lambda block, attend: (names[block], attend))
     hopper, others = ("12.8", (9, 0)), (("12.8", (8, 0)), ("12.8", (10, 0)))
 
     def on(cuda: str | None, capability: tuple[int, int]) -> Any:
         monkeypatch.setattr(torch.version, "cuda", cuda)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        return fast_dit.choose_functions(Speed(**options), dit, compile).block
+        return fast_dit.choose_functions(Speed(few=False, **options), dit, compile).block
 
     on_cuda = SimpleNamespace(device=torch.device("cuda"))
     dit: Any = SimpleNamespace(pos_embed=on_cuda, dtype=torch.bfloat16, config=CONFIG, rope_cos="cos", rope_sin="sin")
     ours = isinstance(expected, tuple)
     expected = expected if usable or not ours else deferred_block
     assert on(*hopper) == expected
-    assert fast_dit.choose_functions(Speed(**options), dit, compile).cos == (
+    assert fast_dit.choose_functions(Speed(few=False, **options), dit, compile).cos == (
         ("axis", "cos") if ours and usable else "cos"
     )
     # PyTorch's attention: in a block of ours if float8 or the rotation is.
     flash = expected
     if ours and usable:
-        flash = deferred_block if compile and "quantize" not in options else (expected[0], FLASH)
+        flash = deferred_block if compile and expected[0] == "plain" else (expected[0], FLASH)
     for elsewhere in others:
         assert on(*elsewhere) == (expected if "attention" in options else flash)
     dit.config = UNFIT
@@ -271,7 +274,52 @@ def test_which_block_runs_on_cuda(
     dit.config, dit.dtype = CONFIG, torch.float32
     assert on(*hopper) == flash
     dit.pos_embed = SimpleNamespace(device=torch.device("cpu"))
-    assert not isinstance(fast_dit.choose_functions(Speed(**options), dit, compile).block, tuple)
+    assert not isinstance(fast_dit.choose_functions(Speed(few=False, **options), dit, compile).block, tuple)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: bool) -> None:
+    """Hopper, our attention, bfloat16 or float8, widths that the kernels support, and few rows."""
+    kernels = SimpleNamespace(attend_pairs=OWN, attention_fits=lambda config, dtype: True, of_axis=lambda table: table)
+    few_images = SimpleNamespace(fits=lambda width, inner: (width, inner) == (CONFIG.width, 176))
+    for name, module in (("kernels", kernels), ("few_images", few_images)):
+        monkeypatch.setitem(sys.modules, f"scale_rae.{name}", module)
+        monkeypatch.setattr(scale_rae, name, module, raising=False)
+    monkeypatch.setattr(fast_dit, "runs_own_kernels", lambda device: True)
+    monkeypatch.setattr(fast_dit, "own_kernels", lambda kind, device, dtype: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    capability = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
+
+    def chosen(
+        inner: int = 176, dtype: torch.dtype = torch.bfloat16, rows: int = fast_dit.FEW_ROWS, **options: Any
+    ) -> bool:
+        block = SimpleNamespace(mlp=SimpleNamespace(w3=SimpleNamespace(in_features=inner)))
+        on_cuda = SimpleNamespace(device=torch.device("cuda"))
+        dit: Any = SimpleNamespace(
+            pos_embed=on_cuda, dtype=dtype, config=CONFIG, rope_cos="cos", rope_sin="sin", dit_blocks=[block]
+        )
+        functions = fast_dit.choose_functions(Speed(**options), dit, compile)
+        return functions.block_for(rows) is fast_dit.few_block
+
+    assert chosen()
+    assert chosen(quantize="fp8")
+    assert not chosen(rows=fast_dit.FEW_ROWS + 1)
+    assert not chosen(inner=175)
+    assert not chosen(dtype=torch.float16)
+    assert not chosen(few=False)
+    assert not chosen(kernels=False)
+    assert not chosen(attention="flash")
+    for kind in ("int8", "int8-products", "nf4", "fp8-storage"):
+        assert not chosen(quantize=kind)
+    capability[:] = 8, 0
+    assert not chosen(attention="own")
+
+
+def test_an_update_in_parts_is_their_sum() -> None:
+    parts, x, modulation = torch.randn(4, 2, 3, 5), torch.randn(2, 3, 5), torch.randn(1, 3, 30)
+    whole = fast_dit.summed(fast_dit.Deferred(x, parts.sum(dim=0), modulation))
+    torch.testing.assert_close(fast_dit.summed(fast_dit.Deferred(x, parts, modulation)), whole)
 
 
 def test_a_solver_that_looks_elsewhere() -> None:
