@@ -63,6 +63,8 @@ def need(extra: str, feature: str, *modules: str) -> None:
 
 def missing_package(error: ModuleNotFoundError) -> str:
     """One line on a package that scale-rae stands on and this Python does not have; needs nothing but Python itself."""
+    while error.name is None and isinstance(error.__cause__, ModuleNotFoundError):  # as transformers puts it
+        error = error.__cause__
     name = (error.name or str(error)).split(".")[0]
     root = Path(__file__).parents[1]
     activate = root / ".venv" / ("Scripts" if os.name == "nt" else "bin") / "activate"

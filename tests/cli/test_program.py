@@ -116,6 +116,12 @@ def test_what_to_do_about_a_missing_package(tmp_path: Path, monkeypatch: pytest.
     assert "run `make demo`" in errors.missing_package(error)
 
 
+def test_a_missing_package_that_a_library_hides_is_named() -> None:
+    hidden = ModuleNotFoundError("Could not import module 'Model'. Are its requirements defined correctly?")
+    hidden.__cause__ = ModuleNotFoundError("No module named 'psutil'", name="psutil")
+    assert errors.missing_package(hidden).startswith("the package psutil is not installed for ")
+
+
 def test_a_package_that_is_missing_later(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def find(*args: object, **options: object) -> None:
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
