@@ -43,22 +43,23 @@ def all_it_does(load: Load, name: str, quantize: str | None, offload: str) -> di
     model = load(name, offload, quantize=quantize)
     guidance = 3.0 if model.config.dit.null_condition else 1.0
     drawn = model.generate([DRAW, "What is this?"], num_images=2, steps=2, guidance=guidance, max_new_tokens=8)
-    latents = [image.latent for result in drawn for image in result.images]
-    pictures = [image.image for result in drawn for image in result.images if image.image is not None]
-    plain = model.sample([drawn[0].reply.condition] * 3, [1, 2, 3], SamplingOptions(steps=2))  # type: ignore[list-item]
+    shape = (model.config.tokens, model.config.dit.condition_width)
+    condition = torch.randn(shape, generator=torch.Generator().manual_seed(0))  # a quantised model may ask for no image
+    latents = model.sample([condition] * 3, [1, 2, 3], SamplingOptions(steps=2, guidance=guidance))
+    latents += [image.latent for result in drawn for image in result.images]
+    pictures = model.decode(latents[:2])
     return {
         "mode": model.residency.mode,
         "replies": [result.reply.ids for result in drawn],
-        "latents": [latent.tolist() for latent in (*latents, *plain)],
+        "latents": [latent.tolist() for latent in latents],
         "pictures": [picture.tobytes() for picture in pictures],
         "encoded": [latent.tolist() for latent in model.encode(pictures)],
-        "scores": model.score(latents, "a red circle"),
+        "scores": model.score(latents[:2], "a red circle"),
     }
 
 
 @pytest.mark.parametrize(
-    ("name", "quantize"),
-    [("siglip", None), ("wide", None), ("ddt", "int8"), ("siglip", "int8-products"), ("ddt", "nf4")],
+    ("name", "quantize"), [("siglip", None), ("wide", None), ("ddt", "int8-products"), ("ddt", "nf4")]
 )
 def test_changes_no_bit(load: Load, name: str, quantize: str | None) -> None:
     expected = all_it_does(load, name, quantize, "none")
