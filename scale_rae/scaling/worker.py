@@ -82,6 +82,7 @@ def open_worker(
     Raises:
         ScaleRAEError: when model or reward cannot be loaded, or are not the experiment's.
     """
+    from scale_rae.noise import check_noise
     from scale_rae.opening import OpenedModel
 
     store.make_folders()
@@ -93,6 +94,7 @@ def open_worker(
 
     clock = StageClock()
     with clock.timed("loading"):
+        check_noise(settings.options.noise)  # of this node of a cluster
         opened = OpenedModel(
             settings.model_choice(assignment.device),
             bars,

@@ -22,6 +22,8 @@ from scale_rae.pipeline import ScaleRAE
 from scale_rae.sampling import Trajectory
 from scale_rae.scaling.experiment import experiment_record, setting_differences
 from scale_rae.scaling.settings import Settings
+from scale_rae.scaling.store import Store
+from scale_rae.scaling.worker import Assignment, work
 from tests.cli.conftest import DRAW, Cli, only_manifest
 from tests.scaling.conftest import Scale
 
@@ -149,3 +151,11 @@ def test_without_a_gpu_python_refuses_it_too(models: dict[str, ScaleRAE]) -> Non
         pytest.skip("there is a GPU")
     with pytest.raises(DeviceError, match="noise cuda: is drawn by a GPU"):
         models["siglip"].generate(DRAW, options=ON_A_GPU)
+
+
+def test_a_node_of_a_cluster_without_a_gpu_refuses_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other workers then take over, as for a device without memory for the model."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = Settings("p", "a/b", options=ON_A_GPU)
+    with pytest.raises(DeviceError, match="noise cuda: is drawn by a GPU"):
+        work(Store(tmp_path, settings), settings, Assignment(0, "cpu", [], [], {}), lambda event: None)
