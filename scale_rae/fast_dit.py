@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import RowSink
+from scale_rae.codes import block_kind
 from scale_rae.compiling import attention_kernels, compiled
 from scale_rae.cuda_graphs import Captures
 from scale_rae.dit import NORM_EPS, Attention, Block, DiT, FinalLayer, RMSNorm, SwiGLU, attend, heads_output
@@ -340,10 +341,11 @@ def quantize_blocks(dit: DiT, kind: str, place: Place) -> dict[str, RowSink]:
         for linear in stacked[dit.encoder_depth :]:
             sinks |= quantize_linears([linear], kind, place)
     for i, block in enumerate(blocks):
+        own = block_kind(kind, i, len(blocks))
         for name in ("qkv", "proj"):
-            check_widths(kind, *getattr(block.attn, name).weight.shape)
-            sinks |= quantize_linears([(f"dit_blocks.{i}.attn.{name}", block.attn, name)], kind, place)
-        sinks |= _quantize_swiglu(f"dit_blocks.{i}.mlp", block.mlp, kind, place)
+            check_widths(own, *getattr(block.attn, name).weight.shape)
+            sinks |= quantize_linears([(f"dit_blocks.{i}.attn.{name}", block.attn, name)], own, place)
+        sinks |= _quantize_swiglu(f"dit_blocks.{i}.mlp", block.mlp, own, place)
     return sinks
 
 

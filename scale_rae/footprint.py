@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import prod
 
+from scale_rae.codes import block_kind
 from scale_rae.config import DecoderConfig, DiTConfig, ScaleRAEConfig
 from scale_rae.layout import DIT_PREFIX, decoder_layout, dit_layout, keeps_float32, language_layout
 from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
@@ -232,8 +233,11 @@ class Footprint:
         if quantize is None:
             return None
         if match := _BLOCK.match(name):
-            late = ".adaLN_modulation." in name and not self._is_early(name)
-            return quantize if name[match.end() :] in _IN_BLOCK and not (late and quantize == "fp8") else None
+            if name[match.end() :] not in _IN_BLOCK:
+                return None
+            if ".adaLN_modulation." in name:
+                return quantize if quantize != "fp8" or self._is_early(name) else None
+            return block_kind(quantize, int(match[1]), self.config.dit.depth)
         kind = LANGUAGE_KINDS.get(quantize)
         if name in ("lm_head.weight", "model.embed_tokens.weight"):
             return "int8" if kind == "nf4" else kind
