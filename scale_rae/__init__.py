@@ -34,12 +34,13 @@ def load(
     quantize: str | None = None,
     split_batches: bool = True,
     offload: str = "none",
+    memory: str | None = None,
 ) -> ScaleRAE:
     """The model `name`: "shapes" (bundled), a folder, or a hub id. See `ScaleRAE.from_pretrained` for the options."""
     from scale_rae.pipeline import ScaleRAE
 
     return ScaleRAE.from_pretrained(
-        name, decoder, device, dtype, revision, progress, compile, quantize, split_batches, offload
+        name, decoder, device, dtype, revision, progress, compile, quantize, split_batches, offload, memory
     )
 
 

@@ -243,6 +243,17 @@ class Footprint:
             return "int8" if kind == "nf4" else kind
         return kind if _LAYER.match(name) and name.endswith("_proj.weight") else None
 
+    def allows(self, quantize: str | None) -> bool:
+        """Whether all weights can have a quantised form: nf4 needs rows of whole blocks."""
+        if quantize != "nf4":
+            return True
+        tensors = language_layout(self.config) | dit_layout(self.config.dit)
+        return all(
+            _padded(name, shape)[1] % NF4_BLOCK == 0
+            for name, shape in tensors.items()
+            if self._kind(name, quantize) == "nf4"
+        )
+
     def _is_early(self, name: str) -> bool:
         """Whether a block's tensor is one of the blocks that read the condition (all but those of a DDT's second part)."""
         match, early = _BLOCK.match(name), self.config.dit.encoder_depth
@@ -380,6 +391,11 @@ class Footprint:
     def _share(self, batch: int) -> float:
         one, many = SHARES[self.device]
         return one + (many - one) * (batch - 1) / (batch - 1 + HALFWAY)
+
+
+def published_decoder(channels: int) -> DecoderConfig:
+    """The sizes of the published pixel decoders (ViT-XL), for a decoder that is not on this machine yet."""
+    return DecoderConfig(channels, width=1152, depth=28, heads=16, inner=4096, patch=14, image=224, eps=1e-12)
 
 
 def _count(layout: dict[str, tuple[int, ...]]) -> int:

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import torch
 
+from scale_rae.config import DecoderConfig, ScaleRAEConfig, load_decoder_config
 from scale_rae.errors import DeviceError
-from scale_rae.footprint import CONTEXT, Rates
+from scale_rae.footprint import CONTEXT, Footprint, Rates, published_decoder
+from scale_rae.hub import Source, find_folder
+from scale_rae.memory_plan import Plan, choose
+from scale_rae.options import memory_bytes
 from scale_rae.quantization import own_kernels
 
 _SECONDS = 0.05  # that each rate is measured for, at least
@@ -72,6 +76,46 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
         host = torch.empty(words, dtype=torch.uint8, pin_memory=True)
         bus = words / _time(device, lambda: target.copy_(host, non_blocking=True))
     return Rates(products, memory, bus)
+
+
+def plan(
+    request: str,
+    source: Source,
+    decoder: str | None,
+    config: ScaleRAEConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    quantize: str | None,
+    offload: str,
+) -> Plan:
+    """What `--memory` chooses on a device for a model in `source`'s folder; `decoder` is the decoder's name, if one is given.
+
+    A decoder that is not on this machine yet counts as one of the published size.
+
+    Raises:
+        OptionError: for a request that is no size. DeviceError: when nothing fits, or the free memory is not known.
+    """
+    machine = describe(device, dtype)
+    size = memory_bytes(request)
+    limit = machine.usable if size is None else size
+    name = str(dtype).removeprefix("torch.")
+    footprint = Footprint(config, _decoder(decoder, source, config), machine.kind, name, machine.kernels)
+    return choose(request, limit, footprint, lambda: measure(device, dtype), quantize, offload)
+
+
+def _decoder(name: str | None, model: Source, config: ScaleRAEConfig) -> DecoderConfig | None:
+    """The sizes of the decoder that will be loaded; None for a VAE, whose sizes are not known here."""
+    if config.vae is not None:
+        return None
+    if name is not None:
+        found = find_folder(name, "decoder", model.folder)
+        folders = [] if found is None else [found.folder]
+    else:
+        folders = [model.folder / "decoder", model.folder.parent / "decoder"]
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return load_decoder_config(folder, config.channels)
+    return published_decoder(config.channels)
 
 
 def limit_process(device: torch.device, limit: int) -> None:

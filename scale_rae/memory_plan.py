@@ -84,7 +84,8 @@ def choose(
     Raises:
         DeviceError: when nothing fits, with the least that is possible.
     """
-    ways = [Way(q, o) for q, o in possible_ways(footprint.device, quantize, offload)]
+    possible = possible_ways(footprint.device, quantize, offload)
+    ways = [Way(kind, mode) for kind, mode in possible if kind == quantize or footprint.allows(kind)]
     peaks = [footprint.peak(way) for way in ways]
     chosen = next((i for i, peak in enumerate(peaks) if peak <= limit), None)
     if chosen is None:
@@ -102,7 +103,7 @@ def choose(
         most = min(max(1, footprint.hidden_images(way, rates())), MOST_STREAMED)
     batch = next((n for n in _sizes(most) if footprint.peak(replace(way, batch=n)) <= limit), 1)
     way = replace(way, batch=batch)
-    because = "nothing is more exact"
+    because = "everything fits as it is"
     if chosen:
         before = ways[chosen - 1]
         because = f"{flags(before)} would take {peaks[chosen - 1] / _GIB:.1f} GiB"

@@ -86,6 +86,7 @@ class OpenedModel:
                 quantize=choice.quantize,
                 split_batches=split_batches,
                 offload=choice.offload,
+                memory=choice.memory,
             )
         finally:
             if bars is not None:
@@ -118,6 +119,7 @@ class OpenedModel:
             "device": str(self.model.device),
             "quantize": self.model.speed.quantize,
             "offload": self.model.residency.mode,
+            **({} if self.model.memory_plan is None else {"memory": self.model.memory_plan.record()}),
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,

@@ -260,6 +260,15 @@ Offload = Annotated[
         choices=OFFLOAD,
     ),
 ]
+Memory = Annotated[
+    str | None,
+    Knob(
+        "Most memory of the device to take, as in 8G; auto: what is free. Chooses --quantize, --offload and the batch size so "
+        "that the peak stays below, and says what it chose; --quantize and --offload narrow the choice.",
+        MODEL,
+        metavar="SIZE|auto",
+    ),
+]
 Seed = Annotated[
     int,
     Knob(
@@ -296,11 +305,14 @@ class ModelChoice:
     compile: Compile = "auto"
     quantize: Quantize = None
     offload: Offload = "none"
+    memory: Memory = None
 
     def check(self) -> None:
         """Raises OptionError for values that exist on no machine."""
         check_device_name(self.device)
         check_options(self)
+        if self.memory is not None:
+            memory_bytes(self.memory)
         check_offload(self.offload, self.device)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -29,7 +30,9 @@ from scale_rae.hub import Source, find
 from scale_rae.images import Picture, as_rgb
 from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, TextListener, TokenListener, hear_text
 from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
+from scale_rae.machine import limit_process, plan
 from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype, savings
+from scale_rae.memory_plan import Plan
 from scale_rae.noise import image_seed
 from scale_rae.options import (
     DECODE_AT_ONCE,
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 
 
 READ_AT_ONCE = 64  # conversations
+_log = logging.getLogger("scale_rae")
 T = TypeVar("T")
 
 
@@ -102,6 +106,7 @@ class ScaleRAE:
         speed: Speed | None = None,
         split_batches: bool = True,
         residency: Residency | None = None,
+        memory_plan: Plan | None = None,
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
         self.norm_stats = norm_stats
@@ -116,6 +121,8 @@ class ScaleRAE:
             torch.cuda.empty_cache()  # the memory of weights from before they were padded, stacked and fused
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.split_batches = split_batches
+        self.memory_plan = memory_plan
+        self.batch_size = memory_plan.way.batch if memory_plan else default_batch_size(device)  # where none is chosen
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | VaeDecoder | None = None
@@ -135,6 +142,7 @@ class ScaleRAE:
         quantize: str | None = None,
         split_batches: bool = True,
         offload: str = "none",
+        memory: str | None = None,
     ) -> ScaleRAE:
         """The model `name`: "shapes" (bundled), a folder in the published layout, a hub id, or a `hub.Source`.
 
@@ -152,22 +160,31 @@ class ScaleRAE:
             compile: "auto", "on" or "off", and `quantize`: None or one of `options.QUANTIZE`, as in `Speed`.
             split_batches: halve a batch and try again when memory runs out.
             offload: where weights wait: "none" (all on the device), "model" or "stream", as in `Residency`.
+            memory: the most memory of the device to take, as in "8G", or "auto" for what is free. Chooses `quantize`, `offload`
+                and the default batch size (`memory_plan`), and logs one line on what it chose. Given `quantize` and `offload`
+                narrow the choice. A GPU's limit then holds for the whole process: what would go beyond fails.
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
         torch_device = pick_device(device)
-        check_offload(offload, torch_device.type)
-        residency = Residency(offload, torch_device)
-        speed = residency.speed(Speed(compile, quantize))
-        speed.check()
         torch_dtype = pick_dtype(dtype, torch_device)
+        check_offload(offload, torch_device.type)
+        Speed(compile, quantize).check()
+        check_quantize(quantize, torch_device, torch_dtype)
+        check_compile(compile, torch_device)
         if torch_device.type == "cpu":
             keep_freed_memory()
-        check_quantize(quantize, torch_device, torch_dtype)
-        check_compile(speed.compile, torch_device)
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
         config = load_config(source.folder)
+        memory_plan = None
+        if memory is not None:
+            memory_plan = plan(memory, source, decoder, config, torch_device, torch_dtype, quantize, offload)
+            quantize, offload = memory_plan.way.quantize, memory_plan.way.offload
+            limit_process(torch_device, memory_plan.limit)
+            _log.warning("%s", memory_plan)
+        residency = Residency(offload, torch_device)
+        speed = residency.speed(Speed(compile, quantize))
         tokenizer = load_tokenizer(source, config)
         language, dit, norm_stats = load_networks(
             source, config, torch_dtype, torch_device, speed, progress, residency.home
@@ -179,6 +196,7 @@ class ScaleRAE:
                 speed=speed,
                 split_batches=split_batches,
                 residency=residency,
+                memory_plan=memory_plan,
             )
 
     # --- parts that load when first used -------------------------------------------------------------------------
@@ -252,7 +270,7 @@ class ScaleRAE:
             options: the sampler's options as one object, in place of `guidance`, `guidance_interval`, `steps`, `solver`.
             latents: one latent [L, C] per prompt, shown to the model before the message.
             image_seeds: the noise seeds themselves, a list per prompt, instead of `num_images` and `seed`.
-            batch_size: images sampled at once (default 8 on the CPU, 32 elsewhere).
+            batch_size: images sampled at once (default: `batch_size` of the model, 8 on the CPU and 32 elsewhere).
             draw: False ends a reply where it asks for an image (`asks_for_image`) and draws nothing.
             decode: False makes no pixels: `GeneratedImage.image` is None.
             callback: `callback(evaluation, evaluations, t, x, v)` after each network evaluation of a batch.
@@ -391,7 +409,7 @@ class ScaleRAE:
         options = options or SamplingOptions()
         self.sampler.check(options, seeds)
         check_count("batch size", batch_size)
-        size = self.sampler.whole_prompts(conditions, batch_size or default_batch_size(self.device))
+        size = self.sampler.whole_prompts(conditions, batch_size or self.batch_size)
         self.sampler.policy.expect(max(self.sampler.policy.expected, len(seeds)))
 
         def draw(start: int, stop: int) -> list[Tensor]:
@@ -419,7 +437,7 @@ class ScaleRAE:
         """
         self.sampler.check(options, [t.seed for t in trajectories])
         check_count("batch size", batch_size)
-        size = batch_size or default_batch_size(self.device)
+        size = batch_size or self.batch_size
 
         def go_on(start: int, end: int) -> list[Trajectory]:
             return self.sampler.advance(trajectories[start:end], stop, options, callback, compile)

@@ -13,7 +13,6 @@ from scale_rae.acceptance import Rules
 from scale_rae.adaptive import Batching, Drawn, Search, Searcher, Watch
 from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, OptionError
-from scale_rae.memory import default_batch_size
 from scale_rae.noise import image_seed
 from scale_rae.options import (
     AUTO_REWARD,
@@ -165,7 +164,7 @@ def search_each(
         raise OptionError(f"post qa mode {post_qa_mode!r}: use one of {', '.join(POST_QA_MODES)}")
     check_count("batch size", batch_size)
     model.sampler.check(options)
-    size = batch_size or default_batch_size(model.device)
+    size = batch_size or model.batch_size
     clock = StageClock()
     searcher = Searcher(
         model,

@@ -67,7 +67,7 @@ def command(
 
 def _estimates(found: Inspection, device_name: str | None, requests: dict[str, int | None]) -> dict[str, Any]:
     """What the device is, and what `--memory` would choose there for each request; for a CPU also what a GPU would need."""
-    from scale_rae.footprint import Footprint
+    from scale_rae.footprint import Footprint, published_decoder
     from scale_rae.machine import describe, measure
     from scale_rae.memory import pick_device, pick_dtype
     from scale_rae.memory_plan import table
@@ -78,7 +78,10 @@ def _estimates(found: Inspection, device_name: str | None, requests: dict[str, i
     rates = measure(device, dtype)
     name = str(dtype).removeprefix("torch.")
     limits = {text: machine.usable if size is None else size for text, size in requests.items()}
-    footprint = Footprint(found.config, found.decoder, machine.kind, name, machine.kernels)
+    decoder = found.decoder
+    if decoder is None and found.config.vae is None:
+        decoder = published_decoder(found.config.channels)
+    footprint = Footprint(found.config, decoder, machine.kind, name, machine.kernels)
     result: dict[str, Any] = {
         "device": {
             "name": machine.name,
@@ -94,7 +97,7 @@ def _estimates(found: Inspection, device_name: str | None, requests: dict[str, i
     }
     if machine.kind != "cuda":
         sizes = {text: size for text, size in requests.items() if size is not None}
-        result["memory_on_cuda"] = table(Footprint(found.config, found.decoder), sizes, None)
+        result["memory_on_cuda"] = table(Footprint(found.config, decoder), sizes, None)
     return result
 
 

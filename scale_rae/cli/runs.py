@@ -88,14 +88,12 @@ def send(
     Raises:
         InputError: before anything is drawn, for inputs longer than the model reads.
     """
-    from scale_rae.memory import default_batch_size
-
     model = opened.model
     if post_qa is not None or any(item.latent is not None for item in inputs):
         model.check_reads()
     check_lengths(model, inputs)
     seeds = [_seeds(item, sampling) for item in inputs]
-    batch_size = sampling.batch_size or default_batch_size(model.device)
+    batch_size = sampling.batch_size or model.batch_size
     at_once = max(1, batch_size // max(len(s) for s in seeds))
     expected = sum(len(s) for s in seeds)
     bars.expect(expected)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -132,6 +133,11 @@ def command(
     for number, name in ((num_cpus_per_worker, "--num-cpus-per-worker"), (num_workers, "--num-workers")):
         if not on_ray and number is not None:
             raise typer.BadParameter("only with --launcher ray", param_hint=[name])
+    if on_ray and choice.memory is not None:
+        raise typer.BadParameter(
+            "not with --launcher ray, whose workers run elsewhere; give --quantize, --offload and --batch-size",
+            param_hint=["--memory"],
+        )
     if post_qa_prompt is not None and post_qa_template_path is not None:
         raise typer.BadParameter("give one of them", param_hint=["--post-qa-prompt", "--post-qa-template-path"])
     for number, name in (
@@ -171,6 +177,8 @@ def command(
     folder = results_folder(output_dir)
     if not is_remote(folder):
         check_folder(folder)
+    if choice.memory is not None:
+        settings = _fitted(settings, choice, names or default_devices(device))
     group = ProcessGroup.from_environment()
     chosen: Launcher
     if on_ray:
@@ -195,6 +203,37 @@ def command(
             fail(f"rank {group.index}: {len(summary.unfinished)} prompts are unfinished")
         return
     _show_summary(summary)
+
+
+def _fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None]) -> Settings:
+    """The settings with the quantisation, residency and batch size that --memory chooses, the same for all devices.
+
+    Raises:
+        DeviceError: when nothing fits the device with the least memory.
+    """
+    from scale_rae.config import load_config
+    from scale_rae.machine import plan
+    from scale_rae.memory import pick_device, pick_dtype
+    from scale_rae.opening import find_model
+
+    assert choice.memory is not None
+    source = find_model(choice)
+    config = load_config(source.folder)
+    plans = []
+    for name in devices:
+        place = pick_device(name)
+        dtype = pick_dtype(choice.dtype, place)
+        given = (choice.quantize, choice.offload)
+        plans.append(plan(choice.memory, source, choice.decoder_repo, config, place, dtype, *given))
+    least = min(plans, key=lambda found: found.limit)
+    say(str(least))
+    return dataclasses.replace(
+        settings,
+        quantize=least.way.quantize,
+        offload=least.way.offload,
+        batch_size=settings.batch_size or least.way.batch,
+        memory=f"{least.limit >> 20}M",
+    )
 
 
 def _show_summary(summary: RunSummary) -> None:

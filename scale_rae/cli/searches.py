@@ -43,7 +43,6 @@ def search_and_save(
     Raises:
         InputError: before anything is drawn, for inputs longer than the model reads.
     """
-    from scale_rae.memory import default_batch_size
     from scale_rae.prompt_search import Sought, chosen_reward, prompts_at_once, search_each
 
     assert until.keep is not None
@@ -54,7 +53,7 @@ def search_and_save(
     about = [post_qa.prompt if post_qa.template and post_qa.prompt else subject(item.prompt) for item in inputs]
     _check_questions(model, inputs, about, question)
     reward = chosen_reward(model, until.reward, None if until.reward_path is None else str(until.reward_path))
-    batch_size = sampling.batch_size or default_batch_size(model.device)
+    batch_size = sampling.batch_size or model.batch_size
     asked = {
         "until_accepted": until.keep,
         **{name: value for name, value in to_record(until.search).items() if name != "save_dropped"},

@@ -72,6 +72,10 @@ def command(
         clash = [flag_name(name) for name in recorded_names if name in given]
         if clash:
             raise typer.BadParameter(f"the manifest says {', '.join(clash)} already", param_hint="--from-manifest")
+        if choice.memory is not None:  # it would choose another quantisation, which draws another image
+            raise typer.BadParameter(
+                "the manifest says --quantize and --offload already; --offload may be given", param_hint="--memory"
+            )
         recorded = read_manifest(from_manifest)
         inputs, sampling, choice = _from_manifest(recorded, from_manifest, choice, given)
     elif prompts is not None:

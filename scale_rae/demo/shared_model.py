@@ -175,8 +175,8 @@ class SharedModel:
             "--revision": choice.revision,
             "--device": choice.device,
             "--dtype": choice.dtype,
-            "--quantize": choice.quantize,
-            "--offload": choice.offload if choice.offload != "none" else None,
+            "--quantize": self.model.speed.quantize,  # also where --memory chose it
+            "--offload": self.model.residency.mode if self.model.residency.offloads else None,
         }
         for name, value in options.items():
             if value is not None:

@@ -18,13 +18,15 @@ from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import Settings
 
 # Not compared when an experiment is resumed: these settings name files, whose content is compared.
-_NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path")
+_NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path", "memory")
 
 
 def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
     """experiment.json's part on settings and prompts."""
     values = to_record(settings)
     del values["model_name"]  # the model_path of the experiment's first record
+    if settings.memory is None:
+        del values["memory"]  # as before there was this option
     for name in () if settings.is_adaptive else ("search", *to_record(settings.adaptive)):
         del values[name]  # as before there was another search
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]

@@ -40,6 +40,7 @@ SCALING, JUDGING = "Scaling", "Judging"  # headings in --help
 class Settings:
     """Everything that decides an experiment's files. `batch_size` None is measured (8 on the CPU).
 
+    `memory` is the limit that a worker keeps below, for which `quantize`, `offload` and `batch_size` were chosen.
     `question` is a template with `{prompt}`; `question_name` and `post_qa_mode` are in the folder's name. `reward` may be
     AUTO_REWARD until the model is loaded. `model_name` is what records call the model: the model_path that the experiment
     was started with, also where the same model is found under another path today.
@@ -86,6 +87,7 @@ class Settings:
     compile: str = "auto"
     quantize: str | None = None
     offload: str = "none"
+    memory: str | None = None
     model_name: str = ""
 
     def __post_init__(self) -> None:
@@ -151,8 +153,8 @@ class Settings:
         return dataclasses.replace(self, **values, model_name=choice.model_path)
 
     def model_choice(self, device: str | None) -> ModelChoice:
-        """The experiment's model on a device: the opposite of `with_model`."""
-        names = {field.name for field in dataclasses.fields(ModelChoice)} - {"device"}
+        """The experiment's model on a device: the opposite of `with_model`, but what `memory` chose is chosen for good."""
+        names = {field.name for field in dataclasses.fields(ModelChoice)} - {"device", "memory"}
         return ModelChoice(**{name: getattr(self, name) for name in names}, device=device)
 
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.options import memory_bytes
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.batches import BatchMaker, Replied
@@ -94,6 +95,11 @@ def open_worker(
 
     clock = StageClock()
     with clock.timed("loading"):
+        if settings.memory is not None:
+            from scale_rae.machine import limit_process
+            from scale_rae.memory import pick_device
+
+            limit_process(pick_device(assignment.device), memory_bytes(settings.memory) or 0)
         check_noise(settings.options.noise)  # of this node of a cluster
         opened = OpenedModel(
             settings.model_choice(assignment.device),

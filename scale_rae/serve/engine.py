@@ -222,7 +222,7 @@ class Engine:
 
     def _choose_sizes(self) -> BatchSizes:
         if not self._on_cpu:
-            return BatchSizes(self._wanted_batch or BATCH_GPU)
+            return BatchSizes(self._wanted_batch or min(BATCH_GPU, self.model.batch_size))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         options = [SamplingOptions(guidance=guidance) for guidance in self._guidances()]
