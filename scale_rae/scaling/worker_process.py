@@ -23,13 +23,14 @@ from scale_rae.scaling.worker import Assignment, work
 
 
 def encode_assignment(store: Store, settings: Settings, assignment: Assignment) -> str:
-    """An assignment as the line of JSON that `main` reads."""
+    """An assignment as the line of JSON that `main` reads, in ASCII, since its stdin may have any encoding."""
     return dump_json(
         {
             "folder": str(store.folder),
             "settings": to_record(settings),
             "assignment": dataclasses.asdict(assignment),
-        }
+        },
+        ascii_only=True,
     )
 
 
@@ -48,7 +49,7 @@ def main() -> int:
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log
     sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    line = sys.stdin.buffer.readline().decode()  # in UTF-8 whatever the system's usual encoding
+    line = sys.stdin.readline()
     threading.Thread(target=_die_with_launcher, daemon=True).start()
 
     def listen(event: Event) -> None:

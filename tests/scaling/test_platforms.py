@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import pytest
 
 from scale_rae import files, processes
 from scale_rae.errors import OutputError
+from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import local_files, locks
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
+from scale_rae.scaling.worker import Assignment
+from scale_rae.scaling.worker_process import encode_assignment
 from tests.scaling.conftest import NAME, QUICK, Scale, snapshot
 
 SETTINGS = Settings("", "shapes")
@@ -167,3 +171,12 @@ def test_renaming_waits_for_readers_on_windows(
         files.replace(tmp_path / "new", tmp_path / "old")
     assert len(tried) == tries
     assert (tmp_path / "old").read_text() == ("new" if tries == 3 else "old")
+
+
+def test_an_assignment_is_read_in_any_encoding(tmp_path: Path) -> None:
+    prompts = [[PromptRecord(1, "ein Häuschen 🏠", 0)]]
+    line = encode_assignment(Store(tmp_path / "für", SETTINGS), SETTINGS, Assignment(0, "cpu", prompts, [], {}))
+    assert line.isascii()
+    value = json.loads(line)
+    assert value["assignment"]["own"][0][0]["prompt"] == "ein Häuschen 🏠"
+    assert value["folder"] == str(tmp_path / "für")
