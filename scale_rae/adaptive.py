@@ -18,9 +18,10 @@ from torch import Tensor
 
 from scale_rae import acceptance
 from scale_rae.acceptance import Candidate, Look, Rules
+from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import flops
 from scale_rae.errors import OptionError, ScaleRAEError
-from scale_rae.flow import SAMPLERS, StepCallback, steps_until
+from scale_rae.flow import SAMPLERS, StepCallback, Times, steps_until, time_shift
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION
@@ -138,12 +139,7 @@ class Searcher:
         self._encodes = post_qa_mode == "image"
         self._step, self._watch, self._timed = step, watch, timed
         times = model.sampler.times(sampling)
-        looks = [steps_until(sampling.solver, times, t) for t in search.check_at]
-        if len(set(looks)) < len(looks):
-            both = " and ".join(f"{t:g}" for t in search.check_at)
-            raise OptionError(
-                f"--check-at {both}: are at the same evaluation of {sampling.steps} steps; give one of them"
-            )
+        looks = _look_steps(search, sampling, times)
         evaluated = SAMPLERS[sampling.solver].evaluated
         self._stops = [(steps, evaluated(times[:steps])) for steps in (*looks, len(times))]
         self.look_cost = look_cost(model, reward, sampling, self._encodes)
@@ -280,6 +276,25 @@ def _rewards(reward: Reward, pictures: Sequence[Image.Image], prompts: Sequence[
             raise ScaleRAEError(f"the reward gave {len(found)} scores for {stop - start} images")
         rewards += found
     return rewards
+
+
+def check_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRAEConfig) -> None:
+    """Raises OptionError for looks that are not on the way of a sampler of the model with that config."""
+    shift = time_shift(config.channels, config.tokens, config.base_dim)
+    _look_steps(search, sampling, SAMPLERS[sampling.solver].schedule(sampling.steps, shift))
+
+
+def _look_steps(search: SearchOptions, sampling: SamplingOptions, times: Times) -> list[int]:
+    """After how many steps each look is.
+
+    Raises:
+        OptionError: for looks that are not on the sampler's way, or are at the same evaluation.
+    """
+    looks = [steps_until(sampling.solver, times, t) for t in search.check_at]
+    if len(set(looks)) < len(looks):
+        both = " and ".join(f"{t:g}" for t in search.check_at)
+        raise OptionError(f"--check-at {both}: are at the same evaluation of {sampling.steps} steps; give one of them")
+    return looks
 
 
 def check_threshold(search: SearchOptions, reward: Reward | None) -> None:

@@ -12,9 +12,18 @@ import typer
 from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars, ScalingDisplay
-from scale_rae.cli.signature import expanded, one_of
+from scale_rae.cli.signature import expanded, flag_name, given_options, one_of
 from scale_rae.errors import InputError, OptionError
-from scale_rae.options import AUTO_REWARD, DEFAULT_MODEL, REWARDS, SAMPLING, ModelChoice, check_device_name
+from scale_rae.options import (
+    AUTO_REWARD,
+    DEFAULT_MODEL,
+    REWARDS,
+    SAMPLING,
+    ModelChoice,
+    SearchOptions,
+    check_device_name,
+    options_of,
+)
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
 from scale_rae.scaling.settings import JUDGING, SCALING, Settings
@@ -36,6 +45,7 @@ def _batch_size(value: str) -> str:
 
 @expanded
 def command(
+    ctx: typer.Context,
     *,
     mode: Annotated[str, typer.Argument(callback=one_of("t2i"), metavar="t2i", help="What is scaled: text to image.")],
     metadata_file: Annotated[
@@ -162,6 +172,7 @@ def command(
         reward=None if reward == "none" else reward,
         reward_path=reward_path,
     )
+    _check_search(settings, given_options(ctx))
     settings.check()
     prompts = read_prompts(metadata_file)
 
@@ -203,6 +214,16 @@ def command(
             fail(f"rank {group.index}: {len(summary.unfinished)} prompts are unfinished")
         return
     _show_summary(summary)
+
+
+def _check_search(settings: Settings, given: set[str]) -> None:
+    """Raises OptionError for flags that have no effect in the search that was chosen."""
+    if settings.is_adaptive:
+        alone, why = ["scaling_rounds"], "not with --search adaptive, which has no rounds; --max-candidates bounds it"
+    else:
+        alone, why = [option.name for option in options_of(SearchOptions)], "only with --search adaptive"
+    if flags := [flag_name(name) for name in alone if name in given]:
+        raise OptionError(f"{', '.join(flags)}: {why}")
 
 
 def _fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None]) -> Settings:

@@ -21,9 +21,18 @@ from scale_rae.scaling.experiment import candidate_record
 from scale_rae.wording import subject
 
 if TYPE_CHECKING:
+    from scale_rae.hub import Source
     from scale_rae.opening import OpenedModel
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.results import SearchResult
+
+
+def check_search(source: Source, sampling: Sampling, until: UntilAccepted) -> None:
+    """Raises OptionError for looks that are not on the sampler's way: before the model's weights are read."""
+    from scale_rae.adaptive import check_looks
+    from scale_rae.config import load_config
+
+    check_looks(until.search, sampling.options, load_config(source.folder))
 
 
 def search_and_save(

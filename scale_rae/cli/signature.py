@@ -29,6 +29,12 @@ def flag_name(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def given_options(ctx: typer.Context) -> set[str]:
+    """The names of the options that were given on the command line, also of those that have their default's value."""
+    sources = {name: ctx.get_parameter_source(name) for name in ctx.params}
+    return {name for name, source in sources.items() if source and source.name not in ("DEFAULT", "DEFAULT_MAP")}
+
+
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one flag for each option of the options dataclasses among its parameters.
 

@@ -12,8 +12,8 @@ from scale_rae.cli.app import fail, say
 from scale_rae.cli.options import OutputOptions, PostQA, UntilAccepted
 from scale_rae.cli.progress import Bars
 from scale_rae.cli.runs import ModelInput, prepare, send
-from scale_rae.cli.searches import search_and_save
-from scale_rae.cli.signature import expanded, flag_name
+from scale_rae.cli.searches import check_search, search_and_save
+from scale_rae.cli.signature import expanded, flag_name, given_options
 from scale_rae.errors import InputError, OptionError
 from scale_rae.jsonio import Fields
 from scale_rae.manifest import noise_gpu, recorded_sampling
@@ -55,7 +55,7 @@ def command(
     Leaves sample_<time>.png and sample_<time>_manifest.json in the output folder; the manifest has what it takes to
     draw the same image again (--from-manifest).
     """
-    given = {name for name in ctx.params if _is_given(ctx, name)}
+    given = given_options(ctx)
     if (prompt is not None) + (prompts is not None) + (from_manifest is not None) != 1:
         raise typer.BadParameter("give one of them", param_hint=["--prompt", "--prompts", "--from-manifest"])
     if force and from_manifest is None:
@@ -96,6 +96,8 @@ def command(
     check_folder(output.folder)
     bars = Bars()
     source = prepare(choice, sampling, bars)
+    if until.keep is not None:
+        check_search(source, sampling, until)
     opened = OpenedModel(choice, bars, source=source, decoder=not output.skip_decoder, debug=output.debug)
     if recorded is not None:
         _check_same_model(recorded, opened, from_manifest, force)
@@ -111,11 +113,6 @@ def command(
         if any(outcome.cut_off for outcome in undrawn):
             remedy = f"its reply was cut off by --max-new-tokens {sampling.max_new_tokens}"
         fail(f"the model answered{how_many} without drawing; {remedy}")
-
-
-def _is_given(ctx: typer.Context, name: str) -> bool:
-    source = ctx.get_parameter_source(name)
-    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def _check_search(

@@ -135,6 +135,7 @@ def run(
     leads = launcher.index == 0
     start = time.perf_counter()
     store = Store(settings.folder(output_dir), settings, f"r{launcher.index}")
+    made = store.missing_folders() if launcher.size == 1 else []
     description = experiment_record(settings, prompts)
     lock = store.lock_run(launcher.index, launcher.size)
     try:
@@ -171,6 +172,9 @@ def run(
         if leads:
             _note_end(store, recorded or {}, summary, {p.index for p in chosen}, bool(todo))
         return summary
+    except InputError:
+        store.remove_unused(made)
+        raise
     finally:
         lock.close()
 

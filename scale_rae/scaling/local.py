@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from scale_rae import processes
-from scale_rae.errors import DeviceError, InputError, OutputError, ScaleRAEError
+from scale_rae.errors import DeviceError, InputError, OptionError, OutputError, ScaleRAEError
 from scale_rae.scaling.events import Event, Listener, Message, WorkerFailed, WorkerFinished, from_json
 from scale_rae.scaling.launch import Job, share
 from scale_rae.scaling.local_files import append
@@ -140,7 +140,7 @@ def _follow(job: Job, assignments: Sequence[Assignment], listen: Listener) -> di
                 rest = "; the others take over its prompts" if len(unfit) < len(workers) else ""
                 listen(Message(f"worker {worker} ({devices[worker]}): {event.error}{rest}"))
             elif isinstance(event, WorkerFailed):
-                error = {"InputError": InputError, "OutputError": OutputError}.get(event.kind, ScaleRAEError)
+                error = {e.__name__: e for e in (InputError, OptionError, OutputError)}.get(event.kind, ScaleRAEError)
                 raise error(event.error)
             else:
                 listen(event)

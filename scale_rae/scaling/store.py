@@ -28,6 +28,7 @@ import contextlib
 import hashlib
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,25 @@ class Store:
         """Makes the experiment's folder and those that are not a prompt's."""
         with self._disk_errors(self.folder):
             self._files.make_folders([self.folder / "logs"])
+
+    def missing_folders(self) -> list[Path]:
+        """The experiment's folder and the two above it, as far as they do not exist yet, the innermost first."""
+        if self.remote:
+            return []
+        return [folder for folder in (self.folder, *self.folder.parents[:2]) if not folder.exists()]
+
+    def remove_unused(self, made: Sequence[Path]) -> None:
+        """Removes an experiment's folder that a run had `made` and left without experiment.json and results, and those above.
+
+        What cannot be removed, or holds anything else, stays.
+        """
+        if self.folder not in made or (self.folder / "experiment.json").exists() or self._has_results():
+            return
+        for inner in (self._work, self.folder / "logs"):
+            shutil.rmtree(inner, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            for folder in made:
+                folder.rmdir()
 
     def write(self, path: Path, data: bytes) -> None:
         """Writes a file, whole or not at all, making its folder.

@@ -84,7 +84,7 @@ def open_worker(
         ScaleRAEError: when model or reward cannot be loaded, or are not the experiment's.
     """
     from scale_rae.noise import check_noise
-    from scale_rae.opening import OpenedModel
+    from scale_rae.opening import OpenedModel, find_model
 
     store.make_folders()
     store.log(assignment.worker, f"process {os.getpid()}, device {assignment.device or 'default'}")
@@ -95,15 +95,23 @@ def open_worker(
 
     clock = StageClock()
     with clock.timed("loading"):
+        choice = settings.model_choice(assignment.device)
         if settings.memory is not None:
             from scale_rae.machine import limit_process
             from scale_rae.memory import pick_device
 
             limit_process(pick_device(assignment.device), memory_bytes(settings.memory) or 0)
         check_noise(settings.options.noise)  # of this node of a cluster
+        source = find_model(choice)
+        if settings.is_adaptive:  # a wrong look is refused before the weights are read
+            from scale_rae.adaptive import check_looks
+            from scale_rae.config import load_config
+
+            check_looks(settings.adaptive, settings.options, load_config(source.folder))
         opened = OpenedModel(
-            settings.model_choice(assignment.device),
+            choice,
             bars,
+            source=source,
             decoder=True,
             encoder=settings.post_qa_mode == "image",
             debug=assignment.debug,

@@ -42,6 +42,8 @@ class Scale:
     def __call__(self, *more: object, device: bool = True) -> Result:
         own = {"--metadata-file": self.prompts, "--output-dir": self.out} | ({"--device": "cpu"} if device else {})
         quick = dict(zip(QUICK[::2], QUICK[1::2], strict=True))
+        if "adaptive" in more:
+            del quick["--scaling-rounds"]
         argv = [str(a) for a in ("scale", "t2i", *with_defaults(more, quick | own))]
         if self._capsys is None:
             return Result(main(argv), "", "")

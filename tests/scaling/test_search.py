@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from scale_rae.options import SearchOptions
 from scale_rae.scaling.launch import share
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
@@ -219,15 +220,34 @@ def test_nothing_is_accepted(search: Search, scale: Scale) -> None:
         (["--reward", "none", "--accept-reward", 1], "--accept-reward 1: there is no reward"),
         (["--accept-reward", 1000], "--accept-reward 1000: the reward siglip is between "),
         (["--max-candidates", 1], "--max-candidates 1: must be at least --n-samples, which is 2"),
-        (["--search", "best-of-n"], "--check-at: only with --search adaptive"),
+        (["--search", "best-of-n"], "only with --search adaptive"),
+        (["--scaling-rounds", 2], "--scaling-rounds: not with --search adaptive, which has no rounds"),
     ],
 )
-def test_bad_options(search: Search, options: list[object], error: str) -> None:
+def test_bad_options(search: Search, scale: Scale, options: list[object], error: str) -> None:
     result = search(*options)
     assert result.code in (1, 2)
     (line,) = [line for line in result.err.splitlines() if line.startswith("error:")]
     assert error in line
-    assert not list(search.folder.glob("0*"))
+    assert not scale.out.exists()
+
+
+def test_an_option_of_the_search_without_it_is_refused_whatever_its_value(scale: Scale) -> None:
+    result = scale("--check-at", SearchOptions().check_at[0])
+    assert result.code == 2
+    assert "--check-at: only with --search adaptive" in result.err
+
+
+def test_a_wrong_look_is_refused_before_the_weights_are_read(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("scale_rae.pipeline.ScaleRAE.from_pretrained", None)
+    assert "--check-at 0.01: later than the last step but one" in search("--check-at", 0.01).err
+
+
+def test_a_folder_that_was_there_is_left_as_it_was(search: Search, scale: Scale) -> None:
+    scale.out.mkdir()
+    (scale.out / "mine").write_text("kept")
+    assert search("--accept-reward", 1000).code == 2
+    assert [path.name for path in scale.out.iterdir()] == ["mine"]
 
 
 def test_looks_at_the_same_evaluation(search: Search) -> None:
