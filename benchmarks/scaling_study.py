@@ -66,7 +66,7 @@ def main() -> None:
         parser.error(f"--prompts {args.prompts}: must be 1 to {6 * PER_KIND}")
     try:
         if args.records:
-            study_search.write(study_search.analyse(args.records, args.tune, args.seconds), args)
+            study_search.write(study_search.analyse(args.records, args.tune, args.seconds, args.measured_on), args)
             return
         if args.only != "analyse":
             draw(args)

@@ -8,7 +8,8 @@ study_records.py makes the records. Policies are best-of-n by several metrics, a
 package's own rules (ranking.py, acceptance.py). Thresholds are compared on the files of --tune only.
 
 Costs are evaluations of the network for one image, with both branches of guidance as one. An early look counts as many
-evaluations as it has floating-point operations (`adaptive.look_cost`). With --seconds, costs are also in seconds.
+evaluations as it has floating-point operations (`adaptive.look_cost`). With --seconds, which study_seconds.py measures, costs
+are also in seconds.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ from scale_rae.ranking import Verdicts, rank
 KEEP = 4
 COUNTS = (4, 8, 12, 16, 32)  # images of best-of-n
 METRICS = ("combined", "combined_v1", "image_reward", "prompt_conf")
-DROPS = (-1.1, -0.9, -0.7, -0.5, -0.3, -0.1)  # standings tried for the tuning
-ACCEPTS = (-1.1, -0.9, -0.7, -0.5, -0.3)
+DROPS = (-0.55, -0.4, -0.25, -0.1, 0.05)  # standings tried for the tuning
+ACCEPTS = (-0.65, -0.5, -0.35, -0.2, -0.05)
 NEEDED = ("yes_conf_score", "prompt_conf_score")  # of the metrics that are replayed
 WORDS = {"y": "yes", "n": "no", "u": "uncertain"}
 
@@ -287,21 +288,29 @@ def _look_cost(model_path: str, reward: str | None, guidance: float) -> float:
     return look_cost(model, loaded, SamplingOptions(guidance=guidance), encodes=False)
 
 
-def analyse(records: Sequence[Path], tune: Sequence[Path], seconds: Sequence[Sequence[float]] = ()) -> dict[str, Any]:
+def analyse(
+    records: Sequence[Path],
+    tune: Sequence[Path],
+    seconds: Sequence[Sequence[float]] = (),
+    measured_on: str | None = None,
+) -> dict[str, Any]:
     """All figures: of every policy on `records`, and of the grid of thresholds on `tune`.
 
-    `seconds` has, for each file of records, the seconds of an evaluation and of a look.
+    `seconds` has, for each file of records, the seconds of an evaluation and of a look; `measured_on` says where they come from.
 
     Raises:
-        InputError: when a file is missing or lacks what a policy needs, or `seconds` are not one pair per file.
+        InputError: when a file is missing or lacks what a policy needs, or `seconds` are not one pair per file, or it is not
+            said where they were measured.
     """
+    if bool(seconds) != bool(measured_on):
+        raise InputError("--seconds and --measured-on go together: the figures say where the seconds were measured")
     if seconds and len(seconds) != len(records):
         raise InputError(f"--seconds is given {len(seconds)} times for {len(records)} files of --records")
     studies = []
     for i, path in enumerate(records):
         study, prompts, costs, bootstrap = _study(path)
         if seconds:
-            costs["seconds"] = list(seconds[i])
+            costs |= {"seconds": list(seconds[i]), "measured on": measured_on}
         families = {
             family: {name: measured(prompts, policy, costs, bootstrap) for name, policy in some.items()}
             for family, some in policies(prompts[0]).items()
@@ -358,8 +367,9 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar=("EVALUATION", "LOOK"),
-        help="seconds per image of an evaluation and of a look; once for each file of --records",
+        help="seconds per image of an evaluation and of a look, as study_seconds.py prints them; once for each file of --records",
     )
+    parser.add_argument("--measured-on", help="where --seconds were measured, for tables and plot")
 
 
 def main() -> None:
@@ -374,7 +384,7 @@ def main() -> None:
     if not args.records:
         parser.error("--records FILE is missing")
     try:
-        write(analyse(args.records, args.tune, args.seconds), args)
+        write(analyse(args.records, args.tune, args.seconds, args.measured_on), args)
     except ScaleRAEError as error:
         raise SystemExit(f"error: {error}") from None
 

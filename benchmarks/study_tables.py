@@ -229,8 +229,17 @@ def _recorded(study: dict[str, Any]) -> str:
     return (
         f"{study['prompts']} {which}, {record['candidates']} candidates each, seed {record['seed']}, {record['solver']} with "
         f"{record['steps']} evaluations, {record['dtype'] or 'float32'}, reward {record['reward']}. A look costs "
-        f"{study['costs']['look']:g} evaluations, without reward {study['costs']['look without reward']:g}."
+        f"{study['costs']['look']:g} evaluations, without reward {study['costs']['look without reward']:g}.{_timed(study)}"
     )
+
+
+def _timed(study: dict[str, Any]) -> str:
+    """Where seconds come from, for a text after a full stop; empty when there are none."""
+    if "seconds" not in study["costs"]:
+        return ""
+    evaluation, look = study["costs"]["seconds"]
+    where = study["costs"]["measured on"]
+    return f" Seconds: {evaluation:g} per evaluation and {look:g} per look or reading of an image, on {where}."
 
 
 def _tuning_tables(figures: dict[str, Any]) -> list[str]:
@@ -269,9 +278,10 @@ def _signed(value: float) -> str:
 
 
 SUMMARY = (  # policies on the page about scaling, and what they are called there
-    ("best 4 of 4, combined", "4 drawn, 4 kept"),
-    ("best 4 of 8, combined", "best 4 of 8 (`--scaling-rounds 2`, the guide's)"),
-    ("best 4 of 32, combined", "best 4 of 32 (`--scaling-rounds 8`)"),
+    ("best 4 of 4, combined", "4 × 1: 4 drawn, 4 kept"),
+    ("best 4 of 8, combined", "4 × 2 (`--scaling-rounds 2`, the default)"),
+    ("best 4 of 12, combined", "4 × 3"),
+    ("best 4 of 32, combined", "4 × 8"),
     ("adaptive", "`--search adaptive`"),
     ("adaptive, --accept-reward 0", "`--search adaptive --accept-reward 0`"),
     ("adaptive, --reward none", "`--search adaptive --reward none`"),
@@ -340,7 +350,8 @@ def search_plot(figures: dict[str, Any], path: Path) -> None:
             if cost == "evaluations":
                 whole = [study["study"]["steps"] * n for n in (1, 2, 4, 8, 16, 32)]
                 axes.set_xticks(whole, [str(n) for n in whole])
-            axes.set_xlabel(f"{cost} per prompt")
+            where = f" on {study['costs']['measured on']}" if cost == "seconds" else ""
+            axes.set_xlabel(f"{cost} per prompt{where}")
             axes.set_title(f"guidance {study['study']['guidance']:g}")
             axes.grid(alpha=0.3, which="both")
         row[0].set_ylabel("right among the kept")

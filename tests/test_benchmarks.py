@@ -418,6 +418,7 @@ def test_search_study_s_tables_and_plot(script: Script, tmp_path: Path) -> None:
     page.write_text("<!-- search: begin (so) -->\nold\n<!-- search: end -->\n")
     files = ["--json", tmp_path / "s.json", "--markdown", tmp_path / "s.md", "--plot", tmp_path / "s.png"]
     command = ["--records", records, "--tune", tune, "--seconds", 0.5, 0.25, *files, "--into", page]
+    command += ["--measured-on", "one core"]
     shown = script("scaling_study.py", *command)
     figures = json.loads((tmp_path / "s.json").read_text())
     (study,) = figures["studies"]
@@ -434,7 +435,10 @@ def test_search_study_s_tables_and_plot(script: Script, tmp_path: Path) -> None:
     best = study["families"]["best of n, combined"]["best 4 of 8, combined"]
     assert best["evaluations"]["value"] == 32
     assert "| adaptive | 1.000 [1.000, 1.000] |" in shown
+    assert "Seconds: 0.5 per evaluation and 0.25 per look or reading of an image, on one core." in shown
     assert len(figures["tuning"][0]["rows"]) >= 25
     assert "| `--search adaptive` | 1.000 | 1.000 |" in page.read_text()
     assert "old" not in page.read_text()
     assert (tmp_path / "s.png").stat().st_size > 10_000
+    with pytest.raises(InputError, match="--seconds and --measured-on go together"):
+        study_search.analyse([records], [], [(0.5, 0.25)])
