@@ -41,6 +41,19 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _LARGE) and mallopt(_M_TRIM_THRESHOLD, _KEPT))
 
 
+def return_freed_memory() -> bool:
+    """Makes glibc return the memory that was freed to the system; returns whether there was any.
+
+    Weights of less than 32 MiB lie in glibc's heap, which keeps what is freed between them.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    try:
+        return bool(ctypes.CDLL(None).malloc_trim(0))
+    except (AttributeError, OSError):
+        return False
+
+
 def _sets_thresholds(environment: Mapping[str, str]) -> bool:
     names = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     return any(name in environment for name in names) or "glibc.malloc" in environment.get("GLIBC_TUNABLES", "")

@@ -24,12 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scale_rae.cpu import return_freed_memory
 from scale_rae.errors import DeviceError
 from scale_rae.memory import MemoryErrors, savings
 from scale_rae.options import Speed
 
 _ALIGN = 256  # bytes; kernels and libraries read aligned weights faster
 _PAGE = 4096
+_RETURNED = 256 << 20  # bytes after which freed memory is returned to the system
 T = TypeVar("T")
 
 
@@ -148,12 +150,17 @@ def to_host(tensors: Sequence[Tensor], lock: bool) -> tuple[Layout, Tensor]:
     for source, place in layout.sources(tensors):
         sources.setdefault(source.untyped_storage().data_ptr(), []).append((source, place))
     del source
+    freed = 0
     for key, numbers in sharing.items():  # the memory of some tensors is freed before that of the next is copied
         for copied, place in sources.pop(key):
             memory.bytes[place : place + copied.numel()].copy_(copied)
+            freed += copied.numel()
         del copied
         for number in numbers:
             tensors[number].data = views[number]
+        if freed >= _RETURNED:
+            return_freed_memory()
+            freed = 0
     if lock:
         memory.lock()
     return layout, memory.bytes

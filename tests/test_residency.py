@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,6 +265,23 @@ def test_a_slice_of_a_large_tensor_takes_its_own_bytes_only() -> None:
     ((source, place),) = layout.sources([rows[10:20]])
     buffer[place : place + len(source)] = source
     assert torch.equal(layout.views(buffer)[0], rows[10:20])
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries return what is freed")
+def test_weights_are_not_on_the_host_twice() -> None:
+    """Blocks below 32 MiB lie in glibc's heap, which keeps what is freed below a block that is in use."""
+
+    def taken() -> int:
+        (line,) = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")]
+        return int(line.split()[1]) << 10
+
+    torch.empty(24 << 20, dtype=torch.uint8).fill_(1)  # when it is freed, glibc begins to use the heap for such sizes
+    tensors = [torch.ones(20 << 20, dtype=torch.uint8) for _ in range(27)]
+    above = torch.ones(20 << 20, dtype=torch.uint8)
+    before = taken()
+    to_host(tensors, lock=False)
+    assert taken() - before < 400 << 20, "540 MB were freed and taken"
+    assert above[0] == 1
 
 
 class Copies(Ring):
