@@ -25,23 +25,30 @@ NF4_BLOCK = 64  # weights that share a scale (quantization.BLOCK)
 CACHE_SLOTS = 1024  # tokens per row that a KV cache is made for on CUDA (kv_cache)
 REPLY_TOKENS, PROMPT_TOKENS = 10, 64  # of the reply that asks for an image, and of the prompt with its chat
 
-# Memory that no tensor of ours is in. CUDA: context, loaded kernels and the workspaces of cuBLAS, by the driver's count less what
-# torch reserved. CPU: Python with torch imported.
-CONTEXT = {"cuda": 600 << 20, "cpu": 450 << 20, "mps": 200 << 20}
-# What the allocator loses to rounding and fragments, as a share of what is allocated, and at least: 1.5B/2.4B on an H200 reserved
-# 8.79 GiB for 8.3 GiB of tensors (docs/figures/gpu.md).
-FRAGMENTS, LEAST_FRAGMENTS = 0.03, 128 << 20
+# Memory that no tensor of ours is in. CUDA: the context, loaded kernels and the workspaces of cuBLAS, which is the driver's count less
+# what torch reserved: 0.60 GiB before, 0.74 to 0.76 after drawing (H200, 1.5B/2.4B). CPU: Python with torch imported.
+CONTEXT = {"cuda": 768 << 20, "cpu": 450 << 20, "mps": 200 << 20}
+# What the allocator loses to rounding and fragments, as a share of what is allocated, and at least: it reserved 1.23 GiB for 1.21 in
+# streams, 4.86 for 4.79 in turns (H200, 1.5B/2.4B).
+FRAGMENTS, LEAST_FRAGMENTS = 0.015, 20 << 20
 # Graphs and eager passes keep memory of their own, and both branches of guidance run as one batch.
 PASSES = 2
-# Bytes per weight of the largest matrix while a plain form (no kernels of our own) multiplies with it: float32 values and copies.
-PLAIN_FORM = 12
+# Forms whose weights are converted to the model's dtype before each product, one matrix at a time.
+CONVERTED = ("int8", "fp8-storage", "nf4")
+# Bytes of float32 values and copies per weight while the plain form converts it, and the weights that it converts at once
+# (quantization._PLAIN_AT_ONCE).
+PLAIN_FORM, PLAIN_AT_ONCE = 12, 1 << 23
 
 # The share of a device's matrix products (measured on squares) that a network of one image reaches, and that of many: 0.40 for one
 # image uncompiled, 0.82 for 32 compiled (H200, docs/figures/gpu.md); a CPU's products are slow enough to hide all else.
 SHARES = {"cuda": (0.40, 0.82), "cpu": (0.55, 0.65), "mps": (0.40, 0.60)}
 HALFWAY = 4  # images with which a GPU is halfway between the two
-# Speed of the DiT's products against those in bfloat16. fp8: measured (docs/figures/gpu.md). The rest: targets until measured.
-GAIN = {None: 1.0, "int8": 0.9, "int8-products": 1.3, "fp8": 1.6, "fp8-storage": 0.9, "nf4": 0.8}
+# Speed of the DiT's products against those in bfloat16. fp8: docs/figures/gpu.md; int8-products: of its matrices at 2,048 rows, less
+# what is not products (H200).
+GAIN = {"fp8": 1.6, "int8-products": 1.35}
+CONVERSION = (
+    3.2  # bytes that the device's memory moves per converted weight: one read, one written, at 3.5 of 4.2 TB/s (H200)
+)
 LAUNCH = {
     "cuda": 0.0025,
     "cpu": 0.0005,
@@ -100,7 +107,7 @@ class Weights:
     dit_rest: int
     decoder: int
     largest_block: int  # of both networks
-    largest_matrix: int  # in weights, not bytes
+    largest_matrix: int  # of the quantised ones of the velocity network; in weights, not bytes
     restacked: int  # bytes that are there twice for a moment, while adaLN weights are stacked
 
     @property
@@ -212,7 +219,7 @@ class Footprint:
             else:
                 part = "dit_rest" if name.startswith(DIT_PREFIX) else "language_rest"
             sizes[part] += size
-            if kind is not None:
+            if kind is not None and name.startswith(DIT_PREFIX):
                 largest = max(largest, prod(shape))
         decoder = 0 if self.decoder is None else _count(decoder_layout(self.decoder)) * DTYPE_BYTES[self.dtype]
         return Weights(
@@ -261,30 +268,35 @@ class Footprint:
 
     # --- activations -------------------------------------------------------------------------------------------------
 
-    def sampling_memory(self, batch: int) -> int:
+    def sampling_memory(self, way: Way) -> int:
         """Bytes of activations while a batch of images of as many prompts is drawn, both branches of guidance included."""
         dit, e = self.config.dit, DTYPE_BYTES[self.dtype]
         width = max(dit.width, dit.decoder_width or 0)
         inner = -(-int(2 / 3 * 4 * width) // PAD_TO) * PAD_TO
-        rows = dit.tokens * batch
+        rows = dit.tokens * way.batch
         state = 4 * 4 * dit.channels  # x, noise, velocity and a copy, float32
         hidden = (
             e * (4 * width + 3 * width + width + 3 * inner) + 2 * 4 * width
         )  # residuals, qkv, attention, SwiGLU; norms
-        grouped = max(rows, GROUP_ROWS) if self.device == "cuda" else rows
+        groups = self.device == "cuda" and way.offload != "stream" and way.quantize not in CONVERTED
+        grouped = max(rows, GROUP_ROWS) if groups else rows
         return PASSES * rows * (state + hidden) + 2 * grouped * 6 * width * e
 
+    def cache_memory(self, rows: int) -> int:
+        """Bytes of the keys and values of `rows` conversations, which stay between calls on CUDA."""
+        sizes, e = self.config.language, DTYPE_BYTES[self.dtype]
+        slots = CACHE_SLOTS if self.device == "cuda" else PROMPT_TOKENS + REPLY_TOKENS + self.config.tokens
+        keys = sizes["hidden_size"] // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
+        return int(rows * slots * sizes["num_hidden_layers"] * 2 * keys * e)
+
     def language_memory(self, rows: int) -> int:
-        """Bytes of keys, values and activations while `rows` conversations are replied to."""
+        """Bytes of activations while `rows` conversations are replied to."""
         sizes, e = self.config.language, DTYPE_BYTES[self.dtype]
         hidden, vocabulary = sizes["hidden_size"], sizes["vocab_size"]
-        slots = CACHE_SLOTS if self.device == "cuda" else PROMPT_TOKENS + REPLY_TOKENS + self.config.tokens
-        keys = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-        cache = rows * slots * sizes["num_hidden_layers"] * 2 * keys * e
         tokens = rows * (PROMPT_TOKENS + self.config.tokens)
         passes = tokens * e * (6 * hidden + 3 * sizes["intermediate_size"])
         logits = rows * vocabulary * (4 + 4 + e)
-        return int(cache + PASSES * passes + logits)
+        return int(PASSES * passes + logits)
 
     def decoding_memory(self, batch: int) -> int:
         """Bytes of activations while a batch of latents becomes pictures."""
@@ -321,13 +333,21 @@ class Footprint:
             stays += max(parts)
         else:
             stays += 2 * w.largest_block + w.decoder
-        on_own_kernels = way.quantize is None or (self.kernels and self.device == "cuda")
-        plain = 0 if on_own_kernels else w.largest_matrix * PLAIN_FORM
-        return self._with_losses(
-            stays
-            + self.language_memory(1)
-            + max(self.sampling_memory(way.batch) + plain, self.decoding_memory(way.batch))
+        passes = (
+            self.language_memory(1),
+            self.sampling_memory(way) + self._converted(way.quantize),
+            self.decoding_memory(way.batch),
         )
+        return self._with_losses(stays + self.cache_memory(1) + max(passes))
+
+    def _converted(self, quantize: str | None) -> int:
+        """Bytes of the weights that are converted for a product."""
+        if quantize not in CONVERTED:
+            return 0
+        largest = self.weights(quantize).largest_matrix
+        if self.kernels and self.device == "cuda":
+            return largest * DTYPE_BYTES[self.dtype]
+        return min(largest, PLAIN_AT_ONCE) * PLAIN_FORM
 
     def _with_losses(self, tensors: int) -> int:
         least = 0 if self.device == "cpu" else LEAST_FRAGMENTS
@@ -372,9 +392,10 @@ class Footprint:
             once = 2.0 * dit.tokens * dit.depth * 6 * dit.width * dit.condition_width
         work = way.batch * (flops(dit) - once) + once
         w = self.weights(way.quantize)
-        products = work / (rates.products * self._share(way.batch) * GAIN[way.quantize])
-        if way.quantize is not None and not (self.kernels and self.device == "cuda"):
-            products += PLAIN_FORM * _count(dit_layout(dit)) / rates.memory  # each evaluation makes all weights anew
+        products = work / (rates.products * self._share(way.batch) * GAIN.get(way.quantize or "", 1.0))
+        if way.quantize in CONVERTED:  # in each evaluation anew
+            moved = CONVERSION if self.kernels and self.device == "cuda" else 2 * PLAIN_FORM
+            products += moved * _count(dit_layout(dit)) / rates.memory
         return max(products, w.dit_blocks / rates.memory)
 
     def transfer(self, way: Way, rates: Rates) -> float:

@@ -11,7 +11,18 @@ from torch import nn
 from benchmarks.made_up import config_json, decoder_json
 from scale_rae import fast_dit, kv_cache, quantization
 from scale_rae.config import load_config, load_decoder_config, parse_config, parse_decoder_config
-from scale_rae.footprint import CACHE_SLOTS, CONTEXT, GROUP_ROWS, NF4_BLOCK, PAD_TO, Footprint, Rates, Way, stored_bytes
+from scale_rae.footprint import (
+    CACHE_SLOTS,
+    CONTEXT,
+    GROUP_ROWS,
+    NF4_BLOCK,
+    PAD_TO,
+    PLAIN_AT_ONCE,
+    Footprint,
+    Rates,
+    Way,
+    stored_bytes,
+)
 from scale_rae.hub import BUNDLED
 from scale_rae.options import OFFLOAD, QUANTIZE
 from scale_rae.pipeline import ScaleRAE
@@ -56,6 +67,7 @@ def test_bytes_are_those_of_the_loaded_weights(name: str, quantize: str | None, 
 def test_the_constants_are_those_of_the_code() -> None:
     assert (PAD_TO, GROUP_ROWS) == (fast_dit.PAD_TO, fast_dit.GROUP_ROWS)
     assert NF4_BLOCK == quantization.BLOCK
+    assert PLAIN_AT_ONCE == quantization._PLAIN_AT_ONCE
     assert CACHE_SLOTS == 4 * kv_cache._SLOTS
 
 
@@ -87,14 +99,19 @@ def test_less_takes_less(size: str, device: str) -> None:
 
 
 def test_an_estimate_is_near_what_was_measured() -> None:
-    """docs/figures/gpu.md (H200): reserved at batch 1 and 8, without context; seconds per image in batches of 8 and at once."""
+    """One NVIDIA H200, 1.5B/2.4B: GiB by the driver's count, or reserved; seconds (docs/figures/gpu.md)."""
     footprint = published("1.5b")
+    for offload, driver in (("model", 5.62), ("stream", 1.98)):
+        assert footprint.peak(Way(offload=offload)) / GIB == pytest.approx(driver, rel=0.03)
+    assert (footprint.loading_peak(Way()) - CONTEXT["cuda"]) / GIB == pytest.approx(9.03, rel=0.02)
     for batch, reserved in ((1, 8.79), (8, 9.05)):
         drawing = footprint.drawing_peak(Way(batch=batch)) - CONTEXT["cuda"]
         assert drawing / GIB == pytest.approx(reserved, rel=0.05)
-    h200 = Rates(products=675e12, memory=4.15e12, bus=50e9)
+    h200 = Rates(products=675e12, memory=4.15e12, bus=54e9)
     assert footprint.seconds(Way(batch=8), h200).each == pytest.approx(0.09, rel=0.35)
     assert footprint.seconds(Way(), h200).total == pytest.approx(0.265, rel=0.35)
+    assert footprint.seconds(Way(offload="stream"), h200).sampling == pytest.approx(4.42, rel=0.05)
+    assert footprint.seconds(Way(offload="stream", batch=8), h200).sampling == pytest.approx(4.42, rel=0.05)
 
 
 def test_streaming_hides_images_behind_the_transfer() -> None:
