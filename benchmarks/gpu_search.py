@@ -24,9 +24,9 @@ from scale_rae.scaling.store import Store
 from scale_rae.scaling.worker import Assignment, Worker
 from scale_rae.scores import EarlyScore, Score
 
-# Shares of candidates that the model says no to. With `_said`'s confidences, 9.6 candidates are begun and 5.7 finished per
-# prompt; the bundled model without a reward, at guidance 1, begins 9.7 and finishes 5.5 (replayed by study_search.py).
-EARLY_NO, FINAL_NO = 0.15, 0.01
+# Shares of candidates that the model says no to. With `_said`'s confidences, 8.8 candidates are begun and 5.3 finished per
+# prompt, as by the bundled model without a reward at guidance 1 (replayed by study_search.py).
+EARLY_NO, FINAL_NO = 0.20, 0.05
 ANSWER_TOKENS = 2  # the word and the end of the reply, as a trained model answers; made-up weights never end a reply
 S = TypeVar("S", Score, EarlyScore)
 
