@@ -286,8 +286,8 @@ def write_prompts(file: Path, count: int) -> None:
 def prompt_of(model: ScaleRAE, tokens: int, number: int = 0) -> str:
     """A prompt of `tokens` tokens; each `number` gives another."""
     text = f"Can you generate {number} photos of a cat on the windowsill and a dog in the garden by the house?" * 4
-    while len(model.tokenizer.plain(text)) > tokens:
-        text = text[:-1]
+    while (surplus := len(model.tokenizer.plain(text)) - tokens) > 0:
+        text = text[: -max(1, surplus - 4)]  # a token has at least one character
     return text
 
 
