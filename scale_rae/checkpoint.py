@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from scale_rae.errors import CheckpointError, ConfigError, InputError, ScaleRAEError, first_line
-from scale_rae.files import check_file, is_lfs_pointer, lfs_error, size_text
-from scale_rae.jsonio import parse_json
+from scale_rae.files import check_file, is_lfs_pointer, lfs_error
+from scale_rae.headers import read_header
+from scale_rae.layout import compare, few
 from scale_rae.torch_file import (
     LATENT,
     WEIGHTS,
@@ -29,7 +30,6 @@ from scale_rae.torch_file import (
 )
 
 _MOST_SHARED = 4  # tensors of a torch file may together be this many times its size, since tied weights share values
-_MOST_HEADER = 16 << 20  # bytes of a safetensors header; one with 2,000 tensors has 200 kB
 _CHUNK_BYTES = (
     64 << 20
 )  # a file is opened anew after this many bytes, because mapped pages stay resident until it is closed
@@ -62,7 +62,7 @@ class TensorReader:
         for file in files:
             declared = _declared(file)
             if twice := sorted(declared.keys() & self.tensors.keys()):
-                raise CheckpointError(f"{file}: tensors that {self.tensors[twice[0]].file.name} has too: {_few(twice)}")
+                raise CheckpointError(f"{file}: tensors that {self.tensors[twice[0]].file.name} has too: {few(twice)}")
             self.tensors |= declared
 
     def check_depth(self, layers: int, field: str, config: Path) -> None:
@@ -164,21 +164,17 @@ def _declared(file: Path) -> dict[str, StoredTensor]:
     if file.suffix != ".safetensors":
         return _declared_by_torch(file)
     with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        # If the header would end beyond the file, the library reports it.
-        if _MOST_HEADER < length < file.stat().st_size:
-            raise CheckpointError(
-                f"{file}: its header is larger than {size_text(_MOST_HEADER)}; copy or download it again"
-            )
-        _open_safetensors(file)  # the library checks the whole layout against the file's length
-        header = parse_json(stream.read(length), constants=True)
-    declared = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, stop = entry["data_offsets"]
-            dtype = _SAFETENSORS_DTYPES.get(entry["dtype"])
-            declared[name] = StoredTensor(file, tuple(entry["shape"]), stop - start, start, dtype)
-    return declared
+
+        def read(start: int, stop: int) -> bytes:
+            stream.seek(start)
+            return stream.read(stop - start)
+
+        header = read_header(read, file.stat().st_size, str(file))
+    _open_safetensors(file)  # what the library finds wrong is reported here, too
+    return {
+        name: StoredTensor(file, t.shape, t.stop - t.start, t.start, _SAFETENSORS_DTYPES.get(t.dtype))
+        for name, t in header.items()
+    }
 
 
 def _check_stored(file: Path, what: str, error: type[ScaleRAEError]) -> None:
@@ -268,10 +264,6 @@ def check_latent(latent: Tensor, tokens: int, channels: int) -> Tensor:
     return latent
 
 
-def _few(names: list[str], most: int = 20) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 @dataclass(frozen=True)
 class RowSink:
     """Where `fill` puts a stored tensor of this shape: `store(start, rows)` takes rows from `start` on, in order.
@@ -344,15 +336,7 @@ def fill(
 
 
 def _check_tensors(expected: dict[str, tuple[int, ...]], stored: dict[str, StoredTensor]) -> None:
-    missing = sorted(expected.keys() - stored.keys())
-    unexpected = sorted(stored.keys() - expected.keys())
-    wrong = [
-        f"{name} is {list(stored[name].shape)}, should be {list(shape)}"
-        for name, shape in sorted(expected.items())
-        if name in stored and stored[name].shape != shape
-    ]
-    if missing or unexpected or wrong:
+    if text := str(compare(expected, {name: tensor.shape for name, tensor in stored.items()})):
         files = sorted({str(t.file) for t in stored.values()})
         where = files[0] if len(files) == 1 else f"{Path(files[0]).parent}" if files else "the weights"
-        parts = [("missing tensors", missing), ("unexpected tensors", unexpected), ("wrong shapes", wrong)]
-        raise CheckpointError(f"{where}: " + "; ".join(f"{what}: {_few(names)}" for what, names in parts if names))
+        raise CheckpointError(f"{where}: {text}")

@@ -66,50 +66,49 @@ def read_header(read: Read, size: int, where: str) -> dict[str, HeaderTensor]:
             unknown dtypes, for tensors that overlap, leave gaps or do not end with the file, and for tensors whose bytes
             are not those of their shape and dtype.
     """
-    again = "copy or download it again"
     first = read(0, min(size, _FIRST))
     if len(first) < 8:
-        raise CheckpointError(f"{where}: cut short ({len(first)} bytes); {again}")
+        raise _damaged(where, f"{len(first)} bytes")
     length = int.from_bytes(first[:8], "little")
     if length > size - 8:
-        raise CheckpointError(
-            f"{where}: its header says that it has {length:,} bytes, but the file has {size:,}: damaged or cut short; {again}"
-        )
+        raise _damaged(where, f"its header says that it has {length:,} bytes, but the file has {size:,}")
     if length > MOST_HEADER:
-        raise CheckpointError(f"{where}: its header is larger than {size_text(MOST_HEADER)}; {again}")
+        raise CheckpointError(f"{where}: its header is larger than {size_text(MOST_HEADER)}; copy or download it again")
     data = first[8 : 8 + length]
     if len(data) < length:
         data += read(8 + len(data), 8 + length)
     if len(data) < length:
-        raise CheckpointError(f"{where}: cut short in its header; {again}")
+        raise _damaged(where, "it ends in its header")
     try:
         value = parse_json(data, constants=True)
     except ValueError as e:
-        raise CheckpointError(f"{where}: its header is not valid JSON ({first_line(e)}); {again}") from e
+        raise _damaged(where, f"its header is not valid JSON: {first_line(e)}") from e
     if not isinstance(value, dict):
-        raise CheckpointError(f"{where}: its header must be a JSON object; {again}")
-    tensors = {name: _tensor(entry, f"{where}: {name}") for name, entry in value.items() if name != "__metadata__"}
+        raise _damaged(where, "its header is not a JSON object")
+    tensors = {name: _tensor(name, entry, where) for name, entry in value.items() if name != "__metadata__"}
     _check_places(tensors, size - 8 - length, where)
     return tensors
 
 
-def _tensor(entry: Any, where: str) -> HeaderTensor:
+def _damaged(where: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{where}: damaged or cut short ({problem}); copy or download it again")
+
+
+def _tensor(name: str, entry: Any, where: str) -> HeaderTensor:
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where}: is declared as {shortened(entry)}, not as an object")
+        raise _damaged(where, f"{name} is declared as {shortened(entry)}")
     dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise CheckpointError(f"{where}: dtype is {shortened(dtype)}, which safetensors does not have")
+        raise _damaged(where, f"{name}: dtype is {shortened(dtype)}, which safetensors does not have")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        raise CheckpointError(f"{where}: shape is {shortened(shape)}; must be a list of whole numbers")
+        raise _damaged(where, f"{name}: shape is {shortened(shape)}, not a list of whole numbers")
     if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:
-        raise CheckpointError(f"{where}: data_offsets is {shortened(place)}; must be [start, end]")
+        raise _damaged(where, f"{name}: data_offsets is {shortened(place)}, not [start, end]")
     values = math.prod(shape)
     if values >= _LARGEST or values * BITS[dtype] != 8 * (place[1] - place[0]):
         needed = (values * BITS[dtype] + 7) // 8
-        raise CheckpointError(
-            f"{where}: data_offsets is {place}, which is {place[1] - place[0]:,} bytes, but shape {shape} of {dtype} takes "
-            f"{needed:,}"
-        )
+        has = f"data_offsets is {place}, which is {place[1] - place[0]:,} bytes"
+        raise _damaged(where, f"{name}: {has}, but shape {shape} of {dtype} takes {needed:,}")
     return HeaderTensor(dtype, tuple(shape), *place)
 
 
@@ -121,18 +120,13 @@ def _check_places(tensors: dict[str, HeaderTensor], size: int, where: str) -> No
     """Raises CheckpointError unless the tensors lie one after another in the `size` bytes that follow the header."""
     end, before = 0, ""
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
-        place = f"{where}: {name}: data_offsets is [{tensor.start}, {tensor.stop}]"
+        place = f"{name}: data_offsets is [{tensor.start}, {tensor.stop}]"
         if tensor.start < end:
-            raise CheckpointError(f"{place}, which overlaps {before}; the file is damaged")
+            raise _damaged(where, f"{place}, which overlaps {before}")
         if tensor.start > end:
-            raise CheckpointError(
-                f"{place}, which leaves {tensor.start - end:,} bytes before it unused; the file is damaged"
-            )
+            raise _damaged(where, f"{place}, which leaves {tensor.start - end:,} bytes before it unused")
         if tensor.stop > size:
-            raise CheckpointError(
-                f"{place}, which is beyond the end of the file, whose tensors have {size:,} bytes: cut short or damaged; copy or "
-                "download it again"
-            )
+            raise _damaged(where, f"{place}, but there are only {size:,} bytes after the header")
         end, before = tensor.stop, name
     if end != size:
-        raise CheckpointError(f"{where}: {size - end:,} bytes at its end belong to no tensor; the file is damaged")
+        raise _damaged(where, f"{size - end:,} bytes at its end belong to no tensor")

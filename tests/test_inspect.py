@@ -256,12 +256,12 @@ def test_damage_is_named(published: FakeHub) -> None:
     assert isinstance(index, bytes)
     where = f"^{MODEL}/model-00002-of-00002.safetensors: "
     cases: list[tuple[dict[str, bytes | Large | None], str]] = [
-        ({"shard2": Large(shard.head, shard.size - 2)}, f"{where}.*data_offsets is .* beyond the end of the file"),
+        ({"shard2": Large(shard.head, shard.size - 2)}, f"{where}.*data_offsets is .* but there are only"),
         (
             {"shard2": Large(shard.head.replace(b'"shape":[2048]', b'"shape":[2049]'), shard.size)},
             f"{where}.*data_offsets is",
         ),
-        ({"shard2": Large(b"\xff" * 8, shard.size)}, f"{where}its header says"),
+        ({"shard2": Large(b"\xff" * 8, shard.size)}, f"{where}.*its header says"),
         ({"shard2": None}, f"^{MODEL}: missing shards model-00002-of-00002.safetensors"),
         ({"index": b"{"}, f"^{MODEL}/model.safetensors.index.json: not valid JSON"),
         ({"index": b'{"weight_map": []}'}, f"^{MODEL}/model.safetensors.index.json: weight_map must map"),
