@@ -62,9 +62,8 @@ class Layout:
             last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
             end = start + (last + 1) * tensor.itemsize if tensor.numel() else start
             spans.setdefault(tensor.untyped_storage().data_ptr(), []).append((start, end, number))
-        self.pieces: list[
-            tuple[int, int, int, int]
-        ] = []  # number of a tensor in the memory, first byte there, bytes, place
+        # Of each piece: the number of a tensor in its memory, its first byte there, its bytes, its place in the buffer.
+        self.pieces: list[tuple[int, int, int, int]] = []
         offsets = [0] * len(tensors)
         self.size = 0
         for some in spans.values():
@@ -77,7 +76,8 @@ class Layout:
                 else:
                     runs.append([span])
             for run in runs:
-                place, first = -(-self.size // _ALIGN) * _ALIGN, run[0][0]
+                # From a multiple of _ALIGN to another: numbers of any size stay aligned.
+                place, first = -(-self.size // _ALIGN) * _ALIGN, run[0][0] // _ALIGN * _ALIGN
                 length = max(end for _, end, _ in run) - first
                 self.pieces.append((run[0][2], first, length, place))
                 for start, _, number in run:
@@ -118,7 +118,14 @@ class HostMemory:
     """
 
     def __init__(self, size: int) -> None:
-        self._memory = np.empty(size + _PAGE, np.uint8)  # numpy asks for huge pages
+        """Raises DeviceError when there is not so much memory."""
+        try:
+            self._memory = np.empty(size + _PAGE, np.uint8)  # numpy asks for huge pages
+        except MemoryError as e:
+            raise DeviceError(
+                f"--offload: the host's memory has no room for {size / 2**30:.1f} GiB of weights; smaller weights need less: "
+                "--quantize int8 or nf4"
+            ) from e
         start = -self._memory.ctypes.data % _PAGE
         self.bytes = torch.from_numpy(self._memory)[start : start + size]
 

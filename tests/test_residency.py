@@ -19,7 +19,7 @@ from scale_rae.images import Picture
 from scale_rae.memory import MemoryErrors, savings
 from scale_rae.options import ModelChoice, SamplingOptions, SearchOptions, Speed
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.residency import Layout, Residency, Ring, Streamed, tensors_of, to_host
+from scale_rae.residency import HostMemory, Layout, Residency, Ring, Streamed, tensors_of, to_host
 from scale_rae.rewards import load_reward
 from scale_rae.scores import Asked
 from tests.test_goldens import DRAW
@@ -260,7 +260,7 @@ def test_tensors_that_share_memory_share_it_on_the_host() -> None:
 def test_a_slice_of_a_large_tensor_takes_its_own_bytes_only() -> None:
     rows = torch.arange(1000.0).view(100, 10)
     layout = Layout([rows[10:20]])
-    assert layout.size == 400
+    assert 400 <= layout.size < 400 + 256
     (buffer,) = [torch.zeros(layout.size, dtype=torch.uint8)]
     ((source, place),) = layout.sources([rows[10:20]])
     buffer[place : place + len(source)] = source
@@ -282,6 +282,27 @@ def test_weights_are_not_on_the_host_twice() -> None:
     to_host(tensors, lock=False)
     assert taken() - before < 400 << 20, "540 MB were freed and taken"
     assert above[0] == 1
+
+
+def test_numbers_of_all_sizes_stay_aligned() -> None:
+    """Memory that was packed holds int8 weights, then float32 scales: a layout of some of it begins anywhere."""
+    tensors = [torch.arange(50, dtype=torch.int8), torch.arange(50.0), torch.arange(9, dtype=torch.int16)]
+    to_host(tensors, lock=False)
+    some = [tensors[0][3:], tensors[1][7:], tensors[2]]
+    expected = [tensor.clone() for tensor in some]
+    layout, _ = to_host(some, lock=False)
+    for tensor, old in zip(some, expected, strict=True):
+        assert torch.equal(tensor, old)
+    assert len(layout.pieces) <= 3
+
+
+def test_a_host_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room(*size: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("numpy.empty", no_room)
+    with pytest.raises(scale_rae.ScaleRAEError, match=r"the host's memory has no room for 1\.0 GiB of weights"):
+        HostMemory(1 << 30)
 
 
 class Copies(Ring):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from scale_rae import processes
 from scale_rae.errors import DeviceError, InputError, OptionError, OutputError, ScaleRAEError
+from scale_rae.options import check_offload
 from scale_rae.scaling.events import Event, Listener, Message, WorkerFailed, WorkerFinished, from_json
 from scale_rae.scaling.launch import Job, share
 from scale_rae.scaling.local_files import append
@@ -41,8 +42,8 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
     """Checks what workers on this machine need: a folder with locks, and devices that are there.
 
     Raises:
-        InputError: for results in an object store. DeviceError: for a device that is not there, or cannot quantize so; for
-            noise of a GPU where there is none; for compile "on" where nothing can be compiled.
+        InputError: for results in an object store, or offloading from a CPU. DeviceError: for a device that is not there, or
+            cannot quantize so; for noise of a GPU where there is none; for compile "on" where nothing can be compiled.
     """
     from scale_rae.memory import pick_device, pick_dtype
     from scale_rae.noise import check_noise
@@ -59,6 +60,7 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
         device = pick_device(name)
         dtype = pick_dtype(settings.dtype, device)
         check_quantize(settings.quantize, device, dtype)
+        check_offload(settings.offload, device.type)
         check_compile(settings.compile, device)
 
 

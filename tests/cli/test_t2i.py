@@ -613,6 +613,28 @@ def test_quantised_pictures(cli: Cli, tmp_path: Path) -> None:
     assert 0 < np.abs(one - plain).mean() < 5
 
 
+def test_offloading_where_it_cannot_be(t2i: Cli, out: Path) -> None:
+    """A CPU that is asked for is refused at once; one that is all there is, when torch has looked."""
+    for device in (("--device", "cpu"), *([] if torch.cuda.is_available() else [()])):
+        result = t2i("--prompt", DRAW, "--offload", "model", *device)
+        assert result.code == 2
+        assert "offload 'model': weights would move to the host's memory, but the device cpu" in result.error
+    assert not out.exists()
+
+
+def test_offload_reaches_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Manifests record it, and take it over as long as no other device is given."""
+    monkeypatch.setattr("scale_rae.options.check_offload", lambda *_: None)  # the CPU is the device
+    monkeypatch.setattr("scale_rae.pipeline.check_offload", lambda *_: None)
+    t2i("--prompt", DRAW, "--offload", "stream", "--steps", 2, "--output-dir", out)
+    (file,) = out.glob("*.json")
+    assert json.loads(file.read_text())["offload"] == "stream"
+    for flags, recorded in (((), "stream"), (("--device", "cpu"), "none"), (("--offload", "model"), "model")):
+        cli("t2i", "--from-manifest", file, *flags, "--output-dir", out / recorded)
+        (again,) = (out / recorded).glob("*.json")
+        assert json.loads(again.read_text())["offload"] == recorded
+
+
 def test_compile_and_quantize_reach_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--compile changes nothing that a manifest must say; --quantize does, and is taken over from it."""
     seen: list[dict[str, Any]] = []
