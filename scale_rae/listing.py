@@ -157,13 +157,19 @@ def _list_hub(name: str, what: str, revision: str | None, files: tuple[str, ...]
         return list_folder(cached(name, what, revision, files, e))
     from huggingface_hub import try_to_load_from_cache
 
-    sizes = {file.rfilename: file.size or 0 for file in info.siblings or []}
-    here = {}
-    for file in sizes:
-        path = try_to_load_from_cache(name, file, revision=info.sha)
-        if isinstance(path, str):
-            here[file] = Path(path)
     where = hub_name(name, what, revision)
+    sizes: dict[str, int] = {}
+    for file in info.siblings or []:
+        if type(file.size) is not int or file.size < 0:
+            raise HubError(
+                f"{where}: the hub does not say how large {file.rfilename} is, so the model cannot be inspected there"
+            )
+        sizes[file.rfilename] = file.size
+    here = {}
+    for stored in sizes:
+        path = try_to_load_from_cache(name, stored, revision=info.sha)
+        if isinstance(path, str):
+            here[stored] = Path(path)
 
     def fetch(file: str, start: int, stop: int) -> bytes:
         return _fetch(name, info.sha, where, what, file, start, stop)
@@ -174,7 +180,9 @@ def _list_hub(name: str, what: str, revision: str | None, files: tuple[str, ...]
 def _licence_of_info(info: Any) -> str | None:
     """The licence in the hub's account of a repository: of its card, else of its tags."""
     card = getattr(info, "card_data", None)
-    found = getattr(card, "license", None) or getattr(card, "license_name", None)
+    found = getattr(card, "license", None)
+    if found in (None, "other"):  # a licence of its own, by its name
+        found = getattr(card, "license_name", None) or found
     tags = [t.removeprefix("license:") for t in info.tags or [] if t.startswith("license:")]
     return str(found)[:100] if found else tags[0] if tags else None
 

@@ -103,7 +103,7 @@ class MemoryErrors:
             return
         free = ""
         if self.device.type == "cuda" and torch.cuda.is_available():
-            left, total = torch.cuda.mem_get_info(self.device)
+            left, total = free_memory(self.device)
             free = f" ({left / 2**30:.1f} of {total / 2**30:.1f} GiB free)"
         *others, last = self.remedies
         listed = f"{', '.join(others)}, or {last}" if others else last
@@ -116,7 +116,8 @@ def savings(device: torch.device, quantize: str | None, offload: str) -> list[st
     if device.type != "cuda":
         return []
     smaller = {None: ["--quantize int8"], "nf4": []}.get(quantize, ["--quantize nf4"])
-    return smaller + {"none": ["--offload model"], "model": ["--offload stream"]}.get(offload, [])
+    fewer = {"none": ["--offload model"], "model": ["--offload stream"]}.get(offload, [])
+    return [*smaller, *fewer, "--memory auto, which chooses"] if smaller or fewer else []
 
 
 def in_batches(
@@ -183,9 +184,18 @@ def largest_batch(
         size = min(2 * size, most)
 
 
+def free_memory(device: torch.device) -> tuple[int, int]:
+    """(bytes that this process can still take, bytes in all) of a CUDA device, within the process's limit if it has one."""
+    free, total = torch.cuda.mem_get_info(device)
+    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    if limit >= total:
+        return free, total
+    return max(0, min(free, limit - torch.cuda.memory_reserved(device))), limit
+
+
 def spare_memory(device: torch.device) -> float:
     """The share of memory available to this process that was free at its peak; 1 if torch does not report it."""
     if device.type != "cuda":
         return 1.0
-    free, _ = torch.cuda.mem_get_info(device)
+    free, _ = free_memory(device)
     return 1 - torch.cuda.max_memory_allocated(device) / (free + torch.cuda.memory_reserved(device))

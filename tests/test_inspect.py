@@ -290,6 +290,17 @@ def test_the_hub_breaks_off(published: FakeHub) -> None:
         inspect(MODEL)
 
 
+def test_a_hub_without_sizes(published: FakeHub) -> None:
+    published.sizes = False
+    with pytest.raises(HubError, match=f"^model {MODEL}: the hub does not say how large config.json is"):
+        inspect(MODEL)
+
+
+def test_a_licence_of_its_own(published: FakeHub) -> None:
+    published.repos[MODEL].card = {"license": "other", "license_name": "research-only"}
+    assert inspect(MODEL).files[0].licence == "research-only"
+
+
 def test_no_such_model(hub: FakeHub) -> None:
     with pytest.raises(
         HubError, match=r"^model nobody/nothing: no such folder here, and the hub has no such repository"

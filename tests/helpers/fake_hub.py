@@ -73,6 +73,7 @@ class FakeHub:
     cut: dict[str, int] = field(default_factory=dict)  # file name -> how many more of its downloads break off midway
     url: str = ""
     ranges: bool = True  # whether parts of files can be asked for
+    sizes: bool = True  # whether accounts have the sizes of files, if they are asked for
     sent: int = 0  # bytes of contents and accounts
 
     def __enter__(self) -> FakeHub:
@@ -143,7 +144,7 @@ class _Handler(BaseHTTPRequestHandler):
         if api and api[3]:
             entries = [_tree_entry(name, content) for name, content in files.items()]
             return self._send(200, json.dumps(entries).encode())
-        with_sizes = "blobs=" in self.path
+        with_sizes = "blobs=" in self.path and self.hub.sizes
         siblings = [{"rfilename": n, **({"size": len(c)} if with_sizes else {})} for n, c in files.items()]
         info = {"id": match[1], "modelId": match[1], "sha": commit, "siblings": siblings}
         if repo.card is not None:
