@@ -134,7 +134,7 @@ def test_hashing_does_not_hold_up_the_drawing(t2i: Cli, out: Path, monkeypatch: 
     record, generate = provenance.file_record, ScaleRAE.generate
 
     def slow_record(source: Source) -> dict[str, Any]:
-        assert drawn.wait(60), "the drawing waits for the hashes"
+        assert drawn.wait(240), "the drawing waits for the hashes"
         return record(source)
 
     def noticed(self: ScaleRAE, *args: Any, **options: Any) -> Any:
@@ -384,7 +384,7 @@ def test_runs_are_printed_in_order_when_they_are_on_disk(
 
     def save_run(folder: Path, manifest: dict[str, Any], *rest: Any) -> dict[str, Any]:
         if not at_once:
-            assert go.wait(10)
+            assert go.wait(240)
         return original(folder, manifest, *rest)
 
     monkeypatch.setattr(runs, "save_run", save_run)

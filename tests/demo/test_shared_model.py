@@ -418,7 +418,7 @@ def test_a_second_visitor_waits(shared: SharedModel) -> None:
     for _ in first:
         pass
     order.append("first")
-    second.join(60)
+    second.join(240)  # against hanging only
     assert order == ["first", "second"]
 
 

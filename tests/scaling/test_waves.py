@@ -15,7 +15,7 @@ def test_in_their_order_beside_what_goes_on() -> None:
     written: list[int] = []
     may_write = threading.Event()
     with Writes(lambda images: counted.append((images, threading.get_ident()))) as writes:
-        writes.add(lambda: (may_write.wait(60), written.append(0))[1], 3)
+        writes.add(lambda: (may_write.wait(240), written.append(0))[1], 3)
         writes.add(lambda: written.append(1), 4)
         writes.settle()
         assert written == counted == []  # nothing waits for the first one

@@ -193,21 +193,24 @@ def test_an_unknown_route_and_method(running: Running) -> None:
 
 
 def test_a_large_body(serve: Serve) -> None:
-    with serve(limits=Limits(body=1000, upload=0.5)) as running:
+    head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with serve(limits=Limits(body=1000, upload=HANGS)) as running:
         assert post(running.url + IMAGES, {"prompt": "x" * 2000})[0] == 413
-        head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as connection:  # without saying how large it is
             connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
             for _ in range(3):
                 connection.sendall(b"190\r\n" + b"x" * 400 + b"\r\n")
             assert b" 413 " in connection.recv(4096)
-        with socket.create_connection(("127.0.0.1", running.port)) as connection:  # one that never ends
-            connection.sendall(f"{head}Content-Length: 500\r\n\r\n{{".encode())
-            assert b" 408 " in connection.recv(4096)
+    with (
+        serve(limits=Limits(body=1000, upload=0.5)) as running,
+        socket.create_connection(("127.0.0.1", running.port)) as connection,  # one that never ends
+    ):
+        connection.sendall(f"{head}Content-Length: 500\r\n\r\n{{".encode())
+        assert b" 408 " in connection.recv(4096)
 
 
 def test_many_bodies_at_once(serve: Serve) -> None:
-    with serve(limits=Limits(body=1000, bodies=1500, upload=30)) as running:
+    with serve(limits=Limits(body=1000, bodies=1500, upload=HANGS)) as running:
         head = f"POST {IMAGES} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 1000\r\n\r\n"
         with socket.create_connection(("127.0.0.1", running.port)) as first:
             first.sendall(head.encode() + b"{" * 900)
@@ -311,7 +314,7 @@ def test_shutting_down(shapes: ScaleRAE) -> None:
         status, answer, _ = first.result()
         assert status == 200
         assert picture(answer["data"][0]["b64_json"]).shape == (128, 128, 3)
-        running.thread.join(60)
+        running.thread.join(HANGS)
         assert not running.thread.is_alive()
 
 
@@ -326,7 +329,7 @@ def test_what_waits_to_be_drawn_is_refused_too(shapes: ScaleRAE) -> None:
         statuses = [f.result()[0] for f in asked]
         assert set(statuses) == {200, 503}
         assert statuses.count(503) > 4
-        running.thread.join(60)
+        running.thread.join(HANGS)
         assert not running.thread.is_alive()
 
 
@@ -334,7 +337,7 @@ def test_while_loading(shapes: ScaleRAE) -> None:
     go = threading.Event()
 
     def load() -> tuple[ScaleRAE, dict[str, Any]]:
-        assert go.wait(30)
+        assert go.wait(HANGS)
         return shapes, {}
 
     with serving(shapes, load=load, wait=False) as running:
@@ -351,7 +354,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(shapes: ScaleRAE) -> None
         raise CheckpointError("no such weights")
 
     with serving(shapes, load=load, wait=False) as running:
-        running.thread.join(60)
+        running.thread.join(HANGS)
         assert not running.thread.is_alive()
         assert isinstance(running.engine.error, CheckpointError)
 
@@ -434,7 +437,7 @@ def test_metrics(running: Running) -> None:
 def engine(shapes: ScaleRAE) -> Iterator[Engine]:
     engine = Engine(lambda: (shapes, {}))
     engine.start()
-    assert engine.loaded.wait(30)
+    assert engine.loaded.wait(HANGS)
     yield engine
     engine.close()
 
@@ -504,7 +507,7 @@ def test_pictures_too_many_to_encode_at_once_are_encoded_apart(
 def test_every_job_has_one_outcome_also_at_the_end(shapes: ScaleRAE) -> None:
     engine = Engine(lambda: (shapes, {}))
     engine.start()
-    assert engine.loaded.wait(30)
+    assert engine.loaded.wait(HANGS)
     inbox: list[Any] = []
     jobs = [job(CIRCLE, i, inbox, best_of=4, count=4) for i in range(6)]
     for one in jobs:
@@ -529,7 +532,7 @@ def test_a_cpu_whose_sums_depend_on_the_batch_draws_one_by_one(
     monkeypatch.setattr(shapes, "sample", rounds)
     engine = Engine(lambda: (shapes, {}))
     engine.start()
-    assert engine.loaded.wait(30)
+    assert engine.loaded.wait(HANGS)
     assert engine.batch_size == 2
     engine.close()
 

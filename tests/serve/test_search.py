@@ -384,5 +384,5 @@ def test_a_server_that_shuts_down_finishes_a_search_that_has_begun(
         recorded(shapes, monkeypatch, stop)
         status, answer, _ = pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "steps": 4, **AUTO}).result()
         assert (status, answer["search"]["candidates"]) == (200, 2)
-        running.thread.join(60)
+        running.thread.join(HANGS)
         assert not running.thread.is_alive()
