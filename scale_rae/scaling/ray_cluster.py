@@ -1,7 +1,8 @@
-"""Launcher: workers on a Ray cluster. One driver hands out prompts, an actor on each GPU draws them.
+"""Launcher: workers on a Ray cluster. One driver hands out groups of prompts, an actor on each GPU draws them.
 
-The driver has the experiment's lock, and gives each prompt to one worker at a time. Workers write the results themselves, so
-nothing is lost with a worker, a node or the driver; a prompt of a worker that died is resumed by another.
+The driver has the experiment's lock, and gives each group to one worker at a time. A group is what a worker draws together:
+one prompt, or several in an adaptive search. Workers write the results themselves, so nothing is lost with a worker, a node
+or the driver; what a worker that died was drawing is resumed by another.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from scale_rae import processes
 from scale_rae.errors import InputError, MissingExtraError, ScaleRAEError, first_line, need
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.events import Event, Listener, Message, PromptFailed
-from scale_rae.scaling.launch import Job
+from scale_rae.scaling.launch import Job, share
 from scale_rae.scaling.object_store import results_folder
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
@@ -40,6 +41,8 @@ SILENT = 60.0  # seconds without any worker until a message says so (again)
 OLDEST_RAY = (2, 52)  # the first that asks for a token
 TRIES = 3  # workers that may die of one prompt, or in a row while loading
 MEASURED_ON = 8  # prompts that a worker may measure the batch size on; what it draws is given to it later
+
+Group: TypeAlias = list[PromptRecord]  # what a worker draws together
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
@@ -182,7 +185,7 @@ def _read_authentication_again() -> bool:
 
 @dataclass
 class Reply:
-    """What a worker returns after loading, or after a prompt. `busy`: another worker has the prompt; give it out again."""
+    """What a worker returns after loading, or after a group. `busy`: another worker has the group; give it out again."""
 
     node: str
     events: list[Event]
@@ -191,7 +194,7 @@ class Reply:
 
 
 class Actor:
-    """What runs in the cluster: a worker that is given one prompt at a time."""
+    """What runs in the cluster: a worker that is given one group of prompts at a time."""
 
     def __init__(self) -> None:
         self._events: list[Event] = []
@@ -213,9 +216,9 @@ class Actor:
         self._worker = open_worker(store, settings, assignment, self._events.append)
         return self._reply()
 
-    def attempt(self, prompt: PromptRecord) -> Reply:
-        """Draws what is missing of a prompt."""
-        tried = self._worker.attempt([prompt])
+    def attempt(self, group: Group) -> Reply:
+        """Draws what is missing of a group of prompts."""
+        tried = self._worker.attempt(group)
         if not tried:
             time.sleep(WAIT)  # what is left of an earlier run, or of a lost node, is still drawing it
         return dataclasses.replace(self._reply(), busy=not tried)
@@ -240,7 +243,7 @@ class _RayWorker:
 
 
 class _Driver:
-    """Keeps as many workers as the cluster has resources for, and gives each a prompt until none is left."""
+    """Keeps as many workers as the cluster has resources for, and gives each a group of prompts until none is left."""
 
     def __init__(self, cluster: RayCluster, job: Job, listen: Listener) -> None:
         self._cluster, self._job, self._listen, self._store = cluster, job, listen, job.store
@@ -252,12 +255,13 @@ class _Driver:
         )
         folder = job.store.folder
         self._folder = str(folder if job.store.remote else folder.absolute())
-        self._queue = deque(job.todo)
+        todo = {p.index for p in job.todo}
+        self._queue: deque[Group] = deque(share(job.chosen, todo, job.together, 0, 1)[0])
         self._workers: list[_RayWorker] = []
         self._idle: list[_RayWorker] = []
-        self._underway: dict[Any, tuple[_RayWorker, PromptRecord | None]] = {}  # by reply; None: it loads
+        self._underway: dict[Any, tuple[_RayWorker, Group | None]] = {}  # by reply; None: it loads
         self._numbers = itertools.count()
-        self._deaths: dict[int, int] = {}  # by prompt
+        self._deaths: dict[tuple[int, ...], int] = {}  # by the numbers of a group's prompts
         self._deaths_loading = 0  # in a row
         self._not_before = 0.0  # when the next worker may be started
         self._first_alone = job.store.read_experiment() is None  # the first worker writes experiment.json for all
@@ -276,12 +280,12 @@ class _Driver:
             )
         heard = time.monotonic()
         try:
-            while self._queue or self._prompts_underway():
+            while self._queue or self._groups_underway():
                 self._job.lock.check()
                 self._start_workers()
                 while self._queue and self._idle:
-                    worker, prompt = self._idle.pop(), self._queue.popleft()
-                    self._underway[worker.actor.attempt.remote(prompt)] = (worker, prompt)
+                    worker, group = self._idle.pop(), self._queue.popleft()
+                    self._underway[worker.actor.attempt.remote(group)] = (worker, group)
                 if any(worker.node is not None for worker in self._workers):
                     heard = time.monotonic()
                 elif time.monotonic() - heard > SILENT:
@@ -297,8 +301,8 @@ class _Driver:
                 self._dismiss(worker)
         return self._seconds
 
-    def _prompts_underway(self) -> int:
-        return sum(prompt is not None for _, prompt in self._underway.values())
+    def _groups_underway(self) -> int:
+        return sum(group is not None for _, group in self._underway.values())
 
     def _start_workers(self) -> None:
         import ray
@@ -307,8 +311,8 @@ class _Driver:
             return
         cpus = self._cluster.num_cpus_per_worker
         options = {"num_gpus": 1, "num_cpus": 0} if cpus is None else {"num_gpus": 0, "num_cpus": cpus}
-        prompts = len(self._queue) + self._prompts_underway()
-        wanted = min(self._cluster.num_workers or self._cluster.capacity(), prompts)
+        groups = len(self._queue) + self._groups_underway()
+        wanted = min(self._cluster.num_workers or self._cluster.capacity(), groups)
         for _ in range(len(self._workers), min(wanted, 1) if self._first_alone else wanted):
             worker = _RayWorker(next(self._numbers), ray.remote(Actor).options(**options).remote())
             self._workers.append(worker)
@@ -328,15 +332,15 @@ class _Driver:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
-        worker, prompt = self._underway.pop(ref)
+        worker, group = self._underway.pop(ref)
         try:
             reply: Reply = ray.get(ref)
         except RayTaskError as e:
             if isinstance(e.cause, ScaleRAEError):
                 raise e.cause from e
-            self._lose(worker, prompt, e)
+            self._lose(worker, group, e)
         except RayError as e:
-            self._lose(worker, prompt, e)
+            self._lose(worker, group, e)
         else:
             worker.node = reply.node
             for stage, seconds in reply.seconds.items():
@@ -345,34 +349,46 @@ class _Driver:
             for event in reply.events:
                 self._listen(event)
             self._deaths_loading, self._first_alone = 0, False
-            if prompt is not None and reply.busy:
-                self._queue.append(prompt)
+            if group is not None and reply.busy:
+                self._queue.append(group)
             self._idle.append(worker)
 
-    def _lose(self, worker: _RayWorker, prompt: PromptRecord | None, error: Exception) -> None:
-        """A worker is gone: its prompt is the next to be given out, unless workers keep dying of it."""
+    def _lose(self, worker: _RayWorker, group: Group | None, error: Exception) -> None:
+        """A worker is gone: its group is the next to be given out. If workers keep dying of it, each prompt of it is alone.
+
+        A prompt that workers keep dying of is recorded as failed.
+        """
         import ray
         from ray.exceptions import ActorDiedError, RayTaskError
 
         self._workers.remove(worker)
         self._dismiss(worker)
         how = f"{type(error).__name__}: {first_line(error)}"
-        if prompt is None:
+        if group is None:
             self._say(f"worker {worker.number} died while it loaded ({how})")
             self._deaths_loading += 1
             self._not_before = time.monotonic() + PAUSE
             if self._deaths_loading >= TRIES and not any(w.node is not None for w in self._workers):
                 raise ScaleRAEError(f"{self._deaths_loading} workers in a row died while they loaded; the last: {how}")
             return
-        # Not the prompt's fault where the node died, or may have: Ray reports that late.
+        # Not the prompts' fault where the node died, or may have: Ray reports that late.
         at_fault = isinstance(error, ActorDiedError | RayTaskError) and any(
             node["NodeID"] == worker.node and node["Alive"] for node in ray.nodes()
         )
-        deaths = self._deaths[prompt.index] = self._deaths.get(prompt.index, 0) + at_fault
+        numbers = tuple(p.index for p in group)
+        deaths = self._deaths[numbers] = self._deaths.get(numbers, 0) + at_fault
+        which = f"prompt{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
         if deaths < TRIES:
-            self._say(f"worker {worker.number} is gone ({how}); prompt {prompt.index} goes to another")
-            self._queue.appendleft(prompt)
+            self._say(
+                f"worker {worker.number} is gone ({how}); {which} go{'' if len(numbers) > 1 else 'es'} to another"
+            )
+            self._queue.appendleft(group)
             return
+        if len(group) > 1:
+            self._say(f"worker {worker.number} is gone ({how}): {deaths} died of {which}; each is tried alone")
+            self._queue.extendleft([prompt] for prompt in reversed(group))
+            return
+        (prompt,) = group
         text = f"{deaths} workers died of it; the last: {how}"
         self._store.fail(prompt.index, text, deaths)
         self._listen(PromptFailed(prompt.index, text))

@@ -135,14 +135,28 @@ class Experiment:
         return min(value, len(prompt.images))
 
 
+def local_folder(folder: Path) -> Path:
+    """An experiment's folder as an absolute path.
+
+    Raises:
+        InputError: for a URL of a store, whose results are to be copied first, and a name that no folder can have.
+    """
+    check_name(folder, "experiment")
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(folder)):  # a Path has lost the second slash
+        raise InputError(
+            f"{str(folder).replace(':/', '://', 1)}: is not a folder; copy the results of a store to one first "
+            "(aws s3 sync, gcloud storage rsync)"
+        )
+    return Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
+
+
 def read_experiment(folder: Path) -> Experiment:
     """The experiment in a folder; its incomplete prompts are listed with the reason.
 
     Raises:
         InputError: when the folder is no experiment, or experiment.json is damaged.
     """
-    check_name(folder, "experiment")
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
+    folder = local_folder(folder)
     advice = "give one that `scale t2i` made"
     try:
         kind = restored(folder).stat().st_mode

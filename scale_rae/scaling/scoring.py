@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from scale_rae.errors import InputError, OutputError, ScaleRAEError
-from scale_rae.files import check_name, read_bytes, sha256
+from scale_rae.files import read_bytes, sha256
 from scale_rae.jsonio import MOST_BYTES, dump_json
 from scale_rae.opening import find_model, silence_libraries
 from scale_rae.options import ModelChoice, from_record
@@ -31,7 +30,7 @@ from scale_rae.provenance import differences, reward_differs
 from scale_rae.scaling import worker
 from scale_rae.scaling.events import ImagesDrawn, Listener, Message, Planned, PromptFinished, WorkerLoaded
 from scale_rae.scaling.experiment import check_finite, prompt_record
-from scale_rae.scaling.reader import Prompt, read_experiment, read_object
+from scale_rae.scaling.reader import Prompt, local_folder, read_experiment, read_object
 from scale_rae.scaling.records import Batch, seal, unseal
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
@@ -290,8 +289,7 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
         ScaleRAEError: when the reward cannot be loaded.
     """
     start = time.perf_counter()
-    check_name(folder, "experiment")
-    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
+    folder = local_folder(folder)
     store = Store(folder, Settings("", ""), "score")
     _check_folder(store)
     with contextlib.closing(store.lock_run()):

@@ -21,10 +21,10 @@ class Fragile(Actor):
         self._node = ray.get_runtime_context().get_node_id()
         return Reply(self._node, [], {})
 
-    def attempt(self, prompt: Any) -> Reply:
-        if prompt.index == 7:
+    def attempt(self, group: Any) -> Reply:
+        if any(prompt.index == 7 for prompt in group):
             os._exit(1)
-        return Reply(self._node, [PromptFinished(prompt.index, prompt.prompt, 4, 4)], {"drawing": 1.0})
+        return Reply(self._node, [PromptFinished(p.index, p.prompt, 4, 4) for p in group], {"drawing": 1.0})
 
 
 class Broken(Actor):

@@ -180,8 +180,13 @@ def test_results_in_a_store(
 
 
 @needs_ray
-def test_a_prompt_of_which_workers_die_fails(scale: Scale, nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("together", [1, 3])
+def test_a_prompt_of_which_workers_die_fails(
+    scale: Scale, nodes: Nodes, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """Alone, although its worker draws other prompts with it."""
     monkeypatch.setattr(ray_cluster, "Actor", Fragile)
+    monkeypatch.setattr(Settings, "prompts_together", lambda settings, prompts: together)
     events: list[Event] = []
     outcome = draw(scale, events.append)
     assert list(outcome.failed) == [7]

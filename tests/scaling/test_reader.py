@@ -7,7 +7,8 @@ import pytest
 
 from scale_rae.errors import InputError
 from scale_rae.ranking import rank
-from scale_rae.scaling.reader import Experiment, Prompt
+from scale_rae.scaling.reader import Experiment, Prompt, read_experiment
+from scale_rae.scaling.scoring import ScoreOptions, score_experiment
 
 
 def prompt(images: int, **metadata: Any) -> Prompt:
@@ -38,3 +39,10 @@ def test_errors_name_the_file() -> None:
 def test_an_images_seed() -> None:
     assert [prompt(3, image_seeds=[5, 6]).seed(i) for i in range(3)] == [5, 6, None]
     assert prompt(1).seed(0) is None
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gs://bucket", "memory://x/y"])
+def test_results_in_a_store_are_to_be_copied_first(url: str) -> None:
+    for read in (read_experiment, lambda folder: score_experiment(folder, ScoreOptions("siglip"))):
+        with pytest.raises(InputError, match=f"^{url}: is not a folder; copy the results"):
+            read(Path(url))
