@@ -13,6 +13,7 @@ from scale_rae import flow
 from scale_rae.dit import flops as dit_flops
 from scale_rae.options import DEFAULT_STEPS, SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import LatentSampler
 
 OFFICIAL_DIT = 2.13  # seconds per image in the official implementation's DiT on one H200, float32
 EVALUATIONS = DEFAULT_STEPS
@@ -20,7 +21,7 @@ EVALUATIONS = DEFAULT_STEPS
 
 def sampling(
     b: Bench,
-    model: ScaleRAE,
+    model: ScaleRAE | LatentSampler,
     stage: str,
     name: str,
     batch: int,
@@ -29,7 +30,7 @@ def sampling(
     repeat: int = 0,
     one_prompt: bool = False,
 ) -> float:
-    """Seconds per image of `model.sample`: noise, all evaluations, latents back on the CPU.
+    """Seconds per image of `model.sample`, or of a sampler's `draw`: noise, all evaluations, latents back on the CPU.
 
     Each image has its own condition, unless all are of `one_prompt`.
     """
@@ -40,7 +41,13 @@ def sampling(
     conditions = [torch.randn(shape, generator=generator).to(b.device, b.dtype) for _ in range(batch)]
     conditions = conditions[:1] * batch if one_prompt else conditions
     seeds = list(range(batch))
-    first, seconds = b.seconds(lambda: model.sample(conditions, seeds, options, batch), repeat or b.repeat)
+
+    def draw() -> object:
+        if isinstance(model, LatentSampler):
+            return [latent.cpu() for latent in model.draw(conditions, seeds, options)]
+        return model.sample(conditions, seeds, options, batch)
+
+    first, seconds = b.seconds(draw, repeat or b.repeat)
     each = seconds / batch
     evaluations = len(flow.evaluation_times(options.solver, options.steps, 3.0))
     flops = dit_flops(model.config.dit) * evaluations
@@ -70,6 +77,7 @@ def dit_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     )
     eight = sampling(b, model, "dit", f"{network}, batch 8", 8, plain, "share ≥ 80 %, ≥ 18 x official")
     sampling(b, model, "dit", f"{network}, batch 1", 1, plain, "share ≥ 55 % (70 %), ≥ 13 x official")
+    quantized_rows(b, "dit", size)
     guided_eight = sampling(b, model, "dit", f"{network}, batch 8, guidance 1.5", 8, guided_)
     b.add("dit", f"{network}, batch 8: guidance 1.5 over 1.0", guided_eight / eight, "×", "≤ 1.75")
     sampling(
@@ -78,6 +86,40 @@ def dit_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     sampling(b, model, "dit", f"{network}, batch 8, of one prompt", 8, plain, one_prompt=True)
     sampling(b, model, "dit", f"{network}, batch 1, guidance 1.5", 1, guided_)
     sampling(b, model, "dit", f"{network}, batch 32, guidance 1.5", 32, guided_, "", 1)
+
+
+QUANTIZED = {  # kind -> images per second over bf16's, at batch 8 and 1
+    "fp8": ("≥ 1.55 x", "≥ 1.5 x"),
+    "int8-products": ("≥ 1.3 x", ""),
+    "int8": ("≥ 0.9 x", ""),
+    "nf4": ("", ""),
+    "fp8-storage": ("", ""),
+}
+
+
+def quantized_rows(b: Bench, stage: str, size: str) -> None:
+    """Sampling at batch 8 and 1 with each kind of quantised weights, each of a network of its own."""
+    network = DIT_NAME[size]
+    config = made_config(size)
+    for kind, targets in QUANTIZED.items():
+        if b.device.type != "cuda" and kind == "fp8":
+            continue
+        with b.reported(f"{stage}: {kind}"):
+            sampler = LatentSampler(
+                config,
+                made_dit(size, b.device, b.dtype),
+                None,
+                Speed("on" if b.device.type == "cuda" else "off", kind),  # type: ignore[arg-type]
+            )
+            with torch.inference_mode():
+                for batch, target in zip((8, 1), targets, strict=True):
+                    name = f"{network} {kind}, batch {batch}"
+                    each = sampling(b, sampler, stage, name, batch, SamplingOptions())
+                    before = [r["value"] for r in b.figures if r["name"] == f"{network}, batch {batch}"]
+                    if before:
+                        b.add(stage, f"{network} {kind} over bf16, batch {batch}", before[0] / each, "×", target)
+            del sampler
+        b.release()
 
 
 def fp8_stage(b: Bench, model: ScaleRAE, size: str) -> None:

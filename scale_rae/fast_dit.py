@@ -13,7 +13,8 @@
 - `quantize`: the blocks' linears are quantised (quantization.py); "fp8" multiplies in float8 (float8.py).
 - `kernels`: Triton kernels (kernels.py) quantise activations and rotate queries and keys; needs `defer`.
 - `attention`: a Triton kernel (kernels.py) computes attention and rotates queries and keys as it reads them.
-- `few`: for one or two images, on Hopper, all of a block is in Triton kernels (few_images.py); needs `kernels` and our attention.
+- `few`: for one or two images, on Hopper, Triton kernels (few_images.py) run between a block's products; needs `kernels` and our
+  attention.
 
 docs/performance.md lists what each trick gains.
 """
@@ -33,7 +34,7 @@ from scale_rae.codes import block_kind
 from scale_rae.compiling import attention_kernels, compiled
 from scale_rae.cuda_graphs import Captures
 from scale_rae.dit import NORM_EPS, Attention, Block, DiT, FinalLayer, RMSNorm, SwiGLU, attend, heads_output
-from scale_rae.float8 import Quantized
+from scale_rae.float8 import Quantized, raw_product
 from scale_rae.flow import Velocity
 from scale_rae.options import Speed
 from scale_rae.quantization import (
@@ -54,6 +55,7 @@ from scale_rae.toolchain import runs_own_kernels
 PAD_TO = 64  # elements of SwiGLU's inner width
 GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
 MOST_GRAPHS = 24  # captured graphs that are kept
+SPLIT, SPLIT_ROWS = 2, 256  # parts of the inner dimension of products with few outputs, up to so many rows
 FEW_ROWS = 512  # rows (tokens of a batch's images, guided ones twice) up to which `few_block` is faster
 
 Attend = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # the signature of `dit.attend`
@@ -86,15 +88,30 @@ def _per_image(modulation: Tensor, prompt_of: Tensor | None) -> Tensor:
     return modulation if prompt_of is None else modulation.index_select(0, prompt_of)
 
 
+class Parts(NamedTuple):
+    """A linear's output that is not finished: sum of `values` [S, ..., N] · x_scale [..., 1] · scale [N, 1], plus bias [N]."""
+
+    values: Tensor
+    bias: Tensor
+    x_scale: Tensor | None = None
+    scale: Tensor | None = None
+
+    def finished(self, dtype: torch.dtype) -> Tensor:
+        """The output [..., N]."""
+        out = self.values.float().sum(dim=0)
+        if self.x_scale is not None and self.scale is not None:
+            out = out * self.x_scale * self.scale.t()
+        return (out + self.bias.float()).to(dtype)
+
+
 class Deferred(NamedTuple):
     """A block's result as a sum that is not yet computed: x + gate · update. The gate is the last of the six modulations.
 
-    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. If there is no update, x is the result. An update [S, B, L, D] is in
-    S parts that are yet to be summed.
+    x, update [B, L, D]; modulation [P, L, 6D]; null [6D]. If there is no update, x is the result.
     """
 
     x: Tensor
-    update: Tensor | None = None
+    update: Tensor | Parts | None = None
     modulation: Tensor | None = None
     null: Tensor | None = None
 
@@ -105,7 +122,7 @@ def summed(block: Deferred) -> Tensor:
         return block.x
     gate, null = (None if m is None else m.chunk(6, dim=-1)[5] for m in (block.modulation, block.null))
     assert gate is not None
-    update = block.update if block.update.dim() == 3 else block.update.sum(dim=0).to(block.x.dtype)
+    update = block.update if isinstance(block.update, Tensor) else block.update.finished(block.x.dtype)
     return block.x + spread(gate, null, len(block.x)) * update
 
 
@@ -169,44 +186,70 @@ def quantized_block(
 def few_block(
     block: Block, before: Deferred, modulation: Tensor, cos: Tensor, sin: Tensor, null: Tensor | None = None
 ) -> Deferred:
-    """`deferred_block` in the Triton kernels for few images, in bfloat16 or, for weights of kind fp8, float8.
+    """`deferred_block` with Triton kernels between its products, for weights in bfloat16 or of kind fp8.
 
-    `before` must have an update; that of the result is in parts [S, B, L, D].
+    `before` must have an update; that of the result is in parts.
     """
     v = modulation.chunk(6, dim=-1)
     n = null.chunk(6, dim=-1) if null is not None else (None,) * 6
-    float8 = isinstance(block.attn.qkv.weight, QuantizedWeight)
     gate, null_gate, update = _gates(before)
-    parts = update if update.dim() == 4 else update[None]
-    x, read, scale = _kernels.few_normed(
-        before.x, parts, gate, null_gate, v[0], v[1], n[0], n[1], block.norm1.weight, NORM_EPS, float8
+    x, read = _few_normed(block.norm1, before.x, update, (gate, null_gate), v[:2], n[:2], _is_quantized(block))
+    seen = _kernels.attend_pairs(_product(block.attn.qkv, read), block.attn.heads, cos, sin, True)
+    x, read = _few_normed(
+        block.norm2, x, _few_product(block.attn.proj, seen), (v[2], n[2]), v[3:5], n[3:5], _is_quantized(block)
     )
-    qkv = _few_product(block.attn.qkv, read, scale, "store")
-    seen = _kernels.attend_pairs(qkv, block.attn.heads, cos, sin, True)
-    parts = _few_parts(block.attn.proj, seen)
-    x, read, scale = _kernels.few_normed(
-        x, parts, v[2], n[2], v[3], v[4], n[3], n[4], block.norm2.weight, NORM_EPS, float8
-    )
-    inner = _few_product(block.mlp.w12, read, scale, "swiglu")
-    parts = _few_parts(block.mlp.w3, inner)
-    return Deferred(x, parts, modulation, null)
+    inner: Any
+    if isinstance(read, Quantized):
+        raw = _few_product(block.mlp.w12, read)
+        inner = Quantized(*_kernels.few_gated_float8(raw.values[0], raw.x_scale, raw.scale, raw.bias))
+    else:
+        inner = _kernels.few_gated(block.mlp.w12(read))
+    return Deferred(x, _few_product(block.mlp.w3, inner), modulation, null)
 
 
-def _few_product(linear: Any, x: Tensor, x_scale: Tensor | None, end: str) -> Tensor:
+def _few_normed(
+    norm: RMSNorm,
+    x: Tensor,
+    update: Tensor | Parts,
+    gates: tuple[Tensor, Tensor | None],
+    vectors: tuple[Tensor, ...],
+    nulls: tuple[Tensor | None, ...],
+    quantize: bool,
+) -> tuple[Tensor, Tensor | Quantized]:
+    """`_quantized_norm` for an update in parts; without `quantize`, the second is in bfloat16."""
+    parts = (update[None], None, None, None) if isinstance(update, Tensor) else _ordered(update)
+    x, values, scale = _kernels.few_normed(x, *parts, *gates, *vectors, *nulls, norm.weight, NORM_EPS, quantize)
+    return x, Quantized(values, scale) if quantize else values
+
+
+def _ordered(parts: Parts) -> tuple[Tensor | None, ...]:
+    return parts.values, parts.x_scale, parts.scale, parts.bias
+
+
+def _few_product(linear: Any, x: Tensor | Quantized) -> Parts:
+    """A linear's output in parts."""
     weight = linear.weight
-    if isinstance(weight, QuantizedWeight):
-        return _kernels.few_product(x, x_scale, weight.values, weight.scale, linear.bias, end)  # type: ignore[no-any-return]
-    return _kernels.few_product(x, None, weight, None, linear.bias, end)  # type: ignore[no-any-return]
+    if not isinstance(weight, QuantizedWeight):
+        assert isinstance(x, Tensor)
+        return split_product(x, weight, linear.bias)
+    values, scale = x if isinstance(x, Quantized) else _kernels.quantize_rows(x, False, True)
+    return Parts(raw_product(values, weight.values)[None], linear.bias, scale, weight.scale)
 
 
-def _few_parts(linear: Any, x: Tensor) -> Tensor:
-    if isinstance(linear.weight, QuantizedWeight):
-        values, scale = _kernels.few_rows(x)
-        return _few_product(linear, values, scale, "parts")
-    return _few_product(linear, x, None, "parts")
+def split_product(x: Tensor, weight: Tensor, bias: Tensor) -> Parts:
+    """The linear of x [..., K] with a weight [N, K]. With few rows, the GPU computes both halves of K at the same time."""
+    rows, columns = x.numel() // x.shape[-1], x.shape[-1]
+    parts = SPLIT if rows <= SPLIT_ROWS else 1
+    step = columns // parts
+    values = torch.bmm(x.view(rows, parts, step).transpose(0, 1), weight.view(-1, parts, step).permute(1, 2, 0))
+    return Parts(values.view(parts, *x.shape[:-1], -1), bias)
 
 
-def _gates(before: Deferred) -> tuple[Tensor, Tensor | None, Tensor]:
+def _is_quantized(block: Any) -> bool:
+    return isinstance(block.attn.qkv.weight, QuantizedWeight)
+
+
+def _gates(before: Deferred) -> tuple[Tensor, Tensor | None, Any]:
     """The gate of a deferred sum, the null branch's, and the update."""
     assert before.update is not None
     assert before.modulation is not None
@@ -229,7 +272,9 @@ def _is_int8(linear: Any) -> bool:
     return linear.weight.kind == "int8-products"  # type: ignore[no-any-return]
 
 
-def _product(linear: Any, x: Quantized) -> Tensor:
+def _product(linear: Any, x: Tensor | Quantized) -> Tensor:
+    if isinstance(x, Tensor):
+        return linear(x)  # type: ignore[no-any-return]
     return product(x, linear.weight, linear.bias)
 
 
@@ -455,7 +500,7 @@ def _few_block_fits(dit: DiT) -> bool:
     from scale_rae import few_images
 
     inner = dit.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
-    return few_images.fits(dit.config.width, inner)  # type: ignore[arg-type]
+    return dit.config.tokens % 16 == 0 and few_images.fits(dit.config.width, inner)  # type: ignore[arg-type]
 
 
 def _choose_attention(speed: Speed, dit: DiT) -> Attend:

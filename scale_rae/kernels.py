@@ -58,7 +58,11 @@ def _store_quantized(values, out, scale, row, i, inside, width, LARGEST: tl.cons
 
 
 @triton.jit
-def _rows_kernel(x, out, scale, width, BLOCK: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr):
+def _rows_kernel(
+    x, out, scale, width, EARLY: tl.constexpr, BLOCK: tl.constexpr, LARGEST: tl.constexpr, LEAST: tl.constexpr
+):
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, BLOCK)
     inside = i < width
@@ -204,7 +208,6 @@ def _attend_kernel(
     WHOLE: no block has rows or keys beyond the image's tokens, so nothing is masked. EARLY: launched before qkv is complete.
     """
     if EARLY:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     TYPE: tl.constexpr = out.dtype.element_ty
     image = (tl.program_id(1) // heads).to(tl.int64)
@@ -259,24 +262,33 @@ def _sizes(width: int, int8: bool) -> dict[str, int | float]:
     return {"BLOCK": block, "num_warps": 4 if block <= 2048 else 8, "LARGEST": largest, "LEAST": LEAST}
 
 
+def _launch(early: bool) -> dict[str, bool]:
+    return {"launch_pdl": True} if early else {}
+
+
 def _empty_rows(x: Tensor, width: int, int8: bool) -> tuple[Tensor, Tensor]:
     values = torch.empty((*x.shape[:-1], width), dtype=torch.int8 if int8 else FLOAT8, device=x.device)
     return values, torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
 
 
 @torch.library.custom_op("scale_rae::quantize_rows", mutates_args=())
-def quantize_rows(x: Tensor, int8: bool = False) -> tuple[Tensor, Tensor]:
-    """(values [..., K], scale [..., 1]) of `float8.quantize` for rows [..., K]; with `int8`, values from -127 to 127."""
+def quantize_rows(x: Tensor, int8: bool = False, early: bool = False) -> tuple[Tensor, Tensor]:
+    """(values [..., K], scale [..., 1]) of `float8.quantize` for rows [..., K]; with `int8`, values from -127 to 127.
+
+    `early` is that of `attend_pairs`.
+    """
     x = x.contiguous()
     width = x.shape[-1]
     values, scale = _empty_rows(x, width, int8)
     with torch.cuda.device(x.device):
-        _rows_kernel[(x.numel() // width,)](x, values, scale, width, **_sizes(width, int8))
+        _rows_kernel[(x.numel() // width,)](
+            x, values, scale, width, EARLY=early, **_sizes(width, int8), **_launch(early)
+        )
     return values, scale
 
 
 @quantize_rows.register_fake
-def _(x: Tensor, int8: bool = False) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, int8: bool = False, early: bool = False) -> tuple[Tensor, Tensor]:
     return _empty_rows(x, x.shape[-1], int8)
 
 
@@ -434,7 +446,7 @@ def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, early: bool 
             WHOLE=tokens == keys and tokens % (_ROWS * steps) == 0,
             EARLY=early,
             num_warps=4,
-            **({"launch_pdl": True} if early else {}),
+            **_launch(early),
         )
     return out
 

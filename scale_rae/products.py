@@ -186,38 +186,42 @@ def _int8_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(values, scale, out, inputs, WIDTH: tl.constexpr, KIND: tl.constexpr):
-    """One row of weights, WIDTH columns at a time."""
+def _dequantize_kernel(
+    values, scale, out, outputs, inputs, ROWS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.constexpr
+):
+    """ROWS by WIDTH bytes of weights."""
     TYPE: tl.constexpr = out.dtype.element_ty
-    row = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    i = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    is_row = row < outputs
     if KIND == "nf4":
-        i = tl.arange(0, WIDTH // 2)
-        for start in range(0, inputs // 2, WIDTH // 2):
-            inside = start + i < inputs // 2
-            codes = tl.load(values + row * (inputs // 2) + start + i, mask=inside, other=0.0)
-            by = tl.load(scale + row * (inputs // 64) + (start + i) // 32, mask=inside, other=0.0).to(tl.float32)
-            low, high = _nf4_values(codes, TYPE)
-            at = out + row * inputs + (start + i) // 32 * 64 + i % 32
-            tl.store(at, (low.to(tl.float32) * by).to(TYPE), mask=inside)
-            tl.store(at + 32, (high.to(tl.float32) * by).to(TYPE), mask=inside)
+        inside = is_row & (i < inputs // 2)
+        codes = tl.load(values + row * (inputs // 2) + i, mask=inside, other=0, eviction_policy="evict_first")
+        by = tl.load(scale + row * (inputs // 64) + i // 32, mask=inside, other=0.0).to(tl.float32)
+        low, high = _nf4_values(codes, TYPE)
+        at = out + row * inputs + i // 32 * 64 + i % 32
+        tl.store(at, (low.to(tl.float32) * by).to(TYPE), mask=inside)
+        tl.store(at + 32, (high.to(tl.float32) * by).to(TYPE), mask=inside)
     else:
-        i = tl.arange(0, WIDTH)
-        by = tl.load(scale + row)
-        for start in range(0, inputs, WIDTH):
-            inside = start + i < inputs
-            w = tl.load(values + row * inputs + start + i, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out + row * inputs + start + i, (w * by).to(TYPE), mask=inside)
+        inside = is_row & (i < inputs)
+        w = tl.load(values + row * inputs + i, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        by = tl.load(scale + row, mask=is_row, other=0.0)
+        tl.store(out + row * inputs + i, (w * by).to(TYPE), mask=inside)
 
 
 # --- launches --------------------------------------------------------------------------------------------------------
 
 
 @functools.cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def supports(kind: str, device: torch.device) -> bool:
     """Whether these operators compute a kind's products on an NVIDIA GPU."""
-    capability = torch.cuda.get_device_capability(device)
     if kind == "int8-products":
-        return capability[0] == 9
+        return _is_hopper(device)
+    capability = torch.cuda.get_device_capability(device)
     return capability >= ((8, 9) if kind == "fp8-storage" else (8, 0))
 
 
@@ -226,9 +230,13 @@ def dequantized(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     kind = "nf4" if values.dtype == torch.uint8 else "rows"
     outputs, inputs = len(values), values.shape[1] * (2 if kind == "nf4" else 1)
     out = torch.empty(outputs, inputs, dtype=dtype, device=values.device)
-    width = min(4096, triton.next_power_of_2(inputs))
+    columns = values.shape[1]  # bytes
+    rows, width = (1, 1024) if kind == "nf4" else (4, 2048)
+    width = min(width, triton.next_power_of_2(columns))
     with torch.cuda.device(values.device):
-        _dequantize_kernel[(outputs,)](values, scale, out, inputs, WIDTH=width, KIND=kind, num_warps=4)
+        _dequantize_kernel[(triton.cdiv(outputs, rows), triton.cdiv(columns, width))](
+            values, scale, out, outputs, inputs, ROWS=rows, WIDTH=width, KIND=kind, num_warps=4
+        )
     return out
 
 
@@ -239,7 +247,15 @@ def _few(
     outputs = len(values)
     kind = "nf4" if values.dtype == torch.uint8 else "rows" if x_scale is None else "int8"
     out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-    at_once, per, columns, warps = max(16, triton.next_power_of_2(rows)), 16 if outputs <= 8192 else 32, 64, 4
+    at_once = max(16, triton.next_power_of_2(rows))
+    # As measured on Hopper, down to the sizes of other GPUs' shared memory.
+    if outputs > 8192:
+        per, columns, warps, stages = 32, 64, 2, 5
+    elif kind == "nf4" and inputs > 4096:
+        per, columns, warps, stages = 16, 64, 8, 4
+    else:
+        per, columns, warps, stages = 16, 128 if at_once == 16 else 64, 4, 4
+    stages = stages if _is_hopper(x.device) else 2
     with torch.cuda.device(x.device):
         _few_kernel[(triton.cdiv(outputs, per),)](
             x,
@@ -256,9 +272,9 @@ def _few(
             INPUTS=columns,
             WARPS=warps,
             KIND=kind,
-            WHOLE=inputs % (64 * warps) == 0,
+            WHOLE=inputs % ((64 if kind == "nf4" else columns) * warps) == 0,
             num_warps=warps,
-            num_stages=4,
+            num_stages=stages,
         )
     return out
 
@@ -335,22 +351,25 @@ def _int8_product(
         ]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).view(*x.shape[:-1], outputs)
     out = torch.empty(rows, outputs, dtype=dtype, device=x.device)
-    tile = (128, 256, 128) if rows > SOME else (128, 128, 128)
+    # Tiles so small that two programs share a multiprocessor: one multiplies while the other starts or ends.
+    (height, width, depth), stages, warps = (128, 128, 128), 3, 8
+    if rows <= SOME and outputs <= 8192:
+        width, stages, warps = 64, 4, 4  # more programs
     with torch.cuda.device(x.device):
-        _int8_kernel[(triton.cdiv(rows, tile[0]), triton.cdiv(outputs, tile[1]))](
-            TensorDescriptor.from_tensor(tokens, [tile[0], tile[2]]),
+        _int8_kernel[(triton.cdiv(rows, height), triton.cdiv(outputs, width))](
+            TensorDescriptor.from_tensor(tokens, [height, depth]),
             by_token,
-            TensorDescriptor.from_tensor(values, [tile[1], tile[2]]),
+            TensorDescriptor.from_tensor(values, [width, depth]),
             scale,
             bias,
             out,
             rows,
             outputs,
             inputs,
-            ROWS=tile[0],
-            OUTPUTS=tile[1],
-            INPUTS=tile[2],
-            STAGES=4,
-            num_warps=8,
+            ROWS=height,
+            OUTPUTS=width,
+            INPUTS=depth,
+            STAGES=stages,
+            num_warps=warps,
         )
     return out.view(*x.shape[:-1], outputs)

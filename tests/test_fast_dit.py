@@ -292,12 +292,21 @@ def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(capability))
 
     def chosen(
-        inner: int = 176, dtype: torch.dtype = torch.bfloat16, rows: int = fast_dit.FEW_ROWS, **options: Any
+        tokens: int = 16,
+        inner: int = 176,
+        dtype: torch.dtype = torch.bfloat16,
+        rows: int = fast_dit.FEW_ROWS,
+        **options: Any,
     ) -> bool:
         block = SimpleNamespace(mlp=SimpleNamespace(w3=SimpleNamespace(in_features=inner)))
         on_cuda = SimpleNamespace(device=torch.device("cuda"))
         dit: Any = SimpleNamespace(
-            pos_embed=on_cuda, dtype=dtype, config=CONFIG, rope_cos="cos", rope_sin="sin", dit_blocks=[block]
+            pos_embed=on_cuda,
+            dtype=dtype,
+            config=dataclasses.replace(CONFIG, tokens=tokens),
+            rope_cos="cos",
+            rope_sin="sin",
+            dit_blocks=[block],
         )
         functions = fast_dit.choose_functions(Speed(**options), dit, compile)
         return functions.block_for(rows) is fast_dit.few_block
@@ -306,6 +315,7 @@ def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: 
     assert chosen(quantize="fp8")
     assert not chosen(rows=fast_dit.FEW_ROWS + 1)
     assert not chosen(inner=175)
+    assert not chosen(tokens=9)
     assert not chosen(dtype=torch.float16)
     assert not chosen(few=False)
     assert not chosen(kernels=False)
@@ -317,9 +327,23 @@ def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: 
 
 
 def test_an_update_in_parts_is_their_sum() -> None:
-    parts, x, modulation = torch.randn(4, 2, 3, 5), torch.randn(2, 3, 5), torch.randn(1, 3, 30)
-    whole = fast_dit.summed(fast_dit.Deferred(x, parts.sum(dim=0), modulation))
-    torch.testing.assert_close(fast_dit.summed(fast_dit.Deferred(x, parts, modulation)), whole)
+    parts, x, modulation, bias = torch.randn(4, 2, 3, 5), torch.randn(2, 3, 5), torch.randn(1, 3, 30), torch.randn(5)
+    by_token, by_channel = torch.rand(2, 3, 1), torch.rand(5, 1)
+    whole = parts.sum(dim=0) * by_token * by_channel[:, 0] + bias
+    for update, wanted in (
+        (fast_dit.Parts(parts, bias), parts.sum(dim=0) + bias),
+        (fast_dit.Parts(parts, bias, by_token, by_channel), whole),
+    ):
+        summed = fast_dit.summed(fast_dit.Deferred(x, update, modulation))
+        torch.testing.assert_close(summed, fast_dit.summed(fast_dit.Deferred(x, wanted, modulation)))
+
+
+@pytest.mark.parametrize("rows", [fast_dit.SPLIT_ROWS, fast_dit.SPLIT_ROWS + 2])
+def test_a_split_product_is_the_linear(rows: int) -> None:
+    x, weight, bias = torch.randn(2, rows // 2, 12), torch.randn(7, 12), torch.randn(7)
+    parts = fast_dit.split_product(x, weight, bias)
+    assert len(parts.values) == (fast_dit.SPLIT if rows <= fast_dit.SPLIT_ROWS else 1)
+    torch.testing.assert_close(parts.finished(torch.float32), torch.nn.functional.linear(x, weight, bias))
 
 
 def test_a_solver_that_looks_elsewhere() -> None:
