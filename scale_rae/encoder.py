@@ -94,10 +94,14 @@ class Encoder:
         Raises:
             CheckpointError: naming the folder or file and what is wrong with the weights.
         """
-        with torch.inference_mode(False):
-            model = _load_vision_model(self._folder, self.kind, self._config, self.dtype).to(self._residency.home)
-        self._residency.keep("encoder", model, [model])
-        return model
+        with self._residency.lock:
+            if "model" in self.__dict__:  # another thread has loaded it meanwhile
+                return self.__dict__["model"]
+            with torch.inference_mode(False):
+                model = _load_vision_model(self._folder, self.kind, self._config, self.dtype).to(self._residency.home)
+            self._residency.keep("encoder", model, [model])
+            self.__dict__["model"] = model
+            return model
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels [N, 3, H, W] float32 of RGB images."""

@@ -205,21 +205,30 @@ class ScaleRAE:
     def encoder(self) -> Encoder:
         """The representation encoder; also knows the pixel normalisation the decoder undoes."""
         if self._encoder is None:
-            self.encoder_source = find(self.config.encoder_name, "encoder", self.source.folder)
-            self._encoder = load_encoder(self.encoder_source, self.config, self.dtype, self.device, self.residency)
+            with self.residency.lock:
+                if self._encoder is None:  # no other thread has loaded it meanwhile
+                    self.encoder_source = find(self.config.encoder_name, "encoder", self.source.folder)
+                    self._encoder = load_encoder(
+                        self.encoder_source, self.config, self.dtype, self.device, self.residency
+                    )
         return self._encoder
 
     @property
     def decoder(self) -> PixelDecoder | VaeDecoder:
         """The pixel decoder; for a FLUX-VAE-aligned checkpoint the decoder of a VAE (extra `vae`)."""
         if self._decoder is None:
-            kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
-            self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
-            with torch.inference_mode(False):
-                decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.residency.home)
-            self.residency.keep("decoder", decoder, [decoder])
-            self._decoder = decoder
+            with self.residency.lock:
+                if self._decoder is None:  # no other thread has loaded it meanwhile
+                    self._decoder = self._load_decoder()
         return self._decoder
+
+    def _load_decoder(self) -> PixelDecoder | VaeDecoder:
+        kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
+        self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
+        with torch.inference_mode(False):
+            decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.residency.home)
+        self.residency.keep("decoder", decoder, [decoder])
+        return decoder
 
     @property
     def image_size(self) -> int:
@@ -668,6 +677,8 @@ class ScaleRAE:
         remedy: str = "fewer at once",
     ) -> list[T]:
         """`memory.in_batches` while `part` has its turn on the device. All that a network computes goes through here."""
+        if not count:  # nothing needs the part
+            return []
         release = self.release_memory if self.split_batches else None
         with self.residency.use(part):
             return in_batches(count, size, run, self.memory_errors, what, remedy, release)

@@ -352,7 +352,8 @@ class Residency:
     - model: weights wait in the host's memory; a part's weights are on the device while it has its turn.
     - stream: the same, but the blocks of the two large networks are copied to the device one after the other.
 
-    A part computes only inside of `use(part)`. `copies` counts, per part, how often it was copied to the device.
+    A part computes only inside of `use(part)`. `copies` counts, per part, how often it was copied to the device. `lock` is held
+    while a part has its turn; hold it while parts are loaded, too.
     """
 
     def __init__(self, mode: str, device: torch.device) -> None:
@@ -362,7 +363,7 @@ class Residency:
         self._arenas: list[Tensor] = []  # one, unless a part that came later did not fit
         self._present: dict[int, str] = {}  # address of an arena -> the part whose weights are there
         self._turns: list[str] = []  # innermost last
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._ring = Ring(device)
         self._streamed = 0
 
@@ -407,7 +408,7 @@ class Residency:
         """
         if not self.offloads:
             return part
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             if part in self._parts:
                 part = f"{part} {len(self._parts)}"
             found = _unique(weights)
@@ -430,7 +431,7 @@ class Residency:
         if not self.streams:
             self.keep(part, [list(blocks), weights], entries)
             return blocks
-        with self._lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, torch.inference_mode(False), torch.no_grad():
             to_host(_unique([list(blocks), weights]), self.device.type == "cuda")
             self._streamed += 1
             streamed = Streamed(self._ring, blocks, self._streamed)
@@ -446,7 +447,7 @@ class Residency:
         if not self.offloads:
             yield
             return
-        with self._lock:
+        with self.lock:
             self._turns.append(part)
             try:
                 self._bring(part)

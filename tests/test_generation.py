@@ -49,9 +49,11 @@ def calls(siglip: ScaleRAE, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     original = siglip.sampler.fast_dit.evaluate
 
-    def evaluate(parts: Any, x: Tensor, time: Tensor, condition: Tensor, null: Tensor | None = None) -> Tensor:
-        seen.extend([len(x)] * (1 if null is None else 2))
-        return original(parts, x, time, condition, null)
+    def evaluate(
+        parts: Any, x: Tensor, time: Tensor, condition: Tensor, null_modulations: Tensor | None = None, **more: Any
+    ) -> Tensor:
+        seen.extend([len(x)] * (1 if null_modulations is None else 2))
+        return original(parts, x, time, condition, null_modulations, **more)
 
     monkeypatch.setattr(siglip.sampler.fast_dit, "evaluate", evaluate)
     return seen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def test_parts_have_their_turn_one_after_the_other(load: Load) -> None:
     assert model.residency.copies == {"language": 2, "dit": 2, "decoder": 2}
     latents = model.generate(DRAW, steps=2, decode=False).images[0].latent
     model.sample([torch.zeros(model.config.tokens, model.config.dit.condition_width)], [1], SamplingOptions(steps=2))
+    assert model.decode([]) == model.sample([], []) == model.encode([]) == []
     assert model.residency.copies["dit"] == 3, "the DiT stays until another part needs its place"
     model.score([latents], DRAW)
     model.answer("What is this?", latents=latents)
@@ -147,6 +149,20 @@ def test_pictures_of_an_image_that_forms(load: Load, mode: str) -> None:
     expected, expected_pictures = draw(load())
     assert torch.equal(latent, expected)
     assert pictures == expected_pictures
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_threads_use_an_offloaded_model_in_turn(load: Load, mode: str) -> None:
+    model, expected = load(offload=mode), load().generate(DRAW, num_images=2, steps=3)
+
+    def draw(seed: int) -> list[Any]:
+        torch.set_num_threads(1)
+        (image,) = model.generate(DRAW, image_seeds=[[seed]], steps=3).images
+        return [image.latent.tolist(), image.image]
+
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(draw, [image.seed for image in expected.images] * 3))
+    assert found == [[image.latent.tolist(), image.image] for image in expected.images] * 3
 
 
 def test_memory_that_runs_out_halves_batches(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,11 +430,12 @@ def test_offloading_that_makes_no_sense(device: str, offload: str, why: str) -> 
 
 def test_out_of_memory_names_what_takes_less() -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert savings(cuda, None, "none") == ["--quantize int8", "--offload model"]
-    assert savings(cuda, "int8", "model") == ["--quantize nf4", "--offload stream"]
+    chooses = "--memory auto, which chooses"
+    assert savings(cuda, None, "none") == ["--quantize int8", "--offload model", chooses]
+    assert savings(cuda, "int8", "model") == ["--quantize nf4", "--offload stream", chooses]
     assert savings(cuda, "nf4", "stream") == savings(cpu, None, "none") == []
     listed = MemoryErrors(cuda, torch.bfloat16, "drawing", "fewer", savings(cuda, None, "model")).remedies
-    assert listed[:3] == ["fewer", "--quantize int8", "--offload stream"]
+    assert listed[:4] == ["fewer", "--quantize int8", "--offload stream", chooses]
 
 
 def test_memory_that_cannot_be_page_locked(monkeypatch: pytest.MonkeyPatch) -> None:
