@@ -102,7 +102,7 @@ def quantized_rows(b: Bench, stage: str, size: str) -> None:
     network = DIT_NAME[size]
     config = made_config(size)
     for kind, targets in QUANTIZED.items():
-        if b.device.type != "cuda" and kind == "fp8":
+        if b.tiny and kind != "int8":  # a tiny network's widths suit no other kind
             continue
         with b.reported(f"{stage}: {kind}"):
             sampler = LatentSampler(
