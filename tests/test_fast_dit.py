@@ -194,8 +194,8 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
     """`fullgraph=True`: a part that cannot be compiled whole is an error. Blocks of one kind share their code."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # or trial programs are compiled for seconds
-    monkeypatch.setattr("torch._inductor.config.aot_inductor.debug_compile", True)  # -O0: the same code, compiled sooner
-    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # else more processes are started, which import torch
+    monkeypatch.setattr("torch._inductor.config.aot_inductor.debug_compile", True)  # -O0
+    monkeypatch.setattr("torch._inductor.config.compile_threads", 1)  # in this process
     torch._dynamo.reset()
     dit = made()
     with torch.inference_mode():
