@@ -2,8 +2,9 @@
 
     python benchmarks/quantized.py --out runs/quantized --device cuda
 
-Prompts are held out of training. Verdicts are written to --out as they come, so the same command continues an interrupted run.
-The table has each form's right pictures and its difference from the unquantised model, with a 95 % interval of paired differences.
+Prompts are held out of training. Pictures and verdicts are kept in --out, so the same command continues an interrupted run, and
+pictures can be drawn on one machine and judged on another that has scikit-image. The table has each form's right pictures, and
+its difference from the unquantised model with a 95 % interval of paired differences.
 """
 
 from __future__ import annotations
@@ -12,21 +13,25 @@ import argparse
 import gc
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
 
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.options import QUANTIZE
 from scale_rae.shapes import world
 
 PLAIN = "none"
-AT_ONCE = 500  # prompts whose verdicts are written together; their images are drawn in one batch
+AT_ONCE = 500  # prompts whose pictures are in one file; they are drawn in one batch
 
 
 def prompts_of(count: int, seed: int) -> list[dict[str, Any]]:
@@ -37,56 +42,67 @@ def prompts_of(count: int, seed: int) -> list[dict[str, Any]]:
     return [line for group in zip(*kinds, strict=True) for line in group][:count]
 
 
-def draw(args: argparse.Namespace, form: str, prompts: Sequence[dict[str, Any]], judges: ProcessPoolExecutor) -> None:
-    """Appends the verdicts that `form` still lacks to its file."""
+def file_of(args: argparse.Namespace, form: str, first: int) -> Path:
+    """Where the pictures of the prompts from `first` on are kept."""
+    path: Path = args.out / f"{form}-{first:05}.npz"
+    return path
+
+
+def draw(args: argparse.Namespace, form: str, prompts: Sequence[dict[str, Any]]) -> None:
+    """Draws the pictures of `form` that are not there yet."""
     import torch
 
     import scale_rae
     from scale_rae.noise import image_seed
 
-    file = args.out / f"{form}.jsonl"
-    done = len(verdicts(file))
-    if done >= len(prompts):
+    missing = [i for i in range(0, len(prompts), AT_ONCE) if not file_of(args, form, i).exists()]
+    if not missing:
         return
     start = time.perf_counter()
     quantize = None if form == PLAIN else form
     model = scale_rae.load(args.model_path, device=args.device, dtype=args.dtype, quantize=quantize, compile="off")
-    judged: Any = None  # the verdicts on the part before, which come while the next one is drawn
-    with file.open("a", encoding="utf-8") as stream:
-        for first in [*range(done, len(prompts), AT_ONCE), None]:
-            before = judged
-            if first is not None:
-                part = prompts[first : first + AT_ONCE]
-                requests = [f"Can you generate {p['prompt']}" for p in part]
-                seeds = [[image_seed(args.seed, i)] for i in range(first, first + len(part))]
-                drawn = model.generate(requests, image_seeds=seeds, batch_size=args.batch, guidance=args.guidance)
-                judged = judges.map(
-                    is_right, [g.images[0].image if g.images else None for g in drawn], part, chunksize=16
-                )
-            if before is not None:
-                stream.write("".join(f"{json.dumps(right)}\n" for right in before))
-                stream.flush()
+    loaded = time.perf_counter()
+    for first in missing:
+        part = prompts[first : first + AT_ONCE]
+        requests = [f"Can you generate {p['prompt']}" for p in part]
+        seeds = [[image_seed(args.seed, i)] for i in range(first, first + len(part))]
+        drawn = model.generate(requests, image_seeds=seeds, batch_size=args.batch, guidance=args.guidance)
+        images = [g.images[0].image if g.images else None for g in drawn]
+        blank = np.full((world.SIZE, world.SIZE, 3), 255, np.uint8)  # of a reply that asks for no picture: wrong
+        file = file_of(args, form, first)
+        with (args.out / f"{file.name}.part").open("wb") as stream:
+            np.savez_compressed(stream, pictures=np.stack([blank if image is None else image for image in images]))
+        Path(stream.name).replace(file)
+    seconds = time.perf_counter() - loaded
+    print(f"{form}: loaded in {loaded - start:.1f} s, drawn from prompt {missing[0]} on in {seconds:.1f} s", flush=True)
     del model
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    print(f"{form}: {len(prompts) - done} pictures in {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def is_right(image: Any, metadata: dict[str, Any]) -> bool:
-    """Whether the judge finds that a picture shows its prompt; a reply without a picture is wrong."""
+def is_right(picture: Any, metadata: dict[str, Any]) -> bool:
+    """Whether the judge finds that a picture [S, S, 3] shows its prompt."""
+    from PIL import Image
+
     from scale_rae.shapes.judge import judge
 
-    return image is not None and judge(image, metadata).correct
+    return judge(Image.fromarray(picture), metadata).correct
 
 
-def verdicts(file: Path) -> list[bool]:
-    """The verdicts in a file, in the order of the prompts; a line that an interruption cut short is left out."""
-    if not file.exists():
-        return []
-    whole = file.read_text(encoding="utf-8").rpartition("\n")[0]
-    file.write_text(f"{whole}\n" if whole else "", encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]
+def judge_form(
+    args: argparse.Namespace, form: str, prompts: Sequence[dict[str, Any]], judges: ProcessPoolExecutor
+) -> list[bool]:
+    """The verdicts on the pictures of a form, in the order of the prompts, as far as pictures are there; kept in a file."""
+    file = args.out / f"{form}.json"
+    right: list[bool] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    for first in range(len(right), len(prompts), AT_ONCE):
+        if not file_of(args, form, first).exists():
+            break
+        pictures = np.load(file_of(args, form, first))["pictures"]
+        right += judges.map(is_right, pictures, prompts[first : first + len(pictures)], chunksize=16)
+        file.write_text(json.dumps(right), encoding="utf-8")
+    return right
 
 
 def difference(right: Sequence[bool], plain: Sequence[bool]) -> tuple[float, float]:
@@ -100,7 +116,7 @@ def difference(right: Sequence[bool], plain: Sequence[bool]) -> tuple[float, flo
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for verdicts")
+    parser.add_argument("--out", type=Path, required=True, help="folder for pictures and verdicts")
     parser.add_argument("--model-path", default="shapes", help="a model of the world of shapes")
     parser.add_argument("--forms", nargs="+", default=[PLAIN, *QUANTIZE], help=f"{PLAIN} or what --quantize takes")
     parser.add_argument("--prompts", type=int, default=3000)
@@ -109,45 +125,37 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=AT_ONCE, help="images drawn at once")
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--dtype", help="default: bfloat16, on a CPU float32")
-    parser.add_argument("--judges", type=int, default=8, help="processes that judge pictures")
+    parser.add_argument("--judges", type=int, default=os.cpu_count(), help="processes that judge pictures")
     args = parser.parse_args()
     if unknown := set(args.forms) - {PLAIN, *QUANTIZE}:
         parser.error(f"--forms {' '.join(sorted(unknown))}: choose of {', '.join([PLAIN, *QUANTIZE])}")
 
-    settings = {
-        name: str(getattr(args, name)) for name in ("model_path", "prompts", "seed", "guidance", "device", "dtype")
-    }
+    settings = {name: str(getattr(args, name)) for name in ("model_path", "prompts", "seed", "guidance")}
     args.out.mkdir(parents=True, exist_ok=True)
     about = args.out / "settings.json"
     if about.exists() and json.loads(about.read_text(encoding="utf-8")) != settings:
-        raise InputError(f"{about}: this folder has verdicts of other settings; choose another --out")
+        raise InputError(f"{about}: this folder has pictures of other settings; choose another --out")
     about.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     prompts = prompts_of(args.prompts, args.seed)
-    with ProcessPoolExecutor(args.judges) as judges:
-        list(
-            judges.map(is_right, [None] * args.judges, prompts[: args.judges])
-        )  # started before this process has threads
-        for form in args.forms:
-            try:
-                draw(args, form, prompts, judges)
-            except ScaleRAEError as e:  # for example a device without float8
-                print(f"{form}: {e}", flush=True)
-    table(args, prompts)
-
-
-def table(args: argparse.Namespace, prompts: Sequence[dict[str, Any]]) -> None:
-    """Prints the table of all forms that are complete."""
-    results = {form: verdicts(args.out / f"{form}.jsonl")[: len(prompts)] for form in args.forms}
-    plain = results.get(PLAIN, [])
+    for form in args.forms:
+        try:
+            draw(args, form, prompts)
+        except ScaleRAEError as e:  # for example on a device without float8
+            print(f"{form}: {e}", flush=True)
+    if find_spec("skimage") is None:
+        print(f"scikit-image is not installed here: copy {args.out} and run the same command where it is")
+        return
     print(f"\n| | right of {len(prompts)} | share | difference, points |\n|---|---|---|---|")
-    for form, right in results.items():
-        if len(right) < len(prompts):
-            continue
-        against = (
-            "" if form == PLAIN or len(plain) < len(prompts) else "{:+.2f} ± {:.2f}".format(*difference(right, plain))
-        )
-        print(f"| {form} | {sum(right)} | {sum(right) / len(right):.3f} | {against} |")
+    plain: list[bool] = []
+    with ProcessPoolExecutor(args.judges) as judges:
+        for form in args.forms:
+            right = judge_form(args, form, prompts, judges)
+            if len(right) < len(prompts):
+                continue
+            plain = right if form == PLAIN else plain
+            against = "{:+.2f} ± {:.2f}".format(*difference(right, plain)) if form != PLAIN and plain else ""
+            print(f"| {form} | {sum(right)} | {sum(right) / len(right):.3f} | {against} |", flush=True)
 
 
 if __name__ == "__main__":

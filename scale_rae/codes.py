@@ -13,6 +13,7 @@ NF4 = (
 def block_kind(kind: str, block: int, blocks: int) -> str:
     """The form of a DiT block's attention and SwiGLU, of `blocks`, where the network is quantised as `kind`.
 
-    nf4 keeps the first and the last block in int8: an eighth of the bundled model's weights that makes half of its squared error.
+    nf4 keeps the first block and the last two in int8, whose errors reach the velocity least diminished: in the bundled model
+    they make two thirds of its squared error.
     """
-    return "int8" if kind == "nf4" and block in (0, blocks - 1) else kind
+    return "int8" if kind == "nf4" and block in (0, blocks - 2, blocks - 1) else kind

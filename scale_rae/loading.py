@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +17,12 @@ from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
-from scale_rae.fast_dit import quantize_blocks
+from scale_rae.fast_dit import mean_read, quantize_blocks
 from scale_rae.hub import Source, find, vae_folder, weight_files
-from scale_rae.language import LANGUAGE_KINDS, LanguageModel
+from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
 from scale_rae.memory import MemoryErrors, savings
-from scale_rae.options import PUBLISHED_DECODERS, Speed
+from scale_rae.options import LANGUAGE_KINDS, PUBLISHED_DECODERS, Speed
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantization import Place
 from scale_rae.residency import Residency
@@ -83,7 +84,7 @@ def load_networks(
         what += f", quantised ({speed.quantize})"
     flags = savings(device, speed.quantize, "none" if storage == device else "model")
     with MemoryErrors(device, dtype, what, "a smaller checkpoint", flags):
-        sinks = _quantize(language, dit, speed.quantize, Place(storage, device, dtype))
+        sinks = _quantize(language, dit, reader, speed.quantize, Place(storage, device, dtype))
         fill(
             {"": language, DIT_PREFIX: dit},
             reader,
@@ -97,14 +98,34 @@ def load_networks(
     return language, dit, norm_stats
 
 
-def _quantize(language: LanguageModel, dit: DiT, kind: str | None, place: Place) -> dict[str, RowSink]:
+def _quantize(
+    language: LanguageModel, dit: DiT, reader: TensorReader, kind: str | None, place: Place
+) -> dict[str, RowSink]:
     """The sinks of both networks' quantised weights, by the names that checkpoints have for them; none without a kind."""
     if kind is None:
         return {}
-    sinks = {DIT_PREFIX + name: sink for name, sink in quantize_blocks(dit, kind, place).items()}
+    read = _mean_read(dit, reader) if kind == "nf4" else None
+    sinks = {DIT_PREFIX + name: sink for name, sink in quantize_blocks(dit, kind, place, read).items()}
     if kind in LANGUAGE_KINDS:
         sinks |= language.quantize(LANGUAGE_KINDS[kind], place)
     return sinks
+
+
+def _mean_read(dit: DiT, reader: TensorReader) -> Tensor | None:
+    """`fast_dit.mean_read` of a stored network, before it is loaded; None if tensors are wrong, which `fill` reports."""
+    parts: dict[str, Tensor] = {f"t_embedder.{name}": value for name, value in dit.t_embedder.named_parameters()}
+    if dit.null_condition is not None:
+        parts["y_embedder.dropout_embedding"] = dit.null_condition
+    stored = {name: reader.tensors.get(DIT_PREFIX + name) for name in parts}
+    if any(found is None or found.shape != parts[name].shape for name, found in stored.items()):
+        return None
+    reader.check_floats([DIT_PREFIX + name for name in parts])
+    values = {name: reader.read(DIT_PREFIX + name) for name in parts}
+    null = values.pop("y_embedder.dropout_embedding", None)
+    with torch.no_grad():
+        embedder = copy.deepcopy(dit.t_embedder)
+        embedder.load_state_dict({n.removeprefix("t_embedder."): v for n, v in values.items()}, assign=True)
+        return mean_read(embedder, null)
 
 
 def load_encoder(

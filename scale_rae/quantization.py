@@ -14,7 +14,7 @@ The plain forms run on any device. On CUDA, kernels compute the products where `
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -179,15 +179,22 @@ def room(kind: str, rows: Sequence[int], columns: int, device: torch.device) -> 
     ]
 
 
-def store(target: QuantizedWeight, weight: Tensor) -> None:
-    """Quantises a weight [N, K] into `target` [N, K' ≥ K], which may be on another device; missing columns are zeros."""
-    columns = target.size[1]
+def store(target: QuantizedWeight, weight: Tensor, mean: Tensor | None = None) -> Tensor | None:
+    """Quantises a weight [N, K] into `target` [N, K' ≥ K], which may be on another device; missing columns are zeros.
+
+    With the mean [K'] of the linear's inputs, returns what its outputs have lost on average: (weight - target) · mean [N].
+    """
+    columns, lost = target.size[1], []
     at_once = max(1, (_AT_ONCE_CPU if weight.device.type == "cpu" else _AT_ONCE) // columns)
     for start in range(0, len(weight), at_once):
         part = weight[start : start + at_once]
         made = quantize_rows(target.kind, F.pad(part, (0, columns - part.shape[1])))
         target.values[start : start + at_once].copy_(made.values)
         target.scale[start : start + at_once].copy_(made.scale)
+        if mean is not None:
+            kept = QuantizedWeight(target.kind, *made).dequantize(torch.float32)
+            lost.append((part.float() - kept) @ mean)
+    return torch.cat(lost) if lost else None
 
 
 class Place(NamedTuple):
@@ -202,8 +209,17 @@ class Place(NamedTuple):
         own = own_kernels(kind, self.device, self.dtype)
         return [weight._replace(own=own) for weight in room(kind, rows, columns, self.storage)]
 
-    def sink(self, targets: Sequence[QuantizedWeight], columns: int) -> RowSink:
-        """Takes a stored weight of `columns` columns; its rows are quantised into the targets, one after another."""
+    def sink(
+        self,
+        targets: Sequence[QuantizedWeight],
+        columns: int,
+        mean: Tensor | None = None,
+        lose: Callable[[int, Tensor], None] | None = None,
+    ) -> RowSink:
+        """Takes a stored weight of `columns` columns; its rows are quantised into the targets, one after another.
+
+        With the mean of a single target's inputs, `lose(start, lost)` gets what `store` returns.
+        """
 
         def take(start: int, rows: Tensor) -> None:
             rows = (rows.float() if rows.dtype == torch.float64 else rows).to(self.device)  # MPS has no float64
@@ -213,27 +229,53 @@ class Place(NamedTuple):
                 count = target.size[0]
                 low, high = max(0, -start), min(len(rows), count - start)  # the rows that are this target's
                 if low < high:
-                    store(target.rows(slice(start + low, start + high)), rows[low:high])
+                    lost = store(target.rows(slice(start + low, start + high)), rows[low:high], mean)
+                    if lost is not None and lose is not None:
+                        lose(start + low, lost)
                 start -= count
 
         return RowSink((sum(target.size[0] for target in targets), columns), take)
 
 
-def quantize_linears(linears: Sequence[tuple[str, nn.Module, str]], kind: str, place: Place) -> dict[str, RowSink]:
+def quantize_linears(
+    linears: Sequence[tuple[str, nn.Module, str]], kind: str, place: Place, mean: Tensor | None = None
+) -> dict[str, RowSink]:
     """Puts QuantizedLinears in the place of linears with the same inputs; their weights are consecutive in memory.
 
     A linear is (name, owner, name in its owner). The sinks take the weights, by the names that checkpoints have for them;
-    weights that exist already are quantised. Biases stay as they are.
+    weights that exist already are quantised. Biases stay as they are or, with the mean [K] of the inputs, on the device and in
+    float32, make up for what outputs lose on average.
     """
     replaced: list[Any] = [getattr(owner, leaf) for _, owner, leaf in linears]
     made = place.room(kind, [linear.out_features for linear in replaced], replaced[0].in_features)
     sinks: dict[str, RowSink] = {}
     for (name, owner, leaf), linear, weight in zip(linears, replaced, made, strict=True):
-        sinks[f"{name}.weight"] = sink = place.sink([weight], linear.in_features)
-        if not linear.weight.is_meta:
-            sink.store(0, linear.weight.detach())
-        setattr(owner, leaf, QuantizedLinear(weight, linear.bias))
+        bias, taken = linear.bias, {}
+        if mean is None:
+            taken["weight"] = place.sink([weight], linear.in_features)
+        else:
+            bias = torch.zeros(linear.out_features, dtype=place.dtype, device=place.storage)
+            add = _adder(bias, place.device)
+            taken["weight"] = place.sink([weight], linear.in_features, mean, add)
+            taken["bias"] = RowSink((linear.out_features,), add)
+        for part, sink in taken.items():
+            sinks[f"{name}.{part}"] = sink
+            if not linear.weight.is_meta:
+                sink.store(0, getattr(linear, part).detach())
+        setattr(owner, leaf, QuantizedLinear(weight, bias))
     return sinks
+
+
+def _adder(bias: Tensor, device: torch.device) -> Callable[[int, Tensor], None]:
+    """Adds values to a bias [N] from a row on; the sum is kept in float32 on a device, and rounded once."""
+    total = torch.zeros(len(bias), device=device)
+
+    def add(start: int, values: Tensor) -> None:
+        rows = slice(start, start + len(values))
+        total[rows] += values.to(device, torch.float32)
+        bias[rows].copy_(total[rows])
+
+    return add
 
 
 def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
