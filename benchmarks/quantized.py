@@ -13,6 +13,7 @@ import argparse
 import gc
 import json
 import math
+import multiprocessing
 import os
 import sys
 import time
@@ -138,24 +139,30 @@ def main() -> None:
     about.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
     prompts = prompts_of(args.prompts, args.seed)
+    judges = None
+    if find_spec("skimage") is not None:  # new processes, since this one will use the GPU
+        judges = ProcessPoolExecutor(args.judges, mp_context=multiprocessing.get_context("spawn"))
+    verdicts: dict[str, list[bool]] = {}
     for form in args.forms:
         try:
             draw(args, form, prompts)
         except ScaleRAEError as e:  # for example on a device without float8
             print(f"{form}: {e}", flush=True)
-    if find_spec("skimage") is None:
+        if judges is not None:
+            right = judge_form(args, form, prompts, judges)
+            if len(right) == len(prompts):
+                verdicts[form] = right
+                print(f"{form}: {sum(right)} of {len(right)} right", flush=True)
+    if judges is None:
         print(f"scikit-image is not installed here: copy {args.out} and run the same command where it is")
         return
+    judges.shutdown()
     print(f"\n| | right of {len(prompts)} | share | difference, points |\n|---|---|---|---|")
-    plain: list[bool] = []
-    with ProcessPoolExecutor(args.judges) as judges:
-        for form in args.forms:
-            right = judge_form(args, form, prompts, judges)
-            if len(right) < len(prompts):
-                continue
-            plain = right if form == PLAIN else plain
-            against = "{:+.2f} ± {:.2f}".format(*difference(right, plain)) if form != PLAIN and plain else ""
-            print(f"| {form} | {sum(right)} | {sum(right) / len(right):.3f} | {against} |", flush=True)
+    for form, right in verdicts.items():
+        against = ""
+        if form != PLAIN and PLAIN in verdicts:
+            against = "{:+.2f} ± {:.2f}".format(*difference(right, verdicts[PLAIN]))
+        print(f"| {form} | {sum(right)} | {sum(right) / len(right):.3f} | {against} |")
 
 
 if __name__ == "__main__":
