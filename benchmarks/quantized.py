@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
-from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.errors import InputError
 from scale_rae.options import QUANTIZE
 from scale_rae.shapes import world
 
@@ -146,8 +146,8 @@ def main() -> None:
     for form in args.forms:
         try:
             draw(args, form, prompts)
-        except ScaleRAEError as e:  # for example on a device without float8
-            print(f"{form}: {e}", flush=True)
+        except Exception as e:  # for example on a device without float8; the other forms go on
+            print(f"{form}: {type(e).__name__}: {e}", flush=True)
         if judges is not None:
             right = judge_form(args, form, prompts, judges)
             if len(right) == len(prompts):
