@@ -307,6 +307,7 @@ def parse_decoder_config(raw: dict[str, Any], path: Path, channels: int) -> Deco
 
 
 ENCODERS = ("siglip", "siglip_vision_model", "dinov2")
+NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file that are not used
 _MOST_PATCHES = 256  # along an edge of an image
 _SIZES = {  # transformers' defaults, and the most there may be
     "hidden_size": (768, 1 << 20),

@@ -14,14 +14,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader
-from scale_rae.config import VisionConfig, check_numbers, encoder_kind, parse_vision_config
+from scale_rae.config import NOT_VISION, VisionConfig, check_numbers, encoder_kind, parse_vision_config
 from scale_rae.errors import CheckpointError, ConfigError, last_line
 from scale_rae.hub import import_hub, weight_files
 from scale_rae.jsonio import read_json, shortened
 from scale_rae.residency import Residency
 
 LARGEST_IMAGE = 2048  # pixels along an edge; also the limit for any number in a preprocessor's config
-_NOT_VISION = ("text_model.", "logit_scale", "logit_bias", "classifier.")  # parts of an encoder's file we do not use
 
 
 def resize_tokens(tokens: Tensor, count: int) -> Tensor:
@@ -210,7 +209,7 @@ def _load_vision_model(folder: Path, kind: str, sizes: VisionConfig, dtype: torc
         raise ConfigError(f"{folder / 'config.json'}: not a usable encoder config ({last_line(e)})") from e
     reader = TensorReader(weight_files(folder))
     reader.check_depth(sizes.layers, "num_hidden_layers", folder / "config.json")
-    names = [n for n in reader.tensors if not n.startswith(_NOT_VISION) and not n.endswith("position_ids")]
+    names = [n for n in reader.tensors if not n.startswith(NOT_VISION) and not n.endswith("position_ids")]
     reader.check_floats(names)
     tensors = {}
     for name in names:

@@ -94,6 +94,11 @@ def find_folder(name: str, what: str, model_folder: Path | None = None, files: t
     return None
 
 
+def own_folders(model: Path, name: str) -> list[Path]:
+    """The folders called `name` inside and beside a model's folder, as far as they exist: its own decoder or VAE."""
+    return [folder for folder in (model / name, model.parent / name) if folder.is_dir()]
+
+
 def import_hub() -> None:
     """Imports huggingface_hub, which transformers imports too, in spite of unusable environment variables.
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scale_rae.config import (
+    NOT_VISION,
     DecoderConfig,
     DiTConfig,
     ScaleRAEConfig,
@@ -24,17 +25,10 @@ from scale_rae.config import (
 )
 from scale_rae.errors import CheckpointError, ScaleRAEError
 from scale_rae.headers import NAMES, read_header
-from scale_rae.hub import BUNDLED, DECODER_WEIGHTS, needed, weight_map, weight_names
+from scale_rae.hub import BUNDLED, DECODER_WEIGHTS, Source, needed, own_folders, weight_map, weight_names
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, compare, decoder_layout, few, is_not_read, model_layout
-from scale_rae.listing import Listing, check_weights, list_files
+from scale_rae.listing import Listing, check_weights, list_files, list_folder
 from scale_rae.options import PUBLISHED_DECODERS
-
-_NOT_VISION = (
-    "text_model.",
-    "logit_scale",
-    "logit_bias",
-    "classifier.",
-)  # parts of an encoder's file that are not used
 
 
 class StoredShape(NamedTuple):
@@ -325,7 +319,7 @@ def _look_at_encoder(model: Listing, found: Inspection) -> tuple[Listing, str]:
             "(diffusion_model_channels)"
         )
     tensors = _stored(listing, found)
-    used = {n: t for n, t in (tensors or {}).items() if not n.startswith(_NOT_VISION)}
+    used = {n: t for n, t in (tensors or {}).items() if not n.startswith(NOT_VISION)}
     detail = f"{'DINOv2' if kind == 'dinov2' else 'SigLIP'}: {vision.layers} layers of {vision.width}, pictures of {vision.image}"
     found.parts.append(_part("encoder", used, detail))
     return listing, kind
@@ -338,33 +332,19 @@ def _look_at_decoder(model: Listing, found: Inspection, name: str | None, kind: 
         ScaleRAEError: it is not there, or does not fit the model.
     """
     config = found.config
+    listing = _decoder_files(model, config, name, kind)
+    found.files.append(_files("decoder", listing))
     if config.vae is not None:
-        listing = list_files(name or config.vae, "VAE", model.folder)
-        found.files.append(_files("decoder", listing))
         found.notes.append(f"{listing.name}: a VAE, whose tensors are checked when it is loaded")
         return listing
-    own = None
-    if name is None:
-        own = model.inside("decoder")
-        if own is None and model.folder is not None and (model.folder.parent / "decoder").is_dir():
-            own = list_files(str(model.folder.parent / "decoder"), "decoder")
-        name = PUBLISHED_DECODERS["dinov2" if kind == "dinov2" else "siglip"]
-        listing = own or list_files(name, "decoder")
-    else:
-        listing = list_files(name, "decoder", model.folder)
-    found.files.append(_files("decoder", listing))
     weights = listing.where(DECODER_WEIGHTS)
     if DECODER_WEIGHTS not in listing.sizes:
         raise CheckpointError(f"{listing.name}: not a pixel decoder, which is config.json and {DECODER_WEIGHTS}")
     raw, path = listing.read_json("config.json"), Path(listing.where("config.json"))
-    tensors = None
-    channels = config.channels
-    if (file := listing.here.get(DECODER_WEIGHTS)) is not None:
-        tensors = _torch_file(file)
-        embed = tensors.get("decoder_embed.weight")
-        channels = embed.shape[-1] if embed is not None and embed.shape else channels
-    else:
-        found.notes.append(f"{weights}: a torch file, whose tensors are checked once it is downloaded")
+    file = listing.here.get(DECODER_WEIGHTS)
+    tensors = None if file is None else _torch_file(file)
+    embed = (tensors or {}).get("decoder_embed.weight")
+    channels = embed.shape[-1] if embed is not None and embed.shape else config.channels
     if channels != config.channels:
         raise CheckpointError(
             f"{weights}: this decoder is for another encoder: it takes latents of {channels} channels "
@@ -372,9 +352,33 @@ def _look_at_decoder(model: Listing, found: Inspection, name: str | None, kind: 
         )
     found.decoder = sizes = parse_decoder_config(raw, path, channels)
     layout = decoder_layout(sizes)
-    if tensors is not None and (text := str(compare(layout, {n: t.shape for n, t in tensors.items()}))):
+    if tensors is None:
+        found.notes.append(f"{weights}: a torch file, whose tensors are checked once it is downloaded")
+        least = 2 * sum(prod(shape) for shape in layout.values())  # in 16 bits
+        if listing.sizes[DECODER_WEIGHTS] < least:
+            raise CheckpointError(
+                f"{weights}: has {listing.sizes[DECODER_WEIGHTS]:,} bytes, but the sizes in config.json take at least {least:,}"
+            )
+    elif text := str(compare(layout, {n: t.shape for n, t in tensors.items()})):
         raise CheckpointError(f"{weights}: {text}")
     shapes = tensors or {n: StoredShape("", shape, 0) for n, shape in layout.items()}
     detail = f"ViT: {sizes.depth} layers of {sizes.width}, pictures of {sizes.image} x {sizes.image}"
     found.parts.append(_part("decoder", shapes, detail))
     return listing
+
+
+def _decoder_files(model: Listing, config: ScaleRAEConfig, name: str | None, kind: str) -> Listing:
+    """The files of the decoder called `name`, or of the one that belongs to a model whose encoder is of a `kind`; of the VAE, if
+    the model has one.
+    """
+    what, folder = ("decoder", "decoder") if config.vae is None else ("VAE", "vae")
+    if name is None:
+        if (inside := model.inside(folder)) is not None:
+            return inside
+        beside = [] if model.folder is None else own_folders(model.folder, folder)
+        if beside:
+            return list_folder(Source(folder, beside[0]))
+        name = config.vae or PUBLISHED_DECODERS["dinov2" if kind == "dinov2" else "siglip"]
+    listing = list_files(name, what, model.folder)
+    within = listing.inside("vae") if config.vae is not None and "config.json" not in listing.sizes else None
+    return within or listing

@@ -18,7 +18,7 @@ from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
 from scale_rae.fast_dit import mean_read, quantize_blocks
-from scale_rae.hub import Source, find, vae_folder, weight_files
+from scale_rae.hub import Source, find, own_folders, vae_folder, weight_files
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
 from scale_rae.memory import MemoryErrors, savings
@@ -158,9 +158,9 @@ def find_decoder(name: str | None, model: Source, config: ScaleRAEConfig, encode
     own = "decoder" if config.vae is None else "vae"
     source = None
     if name is None:
-        folders = (model.folder / own, model.folder.parent / own)
         what = "decoder" if config.vae is None else "VAE"
-        source = next((Source(own, folder, own=True, what=what) for folder in folders if folder.is_dir()), None)
+        folders = own_folders(model.folder, own)
+        source = Source(own, folders[0], own=True, what=what) if folders else None
     if config.vae is not None:
         source = source or find(name or config.vae, "VAE", model.folder)
         return replace(source, folder=vae_folder(source.folder))

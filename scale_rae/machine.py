@@ -14,7 +14,7 @@ import torch
 from scale_rae.config import DecoderConfig, ScaleRAEConfig, load_decoder_config
 from scale_rae.errors import DeviceError
 from scale_rae.footprint import CONTEXT, Footprint, Rates, published_decoder
-from scale_rae.hub import Source, find_folder
+from scale_rae.hub import Source, find_folder, own_folders
 from scale_rae.memory_plan import Plan, choose
 from scale_rae.options import memory_bytes
 from scale_rae.quantization import own_kernels
@@ -65,7 +65,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     Takes about half a second and 0.3 GB of the device's memory.
     """
     side = 1024 if device.type == "cpu" else 4096
-    a = torch.randn(side, side, device=device).to(dtype)
+    generator = torch.Generator(device).manual_seed(0)  # not torch's own, which others may have seeded
+    a = torch.randn(side, side, device=device, generator=generator).to(dtype)
     products = 2.0 * side**3 / _time(device, lambda: a @ a)
     words = (32 << 20) if device.type == "cpu" else (128 << 20)
     source = torch.empty(words, dtype=torch.uint8, device=device)
@@ -111,7 +112,7 @@ def _decoder(name: str | None, model: Source, config: ScaleRAEConfig) -> Decoder
         found = find_folder(name, "decoder", model.folder)
         folders = [] if found is None else [found.folder]
     else:
-        folders = [model.folder / "decoder", model.folder.parent / "decoder"]
+        folders = own_folders(model.folder, "decoder")
     for folder in folders:
         if (folder / "config.json").is_file():
             return load_decoder_config(folder, config.channels)

@@ -46,6 +46,7 @@ from scale_rae.options import (
     Speed,
     check_count,
     check_offload,
+    memory_bytes,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.quantization import check_quantize
@@ -173,6 +174,8 @@ class ScaleRAE:
         Speed(compile, quantize).check()
         check_quantize(quantize, torch_device, torch_dtype)
         check_compile(compile, torch_device)
+        if memory is not None:
+            memory_bytes(memory)  # raises an error for what is no size, before anything is fetched
         if torch_device.type == "cpu":
             keep_freed_memory()
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)

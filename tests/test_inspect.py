@@ -351,3 +351,22 @@ def test_the_bundled_model(cli: Cli) -> None:  # noqa: F811
     result = cli("inspect", "shapes", "--json", "--device", "cpu")
     assert result.code == 0
     assert result.manifests[0]["parameters"] == 15_371_840
+
+
+def test_a_vae_beside_the_model(copy: Path) -> None:
+    raw = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(raw | {"generation_alignment_tower": "black-forest-labs/FLUX.1-dev"}))
+    (copy.parent / "vae").mkdir()
+    (copy.parent / "vae" / "config.json").write_text("{}")
+    (copy.parent / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"12345")
+    found = inspect(str(copy))
+    assert found.problems == []
+    assert found.files[2].here == 7
+    assert found.notes == [f"{copy.parent / 'vae'}: a VAE, whose tensors are checked when it is loaded"]
+
+
+def test_a_decoder_too_small_for_its_config(published: FakeHub) -> None:
+    files = published.repos[DECODER].revisions["main"]
+    files["model.pt"] = Large(b"PK", 100_000_000)
+    (problem,) = inspect(MODEL).problems
+    assert problem == f"{DECODER}/model.pt: has 100,000,000 bytes, but the sizes in config.json take at least 831,175,064"
