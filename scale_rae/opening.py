@@ -112,14 +112,15 @@ class OpenedModel:
 
         self._add_loaded_parts()
         parts = self._files.results()
+        mode, plan = self.model.residency.mode, self.model.memory_plan
         return {
             "model_path": parts["model"]["name"] if parts["model"] else None,
             **parts,
             "dtype": str(self.model.dtype).removeprefix("torch."),
             "device": str(self.model.device),
             "quantize": self.model.speed.quantize,
-            "offload": self.model.residency.mode,
-            **({} if self.model.memory_plan is None else {"memory": self.model.memory_plan.record()}),
+            **({} if mode == "none" and plan is None else {"offload": mode}),
+            **({} if plan is None else {"memory": plan.record()}),
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,

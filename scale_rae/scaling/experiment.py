@@ -20,13 +20,17 @@ from scale_rae.scaling.settings import Settings
 # Not compared when an experiment is resumed: these settings name files, whose content is compared.
 _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path", "memory")
 
+_DEFAULTS = Settings("", "")
+_ONLY_IF_SET = ("offload", "memory")  # recorded where they are not the default
+
 
 def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
     """experiment.json's part on settings and prompts."""
     values = to_record(settings)
     del values["model_name"]  # the model_path of the experiment's first record
-    if settings.memory is None:
-        del values["memory"]  # as before there was this option
+    for name in _ONLY_IF_SET:
+        if getattr(settings, name) == getattr(_DEFAULTS, name):
+            del values[name]  # as before there was this option
     for name in () if settings.is_adaptive else ("search", *to_record(settings.adaptive)):
         del values[name]  # as before there was another search
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]
@@ -46,7 +50,7 @@ def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
     defaults = to_record(Settings("", ""), complete=True)
     old = defaults | old
     recorded_always = to_record(Settings("", ""))
-    left_out = {name: value for name, value in defaults.items() if name not in recorded_always}
+    left_out = {n: value for n, value in defaults.items() if n not in recorded_always or n in _ONLY_IF_SET}
     new = {"search": "best-of-n"} | left_out | new
     for name in new if new["search"] == old["search"] else ("search",):
         here, there = new[name], old[name]

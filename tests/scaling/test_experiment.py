@@ -79,3 +79,14 @@ def test_records_without_these_fields_are_ranked_as_before() -> None:
     orders = [rank(Prompt(Path("e/00003"), record, images).verdicts, "combined").order for record in (new, old)]
     assert orders[0] == orders[1] == [1, 3, 0, 2]
     assert Experiment(Path("e"), None, []).keep_of(Prompt(Path("e/00003"), old, images)) == 2
+
+
+def test_offload_is_recorded_where_it_is_set() -> None:
+    """Experiments without it keep their bytes; a change is noticed either way."""
+    plain = experiment_record(Settings("prompts.jsonl", "shapes"), [])
+    streamed = experiment_record(Settings("prompts.jsonl", "shapes", offload="stream"), [])
+    assert "offload" not in plain["settings"]
+    assert streamed["settings"]["offload"] == "stream"
+    assert setting_differences(plain, plain) == setting_differences(streamed, streamed) == []
+    assert setting_differences(plain, streamed) == ['offload "stream" here, "none" there']
+    assert setting_differences(streamed, plain) == ['offload "none" here, "stream" there']
