@@ -16,7 +16,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, Generic, TypeVar, overload
 
@@ -408,7 +408,7 @@ class Residency:
         """
         if not self.offloads:
             return part
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, self._current(), torch.inference_mode(False), torch.no_grad():
             if part in self._parts:
                 part = f"{part} {len(self._parts)}"
             found = _unique(weights)
@@ -431,7 +431,7 @@ class Residency:
         if not self.streams:
             self.keep(part, [list(blocks), weights], entries)
             return blocks
-        with self.lock, torch.inference_mode(False), torch.no_grad():
+        with self.lock, self._current(), torch.inference_mode(False), torch.no_grad():
             to_host(_unique([list(blocks), weights]), self.device.type == "cuda")
             self._streamed += 1
             streamed = Streamed(self._ring, blocks, self._streamed)
@@ -482,6 +482,10 @@ class Residency:
         with MemoryErrors(self.device, None, what, "", savings(self.device, "nf4", self.mode)):
             self._arenas.append(torch.empty(most, dtype=torch.uint8, device=self.device))
         return self._arenas[-1]
+
+    def _current(self) -> AbstractContextManager[object]:
+        """For a `with`: page-locking makes no context on another GPU than the model's."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _guard(self, part: str, entries: Sequence[nn.Module]) -> None:
         def check(*_: object) -> None:
