@@ -83,28 +83,31 @@ class TensorReader:
 
     def read_into(self, name: str, target: Tensor) -> None:
         """Copies a tensor into `target`, 64 MiB at a time. `target` has its shape, any dtype, and is on any device."""
-        for start, part in self.pieces(name):
+
+        def copy(start: int, part: Tensor) -> None:
             place = target[start : start + len(part)] if part.dim() else target
             place.copy_(part)
 
-    def pieces(self, name: str) -> Iterator[tuple[int, Tensor]]:
-        """(start, rows from there) of a tensor on the CPU as it is stored, 64 MiB at a time; a scalar in one piece.
+        self.read_rows(name, copy)
 
-        A piece is valid until the next one is read.
+    def read_rows(self, name: str, take: Callable[[int, Tensor], None]) -> None:
+        """Calls `take(start, rows from there)` with a tensor on the CPU as it is stored, 64 MiB at a time.
+
+        A scalar comes in one piece. A piece is valid during the call: if it were kept, its file's pages would stay in memory.
         """
         stored = self.tensors[name]
         rows = stored.shape[0] if stored.shape else 1
         step = max(1, rows * _CHUNK_BYTES // max(stored.bytes, 1))
         for start in range(0, rows, step):
             if stored.place is not None:
-                yield start, _file_rows(stored.file, stored.place, start, start + step)
+                take(start, _file_rows(stored.file, stored.place, start, start + step))
             else:
                 if stored.file != self._open_file or self._read_bytes >= _CHUNK_BYTES:
                     self._rows = lambda name, start, stop: torch.empty(0)  # frees the old mapping before the next
                     self._rows = _safetensors_rows(stored.file)
                     self._open_file, self._read_bytes = stored.file, 0
                 self._read_bytes += stored.bytes * min(step, rows - start) // rows
-                yield start, self._rows(name, start, start + step)
+                take(start, self._rows(name, start, start + step))
 
     def read(self, name: str) -> Tensor:
         """A copy of the tensor on the CPU, in float32."""
@@ -316,8 +319,7 @@ def fill(
     total, done = sum(t.bytes for t in stored.values()), 0
     for name in sorted([*targets, *sinks], key=lambda n: (stored[n].file, stored[n].offset)):
         if name in sinks:
-            for start, rows in reader.pieces(name):
-                sinks[name].store(start, rows)
+            reader.read_rows(name, sinks[name].store)
         else:
             kept = torch.float32 if keep_float32(name) else dtype
             tensor = torch.empty(stored[name].shape, dtype=kept, device=device)

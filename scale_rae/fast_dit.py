@@ -432,7 +432,8 @@ def _quantize_swiglu(path: str, mlp: SwiGLU, kind: str, place: Place) -> dict[st
     extra = -inner % PAD_TO
     check_widths(kind, 2 * (inner + extra), width)
     check_widths(kind, width, inner + extra)
-    rows = place.room(kind, [inner, extra, inner, extra], width)
+    (rows,) = place.room(kind, [2 * (inner + extra)], width)
+    gates, values = (rows.rows(slice(start, start + inner)) for start in (0, inner + extra))
     (columns,) = place.room(kind, [width], inner + extra)
     bias = torch.zeros(2, inner + extra, dtype=place.dtype, device=place.storage)
 
@@ -443,7 +444,7 @@ def _quantize_swiglu(path: str, mlp: SwiGLU, kind: str, place: Place) -> dict[st
         bias[1, after : after + len(values) - len(first)] = values[len(first) :]
 
     sinks = {
-        f"{path}.w12.weight": place.sink([rows[0], rows[2]], width),
+        f"{path}.w12.weight": place.sink([gates, values], width),
         f"{path}.w12.bias": RowSink((2 * inner,), store_bias),
         f"{path}.w3.weight": place.sink([columns], inner),
     }
@@ -452,7 +453,7 @@ def _quantize_swiglu(path: str, mlp: SwiGLU, kind: str, place: Place) -> dict[st
             value, sink = getattr(linear, leaf).detach(), sinks.get(f"{path}.{name}.{leaf}")
             if sink is not None and not value.is_meta:
                 sink.store(0, value)
-    mlp.w12 = QuantizedLinear(joined(rows), bias.flatten())  # type: ignore[assignment]
+    mlp.w12 = QuantizedLinear(rows, bias.flatten())  # type: ignore[assignment]
     mlp.w3 = QuantizedLinear(columns, w3.bias)  # type: ignore[assignment]
     return sinks
 

@@ -287,6 +287,7 @@ def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
+    parts = [part for part in parts if len(part)] or parts  # empty tensors have no address
     end = parts[0].data_ptr()
     for part in parts:
         if part.data_ptr() != end or not part.is_contiguous():

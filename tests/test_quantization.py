@@ -148,6 +148,7 @@ def test_room_is_joined_without_copying() -> None:
     assert (whole.values.data_ptr(), whole.scale.data_ptr()) == (one.values.data_ptr(), one.scale.data_ptr())
     assert whole.values[16:24].data_ptr() == two.values.data_ptr()
     assert torch.equal(whole.dequantize(torch.float32), torch.zeros(48, 128))
+    assert joined([one, *room("nf4", [0], 128, CPU), two]).values.data_ptr() == one.values.data_ptr()
     for parts in ([two, one], [one, three], [one, quantize_weight("nf4", weights())]):
         copy = joined(parts)
         assert copy.values.data_ptr() not in {p.values.data_ptr() for p in parts}
@@ -239,6 +240,7 @@ def test_our_kernels_take_over_where_there_are_some(monkeypatch: pytest.MonkeyPa
 CONFIG = DiTConfig(channels=24, tokens=16, condition_width=64, width=64, depth=4, heads=2)
 KINDS = {
     "plain": CONFIG,
+    "unpadded": dataclasses.replace(CONFIG, width=192),
     "ddt": dataclasses.replace(CONFIG, encoder_depth=2),
     "wide": dataclasses.replace(CONFIG, encoder_depth=2, decoder_width=128, decoder_heads=4, wide=True),
 }
@@ -260,7 +262,8 @@ def test_dit(network: str, kind: str) -> None:
     exact, same, dit = (made_dit(network) for _ in range(3))
     fast = FastDiT(dit, Speed("off", kind))
     inner = same.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
-    assert dit.dit_blocks[0].mlp.w3.in_features == 192 > inner  # type: ignore[union-attr]
+    padded = dit.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
+    assert (inner, padded) == ((512, 512) if network == "unpadded" else (170, 192))
     for mine, theirs in zip(dit.dit_blocks, same.dit_blocks, strict=True):
         for name, plain in theirs.named_modules():
             if isinstance(plain, nn.Linear):
