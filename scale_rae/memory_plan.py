@@ -6,9 +6,9 @@ cost little, and never trades exactness for speed that nobody asked for:
 1. Unquantised weights, all on the device: exact and fastest.
 2. Unquantised, each part on the device in its turn (`--offload model`): still exact, and costs one copy of the weights per batch,
    which takes less than a second for the published models.
-3. int8, resident, then in turns: half of bfloat16's memory, at nearly the same speed. Of 3,000 pictures of the bundled model, as many
-   are right within a point.
-4. nf4, resident, then in turns: a quarter of the memory; within two points.
+3. int8, resident, then in turns: half of bfloat16's memory, with small errors.
+4. nf4, resident, then in turns: little more than a quarter of the memory, with larger errors (docs/memory.md has how many pictures of
+   the bundled model stay right).
 5. int8, then nf4, streamed (`--offload stream`): the least memory, but every evaluation copies all weights. int8 comes
    first, because streaming takes nearly the same memory whatever the weights' form. Unquantised weights take twice as long to stream, so
    they are streamed only where `--offload stream` asks for it.
