@@ -35,6 +35,8 @@ _AT_ONCE_CPU = 1 << 16  # the same on a CPU, whose caches hold so many
 _MULTIPLES = {"int8-products": 8, "fp8": 16}  # of rows and columns, which the products need
 _LEAST_TOKENS = 32  # torch's int8 product takes more than 16 rows
 
+_FLOAT8_VALUES = torch.arange(256, dtype=torch.uint8).view(FLOAT8).float()  # of every byte
+
 _nf4_tables: dict[torch.device, Tensor] = {}
 _kernels = torch.ops.scale_rae  # has the operators of products.py after that is imported
 
@@ -71,8 +73,8 @@ class QuantizedWeight(NamedTuple):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight [..., K], computed in float32 and rounded to `dtype`."""
         if self.kind != "nf4":
-            return (self.values.float() * self.scale).to(dtype)
-        pairs = F.embedding(self.values.int(), _nf4_pairs(self.values.device))  # [..., K/2, 2]
+            return (_float32(self.values) * self.scale).to(dtype)
+        pairs = _in_pairs(self.values)
         blocks = pairs.view(*self.scale.shape, BLOCK // 2, 2).transpose(-1, -2)  # [..., K/64, 2, 32]
         return (blocks * self.scale.float()[..., None, None]).flatten(-3).to(dtype)
 
@@ -330,6 +332,22 @@ def _nf4_blocks(weight: Tensor) -> Quantized:
         codes = torch.where(better[..., None], found, codes)
     low, high = codes.to(torch.uint8).chunk(2, dim=-1)  # each [N, K/64, 32]
     return Quantized((low | high << 4).flatten(-2), scale.to(torch.bfloat16))
+
+
+def _float32(values: Tensor) -> Tensor:
+    """int8 or float8 values in float32. A CPU converts float8 one by one; looking up the values takes a quarter of the time."""
+    if values.dtype != FLOAT8 or values.device.type != "cpu":
+        return values.float()
+    return _FLOAT8_VALUES.index_select(0, values.view(torch.uint8).flatten().int()).view(values.shape)
+
+
+def _in_pairs(values: Tensor) -> Tensor:
+    """The values [..., K/2, 2] of nf4's bytes [..., K/2] in float32; on a CPU, a pair is looked up as one integer of 64 bits."""
+    pairs = _nf4_pairs(values.device)
+    if values.device.type != "cpu":
+        return F.embedding(values.int(), pairs)
+    found = pairs.view(torch.int64).flatten().index_select(0, values.flatten().int())
+    return found.view(torch.float32).view(*values.shape, 2)
 
 
 def _nf4_pairs(device: torch.device) -> Tensor:

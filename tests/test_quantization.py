@@ -32,6 +32,7 @@ from scale_rae.quantization import (
     Place,
     QuantizedEmbedding,
     QuantizedLinear,
+    QuantizedWeight,
     check_quantize,
     joined,
     linear,
@@ -116,6 +117,25 @@ def test_nf4_layout() -> None:
     assert made.scale.dtype == torch.bfloat16
     assert torch.equal(made.scale.float(), scale)
     assert torch.equal(made.values.view(3, 2, 32).long(), codes[..., :32] + 16 * codes[..., 32:])
+
+
+@pytest.mark.parametrize("kind", ["fp8-storage", "nf4"])
+def test_looking_values_up_gives_what_converting_gives(kind: str) -> None:
+    """Every byte, in rows that are not next to each other, and in more dimensions."""
+    codes = torch.arange(256, dtype=torch.uint8).repeat(3, 1)
+    if kind == "nf4":
+        values, scale = codes, torch.rand(3, 8).bfloat16()
+        halves = torch.stack([codes.view(3, 8, 32) % 16, codes.view(3, 8, 32) // 16], dim=2)
+        expected = torch.tensor(NF4)[halves.long()] * scale.float()[..., None, None]
+    else:
+        codes[codes % 128 == 127] = 0  # not a number
+        values, scale = codes.view(float8.FLOAT8), torch.rand(3, 1)
+        expected = values.float() * scale
+    weight = QuantizedWeight(kind, values, scale)
+    assert torch.equal(weight.dequantize(torch.float32), expected.view(3, -1))
+    assert torch.equal(weight.rows(slice(0, 3, 2)).dequantize(torch.float32), expected.view(3, -1)[::2])
+    ids = torch.tensor([[2, 0], [1, 1]])
+    assert torch.equal(weight.rows(ids).dequantize(torch.float32), expected.view(3, -1)[ids])
 
 
 def test_nf4_scales_are_chosen() -> None:
