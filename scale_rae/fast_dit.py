@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import RowSink
-from scale_rae.codes import block_kind
+from scale_rae.codes import attention_kind, mlp_kind
 from scale_rae.compiling import attention_kernels, compiled
 from scale_rae.cuda_graphs import Captures
 from scale_rae.dit import (
@@ -412,11 +412,11 @@ def quantize_blocks(dit: DiT, kind: str, place: Place, read: Tensor | None = Non
         for linear in stacked[dit.encoder_depth :]:
             sinks |= quantize_linears([linear], kind, place)
     for i, block in enumerate(blocks):
-        own = block_kind(kind, i, len(blocks))
         for name in ("qkv", "proj"):
-            check_widths(own, *getattr(block.attn, name).weight.shape)
-            sinks |= quantize_linears([(f"dit_blocks.{i}.attn.{name}", block.attn, name)], own, place)
-        sinks |= _quantize_swiglu(f"dit_blocks.{i}.mlp", block.mlp, own, place)
+            check_widths(attention_kind(kind), *getattr(block.attn, name).weight.shape)
+            linear = (f"dit_blocks.{i}.attn.{name}", block.attn, name)
+            sinks |= quantize_linears([linear], attention_kind(kind), place)
+        sinks |= _quantize_swiglu(f"dit_blocks.{i}.mlp", block.mlp, mlp_kind(kind, i, len(blocks)), place)
     return sinks
 
 

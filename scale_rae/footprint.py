@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from scale_rae.codes import block_kind
+from scale_rae.codes import attention_kind, mlp_kind
 from scale_rae.config import DecoderConfig, DiTConfig, ScaleRAEConfig
 from scale_rae.layout import DIT_PREFIX, decoder_layout, dit_layout, keeps_float32, language_layout
 from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
@@ -244,11 +244,15 @@ class Footprint:
                 return None
             if ".adaLN_modulation." in name:
                 return quantize if quantize != "fp8" or self._is_early(name) else None
-            return block_kind(quantize, int(match[1]), self.config.dit.depth)
+            if ".attn." in name:
+                return attention_kind(quantize)
+            return mlp_kind(quantize, int(match[1]), self.config.dit.depth)
         kind = LANGUAGE_KINDS.get(quantize)
         if name in ("lm_head.weight", "model.embed_tokens.weight"):
             return "int8" if kind == "nf4" else kind
-        return kind if _LAYER.match(name) and name.endswith("_proj.weight") else None
+        if kind is None or not (_LAYER.match(name) and name.endswith("_proj.weight")):
+            return None
+        return attention_kind(kind) if ".self_attn." in name else kind
 
     def allows(self, quantize: str | None) -> bool:
         """Whether all weights can have a quantised form: nf4 needs rows of whole blocks."""

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import RowSink
+from scale_rae.codes import attention_kind
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import LANGUAGE_KINDS, Speed
@@ -116,7 +117,7 @@ class LanguageModel(nn.Module):
     def quantize(self, kind: str, place: Place) -> dict[str, RowSink]:
         """Quantises the layers' linears, the head and the token embedding, in place; layer by layer where weights exist.
 
-        Without weights (on "meta"), the sinks take those of a checkpoint. nf4 keeps the head and the embedding in int8.
+        Without weights (on "meta"), the sinks take those of a checkpoint. nf4 keeps attention, the head and the embedding in int8.
 
         Raises:
             InputError: for a linear whose numbers of inputs or outputs the kind cannot have.
@@ -125,9 +126,10 @@ class LanguageModel(nn.Module):
         for i, layer in enumerate(self.model.layers):
             for part, names in _FUSED:
                 owner, path = getattr(layer, part), f"model.layers.{i}.{part}"
+                own = attention_kind(kind) if part == "self_attn" else kind
                 for name in names:
-                    check_widths(kind, *getattr(owner, name).weight.shape)
-                sinks |= quantize_linears([(f"{path}.{name}", owner, name) for name in names], kind, place)
+                    check_widths(own, *getattr(owner, name).weight.shape)
+                sinks |= quantize_linears([(f"{path}.{name}", owner, name) for name in names], own, place)
         by_rows = "int8" if kind == "nf4" else kind
         tied = self.lm_head.weight is self.model.embed_tokens.weight
         rows: Any = self.model.embed_tokens

@@ -315,7 +315,8 @@ def _int8_rows(x: Tensor) -> Quantized:
 def _nf4_blocks(weight: Tensor) -> Quantized:
     """Each block of a weight with the scale, of a few around its largest value, that leaves the least squared error.
 
-    Scales may be negative, since NF4 is not symmetric. Against the block's largest value alone, errors are 7 % smaller.
+    Scales may be negative, since NF4 is not symmetric. Against the block's largest value alone, errors are 7 % smaller. Such
+    scales make rows 1 % too short in the direction of the weights, which adds up from linear to linear; rows are lengthened.
     """
     blocks = weight.float().reshape(len(weight), -1, BLOCK)  # [N, K/64, 64]
     values = torch.tensor(NF4, device=weight.device)
@@ -330,6 +331,9 @@ def _nf4_blocks(weight: Tensor) -> Quantized:
         better = error < least
         scale, least = torch.where(better, tried, scale), torch.where(better, error, least)
         codes = torch.where(better[..., None], found, codes)
+    kept = values[codes.int()] * scale[..., None]
+    along, length = ((blocks * other).sum(dim=(1, 2)).clamp(min=LEAST**2) for other in (kept, blocks))
+    scale = scale * (length / along)[:, None]
     low, high = codes.to(torch.uint8).chunk(2, dim=-1)  # each [N, K/64, 32]
     return Quantized((low | high << 4).flatten(-2), scale.to(torch.bfloat16))
 

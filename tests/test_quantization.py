@@ -146,8 +146,9 @@ def test_nf4_scales_are_chosen() -> None:
     nearest = values[((blocks / scale)[..., None] - values).abs().argmin(-1)] * scale
     made = quantize_weight("nf4", blocks)
     error, plain = ((w - blocks).square().sum(1) for w in (made.dequantize(torch.float32), nearest))
-    assert bool((error <= plain * 1.001).all())
     assert float(error.sum() / plain.sum()) < 0.9
+    back = made.dequantize(torch.float32)
+    torch.testing.assert_close((back * blocks).sum(1), blocks.square().sum(1), rtol=5e-3, atol=0)  # no shorter rows
     assert bool((made.scale < 0).any())
 
 
@@ -302,7 +303,7 @@ def test_dit(network: str, kind: str) -> None:
     kinds = [
         {module.kind for module in block.modules() if isinstance(module, QuantizedLinear)} for block in dit.dit_blocks
     ]
-    assert kinds == ([{"int8", "nf4"}, {"nf4"}, {"int8", "nf4"}, {"int8", "nf4"}] if kind == "nf4" else [{kind}] * 4)
+    assert kinds == [{"int8", "nf4"} if kind == "nf4" else {kind}] * 4
     assert all(block.adaLN_modulation[1].kind == kind for block in dit.dit_blocks)  # type: ignore[index, union-attr]
     x, y = torch.randn(2, 24, 4, 4, generator=torch.Generator().manual_seed(5)), torch.randn(2, 16, 64)
     tolerance = 2e-2 if kind == "int8-products" else 1e-5
