@@ -507,7 +507,8 @@ def memory_bytes(text: str) -> int | None:
     """
     if text == "auto":
         return None
-    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([GM])(?:i?B)?", text, re.IGNORECASE)
+    known = isinstance(text, str)  # a script can give a number
+    match = re.fullmatch(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)([GM])(?:i?B)?", text, re.IGNORECASE) if known else None
     size = int(float(match[1]) * (1 << (30 if match[2] in "gG" else 20))) if match else 0
     if not size:
         raise OptionError(f"memory {text!r:.40}: must be a size like 8G or 6000M, or auto")

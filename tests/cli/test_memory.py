@@ -125,3 +125,9 @@ def test_scale_chooses_once_for_all_workers(scale: Scale) -> None:  # noqa: F811
 def test_an_experiments_model_is_chosen_for_good() -> None:
     settings = Settings("prompts", "model", quantize="int8", memory="2048M")
     assert (settings.model_choice("cpu").quantize, settings.model_choice("cpu").memory) == ("int8", None)
+
+
+def test_a_number_is_no_size() -> None:
+    """As from a script: `scale_rae.load(..., memory=8)`, which has no unit."""
+    with pytest.raises(OptionError, match=r"^memory 8: must be a size like 8G or 6000M, or auto$"):
+        memory_bytes(8)  # type: ignore[arg-type]
