@@ -224,7 +224,8 @@ def _open(path: Path, flags: int) -> int:
         OSError: when there is a link, which somebody else may have put there, or anything but a regular file.
     """
     flags |= os.O_WRONLY | os.O_CREAT
-    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):  # without O_NONBLOCK, a pipe waits for its reader
+    # Without O_NONBLOCK, a pipe waits for its reader.
+    for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
         flags |= getattr(os, name, 0)  # Windows has only the last
     try:
         if not hasattr(os, "O_NOFOLLOW") and path.is_symlink():
