@@ -125,7 +125,9 @@ class KVCache:
     def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.network.lm_head(hidden).float()  # [B, V]
         best, token = logits.max(dim=-1)
-        return token, torch.stack([token.float(), best, self_certainty(logits)])  # exact for 2^24 tokens; MPS has no float64
+        return token, torch.stack(
+            [token.float(), best, self_certainty(logits)]
+        )  # exact for 2^24 tokens; MPS has no float64
 
     def forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
         """Final-normed hidden states [B, T, H] of embeddings at positions [B, T].
@@ -164,7 +166,9 @@ class KVCache:
         for memory in (self._keys, self._values):
             before = list(memory)
             # Zeros, since what is masked must still be finite.
-            memory[:] = [torch.zeros(shape, dtype=network.dtype, device=network.device) for _ in range(len(network.layers))]
+            memory[:] = [
+                torch.zeros(shape, dtype=network.dtype, device=network.device) for _ in range(len(network.layers))
+            ]
             for new, one in zip(memory, before, strict=False):
                 new[:, :old] = one
         place = torch.arange(slots, device=network.device)[None]

@@ -369,4 +369,6 @@ def test_a_decoder_too_small_for_its_config(published: FakeHub) -> None:
     files = published.repos[DECODER].revisions["main"]
     files["model.pt"] = Large(b"PK", 100_000_000)
     (problem,) = inspect(MODEL).problems
-    assert problem == f"{DECODER}/model.pt: has 100,000,000 bytes, but the sizes in config.json take at least 831,175,064"
+    assert (
+        problem == f"{DECODER}/model.pt: has 100,000,000 bytes, but the sizes in config.json take at least 831,175,064"
+    )

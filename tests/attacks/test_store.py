@@ -377,7 +377,6 @@ def test_an_index_that_is_no_file_name(store: Store) -> None:
         draw(store, prompt)
 
 
-
 HOSTILE = "a \x1b]0;title\x07\x1b[2J\x9b1m\u202ecat"
 
 
