@@ -72,7 +72,9 @@ def draw(args: argparse.Namespace, form: str, prompts: Sequence[dict[str, Any]])
         blank = np.full((world.SIZE, world.SIZE, 3), 255, np.uint8)  # of a reply that asks for no picture: wrong
         file = file_of(args, form, first)
         with (args.out / f"{file.name}.part").open("wb") as stream:
-            np.savez_compressed(stream, pictures=np.stack([blank if image is None else image for image in images]))
+            np.savez_compressed(
+                stream, pictures=np.stack([blank if image is None else np.asarray(image) for image in images])
+            )
         Path(stream.name).replace(file)
     seconds = time.perf_counter() - loaded
     print(f"{form}: loaded in {loaded - start:.1f} s, drawn from prompt {missing[0]} on in {seconds:.1f} s", flush=True)
