@@ -19,7 +19,7 @@ from scale_rae import cuda_graphs, fast_dit
 from scale_rae.compiling import CompilePolicy, compiled
 from scale_rae.config import DiTConfig
 from scale_rae.cuda_graphs import Captures, graph_memory
-from scale_rae.dit import DiT, SwiGLU, flops
+from scale_rae.dit import DiT, SwiGLU, attend, flops
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.fast_dit import FastDiT, deferred_block, pad_swiglu, summed_block
 from scale_rae.float8 import check_device, quantize
@@ -326,6 +326,64 @@ def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: 
         assert not chosen(quantize=kind)
     capability[:] = 8, 0
     assert not chosen(attention="own")
+
+
+class PlainKernels:
+    """few_images.py's operators, and those of kernels.py that `few_block` takes, in PyTorch's operations."""
+
+    @staticmethod
+    def few_normed(
+        x: Tensor,
+        values: Tensor,
+        x_scale: Tensor | None,
+        scale: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor,
+        null_gate: Tensor | None,
+        shift: Tensor,
+        factor: Tensor,
+        null_shift: Tensor | None,
+        null_factor: Tensor | None,
+        weight: Tensor,
+        eps: float,
+        float8: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        parts = fast_dit.Parts(values, torch.zeros(()) if bias is None else bias, x_scale, scale)
+        x = x + fast_dit.spread(gate, null_gate, len(x)) * parts.finished(x.dtype)
+        normed = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
+        normed = normed * (1 + fast_dit.spread(factor, null_factor, len(x))) + fast_dit.spread(
+            shift, null_shift, len(x)
+        )
+        return (x, *quantize(normed)) if float8 else (x, normed, x.new_empty(0))
+
+    @staticmethod
+    def attend_pairs(qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, early: bool) -> Tensor:
+        return attend(qkv.float(), heads, cos, sin)
+
+    @staticmethod
+    def quantize_rows(x: Tensor, int8: bool, early: bool) -> tuple[Tensor, Tensor]:
+        return quantize(x)
+
+    @staticmethod
+    def few_gated(x: Tensor) -> Tensor:
+        gate, value = x.chunk(2, dim=-1)
+        return torch.nn.functional.silu(gate) * value
+
+    @staticmethod
+    def few_gated_float8(x: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return quantize(PlainKernels.few_gated(fast_dit.Parts(x[None], bias, x_scale, scale).finished(torch.float32)))
+
+
+@pytest.mark.parametrize("quantized", [None, "fp8"])
+@pytest.mark.parametrize("kind", ["plain", "ddt"])
+@pytest.mark.usefixtures("as_if_on_cuda")
+def test_the_block_for_few_images_is_a_block(monkeypatch: pytest.MonkeyPatch, kind: str, quantized: Any) -> None:
+    monkeypatch.setattr(fast_dit, "_kernels", PlainKernels)
+    dit = made(kind)
+    pad_swiglu(dit, 64)
+    fast = FastDiT(dit, Speed("off", quantized))
+    monkeypatch.setattr(fast, "_eager", dataclasses.replace(fast._eager, few_block=fast_dit.few_block))
+    check(fast, made(kind), 0.08 if quantized else 1e-5)
 
 
 def test_an_update_in_parts_is_their_sum() -> None:
