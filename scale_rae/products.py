@@ -2,7 +2,7 @@
 
 - A few rows, as in decoding: reading the weights takes longest, so a kernel converts them as it reads them.
 - More rows: one kernel converts the weights, and cuBLAS multiplies. (A kernel that converts tiles of weights on their way to the
-  tensor cores took longer at each size from 128 to 2,048 rows: each tile of outputs converts them anew.)
+  tensor cores was no faster at any size from 256 to 2,048 rows, and mostly slower: each tile of outputs converts them anew.)
 - int8 products: activations are quantised per token; the kernel multiplies the int32 sums by both scales and adds the bias.
 
 `rows` below are tokens; N is the number of outputs, K that of inputs. The public functions are torch operators.
