@@ -52,7 +52,8 @@ def checks(b: Bench) -> None:
         "fast compiled bf16, nothing deferred": (torch.bfloat16, Speed("on", defer=False), 2e-2),
     }
     if b.device.type == "cuda":
-        ways["fast eager bf16, not the block for few images"] = (torch.bfloat16, Speed("off", few=False), 2e-2)
+        ways["fast eager bf16, the block for few images"] = (torch.bfloat16, Speed("off", few=True), 2e-2)
+        ways["float8, the block for few images"] = (torch.bfloat16, Speed("on", "fp8", few=True), 1e-1)
         ways["PyTorch's attention"] = (torch.bfloat16, Speed("on", attention="flash"), 2e-2)
         ways["float8"] = (torch.bfloat16, Speed("on", "fp8"), 1e-1)
         ways["float8, PyTorch's attention"] = (torch.bfloat16, Speed("on", "fp8", attention="flash"), 1e-1)
@@ -115,7 +116,7 @@ def ladder(b: Bench, size: str) -> None:
         ("default but PyTorch's attention, nothing compiled", Speed("off", attention="flash"), (1,), False),
         ("default, nothing compiled", Speed("off"), (1,), False),
         ("default, but time embeddings at each step", Speed("on", before=False), (1,), False),
-        ("default, but compiled blocks for few images, too", Speed("on", few=False), (1, 2), False),
+        ("default, with the block for few images", Speed("on", few=True), (1, 2), False),
         ("images of one prompt", Speed("on"), (-8,), False),
         ("guided", Speed("on"), (1, 8), True),
         ("guided, but both branches modulated alike", Speed("on", null=False), (8,), True),

@@ -459,7 +459,7 @@ class Speed:
     shared: bool = True
     defer: bool = True
     kernels: bool = True
-    few: bool = True
+    few: bool = False  # until latents drawn with it are compared on a GPU; its kernels are, one by one
     ahead: bool = True
     attention: Annotated[str, Knob("Which attention kernel.", choices=ATTENTION)] = "auto"
 

@@ -310,7 +310,7 @@ def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: 
             rope_sin="sin",
             dit_blocks=[block],
         )
-        functions = fast_dit.choose_functions(Speed(**options), dit, compile)
+        functions = fast_dit.choose_functions(Speed(**{"few": True, **options}), dit, compile)
         return functions.block_for(rows) is fast_dit.few_block
 
     assert chosen()
