@@ -16,7 +16,8 @@ from scale_rae.config import ScaleRAEConfig
 from scale_rae.cuda_graphs import Captured
 from scale_rae.dit import DiT, rope_table
 from scale_rae.dit import flops as dit_flops
-from scale_rae.fast_dit import Attend, FastDiT, attend_rotating
+from scale_rae.fast_blocks import Attend, attend_rotating
+from scale_rae.fast_dit import FastDiT
 from scale_rae.options import Speed
 
 

@@ -2,7 +2,7 @@
 
 With 256 rows, a block's eight kernels are so short that the gaps between them count. So each of these kernels is launched while
 the product before it ends (programmatic dependent launch) and then waits for it. They finish products that cuBLAS leaves in
-`fast_dit.Parts`: they add the parts of a split inner dimension, multiply by the scales of float8, and add the bias.
+`fast_blocks.Parts`: they add the parts of a split inner dimension, multiply by the scales of float8, and add the bias.
 
 The functions are torch operators, for Hopper, where they were measured.
 """
@@ -181,7 +181,7 @@ def few_normed(
     eps: float,
     float8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`kernels.quantize_normed` for an update in `fast_dit.Parts`: (x', values, scale).
+    """`kernels.quantize_normed` for an update in `fast_blocks.Parts`: (x', values, scale).
 
     Without a bias, the update is the sum of its parts. Without `float8`, values are in x's dtype and there are no scales.
     """

@@ -19,7 +19,7 @@ from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
 # --- figures behind the estimates ------------------------------------------------------------------------------------
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PAD_TO = 64  # SwiGLU's inner width is a multiple of this on CUDA and where it is quantised (fast_dit.PAD_TO)
+PAD_TO = 64  # SwiGLU's inner width is a multiple of this on CUDA and where it is quantised (fast_weights.PAD_TO)
 GROUP_ROWS = 2048  # rows for which adaLN products of several blocks become one (fast_dit.GROUP_ROWS)
 NF4_BLOCK = 64  # weights that share a scale (quantization.BLOCK)
 CACHE_SLOTS = 1024  # tokens per row that a KV cache is made for on CUDA (kv_cache)

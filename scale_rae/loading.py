@@ -17,7 +17,7 @@ from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
-from scale_rae.fast_dit import mean_read, quantize_blocks
+from scale_rae.fast_weights import mean_read, quantize_blocks
 from scale_rae.hub import Source, find, own_folders, vae_folder, weight_files
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
@@ -112,7 +112,7 @@ def _quantize(
 
 
 def _mean_read(dit: DiT, reader: TensorReader) -> Tensor | None:
-    """`fast_dit.mean_read` of a stored network, before it is loaded; None if tensors are wrong, which `fill` reports."""
+    """`fast_weights.mean_read` of a stored network, before it is loaded; None if tensors are wrong, which `fill` reports."""
     parts: dict[str, Tensor] = {f"t_embedder.{name}": value for name, value in dit.t_embedder.named_parameters()}
     if dit.null_condition is not None:
         parts["y_embedder.dropout_embedding"] = dit.null_condition

@@ -79,7 +79,7 @@ def package() -> dict[str, dict[str, set[str]]]:
 
 
 def exists(name: str) -> bool:
-    """Whether `name`, such as `fast_dit.spread` or `dit.DiT.forward`, is a module of the package or a name in one."""
+    """Whether `name`, such as `fast_blocks.spread` or `dit.DiT.forward`, is a module of the package or a name in one."""
     parts = name.split(".")
     for cut in range(len(parts), -1, -1):
         if (module := package().get(".".join(parts[:cut]))) is not None:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 import scale_rae
-from scale_rae import cuda_graphs, fast_dit
+from scale_rae import cuda_graphs, fast_blocks, fast_dit, fast_weights
 from scale_rae.compiling import CompilePolicy, compiled
 from scale_rae.config import DiTConfig
 from scale_rae.cuda_graphs import Captures, graph_memory
 from scale_rae.dit import DiT, SwiGLU, attend, flops
 from scale_rae.errors import DeviceError, InputError
-from scale_rae.fast_dit import FastDiT, deferred_block, pad_swiglu, summed_block
+from scale_rae.fast_blocks import deferred_block, summed_block
+from scale_rae.fast_dit import FastDiT
+from scale_rae.fast_weights import pad_swiglu
 from scale_rae.float8 import check_device, quantize
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
@@ -81,9 +83,9 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_cuda_weights(dit: DiT, **options: Any) -> FastDiT:
     """Padded, stacked and grouped, as a CUDA device would have it."""
-    pad_swiglu(dit, fast_dit.PAD_TO)
+    pad_swiglu(dit, fast_weights.PAD_TO)
     fast = FastDiT(dit, Speed("off", **options))
-    fast.stacked = fast.stacked or fast_dit.StackedModulations(fast.layers)
+    fast.stacked = fast.stacked or fast_weights.StackedModulations(fast.layers)
     return fast
 
 
@@ -215,7 +217,7 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
 
 
 UNFIT = dataclasses.replace(CONFIG)  # to be told from CONFIG
-FLASH, OWN = fast_dit.attend_rotating, (lambda: "own")
+FLASH, OWN = fast_blocks.attend_rotating, (lambda: "own")
 CHOICES: list[tuple[dict[str, Any], bool, Any]] = [
     ({}, False, ("plain", OWN)),
     ({}, True, ("plain", OWN)),
@@ -248,7 +250,7 @@ def test_which_block_runs_on_cuda(
     monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
     monkeypatch.setattr(fast_dit, "runs_own_kernels", lambda device: usable and device.type == "cuda")
     monkeypatch.setattr(fast_dit, "own_kernels", lambda kind, device, dtype: usable and device.type == "cuda")
-    names = {deferred_block: "plain", fast_dit.quantized_block: "quantized"}
+    names = {deferred_block: "plain", fast_blocks.quantized_block: "quantized"}
     monkeypatch.setattr(fast_dit, "with_attention", lambda block, attend: (names[block], attend))
     hopper, others = ("12.8", (9, 0)), (("12.8", (8, 0)), ("12.8", (10, 0)))
 
@@ -311,7 +313,7 @@ def test_which_block_draws_few_images(monkeypatch: pytest.MonkeyPatch, compile: 
             dit_blocks=[block],
         )
         functions = fast_dit.choose_functions(Speed(**{"few": True, **options}), dit, compile)
-        return functions.block_for(rows) is fast_dit.few_block
+        return functions.block_for(rows) is fast_blocks.few_block
 
     assert chosen()
     assert chosen(quantize="fp8")
@@ -348,10 +350,10 @@ class PlainKernels:
         eps: float,
         float8: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        parts = fast_dit.Parts(values, torch.zeros(()) if bias is None else bias, x_scale, scale)
-        x = x + fast_dit.spread(gate, null_gate, len(x)) * parts.finished(x.dtype)
+        parts = fast_blocks.Parts(values, torch.zeros(()) if bias is None else bias, x_scale, scale)
+        x = x + fast_blocks.spread(gate, null_gate, len(x)) * parts.finished(x.dtype)
         normed = torch.nn.functional.rms_norm(x, x.shape[-1:], weight, eps)
-        normed = normed * (1 + fast_dit.spread(factor, null_factor, len(x))) + fast_dit.spread(
+        normed = normed * (1 + fast_blocks.spread(factor, null_factor, len(x))) + fast_blocks.spread(
             shift, null_shift, len(x)
         )
         return (x, *quantize(normed)) if float8 else (x, normed, x.new_empty(0))
@@ -371,18 +373,20 @@ class PlainKernels:
 
     @staticmethod
     def few_gated_float8(x: Tensor, x_scale: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return quantize(PlainKernels.few_gated(fast_dit.Parts(x[None], bias, x_scale, scale).finished(torch.float32)))
+        return quantize(
+            PlainKernels.few_gated(fast_blocks.Parts(x[None], bias, x_scale, scale).finished(torch.float32))
+        )
 
 
 @pytest.mark.parametrize("quantized", [None, "fp8"])
 @pytest.mark.parametrize("kind", ["plain", "ddt"])
 @pytest.mark.usefixtures("as_if_on_cuda")
 def test_the_block_for_few_images_is_a_block(monkeypatch: pytest.MonkeyPatch, kind: str, quantized: Any) -> None:
-    monkeypatch.setattr(fast_dit, "_kernels", PlainKernels)
+    monkeypatch.setattr(fast_blocks, "_kernels", PlainKernels)
     dit = made(kind)
     pad_swiglu(dit, 64)
     fast = FastDiT(dit, Speed("off", quantized))
-    monkeypatch.setattr(fast, "_eager", dataclasses.replace(fast._eager, few_block=fast_dit.few_block))
+    monkeypatch.setattr(fast, "_eager", dataclasses.replace(fast._eager, few_block=fast_blocks.few_block))
     check(fast, made(kind), 0.08 if quantized else 1e-5)
 
 
@@ -391,18 +395,18 @@ def test_an_update_in_parts_is_their_sum() -> None:
     by_token, by_channel = torch.rand(2, 3, 1), torch.rand(5, 1)
     whole = parts.sum(dim=0) * by_token * by_channel[:, 0] + bias
     for update, wanted in (
-        (fast_dit.Parts(parts, bias), parts.sum(dim=0) + bias),
-        (fast_dit.Parts(parts, bias, by_token, by_channel), whole),
+        (fast_blocks.Parts(parts, bias), parts.sum(dim=0) + bias),
+        (fast_blocks.Parts(parts, bias, by_token, by_channel), whole),
     ):
-        summed = fast_dit.summed(fast_dit.Deferred(x, update, modulation))
-        torch.testing.assert_close(summed, fast_dit.summed(fast_dit.Deferred(x, wanted, modulation)))
+        summed = fast_blocks.summed(fast_blocks.Deferred(x, update, modulation))
+        torch.testing.assert_close(summed, fast_blocks.summed(fast_blocks.Deferred(x, wanted, modulation)))
 
 
-@pytest.mark.parametrize("rows", [fast_dit.SPLIT_ROWS, fast_dit.SPLIT_ROWS + 2])
+@pytest.mark.parametrize("rows", [fast_blocks.SPLIT_ROWS, fast_blocks.SPLIT_ROWS + 2])
 def test_a_split_product_is_the_linear(rows: int) -> None:
     x, weight, bias = torch.randn(2, rows // 2, 12), torch.randn(7, 12), torch.randn(7)
-    parts = fast_dit.split_product(x, weight, bias)
-    assert len(parts.values) == (fast_dit.SPLIT if rows <= fast_dit.SPLIT_ROWS else 1)
+    parts = fast_blocks.split_product(x, weight, bias)
+    assert len(parts.values) == (fast_blocks.SPLIT if rows <= fast_blocks.SPLIT_ROWS else 1)
     torch.testing.assert_close(parts.finished(torch.float32), torch.nn.functional.linear(x, weight, bias))
 
 

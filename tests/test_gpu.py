@@ -13,7 +13,7 @@ from torch import Tensor
 
 from scale_rae import flow
 from scale_rae.dit import attend, rope_table, rotate
-from scale_rae.fast_dit import Deferred, spread, summed
+from scale_rae.fast_blocks import Deferred, spread, summed
 from scale_rae.float8 import FLOAT8, quantize
 from scale_rae.noise import draw_noise, image_seed
 from scale_rae.options import SamplingOptions, Speed

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scale_rae.dit import NORM_EPS
-from scale_rae.fast_dit import Parts
+from scale_rae.fast_blocks import Parts
 from scale_rae.float8 import quantize
 from scale_rae.quantization import QuantizedWeight, linear, own_kernels, quantize_tokens, quantize_weight
 

@@ -19,7 +19,7 @@ codes config layout headers footprint memory_plan containers images torch_file c
 compiling cuda_graphs residency
 float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
-dit flow fast_dit sampling
+dit fast_blocks fast_weights flow fast_dit sampling
 encoder decoder vae loading
 scores results
 pipeline

@@ -20,7 +20,8 @@ from scale_rae import float8, quantization
 from scale_rae.config import DiTConfig, load_config
 from scale_rae.dit import DiT
 from scale_rae.errors import CheckpointError, DeviceError, InputError
-from scale_rae.fast_dit import FastDiT, mean_read, quantize_blocks
+from scale_rae.fast_dit import FastDiT
+from scale_rae.fast_weights import mean_read, quantize_blocks
 from scale_rae.hub import find
 from scale_rae.language import LanguageModel
 from scale_rae.loading import load_networks

@@ -20,7 +20,7 @@ from recipes.shapes.settings import Preset
 from scale_rae.config import ScaleRAEConfig, parse_config
 from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
-from scale_rae.fast_dit import pad_swiglu
+from scale_rae.fast_weights import pad_swiglu
 from scale_rae.language import LanguageModel
 
 INIT_TOKENS = 0.02  # standard deviation of token and query embeddings
