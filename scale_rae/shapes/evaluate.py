@@ -248,7 +248,7 @@ def draw_command(
     seed: Seed = 0,
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 (default: as the device likes)")] = None,
-    quantize: Annotated[str | None, typer.Option(help="fp8: what float8 costs in accuracy")] = None,
+    quantize: Annotated[str | None, typer.Option(help="int8, nf4, …: what it costs in accuracy")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="keep pictures and results.jsonl here")] = None,
     self_judge: Annotated[bool, typer.Option(help="also ask the model about its own latents")] = True,
 ) -> None:
