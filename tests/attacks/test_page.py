@@ -7,6 +7,7 @@ import json
 import pickle
 import resource
 import socket
+import threading
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +26,7 @@ from scale_rae.demo.listening import bind  # noqa: E402
 from scale_rae.demo.shared_model import SharedModel  # noqa: E402
 from scale_rae.opening import OpenedModel  # noqa: E402
 from scale_rae.options import ModelChoice  # noqa: E402
+from scale_rae.pipeline import ScaleRAE  # noqa: E402
 
 pytestmark = pytest.mark.attack
 API = "/gradio_api"
@@ -407,7 +409,20 @@ def test_values_that_no_field_has_are_refused_before_drawing(shown: Page, change
     assert set(shown.output.iterdir()) == before
 
 
-def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page) -> None:
+def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, sample = threading.Event(), ScaleRAE.sample
+
+    def held(model: ScaleRAE, conditions: Any, seeds: Any, options: Any, batch_size: Any, callback: Any) -> Any:
+        """Does not end before the first visitor has left, however slow that is."""
+
+        def step(evaluation: int, *state: Any) -> None:
+            if evaluation == 100:
+                left.wait(240)
+            callback(evaluation, *state)
+
+        return sample(model, conditions, seeds, options, batch_size, step)
+
+    monkeypatch.setattr(ScaleRAE, "sample", held)
     session = shown.session()
     before = set(shown.output.iterdir())
     assert shown.join(shown.function("draw-go", "click"), shown.draw(images=16, steps=250), session).status_code == 200
@@ -415,6 +430,7 @@ def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page) -> None:
     assert any("progressbar" in str(m) and m["msg"] == "process_generating" for m in messages)
     assert shown.model.busy
     messages.close()  # type: ignore[attr-defined]
+    left.set()
     message = shown.do("draw-go", "click", shown.draw())  # waits for its turn
     assert message["success"]
     assert len(set(shown.output.iterdir()) - before) <= 4  # of the second alone
