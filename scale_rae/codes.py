@@ -1,7 +1,10 @@
-"""Constants of quantised weights: the largest int8 value, NF4's values (QLoRA, arXiv 2305.14314), which blocks stay int8."""
+"""Constants of weights as they run fast, on which sizes depend: widths, groups, NF4 (QLoRA, arXiv 2305.14314). No torch."""
 
 INT8_LARGEST = 127.0
 BLOCK = 64  # weights of a row that share a scale in nf4
+PLAIN_AT_ONCE = 1 << 23  # weights that the plain form dequantises at once: 100 MB of float32 copies
+PAD_TO = 64  # SwiGLU's inner width is a multiple of this on CUDA and where it is quantised
+GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),

@@ -29,13 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scale_rae.codes import GROUP_ROWS, PAD_TO
 from scale_rae.compiling import attention_kernels, compiled
 from scale_rae.cuda_graphs import Captures
-from scale_rae.dit import (
-    Block,
-    DiT,
-    FinalLayer,
-)
+from scale_rae.dit import Block, DiT, FinalLayer
 from scale_rae.fast_blocks import (
     Attend,
     Deferred,
@@ -49,26 +46,13 @@ from scale_rae.fast_blocks import (
     summed_block,
     with_attention,
 )
-from scale_rae.fast_weights import (
-    PAD_TO,
-    StackedModulations,
-    is_quantized,
-    modulation_of,
-    pad_swiglu,
-    quantize_blocks,
-)
+from scale_rae.fast_weights import StackedModulations, is_quantized, modulation_of, pad_swiglu, quantize_blocks
 from scale_rae.flow import Velocity
 from scale_rae.options import Speed
-from scale_rae.quantization import (
-    Place,
-    check_quantize,
-    own_kernels,
-    quantize_tokens,
-)
+from scale_rae.quantization import Place, check_quantize, own_kernels, quantize_tokens
 from scale_rae.residency import Residency
 from scale_rae.toolchain import runs_own_kernels
 
-GROUP_ROWS = 2048  # rows (tokens of a batch's prompts) with which one block's adaLN product fills the GPU
 MOST_GRAPHS = 24  # captured graphs that are kept
 FEW_ROWS = 512  # rows (tokens of a batch's images, guided ones twice) up to which `few_block` is faster
 
@@ -82,9 +66,8 @@ class Functions:
     plain_block: Callable[..., Tensor]
     final: Callable[..., Tensor]
     plain_final: Callable[..., Tensor]
-    few_block: (
-        Callable[..., Deferred] | None
-    )  # for up to FEW_ROWS rows; never compiled, since its kernels leave nothing to fuse
+    # For up to FEW_ROWS rows; never compiled, since its kernels leave nothing to fuse.
+    few_block: Callable[..., Deferred] | None
     cos: Tensor
     sin: Tensor
 
@@ -99,16 +82,14 @@ def _read(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
     return read, read
 
 
-def _read_float8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
-    """`_read` with a float8 SiLU(c) for the blocks."""
-    read, _ = _read(time, condition)
-    return read, quantize_tokens("fp8", read)
+def _read_quantized(kind: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Any]]:
+    """`_read` with a SiLU(c) for the blocks that is quantised for their products of a kind."""
 
+    def read_quantized(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
+        read, _ = _read(time, condition)
+        return read, quantize_tokens(kind, read)
 
-def _read_int8(time: Tensor, condition: Tensor) -> tuple[Tensor, Any]:
-    """`_read` with an int8 SiLU(c) for the blocks."""
-    read, _ = _read(time, condition)
-    return read, quantize_tokens("int8-products", read)
+    return read_quantized
 
 
 def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
@@ -128,7 +109,7 @@ def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
             cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
         if speed.few and attend is kernels.attend_pairs and kind in (None, "fp8") and _few_block_fits(dit):
             few = few_block
-    read = {"fp8": _read_float8, "int8-products": _read_int8}[kind] if quantizes and kind is not None else _read
+    read = _read_quantized(kind) if quantizes and kind is not None else _read
     return Functions(read, block, Block.forward, final_layer, FinalLayer.forward, few, cos, sin)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import RowSink
-from scale_rae.codes import attention_kind, mlp_kind
+from scale_rae.codes import PAD_TO, attention_kind, mlp_kind
 from scale_rae.dit import Block, DiT, SwiGLU, TimeEmbedder
 from scale_rae.float8 import Quantized
 from scale_rae.quantization import (
@@ -22,8 +22,6 @@ from scale_rae.quantization import (
     product,
     quantize_linears,
 )
-
-PAD_TO = 64  # elements of SwiGLU's inner width
 
 
 def pad_swiglu(dit: nn.Module, multiple: int) -> None:

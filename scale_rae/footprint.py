@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from scale_rae.codes import attention_kind, mlp_kind
+from scale_rae.codes import BLOCK, GROUP_ROWS, PAD_TO, PLAIN_AT_ONCE, attention_kind, mlp_kind
 from scale_rae.config import DecoderConfig, DiTConfig, ScaleRAEConfig
 from scale_rae.layout import DIT_PREFIX, decoder_layout, dit_layout, keeps_float32, language_layout
 from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
@@ -19,9 +19,6 @@ from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
 # --- figures behind the estimates ------------------------------------------------------------------------------------
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-PAD_TO = 64  # SwiGLU's inner width is a multiple of this on CUDA and where it is quantised (fast_weights.PAD_TO)
-GROUP_ROWS = 2048  # rows for which adaLN products of several blocks become one (fast_dit.GROUP_ROWS)
-NF4_BLOCK = 64  # weights that share a scale (quantization.BLOCK)
 CACHE_SLOTS = 1024  # tokens per row that a KV cache is made for on CUDA (kv_cache)
 REPLY_TOKENS, PROMPT_TOKENS = 10, 64  # of the reply that asks for an image, and of the prompt with its chat
 
@@ -35,9 +32,7 @@ FRAGMENTS, LEAST_FRAGMENTS = 0.015, 20 << 20
 PASSES = 2
 # Forms whose weights are converted to the model's dtype before each product, one matrix at a time.
 CONVERTED = ("int8", "fp8-storage", "nf4")
-# Bytes of float32 values and copies per weight while the plain form converts it, and the weights that it converts at once
-# (quantization._PLAIN_AT_ONCE).
-PLAIN_FORM, PLAIN_AT_ONCE = 12, 1 << 23
+PLAIN_FORM = 12  # bytes of float32 values and copies per weight while the plain form converts it
 
 # The share of a device's matrix products (measured on squares) that a network of one image reaches, and that of many: 0.40 for one
 # image uncompiled, 0.82 for 32 compiled (H200, docs/figures/gpu.md); a CPU's products are slow enough to hide all else.
@@ -88,7 +83,7 @@ def stored_bytes(kind: str | None, shape: tuple[int, ...], dtype_bytes: int) -> 
         return prod(shape) * dtype_bytes
     rows, columns = shape
     if kind == "nf4":
-        return rows * columns // 2 + 2 * (rows * columns // NF4_BLOCK)  # a bfloat16 scale per block
+        return rows * columns // 2 + 2 * (rows * columns // BLOCK)  # a bfloat16 scale per block
     return rows * columns + 4 * rows  # a float32 scale per row
 
 
@@ -260,7 +255,7 @@ class Footprint:
             return True
         tensors = language_layout(self.config) | dit_layout(self.config.dit)
         return all(
-            _padded(name, shape)[1] % NF4_BLOCK == 0
+            _padded(name, shape)[1] % BLOCK == 0
             for name, shape in tensors.items()
             if self._kind(name, quantize) == "nf4"
         )

@@ -51,11 +51,6 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def default_batch_size(device: torch.device) -> int:
-    """Images per batch where none is chosen: 8 on the CPU, 32 elsewhere."""
-    return 8 if device.type == "cpu" else 32
-
-
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error is, or was caused by, a lack of memory, on any device."""
     while error is not None:

@@ -25,14 +25,13 @@ from typing import Any
 
 from scale_rae.errors import DeviceError
 from scale_rae.footprint import Footprint, Rates, Way
-from scale_rae.options import OFFLOAD
+from scale_rae.options import OFFLOAD, default_batch_size
 
 WAYS = (
     *((None, "none"), (None, "model"), ("int8", "none"), ("int8", "model"), ("nf4", "none"), ("nf4", "model")),
     *(("int8", "stream"), ("nf4", "stream")),
 )
 MOST_STREAMED = 64  # images at once
-_MOST = {"cuda": 32, "mps": 32, "cpu": 8}  # images at once, as without a limit (memory.default_batch_size)
 _GIB = 2**30
 
 
@@ -98,7 +97,7 @@ def choose(
             f"{_up(peaks[least])}{f' with {given}' if given else ''} ({flags(ways[least])})"
         )
     way = ways[chosen]
-    most = _MOST[footprint.device]
+    most = default_batch_size(footprint.device)
     if way.offload == "stream" and rates is not None:
         most = min(max(1, footprint.hidden_images(way, rates())), MOST_STREAMED)
     batch = next((n for n in _sizes(most) if footprint.peak(replace(way, batch=n)) <= limit), 1)

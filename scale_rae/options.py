@@ -477,6 +477,11 @@ class Speed:
 # --- checks of single values -----------------------------------------------------------------------------------------
 
 
+def default_batch_size(device: str) -> int:
+    """Images per batch where none is chosen, on a kind of device ("cuda"): 8 on the CPU, 32 elsewhere."""
+    return 8 if device == "cpu" else 32
+
+
 def check_count(name: str, value: int | None) -> None:
     """Raises OptionError unless a number of things is at least 1 (or None, which is a default)."""
     if value is not None and value < 1:

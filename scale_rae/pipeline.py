@@ -31,7 +31,7 @@ from scale_rae.images import Picture, as_rgb
 from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, TextListener, TokenListener, hear_text
 from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
 from scale_rae.machine import limit_process, plan
-from scale_rae.memory import MemoryErrors, default_batch_size, in_batches, pick_device, pick_dtype, savings
+from scale_rae.memory import MemoryErrors, in_batches, pick_device, pick_dtype, savings
 from scale_rae.memory_plan import Plan
 from scale_rae.noise import image_seed
 from scale_rae.options import (
@@ -46,6 +46,7 @@ from scale_rae.options import (
     Speed,
     check_count,
     check_offload,
+    default_batch_size,
     memory_bytes,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
@@ -123,7 +124,9 @@ class ScaleRAE:
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.split_batches = split_batches
         self.memory_plan = memory_plan
-        self.batch_size = memory_plan.way.batch if memory_plan else default_batch_size(device)  # where none is chosen
+        self.batch_size = (
+            memory_plan.way.batch if memory_plan else default_batch_size(device.type)
+        )  # where none is chosen
         self._decoder_name = decoder_name
         self._encoder: Encoder | None = None
         self._decoder: PixelDecoder | VaeDecoder | None = None

@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 from scale_rae import float8
 from scale_rae.checkpoint import RowSink
-from scale_rae.codes import BLOCK, INT8_LARGEST, NF4
+from scale_rae.codes import BLOCK, INT8_LARGEST, NF4, PLAIN_AT_ONCE
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.float8 import FLOAT8, LEAST, Quantized
 from scale_rae.toolchain import runs_own_kernels
 
 _NF4_FACTORS = (1.0, 0.92, 0.84)  # of a block's largest value, tried as its scale
 _AT_ONCE = 1 << 22  # weights quantised at once, since that takes several float32 copies of them
-_PLAIN_AT_ONCE = 1 << 23  # weights that the plain form dequantises at once: 100 MB of float32 copies
 _AT_ONCE_CPU = 1 << 16  # the same on a CPU, whose caches hold so many
 _MULTIPLES = {"int8-products": 8, "fp8": 16}  # of rows and columns, which the products need
 _LEAST_TOKENS = 32  # torch's int8 product takes more than 16 rows
@@ -85,7 +84,7 @@ class QuantizedWeight(NamedTuple):
         if self.kind in ("fp8", "int8-products"):
             return product(quantize_tokens(self.kind, x), self, bias, x.dtype)
         rows, columns = self.size
-        at_once = max(1, _PLAIN_AT_ONCE // columns)
+        at_once = max(1, PLAIN_AT_ONCE // columns)
         if rows <= at_once:
             return F.linear(x, self.dequantize(x.dtype), bias)
         parts = [F.linear(x, self.rows(slice(i, i + at_once)).dequantize(x.dtype)) for i in range(0, rows, at_once)]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import scale_rae
 from scale_rae import cuda_graphs, fast_blocks, fast_dit, fast_weights
+from scale_rae.codes import PAD_TO
 from scale_rae.compiling import CompilePolicy, compiled
 from scale_rae.config import DiTConfig
 from scale_rae.cuda_graphs import Captures, graph_memory
@@ -83,7 +84,7 @@ def as_if_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def with_cuda_weights(dit: DiT, **options: Any) -> FastDiT:
     """Padded, stacked and grouped, as a CUDA device would have it."""
-    pad_swiglu(dit, fast_weights.PAD_TO)
+    pad_swiglu(dit, PAD_TO)
     fast = FastDiT(dit, Speed("off", **options))
     fast.stacked = fast.stacked or fast_weights.StackedModulations(fast.layers)
     return fast

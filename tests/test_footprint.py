@@ -9,15 +9,11 @@ import pytest
 from torch import nn
 
 from benchmarks.made_up import config_json, decoder_json
-from scale_rae import fast_dit, fast_weights, kv_cache, quantization
+from scale_rae import kv_cache
 from scale_rae.config import load_config, load_decoder_config, parse_config, parse_decoder_config
 from scale_rae.footprint import (
     CACHE_SLOTS,
     CONTEXT,
-    GROUP_ROWS,
-    NF4_BLOCK,
-    PAD_TO,
-    PLAIN_AT_ONCE,
     Footprint,
     Rates,
     Way,
@@ -65,9 +61,6 @@ def test_bytes_are_those_of_the_loaded_weights(name: str, quantize: str | None, 
 
 
 def test_the_constants_are_those_of_the_code() -> None:
-    assert (PAD_TO, GROUP_ROWS) == (fast_weights.PAD_TO, fast_dit.GROUP_ROWS)
-    assert NF4_BLOCK == quantization.BLOCK
-    assert PLAIN_AT_ONCE == quantization._PLAIN_AT_ONCE
     assert CACHE_SLOTS == 4 * kv_cache._SLOTS
 
 
