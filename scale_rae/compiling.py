@@ -21,10 +21,10 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
     Compiled code is kept between runs, in $TORCHINDUCTOR_CACHE_DIR or the user's cache folder.
     """
-    import torch._dynamo
-
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scale_rae" / "inductor"
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache))
+    import torch._dynamo  # sets the variable to a folder in /tmp if it is not set yet
+
     # Each batch size is compiled; by default, torch stops compiling a function after 8 shapes, and after 256 in all.
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(torch._dynamo.config, name, max(MOST_SHAPES, getattr(torch._dynamo.config, name)))
