@@ -15,6 +15,7 @@ from scale_rae.config import DecoderConfig, ScaleRAEConfig, load_decoder_config
 from scale_rae.errors import DeviceError
 from scale_rae.footprint import CONTEXT, Footprint, Rates, published_decoder
 from scale_rae.hub import Source, find_folder, own_folders
+from scale_rae.memory import cuda_index
 from scale_rae.memory_plan import Plan, choose
 from scale_rae.options import memory_bytes
 from scale_rae.quantization import own_kernels
@@ -127,7 +128,7 @@ def limit_process(device: torch.device, limit: int) -> None:
     if device.type == "cuda":
         _, total = torch.cuda.mem_get_info(device)
         share = max(limit - CONTEXT["cuda"], 0) / total
-        torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, share), cuda_index(device))
     elif device.type == "mps":
         torch.mps.set_per_process_memory_fraction(min(2.0, limit / torch.mps.recommended_max_memory()))
 

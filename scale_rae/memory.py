@@ -179,10 +179,15 @@ def largest_batch(
         size = min(2 * size, most)
 
 
+def cuda_index(device: torch.device) -> int:
+    """The index of a CUDA device; "cuda" alone, which some of torch's functions refuse, is the current one."""
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def free_memory(device: torch.device) -> tuple[int, int]:
     """(bytes that this process can still take, bytes in all) of a CUDA device, within the process's limit if it has one."""
     free, total = torch.cuda.mem_get_info(device)
-    limit = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    limit = int(torch.cuda.get_per_process_memory_fraction(cuda_index(device)) * total)
     if limit >= total:
         return free, total
     return max(0, min(free, limit - torch.cuda.memory_reserved(device))), limit
