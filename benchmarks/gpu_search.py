@@ -37,7 +37,7 @@ def search_stage(b: Bench, model: ScaleRAE, size: str) -> None:
     Made-up weights accept nothing, so answers are drawn at random, after the model has given its own at their full cost.
     """
     steps = 4 if b.tiny else 20
-    together = 2 if b.tiny else 32
+    together = 2 if b.tiny else 64
     best = Settings(
         "prompts.jsonl",
         size,

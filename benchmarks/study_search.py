@@ -38,6 +38,7 @@ from scale_rae.options import SamplingOptions, SearchOptions
 from scale_rae.ranking import Verdicts, rank
 
 KEEP = 4
+LOOK = (0.84,)  # the times of the bundled model's usual looks
 COUNTS = (4, 8, 12, 16, 32)  # images of best-of-n
 METRICS = ("combined", "combined_v1", "image_reward", "prompt_conf")
 DROPS = (-0.55, -0.4, -0.25, -0.1, 0.05)  # standings tried for the tuning
@@ -81,7 +82,7 @@ class Adaptive:
     """An adaptive search; `reward` is the name of the records' reward, or None to do without; `looks` False drops nothing early."""
 
     keep: int = KEEP
-    options: SearchOptions = field(default_factory=SearchOptions)
+    options: SearchOptions = field(default_factory=lambda: SearchOptions(check_at=LOOK))
     thresholds: Thresholds = DEFAULT_THRESHOLDS
     reward: str | None = "siglip"
     looks: bool = True
@@ -195,7 +196,7 @@ def policies(prompt: Prompt) -> dict[str, dict[str, BestOf | Adaptive]]:
     """Every policy that is reported, by family and name. A family is a line or colour of the plot."""
     early = sorted(prompt.stages)[:-1]
     times = {stop: prompt.times[stop - 1] for stop in early}
-    standard = prompt.early(SearchOptions().check_at[0])
+    standard = prompt.early(LOOK[0])
     found: dict[str, dict[str, BestOf | Adaptive]] = {}
     for metric in (*METRICS, None):
         family = f"best of n, {metric or JUDGE}"
@@ -219,17 +220,17 @@ def policies(prompt: Prompt) -> dict[str, dict[str, BestOf | Adaptive]]:
             options=both
         )
     found["adaptive, a threshold of the reward"] = {
-        f"adaptive, --accept-reward {r}": Adaptive(options=SearchOptions(accept_reward=float(r)))
+        f"adaptive, --accept-reward {r}": Adaptive(options=SearchOptions(check_at=LOOK, accept_reward=float(r)))
         for r in (-4, -2, 0, 2)
     }
     found["adaptive, without reward"] = {"adaptive, --reward none": Adaptive(reward=None)}
     found["adaptive, at most 16"] = {
-        "adaptive, --max-candidates 16": Adaptive(options=SearchOptions(max_candidates=16)),
+        "adaptive, --max-candidates 16": Adaptive(options=SearchOptions(check_at=LOOK, max_candidates=16)),
     }
     found["one image, adaptive"] = {
         "one accepted": Adaptive(1),
         **{
-            f"one accepted, --accept-reward {r}": Adaptive(1, SearchOptions(accept_reward=float(r)))
+            f"one accepted, --accept-reward {r}": Adaptive(1, SearchOptions(check_at=LOOK, accept_reward=float(r)))
             for r in (-4, -2, -1, 0)
         },
         "one accepted, --reward none": Adaptive(1, reward=None),

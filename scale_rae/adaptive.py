@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +21,7 @@ from scale_rae.acceptance import Candidate, Look, Rules
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import flops
 from scale_rae.errors import OptionError, ScaleRAEError
-from scale_rae.flow import SAMPLERS, StepCallback, Times, steps_until, time_shift
+from scale_rae.flow import SAMPLERS, StepCallback, Times, steps_until, time_shift, usual_look
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION
@@ -131,6 +131,7 @@ class Searcher:
     ) -> None:
         model.check_reads()
         search.check()
+        search = with_looks(search, model.config)
         check_threshold(search, reward)
         self.model, self.reward = model, reward
         self.rules = Rules(keep, search, None if reward is None else reward.name)
@@ -278,10 +279,19 @@ def _rewards(reward: Reward, pictures: Sequence[Image.Image], prompts: Sequence[
     return rewards
 
 
+def with_looks(search: SearchOptions, config: ScaleRAEConfig) -> SearchOptions:
+    """The options with the time of the usual look, on the way of the model with that config, where none is given."""
+    return search if search.check_at else replace(search, check_at=(usual_look(_shift(config)),))
+
+
 def check_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRAEConfig) -> None:
     """Raises OptionError for looks that are not on the way of a sampler of the model with that config."""
-    shift = time_shift(config.channels, config.tokens, config.base_dim)
-    _look_steps(search, sampling, SAMPLERS[sampling.solver].schedule(sampling.steps, shift))
+    schedule = SAMPLERS[sampling.solver].schedule(sampling.steps, _shift(config))
+    _look_steps(with_looks(search, config), sampling, schedule)
+
+
+def _shift(config: ScaleRAEConfig) -> float:
+    return time_shift(config.channels, config.tokens, config.base_dim)
 
 
 def _look_steps(search: SearchOptions, sampling: SamplingOptions, times: Times) -> list[int]:

@@ -2,29 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 
 class GraphMemory:
-    """The stream and the memory that all CUDA graphs of a device share.
+    """The stream and the memory that CUDA graphs of a device share, all that are captured from one stream.
 
-    Hold `lock` from filling a graph's inputs until its output is copied: the next graph may overwrite both.
+    A graph has its `turn` from filling its inputs until its output is copied: the next graph may overwrite both.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.lock = device, threading.RLock()
-        self._stream: torch.cuda.Stream | None = None
+        self.device, self._lock = device, threading.RLock()
+        self._stream: torch.cuda.Stream | None = None  # where graphs are captured
+        self._last: torch.cuda.Stream | None = None  # where the last turn was
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """For a `with`: no other thread has a turn, and what the last turn began on another stream is over."""
+        with self._lock:
+            stream = torch.cuda.current_stream(self.device)
+            if self._last is not None and self._last != stream:
+                stream.wait_stream(self._last)
+            self._last = stream
+            yield
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         """A graph of `function`, and the tensor that each replay writes; `function` is called three times."""
-        with self.lock:
+        with self.turn():
             if self._stream is None:
                 self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
             stream = self._stream
@@ -46,9 +58,16 @@ class GraphMemory:
             return graph, output
 
 
-@functools.cache
 def graph_memory(device: torch.device) -> GraphMemory:
-    """The one GraphMemory of a device."""
+    """The GraphMemory of a device for graphs that are captured from the current stream.
+
+    Work on two streams overlaps, so that graphs that run on either need memory of their own.
+    """
+    return _memory_of(device, torch.cuda.current_stream(device).stream_id)
+
+
+@functools.cache
+def _memory_of(device: torch.device, stream: int) -> GraphMemory:
     return GraphMemory(device)
 
 
@@ -61,7 +80,7 @@ class Captured:
         self.graph, self.output = self._memory.capture(lambda: function(*self.inputs))
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        with self._memory.lock:
+        with self._memory.turn():
             for mine, given in zip(self.inputs, inputs, strict=True):
                 mine.copy_(given)
             self.graph.replay()

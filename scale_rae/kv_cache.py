@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from scale_rae.compiling import attention_kernels
-from scale_rae.cuda_graphs import Captures, graph_memory
+from scale_rae.cuda_graphs import Captures, GraphMemory, graph_memory
 from scale_rae.qwen2 import Qwen2, compiled_layer, qwen2_layer, self_certainty
 
 _SLOTS = 256  # on CUDA, slots are allocated, and read by captured passes, in multiples of this
@@ -44,7 +44,8 @@ class KVCache:
         self._position = torch.zeros(rows, dtype=torch.long, device=device)
         self._steps = 0  # taken since `begin`
         self._first = 0  # position of the first of them, of the longest row
-        self.captured_steps: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, Tensor]] = {}  # captured decoding steps
+        # Captured decoding steps, by slots that they read and whether they are compiled.
+        self.captured_steps: dict[tuple[int, bool], tuple[GraphMemory, torch.cuda.CUDAGraph, Tensor]] = {}
         self.passes = Captures(graph and self.network.on_cuda, _MOST_GRAPHS)  # over several tokens
         self.slots = 0
         self._keys: list[Tensor] = []  # of each layer, [rows, slots, G, d]
@@ -102,14 +103,14 @@ class KVCache:
         if not self.passes.enabled:
             return self._step(reach)[:, : self.batch]
         key = (reach, self.compile_steps)
-        memory = graph_memory(self.network.device)
         if key not in self.captured_steps:
+            memory = graph_memory(self.network.device)
             saved = self._token.clone(), self._position.clone()
-            self.captured_steps[key] = memory.capture(lambda: self._step(reach))
+            self.captured_steps[key] = memory, *memory.capture(lambda: self._step(reach))
             self._token.copy_(saved[0])  # capturing took steps of its own
             self._position.copy_(saved[1])
-        with memory.lock:
-            graph, record = self.captured_steps[key]
+        memory, graph, record = self.captured_steps[key]
+        with memory.turn():
             graph.replay()
             return record[:, : self.batch].clone()
 

@@ -377,11 +377,13 @@ class SearchOptions:
         tuple[float, ...],
         Knob(
             "Look at a half-formed candidate where its t comes nearest to this, and drop it if it will not do; noise is "
-            "t = 1. Given twice, look twice.",
+            "t = 1. Given twice, look twice. Default: after two fifths of the evaluations, t = 0.84 with the bundled model, "
+            "0.94 with the published ones.",
             SEARCH,
             metavar="T",
+            show_default=False,
         ),
-    ] = (0.84,)
+    ] = ()  # `adaptive.with_looks` knows the model
     max_candidates: Annotated[int, Knob("Begin at most this number of candidates per prompt.", SEARCH, least=1)] = 32
     accept_reward: Annotated[
         float | None,
@@ -399,7 +401,7 @@ class SearchOptions:
     def check(self) -> None:
         """Raises OptionError, naming the flag, for values that no search can use."""
         check_options(self, flags=True)
-        if not 1 <= len(self.check_at) <= 2:
+        if len(self.check_at) > 2:
             raise OptionError("--check-at: give one or two times")
         for t in self.check_at:
             if not 0 < t < 1:

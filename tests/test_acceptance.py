@@ -24,7 +24,7 @@ from scale_rae.acceptance import (
 from scale_rae.errors import OptionError
 from scale_rae.options import REWARDS, SearchOptions
 
-OPTIONS = SearchOptions(max_candidates=8)
+OPTIONS = SearchOptions(check_at=(0.84,), max_candidates=8)
 
 
 def look(answer: str = "yes", confidence: float = 10.0, reward: float | None = None, t: float | None = 0.8) -> Look:
@@ -175,9 +175,13 @@ def test_accepting() -> None:
 
 def test_a_threshold_takes_the_place_of_standings() -> None:
     candidates = wave([look(reward=r) for r in (1.0, 1.1, 1.2, -0.5)])
-    drop([], candidates, Rules(4, SearchOptions(accept_reward=-1.0)))
+    drop([], candidates, Rules(4, SearchOptions(check_at=(0.84,), accept_reward=-1.0)))
     assert not any(c.fate for c in candidates)
-    drop([], candidates, Rules(4, SearchOptions(accept_reward=1.05), thresholds=Thresholds(drop_below=5.0)))
+    drop(
+        [],
+        candidates,
+        Rules(4, SearchOptions(check_at=(0.84,), accept_reward=1.05), thresholds=Thresholds(drop_below=5.0)),
+    )
     assert [c.fate for c in candidates] == [DROPPED, "", "", DROPPED]
     assert candidates[0].reason == "its reward at t = 0.80 is 1, below 1.05"
 
@@ -193,7 +197,6 @@ def test_accepted_ones_are_kept_first_then_the_best_of_the_rest() -> None:
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"check_at": ()}, "--check-at: give one or two times"),
         ({"check_at": (0.9, 0.8, 0.7)}, "--check-at: give one or two times"),
         ({"check_at": (1.0,)}, "--check-at 1: must be between 0 and 1"),
         ({"check_at": (0.0,)}, "--check-at 0: must be between 0 and 1"),

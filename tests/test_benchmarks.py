@@ -352,7 +352,7 @@ def test_policies_are_replayed_from_records(tmp_path: Path) -> None:
     #       candidates 0 to 3: rejected, dropped, accepted, accepted; then 4: accepted
     path = recorded(tmp_path / "r.jsonl", "00111", "ynyyy", "nnyyy", [0.0, 0.0, 0.1, 0.2, 0.3])
     _, (prompt,) = study_search.read_records(path)
-    policy = study_search.Adaptive(3, SearchOptions(max_candidates=5), Thresholds(-9, -9))
+    policy = study_search.Adaptive(3, SearchOptions(check_at=(0.84,), max_candidates=5), Thresholds(-9, -9))
     found = study_search.searched(prompt, policy)
     assert [c.fate for c in found] == ["rejected", "dropped", "accepted", "accepted", "accepted"]
     assert [c.evaluations for c in found] == [4, 2, 4, 4, 4]
@@ -361,7 +361,7 @@ def test_policies_are_replayed_from_records(tmp_path: Path) -> None:
     assert study_search.replay(prompt, study_search.BestOf("image_reward", 4, 2)).right == 1.0
     assert study_search.replay(prompt, study_search.BestOf("image_reward", 2, 1)).first is False
     assert study_search.replay(prompt, study_search.BestOf(None, 3, 1)).first is True
-    more = study_search.Adaptive(4, SearchOptions(max_candidates=6), Thresholds(-9, -9))
+    more = study_search.Adaptive(4, SearchOptions(check_at=(0.84,), max_candidates=6), Thresholds(-9, -9))
     with pytest.raises(InputError, match="5 candidates per prompt, which are too few"):
         study_search.replay(prompt, more)
     with pytest.raises(InputError, match=r"no record of evaluation 3 \(t = 0\.55\)"):

@@ -276,3 +276,14 @@ def test_options_are_refused_or_work(guidance: float, steps: int, solver: str, i
 
 def test_every_solver_that_can_be_chosen_is_there() -> None:
     assert tuple(flow.SAMPLERS) == options.SOLVERS
+
+
+@pytest.mark.parametrize(
+    ("channels", "tokens", "base", "t"), [(96, 64, 768, 0.84), (1152, 256, 4096, 0.94), (1024, 256, 4096, 0.94)]
+)
+def test_the_usual_look_is_after_equally_many_evaluations_whatever_the_shift(
+    channels: int, tokens: int, base: int, t: float
+) -> None:
+    shift = flow.time_shift(channels, tokens, base)
+    assert flow.usual_look(shift) == t
+    assert flow.steps_until("ab2", flow.SAMPLERS["ab2"].schedule(20, shift), t) == 8

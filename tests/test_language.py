@@ -311,6 +311,7 @@ def as_on_cuda(models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch) -> 
         return graph, graph.output
 
     monkeypatch.setattr(GraphMemory, "capture", capture)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(stream_id=0))
     monkeypatch.setattr(Qwen2, "on_cuda", True)
     monkeypatch.setattr(models["webssl"].language, "caches", CachePool(graph=True, compile_steps=False))
     return captured

@@ -26,7 +26,7 @@ pipeline
 provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards adaptive prompt_search scale_rae
 scaling scaling.settings scaling.experiment scaling.records scaling.events scaling.locks scaling.local_files scaling.object_store scaling.store
-scaling.batches scaling.joining scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
+scaling.batches scaling.joining scaling.lanes scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
 scaling.replacing scaling.reader scaling.scoring scaling.select scaling.plots scaling.report scaling.sheet
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae.acceptance import Rules
-from scale_rae.adaptive import Batching, Search, Searcher
+from scale_rae.adaptive import Batching, Search, Searcher, with_looks
 from scale_rae.checkpoint import load_latent
 from scale_rae.demo.best_of import BestOf
 from scale_rae.demo.candidates import Candidates
@@ -369,6 +369,7 @@ class SharedModel:
             with self._alone(emit):
                 reward = self.reward(reward_name)
                 options = SearchOptions(max_candidates=most, save_dropped=True)  # the page shows dropped ones too
+                options = with_looks(options, self.model.config)
                 cards = Candidates(Rules(keep, options, reward.name if reward is not None else None))
                 searcher = self._searcher(cards, reward, sampling)
                 reply = self.model.reply([request], max_new_tokens=sampling.max_new_tokens)[0]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
 
+Turn = Callable[[str], AbstractContextManager[None]]
 SPARE = 0.1  # share of a GPU's memory that `--batch-size auto` leaves free: prompts differ in length
 
 
@@ -69,14 +72,21 @@ class BatchMaker:
         replies = self.model.reply(requests, max_new_tokens=self.settings.max_new_tokens)
         return [Replied(*parts) for parts in zip(prompts, requests, replies, strict=True)]
 
-    def searcher(self, batching: Batching | None = None) -> Searcher:
+    def searcher(self, batching: Batching | None = None, turn: Turn | None = None) -> Searcher:
         """What carries out adaptive searches; by default it draws and reads one image at a time.
+
+        `turn(stage)` is a context that the stages "drawing" and "judging" run in, outside of their seconds.
 
         Raises:
             OptionError: for looks that are not on the sampler's way, or a threshold outside of the reward's range.
             ConfigError: for a checkpoint that cannot read the latents it draws.
         """
         from scale_rae.adaptive import Batching, Searcher
+
+        @contextlib.contextmanager
+        def timed(stage: str) -> Iterator[None]:
+            with nullcontext() if turn is None else turn(stage), self.clock.timed(stage):
+                yield
 
         settings = self.settings
         return Searcher(
@@ -90,7 +100,7 @@ class BatchMaker:
             post_qa_mode=settings.post_qa_mode,
             max_new_tokens=settings.post_qa_max_new_tokens,
             step=self._step,
-            timed=self.clock.timed,
+            timed=timed,
         )
 
     def draw(

@@ -41,7 +41,7 @@ def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> di
 def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between an experiment's recorded settings and those it is resumed with, one text per difference.
 
-    A setting that the record lacks has its default there. A setting that is still open (None, AUTO_REWARD) is not compared.
+    A setting that the record lacks has its default there. A setting that is still open (None, AUTO_REWARD, no time of a look) is not compared.
     """
     old, new = recorded.get("settings"), now["settings"]
     if not isinstance(old, dict):
@@ -56,7 +56,7 @@ def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> 
         here, there = new[name], old[name]
         if name in _NAMES or here == there or (name in ("batch_size", "dtype") and here is None):
             continue
-        if name == "reward" and here == AUTO_REWARD:
+        if (name == "reward" and here == AUTO_REWARD) or (name == "check_at" and here == []):
             continue
         found.append(f"{name} {_short(here)} here, {_short(there)} there")
     old_prompts = recorded.get("prompts")

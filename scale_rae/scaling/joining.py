@@ -15,6 +15,7 @@ from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 
 if TYPE_CHECKING:
+    from scale_rae.config import ScaleRAEConfig
     from scale_rae.opening import OpenedModel
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
@@ -45,6 +46,14 @@ def with_reward(settings: Settings, store: Store, model: ScaleRAE, say: Say) -> 
     if name != DEFAULT_REWARD:
         say(f"reward: {name}, which the model brings (--reward chooses another)")
     return dataclasses.replace(settings, reward=name)
+
+
+def with_looks(settings: Settings, store: Store, config: ScaleRAEConfig) -> Settings:
+    """The settings with the times of looks where they were left open: the experiment's or, for a new one, the model's."""
+    from scale_rae.adaptive import with_looks
+
+    settings = settings.resumed(store.read_experiment())
+    return dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, config))
 
 
 def join_experiment(

@@ -32,7 +32,7 @@ from scale_rae.prompt import QUESTION
 from scale_rae.wording import as_request
 
 MOST_IMAGES = 1_000_000  # per prompt; the plan of a larger experiment fills the memory
-MOST_TOGETHER = 32  # prompts that one worker searches at a time
+MOST_TOGETHER = 64  # prompts that one worker searches at a time
 SCALING, JUDGING = "Scaling", "Judging"  # headings in --help
 
 
@@ -158,12 +158,18 @@ class Settings:
         return ModelChoice(**{name: getattr(self, name) for name in names}, device=device)
 
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
-        """The settings to go on with: an open reward and the model's name are those of the recorded experiment, if any."""
+        """The settings to go on with: what is open, and the model's name, are those of the recorded experiment, if any.
+
+        Open are a reward that is AUTO_REWARD, and the times of an adaptive search's looks where none is given.
+        """
         known = (recorded or {}).get("settings")
         if not isinstance(known, dict):
             return self
         name = known.get("model_path")
         settings = dataclasses.replace(self, model_name=name) if isinstance(name, str) else self
+        looks = known.get("check_at")
+        if self.is_adaptive and not self.adaptive.check_at and isinstance(looks, list):
+            settings = dataclasses.replace(settings, adaptive=dataclasses.replace(self.adaptive, check_at=tuple(looks)))
         if self.reward != AUTO_REWARD or not isinstance(known.get("reward"), str | None):
             return settings
         return dataclasses.replace(settings, reward=known.get("reward"))

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.clock import StageClock
@@ -17,10 +19,11 @@ from scale_rae.errors import InputError, OutputError, ScaleRAEError
 from scale_rae.options import memory_bytes
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
-from scale_rae.scaling.batches import BatchMaker, Replied
+from scale_rae.scaling.batches import BatchMaker, Replied, Turn
 from scale_rae.scaling.events import ImagesDrawn, Listener, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.experiment import check_finite, png_text
-from scale_rae.scaling.joining import join_experiment, with_reward
+from scale_rae.scaling.joining import join_experiment, with_looks, with_reward
+from scale_rae.scaling.lanes import Lanes, split
 from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
@@ -107,7 +110,9 @@ def open_worker(
             from scale_rae.adaptive import check_looks
             from scale_rae.config import load_config
 
-            check_looks(settings.adaptive, settings.options, load_config(source.folder))
+            config = load_config(source.folder)
+            check_looks(settings.adaptive, settings.options, config)
+            settings = with_looks(settings, store, config)
         opened = OpenedModel(
             choice,
             bars,
@@ -169,6 +174,8 @@ class Worker:
         self._settings, self._model = maker.settings, maker.model
         self._fits = batch_size  # images that the device has memory for
         self._drawn = 0  # images
+        self._counting = threading.Lock()
+        self._lanes = Lanes(self._model, maker.stop) if self._model.device.type == "cuda" else None
         self._threads: ThreadPoolExecutor | None = None
         self._per_thread = 1  # images that each of them draws together
         with contextlib.ExitStack() as stack:
@@ -295,19 +302,22 @@ class Worker:
             batching = Batching(size, size)
         else:
             batching = Batching(self._per_thread, 1, self._threads.map)
-        writer = WaveWriter(
-            self._store,
-            self._model,
-            self._maker.searcher(batching),
-            self._encoders,
-            self._threads is not None,
-            self._count,
-        )
-        writer.search(replies, todo)
+
+        def searching(some: Sequence[Replied], turn: Turn | None) -> Callable[[], None]:
+            searcher, exact = self._maker.searcher(batching, turn), self._threads is not None
+            writer = WaveWriter(self._store, self._model, searcher, self._encoders, exact, self._count)
+            indices = {replied.prompt.index for replied in some}
+            return partial(writer.search, some, [prompt for prompt in todo if prompt.index in indices])
+
+        if self._lanes is None:
+            searching(replies, None)()
+        else:
+            self._lanes.run([searching(some, self._lanes.turn) for some in split(replies)])
 
     def _count(self, images: int) -> None:
-        self._drawn += images
-        self._listen(ImagesDrawn(images))
+        with self._counting:
+            self._drawn += images
+            self._listen(ImagesDrawn(images))
 
     def _check_asks(self, replied: Replied) -> None:
         """Raises InputError for a reply that asks for no image, or a question that cannot be asked."""

@@ -21,6 +21,7 @@ from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling import local
 from scale_rae.scaling.events import Event, ImagesDrawn, PromptFailed, PromptFinished, WorkerFailed, to_json
+from scale_rae.scaling.lanes import split
 from scale_rae.scaling.ranks import ProcessGroup, watched
 from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
@@ -283,3 +284,9 @@ def test_batch_size_auto_is_measured_once_and_kept(scale: Scale, monkeypatch: py
     scale("--batch-size", "auto", "--limit", 3)  # goes on with what was measured then
     assert sizes == [2, 2]
     assert "batch_size 1 here, 2 there" in scale("--batch-size", 1).err
+
+
+def test_the_lanes_of_a_group_depend_on_its_size_alone() -> None:
+    assert split(range(15)) == [range(15)]
+    assert split(range(16)) == [range(8), range(8, 16)]
+    assert split(range(33)) == [range(17), range(17, 33)]

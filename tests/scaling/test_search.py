@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scale_rae.options import SearchOptions
 from scale_rae.scaling.launch import share
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
@@ -233,7 +232,7 @@ def test_bad_options(search: Search, scale: Scale, options: list[object], error:
 
 
 def test_an_option_of_the_search_without_it_is_refused_whatever_its_value(scale: Scale) -> None:
-    result = scale("--check-at", SearchOptions().check_at[0])
+    result = scale("--check-at", 0.84)
     assert result.code == 2
     assert "--check-at: only with --search adaptive" in result.err
 
@@ -248,6 +247,22 @@ def test_a_folder_that_was_there_is_left_as_it_was(search: Search, scale: Scale)
     (scale.out / "mine").write_text("kept")
     assert search("--accept-reward", 1000).code == 2
     assert [path.name for path in scale.out.iterdir()] == ["mine"]
+
+
+def test_looks_that_are_not_given_are_the_experiment_s_or_the_model_s(
+    searched_folder: Path, searched: dict[str, bytes], search: Search, scale: Scale
+) -> None:
+    at = SEARCH.index("--check-at")
+    without_looks = SEARCH[:at] + SEARCH[at + 2 :]
+    shutil.copytree(searched_folder, search.folder)
+    assert scale(*without_looks).code == 0
+    settings = json.loads((search.folder / "experiment.json").read_text())["settings"]
+    assert settings["check_at"] == [0.9]
+    assert snapshot(search.folder) == searched
+    shutil.rmtree(search.folder)
+    assert scale(*without_looks, "--limit", 1).code == 0
+    settings = json.loads((search.folder / "experiment.json").read_text())["settings"]
+    assert settings["check_at"] == [0.84]
 
 
 def test_looks_at_the_same_evaluation(search: Search) -> None:
@@ -268,7 +283,7 @@ def test_groups_do_not_depend_on_what_is_left() -> None:
     assert (numbers(own), numbers(rest)) == ([], [[0, 1, 2, 3]])
 
 
-@pytest.mark.parametrize(("prompts", "expected"), [(1, 1), (7, 1), (12, 3), (553, 32)])
+@pytest.mark.parametrize(("prompts", "expected"), [(1, 1), (7, 1), (12, 3), (553, 64)])
 def test_how_many_prompts_are_drawn_together(prompts: int, expected: int) -> None:
     assert Settings("", "", search="adaptive").prompts_together(prompts) == expected
     assert Settings("", "").prompts_together(prompts) == 1
