@@ -11,12 +11,18 @@ Each step agrees with the original evaluator. Importing this package loads no to
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from scale_rae.geneval.crops import crop
 from scale_rae.geneval.verdicts import CLASSES, COLORS, Verdict, VerdictOptions, check_metadata, color_calls, verdict
+
+if TYPE_CHECKING:
+    from scale_rae.geneval.colors import ColorClassifier
 
 __all__ = [
     "CLASSES",
     "COLORS",
+    "ColorClassifier",
     "Verdict",
     "VerdictOptions",
     "check_metadata",
@@ -24,3 +30,11 @@ __all__ = [
     "crop",
     "verdict",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ColorClassifier":
+        from scale_rae.geneval.colors import ColorClassifier
+
+        return ColorClassifier
+    raise AttributeError(f"module 'scale_rae.geneval' has no attribute {name!r}")
