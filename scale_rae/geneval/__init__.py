@@ -18,11 +18,14 @@ from scale_rae.geneval.verdicts import CLASSES, COLORS, Verdict, VerdictOptions,
 
 if TYPE_CHECKING:
     from scale_rae.geneval.colors import ColorClassifier
+    from scale_rae.geneval.detector import Detections, Detector
 
 __all__ = [
     "CLASSES",
     "COLORS",
     "ColorClassifier",
+    "Detections",
+    "Detector",
     "Verdict",
     "VerdictOptions",
     "check_metadata",
@@ -37,4 +40,8 @@ def __getattr__(name: str) -> Any:
         from scale_rae.geneval.colors import ColorClassifier
 
         return ColorClassifier
+    if name in ("Detections", "Detector"):
+        from scale_rae.geneval import detector
+
+        return getattr(detector, name)
     raise AttributeError(f"module 'scale_rae.geneval' has no attribute {name!r}")

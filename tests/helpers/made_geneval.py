@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from scale_rae.geneval.mask2former import Architecture
 from tests.helpers.made_checkpoints import GOLDENS, made
 
 FOLDER = GOLDENS / "geneval"
@@ -62,3 +64,31 @@ def detector_tensors() -> dict[str, Tensor]:
     scales = case["multiply"]
     tensors = {name: torch.from_numpy(made(name, shape)) for name, shape in case["tensors"].items()}
     return {name: tensor * scales.get(name, 1.0) for name, tensor in tensors.items()}
+
+
+def small_architecture() -> Architecture:
+    """The sizes of the reduced detector."""
+    config = record("mask2former")["config"]
+    backbone, pixels, decoder = config["backbone"], config["pixel_decoder"], config["transformer_decoder"]
+    return Architecture(
+        embed_dim=backbone["embed_dim"],
+        depths=tuple(backbone["depths"]),
+        num_heads=tuple(backbone["num_heads"]),
+        window_size=backbone["window_size"],
+        channels=pixels["channels"],
+        encoder_layers=pixels["encoder_layers"],
+        encoder_width=pixels["ffn"],
+        decoder_layers=decoder["layers"],
+        decoder_width=decoder["ffn"],
+        num_queries=config["num_queries"],
+    )
+
+
+def write_detector(file: Path) -> Path:
+    """The reduced detector's .pth file, in the form in which MMDetection publishes: old format, weights beside metadata."""
+    case = record("mask2former")
+    tensors = detector_tensors()
+    tensors |= {name: torch.zeros(shape, dtype=torch.int64) for name, shape in case["buffers_not_drawn"].items()}
+    meta = {"mmdet_version": "2.24.1", "CLASSES": ("person", "bicycle"), "epoch": 50, "seed": None, "lr": 1e-4}
+    torch.save({"meta": meta, "state_dict": OrderedDict(tensors)}, file, _use_new_zipfile_serialization=False)
+    return file
