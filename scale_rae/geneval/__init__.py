@@ -2,23 +2,33 @@
 
 A detector finds objects, a classifier names their colours, and rules compare both with the prompt's metadata:
 
-    found = Detector("mask2former.pth").detect([image])[0]
-    crops = lambda name, numbers: [crop(image, found.boxes[name][i], found.masks[name][i]) for i in numbers]
-    verdict(metadata, found.boxes, lambda name, numbers: colors.classify_colors(crops(name, numbers), name))
+    detector, classifier = Detector("mask2former.pth"), ColorClassifier()
+    judge([image], [metadata], detector, classifier)[0].verdict
 
 Each step agrees with the original evaluator. Importing this package loads no torch; `Detector` and `ColorClassifier` do.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.geneval.crops import crop
-from scale_rae.geneval.verdicts import CLASSES, COLORS, Verdict, VerdictOptions, check_metadata, color_calls, verdict
+from scale_rae.geneval.verdicts import (
+    CLASSES,
+    COLORS,
+    Verdict,
+    VerdictOptions,
+    check_metadata,
+    color_calls,
+    keep,
+    verdict,
+)
 
 if TYPE_CHECKING:
     from scale_rae.geneval.colors import ColorClassifier
     from scale_rae.geneval.detector import Detections, Detector
+    from scale_rae.geneval.judging import Judgement, judge
 
 __all__ = [
     "CLASSES",
@@ -26,22 +36,28 @@ __all__ = [
     "ColorClassifier",
     "Detections",
     "Detector",
+    "Judgement",
     "Verdict",
     "VerdictOptions",
     "check_metadata",
     "color_calls",
     "crop",
+    "judge",
+    "keep",
     "verdict",
 ]
 
 
+_NEED_TORCH = {
+    "ColorClassifier": "colors",
+    "Detections": "detector",
+    "Detector": "detector",
+    "Judgement": "judging",
+    "judge": "judging",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name == "ColorClassifier":
-        from scale_rae.geneval.colors import ColorClassifier
-
-        return ColorClassifier
-    if name in ("Detections", "Detector"):
-        from scale_rae.geneval import detector
-
-        return getattr(detector, name)
+    if name in _NEED_TORCH:
+        return getattr(import_module(f"scale_rae.geneval.{_NEED_TORCH[name]}"), name)
     raise AttributeError(f"module 'scale_rae.geneval' has no attribute {name!r}")

@@ -31,19 +31,20 @@ def crop(
     Raises:
         InputError: the mask has another size than the picture, the box ends before it begins, or the colour is unknown.
     """
-    picture = image.convert("RGB")
-    if mask is not None and background != ORIGINAL:
-        if mask.shape != (picture.height, picture.width):
-            raise InputError(f"a mask {list(mask.shape)} of a picture [{picture.height}, {picture.width}]")
-        try:
-            color = ImageColor.getrgb(background)[:3]
-        except ValueError as e:
-            raise InputError(f"background {background!r}: must be a colour like {BACKGROUND}, or {ORIGINAL}") from e
-        grey = Image.new("RGB", picture.size, color)
-        picture = Image.composite(picture, grey, Image.fromarray(mask.astype(np.uint8) * np.uint8(255)))
-    if not cropped:
-        return picture
-    x0, y0, x1, y1 = (round(float(side)) for side in np.asarray(box)[:4])
+    sides = np.asarray(box)[:4] if cropped else (0, 0, image.width, image.height)
+    x0, y0, x1, y1 = (round(float(side)) for side in sides)  # half to even
     if x1 < x0 or y1 < y0:
         raise InputError(f"box {[x0, y0, x1, y1]}: ends before it begins")
-    return picture.crop((x0, y0, x1, y1))
+    part = image.convert("RGB").crop((x0, y0, x1, y1))
+    if mask is None or background == ORIGINAL:
+        return part
+    if mask.shape != (image.height, image.width):
+        raise InputError(f"a mask {list(mask.shape)} of a picture [{image.height}, {image.width}]")
+    try:
+        color = ImageColor.getrgb(background)[:3]
+    except ValueError as e:
+        raise InputError(f"background {background!r}: must be a colour like {BACKGROUND}, or {ORIGINAL}") from e
+    outside = Image.fromarray(np.where(mask, np.uint8(0), np.uint8(255)))
+    inside_box = outside.crop((x0, y0, x1, y1))  # 0 beyond the picture, where the crop stays black
+    part.paste(color, mask=inside_box)
+    return part

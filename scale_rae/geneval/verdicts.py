@@ -67,6 +67,9 @@ class VerdictOptions:
         check_options(self)
 
 
+PUBLISHED_OPTIONS = VerdictOptions()
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether a picture shows what its prompt names, why not, and the objects that were found.
@@ -83,7 +86,7 @@ def verdict(
     metadata: Mapping[str, Any],
     detections: Mapping[str, Boxes],
     classify: Classify,
-    options: VerdictOptions = VerdictOptions(),
+    options: VerdictOptions = PUBLISHED_OPTIONS,
     classes: Sequence[str] = CLASSES,
     colors: Sequence[str] = COLORS,
 ) -> Verdict:
@@ -97,7 +100,7 @@ def verdict(
         InputError: `check_metadata` refuses the metadata, or detections are of an unknown class or another shape.
     """
     check_metadata(metadata, classes, colors)
-    kept = _keep(metadata, detections, options, classes)
+    kept = keep(metadata, detections, options, classes)
     boxes = {name: detections[name][numbers] for name, numbers in kept.items()}
     reasons: list[str] = []
     targets: list[Boxes | None] = []
@@ -116,7 +119,7 @@ def verdict(
 def color_calls(
     metadata: Mapping[str, Any],
     detections: Mapping[str, Boxes],
-    options: VerdictOptions = VerdictOptions(),
+    options: VerdictOptions = PUBLISHED_OPTIONS,
     classes: Sequence[str] = CLASSES,
     colors: Sequence[str] = COLORS,
 ) -> list[tuple[str, list[int]]]:
@@ -126,7 +129,7 @@ def color_calls(
         InputError: as `verdict`.
     """
     check_metadata(metadata, classes, colors)
-    kept = _keep(metadata, detections, options, classes)
+    kept = keep(metadata, detections, options, classes)
     wanted = [clause for clause in metadata.get("include", ()) if clause.get("color") is not None]
     return [
         (clause["class"], kept[clause["class"]][: clause["count"]])
@@ -184,10 +187,19 @@ def _short(value: Any) -> str:
     return shorten(repr(value))
 
 
-def _keep(
-    metadata: Mapping[str, Any], detections: Mapping[str, Boxes], options: VerdictOptions, classes: Sequence[str]
+def keep(
+    metadata: Mapping[str, Any],
+    detections: Mapping[str, Boxes],
+    options: VerdictOptions = PUBLISHED_OPTIONS,
+    classes: Sequence[str] = CLASSES,
 ) -> dict[str, list[int]]:
-    """The numbers of each class's kept detections, best first; classes in order, without those of which none is kept."""
+    """The numbers of each class's kept detections, best first; classes in order, without those of which none is kept.
+
+    These are the objects that a verdict is about, and its `details`.
+
+    Raises:
+        InputError: detections are of an unknown class or another shape.
+    """
     if unknown := [name for name in detections if name not in classes]:
         raise InputError(f"detections of {_short(unknown[0])}, which is none of the detector's classes")
     threshold = options.counting_threshold if metadata["tag"] == COUNTING else options.threshold
