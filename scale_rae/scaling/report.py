@@ -75,8 +75,6 @@ def render(
     thumbnail: int,
 ) -> str:
     """The page."""
-    from jinja2 import Environment, StrictUndefined
-
     first = chosen[metric]
     short = {name: entry.short for name, entry in TABLE.items()}
     views = []
@@ -102,10 +100,9 @@ def render(
         "short": short,
     }
     searches = [s.prompt.searched for s in first if s.prompt.searched is not None]
-    template = files("scale_rae").joinpath("assets", "report.html").read_text(encoding="utf-8")
-    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     keeps = sorted({len(s.kept) for s in first})
-    return env.from_string(template).render(
+    return fill_template(
+        "report.html",
         title=experiment.folder.name,
         metric=metric,
         metrics={name: TABLE[name].title for name in chosen},
@@ -128,6 +125,16 @@ def render(
         search=_search_view(searches),
         data=data,
     )
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A page: the template of that name in the package's assets, with values; it also gets the style that pages share."""
+    from jinja2 import Environment, StrictUndefined
+
+    assets = files("scale_rae").joinpath("assets")
+    style = assets.joinpath("page.css").read_text(encoding="utf-8")
+    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return env.from_string(assets.joinpath(name).read_text(encoding="utf-8")).render(style=style, **values)
 
 
 def _search_view(searches: list[Searched]) -> dict[str, Any] | None:
@@ -199,7 +206,7 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
     views = []
     rewards = prompt.rewards_or_none()
     for i, path in enumerate(prompt.images):
-        source, width, height = _thumbnail(path, thumbnail)
+        source, width, height = thumbnail_of(path, thumbnail)
         answer, reply = prompt.answer(i), prompt.verdicts.response(i).get("reply")
         sure = prompt.verdicts.score(i, f"{answer}_conf_score") if answer in ("yes", "no") else None
         scores = {name: _number(selection.ranking.scores[i]) for name, selection in by_metric.items()}
@@ -228,17 +235,17 @@ def _candidate_view(candidate: Tried) -> CandidateView:
     else:
         reason = (candidate.reason or "").replace(at, "")  # a reason names the time again
         text = f"{candidate.fate}{at}" + (f": {reason}" if reason else "")
-    picture = _thumbnail(candidate.picture, SMALL) if candidate.picture is not None else (None,)
+    picture = thumbnail_of(candidate.picture, SMALL) if candidate.picture is not None else (None,)
     return CandidateView(candidate.number, candidate.fate, text, *picture)
 
 
-def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:
-    """A data URL (PNG if the image is small anyway, else JPEG), its width and its height."""
+def thumbnail_of(path: Path, size: int, formats: tuple[str, ...] = ("PNG",)) -> tuple[str, int, int]:
+    """A data URL (PNG if the image is small anyway, else JPEG), its width and its height; the file has one of `formats`."""
     from PIL import Image
 
     from scale_rae.images import to_rgb
 
-    with Image.open(path, formats=("PNG",)) as opened:
+    with Image.open(path, formats=formats) as opened:
         flat = to_rgb(opened)
     kind = "PNG" if max(flat.size) <= min(size, 96) else "JPEG"
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)
