@@ -1,6 +1,6 @@
 """Judges of pictures: GenEval's detector and colour classifier, and the bundled model's judge. Imports no torch before one is opened.
 
-To add a judge, add a name to JUDGES, a check of metadata to `metadata_check`, and its identity to `identity_of`, and a
+To add a judge, add a name to results.JUDGES, a check of metadata to `metadata_check`, and its identity to `identity_of`, and a
 class with `judge` to `open_judge`.
 """
 
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from scale_rae.errors import InputError, OptionError, need
 from scale_rae.geneval.journal import Judged, Mark
+from scale_rae.geneval.results import JUDGES
 from scale_rae.geneval.verdicts import CLASSES, COLORS, check_metadata
 from scale_rae.options import Knob, check_options
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from PIL import Image
 
-JUDGES = ("geneval", "shapes")
 _JUDGE = "Judge"
 _MASK_SIDE = 160  # pixels, of the masks that are kept for the page
 _SHAPES_VERSION = 1  # of the judge of shapes; another number has pictures judged anew

@@ -17,6 +17,7 @@ from scale_rae.files import read_bytes
 from scale_rae.jsonio import parse_json, shortened
 
 RESULTS = "results.jsonl"
+JUDGES = ("geneval", "shapes")  # folders of results are named by them
 _MOST_BYTES = 4 << 30  # a line has about 1 KB; the largest evaluations have some 100,000 lines
 
 
@@ -70,6 +71,18 @@ def reason_kinds(reason: str) -> list[str]:
 def default_out(folder: Path, judge: str) -> Path:
     """Where results of a folder are written unless chosen: <folder>_<judge>/results.jsonl, beside the folder."""
     return folder.with_name(f"{folder.name}_{judge}") / RESULTS
+
+
+def results_beside(folder: Path) -> tuple[str, dict[str, Result]] | None:
+    """The judge and, by the pictures' names, the results of an evaluated folder, where `default_out` has some; GenEval's first.
+
+    Raises:
+        InputError: when the file cannot be read.
+    """
+    for judge in JUDGES:
+        if (path := default_out(folder, judge)).is_file():
+            return judge, {result.filename: result for result in read_results(path)}
+    return None
 
 
 def beside(out: Path, ending: str) -> Path:
