@@ -30,13 +30,13 @@ scaling scaling.settings scaling.experiment scaling.records scaling.events scali
 scaling.batches scaling.joining scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
 scaling.replacing scaling.reader scaling.scoring scaling.select
 geneval.results geneval.summary geneval.folders geneval.policies geneval.journal geneval.judges geneval.evaluation geneval.workers
-scaling.plots scaling.report scaling.sheet geneval.page geneval.outcome
+scaling.plots scaling.report scaling.sheet geneval.page geneval.outcome geneval.reproduction
 serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
-cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.report cli.sheet cli.serve
+cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -44,6 +44,10 @@ COMMANDS = {
     "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
     "evaluate": ("scale_rae.cli.evaluate", "Score images by GenEval's rules: do they show what their prompts name?"),
+    "reproduce": (
+        "scale_rae.cli.reproduce",
+        "Measure a model as the paper does: draw GenEval's prompts, choose, evaluate.",
+    ),
     "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
     "serve": ("scale_rae.cli.serve", "Serve a model to OpenAI's clients over HTTP."),
     "sheet": ("scale_rae.cli.sheet", "Make a contact sheet of an experiment: one picture of its images."),

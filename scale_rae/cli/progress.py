@@ -162,7 +162,7 @@ class ScalingDisplay:
         seconds = time.monotonic() - self._start
         if self._images and seconds > 0:
             rate = self._images / seconds
-            text += f", {rate:.2f} images/s, {_duration((self._total - self._completed()) / rate)} left"
+            text += f", {rate:.2f} images/s, {duration((self._total - self._completed()) / rate)} left"
         return text
 
     def _completed(self) -> int:
@@ -215,7 +215,7 @@ class CountingDisplay:
         text = f"{done}/{total} {self._what}"
         if done:
             rate = done / max(now - self._start, 1e-9)
-            text += f", {rate:.3g} {self._what}/s, {_duration((total - done) / rate)} left"
+            text += f", {rate:.3g} {self._what}/s, {duration((total - done) / rate)} left"
         if self._shown:
             self._update(text, done, total)
         elif done == total or now - self._line_at >= LINE_EVERY:
@@ -243,6 +243,7 @@ class CountingDisplay:
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A time in words: "45 s", "12 min", "3.5 h"."""
     minutes, hours = round(seconds / 60), seconds / 3600
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"
