@@ -25,7 +25,7 @@ scores results
 pipeline
 provenance manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards adaptive prompt_search scale_rae
-geneval.verdicts geneval.crops geneval.colors geneval.mask2former geneval.detector geneval.judging geneval
+geneval.published geneval.verdicts geneval.crops geneval.colors geneval.mask2former geneval.detector geneval.judging geneval
 scaling scaling.settings scaling.experiment scaling.records scaling.events scaling.locks scaling.local_files scaling.object_store scaling.store
 scaling.batches scaling.joining scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
 scaling.replacing scaling.reader scaling.scoring scaling.select

@@ -1,4 +1,4 @@
-"""The command `scale-rae evaluate geneval`: score a folder of images by GenEval's rules."""
+"""The commands `scale-rae evaluate geneval` and `scale-rae evaluate convert-detector`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import CountingDisplay
 from scale_rae.cli.signature import expanded
 from scale_rae.errors import OptionError
-from scale_rae.geneval.judges import JudgeChoice
+from scale_rae.geneval.judges import NOT_COMPARABLE, JudgeChoice
 from scale_rae.options import check_count, check_device_name
 
 if TYPE_CHECKING:
@@ -169,6 +169,8 @@ def _report(
     from scale_rae.geneval.summary import compare, summarise
 
     say_missing(found)
+    if found.judge.get("comparable") is False:
+        say(f"note: {NOT_COMPARABLE}")
     summary = summarise(found.results)
     chosen: list[Policy] = []
     unusable: dict[str, str] = {}
@@ -245,4 +247,16 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-commands: dict[str, Any] = {"geneval": geneval}
+def convert_detector(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint, mask2former_swin-s-….pth.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Convert GenEval's published detector to transformers' names and safetensors, once, instead of each time it is loaded."""
+    from scale_rae.geneval.mask2former import convert
+
+    convert(file, out)
+    show(str(out))
+
+
+commands: dict[str, Any] = {"geneval": geneval, "convert-detector": convert_detector}

@@ -20,13 +20,13 @@ from torch import Tensor
 from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.config import library_fields
 from scale_rae.errors import CheckpointError, ConfigError, InputError
+from scale_rae.geneval.published import CLIP
 from scale_rae.geneval.verdicts import COLORS
 from scale_rae.hub import find, import_hub, weight_files
 from scale_rae.jsonio import read_json
 from scale_rae.memory import MemoryErrors, in_batches, pick_device
 from scale_rae.rewards.parts import build, check_depth, read_tokenizer
 
-CLIP = "openai/clip-vit-large-patch14"
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BATCH = 16  # crops
 _WHAT = "colour classifier"

@@ -10,19 +10,30 @@ import base64
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Protocol
 
 from scale_rae.errors import InputError, OptionError, need
+from scale_rae.files import sha256
 from scale_rae.geneval.journal import Judged, Mark
+from scale_rae.geneval.published import CLIP, CONVERTED_FROM, DETECTOR_ADDRESS, DETECTOR_FILE, DETECTOR_SHA256
 from scale_rae.geneval.results import JUDGES
-from scale_rae.geneval.verdicts import CLASSES, COLORS, check_metadata
-from scale_rae.options import Knob, check_options
+from scale_rae.geneval.verdicts import CLASSES, COLORS, PUBLISHED_OPTIONS, VerdictOptions, check_metadata
+from scale_rae.hub import find, weight_files
+from scale_rae.jsonio import read_json
+from scale_rae.options import Knob, check_options, options_of, to_record
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
     from PIL import Image
 
+    from scale_rae.geneval.colors import ColorClassifier
+    from scale_rae.geneval.detector import Detector
+    from scale_rae.geneval.judging import Judgement
+    from scale_rae.hub import Source
+
+NOT_COMPARABLE = "not comparable with published scores: other weights, options or number formats than those of GenEval's own evaluator"
 _JUDGE = "Judge"
 _MASK_SIDE = 160  # pixels, of the masks that are kept for the page
 _SHAPES_VERSION = 1  # of the judge of shapes; another number has pictures judged anew
@@ -48,10 +59,38 @@ class JudgeChoice:
             choices=JUDGES,
         ),
     ] = "geneval"
+    detector: Annotated[
+        str | None,
+        Knob(
+            "GenEval's detector: the published .pth file, the folder that `convert-detector` wrote, or a folder or hub id of "
+            "transformers' Mask2Former. docs/geneval.md says where the file is.",
+            _JUDGE,
+            metavar="FILE|DIR|ID",
+            show_default=False,
+        ),
+    ] = None
+    clip: Annotated[str, Knob("CLIP, which names colours: folder or hub id.", _JUDGE)] = CLIP
+    detector_dtype: Annotated[
+        str,
+        Knob("What the detector computes in; published scores are float32's.", _JUDGE, choices=("float32", "bfloat16")),
+    ] = "float32"
+    options: VerdictOptions = PUBLISHED_OPTIONS
 
     def check(self) -> None:
         """Raises OptionError, naming the flag, for values that no evaluation can use."""
         check_options(self, flags=True)
+        if self.judge == "geneval" and self.detector is None:
+            raise OptionError(
+                f"--detector: is needed: the file {DETECTOR_FILE}, which GenEval's own evaluation downloads from {DETECTOR_ADDRESS} "
+                "(or give --judge shapes for pictures of the bundled model)"
+            )
+        if self.judge != "geneval":
+            given = [o for o in options_of(JudgeChoice, self) if o.name != "judge" and o.default != _DEFAULTS[o.name]]
+            if given:
+                raise OptionError(f"--{given[0].name.replace('_', '-')}: --judge {self.judge} has no such option")
+
+
+_DEFAULTS = {option.name: option.default for option in options_of(JudgeChoice)}
 
 
 def metadata_check(choice: JudgeChoice) -> Callable[[Mapping[str, Any]], None]:
@@ -75,9 +114,36 @@ def identity_of(choice: JudgeChoice) -> dict[str, Any]:
     Raises:
         ScaleRAEError: when a model is missing.
     """
-    if choice.judge == "geneval":
-        raise OptionError("--judge geneval: the detector is not part of this version; use --judge shapes")
-    return {"judge": "shapes", "version": _SHAPES_VERSION}
+    if choice.judge == "shapes":
+        return {"judge": "shapes", "version": _SHAPES_VERSION}
+    detector = _detector_identity(str(choice.detector))
+    as_published = choice.options == PUBLISHED_OPTIONS and choice.detector_dtype == "float32"
+    return {
+        "judge": "geneval",
+        "comparable": as_published and detector.get("detector_sha256") == DETECTOR_SHA256,
+        **detector,
+        **_weights_identity("clip", find(choice.clip, "colour classifier")),
+        "detector_dtype": choice.detector_dtype,
+        **to_record(choice.options),
+    }
+
+
+def _detector_identity(name: str) -> dict[str, Any]:
+    """The name and hash of a detector's weights; those of a converted folder are the published file's."""
+    if (file := Path(name).expanduser()).is_file():
+        return {"detector": file.name, "detector_sha256": sha256(file)}
+    source = find(name, "detector")
+    if isinstance(origin := read_json(source.folder / "config.json").get(CONVERTED_FROM), dict):
+        return {"detector": origin.get("name"), "detector_sha256": origin.get("sha256")}
+    return _weights_identity("detector", source)
+
+
+def _weights_identity(what: str, source: Source) -> dict[str, Any]:
+    """The name of a model, and its commit on the hub or the hashes of its weight files."""
+    if source.revision:
+        return {what: source.name, f"{what}_revision": source.revision}
+    hashes = [sha256(file) for file in weight_files(source.folder)]
+    return {what: source.folder.name, f"{what}_sha256": hashes[0] if len(hashes) == 1 else hashes}
 
 
 def open_judge(choice: JudgeChoice, device: str | None) -> Judge:
@@ -86,7 +152,37 @@ def open_judge(choice: JudgeChoice, device: str | None) -> Judge:
     Raises:
         ScaleRAEError: when a model is missing or cannot be used, or the device is not there.
     """
-    return ShapesJudge()
+    if choice.judge == "shapes":
+        return ShapesJudge()
+    from scale_rae.geneval.colors import ColorClassifier
+    from scale_rae.geneval.detector import Detector
+
+    detector = Detector(str(choice.detector), device, choice.detector_dtype)
+    return GenEvalJudge(detector, ColorClassifier(choice.clip, device), choice.options)
+
+
+class GenEvalJudge:
+    """GenEval's own judge: a detector, a colour classifier, and the rules (`judging.judge`)."""
+
+    def __init__(self, detector: Detector, classifier: ColorClassifier, options: VerdictOptions) -> None:
+        self._detector, self._classifier, self._options = detector, classifier, options
+
+    def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
+        """See `Judge`. Masks are kept of wrong pictures, for the page."""
+        from scale_rae.geneval.judging import judge
+
+        found = judge(images, metadata, self._detector, self._classifier, self._options)
+        return [_judged(one, image.size) for one, image in zip(found, images, strict=True)]
+
+
+def _judged(found: Judgement, size: tuple[int, int]) -> Judged:
+    verdict, marks = found.verdict, []
+    for name, numbers in found.kept.items():
+        for number in numbers:
+            *box, score = (float(x) for x in found.detections.boxes[name][number])
+            mask = None if verdict.correct else png_of(found.detections.masks[name][number])
+            marks.append(Mark(name, box, score, found.colors.get((name, number)), mask))
+    return Judged(verdict.correct, verdict.reason, verdict.details, marks, list(size))
 
 
 class ShapesJudge:

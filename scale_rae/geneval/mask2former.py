@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, OutputError, last_line
 from scale_rae.files import sha256, write_new
+from scale_rae.geneval.published import CONVERTED_FROM as SOURCE_FIELD
+from scale_rae.geneval.published import DETECTOR_FILE as PUBLISHED_NAME
+from scale_rae.geneval.published import DETECTOR_SHA256 as PUBLISHED_SHA256
 from scale_rae.geneval.verdicts import CLASSES
 from scale_rae.hub import find, import_hub, weight_files
 from scale_rae.jsonio import Fields, dump_json, read_json
 from scale_rae.layout import Layout, compare
 
-PUBLISHED_NAME = "mask2former_swin-s-p4-w7-224_lsj_8x2_50e_coco_20220504_001756-743b7d99.pth"
-PUBLISHED_SHA256 = "743b7d99015f1224c6d57fd4b14d04b15cc8ec72ae7ee7831e7c71d8873b7a54"
-SOURCE_FIELD = "converted_from"  # of a converted folder's config.json: name and SHA-256 of the published file
 HEADS, LEVELS, POINTS, GROUPS = (
     8,
     3,

@@ -27,7 +27,7 @@ from scale_rae.options import from_record, to_record
 from scale_rae.scaling.local import default_devices, thread_count
 
 _SHAPES_BATCH = 32
-_GPU_BATCH = 16  # TODO measure
+_GPU_BATCH, _CPU_BATCH = 32, 2  # the detector divides them again
 _log = logging.getLogger("scale_rae")
 
 
@@ -53,7 +53,7 @@ def batch_size_on(choice: JudgeChoice, devices: Sequence[str | None]) -> int:
         return _SHAPES_BATCH
     from scale_rae.memory import pick_device
 
-    return _GPU_BATCH if all(pick_device(device).type == "cuda" for device in devices) else 1
+    return _GPU_BATCH if all(pick_device(device).type == "cuda" for device in devices) else _CPU_BATCH
 
 
 def judging_on(choice: JudgeChoice, devices: Sequence[str | None]) -> Judging:
