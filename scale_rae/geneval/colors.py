@@ -24,7 +24,7 @@ from scale_rae.geneval.published import CLIP
 from scale_rae.geneval.verdicts import COLORS
 from scale_rae.hub import find, import_hub, weight_files
 from scale_rae.jsonio import read_json
-from scale_rae.memory import MemoryErrors, in_batches, pick_device
+from scale_rae.memory import MemoryErrors, exact_convolutions, in_batches, pick_device
 from scale_rae.rewards.parts import build, check_depth, read_tokenizer
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
@@ -132,7 +132,8 @@ class ColorClassifier:
 
         def run(start: int, stop: int) -> list[NDArray[np.float32]]:
             pixels = np.stack([clip_pixels(image, side) for image in images[start:stop]])
-            crops = embeddings(self.network, torch.from_numpy(pixels).to(self.device))  # [N, D]
+            with exact_convolutions():
+                crops = embeddings(self.network, torch.from_numpy(pixels).to(self.device))  # [N, D]
             columns = torch.stack([self.columns(name) for name in class_names[start:stop]])  # [N, D, 10]
             return list(((100 * crops)[:, None] @ columns)[:, 0].cpu().numpy())
 

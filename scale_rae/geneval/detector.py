@@ -21,7 +21,7 @@ from torch import Tensor
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.geneval.mask2former import PUBLISHED, Architecture, load
 from scale_rae.geneval.verdicts import CLASSES, Boxes
-from scale_rae.memory import MemoryErrors, in_batches, pick_device
+from scale_rae.memory import MemoryErrors, exact_convolutions, in_batches, pick_device
 
 Mask = NDArray[np.bool_]  # [H, W]
 
@@ -279,7 +279,7 @@ class Detector:
         autocast: Any = contextlib.nullcontext()
         if self.dtype != torch.float32:
             autocast = torch.autocast(self.device.type, self.dtype)
-        with autocast:
+        with autocast, exact_convolutions():
             class_logits, mask_logits = self.network(pixels)
         return class_logits.float(), mask_logits.float()
 

@@ -230,6 +230,21 @@ def test_other_networks_are_named(file: Path, folder: Path, tmp_path: Path) -> N
         load(str(tmp_path))
 
 
+def test_convolutions_stay_exact(detector: Detector, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    forward = detector.network.forward
+
+    def watched(pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(torch.backends.cudnn.allow_tf32)
+        return forward(pixels)
+
+    monkeypatch.setattr(detector.network, "forward", watched)
+    before = torch.backends.cudnn.allow_tf32
+    detector.outputs([picture("a")])
+    assert seen == [False]
+    assert torch.backends.cudnn.allow_tf32 == before
+
+
 def test_a_picture_without_pixels(detector: Detector) -> None:
     with pytest.raises(InputError, match="0 x 0 pixels"):
         detector.detect([Image.new("RGB", (0, 0))])
