@@ -19,9 +19,7 @@ from torch import Tensor, nn
 from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, OutputError, last_line
 from scale_rae.files import sha256, write_new
-from scale_rae.geneval.published import CONVERTED_FROM as SOURCE_FIELD
-from scale_rae.geneval.published import DETECTOR_FILE as PUBLISHED_NAME
-from scale_rae.geneval.published import DETECTOR_SHA256 as PUBLISHED_SHA256
+from scale_rae.geneval.published import CONVERTED_FROM, DETECTOR_FILE, DETECTOR_SHA256
 from scale_rae.geneval.verdicts import CLASSES
 from scale_rae.hub import find, import_hub, weight_files
 from scale_rae.jsonio import Fields, dump_json, read_json
@@ -99,7 +97,7 @@ class Loaded:
     @property
     def comparable(self) -> bool:
         """Whether the weights are those of published scores."""
-        return self.sha256 == PUBLISHED_SHA256
+        return self.sha256 == DETECTOR_SHA256
 
 
 def library_config(architecture: Architecture) -> dict[str, Any]:
@@ -145,7 +143,7 @@ def load(path: str, architecture: Architecture = PUBLISHED) -> Loaded:
         raise CheckpointError(f"{source.folder}: {differences}")
     reader.check_floats(stored.values())
     _copy(network, ((name, reader.read(stored[name])) for name in shapes))
-    origin = raw.get(SOURCE_FIELD)
+    origin = raw.get(CONVERTED_FROM)
     digest = origin.get("sha256") if isinstance(origin, dict) else None
     return Loaded(network, source.name, digest if isinstance(digest, str) else None)
 
@@ -164,7 +162,7 @@ def convert(path: str | Path, out: str | Path, architecture: Architecture = PUBL
     loaded = _load_file(Path(path).expanduser(), architecture)
     origin = {"name": loaded.name, "sha256": loaded.sha256}
     config = {"model_type": "mask2former", "architectures": ["Mask2FormerForUniversalSegmentation"]}
-    text = dump_json(config | library_config(architecture) | {SOURCE_FIELD: origin}, indent=2)
+    text = dump_json(config | library_config(architecture) | {CONVERTED_FROM: origin}, indent=2)
     weights = {name: parameter.detach().contiguous() for name, parameter in _parameters(loaded.network).items()}
     folder = Path(out).expanduser()
     if folder.exists():
@@ -359,7 +357,7 @@ def _load_file(file: Path, architecture: Architecture) -> Loaded:
     differences = compare(published_layout(architecture), stored)
     if any(differences):
         raise CheckpointError(
-            f"{file}: not the network of {PUBLISHED_NAME}: of its {len(published_layout(architecture))} tensors "
+            f"{file}: not the network of {DETECTOR_FILE}: of its {len(published_layout(architecture))} tensors "
             f"{len(differences.missing)} are missing and {len(differences.misshapen)} have another shape, and "
             f"{len(differences.unexpected)} are unexpected, such as {[*differences.misshapen, *differences.unexpected, *differences.missing][0]}"
         )

@@ -155,10 +155,15 @@ def check_metadata(record: Any, classes: Sequence[str] = CLASSES, colors: Sequen
         if not isinstance(clauses, Sequence) or isinstance(clauses, str):
             raise InputError(f"metadata: {field} is {_short(clauses)}; must be a list of clauses")
         for number, clause in enumerate(clauses):
-            _check_fields(clause, f"metadata: {field}[{number}]", number, classes, colors)
+            _check_clause_fields(
+                clause, f"metadata: {field}[{number}]", number, classes, colors if field == "include" else None
+            )
 
 
-def _check_fields(clause: Any, where: str, number: int, classes: Sequence[str], colors: Sequence[str]) -> None:
+def _check_clause_fields(
+    clause: Any, where: str, number: int, classes: Sequence[str], colors: Sequence[str] | None
+) -> None:
+    """Raises InputError, beginning with `where`. Without `colors`, colour and position are not checked, since nobody reads them."""
     if not isinstance(clause, Mapping):
         raise InputError(f"{where} is {_short(clause)}; must be an object with class and count")
     if clause.get("class") not in classes:
@@ -166,6 +171,8 @@ def _check_fields(clause: Any, where: str, number: int, classes: Sequence[str], 
     count = clause.get("count")
     if type(count) is not int or count < 1:
         raise InputError(f"{where}.count is {_short(count)}; must be a whole number of at least 1")
+    if colors is None:
+        return
     color = clause.get("color")
     if color is not None and color not in colors:
         raise InputError(f"{where}.color is {_short(color)}; must be one of {', '.join(colors)}")

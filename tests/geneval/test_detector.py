@@ -15,14 +15,8 @@ from safetensors.torch import load_file, save_file
 from scale_rae.errors import CheckpointError, ConfigError, InputError, OutputError, ScaleRAEError
 from scale_rae.geneval import CLASSES, Detections, Detector
 from scale_rae.geneval import detector as steps
-from scale_rae.geneval.mask2former import (
-    PUBLISHED_NAME,
-    PUBLISHED_SHA256,
-    SOURCE_FIELD,
-    convert,
-    load,
-    published_layout,
-)
+from scale_rae.geneval.mask2former import convert, load, published_layout
+from scale_rae.geneval.published import CONVERTED_FROM, DETECTOR_FILE, DETECTOR_SHA256
 from tests.helpers.made_geneval import FOLDER, record, small_architecture, write_detector
 
 CASE, ARRAYS = record("mask2former"), np.load(FOLDER / "mask2former.npz")
@@ -190,7 +184,7 @@ def test_old_names_and_comparability(folder: Path, tmp_path: Path, detector: Det
     old |= {"criterion.empty_weight": torch.ones(81)}
     save_file(old, tmp_path / "model.safetensors")
     config = json.loads((folder / "config.json").read_text())
-    del config[SOURCE_FIELD]
+    del config[CONVERTED_FROM]
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = load(str(tmp_path))
     assert (loaded.sha256, loaded.comparable) == (None, False)
@@ -201,12 +195,12 @@ def test_old_names_and_comparability(folder: Path, tmp_path: Path, detector: Det
         if "swin.layernorm" not in name
     ]
     assert all(same_values)
-    (tmp_path / "config.json").write_text(json.dumps(config | {SOURCE_FIELD: {"sha256": PUBLISHED_SHA256}}))
+    (tmp_path / "config.json").write_text(json.dumps(config | {CONVERTED_FROM: {"sha256": DETECTOR_SHA256}}))
     assert load(str(tmp_path)).comparable
 
 
 def test_other_networks_are_named(file: Path, folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=f"not the network of {PUBLISHED_NAME}: of its 625 tensors") as caught:
+    with pytest.raises(CheckpointError, match=f"not the network of {DETECTOR_FILE}: of its 625 tensors") as caught:
         Detector(str(file), "cpu")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600

@@ -77,6 +77,12 @@ def test_bad_metadata_is_named(record: Any, problem: str) -> None:
         check_metadata(record)
 
 
+def test_colors_and_places_of_what_should_be_absent_do_not_matter() -> None:
+    clause = {"class": "cat", "count": 1, "color": "grey", "position": ["over", 7]}
+    given = verdict({"tag": "a", "exclude": [clause]}, {"cat": boxes([0, 0, 9, 9, 0.5])}, nothing)
+    assert given.reason == "expected cat<1, found 1"
+
+
 def test_bad_detections_are_named() -> None:
     with pytest.raises(InputError, match="'kitten'"):
         verdict(CAT, {"kitten": boxes()}, nothing)
