@@ -214,8 +214,9 @@ def _weight_errors(file: Path) -> AbstractContextManager[None]:
 def _declared_by_torch(file: Path) -> dict[str, StoredTensor]:
     with _weight_errors(file):
         value = read_torch_file(file, WEIGHTS)
-    if isinstance(value, dict) and isinstance(value.get("model"), dict):
-        value = value["model"]
+    for key in ("model", "state_dict"):  # as training scripts save them, beside what they need to go on
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
     if not isinstance(value, dict) or not all(
         isinstance(n, str) and isinstance(t, FileTensor) for n, t in value.items()
     ):

@@ -65,18 +65,23 @@ def read_image(path: str | Path) -> bytes:
 
 
 def decode_image(
-    data: bytes, name: str, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = tuple(FORMATS)
+    data: bytes,
+    name: str,
+    max_pixels: int = MAX_PIXELS,
+    formats: tuple[str, ...] = tuple(FORMATS),
+    on_white: bool = True,
 ) -> Image.Image:
     """The image in a file's bytes, as `load_image` gives it; the first frame of an animation.
 
-    Decoders see neither metadata nor further frames (see containers), and nothing is decoded before its size is known.
+    Decoders see neither metadata nor further frames (see containers), and nothing is decoded before its size is known. Without
+    `on_white`, transparency is dropped: every pixel has the colour that is stored.
 
     Raises:
         InputError: beginning with `name`, when it is not an image of `formats`, damaged, or over `max_pixels`.
     """
     try:
         with warnings.catch_warnings(action="ignore"):  # Pillow's warnings about files that it can read
-            return _decode(data, max_pixels, formats)
+            return _decode(data, max_pixels, formats, on_white)
     except InputError as e:
         raise InputError(f"{name}: {e}") from e.__cause__
     except UnidentifiedImageError as e:
@@ -88,7 +93,7 @@ def decode_image(
         raise InputError(f"{name}: the image is damaged or cannot be read ({reason})") from e
 
 
-def _decode(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Image:
+def _decode(data: bytes, max_pixels: int, formats: tuple[str, ...], on_white: bool) -> Image.Image:
     kind = _format(data, formats)
     if kind is None:
         what = "the file is empty" if not data else f"formats that are read: {', '.join(formats)}"
@@ -105,7 +110,8 @@ def _decode(data: bytes, max_pixels: int, formats: tuple[str, ...]) -> Image.Ima
         turn = bare.orientation
         if kind == "AVIF":
             turn = containers.orientation(image.info.get("exif", b""), image.info.get("xmp", b""))
-        picture = to_rgb(_eight_bits(_integers(image)) if image.mode == "I" else image)
+        eight_bits = _eight_bits(_integers(image)) if image.mode == "I" else image
+        picture = to_rgb(eight_bits) if on_white else eight_bits.convert("RGB")
     return picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -49,6 +50,17 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
     check_dtype_name(name)
     dtype: torch.dtype = getattr(torch, name)
     return dtype
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """For a `with`: float32 convolutions on CUDA compute in float32, and not in TF32, which is torch's default for them."""
+    allowed = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allowed
 
 
 def out_of_memory(error: BaseException | None) -> bool:

@@ -87,6 +87,14 @@ def test_cpu_benchmark(script: Script, tmp_path: Path) -> None:
     assert all(name in shown for name in figures)
 
 
+def test_geneval_benchmark(script: Script, tmp_path: Path) -> None:
+    file = tmp_path / "geneval.json"
+    script("geneval.py", "--tiny", "--device", "cpu", "--batch", 2, "--repeat", 1, "--json", file)
+    figures = {row["name"]: row["value"] for row in json.loads(file.read_text())["figures"]}
+    assert figures["files to verdicts, float32"] > 0
+    assert figures["objects over 0.3 per picture"] > 0
+
+
 def test_two_devices(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The experiments run in this process, and in forks of it, which have torch."""
 

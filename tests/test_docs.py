@@ -5,14 +5,13 @@ from __future__ import annotations
 import ast
 import builtins
 import functools
-import importlib
 import re
 from pathlib import Path
 
 import pytest
 import typer.main
 
-from scale_rae.cli.app import COMMANDS
+from scale_rae.cli.app import COMMANDS, load_command
 from scale_rae.shapes import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -100,10 +99,8 @@ def flags_of(command: object) -> set[str]:
 def flags() -> set[str]:
     """The flags of all commands, benchmarks and steps of the recipe. Nothing that is imported for it loads torch."""
     found = {"--help", "--version"} | flags_of(typer.main.get_command(evaluate.app))
-    for module, _ in COMMANDS.values():
-        single = typer.Typer()
-        single.command()(importlib.import_module(module).command)
-        found |= flags_of(typer.main.get_command(single))
+    for name in COMMANDS:
+        found |= flags_of(load_command(name))
     for file in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").rglob("*.py")]:
         found |= set(re.findall(r'"(--[a-z][\w-]*)"', file.read_text()))
     return found | {"--encoder", "--joint"}  # recipes.shapes.train makes a flag of each stage's name

@@ -523,10 +523,14 @@ def test_the_graph_that_has_not_run_for_longest_goes(monkeypatch: pytest.MonkeyP
     assert captures.keys == [3, 2]
 
 
-def test_graphs_of_a_device_share_their_memory() -> None:
+def test_graphs_of_a_device_s_stream_share_their_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(stream_id=0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
     one = graph_memory(torch.device("cuda:0"))
     assert graph_memory(torch.device("cuda:0")) is one
     assert graph_memory(torch.device("cuda:1")) is not one
+    stream = SimpleNamespace(stream_id=3)  # runs beside the first
+    assert graph_memory(torch.device("cuda:0")) is not one
 
 
 # --- when to compile, and memory --------------------------------------------------------------------------------------

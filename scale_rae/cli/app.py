@@ -1,6 +1,7 @@
 """The program `scale-rae`: the table of commands, printing, and errors as one line with an exit code.
 
-To add a command, add a file here with a function `command` (typer options, a docstring), and a line in COMMANDS.
+To add a command, add a file here with a function `command` (typer options, a docstring), and a line in COMMANDS. A command with
+subcommands has `commands` instead: functions by name.
 """
 
 from __future__ import annotations
@@ -42,6 +43,11 @@ COMMANDS = {
     "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
     "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
+    "evaluate": ("scale_rae.cli.evaluate", "Score images by GenEval's rules: do they show what their prompts name?"),
+    "reproduce": (
+        "scale_rae.cli.reproduce",
+        "Measure a model as the paper does: draw GenEval's prompts, choose, evaluate.",
+    ),
     "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
     "serve": ("scale_rae.cli.serve", "Serve a model to OpenAI's clients over HTTP."),
     "sheet": ("scale_rae.cli.sheet", "Make a contact sheet of an experiment: one picture of its images."),
@@ -61,7 +67,7 @@ class _LazyGroup(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
         assert name is not None
-        return name, _load(name), rest
+        return name, load_command(name), rest
 
 
 class _Command(TyperCommand):
@@ -88,13 +94,22 @@ class _Command(TyperCommand):
         return parser
 
 
-def _load(name: str) -> Any:
-    function = importlib.import_module(COMMANDS[name][0]).command
-    single = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    single.command(name, cls=_Command)(_guarded(function))
-    command: Any = typer.main.get_command(single)
-    command.bare = getattr(function, "bare", {})
-    return command
+def load_command(name: str) -> Any:
+    """The click command of that name, or its group of subcommands; imports its module."""
+    module_name, help_line = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    subcommands = getattr(module, "commands", None)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=subcommands is not None)
+    functions = subcommands or {name: module.command}
+    for inner, function in functions.items():
+        app.command(inner, cls=_Command)(_guarded(function))
+    if subcommands is not None:
+        app.callback(help=help_line)(lambda: None)
+    loaded: Any = typer.main.get_command(app)
+    for inner, function in functions.items():
+        command = loaded if subcommands is None else loaded.commands[inner]
+        command.bare = getattr(function, "bare", {})
+    return loaded
 
 
 def _with_values(args: Sequence[str], bare: Mapping[str, str]) -> list[str]:

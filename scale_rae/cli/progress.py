@@ -32,6 +32,9 @@ if TYPE_CHECKING:
     from scale_rae.adaptive import Drawn
 
 
+LINE_EVERY = 30.0  # seconds, in a pipe
+
+
 class Bars:
     """One progress bar, moved by callbacks of loading and sampling."""
 
@@ -159,7 +162,7 @@ class ScalingDisplay:
         seconds = time.monotonic() - self._start
         if self._images and seconds > 0:
             rate = self._images / seconds
-            text += f", {rate:.2f} images/s, {_duration((self._total - self._completed()) / rate)} left"
+            text += f", {rate:.2f} images/s, {duration((self._total - self._completed()) / rate)} left"
         return text
 
     def _completed(self) -> int:
@@ -193,6 +196,54 @@ class ScalingDisplay:
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
+class CountingDisplay:
+    """Shows how many of a number of things are done, and when the rest will be: a bar on a terminal, lines in a pipe; on stderr."""
+
+    def __init__(self, what: str) -> None:
+        self._what, self._shown = what, sys.stderr.isatty()
+        self._bar: Any = None
+        self._task: Any = None
+        self._start = self._line_at = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Shows that `done` of `total` things are done; the first call, with 0, starts the clock."""
+        now = time.monotonic()
+        if not done:
+            self._start = self._line_at = now
+        if not total:
+            return
+        text = f"{done}/{total} {self._what}"
+        if done:
+            rate = done / max(now - self._start, 1e-9)
+            text += f", {rate:.3g} {self._what}/s, {duration((total - done) / rate)} left"
+        if self._shown:
+            self._update(text, done, total)
+        elif done == total or now - self._line_at >= LINE_EVERY:
+            self._line_at = now
+            say(text)
+
+    def _update(self, text: str, done: int, total: int) -> None:
+        if self._bar is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            self._bar = Progress(
+                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
+            )
+            self._task = self._bar.add_task("", total=total)
+            self._bar.start()
+        self._bar.update(self._task, completed=done, total=total, description=text)
+        if done == total:
+            self.stop()
+
+    def stop(self) -> None:
+        """Removes the bar, if there is one."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def duration(seconds: float) -> str:
+    """A time in words: "45 s", "12 min", "3.5 h"."""
     minutes, hours = round(seconds / 60), seconds / 3600
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"

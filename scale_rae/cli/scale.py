@@ -162,7 +162,7 @@ def command(
         raise OptionError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
     for place in names or (device,):
         check_device_name(place)
-    question, question_name = _question(post_qa_prompt, post_qa_template_path)
+    question, question_name = read_question(post_qa_prompt, post_qa_template_path)
     settings = dataclasses.replace(
         settings.with_model(choice),
         metadata_file=str(metadata_file),
@@ -189,7 +189,7 @@ def command(
     if not is_remote(folder):
         check_folder(folder)
     if choice.memory is not None:
-        settings = _fitted(settings, choice, names or default_devices(device))
+        settings = fitted(settings, choice, names or default_devices(device))
     group = ProcessGroup.from_environment()
     chosen: Launcher
     if on_ray:
@@ -213,7 +213,7 @@ def command(
         if summary.unfinished:
             fail(f"rank {group.index}: {len(summary.unfinished)} prompts are unfinished")
         return
-    _show_summary(summary)
+    show_summary(summary)
 
 
 def _check_search(settings: Settings, given: set[str]) -> None:
@@ -226,7 +226,7 @@ def _check_search(settings: Settings, given: set[str]) -> None:
         raise OptionError(f"{', '.join(flags)}: {why}")
 
 
-def _fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None]) -> Settings:
+def fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None]) -> Settings:
     """The settings with the quantisation, residency and batch size that --memory chooses, the same for all devices.
 
     Raises:
@@ -257,7 +257,7 @@ def _fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | Non
     )
 
 
-def _show_summary(summary: RunSummary) -> None:
+def show_summary(summary: RunSummary) -> None:
     """Prints the folder, how much is done, and a table of what failed; ends with an error when something is left to do."""
     show(str(summary.folder))
     done = summary.prompts - len(summary.failed) - len(summary.unfinished)
@@ -287,7 +287,7 @@ def _show_summary(summary: RunSummary) -> None:
         fail(f"{' and '.join(parts)}; the same command tries only those again")
 
 
-def _question(prompt: str | None, path: Path | None) -> tuple[str, str]:
+def read_question(prompt: str | None, path: Path | None) -> tuple[str, str]:
     """The question's template and its name."""
     if prompt is not None:
         return prompt.strip(), "prompt"

@@ -89,6 +89,7 @@ def join_experiment(
             "reward": settings.reward,
             "batch_size": size,
             "dtype": manifest["dtype"],
+            **({"check_at": settings.adaptive.check_at} if settings.is_adaptive else {}),
         },
         **{part: manifest[part] for part in ("model", "encoder", "decoder")},
         "reward": {"name": settings.reward, **reward.identity()} if reward is not None else None,

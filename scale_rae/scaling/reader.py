@@ -150,14 +150,12 @@ def local_folder(folder: Path) -> Path:
     return Path(os.path.abspath(folder))  # noqa: PTH100 - a name for `.`, without following links
 
 
-def read_experiment(folder: Path) -> Experiment:
-    """The experiment in a folder; its incomplete prompts are listed with the reason.
+def prompt_folders(folder: Path, advice: str = "give one that `scale t2i` made") -> list[Path]:
+    """The prompt folders of an experiment, by number; what a killed `select` left half done is mended first.
 
     Raises:
-        InputError: when the folder is no experiment, or experiment.json is damaged.
+        InputError: when the folder has none, or cannot be read; the message ends by `advice`.
     """
-    folder = local_folder(folder)
-    advice = "give one that `scale t2i` made"
     try:
         kind = restored(folder).stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as e:
@@ -175,6 +173,17 @@ def read_experiment(folder: Path) -> Experiment:
             raise InputError(f"{folder}: not an experiment, since it has no folders 00000, 00001, …{hint}")
     except OSError as e:
         raise InputError(f"{folder}: cannot be read ({e.strerror})") from e
+    return names
+
+
+def read_experiment(folder: Path) -> Experiment:
+    """The experiment in a folder; its incomplete prompts are listed with the reason.
+
+    Raises:
+        InputError: when the folder is no experiment, or experiment.json is damaged.
+    """
+    folder = local_folder(folder)
+    names = prompt_folders(folder)
     prompts: list[Prompt] = []
     incomplete: list[Incomplete] = []
     for name in names:
@@ -183,7 +192,7 @@ def read_experiment(folder: Path) -> Experiment:
             prompts.append(result)
         else:
             incomplete.append(result)
-    n_samples, count = _settings(folder / "experiment.json")
+    n_samples, count = read_settings(folder)
     return Experiment(folder, n_samples, prompts, incomplete, max(0, count - len(names)))
 
 
@@ -191,8 +200,13 @@ def _by_number(path: Path) -> tuple[int, str]:
     return int(path.name), path.name
 
 
-def _settings(path: Path) -> tuple[int | None, int]:
-    """experiment.json's n_samples (None if missing) and its number of prompts (0 if missing)."""
+def read_settings(folder: Path) -> tuple[int | None, int]:
+    """What an experiment's experiment.json says: n_samples (None if missing) and the number of prompts (0 if missing).
+
+    Raises:
+        InputError: when experiment.json is damaged.
+    """
+    path = folder / "experiment.json"
     try:
         value = read_object(path, "experiment.json")
     except FileNotFoundError:
@@ -235,13 +249,10 @@ def read_object(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]
 
 
 def _read_prompt(folder: Path) -> Prompt | Incomplete:
-    file, error_file = folder / "metadata.jsonl", folder / "error.json"
     try:
-        metadata = read_object(file, "metadata.jsonl")
+        metadata = read_object(folder / "metadata.jsonl", "metadata.jsonl")
     except FileNotFoundError:
-        if os.path.lexists(error_file):  # an error beside a record is left over from an earlier run
-            return Incomplete(folder, *_read_error(error_file))
-        return Incomplete(folder, "has no metadata.jsonl")
+        return Incomplete(folder, *why_no_record(folder))
     except ValueError as e:
         return Incomplete(folder, f"metadata.jsonl {e}")
     text = metadata.get("prompt")
@@ -254,14 +265,14 @@ def _read_prompt(folder: Path) -> Prompt | Incomplete:
         }
     except OSError:
         return Incomplete(folder, "has no samples folder", text)
-    count = _expected_images(metadata)
+    count = expected_images(metadata)
     if count is None:
         count = max(found, default=-1) + 1
     if not count:
         return Incomplete(folder, "has no images", text)
     missing = [f"{i:05}.png" for i in range(count) if i not in found]
     if missing:
-        return Incomplete(folder, f"samples lacks {_some(missing)}", text)
+        return Incomplete(folder, f"samples lacks {listed(missing)}", text)
     if len(found) > count:
         return Incomplete(folder, f"samples holds {len(found)} images, metadata.jsonl has {count}", text)
     images = [found[i] for i in range(count)]
@@ -324,8 +335,11 @@ def _number(record: dict[str, Any], name: str, where: str) -> float:
     return float(value)
 
 
-def _read_error(path: Path) -> tuple[str, str | None]:
-    """Why a prompt failed, and its text if the file has it."""
+def why_no_record(folder: Path) -> tuple[str, str | None]:
+    """Why a prompt folder has no metadata.jsonl, and the prompt's text if its error.json has it."""
+    path = folder / "error.json"
+    if not os.path.lexists(path):
+        return "has no metadata.jsonl", None
     try:
         value = read_object(path, "error.json")
     except (OSError, ValueError):
@@ -336,7 +350,7 @@ def _read_error(path: Path) -> tuple[str, str | None]:
     return reason, prompt if isinstance(prompt, str) else None
 
 
-def _expected_images(metadata: dict[str, Any]) -> int | None:
+def expected_images(metadata: dict[str, Any]) -> int | None:
     """How many images a prompt has by its metadata; None when the metadata does not say."""
     for name in ("original_indices", "image_seeds"):
         if isinstance(metadata.get(name), list):
@@ -347,7 +361,7 @@ def _expected_images(metadata: dict[str, Any]) -> int | None:
     return None
 
 
-def _some(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """The names, or the first three of them and how many more there are."""
     return ", ".join(names) if len(names) <= 4 else f"{', '.join(names[:3])} and {len(names) - 3} more"
 

@@ -51,20 +51,28 @@ def restored(folder: Path) -> Path:
     return folder
 
 
-def write_file(path: Path, data: bytes, source: Path) -> None:
+def check_outside(path: Path, source: Path, flag: str = "-o") -> None:
+    """Raises OutputError for an output file inside the experiment that it is about, or where a folder is; `flag` chooses it."""
+    check_name(path, "output file")
+    try:
+        if source.resolve() in path.resolve().parents:
+            raise OutputError(f"{path}: is inside the experiment, which is only read; choose another {flag}")
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; choose another {flag}")
+    except OSError as e:
+        raise OutputError(f"{short_name(path)}: cannot be written ({e.strerror or e}); choose another {flag}") from e
+
+
+def write_file(path: Path, data: bytes, source: Path, flag: str = "-o") -> None:
     """Writes a report or sheet, whole or not at all, and never into the experiment that it shows.
 
     Raises:
-        OutputError: naming the file.
+        OutputError: naming the file, and the `flag` that chooses it.
     """
-    check_name(path, "output file")
+    check_outside(path, source, flag)
     target = Path(os.path.abspath(path))  # noqa: PTH100
     staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
-        if source.resolve() in target.resolve().parents:
-            raise OutputError(f"{path}: is inside the experiment, which is only read; choose another -o")
-        if target.is_dir():
-            raise OutputError(f"{path}: is a folder; choose another -o")
         target.parent.mkdir(parents=True, exist_ok=True)
         try:
             write_new(staging, data)
@@ -72,7 +80,7 @@ def write_file(path: Path, data: bytes, source: Path) -> None:
         finally:
             staging.unlink(missing_ok=True)
     except OSError as e:
-        raise OutputError(f"{short_name(path)}: cannot be written ({e.strerror or e}); choose another -o") from e
+        raise OutputError(f"{short_name(path)}: cannot be written ({e.strerror or e}); choose another {flag}") from e
 
 
 def short_name(path: Path) -> str:

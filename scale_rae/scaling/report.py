@@ -9,12 +9,14 @@ from __future__ import annotations
 import base64
 import io
 import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import InputError
+from scale_rae.geneval.results import Result, results_beside
 from scale_rae.ranking import METRICS, TABLE
 from scale_rae.scaling.plots import best_of_n_plots, histogram, scatter
 from scale_rae.scaling.reader import FATES, Experiment, Prompt, Searched, Tried, read_experiment
@@ -39,7 +41,8 @@ def write_report(
     experiment = read_experiment(folder)
     chosen, unusable = usable_metrics(experiment, metric, keep, reward_weight)
     target = output or experiment.folder.with_name(experiment.folder.name + "_report.html")
-    page = render(experiment, chosen, unusable, metric or next(iter(chosen)), reward_weight, thumbnail)
+    found = results_beside(experiment.folder)
+    page = render(experiment, chosen, unusable, metric or next(iter(chosen)), reward_weight, thumbnail, found)
     write_file(target, page.encode("utf-8", "replace"), experiment.folder)
     return target, experiment
 
@@ -73,25 +76,29 @@ def render(
     metric: str,
     reward_weight: float,
     thumbnail: int,
+    judged: tuple[str, dict[str, Result]] | None = None,
 ) -> str:
-    """The page."""
-    from jinja2 import Environment, StrictUndefined
-
+    """The page. `judged`: the name of GenEval's judge, and its verdicts by the images' names, where the experiment was evaluated."""
     first = chosen[metric]
+    judge, verdicts = judged or (None, {})
     short = {name: entry.short for name, entry in TABLE.items()}
     views = []
     for number, selection in enumerate(first):
         by_metric = {name: selections[number] for name, selections in chosen.items()}
-        views.append(_prompt_view(selection.prompt, by_metric, metric, thumbnail))
+        views.append(_prompt_view(selection.prompt, by_metric, metric, thumbnail, verdicts))
     shares = {
         name: {"kept": _percent(yes_share(s, lambda x: x.kept)), "ref": _percent(yes_share(s, lambda x: x.ref))}
         for name, s in chosen.items()
     }
+    if judge is not None:
+        for name, s in chosen.items():
+            shares[name]["right"] = _percent(right_share(s, lambda x: x.kept, verdicts))
     data = {
         "prompts": [
             {
                 "keep": len(s.kept),
                 "answers": s.answers(),
+                **({} if judge is None else {"wrong": _wrong(s.prompt, verdicts)}),
                 "filled": s.prompt.searched is not None and s.prompt.searched.filled_up > 0,
                 "order": {name: chosen[name][i].ranking.order for name in chosen},
                 "scores": {name: [_number(v) for v in chosen[name][i].ranking.scores] for name in chosen},
@@ -102,10 +109,9 @@ def render(
         "short": short,
     }
     searches = [s.prompt.searched for s in first if s.prompt.searched is not None]
-    template = files("scale_rae").joinpath("assets", "report.html").read_text(encoding="utf-8")
-    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     keeps = sorted({len(s.kept) for s in first})
-    return env.from_string(template).render(
+    return fill_template(
+        "report.html",
         title=experiment.folder.name,
         metric=metric,
         metrics={name: TABLE[name].title for name in chosen},
@@ -121,6 +127,8 @@ def render(
         images=sum(len(s.prompt.images) for s in first),
         keeps=str(keeps[0]) if len(keeps) == 1 else f"{keeps[0]} to {keeps[-1]}",
         shares=shares,
+        judge=judge,
+        right_all=_percent(right_share(first, lambda s: s.ranking.order, verdicts)),
         yes_all=_percent(yes_share(first, lambda s: s.ranking.order)),
         scatter=scatter(first),
         # Among the images of an adaptive search there are no equal chances to be drawn.
@@ -128,6 +136,34 @@ def render(
         search=_search_view(searches),
         data=data,
     )
+
+
+def fill_template(name: str, **values: Any) -> str:
+    """A page: the template of that name in the package's assets, with values; it also gets the style that pages share."""
+    from jinja2 import Environment, StrictUndefined
+
+    assets = files("scale_rae").joinpath("assets")
+    style = assets.joinpath("page.css").read_text(encoding="utf-8")
+    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    return env.from_string(assets.joinpath(name).read_text(encoding="utf-8")).render(style=style, **values)
+
+
+def right_share(
+    selections: list[Selection], images: Callable[[Selection], Sequence[int]], verdicts: Mapping[str, Result]
+) -> tuple[int, int]:
+    """How many of the images are right by GenEval's verdicts, and how many have a verdict."""
+    found = [_verdict(s.prompt, i, verdicts) for s in selections for i in images(s)]
+    return sum(result.correct for result in found if result is not None), sum(result is not None for result in found)
+
+
+def _verdict(prompt: Prompt, image: int, verdicts: Mapping[str, Result]) -> Result | None:
+    return verdicts.get(f"{prompt.name}/samples/{prompt.images[image].name}")
+
+
+def _wrong(prompt: Prompt, verdicts: Mapping[str, Result]) -> list[int]:
+    """The images with the verdict that they are wrong."""
+    found = [(i, _verdict(prompt, i, verdicts)) for i in range(len(prompt.images))]
+    return [i for i, result in found if result is not None and not result.correct]
 
 
 def _search_view(searches: list[Searched]) -> dict[str, Any] | None:
@@ -167,6 +203,7 @@ class ImageView:
     seed: Any
     reply: str | None
     scores: dict[str, str]
+    verdict: Result | None  # GenEval's
 
 
 @dataclass(frozen=True)
@@ -195,11 +232,13 @@ class PromptView:
     candidates: list[CandidateView]
 
 
-def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, thumbnail: int) -> PromptView:
+def _prompt_view(
+    prompt: Prompt, by_metric: dict[str, Selection], metric: str, thumbnail: int, verdicts: Mapping[str, Result]
+) -> PromptView:
     views = []
     rewards = prompt.rewards_or_none()
     for i, path in enumerate(prompt.images):
-        source, width, height = _thumbnail(path, thumbnail)
+        source, width, height = thumbnail_of(path, thumbnail)
         answer, reply = prompt.answer(i), prompt.verdicts.response(i).get("reply")
         sure = prompt.verdicts.score(i, f"{answer}_conf_score") if answer in ("yes", "no") else None
         scores = {name: _number(selection.ranking.scores[i]) for name, selection in by_metric.items()}
@@ -208,6 +247,7 @@ def _prompt_view(prompt: Prompt, by_metric: dict[str, Selection], metric: str, t
                 *(i, source, width, height, answer, _number(rewards[i]), _number(sure), prompt.seed(i)),
                 reply if isinstance(reply, str) else None,
                 scores,
+                _verdict(prompt, i, verdicts),
             )
         )
     shown = by_metric[metric]
@@ -228,17 +268,17 @@ def _candidate_view(candidate: Tried) -> CandidateView:
     else:
         reason = (candidate.reason or "").replace(at, "")  # a reason names the time again
         text = f"{candidate.fate}{at}" + (f": {reason}" if reason else "")
-    picture = _thumbnail(candidate.picture, SMALL) if candidate.picture is not None else (None,)
+    picture = thumbnail_of(candidate.picture, SMALL) if candidate.picture is not None else (None,)
     return CandidateView(candidate.number, candidate.fate, text, *picture)
 
 
-def _thumbnail(path: Path, size: int) -> tuple[str, int, int]:
-    """A data URL (PNG if the image is small anyway, else JPEG), its width and its height."""
+def thumbnail_of(path: Path, size: int, formats: tuple[str, ...] = ("PNG",)) -> tuple[str, int, int]:
+    """A data URL (PNG if the image is small anyway, else JPEG), its width and its height; the file has one of `formats`."""
     from PIL import Image
 
     from scale_rae.images import to_rgb
 
-    with Image.open(path, formats=("PNG",)) as opened:
+    with Image.open(path, formats=formats) as opened:
         flat = to_rgb(opened)
     kind = "PNG" if max(flat.size) <= min(size, 96) else "JPEG"
     flat.thumbnail((size, size), Image.Resampling.LANCZOS)

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 import scale_rae
 from scale_rae.errors import OptionError, missing_package, need, printable
+from scale_rae.shares import Share
 
 try:
     import numpy as np
@@ -50,34 +51,6 @@ WORDINGS = {
     "training": world.REQUEST_WORDINGS,
     "held-out": world.HELD_OUT_WORDINGS,
 }
-
-
-@dataclass(frozen=True)
-class Share:
-    """`right` of `total`, with its 95 % Wilson interval."""
-
-    right: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """right / total, 0 for none of none."""
-        return self.right / self.total if self.total else 0.0
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95 % Wilson score interval."""
-        if not self.total:
-            return 0.0, 1.0
-        z2 = 1.96**2
-        centre = self.value + z2 / (2 * self.total)
-        spread = 1.96 * math.sqrt(self.value * (1 - self.value) / self.total + z2 / (4 * self.total**2))
-        scale = 1 + z2 / self.total
-        return (centre - spread) / scale, (centre + spread) / scale
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.3f} [{low:.3f}, {high:.3f}] ({self.right}/{self.total})"
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,11 @@ def judge(image: Image.Image | NDArray[np.uint8], metadata: dict[str, Any]) -> V
     """Whether the picture shows exactly what GenEval's `metadata` asks for, and nothing else or unclear.
 
     Number, colour and place of all objects count. Arguments and errors are those of `find_objects`."""
-    objects = find_objects(image)
+    return compare(find_objects(image), metadata)
+
+
+def compare(objects: tuple[Found, ...], metadata: dict[str, Any]) -> Verdict:
+    """Whether a picture with these objects shows exactly what GenEval's `metadata` asks for, and nothing else or unclear."""
     reasons = [
         f"unclear {thing.color} object at {thing.x:.0f}, {thing.y:.0f}, most like a {thing.shape}"
         for thing in objects
@@ -82,15 +86,23 @@ def find_objects(image: Image.Image | NDArray[np.uint8]) -> tuple[Found, ...]:
     image: PIL image, or uint8 array [H, H, 3]; at least 64 px a side, any other size than 128 is resized.
     Raises ValueError if it is not square, too small, or an array of another form.
     """
+    return tuple(thing for thing, _ in find_regions(image))
+
+
+def find_regions(image: Image.Image | NDArray[np.uint8]) -> list[tuple[Found, NDArray[np.bool_]]]:
+    """The objects of a square picture, left to right, each with its pixels in a picture of 128 x 128 px, bool [128, 128].
+
+    Arguments and errors are those of `find_objects`.
+    """
     pixels = _pixels(image)
     back = _background(pixels)
     regions = _regions(pixels, back, _length(pixels - back) > CONTRAST)
     found = [
-        thing
+        (thing, regions == number)
         for number, window in enumerate(ndimage.find_objects(regions), start=1)
         if (thing := _recognise(number, window, regions, pixels, back))
     ]
-    return tuple(sorted(found, key=lambda thing: thing.x))
+    return sorted(found, key=lambda pair: pair[0].x)
 
 
 def _pixels(image: Image.Image | NDArray[np.uint8]) -> Float:

@@ -1,0 +1,262 @@
+"""The commands `scale-rae evaluate geneval` and `scale-rae evaluate convert-detector`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scale_rae.cli.app import fail, say, show, show_json
+from scale_rae.cli.options import Debug
+from scale_rae.cli.progress import CountingDisplay
+from scale_rae.cli.signature import expanded
+from scale_rae.errors import OptionError
+from scale_rae.geneval.judges import NOT_COMPARABLE, JudgeChoice
+from scale_rae.options import check_count, check_device_name
+
+if TYPE_CHECKING:
+    from scale_rae.geneval.evaluation import Evaluation
+    from scale_rae.geneval.policies import Policy
+    from scale_rae.geneval.results import Result
+    from scale_rae.geneval.summary import Comparison, Summary
+
+_OUTPUT, _WORKERS = "Output", "Workers"
+
+
+@expanded
+def geneval(
+    *,
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Numbered folders, each with metadata.jsonl (GenEval's tag, include, …) and samples/0000.png, …",
+        ),
+    ],
+    choice: JudgeChoice,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Default: DIR_geneval/results.jsonl; summary, page and journal lie beside it.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    compare: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="OTHER",
+            help="Another folder, which is evaluated too, or another results.jsonl: show the differences.",
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    keep: Annotated[
+        int | None,
+        typer.Option(
+            help="Of an experiment: images to keep of each prompt. Default: its n_samples.",
+            min=1,
+            rich_help_panel=_OUTPUT,
+        ),
+    ] = None,
+    page: Annotated[
+        bool, typer.Option("--page/--no-page", help="Write the page with every wrong image.", rich_help_panel=_OUTPUT)
+    ] = True,
+    thumbnail: Annotated[
+        int,
+        typer.Option(
+            min=16, max=1024, help="Longest side of an image on the page, in pixels.", rich_help_panel=_OUTPUT
+        ),
+    ] = 224,
+    json: Annotated[
+        bool,
+        typer.Option("--json", help="Print the summary, one line of JSON, and nothing else.", rich_help_panel=_OUTPUT),
+    ] = False,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, cuda:N or mps. Default: every GPU.", rich_help_panel=_WORKERS)
+    ] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="One worker each, as in cuda:0,cuda:1 or cpu,cpu.", rich_help_panel=_WORKERS),
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Images judged at once. Default: what the judge does best with on the device.",
+            rich_help_panel=_WORKERS,
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Score a folder of images by GenEval's rules; write results.jsonl in its format, a summary, and a page of wrong images.
+
+    DIR may be an experiment of `scale`, a selection of `select`, or another model's images. It can be stopped at any moment, and goes
+    on when started again. Exits 1 if an image or prompt could not be evaluated.
+    """
+    choice.check()
+    check_count("--batch-size", batch_size)
+    places = device_names(device, devices)
+    from scale_rae.geneval.results import read_results
+
+    other = read_results(compare) if compare is not None and not compare.is_dir() else None
+    found = evaluated(folder, choice, places, batch_size, out)
+    if compare is not None and other is None:
+        there = evaluated(compare, choice, places, batch_size)
+        say_missing(there)
+        other = there.results
+    _report(found, other, keep, page, thumbnail, json)
+
+
+def device_names(device: str | None, devices: str | None) -> list[str | None] | None:
+    """The devices that two flags name: one, several, or None for the default.
+
+    Raises:
+        OptionError: for both flags, and for names that no device has.
+    """
+    if device is not None and devices is not None:
+        raise OptionError("--device, --devices: give one of them")
+    names: list[str | None] | None = [device] if device is not None else None
+    if devices is not None:
+        names = [name.strip() for name in devices.split(",")]
+        if not all(names):
+            raise OptionError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
+    for name in names or ():
+        check_device_name(name)
+    return names
+
+
+def evaluated(
+    folder: Path,
+    choice: JudgeChoice,
+    devices: Sequence[str | None] | None,
+    batch_size: int | None,
+    out: Path | None = None,
+) -> Evaluation:
+    """The evaluation of a folder, with its progress shown. `devices` None: every GPU, else one worker.
+
+    Raises:
+        ScaleRAEError: as `geneval.evaluation.evaluate`.
+    """
+    from scale_rae.geneval.evaluation import evaluate, open_folder
+    from scale_rae.geneval.judges import identity_of
+
+    read = open_folder(folder, choice)  # what is wrong with it is said before torch is imported
+    identity = identity_of(choice)
+    from scale_rae.geneval.workers import batch_size_on, judging_on, usable_devices
+
+    places = usable_devices(choice, devices)
+    size = batch_size or batch_size_on(choice, places)
+    display = CountingDisplay("images")
+    try:
+        return evaluate(read, choice, identity, judging_on(choice, places), size, out, display)
+    finally:
+        display.stop()
+
+
+def say_missing(evaluation: Evaluation) -> None:
+    """Prints a line on stderr for everything that could not be evaluated."""
+    for item in evaluation.missing:
+        say(f"not evaluated: {item}")
+
+
+def _report(
+    found: Evaluation, other: list[Result] | None, keep: int | None, page: bool, thumbnail: int, as_json: bool
+) -> None:
+    """Prints and writes what came out; ends with exit status 1 where something is missing."""
+    from scale_rae.geneval.outcome import outcome_record, write_outcome
+    from scale_rae.geneval.policies import policies
+    from scale_rae.geneval.summary import compare, summarise
+
+    say_missing(found)
+    if found.judge.get("comparable") is False:
+        say(f"note: {NOT_COMPARABLE}")
+    summary = summarise(found.results)
+    chosen: list[Policy] = []
+    unusable: dict[str, str] = {}
+    if found.folder.is_experiment:
+        chosen, unusable = policies(found.folder.prompts, found.by_name, keep)
+    comparison = compare(found.results, other) if other is not None else None
+    record = outcome_record(found, summary, chosen, unusable, comparison)
+    written = write_outcome(found, record, summary, chosen, thumbnail if page else None)
+    if as_json:
+        show_json(record)
+    else:
+        show("\n".join(_text(summary, chosen, comparison)))
+        for path in (found.out, *written):
+            show(str(path))
+        say(f"{found.new} images judged in {found.seconds:.0f} s")
+    if found.missing:
+        images = f", {found.missing_images} images of them known by number" if found.missing_images else ""
+        fail(
+            f"{len(found.missing)} things could not be evaluated, listed above{images}; the scores are those of the rest"
+        )
+
+
+def _text(summary: Summary, chosen: Sequence[Policy], comparison: Comparison | None) -> list[str]:
+    lines = [
+        f"images:   {summary.images.total}, right: {summary.images}",
+        f"prompts:  {summary.prompts.total}, with any right image: {summary.prompts}",
+    ]
+    width = max(map(len, (*summary.tags, "overall")))
+    lines += [f"{tag:{width}}  {share}" for tag, share in summary.tags.items()]
+    low, high = summary.overall_interval
+    lines.append(f"{'overall':{width}}  {summary.overall:.5f} [{low:.3f}, {high:.3f}], the mean of the kinds")
+    if chosen:
+        rows: list[tuple[str, ...]] = [("chosen by", "images of each prompt", "overall", "95 %", "images", "prompts")]
+        for policy in chosen:
+            s = policy.summary
+            low, high = s.overall_interval
+            interval = f"[{low:.3f}, {high:.3f}]"
+            rows.append(
+                (
+                    policy.name,
+                    policy.pictures,
+                    f"{s.overall:.5f}",
+                    interval,
+                    f"{s.images.value:.3f}",
+                    f"{s.prompts.value:.3f}",
+                )
+            )
+        lines += ["", *aligned(rows)]
+    if comparison is not None:
+        lines += ["", *_comparison_lines(comparison)]
+    return lines
+
+
+def _comparison_lines(comparison: Comparison) -> list[str]:
+    only = [
+        f"{count} only {where}"
+        for count, where in ((comparison.only_here, "here"), (comparison.only_there, "in the other"))
+        if count
+    ]
+    lines = [f"compared on {comparison.prompts} prompts that both have{f' ({chr(44).join(only)})' if only else ''}:"]
+    rows: list[tuple[str, ...]] = [("", "here", "other", "difference", "95 %")]
+    for name, row in comparison.rows.items():
+        low, high = row.interval
+        label = name.replace("prompts_with_any", "prompts with any right")
+        rows.append(
+            (label, f"{row.here:.3f}", f"{row.there:.3f}", f"{row.difference:+.3f}", f"[{low:+.3f}, {high:+.3f}]")
+        )
+    return lines + aligned(rows)
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """The rows as lines with aligned columns."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def convert_detector(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint, mask2former_swin-s-….pth.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+) -> None:
+    """Convert GenEval's published detector to transformers' names and safetensors, once, instead of each time it is loaded."""
+    from scale_rae.geneval.mask2former import convert
+
+    convert(file, out)
+    show(str(out))
+
+
+commands: dict[str, Any] = {"geneval": geneval, "convert-detector": convert_detector}

@@ -1,0 +1,157 @@
+"""The colour of an object, as GenEval asks for it: zero-shot classification by CLIP ViT-L/14 of OpenAI.
+
+For a class, each of ten colours has a column: the mean of three captions' embeddings. A crop has the colour whose column is most
+like the crop's embedding. All is computed in float32, where the original's matrix products are float16 under CUDA autocast, so
+that near ties can differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import library_fields
+from scale_rae.errors import CheckpointError, ConfigError, InputError
+from scale_rae.geneval.published import CLIP
+from scale_rae.geneval.verdicts import COLORS
+from scale_rae.hub import find, import_hub, weight_files
+from scale_rae.jsonio import read_json
+from scale_rae.memory import MemoryErrors, exact_convolutions, in_batches, pick_device
+from scale_rae.rewards.parts import build, check_depth, read_tokenizer
+
+TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+BATCH = 16  # crops
+_WHAT = "colour classifier"
+_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
+_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
+
+
+def clip_pixels(image: Image.Image, side: int) -> NDArray[np.float32]:
+    """CLIP's input [3, side, side] for a picture: shorter side resized to `side`, centre cropped, normalised.
+
+    Raises:
+        InputError: the picture has no pixels.
+    """
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    if not short:
+        raise InputError(f"a crop of {width} x {height} pixels has no colour")
+    longer = int(side * long / short)
+    size = (side, longer) if width <= height else (longer, side)
+    resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((length - side) / 2) for length in size)  # half to even
+    values = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)  # [side, side, 3]
+    return (values.transpose(2, 0, 1) / np.float32(255) - _MEAN) / _STD
+
+
+def color_columns(network: Any, token_ids: Tensor) -> Tensor:
+    """A class's classifier [D, colours] from its captions' ids [colours, templates, T] and transformers' CLIPModel.
+
+    Every caption ends with the tokenizer's highest id; what follows it does not matter.
+    """
+    colors, templates, _ = token_ids.shape
+    features = network.get_text_features(
+        input_ids=token_ids.flatten(0, 1)
+    ).pooler_output.float()  # [colours · templates, D]
+    embeddings = F.normalize(features, dim=-1).view(colors, templates, -1)
+    return F.normalize(embeddings.mean(dim=1), dim=-1).T
+
+
+def embeddings(network: Any, pixels: Tensor) -> Tensor:
+    """Normalised embeddings [N, D] of pictures [N, 3, S, S] as `clip_pixels` makes them."""
+    return F.normalize(network.get_image_features(pixel_values=pixels).pooler_output.float(), dim=-1)
+
+
+class ColorClassifier:
+    """CLIP, and the classifiers of the classes that it was asked about."""
+
+    def __init__(self, path: str = CLIP, device: str | None = None) -> None:
+        """Finds and loads CLIP's weights from a folder or hub id, in float32.
+
+        Raises:
+            ConfigError, CheckpointError, HubError: files are missing or damaged, or are not those of a CLIP.
+        """
+        import_hub()
+        from transformers import CLIPConfig, CLIPModel
+
+        self.source = find(path, _WHAT)
+        self.device = pick_device(device)
+        config = self.source.folder / "config.json"
+        raw = read_json(config)
+        if raw.get("model_type") != "clip":
+            raise ConfigError(
+                f"{config}: model_type {raw.get('model_type')!r} is not clip; colours need CLIP, as {CLIP}"
+            )
+        reader = TensorReader(weight_files(self.source.folder))
+        fields = library_fields(raw, config)
+        for part in (fields.get("text_config"), fields.get("vision_config")):
+            check_depth(reader, part, config)
+        network = build(lambda: CLIPModel(CLIPConfig(**fields)), config)
+        fill({"": network}, reader, torch.float32, self.device, ignore=lambda name: name.endswith("position_ids"))
+        self.network: Any = network
+        self.tokenizer: Any = read_tokenizer(self.source.folder, "clip")
+        text = self.network.config.text_config
+        if self.tokenizer.get_vocab_size() != text.vocab_size:
+            raise CheckpointError(
+                f"{self.source.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the text tower "
+                f"{text.vocab_size}"
+            )
+        self.tokenizer.enable_truncation(text.max_position_embeddings)
+        self._columns: dict[str, Tensor] = {}
+
+    def classify_colors(self, images: Sequence[Image.Image], class_name: str) -> list[str]:
+        """The colour of each crop, one of COLORS; all crops show objects of one class.
+
+        Raises:
+            InputError: a crop has no pixels.
+            DeviceError: memory runs out.
+        """
+        return self.classify(images, [class_name] * len(images))
+
+    def classify(self, images: Sequence[Image.Image], class_names: Sequence[str]) -> list[str]:
+        """As `classify_colors`, with a class of each crop: crops of many pictures share batches.
+
+        Raises:
+            InputError: a crop has no pixels.
+            DeviceError: memory runs out.
+        """
+        return [COLORS[int(row.argmax())] for row in self.logits(images, class_names)]
+
+    @torch.inference_mode()
+    def logits(self, images: Sequence[Image.Image], class_names: Sequence[str]) -> list[NDArray[np.float32]]:
+        """The logits [10] of each crop's colours: 100 · cosine of its embedding and the columns of its class."""
+        side = self.network.config.vision_config.image_size
+
+        def run(start: int, stop: int) -> list[NDArray[np.float32]]:
+            pixels = np.stack([clip_pixels(image, side) for image in images[start:stop]])
+            with exact_convolutions():
+                crops = embeddings(self.network, torch.from_numpy(pixels).to(self.device))  # [N, D]
+            columns = torch.stack([self.columns(name) for name in class_names[start:stop]])  # [N, D, 10]
+            return list(((100 * crops)[:, None] @ columns)[:, 0].cpu().numpy())
+
+        def errors(what: str, remedy: str) -> MemoryErrors:
+            return MemoryErrors(self.device, None, what, remedy)
+
+        release = torch.cuda.empty_cache if self.device.type == "cuda" else None
+        return in_batches(
+            len(images), BATCH, run, errors, "classifying the colours of {} crops at once", release=release
+        )
+
+    @torch.inference_mode()
+    def columns(self, class_name: str) -> Tensor:
+        """The classifier [D, 10] of a class, which is computed once."""
+        if class_name not in self._columns:
+            captions = [t.format(color=color, name=class_name) for color in COLORS for t in TEMPLATES]
+            ids = [self.tokenizer.encode(caption).ids for caption in captions]
+            longest = max(map(len, ids))
+            padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids], device=self.device)
+            self._columns[class_name] = color_columns(self.network, padded.view(len(COLORS), len(TEMPLATES), longest))
+        return self._columns[class_name]
