@@ -8,12 +8,14 @@ from __future__ import annotations
 import base64
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from scale_rae.errors import first_line
 from scale_rae.geneval.evaluation import FORMATS, Evaluation
 from scale_rae.geneval.journal import Mark
+from scale_rae.geneval.judges import NOT_COMPARABLE
 from scale_rae.geneval.policies import Policy
 from scale_rae.geneval.results import REASON_KINDS, Result
 from scale_rae.geneval.summary import Summary
@@ -72,7 +74,8 @@ def render(
     return fill_template(
         "geneval.html",
         title=evaluation.folder.folder.name,
-        judge=evaluation.judge,
+        judge=judge_words(evaluation.judge),
+        note=note_on(evaluation.judge),
         summary=summary,
         overall=f"{100 * summary.overall:.1f}",
         overall_interval=percents(summary.overall_interval),
@@ -86,6 +89,23 @@ def render(
         kinds=[(kind, kinds[kind]) for kind in REASON_KINDS if kinds[kind]],
         missing=evaluation.missing,
     )
+
+
+def judge_words(judge: Mapping[str, Any]) -> str:
+    """A judge in words: its name, and what its verdicts rest on; hashes are cut after 12 digits."""
+    words = [f"Judged by {judge['judge']}"]
+    for name, value in judge.items():
+        if name not in ("judge", "comparable") and value is not None:
+            text = str(value)[:12] if name.endswith(("_sha256", "_revision")) else str(value)
+            words.append(f"{name.replace('_', ' ')} {text}")
+    return " · ".join(words)
+
+
+def note_on(judge: Mapping[str, Any]) -> str:
+    """Why scores cannot be compared with published ones; empty if they can."""
+    if judge.get("judge") != "geneval":
+        return f"Judged by {judge.get('judge')}, not by GenEval's detector: not comparable with published scores."
+    return "" if judge.get("comparable") else f"{NOT_COMPARABLE[0].upper()}{NOT_COMPARABLE[1:]}."
 
 
 def policy_row(policy: Policy) -> dict[str, str]:

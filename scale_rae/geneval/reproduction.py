@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import InputError
 from scale_rae.geneval.evaluation import Evaluation
-from scale_rae.geneval.page import percent, percents
+from scale_rae.geneval.page import judge_words, note_on, percent, percents
 from scale_rae.geneval.policies import chosen, ranked
 from scale_rae.geneval.results import Result
 from scale_rae.geneval.summary import Summary, summarise
@@ -193,7 +193,7 @@ def write_reproduction(
     page = fill_template(
         "reproduction.html",
         title=f"GenEval of {model}",
-        judge=best_of.judge,
+        judge=judge_words(best_of.judge),
         settings={"seed": settings.seed, "steps": settings.options.steps, "guidance": settings.options.guidance},
         rows=[_row(row, tags) for row in rows],
         tags=tags,
@@ -229,10 +229,8 @@ def notes_on(best_of: Evaluation, adaptive: Evaluation | None, prompts: int) -> 
         notes.append(
             f"{prompts} prompt{'' if prompts == 1 else 's'}, not GenEval's {GENEVAL_PROMPTS}: the scores cannot be compared with published ones."
         )
-    if best_of.judge.get("judge") != "geneval":
-        notes.append(f"Judged by {best_of.judge.get('judge')}, not by GenEval's detector: likewise.")
-    elif best_of.judge.get("comparable") is False:
-        notes.append("The detector is not the published one: the scores cannot be compared with published ones.")
+    if note := note_on(best_of.judge):
+        notes.append(note)
     for evaluation in (best_of, adaptive):
         if evaluation is not None and evaluation.missing:
             where = evaluation.folder.folder.name

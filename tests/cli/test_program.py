@@ -65,6 +65,10 @@ def test_what_can_be_known_without_torch_is_said_without_it(tmp_path: Path) -> N
         ["latent", "--latent", "none.pt", "--action", "decode", "--model-path", "shapes"],
         ["latent", "--latent", "some.pt", "--action", "decode", "--model-path", "nope"],
         ["scale", "t2i", "--metadata-file", "none.jsonl", "--model-path", "shapes"],
+        ["evaluate", "geneval", "folder", "--judge", "shapes"],
+        ["evaluate", "geneval", "folder", "--detector", "some.pt"],
+        ["evaluate", "geneval", "folder"],
+        ["reproduce", "shapes", "--judge", "shapes", "--prompts", "none.jsonl"],
     ]
     script = (
         "import json, sys; from scale_rae.cli import main\n"
