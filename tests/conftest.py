@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+    gc.freeze()  # what torch and its modules hold stays, and need not be looked through by each collection
 
 
 @pytest.fixture(scope="session", autouse=True)
