@@ -104,7 +104,7 @@ def test_processes_in_one_folder_do_not_collide(tmp_path: Path) -> None:
         "    save_run(Path(sys.argv[1]), {'by': sys.argv[2]}, [Sample(Image.new('RGB', (2, 2)), text={'by': sys.argv[2]})], 'T')\n"
     )
     processes = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path), str(n)]) for n in range(4)]
-    assert [p.wait(60) for p in processes] == [0] * 4
+    assert [p.wait(240) for p in processes] == [0] * 4
     manifests = [json.loads(p.read_text()) for p in tmp_path.glob("*_manifest.json")]
     assert len(manifests) == 100
     assert len(left(tmp_path)) == 200

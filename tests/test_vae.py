@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import shutil
 import sys
@@ -20,7 +21,8 @@ from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
 from tests.helpers.made_checkpoints import golden_case, write_checkpoint
 
-diffusers = pytest.importorskip("diffusers", reason="needs the extra `vae`")
+# It is imported by the tests that run: pytest's other processes collect them too.
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("diffusers") is None, reason="needs the extra `vae`")
 
 DRAW = "Can you generate a photo of a cat on a windowsill?"
 CHANNELS = 64  # 16 of the VAE's in 2 x 2 places
@@ -41,6 +43,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = write_checkpoint(case, folder)
     shutil.rmtree(folder / "decoder")
     torch.manual_seed(0)
+    import diffusers
+
     vae = diffusers.AutoencoderKL(
         block_out_channels=(8, 16, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -76,12 +80,12 @@ def change_json(path: Path, **fields: Any) -> None:
 
 
 def test_pixels_are_those_of_diffusers(model: ScaleRAE, checkpoint: Path) -> None:
-    from diffusers import FluxPipeline
+    from diffusers import AutoencoderKL, FluxPipeline
     from diffusers.image_processor import VaeImageProcessor
 
     side = int(model.config.tokens**0.5)
     latents = torch.randn(2, model.config.tokens, CHANNELS, generator=torch.Generator().manual_seed(1))
-    vae = diffusers.AutoencoderKL.from_pretrained(vae_of(checkpoint))
+    vae = AutoencoderKL.from_pretrained(vae_of(checkpoint))
     scale = 2 ** (len(vae.config.block_out_channels) - 1)
     packed = FluxPipeline._unpack_latents(latents, 2 * side * scale, 2 * side * scale, scale)
     with torch.inference_mode():

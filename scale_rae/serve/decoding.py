@@ -109,8 +109,8 @@ class Decoders:
                 waits.turn.set_exception(shutting_down())
         self._waiting.clear()
         for worker in self._all:
-            worker.end()
-        self._threads.shutdown(wait=False, cancel_futures=True)
+            worker.close()
+        self._threads.shutdown(wait=False)  # an image that waits for a thread finds its worker closed
 
     @property
     def processes(self) -> list[int]:
@@ -200,12 +200,12 @@ class _EndedError(Exception):
 
 
 class _Worker:
-    """One process, replaced when it has ended. `read` is called by one thread at a time, `end` by any."""
+    """One process, replaced when it has ended. One thread at a time calls `read`; any thread calls `end` and `close`."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
-        self._busy = self._ended = False
+        self._busy = self._ended = self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -218,9 +218,11 @@ class _Worker:
 
         Raises:
             InputError: when the URL holds no image.
-            _EndedError: when the process ended instead of answering.
+            _EndedError: when the process ended instead of answering, or the worker is closed.
         """
         with self._lock:
+            if self._closed:
+                raise _EndedError(on_purpose=True)
             self._busy, self._ended = True, False
         try:
             return self._ask(url, field, pixels, seconds, started)
@@ -244,6 +246,12 @@ class _Worker:
             process.wait()
             if idle:  # else `read`, which uses the pipes now, closes them
                 _close(process)
+
+    def close(self) -> None:
+        """Kills the process and starts no other."""
+        with self._lock:
+            self._closed = True
+        self.end()
 
     def _ask(self, url: str, field: str, pixels: int, seconds: float, started: Callable[[], object]) -> Image.Image:
         process = self._process

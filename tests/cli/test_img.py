@@ -113,7 +113,12 @@ def test_sampling_flags_reach_the_drawing(
     shown = model.encode([Image.open(picture)])[0]
     torch.save(shown, tmp_path / "shown.pt")
     seen: list[torch.Tensor] = []
+    all_at_once = ("--seed", 8, "--guidance-level", 3, "--guidance-interval", 0.3, 1, "--steps", 5, "--solver", "heun")
     cases: list[tuple[tuple[object, ...], dict[str, Any]]] = [
+        (
+            all_at_once,
+            {"seed": 8, "guidance": 3.0, "guidance_interval": (0.3, 1.0), "steps": 5, "solver": "heun"},
+        ),
         ((), {}),
         (("--seed", 7), {"seed": 7}),
         (("--guidance-level", 2), {"guidance": 2.0}),
@@ -127,8 +132,9 @@ def test_sampling_flags_reach_the_drawing(
         common += ("--output-dir", folder, "--json", *with_defaults(flags, {"--steps": 4}))
         (manifest,) = cli("img", "--image", picture, *common).manifests
         drawn = torch.load(manifest["latent_path"], weights_only=True)
-        (again,) = cli("latent", "--action", "continue", "--latent", tmp_path / "shown.pt", *common).manifests
-        assert torch.equal(torch.load(again["latent_path"], weights_only=True), drawn)
+        if flags == all_at_once:
+            (again,) = cli("latent", "--action", "continue", "--latent", tmp_path / "shown.pt", *common).manifests
+            assert torch.equal(torch.load(again["latent_path"], weights_only=True), drawn)
         wanted = model.generate(["Make it blue"], latents=[shown], **{"steps": 4} | options)[0].images[0].latent
         assert torch.equal(drawn, wanted), flags
         assert not any(torch.equal(drawn, other) for other in seen), flags

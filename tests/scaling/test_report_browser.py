@@ -41,7 +41,7 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def page(request: pytest.FixtureRequest, browser: Any, experiment: Path, tmp_path: Path) -> Iterator[Any]:
     write_report(experiment, tmp_path / "report.html", None, None, 0.5, 192)
     context = browser.new_context(viewport=request.param)
-    context.set_default_timeout(30_000)
+    context.set_default_timeout(240_000)  # against hanging only
     page = context.new_page()
     asked: list[str] = []
     errors: list[str] = []

@@ -43,14 +43,14 @@ def test_config_has_the_published_keys() -> None:
 
 @pytest.fixture(scope="module")
 def drawn(model: ScaleRAE) -> list[evaluate.Drawn]:
-    """A drawing of each of 24 prompts, four of each kind."""
-    prompts = world.prompts(4, "exclude", seed=11)
+    """A drawing of each of 12 prompts, two of each kind."""
+    prompts = world.prompts(2, "exclude", seed=11)
     return evaluate.draw_prompts(model, prompts, seed=3, guidance=3.0, solver="dpmpp_2m", steps=8)
 
 
 def test_draws_what_it_is_asked_for(drawn: list[evaluate.Drawn]) -> None:
     wrong = [f"{item.metadata['prompt']}: {item.reason}" for item in drawn if not item.correct]
-    assert len(wrong) <= 2, wrong  # 24 prompts of which it gets 99 % right
+    assert len(wrong) <= 1, wrong  # it gets 99 % right
 
 
 def test_reads_pictures(model: ScaleRAE) -> None:
@@ -61,9 +61,9 @@ def test_reads_pictures(model: ScaleRAE) -> None:
 
 def test_judges_its_own_latents(model: ScaleRAE, drawn: list[evaluate.Drawn]) -> None:
     assert evaluate.agreement(model, drawn)["all"].value >= 0.75
-    others = [item.metadata["prompt"] for item in drawn[4:] + drawn[:4]]  # another kind's prompt is false
+    others = [item.metadata["prompt"] for item in drawn[2:] + drawn[:2]]  # another kind's prompt is false
     said_yes = evaluate.align(model, [item.latent for item in drawn], others)
-    assert sum(said_yes) <= 3
+    assert sum(said_yes) <= 2
 
 
 def test_encode_decode(model: ScaleRAE) -> None:

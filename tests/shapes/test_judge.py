@@ -45,7 +45,7 @@ def rates(pictures: list[Pixels], scenes: world.SceneBatch) -> tuple[float, floa
 
 
 def test_drawn_scenes() -> None:
-    scenes = world.sample(np.random.default_rng(0), 600, KINDS, "any")
+    scenes = world.sample(np.random.default_rng(0), 300, KINDS, "any")
     accepted, wrongly = rates(list(drawn(scenes)), scenes)
     assert accepted >= 0.995
     assert wrongly <= 0.005
@@ -53,14 +53,14 @@ def test_drawn_scenes() -> None:
 
 def test_degraded_scenes() -> None:
     rng = np.random.default_rng(1)
-    scenes = world.sample(rng, 400, KINDS, "any")
+    scenes = world.sample(rng, 200, KINDS, "any")
     accepted, wrongly = rates([degraded(picture, rng) for picture in drawn(scenes)], scenes)
     assert accepted >= 0.99
     assert wrongly <= 0.01
 
 
 def test_mixed_scenes_are_read_fully() -> None:
-    scenes = world.sample(np.random.default_rng(2), 200, ("mixed",), "any")
+    scenes = world.sample(np.random.default_rng(2), 100, ("mixed",), "any")
     for picture, scene in zip(drawn(scenes), scenes, strict=True):
         found = find_objects(picture)
         for seen, there in zip(found, sorted(scene.objects, key=lambda thing: thing.x), strict=True):
