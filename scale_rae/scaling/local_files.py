@@ -11,6 +11,7 @@ import errno
 import os
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -75,6 +76,7 @@ class LocalFiles:
     def __init__(self, work: Path, writer: str) -> None:
         self._work = work
         self.temporary = work / "tmp" / writer
+        self._writing = threading.Lock()  # threads of a process share the temporary file
 
     def make_folders(self, folders: Iterable[Path]) -> None:
         """Makes the experiment's own folders, and those given.
@@ -109,12 +111,13 @@ class LocalFiles:
     def write(self, path: Path, data: bytes, durable: bool = True) -> None:
         """Writes a file, whole or not at all, making its folder."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            _make(self.temporary, data, durable)
-            replace(self.temporary, path)
-        except OSError:
-            self.temporary.unlink(missing_ok=True)
-            raise
+        with self._writing:
+            try:
+                _make(self.temporary, data, durable)
+                replace(self.temporary, path)
+            except OSError:
+                self.temporary.unlink(missing_ok=True)
+                raise
 
     def write_first(self, path: Path, data: bytes) -> None:
         """Writes a file unless it is there already, also where several workers try at once."""

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -38,6 +39,7 @@ for module, names in {
     for name in names.split():
         if hasattr(module, name):
             delattr(module, name)
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from scale_rae.cli import main
 from scale_rae.scaling import local_files
@@ -180,3 +182,13 @@ def test_an_assignment_is_read_in_any_encoding(tmp_path: Path) -> None:
     value = json.loads(line)
     assert value["assignment"]["own"][0][0]["prompt"] == "ein Häuschen 🏠"
     assert value["folder"] == str(tmp_path / "für")
+
+
+def test_threads_of_a_process_write_at_once(tmp_path: Path) -> None:
+    """As the lanes of an adaptive search do: the process has one temporary file."""
+    files = local_files.LocalFiles(tmp_path / "work", "w0")
+    files.make_folders([])
+    numbers = range(200)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda n: files.write(tmp_path / str(n), str(n).encode(), durable=False), numbers))
+    assert [(tmp_path / str(n)).read_text() for n in numbers] == [str(n) for n in numbers]
