@@ -21,6 +21,7 @@ float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit fast_blocks fast_weights flow fast_dit sampling
 encoder decoder vae loading
+training.optim training.losses training.passes training
 scores results
 pipeline
 provenance manifest outputs opening
