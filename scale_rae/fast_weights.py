@@ -45,15 +45,20 @@ def pad_swiglu(dit: nn.Module, multiple: int) -> None:
         w12.out_features, w3.in_features = 2 * (inner + extra), inner + extra
 
 
-def crop_swiglu(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Parameters by name with `pad_swiglu` undone, for a DiT of this width."""
-    inner = int(2 / 3 * 4 * width)
+def swiglu_inner(width: int) -> int:
+    """The inner width of a published SwiGLU."""
+    return int(2 / 3 * 4 * width)
+
+
+def crop_swiglu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name with `pad_swiglu` undone."""
     cropped = dict(tensors)
     for name, tensor in tensors.items():
         if name.endswith(("mlp.w12.weight", "mlp.w12.bias")):
-            cropped[name] = tensor.reshape(2, -1, *tensor.shape[1:])[:, :inner].flatten(0, 1)
+            width = tensors[f"{name.rpartition('.')[0]}.weight"].shape[1]
+            cropped[name] = tensor.reshape(2, -1, *tensor.shape[1:])[:, : swiglu_inner(width)].flatten(0, 1)
         elif name.endswith("mlp.w3.weight"):
-            cropped[name] = tensor[:, :inner]
+            cropped[name] = tensor[:, : swiglu_inner(len(tensor))]
     return cropped
 
 

@@ -15,16 +15,17 @@ ROAD = """
 version errors files jsonio options processes clock
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
-codes config layout headers footprint memory_plan containers images torch_file checkpoint hub listing inspection wording memory cpu noise
+codes config layout headers footprint memory_plan containers images torch_file checkpoint hub provenance adapters listing inspection wording memory cpu noise
 compiling cuda_graphs residency
 float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit fast_blocks fast_weights flow fast_dit sampling
 encoder decoder vae loading
-training.optim training.losses training.passes training
+training.sequences training.settings training.records training.cache training.optim training.losses training.passes training.lora training.batches
+training.prepare training.objective training.parallel training.validation training.checkpoints training.log training.trainer training.run training
 scores results
 pipeline
-provenance manifest outputs opening
+manifest outputs opening
 rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards adaptive prompt_search scale_rae
 scaling scaling.settings scaling.experiment scaling.records scaling.events scaling.locks scaling.local_files scaling.object_store scaling.store
 scaling.batches scaling.joining scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster
@@ -34,7 +35,7 @@ serve.guard serve.connections serve.data_urls serve.decoding serve.streaming ser
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
-cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.report cli.sheet cli.serve
+cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.train cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -398,7 +398,7 @@ def build(
 def weights(model: FlatModel, preset: Preset, averaged: bool = True) -> dict[str, Tensor]:
     """Parameters under their published names."""
     tensors = {name: t for name, t in model.tensors(averaged).items() if not name.startswith("attribute_head.")}
-    return crop_swiglu(tensors, preset.dit_width)
+    return crop_swiglu(tensors)
 
 
 def start_from(model: FlatModel, folder: Path) -> None:

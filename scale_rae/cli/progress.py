@@ -159,7 +159,7 @@ class ScalingDisplay:
         seconds = time.monotonic() - self._start
         if self._images and seconds > 0:
             rate = self._images / seconds
-            text += f", {rate:.2f} images/s, {_duration((self._total - self._completed()) / rate)} left"
+            text += f", {rate:.2f} images/s, {duration((self._total - self._completed()) / rate)} left"
         return text
 
     def _completed(self) -> int:
@@ -193,6 +193,7 @@ class ScalingDisplay:
             self._bar = None
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Seconds in words: "40 s", "12 min", "3.5 h"."""
     minutes, hours = round(seconds / 60), seconds / 3600
     return f"{seconds:.0f} s" if seconds < 100 else f"{minutes} min" if minutes < 100 else f"{hours:.1f} h"

@@ -361,7 +361,7 @@ def test_padded_swiglu_computes_the_same_and_stays_zero_outside(vocabulary: Voca
     for parameter in dit.parameters():
         nn.init.normal_(parameter, std=0.1)
     inner = int(2 / 3 * 4 * 40)
-    cropped = crop_swiglu(dict(dit.named_parameters()), 40)
+    cropped = crop_swiglu(dict(dit.named_parameters()))
     bare = type(dit)(dit.config)
     bare.load_state_dict(cropped)
     networks.pad_swiglu(bare, 8)

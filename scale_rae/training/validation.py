@@ -1,0 +1,96 @@
+"""Pictures of the validation prompts while the model learns: always the same noise, on one contact sheet a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+
+from scale_rae import flow
+from scale_rae.decoder import PixelDecoder, to_uint8
+from scale_rae.dit import DiT
+from scale_rae.hub import find
+from scale_rae.loading import find_decoder, load_decoder, load_encoder
+from scale_rae.noise import draw_noise, image_seed
+from scale_rae.sampling import NormStats
+from scale_rae.training.losses import training_shift
+from scale_rae.training.prepare import Model
+from scale_rae.training.settings import TrainingOptions
+
+FOLDER = "validation"
+_THUMBNAIL, _FOOT, _GAP = 192, 18, 6
+
+
+class Validation:
+    """Draws the validation prompts and writes `validation/step-N.png`."""
+
+    def __init__(
+        self, options: TrainingOptions, model: Model, dit: DiT, norm_stats: NormStats | None, folder: Path
+    ) -> None:
+        """Loads the pixel decoder.
+
+        Raises:
+            ConfigError, CheckpointError, HubError: when it cannot be loaded.
+        """
+        self._options, self._model, self._dit, self._norm_stats, self._folder = options, model, dit, norm_stats, folder
+        source = find(model.config.encoder_name, "encoder", model.source.folder)
+        encoder = load_encoder(source, model.config, model.dtype, model.device)
+        self._mean, self._std = encoder.image_mean, encoder.image_std
+        files = find_decoder(None, model.source, model.config, lambda: encoder.kind)
+        decoder = load_decoder(files, model.config, model.dtype, model.device)
+        assert isinstance(decoder, PixelDecoder)  # models with a VAE are not trained
+        self._decoder = decoder
+
+    @torch.no_grad()
+    def __call__(self, step: int, conditions: Sequence[Tensor]) -> Path:
+        """The path of the sheet of a step, once it is written; `conditions` [L, Z] are those of the prompts."""
+        options, images = self._options, []
+        for number, condition in enumerate(conditions):
+            seeds = [image_seed(options.seed, number, j) for j in range(options.num_validation_images)]
+            latents = self._draw(condition.to(self._model.device), seeds)
+            pixels = to_uint8(self._decoder(latents.to(self._model.dtype)), self._mean, self._std)
+            images.append([Image.fromarray(array) for array in pixels.cpu().numpy()])
+        path = self._folder / FOLDER / f"step-{step:06}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(images, options.validation_prompts).save(path)
+        return path
+
+    def _draw(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Latents [B, L, C] of one condition [L, Z]."""
+        options, config, dit = self._options, self._model.config, self._dit
+        noise = draw_noise(seeds, config.channels, config.dit.side, self._model.device)()
+
+        def velocity(of: Tensor) -> flow.Velocity:
+            given = of.expand(len(seeds), config.tokens, -1)
+            return lambda x, t: dit(x, torch.full((len(x),), t, device=x.device), given)
+
+        null = dit.null_condition
+        guidance = options.validation_guidance if null is not None else 1.0
+        guided = flow.guided(velocity(condition), velocity(condition if null is None else null), guidance)
+        sampler = flow.SAMPLERS["euler"]
+        times = sampler.schedule(options.num_inference_steps, training_shift(config))
+        latents = flow.solve(sampler, guided, noise, times).flatten(2).transpose(1, 2)
+        if self._norm_stats is not None:
+            mean, std = self._norm_stats
+            latents = latents * std + mean
+        return latents
+
+
+def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
+    """Pictures in rows, each row below its caption."""
+    columns = max(len(row) for row in rows)
+    width = columns * (_THUMBNAIL + _GAP) + _GAP
+    sheet = Image.new("RGB", (width, len(rows) * (_FOOT + _THUMBNAIL + _GAP) + _GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
+        top = _GAP + i * (_FOOT + _THUMBNAIL + _GAP)
+        text = caption.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+        while text and pen.textlength(text) > width - 2 * _GAP:
+            text = text[:-1]
+        pen.text((_GAP, top), text, fill="black")
+        for j, image in enumerate(row):
+            sheet.paste(image.resize((_THUMBNAIL, _THUMBNAIL)), (_GAP + j * (_THUMBNAIL + _GAP), top + _FOOT))
+    return sheet
