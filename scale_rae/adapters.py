@@ -171,8 +171,3 @@ class MergedReader(TensorReader):
             take(start, whole)
 
         super().read_rows(name, merged)
-
-
-def adapter_record(source: Source, weight: float, record: Callable[[Source], dict[str, Any]]) -> dict[str, Any]:
-    """What a manifest records of an adapter: its files (`provenance.file_record`) and its weight."""
-    return {**record(source), "weight": weight}
