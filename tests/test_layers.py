@@ -20,7 +20,7 @@ compiling cuda_graphs residency
 float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit fast_blocks fast_weights flow fast_dit sampling
-encoder decoder vae loading
+encoder decoder vae loading publishing
 training.sequences training.settings training.records training.cache training.optim training.losses training.passes training.lora training.batches
 training.prepare training.objective training.parallel training.validation training.checkpoints training.log training.trainer training.run training
 scores results
@@ -35,7 +35,7 @@ serve.guard serve.connections serve.data_urls serve.decoding serve.streaming ser
 serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
-cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.train cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.report cli.sheet cli.serve
+cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.train cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

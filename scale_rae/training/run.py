@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,16 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from scale_rae.adapters import find_adapters, read_adapter, write_adapter
+from scale_rae.adapters import MergedReader, find_adapters, read_adapter, write_adapter
 from scale_rae.config import load_config
 from scale_rae.errors import OptionError, TrainingError
-from scale_rae.fast_weights import pad_swiglu
-from scale_rae.hub import Source
+from scale_rae.fast_weights import crop_swiglu, pad_swiglu
+from scale_rae.hub import Source, weight_files
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, keeps_float32
 from scale_rae.loading import load_dit, load_language, load_tokenizer
 from scale_rae.memory import pick_device
 from scale_rae.provenance import file_record
+from scale_rae.publishing import write_model
 from scale_rae.toolchain import can_compile, check_compile
 from scale_rae.training.batches import Order, Sample
 from scale_rae.training.checkpoints import Checkpoints
@@ -236,10 +238,18 @@ class Run:
     def write(self, folder: Path) -> None:
         """Writes the result and training.json, which says how it was made."""
         if self.options.full:
-            raise TrainingError("--full: writing the checkpoint is not there yet")
-        self.write_adapter(folder)
+            self._write_checkpoint(folder / "model")
+        else:
+            self.write_adapter(folder)
         record = {"options": self.options.identity(), "model": self.model.source.address, "steps": self.trainer.done}
         (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Writes the moving average of the weights as a checkpoint in the published layout."""
+        model = self.model
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed after its end
+        reader = MergedReader(weight_files(model.source.folder), model.adapters)
+        write_model(model.source, reader, folder, replaced=crop_swiglu(self.flat.tensors()))
 
     def write_adapter(self, folder: Path) -> None:
         """Writes the moving average of the adapter in PEFT's form."""
