@@ -21,8 +21,9 @@ _WIDTH = 8  # sequences are padded to a multiple of this, for aligned products
 class Sample:
     """One record in memory. `drawn` and `shown` are latents [L, C] of its pictures, not normalised, in order.
 
-    `condition` [L, Z] is there where the language model does not learn; then `layout` is not read. `seed` is that of all that
-    is random about the sample in this step.
+    `condition` [pictures, L, Z] is there where the language model does not learn, and for a record that is `kept`: one whose
+    picture the model drew before it was trained, and for which it is to go on as it does. `seed` is that of all that is random
+    about the sample in this step.
     """
 
     where: str
@@ -31,24 +32,37 @@ class Sample:
     shown: tuple[Tensor, ...]
     condition: Tensor | None
     seed: int
+    kept: bool = False
 
 
 class Order:
-    """Which record is at which place of which step: rounds through all records, each in an order of its own."""
+    """Which record is at which place of which step: rounds through all records, each in an order of its own.
 
-    def __init__(self, records: int, batch: int, seed: int) -> None:
-        """`batch` records a step, over all devices."""
-        self.records, self.batch, self.seed = records, batch, seed
-        self._rounds: dict[int, list[int]] = {}
+    Where records are to be kept, which are numbered after the others, they have every other place, in rounds of their own.
+    """
+
+    def __init__(self, records: int, batch: int, seed: int, kept: int = 0) -> None:
+        """`batch` records a step, over all devices; `records` and `kept` are how many there are of each."""
+        self.records, self.batch, self.seed, self.kept = records, batch, seed, kept
+        self._rounds: dict[tuple[int, int], list[int]] = {}
 
     def record(self, step: int, place: int) -> int:
         """The number of the record at `place` of a step; the first step is 1."""
-        number, within = divmod((step - 1) * self.batch + place, self.records)
-        if number not in self._rounds:
-            self._rounds = {kept: self._rounds[kept] for kept in sorted(self._rounds)[-1:]}
-            generator = torch.Generator().manual_seed(image_seed(self.seed, number, 1))
-            self._rounds[number] = torch.randperm(self.records, generator=generator).tolist()
-        return self._rounds[number][within]
+        at = (step - 1) * self.batch + place
+        if not self.kept:
+            return self._of_round(at, 0, self.records)
+        if at % 2:
+            return self.records + self._of_round(at // 2, 1, self.kept)
+        return self._of_round(at // 2, 0, self.records)
+
+    def _of_round(self, at: int, stream: int, count: int) -> int:
+        number, within = divmod(at, count)
+        if (number, stream) not in self._rounds:
+            if len(self._rounds) > 8:
+                self._rounds.clear()
+            generator = torch.Generator().manual_seed(image_seed(self.seed, 2 * number + stream, 1))
+            self._rounds[number, stream] = torch.randperm(count, generator=generator).tolist()
+        return self._rounds[number, stream][within]
 
     def sample_seed(self, step: int, place: int) -> int:
         """The seed of what is random about a place of a step, the same for any number of devices."""

@@ -47,6 +47,7 @@ def losses(sums: Sequence[float], steps: int) -> dict[str, Any]:
         "loss": round(values["loss"] / steps, 6),
         "flow": round(values["flow"] / steps, 6),
         "text": round(values["text"] / steps, 6),
+        "kept": round(values["kept"] / steps, 6),
         "flow_by_t": [round(f / n, 6) if n else None for f, n in zip(flow, count, strict=True)],
     }
 

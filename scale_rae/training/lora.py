@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ class LoraLinear(nn.Module):
         self.lora_A = nn.Linear(base.in_features, rank, bias=False, device=anchor.device, dtype=dtype)
         self.lora_B = nn.Linear(rank, base.out_features, bias=False, device=anchor.device, dtype=dtype)
         self.scale = alpha / rank
+        self.on = True
         nn.init.zeros_(self.lora_B.weight)
 
     @property
@@ -48,7 +50,21 @@ class LoraLinear(nn.Module):
             out = _frozen_linear(x, self.base.weight, self.base.bias)
         else:
             out = self.base(x)
+        if not self.on:
+            return out  # type: ignore[no-any-return]
         return out + F.linear(F.linear(x, self.lora_A.weight), self.lora_B.weight) * self.scale  # type: ignore[no-any-return]
+
+
+@contextmanager
+def switched_off(layers: Iterable[LoraLinear]) -> Iterator[None]:
+    """A context in which the layers compute as their bases do."""
+    for layer in layers:
+        layer.on = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.on = True
 
 
 class FrozenLinear(nn.Module):

@@ -32,9 +32,14 @@ def flow_loss(dit: DiT, latents: Tensor, conditions: Tensor, t: Tensor, noise: T
 
 def flow_errors(dit: DiT, x: Tensor, conditions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
     """(v - (noise - x))² [B, C, S, S] at x_t = (1 - t) x + t noise, for x and noise [B, C, S, S] float32."""
-    at = t[:, None, None, None]
-    velocity: Tensor = dit((1 - at) * x + at * noise, t, conditions)
+    velocity: Tensor = dit(between(x, t, noise), t, conditions)
     return (velocity - (noise - x)).square()
+
+
+def between(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    """x_t = (1 - t) x + t noise [B, C, S, S] of data and noise at times t [B]."""
+    at = t[:, None, None, None]
+    return (1 - at) * x + at * noise
 
 
 def sample_times(

@@ -22,11 +22,14 @@ from scale_rae.errors import ConfigError, DataError, InputError
 from scale_rae.hub import Source, find
 from scale_rae.images import decode_image
 from scale_rae.language import Conversation, LanguageModel, Reply
-from scale_rae.loading import load_encoder, load_language
+from scale_rae.loading import load_dit, load_encoder, load_language
+from scale_rae.noise import image_seed
 from scale_rae.prompt import ChatTokenizer, clean_message
+from scale_rae.promptfile import read_prompts
 from scale_rae.quantization import Place
 from scale_rae.training.batches import Sample, embed, learnt_tokens
 from scale_rae.training.cache import TensorCache, key_of, stored_dtype
+from scale_rae.training.drawing import draw_latents
 from scale_rae.training.passes import hidden_states, positions
 from scale_rae.training.records import PictureFile, Record, usable
 from scale_rae.training.sequences import PICTURE, QUERIES, Layout, Message, lay_out
@@ -37,6 +40,7 @@ Report = Callable[[str, int, int], None]
 """Called as `report(what, done, total)` while something is prepared."""
 
 ENCODE_AT_ONCE, REPLY_AT_ONCE, CONDITIONS_AT_ONCE = 32, 64, 16
+DRAW_AT_ONCE = 16
 LONGEST_OWN_REPLY = 64  # tokens
 _THREADS = 8
 
@@ -68,11 +72,12 @@ class PreparedRecord:
     drawn: tuple[str, ...]
     shown: tuple[str, ...]
     condition: str
+    kept: bool = False  # whether the model is to go on drawing it as it does
 
     @property
-    def counts(self) -> tuple[int, int]:
-        """(pictures that are drawn, tokens that are learnt)."""
-        return len(self.drawn), learnt_tokens(self.layout)
+    def counts(self) -> tuple[int, int, bool]:
+        """(pictures that are drawn, tokens that are learnt, whether it is kept)."""
+        return len(self.drawn), learnt_tokens(self.layout), self.kept
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ class Prepared:
         record = self.records[number]
         drawn, shown = (tuple(self.latents.get(key) for key in keys) for keys in (record.drawn, record.shown))
         condition = self.conditions.get(record.condition) if record.condition else None
-        return Sample(record.where, record.layout, drawn, shown, condition, seed)
+        return Sample(record.where, record.layout, drawn, shown, condition, seed, record.kept)
 
     @property
     def identity(self) -> str:
@@ -126,9 +131,10 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         Record(f"validation prompt {number}", _request(text, options), (), own_reply=True)
         for number, text in enumerate(options.validation_prompts, start=1)
     ]
+    classes = _class_records(options)
     language = _Lazy(model)
     said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
-    worded, by_itself = said.worded([*records, *asked], report, notes)
+    worded, by_itself = said.worded([*records, *asked, *classes], len(records) + len(asked), report, notes)
     layouts = [lay_out(model.tokenizer, record.messages, options.text_targets) for record in worded]
     problems = [
         f"{record.where}: {length} tokens long; the model reads at most {config.max_length}"
@@ -149,8 +155,17 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
             condition = own if i in by_itself else key_of(model.identity, layout.ids, shown)
         return PreparedRecord(record.where, layout, drawn, shown, condition)
 
-    looks = [made(i) for i in range(len(records), len(worded))]
-    prepared = Prepared([made(i) for i in kept], looks, latents, conditions, notes)
+    end = len(records) + len(asked)
+    looks = [made(i) for i in range(len(records), end)]
+    keeping = [_kept(worded[i], layouts[i], options, model) for i in range(end, len(worded)) if i in by_itself]
+    if len(keeping) < len(classes):
+        notes.append(
+            f"{len(classes) - len(keeping)} of {len(classes)} --class-prompts are left out: the model does not draw them"
+        )
+    if classes and not keeping:
+        raise InputError(f"{options.class_prompts}: the model draws none of these prompts, so there is nothing to keep")
+    prepared = Prepared([*map(made, kept), *keeping], looks, latents, conditions, notes)
+    _draw_classes(prepared, keeping, options, model, report)
     if not options.trains_language:
         _conditions(prepared, model, language, report)
     return prepared
@@ -159,6 +174,44 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
 def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:
     """The conversation in which a picture of a text is drawn."""
     return Message("user", as_request(text, options.prompt_prefix)), Message("assistant", PICTURE)
+
+
+def _class_records(options: TrainingOptions) -> list[Record]:
+    """The prompts that the model is to go on drawing as it does."""
+    if options.class_prompts is None:
+        return []
+    prompts = read_prompts(options.class_prompts)
+    return [
+        Record(f"{options.class_prompts}, line {line.line}", _request(line.prompt, options), (), own_reply=True)
+        for line in prompts
+    ]
+
+
+def _kept(record: Record, layout: Layout, options: TrainingOptions, model: Model) -> PreparedRecord:
+    message = record.messages[0].text
+    how = options.seed, options.num_inference_steps, options.validation_guidance
+    picture = key_of(model.identity, "drawn", message, *how)
+    return PreparedRecord(record.where, layout, (picture,), (), _own_key(model, message), kept=True)
+
+
+def _draw_classes(
+    prepared: Prepared, keeping: list[PreparedRecord], options: TrainingOptions, model: Model, report: Report
+) -> None:
+    """Draws the pictures of records that are kept, with the model as it is."""
+    todo = [record for record in keeping if not prepared.latents.has(record.drawn[0])]
+    if not todo:
+        return
+    dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters)
+    for start in range(0, len(todo), DRAW_AT_ONCE):
+        report("drawing class prompts", start, len(todo))
+        part = todo[start : start + DRAW_AT_ONCE]
+        conditions = torch.cat([prepared.conditions.get(record.condition) for record in part])
+        seeds = [image_seed(options.seed, start + i, 0) for i in range(len(part))]
+        how = seeds, options.validation_guidance, options.num_inference_steps
+        drawn = draw_latents(dit, model.config, norm_stats, conditions, *how)
+        for record, latent in zip(part, drawn, strict=True):
+            prepared.latents.put(record.drawn[0], latent.to(stored_dtype(model.dtype)).clone())
+    report("drawing class prompts", len(todo), len(todo))
 
 
 class _Lazy:
@@ -192,31 +245,35 @@ class _Said:
     replies: TensorCache
     conditions: TensorCache
 
-    def worded(self, records: Sequence[Record], report: Report, notes: list[str]) -> tuple[list[Record], set[int]]:
+    def worded(
+        self, records: Sequence[Record], asked_from: int, report: Report, notes: list[str]
+    ) -> tuple[list[Record], set[int]]:
         """The records with replies, and the numbers of those whose condition is that of the model's own reply.
 
-        A record whose text the model would not draw for gets the most common reply.
+        With --reply, only records from number `asked_from` on are asked for the model's own. A record whose text the model does
+        not draw gets the reply of --reply, or the most common one.
         """
         own = {i: record.messages[0].text for i, record in enumerate(records) if record.own_reply}
-        if self.options.reply is not None or not own:
-            return [r.with_reply(self.options.reply or "") if r.own_reply else r for r in records], set()
-        said = self._own(list(dict.fromkeys(own.values())), report)
+        if not own:
+            return list(records), set()
+        given = self.options.reply
+        said: dict[str, str | None] = dict.fromkeys(own.values())
+        said |= self._own([message for i, message in own.items() if given is None or i >= asked_from], report)
         by_itself = {i for i, message in own.items() if said[message] is not None}
-        given = [
-            text.partition(PICTURE)[0] for r in records if not r.own_reply for _, text in r.messages if PICTURE in text
-        ]
-        usual = Counter([said[own[i]] for i in sorted(by_itself)] or given).most_common(1)
-        if not usual:
-            raise InputError(
-                f"the model draws for none of the {len(own)} texts as it is; say with --reply what it says before it draws"
-            )
-        if len(by_itself) < len(own):
-            notes.append(
-                f"{len(own) - len(by_itself)} of {len(own)} texts get the reply {usual[0][0]!r}: the model does not draw for "
-                "them as it is"
-            )
-        worded = [r.with_reply(said[own[i]] or str(usual[0][0])) if i in own else r for i, r in enumerate(records)]
-        return worded, by_itself
+        if given is None:
+            found = [said[own[i]] for i in sorted(by_itself)]
+            texts = [text for r in records if not r.own_reply for _, text in r.messages]
+            usual = Counter(found or [text.partition(PICTURE)[0] for text in texts if PICTURE in text]).most_common(1)
+            if not usual:
+                raise InputError(
+                    f"the model draws for none of the {len(own)} texts as it is; say with --reply what it says before it draws"
+                )
+            given = str(usual[0][0])
+            if others := len(own) - len(by_itself):
+                notes.append(
+                    f"{others} of {len(own)} texts get the reply {given!r}: the model does not draw for them as it is"
+                )
+        return [r.with_reply(said[own[i]] or given) if i in own else r for i, r in enumerate(records)], by_itself
 
     def _own(self, messages: list[str], report: Report) -> dict[str, str | None]:
         """What the model says by message, None where it does not draw; the conditions of the others are kept."""

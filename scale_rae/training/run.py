@@ -28,7 +28,7 @@ from scale_rae.publishing import write_model
 from scale_rae.toolchain import can_compile, check_compile
 from scale_rae.training.batches import Order, Sample
 from scale_rae.training.checkpoints import Checkpoints
-from scale_rae.training.lora import adapter_changes, add_to_networks, pass_gradients
+from scale_rae.training.lora import LoraLinear, adapter_changes, add_to_networks, pass_gradients, switched_off
 from scale_rae.training.objective import FineTune
 from scale_rae.training.optim import FlatModel, OptimizerOptions, warmed_up
 from scale_rae.training.parallel import Group, join, local_device
@@ -131,9 +131,10 @@ class Run:
             self.language = load_language(model.source, model.config, model.place, model.adapters, options.quantize)
         if options.quantize is None:
             pad_swiglu(self.dit, PAD_TO)
+        self.layers: list[LoraLinear] = []
         learning = self._choose_parameters()
         self._wrap_blocks()
-        records = len(prepared.records)
+        records = sum(not record.kept for record in prepared.records)
         batch = options.train_batch_size * options.gradient_accumulation_steps * group.size
         steps = options.steps(records, group.size)
         networks: dict[str, nn.Module] = {DIT_PREFIX: self.dit}
@@ -151,7 +152,14 @@ class Run:
             schedule=warmed_up(options.lr_scheduler, options.warmup(steps)),  # type: ignore[arg-type]
         )
         objective = FineTune(
-            model.config, self.language, self.dit, norm_stats, options.condition_dropout, options.timesteps_per_sample
+            model.config,
+            self.language,
+            self.dit,
+            norm_stats,
+            options.condition_dropout,
+            options.timesteps_per_sample,
+            options.prior_loss_weight,
+            lambda: switched_off(self.layers),
         )
         look = None
         if options.validation_prompts and group.is_first:
@@ -167,7 +175,7 @@ class Run:
         self.trainer = Trainer(
             self.flat,
             objective,
-            Order(records, batch, options.seed),
+            Order(records, batch, options.seed, len(prepared.records) - records),
             [record.counts for record in prepared.records],
             self._sample,
             Plan(
@@ -200,6 +208,7 @@ class Run:
             names |= {name for name, _ in language.named_parameters()} if language is not None else set()
         else:
             layers = add_to_networks(language, dit, options.rank, self.alpha, options.seed)
+            self.layers = list(layers.values())
             names = {f"{name}.{part}.weight" for name in layers for part in ("lora_A", "lora_B")}
         for network in (self.language, self.dit):
             if network is not None:

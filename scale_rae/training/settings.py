@@ -102,6 +102,14 @@ class TrainingOptions:
             show_default=False,
         ),
     ] = None
+    class_prompts: Annotated[
+        Path | None,
+        Knob(
+            "A .txt or .jsonl file of prompts that the model is to go on drawing as it does: half of each batch keeps it so. "
+            "Their pictures are the model's own, drawn with --validation-guidance.",
+            DATA,
+        ),
+    ] = None
     center_crop: Annotated[
         bool, Knob("Cut pictures to squares. Default: the encoder's way, which stretches.", DATA)
     ] = False
@@ -168,6 +176,7 @@ class TrainingOptions:
             choices=TEXT,
         ),
     ] = "turns"
+    prior_loss_weight: Annotated[float, Knob("Weight of the loss on --class-prompts.", LEARNING, least=0)] = 1.0
     timesteps_per_sample: Annotated[int, Knob("Noisy latents for each picture and step.", LEARNING, least=1)] = 1
     seed: Seed = DEFAULT_SEED
 
@@ -235,6 +244,10 @@ class TrainingOptions:
         if self.full and self.quantize:
             raise OptionError(
                 f"--quantize {self.quantize}: only frozen weights can be quantised, and --full trains all"
+            )
+        if self.full and self.class_prompts:
+            raise OptionError(
+                "--class-prompts: what is to be kept is computed without the LoRA, and --full trains none"
             )
         if self.optimizer == "muon" and not self.full:
             raise OptionError("--optimizer muon: is for whole matrices; give --full, or --optimizer adamw")

@@ -52,7 +52,7 @@ class Trainer:
         model: FlatModel,
         objective: Objective,
         order: Order,
-        counts: Sequence[tuple[int, int]],
+        counts: Sequence[tuple[int, int, bool]],
         load: Callable[[int, int], Sample],
         plan: Plan,
         group: Group,
@@ -61,7 +61,7 @@ class Trainer:
         look: Callable[[int], None] | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """`counts` are what each record draws and learns (`PreparedRecord.counts`); `load(record, seed)` reads a sample;
+        """`counts` are `PreparedRecord.counts` of each record; `load(record, seed)` reads a sample;
         `write_result(folder)` writes what was learnt; `look(step)` validates."""
         self.model, self.objective, self.order, self.plan, self.group = model, objective, order, plan, group
         self._counts, self._load, self._checkpoints, self._write_result = counts, load, checkpoints, write_result
@@ -102,7 +102,7 @@ class Trainer:
                 totals = self._totals(step)
                 values, norm = self._gradients(batch, totals)
                 *numbers, size = torch.cat([values, norm[None]]).tolist()  # waits for the device
-                if not all(map(math.isfinite, (*numbers[:3], size))):
+                if not all(map(math.isfinite, (*numbers[:4], size))):
                     self._stop(step, batch, numbers, size)
                 self.model.apply(norm)
                 self.done = step

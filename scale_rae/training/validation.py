@@ -9,14 +9,13 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from scale_rae import flow
 from scale_rae.decoder import PixelDecoder, to_uint8
 from scale_rae.dit import DiT
 from scale_rae.hub import find
 from scale_rae.loading import find_decoder, load_decoder, load_encoder
-from scale_rae.noise import draw_noise, image_seed
+from scale_rae.noise import image_seed
 from scale_rae.sampling import NormStats
-from scale_rae.training.losses import training_shift
+from scale_rae.training.drawing import draw_latents
 from scale_rae.training.prepare import Model
 from scale_rae.training.settings import TrainingOptions
 
@@ -50,33 +49,15 @@ class Validation:
         options, images = self._options, []
         for number, condition in enumerate(conditions):
             seeds = [image_seed(options.seed, number, j) for j in range(options.num_validation_images)]
-            latents = self._draw(condition.to(self._model.device), seeds)
+            given = condition.expand(len(seeds), -1, -1)
+            how = seeds, options.validation_guidance, options.num_inference_steps
+            latents = draw_latents(self._dit, self._model.config, self._norm_stats, given, *how)
             pixels = to_uint8(self._decoder(latents.to(self._model.dtype)), self._mean, self._std)
             images.append([Image.fromarray(array) for array in pixels.cpu().numpy()])
         path = self._folder / FOLDER / f"step-{step:06}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(images, options.validation_prompts).save(path)
         return path
-
-    def _draw(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Latents [B, L, C] of one condition [L, Z]."""
-        options, config, dit = self._options, self._model.config, self._dit
-        noise = draw_noise(seeds, config.channels, config.dit.side, self._model.device)()
-
-        def velocity(of: Tensor) -> flow.Velocity:
-            given = of.expand(len(seeds), config.tokens, -1)
-            return lambda x, t: dit(x, torch.full((len(x),), t, device=x.device), given)
-
-        null = dit.null_condition
-        guidance = options.validation_guidance if null is not None else 1.0
-        guided = flow.guided(velocity(condition), velocity(condition if null is None else null), guidance)
-        sampler = flow.SAMPLERS["euler"]
-        times = sampler.schedule(options.num_inference_steps, training_shift(config))
-        latents = flow.solve(sampler, guided, noise, times).flatten(2).transpose(1, 2)
-        if self._norm_stats is not None:
-            mean, std = self._norm_stats
-            latents = latents * std + mean
-        return latents
 
 
 def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str]) -> Image.Image:
