@@ -20,8 +20,9 @@ STATE = "training_state.pt"
 class Checkpoints:
     """The checkpoints in a folder. `identity` is what a resumed run must share with its beginning."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], keep: int | None = None) -> None:
-        self.folder, self.identity, self._keep = folder, dict(identity), keep
+    def __init__(self, folder: Path, identity: dict[str, Any], keep: int | None = None) -> None:
+        self.folder, self._keep = folder, keep
+        self._identity = dump_json(identity)
 
     def steps(self) -> list[int]:
         """The steps of the checkpoints that are there, in order."""
@@ -41,7 +42,7 @@ class Checkpoints:
             fresh.mkdir(parents=True)
             result(fresh)
             tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-            torch.save({"step": step, "identity": dump_json(self.identity), "state": tensors}, fresh / STATE)
+            torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
             shutil.rmtree(target, ignore_errors=True)
             fresh.replace(target)
         except OSError as e:
@@ -67,7 +68,7 @@ class Checkpoints:
             raise CheckpointError(
                 f"{path}: damaged ({first_line(e)}); remove its folder to go on from the one before"
             ) from e
-        mine = parse_json(dump_json(self.identity))
+        mine = parse_json(self._identity)
         if changed := sorted(name for name in {*made, *mine} if made.get(name) != mine.get(name)):
             was = ", ".join(f"{name} was {str(made.get(name))[:60]}" for name in changed)
             raise TrainingError(f"{path}: made otherwise ({was}); train as then, or give another --out")

@@ -36,6 +36,7 @@ _FREE = frozenset(
     [
         "out",
         "data",
+        "class_prompts",
         "resume",
         "skip_bad",
         "cache_dir",

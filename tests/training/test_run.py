@@ -195,3 +195,38 @@ def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path:
     for a, b in zip(one, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+def test_what_is_to_be_kept_is_kept(options: TrainingOptions, data: Path, tmp_path: Path) -> None:
+    model = ScaleRAE.from_pretrained(options.model, device="cpu")
+    draws = "Can you generate a photo of a cat on a windowsill?"
+    prompts = tmp_path / "known.txt"
+    prompts.write_text(draws + "\n")
+    learning = replace(options, learning_rate=2e-2, max_train_steps=12, ema_decay=0.5, num_inference_steps=4)
+    forgets, keeps = (replace(learning, out=tmp_path / name) for name in ("forgets", "keeps"))
+    keeps = replace(keeps, class_prompts=prompts, train_batch_size=4)
+    go(forgets)
+    log = go(keeps)
+    assert log[0]["kept"] == 0  # B is zero in the first step
+    assert log[1]["kept"] > 0
+    condition = model.reply([draws])[0].condition
+    assert condition is not None
+    x = torch.randn(1, model.config.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def velocity(lora: Path | None) -> torch.Tensor:
+        changed = ScaleRAE.from_pretrained(options.model, device="cpu", lora=[str(lora)] if lora else [])
+        with torch.no_grad():
+            return changed.dit(x, torch.tensor([0.7]), condition[None])  # type: ignore[no-any-return]
+
+    base = velocity(None)
+    assert (velocity(keeps.out) - base).square().mean() < 0.5 * (velocity(forgets.out) - base).square().mean()
+
+
+def test_all_weights_are_trained_into_a_checkpoint(options: TrainingOptions) -> None:
+    chosen = replace(options, full=True, train="dit", max_train_steps=2, optimizer="muon")
+    go(chosen)
+    trained = ScaleRAE.from_pretrained(str(chosen.out / "model"), device="cpu")
+    base = ScaleRAE.from_pretrained(options.model, device="cpu")
+    for mine, its in ((trained.dit, base.dit), (trained.language, base.language)):
+        same = [torch.equal(a, b) for a, b in zip(mine.parameters(), its.parameters(), strict=True)]
+        assert all(same) if mine is trained.language else sum(same) < 0.1 * len(same)
