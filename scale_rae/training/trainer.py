@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_rae.compiling import attention_kernels
 from scale_rae.errors import TrainingError
 from scale_rae.training.batches import Order, Sample, ahead
 from scale_rae.training.checkpoints import Checkpoints
@@ -151,8 +152,9 @@ class Trainer:
         """(numbers to log, gradient norm), once the gradients of a step are in the model's buffer."""
         values = torch.zeros(len(NAMES), device=self.model.device)
         for i, samples in enumerate(batch):
-            loss, numbers = self.objective(samples, totals)
-            gradients = torch.autograd.grad(loss, self.model.parameters, allow_unused=True, materialize_grads=True)
+            with attention_kernels(self.model.device):
+                loss, numbers = self.objective(samples, totals)
+                gradients = torch.autograd.grad(loss, self.model.parameters, allow_unused=True, materialize_grads=True)
             self.model.collect(gradients, add=i > 0)
             values += numbers
         self.group.sum(self.model.gradient)
