@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.errors import ScaleRAEError
@@ -35,12 +36,13 @@ def load(
     split_batches: bool = True,
     offload: str = "none",
     memory: str | None = None,
+    lora: Sequence[str] = (),
 ) -> ScaleRAE:
     """The model `name`: "shapes" (bundled), a folder, or a hub id. See `ScaleRAE.from_pretrained` for the options."""
     from scale_rae.pipeline import ScaleRAE
 
     return ScaleRAE.from_pretrained(
-        name, decoder, device, dtype, revision, progress, compile, quantize, split_batches, offload, memory
+        name, decoder, device, dtype, revision, progress, compile, quantize, split_batches, offload, memory, lora
     )
 
 

@@ -36,6 +36,18 @@ class InputError(ScaleRAEError):
     """A prompt, image, latent or option value that cannot be used."""
 
 
+class DataError(InputError):
+    """Training data with bad records. `problems` has a line for each, which names its file and its place there."""
+
+    def __init__(self, message: str, problems: list[str]) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class TrainingError(ScaleRAEError):
+    """Training that cannot go on: its loss is not finite, or what it would resume was made otherwise."""
+
+
 class OptionError(InputError):
     """An option's value that no run can use: out of its range, or not of its form. The command line exits 2."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,34 @@ def pad_swiglu(dit: nn.Module, multiple: int) -> None:
         w12.bias = nn.Parameter(F.pad(w12.bias.detach().view(2, inner), (0, extra)).flatten(), w12.bias.requires_grad)
         w3.weight = nn.Parameter(F.pad(w3.weight.detach(), (0, extra)), w3.weight.requires_grad)
         w12.out_features, w3.in_features = 2 * (inner + extra), inner + extra
+
+
+def swiglu_inner(width: int) -> int:
+    """The inner width of a published SwiGLU."""
+    return int(2 / 3 * 4 * width)
+
+
+def crop_swiglu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters by name with `pad_swiglu` undone."""
+    cropped = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.endswith(("mlp.w12.weight", "mlp.w12.bias")):
+            width = tensors[f"{name.rpartition('.')[0]}.weight"].shape[1]
+            cropped[name] = tensor.reshape(2, -1, *tensor.shape[1:])[:, : swiglu_inner(width)].flatten(0, 1)
+        elif name.endswith("mlp.w3.weight"):
+            cropped[name] = tensor[:, : swiglu_inner(len(tensor))]
+    return cropped
+
+
+def grown_swiglu(tensor: Tensor, like: Tensor) -> Tensor:
+    """A parameter as published, with zeros added to the shape of its padded counterpart `like` (`pad_swiglu`)."""
+    if tensor.shape == like.shape:
+        return tensor
+    if tensor.shape[0] == like.shape[0]:  # w3 [D, M]
+        return F.pad(tensor, (0, like.shape[1] - tensor.shape[1]))
+    halves = tensor.reshape(2, -1, *tensor.shape[1:])  # w12 [2 M, D] or its bias [2 M]
+    extra = like.shape[0] // 2 - halves.shape[1]
+    return F.pad(halves, (0, 0, 0, extra) if tensor.dim() == 2 else (0, extra)).flatten(0, 1)
 
 
 class StackedModulations:

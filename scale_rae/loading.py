@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from scale_rae.adapters import Adapter, MergedReader
 from scale_rae.checkpoint import RowSink, TensorReader, fill
 from scale_rae.config import ScaleRAEConfig, load_decoder_config
 from scale_rae.decoder import PixelDecoder
@@ -56,57 +57,114 @@ def load_networks(
     speed: Speed,
     progress: LoadProgress | None = None,
     storage: torch.device | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> tuple[LanguageModel, DiT, NormStats | None]:
     """The language model and the DiT for `device`, and the norm stats if there are any.
 
     Weights are in `dtype`, or quantised as `speed` says: each chunk of rows is quantised on `device` when it has been read, so
-    that a weight is never whole in `dtype`. They are kept in `storage`, by default on `device`.
+    that a weight is never whole in `dtype`. They are kept in `storage`, by default on `device`. `adapters` are merged into them.
 
     Raises:
-        CheckpointError: when weights are missing, damaged or of other shapes. DeviceError: out of memory. InputError: for a
-            linear that cannot be quantised so.
+        CheckpointError: when weights are missing, damaged or of other shapes, or an adapter does not fit. DeviceError: out of
+            memory. InputError: for a linear that cannot be quantised so.
     """
-    storage = storage or device
-    reader = TensorReader(weight_files(source.folder))
+    with torch.device("meta"):
+        language, dit = LanguageModel(config, speed), DiT(config.dit)
+    norm_stats = _fill_networks(
+        source, config, language, dit, Place(storage or device, device, dtype), speed.quantize, progress, adapters
+    )
+    return language, dit, norm_stats
+
+
+def load_language(
+    source: Source,
+    config: ScaleRAEConfig,
+    place: Place,
+    adapters: Sequence[Adapter] = (),
+    quantize: str | None = None,
+) -> LanguageModel:
+    """The language model alone, as `load_networks` loads it."""
+    with torch.device("meta"):
+        language = LanguageModel(config)
+    _fill_networks(source, config, language, None, place, quantize, None, adapters)
+    return language
+
+
+def load_dit(
+    source: Source,
+    config: ScaleRAEConfig,
+    place: Place,
+    adapters: Sequence[Adapter] = (),
+    quantize: str | None = None,
+) -> tuple[DiT, NormStats | None]:
+    """The DiT alone, and the norm stats if there are any, as `load_networks` loads them."""
+    with torch.device("meta"):
+        dit = DiT(config.dit)
+    return dit, _fill_networks(source, config, None, dit, place, quantize, None, adapters)
+
+
+def _fill_networks(
+    source: Source,
+    config: ScaleRAEConfig,
+    language: LanguageModel | None,
+    dit: DiT | None,
+    place: Place,
+    quantize: str | None,
+    progress: LoadProgress | None,
+    adapters: Sequence[Adapter],
+) -> NormStats | None:
+    """Loads the networks that are given, built on "meta"; returns the norm stats."""
+    files = weight_files(source.folder)
+    reader = MergedReader(files, adapters) if adapters else TensorReader(files)
     for field, depth in (
         ("num_hidden_layers", config.language["num_hidden_layers"]),
         ("diffusion_model_depth", config.dit.depth),
     ):
         reader.check_depth(depth, field, source.folder / "config.json")
-    with torch.device("meta"):
-        language, dit = LanguageModel(config, speed), DiT(config.dit)
-    if config.tied_embeddings:
+    if language is not None and config.tied_embeddings:
         language.lm_head.weight = language.model.embed_tokens.weight
+    storage, device, dtype = place
     norm_stats = _read_norm_stats(reader, config, device)
-    size = sum(math.prod(stored.shape) for stored in reader.tensors.values()) * dtype.itemsize / 2**30
+    wanted = {name: stored for name, stored in reader.tensors.items() if _is_of(name, language, dit)}
+    size = sum(math.prod(stored.shape) for stored in wanted.values()) * dtype.itemsize / 2**30
     what = f"loading the weights, {size:.1f} GiB as {str(dtype).removeprefix('torch.')}"
-    if speed.quantize is not None:
-        what += f", quantised ({speed.quantize})"
-    flags = savings(device, speed.quantize, "none" if storage == device else "model")
+    if quantize is not None:
+        what += f", quantised ({quantize})"
+    flags = savings(device, quantize, "none" if storage == device else "model")
+    modules: dict[str, nn.Module] = {} if language is None else {"": language}
+    if dit is not None:
+        modules[DIT_PREFIX] = dit
     with MemoryErrors(device, dtype, what, "a smaller checkpoint", flags):
-        sinks = _quantize(language, dit, reader, speed.quantize, Place(storage, device, dtype))
+        sinks = _quantize(language, dit, reader, quantize, place)
         fill(
-            {"": language, DIT_PREFIX: dit},
+            modules,
             reader,
             dtype,
             storage,
             keep_float32=keeps_float32,
-            ignore=lambda name: is_not_read(name, config),
+            ignore=lambda name: is_not_read(name, config) or name not in wanted,
             progress=(lambda done, total: progress("model", done, total)) if progress else None,
             sinks=sinks,
         )
-    return language, dit, norm_stats
+    return norm_stats
+
+
+def _is_of(name: str, language: LanguageModel | None, dit: DiT | None) -> bool:
+    """Whether a stored tensor is of one of the networks that are loaded; a tensor of neither is the language model's."""
+    return (dit if name.startswith(DIT_PREFIX) else language) is not None
 
 
 def _quantize(
-    language: LanguageModel, dit: DiT, reader: TensorReader, kind: str | None, place: Place
+    language: LanguageModel | None, dit: DiT | None, reader: TensorReader, kind: str | None, place: Place
 ) -> dict[str, RowSink]:
-    """The sinks of both networks' quantised weights, by the names that checkpoints have for them; none without a kind."""
+    """The sinks of the networks' quantised weights, by the names that checkpoints have for them; none without a kind."""
     if kind is None:
         return {}
-    read = _mean_read(dit, reader) if kind == "nf4" else None
-    sinks = {DIT_PREFIX + name: sink for name, sink in quantize_blocks(dit, kind, place, read).items()}
-    if kind in LANGUAGE_KINDS:
+    sinks: dict[str, RowSink] = {}
+    if dit is not None:
+        read = _mean_read(dit, reader) if kind == "nf4" else None
+        sinks |= {DIT_PREFIX + name: sink for name, sink in quantize_blocks(dit, kind, place, read).items()}
+    if language is not None and kind in LANGUAGE_KINDS:
         sinks |= language.quantize(LANGUAGE_KINDS[kind], place)
     return sinks
 

@@ -89,7 +89,18 @@ def input_latents(paths: Sequence[Path]) -> dict[str, Any]:
 
 def png_text(manifest: Mapping[str, Any], seed: int | None = None) -> dict[str, str]:
     """A PNG's text chunks: the settings in its manifest, and its noise seed."""
-    keys = ("mode", "action", "prompt", "seed", "model_path", *SAMPLER_FIELDS, "max_new_tokens", "dtype", "quantize")
+    keys = (
+        "mode",
+        "action",
+        "prompt",
+        "seed",
+        "model_path",
+        *SAMPLER_FIELDS,
+        "max_new_tokens",
+        "dtype",
+        "quantize",
+        "lora",
+    )
     fields = {key: manifest.get(key) for key in keys}
     return text_chunks(fields | {"image_seed": seed})
 

@@ -14,7 +14,7 @@ import warnings
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Protocol
 
-from scale_rae.provenance import PartRecords
+from scale_rae.provenance import PartRecords, file_record
 from scale_rae.version import __version__
 
 if TYPE_CHECKING:
@@ -87,6 +87,7 @@ class OpenedModel:
                 split_batches=split_batches,
                 offload=choice.offload,
                 memory=choice.memory,
+                lora=choice.lora,
             )
         finally:
             if bars is not None:
@@ -99,6 +100,7 @@ class OpenedModel:
             _ = self.model.encoder.model
         if decoder:
             _ = self.model.decoder
+        self._lora = [file_record(files) | {"weight": weight} for files, weight in self.model.adapters]
         self._add_loaded_parts()
         self.seconds = {"load": round(time.perf_counter() - start, 3)}
 
@@ -121,6 +123,7 @@ class OpenedModel:
             "quantize": self.model.speed.quantize,
             **({} if mode == "none" and plan is None else {"offload": mode}),
             **({} if plan is None else {"memory": plan.record()}),
+            **({"lora": self._lora} if self._lora else {}),
             "versions": {
                 "scale_rae": __version__,
                 "torch": torch.__version__,

@@ -269,6 +269,16 @@ Memory = Annotated[
         metavar="SIZE|auto",
     ),
 ]
+Lora = Annotated[
+    tuple[str, ...],
+    Knob(
+        "Folder or hub id of a LoRA adapter, as `scale-rae train` writes it, and how strongly it counts (1 is as trained). May "
+        "be given several times.",
+        MODEL,
+        metavar="DIR[:WEIGHT]",
+        only_if_set=True,
+    ),
+]
 Seed = Annotated[
     int,
     Knob(
@@ -306,6 +316,7 @@ class ModelChoice:
     quantize: Quantize = None
     offload: Offload = "none"
     memory: Memory = None
+    lora: Lora = ()
 
     def check(self) -> None:
         """Raises OptionError for values that exist on no machine."""
@@ -314,6 +325,8 @@ class ModelChoice:
         if self.memory is not None:
             memory_bytes(self.memory)
         check_offload(self.offload, self.device)
+        for text in self.lora:
+            lora_parts(text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -520,6 +533,24 @@ def memory_bytes(text: str) -> int | None:
     if not size:
         raise OptionError(f"memory {text!r:.40}: must be a size like 8G or 6000M, or auto")
     return size
+
+
+def lora_parts(text: str) -> tuple[str, float]:
+    """(folder or hub id, weight) of DIR[:WEIGHT]; the weight is 1 if none is given.
+
+    Raises:
+        OptionError: for a weight that is no finite number, or for no folder.
+    """
+    name, colon, number = text.rpartition(":")
+    if not colon or "/" in number or "\\" in number:  # a colon within the folder's name
+        name, number = text, "1"
+    try:
+        weight = float(number)
+    except ValueError:
+        weight = math.nan
+    if not name or not math.isfinite(weight):
+        raise OptionError(f"lora {text!r:.80}: must be DIR or DIR:WEIGHT, as in my-lora:0.8")
+    return name, weight
 
 
 def check_dtype_name(name: str | None) -> None:

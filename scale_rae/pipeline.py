@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import flow
+from scale_rae.adapters import find_adapters, read_adapter
 from scale_rae.checkpoint import check_latent
 from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig, load_config
@@ -109,6 +110,7 @@ class ScaleRAE:
         split_batches: bool = True,
         residency: Residency | None = None,
         memory_plan: Plan | None = None,
+        adapters: Sequence[tuple[Source, float]] = (),
     ) -> None:
         self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
         self.norm_stats = norm_stats
@@ -124,6 +126,7 @@ class ScaleRAE:
         self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
         self.split_batches = split_batches
         self.memory_plan = memory_plan
+        self.adapters = tuple(adapters)  # with their weights; merged into the networks
         self.batch_size = (
             memory_plan.way.batch if memory_plan else default_batch_size(device.type)
         )  # where none is chosen
@@ -147,6 +150,7 @@ class ScaleRAE:
         split_batches: bool = True,
         offload: str = "none",
         memory: str | None = None,
+        lora: Sequence[str] = (),
     ) -> ScaleRAE:
         """The model `name`: "shapes" (bundled), a folder in the published layout, a hub id, or a `hub.Source`.
 
@@ -167,6 +171,8 @@ class ScaleRAE:
             memory: the most memory of the device to take, as in "8G", or "auto" for what is free. Chooses `quantize`, `offload`
                 and the default batch size (`memory_plan`), and logs one line on what it chose. Given `quantize` and `offload`
                 narrow the choice. A GPU's limit then holds for the whole process: what would go beyond fails.
+            lora: LoRA adapters in PEFT's form, merged into the weights: folders or hub ids, each with ":WEIGHT" behind it if it
+                is to count more or less than it was trained to.
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
@@ -183,6 +189,8 @@ class ScaleRAE:
             keep_freed_memory()
         source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
         config = load_config(source.folder)
+        found = find_adapters(lora)
+        adapters = [read_adapter(files, weight) for files, weight in found]
         memory_plan = None
         if memory is not None:
             memory_plan = plan(memory, source, decoder, config, torch_device, torch_dtype, quantize, offload)
@@ -193,7 +201,7 @@ class ScaleRAE:
         speed = residency.speed(Speed(compile, quantize))
         tokenizer = load_tokenizer(source, config)
         language, dit, norm_stats = load_networks(
-            source, config, torch_dtype, torch_device, speed, progress, residency.home
+            source, config, torch_dtype, torch_device, speed, progress, residency.home, adapters
         )
         flags = savings(torch_device, quantize, offload)
         with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint", flags):
@@ -203,6 +211,7 @@ class ScaleRAE:
                 split_batches=split_batches,
                 residency=residency,
                 memory_plan=memory_plan,
+                adapters=found,
             )
 
     # --- parts that load when first used -------------------------------------------------------------------------

@@ -96,7 +96,16 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 found.append(f"{part}: {', '.join(names)} in {new['name']}")
         else:
             found.append(f"{part}: {_kind(new)} here, {_kind(old)} then")
+    if "model" in now and _adapters(recorded) != _adapters(now):
+        count = f"{len(_adapters(now))} here, {len(_adapters(recorded))} then"
+        found.append(f"lora: other adapters or weights ({count})")
     return found
+
+
+def _adapters(record: dict[str, Any]) -> list[Any]:
+    """The adapters of a record by their content and weight, whatever their folders are called."""
+    listed = [entry for entry in record.get("lora") or [] if isinstance(entry, dict)]
+    return [(entry.get("revision") or entry.get("files"), entry.get("weight")) for entry in listed]
 
 
 def reward_differs(recorded: Any, now: Any) -> bool:

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from recipes.shapes import settings
 from recipes.shapes.data import WordEncoder
 from recipes.shapes.loop import LoopOptions, add_loop_arguments
-from recipes.shapes.optim import OptimizerOptions
 from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import SPECIAL, words, write_tokenizer
 from scale_rae.prompt import ChatTokenizer
+from scale_rae.training.optim import OptimizerOptions
 
 
 def parser(description: str | None, steps: int, seconds: float | None, **optimizer: Any) -> argparse.ArgumentParser:

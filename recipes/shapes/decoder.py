@@ -14,10 +14,10 @@ from torch import Tensor
 from recipes.shapes import common, data, encoder, networks, pools
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import Metrics, prepare_device, say, train_stage
-from recipes.shapes.optim import FlatModel
 from recipes.shapes.settings import Preset
 from scale_rae.decoder import PixelDecoder
 from scale_rae.shapes import world
+from scale_rae.training.optim import FlatModel
 
 NOISE = 0.3  # as encoder.NOISE; generated latents are off by something like this
 

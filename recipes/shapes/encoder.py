@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from recipes.shapes import common, data, networks, pools
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import Metrics, prepare_device, say, train_stage
-from recipes.shapes.optim import FlatModel
 from recipes.shapes.settings import Preset
 from scale_rae.decoder import PixelDecoder
 from scale_rae.shapes import world
+from scale_rae.training.optim import FlatModel
 
 NOISE = 0.4  # largest standard deviation of the noise on the decoder's latents, whose own is 1
 CONTRASTIVE = 0.05

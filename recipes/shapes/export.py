@@ -22,6 +22,7 @@ from recipes.shapes import common, settings
 from recipes.shapes.loop import say
 from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import write_tokenizer
+from scale_rae.publishing import in_shards, write_index
 
 SHARD_BYTES = 14_500_000
 LIMIT_BYTES = 31_500_000
@@ -72,26 +73,12 @@ def export(out: Path, target: Path, preset: Preset) -> int:
 
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes model-0000x-of-0000y.safetensors of at most SHARD_BYTES each, and their index."""
-    shards: list[dict[str, Tensor]] = [{}]
-    filled = 0
-    for name in sorted(tensors):
-        size = tensors[name].nbytes
-        if shards[-1] and filled + size > SHARD_BYTES:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensors[name]
-        filled += size
-    index: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        float32 = tuple(name for name, tensor in shard.items() if tensor.dtype == torch.float32)
-        common.save_weights(folder / file, shard, keep_float32=float32)
-        index |= dict.fromkeys(shard, file)
-    total = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(
-        folder / "model.safetensors.index.json",
-        {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))},
-    )
+    parts = in_shards({name: tensors[name].nbytes for name in sorted(tensors)}, SHARD_BYTES)
+    files = [f"model-{number:05}-of-{len(parts):05}.safetensors" for number in range(1, len(parts) + 1)]
+    for file, names in zip(files, parts, strict=True):
+        float32 = tuple(name for name in names if tensors[name].dtype == torch.float32)
+        common.save_weights(folder / file, {name: tensors[name] for name in names}, keep_float32=float32)
+    write_index(folder, dict(zip(files, parts, strict=True)), sum(tensor.nbytes for tensor in tensors.values()))
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -37,13 +37,16 @@ from recipes.shapes.common import Vocabulary
 from recipes.shapes.data import Chunk, Texts
 from recipes.shapes.decoder import frozen_encoder
 from recipes.shapes.loop import Metrics, Trainer, loop_options, prepare_device, say, warn
-from recipes.shapes.optim import FlatModel, OptimizerOptions
 from recipes.shapes.settings import CLASS_DROPOUT, Preset
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import DiT
-from scale_rae.flow import shifted, time_shift
+from scale_rae.fast_weights import crop_swiglu, grown_swiglu
 from scale_rae.language import LanguageModel
+from scale_rae.layout import keeps_float32
 from scale_rae.shapes import world
+from scale_rae.training import passes
+from scale_rae.training.losses import flow_errors, sample_times, training_shift
+from scale_rae.training.optim import FlatModel, OptimizerOptions
 
 READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: generated ones are never clean
 TEXT_WEIGHT = 0.3
@@ -169,11 +172,11 @@ class Loss:
         self.language, self.dit, self.pools, self.batch, self.dtype = language, dit, pools, batch, dtype
         self.further = len(pools.shown_head) - pools.text_head  # places by which a picture shifts a request
         self.shown_width = -(-(pools.width + self.further) // 8) * 8
-        self.rotary = networks.positions(language, pools.width, dtype)
-        self.shown_rotary = networks.positions(language, self.shown_width, dtype)
+        self.rotary = passes.positions(language, pools.width, dtype)
+        self.shown_rotary = passes.positions(language, self.shown_width, dtype)
         self.vocabulary = config.vocab_size
         self.table_size = -(-(config.vocab_size + pools.tokens) // 8) * 8
-        self.shift = time_shift(config.channels, config.tokens, config.base_dim)
+        self.shift = training_shift(config)
         self.device = language.device
 
     def __call__(self) -> tuple[Tensor, Metrics]:
@@ -197,9 +200,9 @@ class Loss:
         asked = batch.draw + batch.name
         end = asked + batch.read
         reading = self._with_image(embeds[asked:end], self._read_latents(read))
-        hidden = networks.hidden_states(self.language, torch.cat([embeds[:asked], reading, embeds[end:]]), self.rotary)
+        hidden = passes.hidden_states(self.language, torch.cat([embeds[:asked], reading, embeds[end:]]), self.rotary)
         latents = self._read_latents(torch.randint(len(self.pools.read), (len(follow),), device=self.device))
-        shown = networks.hidden_states(self.language, self.after_pictures(follow, latents), self.shown_rotary)
+        shown = passes.hidden_states(self.language, self.after_pictures(follow, latents), self.shown_rotary)
 
         length = pools.draw.length.index_select(0, draw)
         shown_length = pools.draw.length.index_select(0, follow) + self.further
@@ -273,11 +276,9 @@ class Loss:
         dropped = torch.rand(count, 1, 1, device=self.device) < CLASS_DROPOUT
         assert self.dit.null_condition is not None
         condition = torch.where(dropped, self.dit.null_condition, condition)
-        t = shifted(torch.randn(count, device=self.device).sigmoid(), self.shift)
+        t = sample_times(count, self.shift, device=self.device)
         noise = torch.randn_like(latents)
-        mix = t[:, None, None, None]
-        velocity: Tensor = self.dit((1 - mix) * latents + mix * noise, t, condition)
-        return (velocity - (noise - latents)).square().mean()
+        return flow_errors(self.dit, latents, condition, t, noise).mean()
 
     def _noisy(self, condition: Tensor) -> Tensor:
         """Conditions [B, L, Z] with noise, half of it common to an image's tokens."""
@@ -390,14 +391,14 @@ def build(
     """Fresh networks in a `FlatModel`."""
     config, language, dit = networks.build_joint(words.model_config(preset))
     language.attribute_head = nn.Linear(config.dit.condition_width, sum(data.ATTRIBUTES))  # training only
-    model = FlatModel({"": language, PREFIX: dit}, device, dtype, options, steps, networks.keeps_float32)
+    model = FlatModel({"": language, PREFIX: dit}, device, dtype, options, steps, keeps_float32)
     return config, language, dit, model
 
 
 def weights(model: FlatModel, preset: Preset, averaged: bool = True) -> dict[str, Tensor]:
     """Parameters under their published names."""
     tensors = {name: t for name, t in model.tensors(averaged).items() if not name.startswith("attribute_head.")}
-    return networks.crop_swiglu(tensors, preset.dit_width)
+    return crop_swiglu(tensors)
 
 
 def start_from(model: FlatModel, folder: Path) -> None:
@@ -407,7 +408,7 @@ def start_from(model: FlatModel, folder: Path) -> None:
         stored |= common.load_weights(file)
     fresh = model.tensors(averaged=False)
     model.set_tensors(
-        {name: networks.grown_swiglu(stored[name], t) if name in stored else t.clone() for name, t in fresh.items()}
+        {name: grown_swiglu(stored[name], t) if name in stored else t.clone() for name, t in fresh.items()}
     )
 
 

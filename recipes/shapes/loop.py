@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from recipes.shapes.optim import FlatModel
+from scale_rae.training.optim import FlatModel
 
 Metrics = dict[str, Tensor]
 LossFunction = Callable[[], tuple[Tensor, Metrics]]

@@ -172,55 +172,9 @@ def sin_cos_positions(side: int, width: int) -> Tensor:
     return F.pad(torch.cat([rows, columns], dim=-1).flatten(0, 1), (0, width - 4 * quarter))
 
 
-def crop_swiglu(tensors: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """Parameters by name with `pad_swiglu` undone, for a DiT of this width."""
-    inner = int(2 / 3 * 4 * width)
-    cropped = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.endswith(("mlp.w12.weight", "mlp.w12.bias")):
-            cropped[name] = tensor.reshape(2, -1, *tensor.shape[1:])[:, :inner].flatten(0, 1)
-        elif name.endswith("mlp.w3.weight"):
-            cropped[name] = tensor[:, :inner]
-    return cropped
-
-
-def grown_swiglu(tensor: Tensor, like: Tensor) -> Tensor:
-    """A parameter as published, with zeros added to the shape of its padded counterpart `like` (`pad_swiglu`)."""
-    if tensor.shape == like.shape:
-        return tensor
-    if tensor.shape[0] == like.shape[0]:  # w3 [D, M]
-        return F.pad(tensor, (0, like.shape[1] - tensor.shape[1]))
-    halves = tensor.reshape(2, -1, *tensor.shape[1:])  # w12 [2 M, D] or its bias [2 M]
-    extra = like.shape[0] // 2 - halves.shape[1]
-    return F.pad(halves, (0, 0, 0, extra) if tensor.dim() == 2 else (0, extra)).flatten(0, 1)
-
-
-def keeps_float32(name: str) -> bool:
-    """Parameters of the joint stage that compute in float32, as in inference: time embedding and the DiT's norm gains."""
-    return name.startswith("diff_head.model.") and (".t_embedder." in name or ".norm" in name)
-
-
 def compiled_parts(language: LanguageModel, dit: DiT) -> list[nn.Module]:
     """The modules that are worth compiling."""
     return [*language.model.layers, language.model.norm, *dit.dit_blocks, dit.final_layer]
-
-
-def positions(language: LanguageModel, length: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The rotary tables (cos, sin), each [1, length, head width], of places 0 … length-1."""
-    place = torch.arange(length, device=language.device)[None]
-    cos, sin = language.model.rotary_emb(torch.zeros(1, device=language.device, dtype=dtype), place)
-    return cos.detach(), sin.detach()
-
-
-def hidden_states(language: LanguageModel, embeds: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Final-normed hidden states [B, T, H] of input embeddings [B, T, H], causal.
-
-    Sequences are padded on the right: no real token ever sees padding, so no mask is needed and places count from 0.
-    """
-    hidden = embeds
-    for layer in language.model.layers:
-        hidden = layer(hidden, rotary)
-    return language.model.norm(hidden)  # type: ignore[no-any-return]
 
 
 def one_hot(index: Tensor, size: int, dtype: torch.dtype) -> Tensor:

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from recipes.shapes import common, data, networks, pools
 from recipes.shapes.decoder import frozen_encoder
 from recipes.shapes.loop import Metrics, prepare_device, say, train_stage
-from recipes.shapes.optim import FlatModel
 from recipes.shapes.settings import CAPTION_TOKENS, Preset
 from scale_rae.shapes import world
+from scale_rae.training.optim import FlatModel
 
 NOISE = 0.3  # as decoder.NOISE: pictures to be ranked are drawn ones
 

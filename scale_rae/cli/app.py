@@ -41,6 +41,8 @@ COMMANDS = {
     "latent": ("scale_rae.cli.latent", "Decode saved latents, ask about them, or continue from them."),
     "inspect": ("scale_rae.cli.inspect", "Say what a model is and what it needs, before it is downloaded."),
     "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
+    "train": ("scale_rae.cli.train", "Fine-tune a model on pictures and texts: a LoRA, or all weights."),
+    "merge": ("scale_rae.cli.merge", "Write a model with LoRA adapters merged in, as a checkpoint of its own."),
     "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
     "evaluate": ("scale_rae.cli.evaluate", "Score images by GenEval's rules: do they show what their prompts name?"),

@@ -167,6 +167,8 @@ def _from_manifest(
             changes[name] = manifest.get(name, str)
     if "quantize" not in given:
         changes["quantize"] = manifest.get("quantize", str, None)
+    if "lora" not in given:
+        changes["lora"] = _recorded_lora(manifest)
     if "offload" not in given and "device" not in given:  # a device of another kind may have nowhere to offload to
         changes["offload"] = manifest.get("offload", str, "none")
     kept = {str(k): raw[k] for k in ("prompt_index", "prompt_line", "prompt_record") if k in raw}
@@ -179,6 +181,13 @@ def _from_manifest(
     except OptionError as e:
         raise InputError(f"{path}: not a manifest that can be drawn from: {e}") from e
     return [message], sampling, choice
+
+
+def _recorded_lora(manifest: Fields) -> tuple[str, ...]:
+    """The adapters that a manifest records, as --lora has them."""
+    recorded = manifest.get("lora", list, [])
+    parts = [Fields(entry, f"{manifest.where}: lora", InputError) for entry in recorded if isinstance(entry, dict)]
+    return tuple(f"{part.get('name', str)}:{part.number('weight'):g}" for part in parts)
 
 
 def _check_same_model(recorded: dict[str, Any], opened: OpenedModel, path: Path | None, force: bool) -> None:

@@ -181,6 +181,8 @@ class SharedModel:
         for name, value in options.items():
             if value is not None:
                 words += [name, str(value)]
+        for adapter in choice.lora:
+            words += ["--lora", adapter]
         return shlex.join([*words, "--save-latent"])
 
     def _save(

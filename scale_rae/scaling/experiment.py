@@ -21,7 +21,7 @@ from scale_rae.scaling.settings import Settings
 _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path", "memory")
 
 _DEFAULTS = Settings("", "")
-_ONLY_IF_SET = ("offload", "memory")  # recorded where they are not the default
+_ONLY_IF_SET = ("offload", "memory", "lora")  # recorded where they are not the default
 
 
 def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:

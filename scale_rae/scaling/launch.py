@@ -127,6 +127,7 @@ def run(
         (settings.model_path, "model"),
         (settings.decoder_repo, "decoder"),
         (settings.reward_path, "reward"),
+        *((name, "adapter") for name in settings.lora),
     ):
         check_name(name or "", what)
     Speed(settings.compile, settings.quantize).check()

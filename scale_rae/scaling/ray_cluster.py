@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 
 from scale_rae import processes
 from scale_rae.errors import InputError, MissingExtraError, ScaleRAEError, first_line, need
+from scale_rae.options import lora_parts
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.events import Event, Listener, Message, PromptFailed
 from scale_rae.scaling.launch import Job, share
@@ -252,6 +253,7 @@ class _Driver:
             model_path=_anywhere(job.settings.model_path),
             decoder_repo=_anywhere(job.settings.decoder_repo),
             reward_path=_anywhere(job.settings.reward_path),
+            lora=tuple(_adapter_anywhere(text) for text in job.settings.lora),
         )
         folder = job.store.folder
         self._folder = str(folder if job.store.remote else folder.absolute())
@@ -401,6 +403,12 @@ class _Driver:
 
     def _say(self, text: str) -> None:
         self._listen(Message(text))
+
+
+def _adapter_anywhere(text: str) -> str:
+    """DIR[:WEIGHT] with `_anywhere`'s folder."""
+    name, weight = lora_parts(text)
+    return f"{_anywhere(name)}:{weight:g}"
 
 
 def _anywhere(name: Any) -> Any:

@@ -88,6 +88,7 @@ class Settings:
     quantize: str | None = None
     offload: str = "none"
     memory: str | None = None
+    lora: tuple[str, ...] = ()
     model_name: str = ""
 
     def __post_init__(self) -> None:

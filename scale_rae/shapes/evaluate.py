@@ -193,13 +193,17 @@ Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
 
 
 def _load(
-    model_path: str, device: str | None = None, dtype: str | None = None, quantize: str | None = None
+    model_path: str,
+    device: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    lora: Sequence[str] = (),
 ) -> scale_rae.ScaleRAE:
     """The model, after the checks that need no torch."""
     from scale_rae.opening import find_model
 
-    source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize))
-    return scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize)
+    source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize, lora=tuple(lora)))
+    return scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize, lora=lora)
 
 
 def _table(title: str, rows: dict[str, Share]) -> None:
@@ -222,6 +226,7 @@ def draw_command(
     device: Device = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 (default: as the device likes)")] = None,
     quantize: Annotated[str | None, typer.Option(help="int8, nf4, …: what it costs in accuracy")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="adapter, as in DIR or DIR:WEIGHT")] = None,
     output_dir: Annotated[Path | None, typer.Option(help="keep pictures and results.jsonl here")] = None,
     self_judge: Annotated[bool, typer.Option(help="also ask the model about its own latents")] = True,
 ) -> None:
@@ -230,7 +235,7 @@ def draw_command(
     check_count("prompts of each kind", per_kind)
     for level in guidance:
         SamplingOptions(guidance=level, interval=guidance_interval, steps=steps, solver=solver).check()
-    model = _load(model_path, device, dtype, quantize)
+    model = _load(model_path, device, dtype, quantize, lora or ())
     prompts = world.prompts(per_kind, scenes, seed)
     for level in guidance:
         start = time.perf_counter()

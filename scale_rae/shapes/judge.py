@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,27 +81,37 @@ def compare(objects: tuple[Found, ...], metadata: dict[str, Any]) -> Verdict:
     return Verdict(not reasons, "; ".join(reasons), objects)
 
 
-def find_objects(image: Image.Image | NDArray[np.uint8]) -> tuple[Found, ...]:
-    """The objects of a square picture, left to right.
+class Templates(NamedTuple):
+    """Outlines that regions are compared with: `names` of shapes, each at every tilt, 0 or 1, [shapes * tilts, GRID * GRID]."""
+
+    names: tuple[str, ...]
+    outlines: Float
+
+
+def find_objects(image: Image.Image | NDArray[np.uint8], templates: Templates | None = None) -> tuple[Found, ...]:
+    """The objects of a square picture, left to right; their shapes are the world's, or those of `templates`.
 
     image: PIL image, or uint8 array [H, H, 3]; at least 64 px a side, any other size than 128 is resized.
     Raises ValueError if it is not square, too small, or an array of another form.
     """
-    return tuple(thing for thing, _ in find_regions(image))
+    return tuple(thing for thing, _ in find_regions(image, templates))
 
 
-def find_regions(image: Image.Image | NDArray[np.uint8]) -> list[tuple[Found, NDArray[np.bool_]]]:
+def find_regions(
+    image: Image.Image | NDArray[np.uint8], templates: Templates | None = None
+) -> list[tuple[Found, NDArray[np.bool_]]]:
     """The objects of a square picture, left to right, each with its pixels in a picture of 128 x 128 px, bool [128, 128].
 
     Arguments and errors are those of `find_objects`.
     """
+    templates = templates or _world_templates()
     pixels = _pixels(image)
     back = _background(pixels)
     regions = _regions(pixels, back, _length(pixels - back) > CONTRAST)
     found = [
         (thing, regions == number)
         for number, window in enumerate(ndimage.find_objects(regions), start=1)
-        if (thing := _recognise(number, window, regions, pixels, back))
+        if (thing := _recognise(number, window, regions, pixels, back, templates))
     ]
     return sorted(found, key=lambda pair: pair[0].x)
 
@@ -181,7 +192,12 @@ def _cover(pixels: Float, back: Float, color: Float) -> tuple[Float, Float]:
 
 
 def _recognise(
-    number: int, window: tuple[slice, slice] | None, regions: NDArray[np.int32], pixels: Float, back: Float
+    number: int,
+    window: tuple[slice, slice] | None,
+    regions: NDArray[np.int32],
+    pixels: Float,
+    back: Float,
+    templates: Templates,
 ) -> Found | None:
     """Colour and shape of one region, None if it is too small to be anything."""
     if window is None:  # a region that was divided
@@ -203,12 +219,12 @@ def _recognise(
     points = np.linspace(-GRID_REACH, GRID_REACH, GRID) * math.sqrt(area)
     at = np.stack(np.meshgrid(y + points, x + points, indexing="ij"))
     sampled = (ndimage.map_coordinates(cover, at, order=1) > 0.5).astype(np.float32).ravel()
-    templates = _templates()
-    common = templates @ sampled
-    overlap = (common / (templates.sum(1) + sampled.sum() - common)).reshape(len(SHAPES), -1).max(1)
+    names, outlines = templates
+    common = outlines @ sampled
+    overlap = (common / (outlines.sum(1) + sampled.sum() - common)).reshape(len(names), -1).max(1)
     second, best = np.argsort(overlap)[-2:]
     return Found(
-        shape=SHAPES[best],
+        shape=names[best],
         color=COLORS[from_palette.argmin()],
         x=columns.start + x + 0.5,
         y=rows.start + y + 0.5,
@@ -229,13 +245,17 @@ def _palette_lab() -> NDArray[np.float64]:
 
 
 @functools.cache
-def _templates() -> Float:
-    """Every shape at every tilt, centred on its centroid and scaled to area 1: 0 or 1, [8 * tilts, GRID * GRID]."""
+def _world_templates() -> Templates:
+    return templates_of(SHAPES, distance_atlas())
+
+
+def templates_of(names: Sequence[str], pages: Float) -> Templates:
+    """Every shape of an atlas (`draw.distance_atlas`) at every tilt, centred on its centroid and scaled to area 1."""
     unit = 2 * REACH / (ATLAS_SIZE - 1)  # one step of the atlas, in radii
     axis = np.linspace(-GRID_REACH, GRID_REACH, GRID)
     y, x = np.meshgrid(axis, axis, indexing="ij")
     templates = []
-    for page in distance_atlas():
+    for page in pages:
         inside = page < 0
         scale = math.sqrt(inside.sum()) * unit
         middle = np.array(ndimage.center_of_mass(inside))
@@ -243,4 +263,4 @@ def _templates() -> Float:
             turned = np.stack((y * np.cos(tilt) - x * np.sin(tilt), x * np.cos(tilt) + y * np.sin(tilt)))
             at = turned * (scale / unit) + middle[:, None, None]
             templates.append((ndimage.map_coordinates(page, at, order=1, mode="nearest") < 0).ravel())
-    return np.array(templates, dtype=np.float32)
+    return Templates(tuple(names), np.array(templates, dtype=np.float32))

@@ -21,14 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recipes.shapes import common, curves, data, encoder, invented, joint, networks, settings, spoilt, train
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import LoopOptions, Trainer
-from recipes.shapes.optim import FlatModel, OptimizerOptions, matrices_in, orthogonalised
 from recipes.shapes.settings import FULL, TINY
 from recipes.shapes.tokenizer import ANSWER_WORDS, words
+from scale_rae.fast_weights import crop_swiglu
 from scale_rae.language import Conversation, LanguageModel
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.shapes import draw, world
 from scale_rae.shapes.judge import judge
+from scale_rae.training import passes
+from scale_rae.training.optim import FlatModel, OptimizerOptions, matrices_in, orthogonalised
 
 CPU = torch.device("cpu")
 
@@ -159,7 +161,7 @@ def test_condition_in_training_is_the_condition_at_inference(vocabulary: Vocabul
     loss = with_large_weights(vocabulary, tmp_path)
     language, made = loss.language, loss.pools
     rows = torch.arange(6)
-    hidden = networks.hidden_states(language, loss.embed(made.draw.ids[rows].long()), loss.rotary)
+    hidden = passes.hidden_states(language, loss.embed(made.draw.ids[rows].long()), loss.rotary)
     trained = loss.queried(hidden, made.draw.length[rows])
     language.lm_head = Scripted(language, vocabulary.encoder.reply)
     count = len(vocabulary.encoder.reply)
@@ -176,7 +178,7 @@ def test_condition_after_a_picture_in_training_is_that_at_inference(vocabulary: 
     language, made = loss.language, loss.pools
     rows = torch.arange(5)
     latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
-    hidden = networks.hidden_states(language, loss.after_pictures(rows, latents), loss.shown_rotary)
+    hidden = passes.hidden_states(language, loss.after_pictures(rows, latents), loss.shown_rotary)
     trained = loss.queried(hidden, made.draw.length[rows] + loss.further)
     encoder = vocabulary.encoder
     language.lm_head = Scripted(language, encoder.reply)
@@ -324,7 +326,7 @@ def test_reading_in_training_is_reading_at_inference(vocabulary: Vocabulary, tmp
     latents = made.read_latents[rows].float().view(-1, made.tokens, made.channels)
     embeds = loss.embed(ids)
     embeds[:, place : place + made.tokens] = language.model.mm_projector(latents)
-    hidden = networks.hidden_states(language, embeds, loss.rotary)
+    hidden = passes.hidden_states(language, embeds, loss.rotary)
     talks = []
     for i in rows:
         sequence = ids[i, : made.read.length[i]].tolist()
@@ -359,7 +361,7 @@ def test_padded_swiglu_computes_the_same_and_stays_zero_outside(vocabulary: Voca
     for parameter in dit.parameters():
         nn.init.normal_(parameter, std=0.1)
     inner = int(2 / 3 * 4 * 40)
-    cropped = networks.crop_swiglu(dict(dit.named_parameters()), 40)
+    cropped = crop_swiglu(dict(dit.named_parameters()))
     bare = type(dit)(dit.config)
     bare.load_state_dict(cropped)
     networks.pad_swiglu(bare, 8)

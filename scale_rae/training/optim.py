@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+UPDATE_AT_ONCE = 1 << 26  # elements, because AdamW's update takes several copies of them
 ALIGN = 128  # elements: every tensor that is not a part of a stack begins at a multiple
 
 # How many square-ish matrices lie one below the other in a hidden weight, by the end of its name. A weight named by none
@@ -47,7 +49,7 @@ def matrices_in(name: str) -> int:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Learning rates are peak values; the schedule is linear warm-up, constant, linear to zero over the last `decay` share."""
+    """Learning rates are peak values; without another schedule: linear warm-up, constant, linear to zero over the last `decay`."""
 
     kind: Literal["muon", "adamw"] = "muon"
     lr: float = 1e-3  # AdamW
@@ -59,6 +61,37 @@ class OptimizerOptions:
     decay: float = 0.4
     clip: float = 1.0  # gradient norm of the parameters that AdamW moves
     ema: float = 0.9995
+
+
+Schedule = Callable[[Tensor, Tensor], Tensor]
+"""(step, total steps), each [] on the device and the first step 1, -> the learning rate's factor in 0..1, []."""
+
+
+def trapezoid(options: OptimizerOptions) -> Schedule:
+    """Linear warm-up, constant, linear to zero over the last `decay` share of the steps."""
+
+    def factor(step: Tensor, total: Tensor) -> Tensor:
+        rise = step / max(1, options.warmup)
+        fall = (total - step + 1) / (total * options.decay)
+        return torch.minimum(rise, fall).clamp(0, 1)
+
+    return factor
+
+
+def warmed_up(kind: Literal["cosine", "linear", "constant"], warmup: int) -> Schedule:
+    """Linear warm-up over `warmup` steps, then constant, or falling to zero after the last step."""
+
+    def factor(step: Tensor, total: Tensor) -> Tensor:
+        rise = step / max(1, warmup)
+        done = ((step - 1 - warmup) / (total - warmup).clamp(min=1)).clamp(0, 1)
+        after = {
+            "cosine": 0.5 + 0.5 * torch.cos(math.pi * done),
+            "linear": 1 - done,
+            "constant": torch.ones_like(done),
+        }[kind]
+        return torch.where(step <= warmup, rise, after)
+
+    return factor
 
 
 @dataclass(frozen=True)
@@ -90,7 +123,8 @@ class FlatModel:
     """The parameters of several modules in one buffer, and their optimizer (module docstring).
 
     `modules` maps name prefixes to modules; a parameter that appears twice (tied) is one. `keep_float32(name)` says which
-    parameters compute in float32 when the others compute in `dtype`.
+    parameters compute in float32 when the others compute in `dtype`. Parameters that `trains(name)` denies stay as they are.
+    AdamW's learning rate of a parameter is multiplied by `rate(name)`.
     """
 
     def __init__(
@@ -101,14 +135,18 @@ class FlatModel:
         options: OptimizerOptions,
         total_steps: int,
         keep_float32: Callable[[str], bool] = lambda name: False,
+        trains: Callable[[str], bool] = lambda name: True,
+        rate: Callable[[str], float] = lambda name: 1.0,
+        schedule: Schedule | None = None,
     ) -> None:
         self.options, self.device, self.dtype = options, device, dtype
+        self._schedule = schedule or trapezoid(options)
         named: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
         for prefix, module in modules.items():
             module.to(device)
             for name, parameter in module.named_parameters():
-                if id(parameter) not in seen:
+                if id(parameter) not in seen and trains(prefix + name):
                     seen.add(id(parameter))
                     named[prefix + name] = parameter
         self._lay_out(named, keep_float32)
@@ -132,6 +170,21 @@ class FlatModel:
         self.parameters = [slot.parameter for slot in self.slots]
         self._gradients = [slot.view(self.gradient) for slot in self.slots]
         self._float32_slots = sum(slot.offset < self.float32_start for slot in self.slots)
+        self._rates = self._runs_of_rates(rate)
+
+    def _runs_of_rates(self, rate: Callable[[str], float]) -> list[tuple[int, int, float]]:
+        """(start, stop, rate) of AdamW's part of the buffer, in runs of equal rates and pieces of at most UPDATE_AT_ONCE."""
+        marks = [(slot.offset, rate(slot.name)) for slot in self.slots if slot.offset >= self.adam_start]
+        runs: list[tuple[int, float]] = []
+        for offset, value in marks:
+            if not runs or runs[-1][1] != value:
+                runs.append((offset if runs else self.adam_start, value))
+        stops = [*(start for start, _ in runs[1:]), *([self.size] if runs else [])]
+        return [
+            (at, min(at + UPDATE_AT_ONCE, stop), value)
+            for (start, value), stop in zip(runs, stops, strict=True)
+            for at in range(start, stop, UPDATE_AT_ONCE)
+        ]
 
     def _lay_out(self, named: Mapping[str, nn.Parameter], keep_float32: Callable[[str], bool]) -> None:
         groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, int]]] = {}
@@ -182,13 +235,33 @@ class FlatModel:
         self.ema.copy_(self.master)
         self.refresh()
 
-    @torch.no_grad()
     def update(self, gradients: Sequence[Tensor]) -> Tensor:
         """One optimizer step. Returns the gradient norm (before clipping) of AdamW's parameters, [] on the device."""
-        o = self.options
+        self.collect(gradients)
+        norm = self.gradient_norm()
+        self.apply(norm)
+        return norm
+
+    @torch.no_grad()
+    def collect(self, gradients: Sequence[Tensor], add: bool = False) -> None:
+        """Puts the gradients of `parameters`, in their order, into the buffer, or adds them to those that are there."""
         for part in (slice(0, self._float32_slots), slice(self._float32_slots, None)):  # one dtype each: few kernels
-            if self._gradients[part]:
-                torch._foreach_copy_(self._gradients[part], list(gradients[part]))
+            targets, values = self._gradients[part], list(gradients[part])
+            if targets and add:
+                torch._foreach_add_(targets, values)
+            elif targets:
+                torch._foreach_copy_(targets, values)
+
+    @torch.no_grad()
+    def gradient_norm(self) -> Tensor:
+        """The norm of the collected gradients of AdamW's parameters, [] on the device."""
+        norm: Tensor = torch.linalg.vector_norm(self.gradient[self.adam_start :])
+        return norm
+
+    @torch.no_grad()
+    def apply(self, norm: Tensor) -> None:
+        """Moves the weights by the collected gradients, whose `gradient_norm` is `norm`."""
+        o = self.options
         self.step.add_(1)
         lr = self.learning_rate()
         if o.weight_decay:
@@ -201,29 +274,39 @@ class FlatModel:
                 direction = orthogonalised(gradient.lerp(momentum, o.momentum), self.dtype)
                 scale = o.muon_lr * math.sqrt(max(1.0, stack.rows / stack.columns))
                 stack.view(self.master).sub_(direction * (lr * scale))
-        norm = self._adamw(lr)
+        self._adamw(lr, norm)
         self.ema.lerp_(self.master, 1 - torch.clamp((1 + self.step) / (10 + self.step), max=o.ema))
         self.refresh()
-        return norm
 
-    def _adamw(self, lr: Tensor) -> Tensor:
-        o, start = self.options, self.adam_start
+    def _adamw(self, lr: Tensor, norm: Tensor) -> None:
+        o = self.options
         beta1, beta2 = o.betas
-        gradient, mean = self.gradient[start:], self.mean[start:]
-        norm: Tensor = torch.linalg.vector_norm(gradient)
-        gradient.mul_((o.clip / (norm + 1e-6)).clamp(max=1))
-        mean.lerp_(gradient, 1 - beta1)
-        self.square.lerp_(gradient.square(), 1 - beta2)
         bias1, bias2 = 1 - beta1**self.step, 1 - beta2**self.step
-        move = mean / ((self.square / bias2).sqrt_().add_(1e-8))
-        self.master[start:].sub_(move * (lr * o.lr / bias1))
-        return norm
+        clip = (o.clip / (norm + 1e-6)).clamp(max=1)
+        for start, stop, rate in self._rates:
+            gradient, mean = self.gradient[start:stop], self.mean[start:stop]
+            square = self.square[start - self.adam_start : stop - self.adam_start]
+            gradient.mul_(clip)
+            mean.lerp_(gradient, 1 - beta1)
+            square.lerp_(gradient.square(), 1 - beta2)
+            move = mean / ((square / bias2).sqrt_().add_(1e-8))
+            self.master[start:stop].sub_(move * (lr * (o.lr * rate) / bias1))
 
     def learning_rate(self) -> Tensor:
         """The schedule's factor in 0..1 at `step`, [] on the device."""
-        rise = self.step / max(1, self.options.warmup)
-        fall = (self.total_steps - self.step + 1) / (self.total_steps * self.options.decay)
-        return torch.minimum(rise, fall).clamp(0, 1)
+        return self._schedule(self.step, self.total_steps)
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """A context in which the modules compute with the moving average."""
+        kept = self.master.clone()
+        self.master.copy_(self.ema)
+        self.refresh()
+        try:
+            yield
+        finally:
+            self.master.copy_(kept)
+            self.refresh()
 
     def state(self) -> dict[str, Tensor]:
         """Everything that continues a run exactly, but for the random generator."""

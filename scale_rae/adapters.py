@@ -1,0 +1,173 @@
+"""LoRA adapters in PEFT's file form: adapter_config.json and adapter_model.safetensors; and reading weights merged with them.
+
+An adapter changes a linear's weight W [N, K] by `scale` B A, with A [r, K] and B [N, r]. It is merged into the weights while they
+are read, chunk by chunk, so a merged model runs as fast as any, and may be quantised.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_rae.checkpoint import TensorReader
+from scale_rae.errors import CheckpointError
+from scale_rae.hub import Source, find
+from scale_rae.jsonio import Fields, read_json
+from scale_rae.options import lora_parts
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+FILES = (CONFIG, WEIGHTS)
+_PREFIX = "base_model.model."  # before the names of modules in PEFT's files
+_NOT_READ = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+
+
+@dataclass(frozen=True)
+class Change:
+    """What one adapter adds to one weight: scale · B A."""
+
+    a: Tensor  # [r, K] float32
+    b: Tensor  # [N, r] float32
+    scale: float
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """One adapter's files, the weight that the user gave it, and its changes by the names of modules."""
+
+    source: Source
+    weight: float
+    changes: Mapping[str, Change]
+
+
+def find_adapters(chosen: Sequence[str]) -> list[tuple[Source, float]]:
+    """The files and the weight of each DIR[:WEIGHT] (`options.lora_parts`); DIR may be a hub id.
+
+    Raises:
+        OptionError: for a weight that is no number. CheckpointError, HubError: see `hub.find`.
+    """
+    parts = [lora_parts(text) for text in chosen]
+    return [(find(name, "adapter", files=FILES), weight) for name, weight in parts]
+
+
+def read_adapter(source: Source, weight: float = 1.0) -> Adapter:
+    """The adapter in a folder of PEFT's form.
+
+    Raises:
+        CheckpointError: naming the file, when it is missing, damaged, or of a form that is not supported.
+    """
+    path = source.folder / CONFIG
+    fields = Fields(read_json(path, "adapter config", CheckpointError), path, CheckpointError)
+    kind = fields.get("peft_type", str)
+    if kind != "LORA":
+        raise fields.fail("peft_type", f"is {kind!r}; only LORA is supported")
+    for name, only in _NOT_READ.items():
+        if fields.raw.get(name, only) not in (only, None, False, []):
+            raise fields.fail(name, f"is {fields.raw[name]!r}, which is not supported")
+    alpha = fields.number("lora_alpha")
+    patterns = fields.get("alpha_pattern", dict, {})
+    root = fields.get("use_rslora", bool, False)
+    reader = TensorReader([source.folder / WEIGHTS])
+    changes: dict[str, Change] = {}
+    found = {name: _module_of(name) for name in reader.tensors}
+    if odd := sorted(name for name, module in found.items() if module is None):
+        raise CheckpointError(f"{source.folder / WEIGHTS}: {odd[0]} is no tensor of a LoRA")
+    for module in sorted({module for module in found.values() if module is not None}):
+        a, b = (_read(reader, f"{_PREFIX}{module}.lora_{part}.weight") for part in "AB")
+        rank = len(a)
+        if a.dim() != 2 or b.dim() != 2 or b.shape[1] != rank:
+            raise CheckpointError(f"{source.folder / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}")
+        own = next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), alpha)
+        changes[module] = Change(a, b, weight * float(own) / (math.sqrt(rank) if root else rank))
+    return Adapter(source, weight, changes)
+
+
+def _module_of(name: str) -> str | None:
+    match = re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.lora_[AB]\.weight", name)
+    return match[1] if match else None
+
+
+def _read(reader: TensorReader, name: str) -> Tensor:
+    if name not in reader.tensors:
+        file = next(iter(reader.tensors.values())).file
+        raise CheckpointError(f"{file}: has no tensor {name}")
+    reader.check_floats([name])
+    return reader.read(name)
+
+
+def write_adapter(
+    folder: Path, changes: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float, base: str
+) -> None:
+    """Writes the matrices (A, B) of each module, float32, into a folder in PEFT's form. `base` names the model."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for module, (a, b) in changes.items():
+        tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().float().cpu().contiguous()
+        tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().float().cpu().contiguous()
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        # Whole names, since suffixes of the velocity network's are those of other modules too.
+        "target_modules": sorted(changes),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+class MergedReader(TensorReader):
+    """Reads the tensors of a model's files with adapters merged in: their weights come in float32.
+
+    Raises:
+        CheckpointError: naming the adapter's file, when it does not fit the model. TensorReader's.
+    """
+
+    def __init__(self, files: Iterable[Path], adapters: Sequence[Adapter]) -> None:
+        super().__init__(files)
+        self._changes: dict[str, list[Change]] = {}
+        for adapter in adapters:
+            for module, change in adapter.changes.items():
+                stored = self.tensors.get(f"{module}.weight")
+                made = (len(change.b), change.a.shape[1])
+                if stored is None or stored.shape != made:
+                    has = f"is {list(stored.shape)}" if stored else "is not there"
+                    raise CheckpointError(
+                        f"{adapter.source.folder / WEIGHTS}: made for another model: {module}.weight {has}, the adapter "
+                        f"changes {list(made)}"
+                    )
+                self._changes.setdefault(f"{module}.weight", []).append(change)
+
+    def read_rows(self, name: str, take: Callable[[int, Tensor], None]) -> None:
+        changes = self._changes.get(name)
+        if not changes:
+            super().read_rows(name, take)
+            return
+
+        def merged(start: int, rows: Tensor) -> None:
+            whole = rows.float()
+            for change in changes:
+                whole = torch.addmm(whole, change.b[start : start + len(rows)], change.a, alpha=change.scale)
+            take(start, whole)
+
+        super().read_rows(name, merged)

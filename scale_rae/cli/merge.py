@@ -1,0 +1,64 @@
+"""The command `scale-rae merge`: a model with LoRA adapters merged in, as a checkpoint in the published layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from scale_rae.cli.app import show
+from scale_rae.cli.options import Debug
+from scale_rae.cli.progress import Bars
+from scale_rae.cli.signature import expanded, one_of
+from scale_rae.errors import OptionError
+from scale_rae.hub import find
+from scale_rae.options import DEFAULT_MODEL, DTYPES, MODEL, Lora, lora_parts
+
+
+@expanded
+def command(
+    *,
+    model: Annotated[
+        str, typer.Option(help='Hub id, folder, or "shapes" (the bundled model).', rich_help_panel=MODEL)
+    ] = DEFAULT_MODEL,
+    revision: Annotated[
+        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL)
+    ] = None,
+    lora: Lora = (),
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint, which must not exist.")],
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            callback=one_of(*DTYPES),
+            help="float32, bfloat16 or float16. Default: as the weights are stored, to which merged ones are rounded.",
+        ),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write a model with LoRA adapters merged in, as a checkpoint in the published layout, which the official code loads too."""
+    if not lora:
+        raise OptionError("--lora: give at least one adapter to merge")
+    for text in lora:
+        lora_parts(text)
+    source = find(model, "model", revision=revision)
+    import torch
+
+    from scale_rae.adapters import MergedReader, find_adapters, read_adapter
+    from scale_rae.hub import weight_files
+    from scale_rae.publishing import write_model
+
+    adapters = [read_adapter(files, weight) for files, weight in find_adapters(lora)]
+    reader = MergedReader(weight_files(source.folder), adapters)
+    bars = Bars()
+    try:
+        target = write_model(
+            source,
+            reader,
+            out,
+            getattr(torch, dtype) if dtype else None,
+            progress=lambda done, total: bars.load("and merging", done, total),
+        )
+    finally:
+        bars.stop()
+    show(str(target))

@@ -1,0 +1,99 @@
+"""The command `scale-rae train`: fine-tune a model on pictures and texts."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from scale_rae.cli.app import say, show
+from scale_rae.cli.options import Debug
+from scale_rae.cli.progress import duration
+from scale_rae.cli.signature import expanded
+from scale_rae.config import load_config
+from scale_rae.errors import DataError
+from scale_rae.hub import find
+from scale_rae.opening import silence_libraries
+from scale_rae.training.records import read_records
+from scale_rae.training.settings import TrainingOptions
+
+
+@expanded
+def command(
+    *,
+    options: TrainingOptions,
+    debug: Debug = False,
+) -> None:
+    """Fine-tune a model: a LoRA, or with --full all weights of its networks.
+
+    The result is a LoRA in PEFT's form, for --lora of every command and for `scale-rae merge`. Several GPUs: start this with torchrun.
+    """
+    options.check()
+    source = find(options.model, "model", revision=options.revision)
+    load_config(source.folder)
+    try:
+        records, problems = read_records(options)
+        for problem in problems:
+            say(f"left out: {problem}")
+        if not debug:
+            silence_libraries()
+        from scale_rae.training.run import Watcher, train
+
+        with TrainingBar() as bar:
+            folder = train(options, source, records, Watcher(bar.note, bar.prepare, bar.step))
+    except DataError as e:
+        for problem in e.problems:
+            say(problem)
+        raise
+    show(str(folder))
+
+
+class TrainingBar:
+    """A progress bar of preparing and of training on stderr; a pipe gets a line now and then."""
+
+    def __init__(self) -> None:
+        self._shown = sys.stderr.isatty()
+        self._progress: Any = None
+        self._task: Any = None
+        self._said = 0
+
+    def __enter__(self) -> TrainingBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def note(self, text: str) -> None:
+        """Shows a note."""
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            say(f"note: {text}")
+
+    def prepare(self, what: str, done: int, total: int) -> None:
+        """Shows how much is prepared."""
+        self._update(what, done, total)
+
+    def step(self, progress: Any) -> None:
+        """Shows a step (`trainer.Progress`)."""
+        text = f"step {progress.step}/{progress.steps}, loss {progress.loss:.4f}"
+        if progress.pictures == progress.pictures:  # not before the first line of the log
+            text += f", {progress.pictures:.1f} images/s, {duration(progress.left)} left"
+        self._update(text, progress.step, progress.steps)
+
+    def _update(self, text: str, done: int, total: int) -> None:
+        if not self._shown:
+            tenth = 10 * done // max(1, total)
+            if tenth != self._said or done == total:
+                self._said = tenth
+                say(text if text.startswith("step") else f"{text}: {done} of {total}")
+            return
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            columns = BarColumn(), TextColumn("{task.description}")
+            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._task = self._progress.add_task("", total=total)
+            self._progress.start()
+        self._progress.update(self._task, completed=done, total=total, description=text)

@@ -1,0 +1,135 @@
+"""Records as tensors: latents, conditions and sequences of a step's batch, read from the cache while the device computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from scale_rae.language import LanguageModel
+from scale_rae.noise import image_seed
+from scale_rae.prompt import IMAGE
+from scale_rae.training.sequences import QUERIES, Layout
+
+_WIDTH = 8  # sequences are padded to a multiple of this, for aligned products
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One record in memory. `drawn` and `shown` are latents [L, C] of its pictures, not normalised, in order.
+
+    `condition` [pictures, L, Z] is there where the language model does not learn, and for a record that is `kept`: one whose
+    picture the model drew before it was trained, and for which it is to go on as it does. `seed` is that of all that is random
+    about the sample in this step.
+    """
+
+    where: str
+    layout: Layout
+    drawn: tuple[Tensor, ...]
+    shown: tuple[Tensor, ...]
+    condition: Tensor | None
+    seed: int
+    kept: bool = False
+
+
+class Order:
+    """Which record is at which place of which step: rounds through all records, each in an order of its own.
+
+    Where records are to be kept, which are numbered after the others, they have every other place, in rounds of their own.
+    """
+
+    def __init__(self, records: int, batch: int, seed: int, kept: int = 0) -> None:
+        """`batch` records a step, over all devices; `records` and `kept` are how many there are of each."""
+        self.records, self.batch, self.seed, self.kept = records, batch, seed, kept
+        self._rounds: dict[tuple[int, int], list[int]] = {}
+
+    def record(self, step: int, place: int) -> int:
+        """The number of the record at `place` of a step; the first step is 1."""
+        at = (step - 1) * self.batch + place
+        if not self.kept:
+            return self._of_round(at, 0, self.records)
+        if at % 2:
+            return self.records + self._of_round(at // 2, 1, self.kept)
+        return self._of_round(at // 2, 0, self.records)
+
+    def _of_round(self, at: int, stream: int, count: int) -> int:
+        number, within = divmod(at, count)
+        if (number, stream) not in self._rounds:
+            if len(self._rounds) > 8:
+                self._rounds.clear()
+            generator = torch.Generator().manual_seed(image_seed(self.seed, 2 * number + stream, 1))
+            self._rounds[number, stream] = torch.randperm(count, generator=generator).tolist()
+        return self._rounds[number, stream][within]
+
+    def sample_seed(self, step: int, place: int) -> int:
+        """The seed of what is random about a place of a step, the same for any number of devices."""
+        return image_seed(self.seed, step, place + 2)
+
+
+def ahead(load: Callable[[int], list[Sample]], first: int, stop: int, depth: int = 2) -> Iterator[list[Sample]]:
+    """`load(i)` for i from `first` to `stop` - 1, computed on a thread up to `depth` items in advance."""
+    with ThreadPoolExecutor(1, "records") as pool:
+        waiting: list[Future[list[Sample]]] = []
+        following = first
+        try:
+            while waiting or following < stop:
+                while following < stop and len(waiting) <= depth:
+                    waiting.append(pool.submit(load, following))
+                    following += 1
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Embeddings [B, T, H] of sequences, and where in them things are: pairs of numbers of rows and of places."""
+
+    embeds: Tensor
+    queries: tuple[Tensor, Tensor]  # of all latent queries, in the order of the drawn pictures
+    learnt: tuple[Tensor, Tensor]  # of the places whose next token is learnt
+    targets: Tensor  # those tokens
+
+
+def embed(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Sequences:
+    """The input of the language model for sequences, padded on the right, with latents [L, C] of the shown pictures in order."""
+    tokens, device = language.config.tokens, language.device
+    rows = [_expanded(layout, tokens) for layout in layouts]
+    width = -(-max(len(ids) for ids, _ in rows) // _WIDTH) * _WIDTH
+    ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])  # on the CPU, where places are looked up
+    learnt = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in rows])
+    learnt[:, 0] = False  # nothing comes before it
+    images, queries = ((ids == mark).nonzero(as_tuple=True) for mark in (IMAGE, QUERIES))
+    row, place = learnt.nonzero(as_tuple=True)
+    plain = ids.clamp(min=0).to(device)
+    embeds: Tensor = language.model.embed_tokens(plain)
+    embeds = embeds.to(language.dtype)
+    if shown:
+        projected = language.project(shown).flatten(0, 1)
+        embeds = embeds.index_put((images[0].to(device), images[1].to(device)), projected)
+    queries = queries[0].to(device), queries[1].to(device)
+    if len(queries[0]):
+        own = language.model.latent_queries.to(language.dtype)
+        embeds = embeds.index_put(queries, own.repeat(len(queries[0]) // tokens, 1))
+    targets = ids[row, place].to(device)
+    return Sequences(embeds, queries, (row.to(device), (place - 1).to(device)), targets)
+
+
+def _expanded(layout: Layout, tokens: int) -> tuple[list[int], list[bool]]:
+    """Ids with a picture's mark at each of its places, and which are learnt."""
+    ids: list[int] = []
+    learnt: list[bool] = []
+    for i, flag in zip(layout.ids, layout.learnt, strict=True):
+        count = tokens if i in (IMAGE, QUERIES) else 1
+        ids += [i] * count
+        learnt += [flag and count == 1] * count
+    return ids, learnt
+
+
+def learnt_tokens(layout: Layout) -> int:
+    """How many tokens of a sequence the text loss learns."""
+    return sum(flag and i not in (IMAGE, QUERIES) for i, flag in zip(layout.ids[1:], layout.learnt[1:], strict=True))

@@ -1,0 +1,76 @@
+"""Tensors on disk that are made once: latents of pictures, conditions of prompts, the model's replies."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scale_rae.errors import CheckpointError, OutputError, first_line
+
+_NAME = "value"
+
+
+class TensorCache:
+    """A folder with one safetensors file per key. Writers may be several processes: a file is whole or not there."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def has(self, key: str) -> bool:
+        """Whether there is a tensor."""
+        return self._path(key).is_file()
+
+    def get(self, key: str) -> Tensor:
+        """The tensor, on the CPU.
+
+        Raises:
+            CheckpointError: naming the file, when it is missing or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._path(key))[_NAME]
+        except (OSError, SafetensorError, KeyError) as e:
+            raise CheckpointError(
+                f"{self._path(key)}: cannot be read ({first_line(e)}); remove it and run again"
+            ) from e
+
+    def put(self, key: str, value: Tensor) -> None:
+        """Writes a tensor.
+
+        Raises:
+            OutputError: naming the file, when it cannot be written.
+        """
+        from safetensors.torch import save_file
+
+        path = self._path(key)
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({_NAME: value.detach().cpu().contiguous()}, temporary)
+            temporary.replace(path)
+        except OSError as e:
+            raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from e
+
+    def missing(self, keys: Iterable[str]) -> list[str]:
+        """The keys, each once and in order, that have no tensor."""
+        return [key for key in dict.fromkeys(keys) if not self.has(key)]
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def key_of(*parts: object) -> str:
+    """A key for what depends on these parts alone."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def stored_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which latents and conditions of networks that compute in `dtype` are kept."""
+    return torch.float32 if dtype == torch.float32 else torch.bfloat16

@@ -1,0 +1,75 @@
+"""Checkpoints of a training: `checkpoint-N` folders from which it goes on to the bit, written whole or not at all."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_line
+from scale_rae.jsonio import dump_json, parse_json
+
+STATE = "training_state.pt"
+
+
+class Checkpoints:
+    """The checkpoints in a folder. `identity` is what a resumed run must share with its beginning."""
+
+    def __init__(self, folder: Path, identity: dict[str, Any], keep: int | None = None) -> None:
+        self.folder, self._keep = folder, keep
+        self._identity = dump_json(identity)
+
+    def steps(self) -> list[int]:
+        """The steps of the checkpoints that are there, in order."""
+        names = [path.name for path in self.folder.glob("checkpoint-*") if (path / STATE).is_file()]
+        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name)))
+
+    def write(self, step: int, state: Mapping[str, Tensor], result: Callable[[Path], None]) -> Path:
+        """Writes the checkpoint of a step and returns its folder; `result(folder)` adds what can be used already.
+
+        Raises:
+            OutputError: naming the folder, when it cannot be written.
+        """
+        target = self.folder / f"checkpoint-{step}"
+        fresh = target.with_name(f"{target.name}.tmp")
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)
+            fresh.mkdir(parents=True)
+            result(fresh)
+            tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
+            torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
+            shutil.rmtree(target, ignore_errors=True)
+            fresh.replace(target)
+        except OSError as e:
+            raise OutputError(f"{target}: cannot be written ({e.strerror or e})") from e
+        for old in self.steps()[: -self._keep] if self._keep else []:
+            shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
+        return target
+
+    def newest(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The newest checkpoint's step and state, None if there is none.
+
+        Raises:
+            TrainingError: naming the options, when it was made with others. CheckpointError: when it cannot be read.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        path = self.folder / f"checkpoint-{steps[-1]}" / STATE
+        try:
+            stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            made = parse_json(stored["identity"])
+        except Exception as e:  # a damaged file has many ways to fail
+            raise CheckpointError(
+                f"{path}: damaged ({first_line(e)}); remove its folder to go on from the one before"
+            ) from e
+        mine = parse_json(self._identity)
+        if changed := sorted(name for name in {*made, *mine} if made.get(name) != mine.get(name)):
+            was = ", ".join(f"{name} was {str(made.get(name))[:60]}" for name in changed)
+            raise TrainingError(f"{path}: made otherwise ({was}); train as then, or give another --out")
+        return int(stored["step"]), dict(stored["state"])

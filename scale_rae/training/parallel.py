@@ -1,0 +1,56 @@
+"""Several processes, as `torchrun` starts them: each computes its part of every batch; gradients are summed."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+import torch
+from torch import Tensor
+
+_PATIENCE = timedelta(days=2)  # the first process may encode pictures for hours while the others wait
+
+
+class Group:
+    """The processes of one training; `rank` counts from 0 to `size` - 1. Alone, nothing is sent."""
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> None:
+        """Replaces the tensor by its sum over all processes."""
+        if self.size > 1:
+            torch.distributed.all_reduce(tensor)
+
+    def wait(self) -> None:
+        """Waits until all processes are here."""
+        if self.size > 1:
+            torch.distributed.barrier()
+
+    def leave(self) -> None:
+        """Ends the group."""
+        if self.size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def local_device(device: str | None) -> str | None:
+    """The name of this process's device: under torchrun, GPU number LOCAL_RANK, unless one is given."""
+    if device is None and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        return f"cuda:{os.environ['LOCAL_RANK']}"
+    return device
+
+
+def join(device: torch.device) -> Group:
+    """The group of the processes that torchrun started with this one, or of this process alone."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return Group()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_PATIENCE)
+    return Group(torch.distributed.get_rank(), size)

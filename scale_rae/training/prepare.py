@@ -1,0 +1,386 @@
+"""What training computes once, before its first step: latents of pictures, the model's replies, conditions.
+
+Latents are kept by the picture's bytes and the encoder's files, conditions by the sequence and the language model's files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scale_rae.adapters import Adapter
+from scale_rae.config import ScaleRAEConfig
+from scale_rae.errors import ConfigError, DataError, InputError
+from scale_rae.hub import Source, find
+from scale_rae.images import decode_image
+from scale_rae.language import Conversation, LanguageModel, Reply
+from scale_rae.loading import load_dit, load_encoder, load_language
+from scale_rae.noise import image_seed
+from scale_rae.prompt import ChatTokenizer, clean_message
+from scale_rae.promptfile import read_prompts
+from scale_rae.quantization import Place
+from scale_rae.training.batches import Sample, embed, learnt_tokens
+from scale_rae.training.cache import TensorCache, key_of, stored_dtype
+from scale_rae.training.drawing import draw_latents
+from scale_rae.training.passes import hidden_states, positions
+from scale_rae.training.records import PictureFile, Record, usable
+from scale_rae.training.sequences import PICTURE, QUERIES, Layout, Message, lay_out
+from scale_rae.training.settings import TrainingOptions
+from scale_rae.wording import as_request
+
+Report = Callable[[str, int, int], None]
+"""Called as `report(what, done, total)` while something is prepared."""
+
+ENCODE_AT_ONCE, REPLY_AT_ONCE, CONDITIONS_AT_ONCE = 32, 64, 16
+DRAW_AT_ONCE = 16
+LONGEST_OWN_REPLY = 64  # tokens
+_THREADS = 8
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model's files, and what its weights are loaded with. `identity` names all that they depend on."""
+
+    source: Source
+    config: ScaleRAEConfig
+    tokenizer: ChatTokenizer
+    adapters: Sequence[Adapter]
+    identity: Any
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def place(self) -> Place:
+        """Where weights are loaded to."""
+        return Place(self.device, self.device, self.dtype)
+
+
+@dataclass(frozen=True)
+class PreparedRecord:
+    """A record by the keys of what was prepared; `condition` is "" where the language model learns."""
+
+    where: str
+    layout: Layout
+    drawn: tuple[str, ...]
+    shown: tuple[str, ...]
+    condition: str
+    kept: bool = False  # whether the model is to go on drawing it as it does
+
+    @property
+    def counts(self) -> tuple[int, int, bool]:
+        """(pictures that are drawn, tokens that are learnt, whether it is kept)."""
+        return len(self.drawn), learnt_tokens(self.layout), self.kept
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The records that are trained on, and where their tensors are. `notes` are for the user."""
+
+    records: list[PreparedRecord]
+    looks: list[PreparedRecord]  # of the validation prompts, which have no picture yet
+    latents: TensorCache
+    conditions: TensorCache
+    notes: list[str]
+
+    def sample(self, number: int, seed: int) -> Sample:
+        """A record's tensors."""
+        record = self.records[number]
+        drawn, shown = (tuple(self.latents.get(key) for key in keys) for keys in (record.drawn, record.shown))
+        condition = self.conditions.get(record.condition) if record.condition else None
+        return Sample(record.where, record.layout, drawn, shown, condition, seed, record.kept)
+
+    @property
+    def identity(self) -> str:
+        """A key for all that is trained on, in its order."""
+        return key_of([(record.layout, record.drawn, record.shown, record.condition) for record in self.records])
+
+
+def prepare(records: list[Record], options: TrainingOptions, model: Model, report: Report) -> Prepared:
+    """Makes what is not in the cache yet.
+
+    Raises:
+        DataError: for records that are too long, unless they are to be left out. InputError: when the model draws nothing for
+            texts without a reply. ConfigError: for a checkpoint whose latents are no encoder's.
+    """
+    config, notes = model.config, []
+    if config.vae is not None:
+        raise ConfigError(
+            f"{model.source.folder / 'config.json'}: generation_alignment_tower is {config.vae!r}: training on latents of a VAE "
+            "is not supported"
+        )
+    folder = options.cache_dir or options.out / "cache"
+    latents, conditions = TensorCache(folder / "latents"), TensorCache(folder / "conditions")
+    if not options.trains_language:
+        drawing = [record for record in records if record.draws]
+        if len(drawing) < len(records):
+            notes.append(
+                f"{len(records) - len(drawing)} records draw nothing and are left out (--train {options.train})"
+            )
+        records = drawing
+        if not records:
+            raise DataError(f"no record has a picture to draw, which --train {options.train} learns", [])
+    asked = [
+        Record(f"validation prompt {number}", _request(text, options), (), own_reply=True)
+        for number, text in enumerate(options.validation_prompts, start=1)
+    ]
+    classes = _class_records(options)
+    language = _Lazy(model)
+    said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
+    worded, by_itself = said.worded([*records, *asked, *classes], len(records) + len(asked), report, notes)
+    layouts = [lay_out(model.tokenizer, record.messages, options.text_targets) for record in worded]
+    problems = [
+        f"{record.where}: {length} tokens long; the model reads at most {config.max_length}"
+        for record, layout in zip(records, layouts, strict=False)
+        if (length := layout.length(config.tokens)) > config.max_length
+    ]
+    kept = [i for i, layout in enumerate(layouts[: len(records)]) if layout.length(config.tokens) <= config.max_length]
+    usable([records[i] for i in kept], problems, options)
+    notes += [f"left out: {problem}" for problem in problems]
+    pictures = _encode([records[i] for i in kept], options, model, latents, report)
+
+    def made(i: int) -> PreparedRecord:
+        record, layout = worded[i], layouts[i]
+        drawn, shown = _parted(record, pictures)
+        condition = ""
+        if not options.trains_language:
+            own = _own_key(model, record.messages[0].text)
+            condition = own if i in by_itself else key_of(model.identity, layout.ids, shown)
+        return PreparedRecord(record.where, layout, drawn, shown, condition)
+
+    end = len(records) + len(asked)
+    looks = [made(i) for i in range(len(records), end)]
+    keeping = [_kept(worded[i], layouts[i], options, model) for i in range(end, len(worded)) if i in by_itself]
+    if len(keeping) < len(classes):
+        notes.append(
+            f"{len(classes) - len(keeping)} of {len(classes)} --class-prompts are left out: the model does not draw them"
+        )
+    if classes and not keeping:
+        raise InputError(f"{options.class_prompts}: the model draws none of these prompts, so there is nothing to keep")
+    prepared = Prepared([*map(made, kept), *keeping], looks, latents, conditions, notes)
+    _draw_classes(prepared, keeping, options, model, report)
+    if not options.trains_language:
+        _conditions(prepared, model, language, report)
+    return prepared
+
+
+def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:
+    """The conversation in which a picture of a text is drawn."""
+    return Message("user", as_request(text, options.prompt_prefix)), Message("assistant", PICTURE)
+
+
+def _class_records(options: TrainingOptions) -> list[Record]:
+    """The prompts that the model is to go on drawing as it does."""
+    if options.class_prompts is None:
+        return []
+    prompts = read_prompts(options.class_prompts)
+    return [
+        Record(f"{options.class_prompts}, line {line.line}", _request(line.prompt, options), (), own_reply=True)
+        for line in prompts
+    ]
+
+
+def _kept(record: Record, layout: Layout, options: TrainingOptions, model: Model) -> PreparedRecord:
+    message = record.messages[0].text
+    how = options.seed, options.num_inference_steps, options.validation_guidance
+    picture = key_of(model.identity, "drawn", message, *how)
+    return PreparedRecord(record.where, layout, (picture,), (), _own_key(model, message), kept=True)
+
+
+def _draw_classes(
+    prepared: Prepared, keeping: list[PreparedRecord], options: TrainingOptions, model: Model, report: Report
+) -> None:
+    """Draws the pictures of records that are kept, with the model as it is."""
+    todo = [record for record in keeping if not prepared.latents.has(record.drawn[0])]
+    if not todo:
+        return
+    dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters)
+    for start in range(0, len(todo), DRAW_AT_ONCE):
+        report("drawing class prompts", start, len(todo))
+        part = todo[start : start + DRAW_AT_ONCE]
+        conditions = torch.cat([prepared.conditions.get(record.condition) for record in part])
+        seeds = [image_seed(options.seed, start + i, 0) for i in range(len(part))]
+        how = seeds, options.validation_guidance, options.num_inference_steps
+        drawn = draw_latents(dit, model.config, norm_stats, conditions, *how)
+        for record, latent in zip(part, drawn, strict=True):
+            prepared.latents.put(record.drawn[0], latent.to(stored_dtype(model.dtype)).clone())
+    report("drawing class prompts", len(todo), len(todo))
+
+
+class _Lazy:
+    """The language model, loaded when it is first asked for: a full cache needs none."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._language: LanguageModel | None = None
+
+    def __call__(self) -> LanguageModel:
+        if self._language is None:
+            model = self._model
+            self._language = load_language(model.source, model.config, model.place, model.adapters)
+        return self._language
+
+
+# --- replies and conditions ------------------------------------------------------------------------------------------
+
+
+def _own_key(model: Model, message: str) -> str:
+    return key_of(model.identity, "own reply", message)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What the model says before the pictures whose records do not give it."""
+
+    model: Model
+    language: _Lazy
+    options: TrainingOptions
+    replies: TensorCache
+    conditions: TensorCache
+
+    def worded(
+        self, records: Sequence[Record], asked_from: int, report: Report, notes: list[str]
+    ) -> tuple[list[Record], set[int]]:
+        """The records with replies, and the numbers of those whose condition is that of the model's own reply.
+
+        With --reply, only records from number `asked_from` on are asked for the model's own. A record whose text the model does
+        not draw gets the reply of --reply, or the most common one.
+        """
+        own = {i: record.messages[0].text for i, record in enumerate(records) if record.own_reply}
+        if not own:
+            return list(records), set()
+        given = self.options.reply
+        said: dict[str, str | None] = dict.fromkeys(own.values())
+        said |= self._own([message for i, message in own.items() if given is None or i >= asked_from], report)
+        by_itself = {i for i, message in own.items() if said[message] is not None}
+        if given is None:
+            found = [said[own[i]] for i in sorted(by_itself)]
+            texts = [text for r in records if not r.own_reply for _, text in r.messages]
+            usual = Counter(found or [text.partition(PICTURE)[0] for text in texts if PICTURE in text]).most_common(1)
+            if not usual:
+                raise InputError(
+                    f"the model draws for none of the {len(own)} texts as it is; say with --reply what it says before it draws"
+                )
+            given = str(usual[0][0])
+            if others := len(own) - len(by_itself):
+                notes.append(
+                    f"{others} of {len(own)} texts get the reply {given!r}: the model does not draw for them as it is"
+                )
+        return [r.with_reply(said[own[i]] or given) if i in own else r for i, r in enumerate(records)], by_itself
+
+    def _own(self, messages: list[str], report: Report) -> dict[str, str | None]:
+        """What the model says by message, None where it does not draw; the conditions of the others are kept."""
+        model = self.model
+        keys = {message: _own_key(model, message) for message in messages}
+        todo = [message for message, key in keys.items() if not self.replies.has(key)]
+        for start in range(0, len(todo), REPLY_AT_ONCE):
+            part = todo[start : start + REPLY_AT_ONCE]
+            report("asking the model", start, len(todo))
+            for message, answer in zip(part, own_replies(model, self.language(), part), strict=True):
+                if answer.condition is not None:
+                    self.conditions.put(keys[message], answer.condition[None].to(stored_dtype(model.dtype)))
+                self.replies.put(keys[message], torch.tensor([answer.condition is not None, *answer.ids]))
+        if todo:
+            report("asking the model", len(todo), len(todo))
+        stored = {message: self.replies.get(key).tolist() for message, key in keys.items()}
+        return {message: model.tokenizer.decode(ids) if draws else None for message, (draws, *ids) in stored.items()}
+
+
+def own_replies(model: Model, language: LanguageModel, messages: Sequence[str]) -> list[Reply]:
+    """What the model says to messages, with the condition where it draws."""
+    conversations = [Conversation(model.tokenizer.chat(clean_message(message))) for message in messages]
+    limits = [LONGEST_OWN_REPLY] * len(messages)
+    return language.reply(conversations, limits, model.tokenizer.chat_end, model.tokenizer.image_start)
+
+
+@torch.no_grad()
+def _conditions(prepared: Prepared, model: Model, language: _Lazy, report: Report) -> None:
+    """Conditions [pictures, L, Z] of all sequences, by one pass through each."""
+    by_key = {record.condition: record for record in [*prepared.records, *prepared.looks]}
+    todo = sorted(prepared.conditions.missing(by_key), key=lambda key: len(by_key[key].layout.ids))
+    for start in range(0, len(todo), CONDITIONS_AT_ONCE):
+        report("computing conditions", start, len(todo))
+        part = [by_key[key] for key in todo[start : start + CONDITIONS_AT_ONCE]]
+        shown = [prepared.latents.get(key) for record in part for key in record.shown]
+        found = forced_conditions(language(), [record.layout for record in part], shown)
+        taken = 0
+        for record in part:
+            pictures = record.layout.ids.count(QUERIES)
+            value = found[taken : taken + pictures]
+            taken += pictures
+            prepared.conditions.put(record.condition, value.to(stored_dtype(model.dtype)))
+    if todo:
+        report("computing conditions", len(todo), len(todo))
+
+
+def forced_conditions(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Tensor:
+    """Conditions [pictures, L, Z] of the pictures that sequences draw, all that is said in them given."""
+    sequences = embed(language, layouts, shown)
+    rotary = positions(language, sequences.embeds.shape[1], language.dtype)
+    hidden = hidden_states(language, sequences.embeds, rotary)
+    found = language.condition(hidden[sequences.queries])
+    return found.view(-1, language.config.tokens, found.shape[-1])
+
+
+# --- latents ---------------------------------------------------------------------------------------------------------
+
+
+def _encode(
+    records: Sequence[Record], options: TrainingOptions, model: Model, latents: TensorCache, report: Report
+) -> dict[PictureFile, str]:
+    """The keys of all pictures' latents, once all latents are there."""
+    from scale_rae.provenance import file_record
+
+    source = find(model.config.encoder_name, "encoder", model.source.folder)
+    encoder = (file_record(source), model.config.tokens, model.config.encoder_layer, str(model.dtype))
+    files = list(dict.fromkeys(picture for record in records for picture in record.pictures))
+    where = {picture: record.where for record in records for picture in record.pictures}
+
+    def key(picture: PictureFile) -> str:
+        return key_of(encoder, options.center_crop, hashlib.sha256(picture.read()).hexdigest())
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        keys = dict(zip(files, pool.map(key, files), strict=True))
+        todo = list({key: picture for picture, key in keys.items() if not latents.has(key)}.items())
+        if not todo:
+            return keys
+        network = load_encoder(source, model.config, model.dtype, model.device)
+
+        def load(picture: PictureFile) -> Image.Image:
+            image = decode_image(picture.read(), where[picture])
+            return _square(image) if options.center_crop else image
+
+        for start in range(0, len(todo), ENCODE_AT_ONCE):
+            report("encoding pictures", start, len(todo))
+            part = todo[start : start + ENCODE_AT_ONCE]
+            images = list(pool.map(load, [picture for _, picture in part]))
+            encoded = network.encode(network.preprocess(images)).to(stored_dtype(model.dtype)).cpu()
+            for (name, _), latent in zip(part, encoded, strict=True):
+                latents.put(name, latent.clone())
+    report("encoding pictures", len(todo), len(todo))
+    return keys
+
+
+def _square(image: Image.Image) -> Image.Image:
+    """The middle of a picture, as high as wide."""
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side))
+
+
+def _parted(record: Record, keys: dict[PictureFile, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The keys of the pictures that a record draws, and of those that it shows."""
+    drawn: list[str] = []
+    shown: list[str] = []
+    pictures = iter(record.pictures)
+    for role, text in record.messages:
+        for _ in range(text.count(PICTURE) if record.pictures else 0):
+            (drawn if role == "assistant" else shown).append(keys[next(pictures)])
+    return tuple(drawn), tuple(shown)

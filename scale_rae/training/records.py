@@ -1,0 +1,335 @@
+"""Training data: folders of pictures, JSONL files and WebDataset tars as records, with every bad one listed. Imports no torch.
+
+| form | what is read |
+| --- | --- |
+| a folder with metadata.jsonl | {"file_name": …, "text": …} a line |
+| a folder without | pictures, each with a .txt beside it |
+| a .jsonl file | lines as above, or {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]} |
+| a .tar file, or a folder of them | WebDataset samples: .json with "conversations" or a .txt, and the picture, under one name |
+| a .json file | the manifest of tars: {"dataset_name": …, "tars": […]} |
+
+Names of files are relative to the file that has them, or to `image_folder`.
+"""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scale_rae.errors import DataError, InputError, first_line
+from scale_rae.files import check_file, read_bytes
+from scale_rae.images import MAX_BYTES, decode_image
+from scale_rae.jsonio import parse_json, read_json
+from scale_rae.training.sequences import PICTURE, Message
+from scale_rae.training.settings import TrainingOptions
+from scale_rae.wording import as_request
+
+PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+MOST_LIST_BYTES = 4 << 30  # per JSONL file
+_MOST_TEXT_BYTES = 1 << 20
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """A picture's bytes: a file, or `size` bytes of it from `offset` on."""
+
+    file: Path
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> bytes:
+        """The bytes.
+
+        Raises:
+            InputError: naming the file, when it cannot be read.
+        """
+        if self.size is None:
+            return read_bytes(self.file, MAX_BYTES, "picture")
+        try:
+            with self.file.open("rb") as file:
+                file.seek(self.offset)
+                return file.read(self.size)
+        except OSError as e:
+            raise InputError(f"{self.file}: cannot be read ({e.strerror or e})") from e
+
+
+@dataclass(frozen=True)
+class Record:
+    """One conversation with its pictures, in the order of the PICTUREs in its messages. `where` names file and line.
+
+    With `own_reply`, the assistant's words before the picture are not given: they are what the model says there.
+    """
+
+    where: str
+    messages: tuple[Message, ...]
+    pictures: tuple[PictureFile, ...]
+    own_reply: bool = False
+
+    @property
+    def draws(self) -> bool:
+        """Whether a picture is drawn in it."""
+        return any(role == "assistant" and PICTURE in text for role, text in self.messages)
+
+    def with_reply(self, reply: str) -> Record:
+        """The record with these words before its picture."""
+        *before, last = self.messages
+        return replace(self, messages=(*before, Message(last.role, reply + PICTURE)), own_reply=False)
+
+
+Request = Callable[[str], str]
+"""From a picture's text to the message that asks for it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The records that can be trained on, and a line "file, line: problem" for each other one."""
+
+    records: list[Record]
+    problems: list[str]
+
+
+def read_data(paths: Sequence[Path], request: Request, image_folder: Path | None = None, workers: int = 8) -> Data:
+    """All records of the files and folders, in order. Every picture is decoded once, to see whether it can be.
+
+    Raises:
+        InputError: for a path that holds no training data, or cannot be read.
+    """
+    records: list[Record] = []
+    problems: list[str] = []
+    for path in paths:
+        for item in _Reader(request, image_folder).read(path):
+            (records if isinstance(item, Record) else problems).append(item)  # type: ignore[arg-type]
+    with ThreadPoolExecutor(workers) as pool:
+        seen = list(pool.map(_problem, records))
+    problems += [problem for problem in seen if problem]
+    return Data([record for record, problem in zip(records, seen, strict=True) if not problem], problems)
+
+
+def _problem(record: Record) -> str | None:
+    for picture in record.pictures:
+        try:
+            decode_image(picture.read(), record.where)
+        except InputError as e:
+            text = first_line(e)
+            return text if text.startswith(record.where) else f"{record.where}: {text}"
+    return None
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Yields the records of a path, and a text for each bad one."""
+
+    request: Request
+    image_folder: Path | None
+
+    def read(self, path: Path) -> Iterator[Record | str]:
+        if path.is_dir():
+            yield from self._folder(path)
+        elif path.suffix.lower() in (".jsonl", ".ndjson"):
+            yield from self._lines(path)
+        elif path.suffix.lower() == ".tar":
+            yield from self._tar(path)
+        elif path.suffix.lower() == ".json":
+            yield from self._manifest(path)
+        else:
+            check_file(path, "data file")
+            raise InputError(
+                f"{path}: not training data: give a folder, a .jsonl file, a .tar file or a manifest of tars (.json)"
+            )
+
+    # --- folders ---------------------------------------------------------------------------------------------------
+
+    def _folder(self, folder: Path) -> Iterator[Record | str]:
+        if (folder / "metadata.jsonl").is_file():
+            yield from self._lines(folder / "metadata.jsonl")
+            return
+        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        tars = [file for file in files if file.suffix.lower() == ".tar"]
+        if not pictures and not tars:
+            raise InputError(f"{folder}: holds no training data: no metadata.jsonl, no pictures, no .tar files")
+        for tar in tars:
+            yield from self._tar(tar)
+        if pictures:
+            beside = {file.with_suffix("") for file in pictures}
+            for file in files:
+                if file.suffix.lower() == ".txt" and file.with_suffix("") not in beside:
+                    yield f"{file}: no picture beside it"
+        for file in pictures:
+            text_file = file.with_suffix(".txt")
+            if not text_file.is_file():
+                yield f"{file}: no text beside it ({text_file.name})"
+                continue
+            try:
+                yield self._captioned(str(file), _text_of(text_file), PictureFile(file))
+            except InputError as e:
+                yield first_line(e)
+
+    # --- JSONL -----------------------------------------------------------------------------------------------------
+
+    def _lines(self, path: Path) -> Iterator[Record | str]:
+        content = read_bytes(path, MOST_LIST_BYTES, "data file").removeprefix(b"\xef\xbb\xbf")
+        for number, raw in enumerate(content.split(b"\n"), start=1):
+            if not raw.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                yield self._from_object(_object(raw, where), where, path.parent)
+            except InputError as e:
+                yield first_line(e)
+
+    def _from_object(self, fields: dict[str, Any], where: str, folder: Path) -> Record:
+        if "conversations" in fields:
+            names = fields.get("image", [])
+            names = [names] if isinstance(names, str) else names
+            if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+                raise InputError(f'{where}: "image" must be the name of a file')
+            return _conversation(fields, where, [self._picture(name, where, folder) for name in names])
+        name, text = fields.get("file_name"), fields.get("text")
+        if not isinstance(name, str) or not name:
+            raise InputError(f'{where}: has neither "conversations" nor a "file_name"')
+        if not isinstance(text, str):
+            raise InputError(f'{where}: has no "text"')
+        return self._captioned(where, text, self._picture(name, where, folder))
+
+    def _picture(self, name: str, where: str, folder: Path) -> PictureFile:
+        file = (self.image_folder or folder) / name
+        try:
+            check_file(file, "picture")
+        except InputError as e:
+            raise InputError(f"{where}: {e}") from e
+        return PictureFile(file)
+
+    def _captioned(self, where: str, text: str, picture: PictureFile) -> Record:
+        text = text.strip()
+        if not text:
+            raise InputError(f"{where}: its text is empty")
+        if PICTURE in text:
+            raise InputError(f"{where}: its text holds {PICTURE}, which stands for a picture")
+        return Record(
+            where, (Message("user", self.request(text)), Message("assistant", PICTURE)), (picture,), own_reply=True
+        )
+
+    # --- tars ------------------------------------------------------------------------------------------------------
+
+    def _manifest(self, path: Path) -> Iterator[Record | str]:
+        tars = read_json(path, "manifest", InputError).get("tars")
+        if not isinstance(tars, list) or not tars or not all(isinstance(name, str) and name for name in tars):
+            raise InputError(f'{path}: "tars" must be a list of file names')
+        for name in tars:
+            file = path.parent / name
+            if file.is_file():
+                yield from self._tar(file)
+            else:
+                yield f"{path}: {file}: no such tar"
+
+    def _tar(self, path: Path) -> Iterator[Record | str]:
+        samples: dict[str, dict[str, PictureFile]] = {}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    if member.isreg():
+                        folder, _, name = member.name.rpartition("/")
+                        key, _, suffix = name.partition(".")
+                        parts = samples.setdefault(f"{folder}/{key}" if folder else key, {})
+                        parts[suffix.lower()] = PictureFile(path, member.offset_data, member.size)
+        except (tarfile.TarError, OSError, ValueError) as e:
+            yield f"{path}: not a readable tar ({first_line(e)}); samples after this are lost"
+        for key, parts in samples.items():
+            where = f"{path}, {key}"
+            try:
+                yield self._sample(parts, where)
+            except InputError as e:
+                yield first_line(e)
+
+    def _sample(self, parts: dict[str, PictureFile], where: str) -> Record:
+        pictures = [part for suffix, part in sorted(parts.items()) if f".{suffix}" in PICTURE_SUFFIXES]
+        text = parts.get("json") or parts.get("txt")
+        if text is None:
+            raise InputError(f"{where}: has no .json and no .txt")
+        if (text.size or 0) > _MOST_TEXT_BYTES:
+            raise InputError(f"{where}: its text is longer than {_MOST_TEXT_BYTES} bytes")
+        if "json" in parts:
+            return _conversation(_object(text.read(), where), where, pictures)
+        if len(pictures) != 1:
+            raise InputError(f"{where}: has {len(pictures)} pictures; a .txt describes one")
+        return self._captioned(where, _utf8(text.read(), where), pictures[0])
+
+
+def _conversation(fields: dict[str, Any], where: str, pictures: Sequence[PictureFile]) -> Record:
+    """A record of the official form."""
+    turns = fields.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f'{where}: "conversations" must be a list of turns')
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, start=1):
+        speaker, text = (turn.get("from"), turn.get("value")) if isinstance(turn, dict) else (None, None)
+        role = _ROLES.get(speaker) if isinstance(speaker, str) else None
+        if role is None or not isinstance(text, str) or not text.strip():
+            raise InputError(f'{where}: turn {number} must be {{"from": "human" or "gpt", "value": text}}')
+        if role != ("user", "assistant")[(number - 1) % 2]:
+            raise InputError(f"{where}: turn {number} is by {speaker!r}; human and gpt take turns, human first")
+        messages.append(Message(role, text))
+    if messages[-1].role != "assistant":
+        raise InputError(f"{where}: ends without a reply of gpt, so there is nothing to learn")
+    places = sum(message.text.count(PICTURE) for message in messages)
+    if places != len(pictures):
+        raise InputError(f"{where}: has {len(pictures)} pictures, but {places} places for them ({PICTURE})")
+    return Record(where, tuple(messages), tuple(pictures))
+
+
+def _object(data: bytes, where: str) -> dict[str, Any]:
+    text = _utf8(data, where)
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where}: not valid JSON ({e.msg} at column {e.colno})") from e
+    except ValueError as e:
+        raise InputError(f"{where}: not valid JSON ({first_line(e)})") from e
+    if not isinstance(value, dict):
+        raise InputError(f"{where}: must be a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _text_of(file: Path) -> str:
+    return _utf8(read_bytes(file, _MOST_TEXT_BYTES, "text"), str(file))
+
+
+def _utf8(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as e:
+        raise InputError(f"{where}: not valid UTF-8 (byte {e.start + 1})") from e
+
+
+def read_records(options: TrainingOptions) -> tuple[list[Record], list[str]]:
+    """The records of the data that the options name, and the bad ones' problems.
+
+    Raises:
+        DataError: for bad records, unless they are to be left out, or when no record is left. InputError: see `read_data`.
+    """
+    data = read_data(options.data, lambda text: as_request(text, options.prompt_prefix), options.image_folder)
+    return usable(data.records, data.problems, options), data.problems
+
+
+def usable(records: list[Record], problems: list[str], options: TrainingOptions) -> list[Record]:
+    """The records, if there are some and no bad ones, or if those are to be left out.
+
+    Raises:
+        DataError: with the problems of the bad ones.
+    """
+    if problems and not options.skip_bad:
+        total = len(records) + len(problems)
+        raise DataError(
+            f"{len(problems)} of {total} records cannot be used (listed above); mend them, or leave them out: --skip-bad",
+            problems,
+        )
+    if not records:
+        raise DataError("no record of the data can be used", problems)
+    return records

@@ -1,0 +1,202 @@
+"""A whole training: from options and records to an adapter, or to a checkpoint in the published layout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_rae.adapters import MergedReader, find_adapters, read_adapter, write_adapter
+from scale_rae.config import load_config
+from scale_rae.errors import TrainingError
+from scale_rae.fast_weights import crop_swiglu
+from scale_rae.hub import Source, weight_files
+from scale_rae.language import LanguageModel
+from scale_rae.loading import load_dit, load_language, load_tokenizer
+from scale_rae.memory import pick_device
+from scale_rae.provenance import file_record
+from scale_rae.publishing import write_model
+from scale_rae.toolchain import check_compile
+from scale_rae.training.batches import Order, Sample
+from scale_rae.training.checkpoints import Checkpoints
+from scale_rae.training.learner import Learner, make_repeatable
+from scale_rae.training.lora import adapter_changes
+from scale_rae.training.objective import FineTune
+from scale_rae.training.parallel import Group, join, local_device
+from scale_rae.training.prepare import Model, Prepared, Report, forced_conditions, prepare
+from scale_rae.training.records import Record
+from scale_rae.training.settings import TrainingOptions
+from scale_rae.training.trainer import Plan, Progress, Trainer
+from scale_rae.training.validation import Validation
+
+
+@dataclass(frozen=True)
+class Watcher:
+    """What hears of a training: notes for the user, what is prepared, and each step."""
+
+    note: Callable[[str], None] = lambda text: None
+    report: Report = lambda what, done, total: None
+    step: Callable[[Progress], None] = lambda progress: None
+
+
+def train(options: TrainingOptions, source: Source, records: list[Record], watcher: Watcher) -> Path:
+    """Trains, and returns the folder of the result: `options.out`.
+
+    Raises:
+        TrainingError: when --out holds another training, or a loss is not finite. ScaleRAEError: for a model, data or options
+            that cannot be used, saying what to do.
+    """
+    device = pick_device(local_device(options.device))
+    check_compile(options.compile, device)
+    dtype = _dtype(options, device)
+    group = join(device)
+    watcher = watcher if group.is_first else Watcher()
+    try:
+        make_repeatable(device)
+        if options.resume is False and Checkpoints(options.out, {}).steps():
+            raise TrainingError(
+                f"{options.out}: holds checkpoints of a training; go on with --resume, or give another --out"
+            )
+        model = _open(options, source, device, dtype)
+        options.out.mkdir(parents=True, exist_ok=True)
+        if group.is_first:
+            prepared = prepare(records, options, model, watcher.report)
+        group.wait()
+        if not group.is_first:
+            prepared = prepare(records, options, model, watcher.report)  # finds all of it
+        for note in prepared.notes:
+            watcher.note(note)
+        run = Run(options, model, prepared, group, watcher)
+        run.trainer.run(options.out)
+        if group.is_first:
+            run.write(options.out)
+        group.wait()
+    finally:
+        group.leave()
+    return options.out
+
+
+def _dtype(options: TrainingOptions, device: torch.device) -> torch.dtype:
+    precision = options.mixed_precision or ("no" if device.type == "cpu" else "bf16")
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def _open(options: TrainingOptions, source: Source, device: torch.device, dtype: torch.dtype) -> Model:
+    config = load_config(source.folder)
+    found = find_adapters(options.lora)
+    adapters = [read_adapter(files, weight) for files, weight in found]
+    identity = _identity(file_record(source)), [(_identity(file_record(files)), weight) for files, weight in found]
+    tokenizer = load_tokenizer(source, config)
+    return Model(source, config, tokenizer, adapters, (*identity, str(dtype)), device, dtype)
+
+
+def _identity(record: Mapping[str, Any]) -> Any:
+    """What a file record says about content, whatever the folder is called."""
+    return record.get("revision") or sorted(record["files"].items())
+
+
+class Run:
+    """The networks, the trainer and the files of one training.
+
+    `language` is None where it does not learn: all that is needed of it was prepared.
+    """
+
+    def __init__(
+        self, options: TrainingOptions, model: Model, prepared: Prepared, group: Group, watcher: Watcher
+    ) -> None:
+        self.options, self.model, self.prepared = options, model, prepared
+        self.dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
+        self.language: LanguageModel | None = None
+        if options.trains_language:
+            self.language = load_language(model.source, model.config, model.place, model.adapters, options.quantize)
+        records = sum(not record.kept for record in prepared.records)
+        batch = options.train_batch_size * options.gradient_accumulation_steps * group.size
+        steps = options.steps(records, group.size)
+        self.learner = Learner(options, self.language, self.dit, model.device, model.dtype, steps)
+        objective = FineTune(
+            model.config,
+            self.language,
+            self.dit,
+            norm_stats,
+            options.condition_dropout,
+            options.timesteps_per_sample,
+            options.prior_loss_weight,
+            self.learner.without_lora,
+        )
+        look = None
+        if options.validation_prompts and group.is_first:
+            self._validation = Validation(options, model, self.dit, norm_stats, options.out)
+            look = self._look
+        identity = options.identity() | {
+            "model": repr(model.identity),
+            "records": prepared.identity,
+            "steps": steps,
+            "warmup": options.warmup(steps),
+            "batch": batch,
+        }
+        self.trainer = Trainer(
+            self.learner.flat,
+            objective,
+            Order(records, batch, options.seed, len(prepared.records) - records),
+            [record.counts for record in prepared.records],
+            self._sample,
+            Plan(
+                steps,
+                options.train_batch_size,
+                options.gradient_accumulation_steps,
+                options.logging_steps,
+                options.save_steps,
+                options.validation_steps,
+            ),
+            group,
+            Checkpoints(options.out, identity, options.checkpoints_total_limit),
+            self.write_adapter if not options.full else lambda folder: None,
+            look,
+            watcher.step,
+        )
+        if options.resume and (done := self.trainer.resume()):
+            watcher.note(f"going on after step {done}")
+
+    def _sample(self, number: int, seed: int) -> Sample:
+        return self.prepared.sample(number, seed)
+
+    # --- what is written ---------------------------------------------------------------------------------------------
+
+    def write(self, folder: Path) -> None:
+        """Writes the result and training.json, which says how it was made."""
+        if self.options.full:
+            self._write_checkpoint(folder / "model")
+        else:
+            self.write_adapter(folder)
+        record = {"options": self.options.identity(), "model": self.model.source.address, "steps": self.trainer.done}
+        (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Writes the moving average of the weights as a checkpoint in the published layout."""
+        model = self.model
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed after its end
+        reader = MergedReader(weight_files(model.source.folder), model.adapters)
+        write_model(model.source, reader, folder, replaced=crop_swiglu(self.learner.flat.tensors()))
+
+    def write_adapter(self, folder: Path) -> None:
+        """Writes the moving average of the adapter in PEFT's form."""
+        changes = adapter_changes(self.learner.flat.tensors())
+        write_adapter(folder, changes, self.options.rank, self.learner.alpha, self.model.source.address)
+
+    # --- validation --------------------------------------------------------------------------------------------------
+
+    def _look(self, step: int) -> None:
+        with torch.no_grad(), self.learner.flat.averaged():
+            self._validation(step, self._look_conditions())
+
+    def _look_conditions(self) -> Sequence[Tensor]:
+        looks = self.prepared.looks
+        if self.language is None:
+            return [self.prepared.conditions.get(look.condition)[0] for look in looks]
+        return list(forced_conditions(self.language, [look.layout for look in looks], []).unbind())

@@ -1,0 +1,260 @@
+"""The options of `scale-rae train`: names, defaults, help texts, checks. Imports no torch.
+
+Names are those of diffusers' and PEFT's training scripts, where these have the option.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from scale_rae.errors import OptionError
+from scale_rae.options import (
+    COMPILE,
+    DEFAULT_MODEL,
+    DEFAULT_SEED,
+    LARGEST_SEED,
+    PROMPT_PREFIX,
+    Knob,
+    Lora,
+    Seed,
+    check_device_name,
+    check_options,
+    lora_parts,
+    to_record,
+)
+
+TEXT = ("turns", "replies")
+NETWORKS = ("dit", "language", "both")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+SCHEDULERS = ("cosine", "linear", "constant")
+PRECISIONS = ("no", "bf16")
+STORED = ("int8", "fp8-storage", "nf4")  # quantisations of frozen weights: activations stay as they are
+# Options that a resumed run may change. Steps and batches are recorded as the numbers that they come to.
+_FREE = frozenset(
+    [
+        "out",
+        "data",
+        "class_prompts",
+        "resume",
+        "skip_bad",
+        "cache_dir",
+        "image_folder",
+        "device",
+        "logging_steps",
+        "save_steps",
+        "checkpoints_total_limit",
+        "model",
+        "revision",
+        "lora",
+        "compile",
+        "gradient_checkpointing",
+        "validation_prompts",
+        "validation_steps",
+        "num_validation_images",
+        "validation_guidance",
+        "num_inference_steps",
+        "max_train_steps",
+        "num_train_epochs",
+        "lr_warmup_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+    ]
+)
+WARMUP_SHARE = 0.03  # of the steps, where no number is given: that of the official second stage
+
+MODEL, DATA, LEARNING, SCALE, RESULT, LOOKS = "Model", "Data", "Learning", "Memory and speed", "Result", "Validation"
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """What is trained, on what, and how. Networks are frozen where nothing else is said; encoder and decoder always are."""
+
+    model: Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)] = DEFAULT_MODEL
+    data: Annotated[
+        tuple[Path, ...],
+        Knob(
+            "Training data: a folder of pictures with metadata.jsonl or with a .txt beside each, a .jsonl file with "
+            "`conversations`, a WebDataset .tar or a folder of them, or a manifest of tars. May be given several times.",
+            DATA,
+            metavar="PATH",
+        ),
+    ] = ()
+    out: Annotated[Path, Knob("Folder for the result, its checkpoints and logs; made if missing.", RESULT)] = Path(
+        "trained"
+    )
+    revision: Annotated[str | None, Knob("Branch, tag or commit of a model on the hub.", MODEL)] = None
+    lora: Lora = ()
+    device: Annotated[str | None, Knob("cpu, cuda, cuda:N or mps. Default: the best there is.", MODEL)] = None
+
+    # --- data
+    image_folder: Annotated[
+        Path | None, Knob("Folder that the names of pictures are relative to. Default: that of the file.", DATA)
+    ] = None
+    prompt_prefix: Annotated[str, Knob("Put before a picture's text, unless that is worded as a request.", DATA)] = (
+        PROMPT_PREFIX
+    )
+    reply: Annotated[
+        str | None,
+        Knob(
+            "What the model says before it draws a picture that has a text only. Default: what it says by itself.",
+            DATA,
+            show_default=False,
+        ),
+    ] = None
+    class_prompts: Annotated[
+        Path | None,
+        Knob(
+            "A .txt or .jsonl file of prompts that the model is to go on drawing as it does: half of each batch keeps it so. "
+            "Their pictures are the model's own, drawn with --validation-guidance.",
+            DATA,
+        ),
+    ] = None
+    center_crop: Annotated[
+        bool, Knob("Cut pictures to squares. Default: the encoder's way, which stretches.", DATA)
+    ] = False
+    skip_bad: Annotated[bool, Knob("Leave out records that cannot be used, instead of stopping.", DATA)] = False
+    cache_dir: Annotated[
+        Path | None, Knob("Folder for latents and conditions. Default: `cache` in the folder of --out.", DATA)
+    ] = None
+
+    # --- learning
+    train: Annotated[str, Knob("Which networks learn: dit, language or both.", LEARNING, choices=NETWORKS)] = "dit"
+    full: Annotated[bool, Knob("Train all weights of these networks instead of a LoRA.", LEARNING)] = False
+    rank: Annotated[int, Knob("Rank of the LoRA.", LEARNING, least=1)] = 32
+    alpha: Annotated[
+        float | None,
+        Knob("The LoRA counts alpha / rank times. Default: the rank.", LEARNING, least=1e-6, must="must be above 0"),
+    ] = None
+    learning_rate: Annotated[float, Knob("Peak learning rate.", LEARNING, least=0)] = 1e-4
+    language_learning_rate: Annotated[
+        float | None, Knob("The language model's. Default: --learning-rate.", LEARNING, least=0)
+    ] = None
+    lr_scheduler: Annotated[str, Knob("cosine, linear or constant.", LEARNING, choices=SCHEDULERS)] = "cosine"
+    lr_warmup_steps: Annotated[int | None, Knob("Default: 3 % of the steps.", LEARNING, least=0)] = None
+    max_train_steps: Annotated[int, Knob("Steps.", LEARNING, least=1)] = 1000
+    num_train_epochs: Annotated[
+        int | None,
+        Knob("Steps for this many rounds through the data, instead of --max-train-steps.", LEARNING, least=1),
+    ] = None
+    train_batch_size: Annotated[int, Knob("Records per step and device.", LEARNING, least=1)] = 8
+    gradient_accumulation_steps: Annotated[
+        int, Knob("Batches whose gradients are added up for one step.", LEARNING, least=1)
+    ] = 1
+    optimizer: Annotated[
+        str, Knob("adamw, adamw8bit (needs bitsandbytes) or muon (with --full).", LEARNING, choices=OPTIMIZERS)
+    ] = "adamw"
+    adam_beta1: Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.9
+    adam_beta2: Annotated[float, Knob("AdamW's second beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.999
+    max_grad_norm: Annotated[float, Knob("Gradients are clipped to this norm.", LEARNING, least=0)] = 1.0
+    ema_decay: Annotated[
+        float,
+        Knob(
+            "Decay of the moving average of weights, which is the result.",
+            LEARNING,
+            least=0,
+            most=1,
+            must="must be 0 to 1",
+        ),
+    ] = 0.999
+    condition_dropout: Annotated[
+        float,
+        Knob(
+            "How often the null embedding takes a condition's place, for guidance.",
+            LEARNING,
+            least=0,
+            most=1,
+            must="must be 0 to 1",
+        ),
+    ] = 0.1
+    text_targets: Annotated[
+        str,
+        Knob(
+            "Which text the language model learns. turns: as the official code, the assistant's turns with their headers, and "
+            "newlines and control tokens anywhere; replies: only what the assistant says.",
+            LEARNING,
+            choices=TEXT,
+        ),
+    ] = "turns"
+    prior_loss_weight: Annotated[float, Knob("Weight of the loss on --class-prompts.", LEARNING, least=0)] = 1.0
+    timesteps_per_sample: Annotated[int, Knob("Noisy latents for each picture and step.", LEARNING, least=1)] = 1
+    seed: Seed = DEFAULT_SEED
+
+    # --- memory and speed
+    mixed_precision: Annotated[
+        str | None, Knob("no or bf16. Default: bf16, but no on the CPU.", SCALE, choices=PRECISIONS)
+    ] = None
+    quantize: Annotated[
+        str | None, Knob("Keep frozen weights smaller: int8, fp8-storage or nf4.", SCALE, choices=STORED)
+    ] = None
+    gradient_checkpointing: Annotated[
+        bool, Knob("Compute activations twice instead of keeping them: less memory, a third more time.", SCALE)
+    ] = False
+    compile: Annotated[str, Knob("Compile the networks' blocks; auto: on CUDA.", SCALE, choices=COMPILE)] = "auto"
+
+    # --- result
+    save_steps: Annotated[
+        int, Knob("Write a checkpoint every N steps: what a crash can lose at most.", RESULT, least=1)
+    ] = 500
+    checkpoints_total_limit: Annotated[
+        int | None, Knob("Keep only the newest N checkpoints. Default: all.", RESULT, least=1)
+    ] = None
+    resume: Annotated[bool, Knob("Go on from the newest checkpoint in --out.", RESULT)] = False
+    logging_steps: Annotated[int, Knob("Log every N steps.", RESULT, least=1)] = 10
+
+    # --- validation
+    validation_prompts: Annotated[
+        tuple[str, ...],
+        Knob("Draw this every --validation-steps. May be given several times.", LOOKS, metavar="TEXT"),
+    ] = ()
+    validation_steps: Annotated[int, Knob("Draw the validation prompts every N steps.", LOOKS, least=1)] = 100
+    num_validation_images: Annotated[int, Knob("Pictures of each validation prompt.", LOOKS, least=1)] = 1
+    validation_guidance: Annotated[float, Knob("Their classifier-free guidance; 1 is none.", LOOKS, least=0)] = 1.0
+    num_inference_steps: Annotated[int, Knob("Their steps of the solver.", LOOKS, least=2)] = 25
+
+    @property
+    def trains_dit(self) -> bool:
+        """Whether the velocity network learns."""
+        return self.train != "language"
+
+    @property
+    def trains_language(self) -> bool:
+        """Whether the language model learns."""
+        return self.train != "dit"
+
+    def steps(self, records: int, processes: int) -> int:
+        """The number of steps, given the records of the data."""
+        if self.num_train_epochs is None:
+            return self.max_train_steps
+        batch = self.train_batch_size * self.gradient_accumulation_steps * processes
+        return max(1, -(-self.num_train_epochs * records // batch))
+
+    def warmup(self, steps: int) -> int:
+        """The steps of the learning rate's warm-up."""
+        return round(WARMUP_SHARE * steps) if self.lr_warmup_steps is None else self.lr_warmup_steps
+
+    def check(self) -> None:
+        """Raises OptionError, naming the flag, for values that no training can use."""
+        check_device_name(self.device)
+        check_options(self, flags=True)
+        for text in self.lora:
+            lora_parts(text)
+        if not self.data:
+            raise OptionError("--data: give at least one file or folder to train on")
+        if self.full and self.quantize:
+            raise OptionError(
+                f"--quantize {self.quantize}: only frozen weights can be quantised, and --full trains all"
+            )
+        if self.full and self.class_prompts:
+            raise OptionError(
+                "--class-prompts: what is to be kept is computed without the LoRA, and --full trains none"
+            )
+        if self.optimizer == "muon" and not self.full:
+            raise OptionError("--optimizer muon: is for whole matrices; give --full, or --optimizer adamw")
+        if self.resume and self.seed > LARGEST_SEED:
+            raise OptionError(f"--seed {self.seed}: too large")
+
+    def identity(self) -> dict[str, Any]:
+        """The options that a resumed run must share with its beginning, since they shape every step."""
+        return {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}

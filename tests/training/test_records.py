@@ -1,0 +1,157 @@
+"""Training data in all its forms, and every bad record by file and line."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from scale_rae.errors import DataError, InputError
+from scale_rae.training.records import Data, Record, read_data, read_records
+from scale_rae.training.sequences import Message
+from scale_rae.training.settings import TrainingOptions
+
+DRAWN = [{"from": "human", "value": "Generate a sunset"}, {"from": "gpt", "value": "Here you go:\n<image>"}]
+ASKED = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A sunset."}]
+
+
+def png(color: str = "red") -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 7), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write(folder: Path, **files: bytes | str) -> Path:
+    """Files by name, with `_` for the dot before the suffix."""
+    folder.mkdir(exist_ok=True)
+    for name, content in files.items():
+        path = folder / name.replace("_", ".")
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def lines(*values: Any) -> str:
+    return "\n".join(value if isinstance(value, str) else json.dumps(value) for value in values)
+
+
+def read(path: Path) -> Data:
+    return read_data([path], lambda text: f"Draw {text}")
+
+
+def tar(path: Path, **members: bytes) -> Path:
+    with tarfile.open(path, "w") as file:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name.replace("_", "."))
+            info.size = len(content)
+            file.addfile(info, io.BytesIO(content))
+    return path
+
+
+def captioned(record: Record, text: str) -> None:
+    assert record.messages == (Message("user", f"Draw {text}"), Message("assistant", "<image>"))
+    assert record.own_reply
+    assert record.draws
+    assert record.pictures[0].read() == png()
+    assert record.with_reply("Here:\n").messages[-1].text == "Here:\n<image>"
+
+
+def test_a_folder_with_metadata(tmp_path: Path) -> None:
+    write(tmp_path, a_png=png(), metadata_jsonl=lines({"file_name": "a.png", "text": " a cat "}))
+    (record,) = read(tmp_path).records
+    captioned(record, "a cat")
+    assert record.where == f"{tmp_path / 'metadata.jsonl'}, line 1"
+
+
+def test_a_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
+    write(tmp_path, a_png=png(), a_txt="a cat\n", b_png=png(), c_txt="alone")
+    data = read(tmp_path)
+    captioned(data.records[0], "a cat")
+    assert data.problems == [
+        f"{tmp_path / 'c.txt'}: no picture beside it",
+        f"{tmp_path / 'b.png'}: no text beside it (b.txt)",
+    ]
+
+
+def test_the_official_form(tmp_path: Path) -> None:
+    write(
+        tmp_path,
+        a_png=png(),
+        data_jsonl=lines({"image": "a.png", "conversations": DRAWN}, "", {"image": "a.png", "conversations": ASKED}),
+    )
+    drawn, asked = read(tmp_path / "data.jsonl").records
+    assert drawn.messages == (Message("user", "Generate a sunset"), Message("assistant", "Here you go:\n<image>"))
+    assert drawn.draws
+    assert not drawn.own_reply
+    assert not asked.draws
+    assert asked.where.endswith("line 3")
+
+
+def test_tars_and_their_manifest(tmp_path: Path) -> None:
+    tar(tmp_path / "one.tar", a_json=json.dumps({"conversations": DRAWN}).encode(), a_png=png(), b_png=png())
+    tar(tmp_path / "two.tar", c_txt=b"a cat", c_png=png())
+    (tmp_path / "all.json").write_text(json.dumps({"dataset_name": "x", "tars": ["one.tar", "two.tar", "three.tar"]}))
+    data = read(tmp_path / "all.json")
+    assert [record.where for record in data.records] == [f"{tmp_path / 'one.tar'}, a", f"{tmp_path / 'two.tar'}, c"]
+    assert data.records[0].pictures[0].read() == png()
+    captioned(data.records[1], "a cat")
+    assert [problem.partition(": ")[2] for problem in data.problems] == [
+        "has no .json and no .txt",
+        f"{tmp_path / 'three.tar'}: no such tar",
+    ]
+    assert len(read(tmp_path).records) == 2
+
+
+BAD: dict[str, Any] = {
+    "{": "not valid JSON",
+    "[1]": "must be a JSON object",
+    '{"text": "a cat"}': 'neither "conversations" nor a "file_name"',
+    '{"file_name": "a.png"}': 'has no "text"',
+    '{"file_name": "a.png", "text": " "}': "its text is empty",
+    '{"file_name": "a.png", "text": "an <image>"}': "stands for a picture",
+    '{"file_name": "none.png", "text": "a cat"}': "no such picture",
+    '{"file_name": "bad.png", "text": "a cat"}': "cannot be read",
+    json.dumps({"image": "a.png", "conversations": []}): "must be a list of turns",
+    json.dumps({"image": ["a.png", "a.png"], "conversations": DRAWN}): "has 2 pictures, but 1 places",
+    json.dumps({"image": "a.png", "conversations": DRAWN[:1]}): "ends without a reply",
+    json.dumps({"image": "a.png", "conversations": DRAWN[::-1]}): "take turns, human first",
+    json.dumps({"image": "a.png", "conversations": [{"from": "me", "value": "x"}]}): "turn 1 must be",
+    json.dumps({"image": 1, "conversations": DRAWN}): '"image" must be the name',
+}
+
+
+def test_every_bad_record_is_listed_with_its_line(tmp_path: Path) -> None:
+    good = {"file_name": "a.png", "text": "a cat"}
+    write(tmp_path, a_png=png(), bad_png=png()[:40], metadata_jsonl=lines(*BAD, good))
+    options = TrainingOptions(data=(tmp_path,))
+    with pytest.raises(DataError, match=f"^{len(BAD)} of {len(BAD) + 1} records cannot be used") as error:
+        read_records(options)
+    problems = sorted(error.value.problems, key=lambda problem: int(problem.split("line ")[1].split(":")[0]))
+    for number, (problem, expected) in enumerate(zip(problems, BAD.values(), strict=True), start=1):
+        assert problem.startswith(f"{tmp_path / 'metadata.jsonl'}, line {number}: ")
+        assert expected in problem
+        assert "\n" not in problem
+    records, left_out = read_records(TrainingOptions(data=(tmp_path,), skip_bad=True))
+    assert len(records) == 1
+    assert len(left_out) == len(BAD)
+
+
+def test_what_holds_no_training_data_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, a_xyz="", b_json='{"tars": []}', c_jsonl="")
+    for path, problem in (
+        (tmp_path, "holds no training data"),
+        (tmp_path / "a.xyz", "not training data"),
+        (tmp_path / "none.xyz", "no such data file"),
+        (tmp_path / "b.json", '"tars" must be a list'),
+    ):
+        with pytest.raises(InputError, match=problem):
+            read(path)
+    with pytest.raises(DataError, match="no record of the data can be used"):
+        read_records(TrainingOptions(data=(tmp_path / "c.jsonl",)))
+    broken = tar(tmp_path / "d.tar", a_txt=b"a cat", a_png=png())
+    broken.write_bytes(broken.read_bytes()[:700])
+    assert "not a readable tar" in read(broken).problems[0]

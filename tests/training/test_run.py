@@ -1,0 +1,232 @@
+"""Whole trainings of a small checkpoint: what is learnt, what is kept, and that a run goes on to the bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from scale_rae.errors import TrainingError
+from scale_rae.hub import find
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.training import prepare, run
+from scale_rae.training.records import read_records
+from scale_rae.training.run import Watcher, train
+from scale_rae.training.settings import TrainingOptions
+from scale_rae.training.trainer import Progress
+
+TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A plain square."}]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three captioned pictures, and a list of them with a question."""
+    folder = tmp_path_factory.mktemp("data")
+    captions = []
+    for color in ("red", "green", "blue"):
+        Image.new("RGB", (20, 16), color).save(folder / f"{color}.png")
+        captions.append({"file_name": f"{color}.png", "text": f"a {color} square"})
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, captions)))
+    mixed = [*captions[:2], {"image": "blue.png", "conversations": TALK}]
+    (folder / "mixed.jsonl").write_text("\n".join(map(json.dumps, mixed)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def options(checkpoints: dict[str, Path], data: Path, cache: Path, tmp_path: Path) -> TrainingOptions:
+    return TrainingOptions(
+        model=str(checkpoints["ddt"]),
+        data=(data,),
+        out=tmp_path / "out",
+        cache_dir=cache,
+        device="cpu",
+        reply="Here you go:\n",
+        rank=2,
+        learning_rate=1e-3,
+        lr_warmup_steps=1,
+        max_train_steps=4,
+        train_batch_size=2,
+        save_steps=2,
+        logging_steps=1,
+    )
+
+
+def go(options: TrainingOptions, watcher: Watcher | None = None) -> list[dict[str, Any]]:
+    """The log of a training."""
+    options.check()
+    records, _ = read_records(options)
+    train(options, find(options.model, "model"), records, watcher or Watcher())
+    return [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+class Killed(BaseException):
+    """An end without cleaning up, as kill -9 makes one."""
+
+
+def test_a_run_that_was_ended_goes_on_to_the_bit(
+    options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = go(options)
+    assert [record["step"] for record in whole] == [1, 2, 3, 4]
+    assert sorted(path.name for path in options.out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    with pytest.raises(TrainingError, match="holds checkpoints of a training; go on with --resume"):
+        go(options)
+
+    def load_nothing(*arguments: Any) -> Any:
+        raise AssertionError("the cache has all that is needed")
+
+    monkeypatch.setattr(prepare, "load_language", load_nothing)
+    monkeypatch.setattr(prepare, "load_encoder", load_nothing)
+    monkeypatch.setattr(run, "load_language", load_nothing)
+    other = replace(options, out=tmp_path / "other")
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 3:
+            raise Killed
+
+    with pytest.raises(Killed):
+        go(other, Watcher(step=kill))
+    with pytest.raises(TrainingError, match=r"made otherwise .*seed was 42"):
+        go(replace(other, resume=True, seed=1))
+    notes: list[str] = []
+    again = go(replace(other, resume=True), Watcher(note=notes.append))
+    assert notes == ["going on after step 2"]
+    keys = ("step", "loss", "flow_by_t", "gradient_norm", "learning_rate")
+    assert [[record[key] for key in keys] for record in again] == [[record[key] for key in keys] for record in whole]
+    assert files(other.out) == files(options.out)
+
+
+def test_the_networks_learn_and_the_result_is_used(options: TrainingOptions, data: Path) -> None:
+    chosen = replace(
+        options,
+        data=(data / "mixed.jsonl",),
+        train="both",
+        learning_rate=3e-2,
+        max_train_steps=20,
+        condition_dropout=0.0,
+        gradient_checkpointing=True,
+        save_steps=100,
+        ema_decay=0.5,
+    )
+    log = go(chosen)
+    assert sum(record["text"] for record in log[-3:]) < 0.9 * sum(record["text"] for record in log[:3])
+    model = ScaleRAE.from_pretrained(options.model, device="cpu", lora=[str(chosen.out)])
+    plain = ScaleRAE.from_pretrained(options.model, device="cpu")
+    condition = torch.zeros(model.config.tokens, model.config.dit.condition_width)
+    assert not torch.equal(model.sample([condition], [0])[0], plain.sample([condition], [0])[0])
+    message = "Can you generate a red square"
+    assert model.reply([message])[0].logits != plain.reply([message])[0].logits
+
+
+def test_accumulated_parts_are_one_batch(options: TrainingOptions, tmp_path: Path) -> None:
+    one = go(replace(options, max_train_steps=2))
+    parts = go(
+        replace(options, max_train_steps=2, out=tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=2)
+    )
+    for a, b in zip(one, parts, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_records(options: TrainingOptions, data: Path) -> None:
+    broken = replace(options, learning_rate=1e38, lr_warmup_steps=0, lr_scheduler="constant")
+    with pytest.raises(
+        TrainingError, match=r"^step 2: not finite .*metadata.jsonl, line \d.* the weights of step 1 are kept"
+    ):
+        go(broken)
+    assert [path.name for path in broken.out.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
+def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> None:
+    chosen = replace(
+        options,
+        learning_rate=0.0,
+        validation_prompts=("a red square", "a blue one"),
+        validation_steps=2,
+        num_inference_steps=2,
+        max_train_steps=2,
+        validation_guidance=1.5,
+    )
+    go(chosen)
+    first, last = sorted((chosen.out / "validation").iterdir())
+    assert (first.name, last.name) == ("step-000000.png", "step-000002.png")
+    assert first.read_bytes() == last.read_bytes()
+    with Image.open(first) as sheet:
+        assert len(set(sheet.convert("L").tobytes())) > 20
+
+
+def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
+    one = go(replace(options, out=tmp_path / "one"))
+    two = replace(options, out=tmp_path / "two", train_batch_size=1)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(2):  # forks, as torchrun's processes would take seconds to import torch
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.environ.update(names | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                go(two)
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    found = [json.loads(line) for line in (two.out / "log.jsonl").read_text().splitlines()]
+    for a, b in zip(one, found, strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+
+
+def test_what_is_to_be_kept_is_kept(options: TrainingOptions, data: Path, tmp_path: Path) -> None:
+    model = ScaleRAE.from_pretrained(options.model, device="cpu")
+    draws = "Can you generate a photo of a cat on a windowsill?"
+    prompts = tmp_path / "known.txt"
+    prompts.write_text(draws + "\n")
+    learning = replace(options, learning_rate=2e-2, max_train_steps=12, ema_decay=0.5, num_inference_steps=4)
+    forgets, keeps = (replace(learning, out=tmp_path / name) for name in ("forgets", "keeps"))
+    keeps = replace(keeps, class_prompts=prompts, train_batch_size=4)
+    go(forgets)
+    log = go(keeps)
+    assert log[0]["kept"] == 0  # B is zero in the first step
+    assert log[1]["kept"] > 0
+    condition = model.reply([draws])[0].condition
+    assert condition is not None
+    x = torch.randn(1, model.config.channels, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def velocity(lora: Path | None) -> torch.Tensor:
+        changed = ScaleRAE.from_pretrained(options.model, device="cpu", lora=[str(lora)] if lora else [])
+        with torch.no_grad():
+            return changed.dit(x, torch.tensor([0.7]), condition[None])  # type: ignore[no-any-return]
+
+    base = velocity(None)
+    assert (velocity(keeps.out) - base).square().mean() < 0.5 * (velocity(forgets.out) - base).square().mean()
+
+
+def test_all_weights_are_trained_into_a_checkpoint(options: TrainingOptions) -> None:
+    chosen = replace(options, full=True, train="dit", max_train_steps=2, optimizer="muon")
+    go(chosen)
+    trained = ScaleRAE.from_pretrained(str(chosen.out / "model"), device="cpu")
+    base = ScaleRAE.from_pretrained(options.model, device="cpu")
+    for mine, its in ((trained.dit, base.dit), (trained.language, base.language)):
+        same = [torch.equal(a, b) for a, b in zip(mine.parameters(), its.parameters(), strict=True)]
+        assert all(same) if mine is trained.language else sum(same) < 0.1 * len(same)
