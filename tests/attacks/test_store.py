@@ -93,7 +93,7 @@ def test_flipped_bits_are_never_taken_for_the_truth(store: Store) -> None:
     rng, good = random.Random(14), files(store.folder)
     names = [name for name in good if name.startswith(("00003/", ".work/batches/"))]
     assert len(names) == 7
-    for _ in range(800):
+    for _ in range(300):
         name = rng.choice(names)
         write(store.folder, {name: flipped(rng, good[name])})
         finished, problems = store.check(PROMPT)
@@ -110,7 +110,7 @@ def test_flipped_bits_in_what_0_1_0_wrote(store: Store) -> None:
     assert store.check(PROMPT) == (True, [])
     truth = [dataclasses.asdict(b) for b in store.batches(3)[0]]
     rng, names = random.Random(1), [n for n in good if n.startswith(("00003/", ".work/batches/"))]
-    for _ in range(400):
+    for _ in range(150):
         name = rng.choice(names)
         write(store.folder, {name: flipped(rng, good[name])})
         finished, problems = store.check(PROMPT)
@@ -216,7 +216,7 @@ def test_what_is_no_file_neither_hangs_nor_fills_the_memory(store: Store, name: 
 def test_flipped_bits_in_the_experiments_description(store: Store) -> None:
     rng, good = random.Random(5), files(store.folder)
     copy = ".work/experiment.json"
-    for _ in range(200):
+    for _ in range(80):
         name = rng.choice((EXPERIMENT, copy))
         write(store.folder, {name: flipped(rng, good[name])})
         assert {

@@ -136,12 +136,12 @@ def test_the_examples_are_of_the_bundled_models_world(shared: SharedModel) -> No
     }
     assert list(wanted) == page.SHAPES_PROMPTS
     latents = []
-    options: dict[str, Any] = {"num_images": 4, "seed": 2, "guidance": 3.0, "steps": 10, "solver": "dpmpp_2m"}
+    options: dict[str, Any] = {"num_images": 2, "seed": 2, "guidance": 3.0, "steps": 8, "solver": "dpmpp_2m"}
     for prompt, things in wanted.items():
         (result,) = model.generate([as_request(prompt, PROMPT_PREFIX)], **options)
         seen = [find_objects(image.image) for image in result.images]
         kinds = [[(f.color, f.shape) if isinstance(things[0], tuple) else f.shape for f in found] for found in seen]
-        assert sum(sorted(found) == sorted(things) for found in kinds) >= 3, (prompt, kinds)
+        assert sum(sorted(found) == sorted(things) for found in kinds) == 2, (prompt, kinds)
         latents.append(result.images[0].latent)
     answers = [[a.text.strip() for a in model.answer(q, latents=latents, max_new_tokens=40)] for q in widgets.QUESTIONS]
     assert answers[0][0] == "a photo of a red circle."
