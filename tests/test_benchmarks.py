@@ -281,6 +281,16 @@ def test_scaling_study_draws_and_goes_on(script: Script, tmp_path: Path) -> None
             assert values == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
+def test_training_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    script("train.py", "--size", "tiny", "--device", "cpu", "--batch", 2, "--repeat", 1, "--json", file)
+    result = json.loads(file.read_text())
+    assert result["errors"] == {}
+    steps = [row for row in result["figures"] if row["unit"] == "s/step"]
+    assert len(steps) == 5
+    assert all(row["share"] > 0 for row in steps)
+
+
 def test_gpu_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
     """Every stage runs on tiny networks on the CPU, so that mistakes show before GPU time is paid for."""
     file = tmp_path / "gpu.json"

@@ -26,6 +26,8 @@ TRAINING = {
     "--train": "both",
     "--rank": "16",
     "--learning-rate": "1e-3",
+    "--language-learning-rate": "5e-4",
+    "--prior-loss-weight": "5",
     "--text-targets": "replies",
     "--reply": world.REPLY,
     "--train-batch-size": "8",

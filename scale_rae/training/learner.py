@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from scale_rae.compiling import compiled
 from scale_rae.dit import DiT
-from scale_rae.errors import OptionError
 from scale_rae.fast_weights import is_quantized, pad_swiglu
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, keeps_float32
@@ -46,11 +45,7 @@ class Learner:
         dtype: torch.dtype,
         steps: int,
     ) -> None:
-        """`language` is None where it does not take part.
-
-        Raises:
-            OptionError: for an optimizer that does not exist here.
-        """
+        """`language` is None where it does not take part."""
         self.options, self.language, self.dit, self.device = options, language, dit, device
         self.alpha = float(options.rank if options.alpha is None else options.alpha)
         if not is_quantized(dit):
@@ -126,8 +121,6 @@ class Learner:
 
 
 def _optimizer(options: TrainingOptions, steps: int) -> OptimizerOptions:
-    if options.optimizer == "adamw8bit":
-        raise OptionError("--optimizer adamw8bit: is not there yet; use adamw")
     return OptimizerOptions(
         kind=options.optimizer,  # type: ignore[arg-type]
         lr=options.learning_rate,

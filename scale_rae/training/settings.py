@@ -14,7 +14,6 @@ from scale_rae.options import (
     COMPILE,
     DEFAULT_MODEL,
     DEFAULT_SEED,
-    LARGEST_SEED,
     PROMPT_PREFIX,
     Knob,
     Lora,
@@ -27,7 +26,7 @@ from scale_rae.options import (
 
 TEXT = ("turns", "replies")
 NETWORKS = ("dit", "language", "both")
-OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+OPTIMIZERS = ("adamw", "muon")
 SCHEDULERS = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16")
 STORED = ("int8", "fp8-storage", "nf4")  # quantisations of frozen weights: activations stay as they are
@@ -142,9 +141,7 @@ class TrainingOptions:
     gradient_accumulation_steps: Annotated[
         int, Knob("Batches whose gradients are added up for one step.", LEARNING, least=1)
     ] = 1
-    optimizer: Annotated[
-        str, Knob("adamw, adamw8bit (needs bitsandbytes) or muon (with --full).", LEARNING, choices=OPTIMIZERS)
-    ] = "adamw"
+    optimizer: Annotated[str, Knob("adamw, or muon (with --full).", LEARNING, choices=OPTIMIZERS)] = "adamw"
     adam_beta1: Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.9
     adam_beta2: Annotated[float, Knob("AdamW's second beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.999
     max_grad_norm: Annotated[float, Knob("Gradients are clipped to this norm.", LEARNING, least=0)] = 1.0
@@ -252,8 +249,6 @@ class TrainingOptions:
             )
         if self.optimizer == "muon" and not self.full:
             raise OptionError("--optimizer muon: is for whole matrices; give --full, or --optimizer adamw")
-        if self.resume and self.seed > LARGEST_SEED:
-            raise OptionError(f"--seed {self.seed}: too large")
 
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must share with its beginning, since they shape every step."""

@@ -119,7 +119,7 @@ def test_the_networks_learn_and_the_result_is_used(options: TrainingOptions, dat
         data=(data / "mixed.jsonl",),
         train="both",
         learning_rate=3e-2,
-        max_train_steps=20,
+        max_train_steps=12,
         condition_dropout=0.0,
         gradient_checkpointing=True,
         save_steps=100,
