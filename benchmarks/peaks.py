@@ -97,12 +97,12 @@ def main() -> None:
             write += "write_checkpoint(sys.argv[1], Path(sys.argv[2]), torch.device('cuda'))"  # its memory ends with it
             root = Path(__file__).parents[1]
             subprocess.run([sys.executable, "-c", write, args.size, str(folder)], check=True, cwd=root)
-        found = []
+        rows: list[dict[str, Any]] = []
         for name in args.rows or ROWS[args.size]:
-            found.append(row(folder / "model", name, args.steps))
-            print({k: round(v, 2) if isinstance(v, float) else v for k, v in found[-1].items()}, flush=True)
+            rows.append(row(folder / "model", name, args.steps))
+            print({k: round(v, 2) if isinstance(v, float) else v for k, v in rows[-1].items()}, flush=True)
             if args.json is not None:
-                args.json.write_text(json.dumps(found, indent=1) + "\n")
+                args.json.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":
