@@ -19,7 +19,8 @@ from recipes.crescent import pictures
 from scale_rae.cli.app import run
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.shapes import world
-from scale_rae.shapes.evaluate import Share, draw_prompts
+from scale_rae.shapes.evaluate import draw_prompts
+from scale_rae.shares import Share
 
 MODEL = "shapes"
 TRAINING = {
