@@ -75,8 +75,8 @@ def row(folder: Path, name: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     """Prints a line per row."""
     if sys.argv[1:2] == ["--measure"]:
-        folder, quantize, offload, cap, steps = sys.argv[2:]
-        found = measure(Path(folder), None if quantize == "none" else quantize, offload, float(cap), int(steps))
+        path, quantize, offload, cap, steps = sys.argv[2:]
+        found = measure(Path(path), None if quantize == "none" else quantize, offload, float(cap), int(steps))
         print(json.dumps(found))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
