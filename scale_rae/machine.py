@@ -129,8 +129,6 @@ def limit_process(device: torch.device, limit: int) -> None:
         _, total = torch.cuda.mem_get_info(device)
         share = max(limit - CONTEXT["cuda"], 0) / total
         torch.cuda.set_per_process_memory_fraction(min(1.0, share), cuda_index(device))
-        # Pieces of fixed sizes leave gaps, about 0.15 GiB with the default model, that nothing else fits into.
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
     elif device.type == "mps":
         torch.mps.set_per_process_memory_fraction(min(2.0, limit / torch.mps.recommended_max_memory()))
 
