@@ -87,11 +87,9 @@ def choose(
     ways = [Way(kind, mode) for kind, mode in possible if kind == quantize or footprint.allows(kind)]
     peaks = [footprint.peak(way) for way in ways]
     chosen = next((i for i, peak in enumerate(peaks) if peak <= limit), None)
+    given = " ".join(f"--{n} {v}" for n, v in (("quantize", quantize), ("offload", offload)) if v not in (None, "none"))
     if chosen is None:
         least = min(range(len(ways)), key=lambda i: peaks[i])
-        given = " ".join(
-            f"--{n} {v}" for n, v in (("quantize", quantize), ("offload", offload)) if v not in (None, "none")
-        )
         raise DeviceError(
             f"--memory {request}{'' if request != 'auto' else f' ({limit / _GIB:.1f} GiB)'}: this model needs at least "
             f"{_up(peaks[least])}{f' with {given}' if given else ''} ({flags(ways[least])})"
@@ -102,7 +100,7 @@ def choose(
         most = min(max(1, footprint.hidden_images(way, rates())), MOST_STREAMED)
     batch = next((n for n in _sizes(most) if footprint.peak(replace(way, batch=n)) <= limit), 1)
     way = replace(way, batch=batch)
-    because = "everything fits as it is"
+    because = f"that fits with the given {given}" if given else "everything fits as it is"
     if chosen:
         before = ways[chosen - 1]
         because = f"{flags(before)} would take {peaks[chosen - 1] / _GIB:.1f} GiB"

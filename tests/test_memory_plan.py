@@ -83,6 +83,8 @@ def test_the_line_says_what_and_why() -> None:
     text = str(choose("8G", 8 * GIB, published("1.5b")))
     assert text.startswith("memory 8G: --offload model, 32 images at once, about ")
     assert "; unquantised, all on the device would take " in text
+    text = str(choose("8G", 8 * GIB, published("1.5b"), quantize="nf4"))
+    assert text.endswith("that fits with the given --quantize nf4")  # not "as it is"
     text = str(choose("auto", 80 * GIB, published("1.5b")))
     assert text.startswith("memory auto (80.0 GiB): unquantised, all on the device, 32 images at once")
 
