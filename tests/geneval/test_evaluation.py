@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +15,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scale_rae.errors import InputError, OutputError
-from scale_rae.geneval.evaluation import Batch, Evaluation, evaluate, judged_here, open_folder
+from scale_rae.errors import DeviceError, InputError, OutputError
+from scale_rae.geneval.evaluation import Batch, Evaluation, Task, evaluate, judged_here, open_folder
 from scale_rae.geneval.journal import Journal, Judged, Key, Mark
 from scale_rae.geneval.judges import JudgeChoice, ShapesJudge, identity_of
 from scale_rae.geneval.policies import policies, ranked
@@ -144,6 +148,22 @@ def test_a_journal_is_one_judges_and_one_processes(tmp_path: Path) -> None:
         Journal(path, {"judge": "one"})
 
 
+@pytest.mark.parametrize(
+    "left", ['{"judge": {"judge": "two"}}\n', '{"judge": {"jud', '{"judge": {"judge": "two"}}\n{"key": {"na']
+)
+def test_a_journal_without_verdicts_binds_nobody(tmp_path: Path, left: str) -> None:
+    """It is left by a judge that could not be loaded, or by a kill at the beginning."""
+    path, key, judged = tmp_path / "journal.jsonl", Key("a", "b", "c"), Judged(True)
+    path.write_text(left)
+    with Journal(path, {"judge": "one"}) as journal:
+        journal.add([(key, judged)])
+    assert path.read_text().startswith('{"judge": {"judge": "one"}}\n')
+    with Journal(path, {"judge": "one"}) as journal:
+        assert journal.judged == {key: judged}
+    with pytest.raises(InputError, match="holds verdicts of another judge"):
+        Journal(path, {"judge": "two"})
+
+
 def test_policies_go_by_the_stored_scores(folder: Path) -> None:
     """A judge that agrees with the reward on the sign: what is ranked first by the reward is right wherever any is."""
     read = open_folder(folder, SHAPES)
@@ -182,3 +202,50 @@ def test_several_processes_judge_alike(folder: Path, tmp_path: Path) -> None:
     assert outs[0].read_bytes() == outs[1].read_bytes()
     assert {r.correct for r in read_results(outs[0])} == {True, False}
     shutil.rmtree(folder)
+
+
+_STUCK = """
+import sys, time
+sys.stdin.readline()
+sys.stdin.readline()
+print('{"batch": 0, "judged": []}', flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_interruption_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for the answers of killed processes end before those processes' logs are closed."""
+    problems: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", problems.append)
+    wait = subprocess.Popen.wait
+
+    def late(process: Any, timeout: float | None = None) -> int:
+        time.sleep(0.2 * (threading.current_thread() is not threading.main_thread()))
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", late)
+    monkeypatch.setattr("scale_rae.processes.command", lambda module: [sys.executable, "-c", _STUCK])
+    before = threading.active_count()
+    answers = judging_on(SHAPES, ["cpu", "cpu"])([[Task("a.png", {"prompt": "p"})]] * 40)
+    assert isinstance(answers, Iterator)
+    assert next(answers) == (0, [])
+    answers.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+    assert problems == []
+
+
+_DIES = """
+import os, sys
+sys.stdin.readline()
+sys.stdin.readline()
+os.close(0)
+print('{"batch": 0, "judged": []}', flush=True)
+"""
+
+
+def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not read of its stdin is no error of its own."""
+    monkeypatch.setattr("scale_rae.processes.command", lambda module: [sys.executable, "-c", _DIES])
+    answers = judging_on(SHAPES, ["cpu", "cpu"])([[Task("a.png", {"prompt": "p"})]] * 20)
+    with pytest.raises(DeviceError, match=r"the process that judges on cpu died \(exit code 0\)"):
+        list(answers)
