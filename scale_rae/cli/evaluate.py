@@ -200,9 +200,10 @@ def _report(
             "paired by tag, include, exclude and prompt"
         )
     if found.missing:
-        images = f", {found.missing_images} images of them known by number" if found.missing_images else ""
+        images = f" (images: {found.missing_images})" if found.missing_images else ""
+        count = len(found.missing)
         problems.append(
-            f"{len(found.missing)} things could not be evaluated, listed above{images}; the scores are those of the rest"
+            f"{count} thing{'' if count == 1 else 's'} could not be evaluated, listed above{images}; the scores are those of the rest"
         )
     return problems
 

@@ -169,9 +169,9 @@ def command(
         say(f"note: {note}")
     say(f"paper: {PAPER_MODEL}; done in {duration(time.monotonic() - start)}")
     if missing := sum(len(e.missing) for e in evaluations):
-        fail(f"{missing} things are missing, listed above; the same command tries them again")
+        fail(f"missing: {missing}, listed above; the same command tries them again")
     if left:
-        fail(f"{left} prompts are not finished; the same command tries them again")
+        fail(f"prompts that are not finished: {left}; the same command tries them again")
 
 
 def _prompts(path: Path | None, judge: JudgeChoice, limit: int | None) -> list[PromptRecord]:
