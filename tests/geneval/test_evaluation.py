@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +24,7 @@ from scale_rae.geneval.judges import JudgeChoice, ShapesJudge, identity_of
 from scale_rae.geneval.policies import policies, ranked
 from scale_rae.geneval.results import beside, default_out, read_results
 from scale_rae.geneval.workers import judging_on
+from scale_rae.scaling.reader import read_object
 from tests.helpers.made_experiment import write_experiment
 
 SHAPES = JudgeChoice("shapes")
@@ -114,6 +117,19 @@ def test_what_cannot_be_evaluated_is_listed_and_the_rest_is_evaluated(folder: Pa
     assert found.missing_images == 1 + 4 + 4 + 1 + 1
     assert [r.filename[:5] for r in found.results] == ["00000"] * 2 + ["00003"] * 3
     assert read_results(found.out) == found.results
+
+
+def test_what_cannot_be_read_is_not_taken_for_absent(folder: Path) -> None:
+    """Links to themselves, since permissions do not bind everybody."""
+    shutil.rmtree(folder / "00001" / "samples")
+    (folder / "00001" / "samples").symlink_to("samples")
+    texts = [str(item) for item in open_folder(folder, SHAPES).missing]
+    assert texts == [f"00001: samples: cannot be read ({os.strerror(errno.ELOOP)})"]
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="the metadata cannot be read"):
+        read_object(folder / "loop" / "metadata.jsonl", "metadata")
+    with pytest.raises(FileNotFoundError):
+        read_object(folder / "none" / "metadata.jsonl", "metadata")
 
 
 def test_a_folder_that_is_none(tmp_path: Path, folder: Path) -> None:
