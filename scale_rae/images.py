@@ -110,7 +110,11 @@ def _decode(data: bytes, max_pixels: int, formats: tuple[str, ...], on_white: bo
         turn = bare.orientation
         if kind == "AVIF":
             turn = containers.orientation(image.info.get("exif", b""), image.info.get("xmp", b""))
-        eight_bits = _eight_bits(_integers(image)) if image.mode == "I" else image
+        eight_bits: Image.Image = image
+        if image.mode == "I":
+            eight_bits = _eight_bits(_integers(image))
+        elif image.mode.startswith("I;16"):  # which Pillow's own conversion would clip
+            eight_bits = _eight_bits(np.asarray(image))
         picture = to_rgb(eight_bits) if on_white else eight_bits.convert("RGB")
     return picture.transpose(_TURNS[turn]) if turn in _TURNS else picture
 

@@ -86,7 +86,9 @@ class Knob:
         elif self.least is not None or self.most is not None:
             above = self.least is None or value >= self.least
             if not (above and _finite(value) and (self.most is None or value <= self.most)):
-                raise OptionError(f"{label} {_short(value)}: {self.must or f'must be at least {self.least}'}")
+                most = "" if self.most is None else f" to {self.most}"
+                bounds = f"must be {self.least}{most}" if most else f"must be at least {self.least}"
+                raise OptionError(f"{label} {_short(value)}: {self.must or bounds}")
 
 
 @dataclass(frozen=True)

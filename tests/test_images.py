@@ -337,6 +337,13 @@ def test_good_files_decode_as_they_always_did(kind: str, mode: str) -> None:
         assert same(decode_image(buffer.getvalue(), "image"), to_rgb(plain))
 
 
+def test_sixteen_bits_are_scaled_also_where_transparency_is_dropped() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.arange(0, 65536, 64, np.uint16).reshape(32, 32)).save(buffer, "PNG")
+    seen = np.asarray(decode_image(buffer.getvalue(), "image", on_white=False))
+    np.testing.assert_array_equal(seen[..., 0].ravel(), np.arange(0, 65536, 64) // 257)
+
+
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(
     ("kind", "most", "seen"),

@@ -97,15 +97,22 @@ def geneval(
     choice.check()
     check_count("--batch-size", batch_size)
     places = device_names(device, devices)
+    from scale_rae.geneval.evaluation import open_folder
     from scale_rae.geneval.results import read_results
 
-    other = read_results(compare) if compare is not None and not compare.is_dir() else None
+    other = None
+    if compare is not None and compare.is_dir():
+        open_folder(compare, choice)  # what is wrong with it is said before anything is judged
+    elif compare is not None:
+        other = read_results(compare)
     found = evaluated(folder, choice, places, batch_size, out)
     if compare is not None and other is None:
         there = evaluated(compare, choice, places, batch_size)
         say_missing(there)
         other = there.results
-    _report(found, other, keep, page, thumbnail, json)
+    problems = _report(found, other, keep, page, thumbnail, json)
+    if problems:
+        fail("\nerror: ".join(problems))
 
 
 def device_names(device: str | None, devices: str | None) -> list[str | None] | None:
@@ -162,8 +169,8 @@ def say_missing(evaluation: Evaluation) -> None:
 
 def _report(
     found: Evaluation, other: list[Result] | None, keep: int | None, page: bool, thumbnail: int, as_json: bool
-) -> None:
-    """Prints and writes what came out; ends with exit status 1 where something is missing."""
+) -> list[str]:
+    """Prints and writes what came out; returns what is wrong with it, a line each."""
     from scale_rae.geneval.outcome import outcome_record, write_outcome
     from scale_rae.geneval.policies import policies
     from scale_rae.geneval.summary import compare, summarise
@@ -186,11 +193,19 @@ def _report(
         for path in (found.out, *written):
             show(str(path))
         say(f"{found.new} images judged in {found.seconds:.0f} s")
-    if found.missing:
-        images = f", {found.missing_images} images of them known by number" if found.missing_images else ""
-        fail(
-            f"{len(found.missing)} things could not be evaluated, listed above{images}; the scores are those of the rest"
+    problems = []
+    if comparison is not None and not comparison.prompts:
+        problems.append(
+            f"--compare: none of the other's prompts ({comparison.only_there}) is among these ({comparison.only_here}); prompts are "
+            "paired by tag, include, exclude and prompt"
         )
+    if found.missing:
+        images = f" (images: {found.missing_images})" if found.missing_images else ""
+        count = len(found.missing)
+        problems.append(
+            f"{count} thing{'' if count == 1 else 's'} could not be evaluated, listed above{images}; the scores are those of the rest"
+        )
+    return problems
 
 
 def _text(summary: Summary, chosen: Sequence[Policy], comparison: Comparison | None) -> list[str]:
@@ -219,7 +234,7 @@ def _text(summary: Summary, chosen: Sequence[Policy], comparison: Comparison | N
                 )
             )
         lines += ["", *aligned(rows)]
-    if comparison is not None:
+    if comparison is not None and comparison.prompts:
         lines += ["", *_comparison_lines(comparison)]
     return lines
 
@@ -249,7 +264,7 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
 
 def convert_detector(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The published checkpoint, mask2former_swin-s-….pth.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write; made if missing.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="New folder to write.")],
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
 ) -> None:
     """Convert GenEval's published detector to transformers' names and safetensors, once, instead of each time it is loaded."""

@@ -20,6 +20,7 @@ from scale_rae.cli.scale import read_question
 from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError, OptionError
 from scale_rae.geneval.judges import JudgeChoice, identity_of, metadata_check
+from scale_rae.jsonio import read_json
 from scale_rae.options import AUTO_REWARD, DEFAULT_SEED, REWARDS, ModelChoice, SamplingOptions, Seed, check_count
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import PromptRecord, read_prompts
@@ -161,16 +162,16 @@ def command(
             output_dir, choice.model_path, settings, best_of, rest[0] if rest else None, len(records)
         )
     if json:
-        show(written[1].read_text(encoding="utf-8").replace("\n", ""))
+        show_json(read_json(written[1]))
     else:
         show("\n".join([*_table(rows), *map(str, written)]))
     for note in notes_on(evaluations[0], evaluations[1], len(records)):
         say(f"note: {note}")
     say(f"paper: {PAPER_MODEL}; done in {duration(time.monotonic() - start)}")
     if missing := sum(len(e.missing) for e in evaluations):
-        fail(f"{missing} things are missing, listed above; the same command tries them again")
+        fail(f"missing: {missing}, listed above; the same command tries them again")
     if left:
-        fail(f"{left} prompts are not finished; the same command tries them again")
+        fail(f"prompts that are not finished: {left}; the same command tries them again")
 
 
 def _prompts(path: Path | None, judge: JudgeChoice, limit: int | None) -> list[PromptRecord]:

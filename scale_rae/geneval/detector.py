@@ -77,6 +77,13 @@ def resized_size(width: int, height: int, scale: tuple[int, int] = SCALE) -> tup
     return int(width * factor + 0.5), int(height * factor + 0.5)
 
 
+def size_problem(width: int, height: int, scale: tuple[int, int] = SCALE) -> str:
+    """Why a picture of that size cannot be brought to the network; empty if it can."""
+    if not width or not height:
+        return f"{width} x {height} pixels: empty"
+    return "" if all(resized_size(width, height, scale)) else f"{width} x {height} pixels: too narrow for its length"
+
+
 def padded_size(width: int, height: int) -> tuple[int, int]:
     """The (width, height) of the network's input for a resized picture."""
     return -(-width // DIVISOR) * DIVISOR, -(-height // DIVISOR) * DIVISOR
@@ -242,14 +249,14 @@ class Detector:
         halved whenever memory runs out.
 
         Raises:
-            InputError: a picture has no pixels.
+            InputError: `size_problem` refuses a picture.
             DeviceError: memory runs out with a single picture.
         """
         found: list[Detections | None] = [None] * len(images)
         groups: dict[tuple[int, int], list[int]] = {}
         for number, image in enumerate(images):
-            if not image.width or not image.height:
-                raise InputError(f"a picture of {image.width} x {image.height} pixels")
+            if problem := size_problem(*image.size, self.scale):
+                raise InputError(f"a picture of {problem}")
             groups.setdefault(padded_size(*resized_size(*image.size, self.scale)), []).append(number)
         size = batch_size or BATCH.get(self.device.type, 1)
         release = torch.cuda.empty_cache if self.device.type == "cuda" else None

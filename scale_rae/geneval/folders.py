@@ -112,7 +112,7 @@ def read_folder(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> Gen
         try:
             prompt, lacking = _read_prompt(path, check)
         except ValueError as e:
-            missing.append(Missing(path.name, str(e), len(_samples(path))))
+            missing.append(Missing(path.name, str(e), _count(path)))
             continue
         prompts.append(prompt)
         missing += lacking
@@ -155,7 +155,10 @@ def _read_prompt(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> tu
         raise ValueError(why_no_record(folder)[0]) from None
     except ValueError as e:
         raise ValueError(f"metadata.jsonl: {e}") from e
-    prompt = PromptFolder(folder, record, _samples(folder))
+    try:
+        prompt = PromptFolder(folder, record, _samples(folder))
+    except OSError as e:
+        raise ValueError(f"samples: cannot be read ({e.strerror})") from e
     try:
         check(prompt.metadata)
     except InputError as e:
@@ -172,11 +175,18 @@ def _read_prompt(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> tu
     return prompt, found
 
 
+def _count(folder: Path) -> int:
+    try:
+        return len(_samples(folder))
+    except OSError:
+        return 0
+
+
 def _samples(folder: Path) -> list[Sample]:
     """The pictures in a prompt's folder, by number; other files are passed over, as the original does."""
     try:
         paths = list((folder / "samples").iterdir())
-    except OSError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     found = [Sample(int(match[1]), path) for path in paths if (match := _PICTURE.fullmatch(path.name))]
     return sorted(found, key=lambda sample: (sample.number, sample.path.name))

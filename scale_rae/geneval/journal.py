@@ -20,6 +20,8 @@ from scale_rae.jsonio import dump_json, parse_json
 from scale_rae.scaling.local_files import append
 from scale_rae.scaling.locks import try_lock
 
+_HEAD = b'{"judge": '  # how a journal begins
+
 
 @dataclass(frozen=True)
 class Mark:
@@ -124,25 +126,28 @@ class Journal:
 
     def _read(self, judge: dict[str, Any]) -> None:
         content = self.path.read_bytes()
-        head, *lines = content.split(b"\n") if content.strip() else [b""]
-        if head:
-            try:
-                recorded = parse_json(head)["judge"]
-            except (ValueError, TypeError, KeyError) as e:
-                raise InputError(f"{self.path}: is not a journal of verdicts; choose another --out") from e
-            if recorded != judge:
-                raise InputError(
-                    f"{self.path}: holds verdicts of another judge: {_differences(recorded, judge)}; choose another --out"
-                )
-        else:
-            self._file.write(dump_json({"judge": judge}, ascii_only=True) + "\n")
-        if content and not content.endswith(b"\n"):
-            self._file.write("\n")  # ends the line that a kill cut off
-        self._file.flush()
+        head, *lines = content.split(b"\n")
         for line in lines:
             with contextlib.suppress(ValueError, TypeError, KeyError):
                 value = parse_json(line)
                 self.judged[Key(**value["key"])] = Judged.of(value["judged"])
+        recorded: Any = None
+        try:
+            recorded = parse_json(head)["judge"]
+        except (ValueError, TypeError, KeyError) as e:
+            if not _HEAD.startswith(content[: len(_HEAD)]) or lines:
+                raise InputError(f"{self.path}: is not a journal of verdicts; choose another --out") from e
+            # Else the file is new, or a kill cut its first line off.
+        if recorded != judge:
+            if self.judged:
+                raise InputError(
+                    f"{self.path}: holds verdicts of another judge: {_differences(recorded, judge)}; choose another --out"
+                )
+            self._file.truncate(0)  # that judge has judged nothing: perhaps it could not be loaded
+            self._file.write(dump_json({"judge": judge}, ascii_only=True) + "\n")
+        elif not content.endswith(b"\n"):
+            self._file.write("\n")  # ends the line that a kill cut off
+        self._file.flush()
 
 
 def read_journal(path: Path) -> dict[str, Judged]:

@@ -168,11 +168,19 @@ class GenEvalJudge:
         self._detector, self._classifier, self._options = detector, classifier, options
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
-        """See `Judge`. Masks are kept of wrong pictures, for the page."""
+        """See `Judge`. Masks are kept of wrong pictures, for the page. Pictures far longer than wide get a problem."""
+        from scale_rae.geneval.detector import size_problem
         from scale_rae.geneval.judging import judge
 
-        found = judge(images, metadata, self._detector, self._classifier, self._options)
-        return [_judged(one, image.size) for one, image in zip(found, images, strict=True)]
+        problems = [size_problem(*image.size, self._detector.scale) for image in images]
+        good = [number for number, problem in enumerate(problems) if not problem]
+        judged = [Judged(problem=problem) for problem in problems]
+        if good:
+            models = (self._detector, self._classifier, self._options)
+            found = judge([images[number] for number in good], [metadata[number] for number in good], *models)
+            for number, one in zip(good, found, strict=True):
+                judged[number] = _judged(one, images[number].size)
+        return judged
 
 
 def _judged(found: Judgement, size: tuple[int, int]) -> Judged:

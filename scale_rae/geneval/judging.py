@@ -42,7 +42,7 @@ def judge(
     Detections that score less than every threshold are left out, since they change no verdict.
 
     Raises:
-        InputError: `check_metadata` refuses metadata, or a picture has no pixels.
+        InputError: `check_metadata` refuses metadata, or `size_problem` refuses a picture.
         DeviceError: memory runs out.
     """
     found = detector.detect(images, least_score=min(options.threshold, options.counting_threshold))

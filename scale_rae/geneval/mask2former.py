@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader
 from scale_rae.errors import CheckpointError, ConfigError, OutputError, last_line
-from scale_rae.files import sha256, write_new
+from scale_rae.files import check_file, sha256, write_new
 from scale_rae.geneval.published import CONVERTED_FROM, DETECTOR_FILE, DETECTOR_SHA256
 from scale_rae.geneval.verdicts import CLASSES
 from scale_rae.hub import find, import_hub, weight_files
@@ -159,14 +159,16 @@ def convert(path: str | Path, out: str | Path, architecture: Architecture = PUBL
     """
     from safetensors.torch import save
 
-    loaded = _load_file(Path(path).expanduser(), architecture)
+    folder = Path(out).expanduser()
+    if folder.exists():
+        raise OutputError(f"{folder}: exists; give the name of a new folder")
+    file = Path(path).expanduser()
+    check_file(file, "detector file", CheckpointError)
+    loaded = _load_file(file, architecture)
     origin = {"name": loaded.name, "sha256": loaded.sha256}
     config = {"model_type": "mask2former", "architectures": ["Mask2FormerForUniversalSegmentation"]}
     text = dump_json(config | library_config(architecture) | {CONVERTED_FROM: origin}, indent=2)
     weights = {name: parameter.detach().contiguous() for name, parameter in _parameters(loaded.network).items()}
-    folder = Path(out).expanduser()
-    if folder.exists():
-        raise OutputError(f"{folder}: exists; give the name of a new folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.", ignore_cleanup_errors=True) as unfinished:

@@ -234,7 +234,7 @@ def notes_on(best_of: Evaluation, adaptive: Evaluation | None, prompts: int) -> 
     for evaluation in (best_of, adaptive):
         if evaluation is not None and evaluation.missing:
             where = evaluation.folder.folder.name
-            notes.append(f"{where}: {len(evaluation.missing)} things are missing, first {evaluation.missing[0]}.")
+            notes.append(f"{where}: {len(evaluation.missing)} missing, first {evaluation.missing[0]}.")
     if adaptive is None:
         notes.append("The adaptive search is not drawn yet.")
     return notes

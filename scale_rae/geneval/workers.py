@@ -5,6 +5,7 @@ A process gets its judge as a line of JSON on stdin, then a batch per line; it a
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
@@ -96,9 +97,9 @@ def _shared(
             todo.put(number)
         answers: queue.SimpleQueue[tuple[int, list[Judged]] | None] = queue.SimpleQueue()
         workers = [_start(choice, device, living) for device in living]
+        threads = [threading.Thread(target=_drive, args=(w, batches, todo, answers), daemon=True) for w in workers]
         done: set[int] = set()
         try:
-            threads = [threading.Thread(target=_drive, args=(w, batches, todo, answers), daemon=True) for w in workers]
             for thread in threads:
                 thread.start()
             running = len(workers)
@@ -113,9 +114,14 @@ def _shared(
             for worker in workers:
                 worker.process.kill()
                 worker.process.wait()
+            for thread in threads:
+                if thread.is_alive():  # it reads the end of its process's answers
+                    thread.join()
+            for worker in workers:
                 for stream in (worker.process.stdin, worker.process.stdout, worker.log):
-                    if stream is not None:
-                        stream.close()
+                    with contextlib.suppress(OSError):  # of what a dead process did not read
+                        if stream is not None:
+                            stream.close()
         failed = [worker for worker in workers if worker.error is not None]
         left = [number for number in left if number not in done]
         living = [worker.device for worker in workers if worker.error is None]

@@ -235,8 +235,12 @@ def read_object(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]
         FileNotFoundError: when there is no such file.
         ValueError: when it is not such an object; the message does not name the file.
     """
-    if not os.path.lexists(path):
-        raise FileNotFoundError(path)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        raise
+    except OSError:
+        pass  # the file may be there, and reading it says what is wrong
     try:
         value = parse_json(read_bytes(path, most, what))
     except InputError as e:

@@ -84,8 +84,54 @@ def test_what_is_missing_ends_with_status_1(cli: Cli, folder: Path) -> None:
             "is inside the experiment, which is only read; choose another --out",
         ),
         (["{tmp}/made", "--compare", "{tmp}/none"], "none: no such results file"),
+        (["{tmp}/made", "--compare", "{tmp}/other"], "other: not an experiment, since it has no folders"),
+        (["{tmp}/made", "--threshold", "2"], "threshold 2.0: must be 0 to 1"),
     ],
 )
 def test_bad_input_is_one_line(cli: Cli, folder: Path, tmp_path: Path, arguments: list[str], words: str) -> None:
+    (tmp_path / "other").mkdir()
     given = [text.replace("{tmp}", str(tmp_path)) for text in arguments]
     assert words.replace("{tmp}", str(tmp_path)) in cli("evaluate", "geneval", *given, "--judge", "shapes").error
+    assert not folder.with_name("made_shapes").exists()  # it is said before anything is judged
+
+
+def test_nothing_to_compare_is_said(cli: Cli, folder: Path, tmp_path: Path) -> None:
+    result = {
+        "filename": "a",
+        "tag": "t",
+        "prompt": "p",
+        "correct": True,
+        "reason": "",
+        "metadata": "{}",
+        "details": "{}",
+    }
+    (tmp_path / "results.jsonl").write_text(json.dumps(result))
+    arguments = (
+        "evaluate",
+        "geneval",
+        folder,
+        "--judge",
+        "shapes",
+        "--no-page",
+        "--compare",
+        tmp_path / "results.jsonl",
+    )
+    run = cli(*arguments)
+    assert run.code == 1
+    assert run.err.splitlines()[-1] == (
+        "error: --compare: none of the other's prompts (1) is among these (3); prompts are paired by tag, include, exclude and prompt"
+    )
+    assert "compared on" not in run.out
+    assert "images:   6, right: " in run.out
+
+
+@pytest.mark.parametrize(
+    ("file", "words"), [("none.pth", "no such detector file"), (".", "is a folder, not a detector file")]
+)
+def test_a_detector_file_that_is_none(cli: Cli, tmp_path: Path, file: str, words: str) -> None:
+    assert words in cli("evaluate", "convert-detector", tmp_path / file, tmp_path / "out").error
+    (tmp_path / "out").mkdir()
+    assert (
+        "out: exists; give the name of a new folder"
+        in cli("evaluate", "convert-detector", "x.pth", tmp_path / "out").error
+    )

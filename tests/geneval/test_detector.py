@@ -242,3 +242,10 @@ def test_convolutions_stay_exact(detector: Detector, monkeypatch: pytest.MonkeyP
 def test_a_picture_without_pixels(detector: Detector) -> None:
     with pytest.raises(InputError, match="0 x 0 pixels"):
         detector.detect([Image.new("RGB", (0, 0))])
+
+
+@pytest.mark.parametrize("size", [(1, 1000), (1000, 1)])
+def test_a_picture_too_narrow_for_its_length(detector: Detector, size: tuple[int, int]) -> None:
+    """The published sizes make 0 pixels of a picture that is some 2,700 times as long as wide."""
+    with pytest.raises(InputError, match=rf"{size[0]} x {size[1]} pixels.*too narrow"):
+        detector.detect([Image.new("RGB", size)])

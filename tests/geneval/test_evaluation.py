@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +17,14 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scale_rae.errors import InputError, OutputError
-from scale_rae.geneval.evaluation import Batch, Evaluation, evaluate, judged_here, open_folder
+from scale_rae.errors import DeviceError, InputError, OutputError
+from scale_rae.geneval.evaluation import Batch, Evaluation, Task, evaluate, judged_here, open_folder
 from scale_rae.geneval.journal import Journal, Judged, Key, Mark
 from scale_rae.geneval.judges import JudgeChoice, ShapesJudge, identity_of
 from scale_rae.geneval.policies import policies, ranked
 from scale_rae.geneval.results import beside, default_out, read_results
 from scale_rae.geneval.workers import judging_on
+from scale_rae.scaling.reader import read_object
 from tests.helpers.made_experiment import write_experiment
 
 SHAPES = JudgeChoice("shapes")
@@ -112,6 +119,19 @@ def test_what_cannot_be_evaluated_is_listed_and_the_rest_is_evaluated(folder: Pa
     assert read_results(found.out) == found.results
 
 
+def test_what_cannot_be_read_is_not_taken_for_absent(folder: Path) -> None:
+    """Links to themselves, since permissions do not bind everybody."""
+    shutil.rmtree(folder / "00001" / "samples")
+    (folder / "00001" / "samples").symlink_to("samples")
+    texts = [str(item) for item in open_folder(folder, SHAPES).missing]
+    assert texts == [f"00001: samples: cannot be read ({os.strerror(errno.ELOOP)})"]
+    (folder / "loop").symlink_to("loop")
+    with pytest.raises(ValueError, match="the metadata cannot be read"):
+        read_object(folder / "loop" / "metadata.jsonl", "metadata")
+    with pytest.raises(FileNotFoundError):
+        read_object(folder / "none" / "metadata.jsonl", "metadata")
+
+
 def test_a_folder_that_is_none(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(InputError, match="no such folder; give one with pictures in GenEval's layout"):
         open_folder(tmp_path / "none", SHAPES)
@@ -142,6 +162,22 @@ def test_a_journal_is_one_judges_and_one_processes(tmp_path: Path) -> None:
     path.write_text("hello\n")
     with pytest.raises(InputError, match="is not a journal"):
         Journal(path, {"judge": "one"})
+
+
+@pytest.mark.parametrize(
+    "left", ['{"judge": {"judge": "two"}}\n', '{"judge": {"jud', '{"judge": {"judge": "two"}}\n{"key": {"na']
+)
+def test_a_journal_without_verdicts_binds_nobody(tmp_path: Path, left: str) -> None:
+    """It is left by a judge that could not be loaded, or by a kill at the beginning."""
+    path, key, judged = tmp_path / "journal.jsonl", Key("a", "b", "c"), Judged(True)
+    path.write_text(left)
+    with Journal(path, {"judge": "one"}) as journal:
+        journal.add([(key, judged)])
+    assert path.read_text().startswith('{"judge": {"judge": "one"}}\n')
+    with Journal(path, {"judge": "one"}) as journal:
+        assert journal.judged == {key: judged}
+    with pytest.raises(InputError, match="holds verdicts of another judge"):
+        Journal(path, {"judge": "two"})
 
 
 def test_policies_go_by_the_stored_scores(folder: Path) -> None:
@@ -182,3 +218,50 @@ def test_several_processes_judge_alike(folder: Path, tmp_path: Path) -> None:
     assert outs[0].read_bytes() == outs[1].read_bytes()
     assert {r.correct for r in read_results(outs[0])} == {True, False}
     shutil.rmtree(folder)
+
+
+_STUCK = """
+import sys, time
+sys.stdin.readline()
+sys.stdin.readline()
+print('{"batch": 0, "judged": []}', flush=True)
+time.sleep(60)
+"""
+
+
+def test_an_interruption_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads that wait for the answers of killed processes end before those processes' logs are closed."""
+    problems: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", problems.append)
+    wait = subprocess.Popen.wait
+
+    def late(process: Any, timeout: float | None = None) -> int:
+        time.sleep(0.2 * (threading.current_thread() is not threading.main_thread()))
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", late)
+    monkeypatch.setattr("scale_rae.processes.command", lambda module: [sys.executable, "-c", _STUCK])
+    before = threading.active_count()
+    answers = judging_on(SHAPES, ["cpu", "cpu"])([[Task("a.png", {"prompt": "p"})]] * 40)
+    assert isinstance(answers, Iterator)
+    assert next(answers) == (0, [])
+    answers.close()  # type: ignore[attr-defined]
+    assert threading.active_count() == before
+    assert problems == []
+
+
+_DIES = """
+import os, sys
+sys.stdin.readline()
+sys.stdin.readline()
+os.close(0)
+print('{"batch": 0, "judged": []}', flush=True)
+"""
+
+
+def test_a_process_that_dies_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it did not read of its stdin is no error of its own."""
+    monkeypatch.setattr("scale_rae.processes.command", lambda module: [sys.executable, "-c", _DIES])
+    answers = judging_on(SHAPES, ["cpu", "cpu"])([[Task("a.png", {"prompt": "p"})]] * 20)
+    with pytest.raises(DeviceError, match=r"the process that judges on cpu died \(exit code 0\)"):
+        list(answers)

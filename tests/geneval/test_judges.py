@@ -93,6 +93,20 @@ def test_colours_are_those_of_the_classifier(models: Path, monkeypatch: pytest.M
     assert judged.size == list(image.size)
 
 
+def test_a_picture_that_no_detector_takes_is_a_problem_of_its_own(
+    models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Detector.__init__, "__defaults__", (None, "float32", PUBLISHED, SCALE))
+    judge = open_judge(JudgeChoice(detector=str(models / "detector"), clip=str(models / "clip")), "cpu")
+    metadata = {"tag": "single_object", "include": [{"class": "dog", "count": 1}]}
+    narrow = Image.new("RGB", (1, 3000))
+    first, second, third = judge.judge([narrow, picture("a"), narrow], [metadata] * 3)
+    assert first.problem == third.problem == "1 x 3000 pixels: too narrow for its length"
+    assert second.problem is None
+    assert second.size == list(picture("a").size)
+    assert judge.judge([narrow], [metadata]) == [first]
+
+
 def test_what_verdicts_depend_on(models: Path) -> None:
     file = JudgeChoice(detector=str(models / "small.pth"), clip=str(models / "clip"))
     folder = JudgeChoice(detector=str(models / "detector"), clip=str(models / "clip"))
