@@ -18,6 +18,7 @@ from scale_rae.decoder import PixelDecoder
 from scale_rae.dit import DiT
 from scale_rae.hub import Source
 from scale_rae.language import Conversation, LanguageModel
+from scale_rae.networks import Networks
 from scale_rae.options import Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import ChatTokenizer
@@ -191,7 +192,8 @@ def made_model(size: str, device: torch.device, dtype: torch.dtype, speed: Speed
     dit = made_dit(size, device, dtype)
     write_decoder(size, folder / "decoder", device)
     write_encoder_settings(size, folder / ENCODER_NAME)
-    model = ScaleRAE(config, tokenizer, language, dit, None, Source("made-up", folder), None, dtype, device, speed)
+    source = Source("made-up", folder)
+    model = ScaleRAE(Networks(config, tokenizer, language, dit, None, source, None, dtype, device, speed))
     _ = model.encoder, model.decoder  # loaded now, so that no measurement includes it
     return model
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from scale_rae.checkpoint import RowSink
 from scale_rae.codes import attention_kind
 from scale_rae.config import ScaleRAEConfig
+from scale_rae.errors import InputError
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import LANGUAGE_KINDS, Speed
 from scale_rae.prompt import IMAGE, ChatTokenizer, TextStream
@@ -333,6 +334,23 @@ class LanguageModel(nn.Module):
                 target = torch.tensor(targets[start : start + _LOGIT_ROWS], device=logits.device)
                 losses.append(total - logits.gather(1, target[:, None])[:, 0])
         return torch.cat(confidences), torch.cat(losses) if targets is not None else None
+
+
+def longest_reply(config: ScaleRAEConfig, conversation: Conversation) -> int:
+    """The most tokens of a reply with which conversation, reply and one image fit what the model reads.
+
+    Raises:
+        InputError: when not even one token fits.
+    """
+    image = config.tokens
+    length = len(conversation.ids) + (image - 1) * len(conversation.shown)
+    left = config.max_length - length - image
+    if left < 1:
+        raise InputError(
+            f"the prompt is {length} tokens long; with {image} image tokens the model reads at most "
+            f"{config.max_length} (tokenizer_model_max_length)"
+        )
+    return left
 
 
 def _projector(channels: int, hidden: int, depth: int) -> nn.Module:

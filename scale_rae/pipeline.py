@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import gc
-import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -17,23 +15,26 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import flow
-from scale_rae.adapters import find_adapters, read_adapter
 from scale_rae.checkpoint import check_latent
-from scale_rae.compiling import attention_kernels
-from scale_rae.config import ScaleRAEConfig, load_config
-from scale_rae.cpu import exact_batch, keep_freed_memory
-from scale_rae.cuda_graphs import Captures
-from scale_rae.decoder import PixelDecoder, to_uint8
-from scale_rae.dit import DiT
+from scale_rae.cpu import exact_batch
+from scale_rae.decoder import PixelDecoder
 from scale_rae.encoder import Encoder
 from scale_rae.errors import ConfigError, InputError
-from scale_rae.hub import Source, find
+from scale_rae.hub import Source
 from scale_rae.images import Picture, as_rgb
-from scale_rae.language import Conversation, LanguageModel, ListenOnce, Reply, TextListener, TokenListener, hear_text
-from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
-from scale_rae.machine import limit_process, plan
-from scale_rae.memory import MemoryErrors, in_batches, pick_device, pick_dtype, savings
-from scale_rae.memory_plan import Plan
+from scale_rae.language import (
+    Conversation,
+    LanguageModel,
+    ListenOnce,
+    Reply,
+    TextListener,
+    TokenListener,
+    hear_text,
+    longest_reply,
+)
+from scale_rae.loading import LoadProgress
+from scale_rae.memory import MemoryErrors
+from scale_rae.networks import Networks, load
 from scale_rae.noise import image_seed
 from scale_rae.options import (
     DECODE_AT_ONCE,
@@ -42,28 +43,20 @@ from scale_rae.options import (
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
     DEFAULT_STEPS,
-    LANGUAGE_KINDS,
     SamplingOptions,
     Speed,
     check_count,
-    check_offload,
-    default_batch_size,
-    memory_bytes,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
-from scale_rae.quantization import check_quantize
-from scale_rae.residency import Residency
 from scale_rae.results import Answer, GeneratedImage, Generation
-from scale_rae.sampling import LatentSampler, NormStats, Trajectory
+from scale_rae.sampling import Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
-from scale_rae.toolchain import check_compile
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
 
 
 READ_AT_ONCE = 64  # conversations
-_log = logging.getLogger("scale_rae")
 T = TypeVar("T")
 
 
@@ -95,46 +88,18 @@ class ScaleRAE:
     Source: Scale-RAE (arXiv 2601.16208); REFERENCE sections are named where they apply.
     """
 
-    def __init__(
-        self,
-        config: ScaleRAEConfig,
-        tokenizer: ChatTokenizer,
-        language: LanguageModel,
-        dit: DiT,
-        norm_stats: NormStats | None,
-        source: Source,
-        decoder_name: str | None,
-        dtype: torch.dtype,
-        device: torch.device,
-        speed: Speed | None = None,
-        split_batches: bool = True,
-        residency: Residency | None = None,
-        memory_plan: Plan | None = None,
-        adapters: Sequence[tuple[Source, float]] = (),
-    ) -> None:
-        self.config, self.tokenizer, self.language, self.dit = config, tokenizer, language, dit
-        self.norm_stats = norm_stats
-        self.source, self.dtype, self.device = source, dtype, device
-        self.residency = residency or Residency("none", device)
-        self.speed = self.residency.speed(speed or Speed())
-        self.residency.settle(dit, [dit.dit_blocks])
-        self.residency.settle(language, [language.model.layers, language.model.embed_tokens, language.lm_head])
-        language.fuse(self.residency)
-        self.sampler = LatentSampler(config, dit, norm_stats, self.speed, self.residency)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()  # the memory of weights from before they were padded, stacked and fused
-        self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
-        self.split_batches = split_batches
-        self.memory_plan = memory_plan
-        self.adapters = tuple(adapters)  # with their weights; merged into the networks
-        self.batch_size = (
-            memory_plan.way.batch if memory_plan else default_batch_size(device.type)
-        )  # where none is chosen
-        self._decoder_name = decoder_name
-        self._encoder: Encoder | None = None
-        self._decoder: PixelDecoder | VaeDecoder | None = None
-        self.encoder_source: Source | None = None
-        self.decoder_source: Source | None = None
+    def __init__(self, networks: Networks) -> None:
+        self._use(networks)
+        self.split_batches, self.memory_plan = networks.split_batches, networks.memory_plan
+        self.batch_size = networks.batch_size  # where none is chosen
+        self.adapters = networks.adapters  # with their weights; merged into the networks
+
+    def _use(self, networks: Networks) -> None:
+        self._networks = networks
+        self.config, self.source, self.tokenizer = networks.config, networks.source, networks.tokenizer
+        self.dtype, self.device, self.speed = networks.dtype, networks.device, networks.speed
+        self.language, self.dit, self.norm_stats = networks.language, networks.dit, networks.norm_stats
+        self.sampler, self.residency = networks.sampler, networks.residency
 
     @classmethod
     def from_pretrained(
@@ -177,87 +142,35 @@ class ScaleRAE:
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
-        torch_device = pick_device(device)
-        torch_dtype = pick_dtype(dtype, torch_device)
-        check_offload(offload, torch_device.type)
-        Speed(compile, quantize).check()
-        check_quantize(quantize, torch_device, torch_dtype)
-        check_compile(compile, torch_device)
-        if memory is not None:
-            memory_bytes(memory)  # raises an error for what is no size, before anything is fetched
-        if torch_device.type == "cpu":
-            keep_freed_memory()
-        source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
-        config = load_config(source.folder)
-        found = find_adapters(lora)
-        adapters = [read_adapter(files, weight) for files, weight in found]
-        memory_plan = None
-        if memory is not None:
-            memory_plan = plan(memory, source, decoder, config, torch_device, torch_dtype, quantize, offload)
-            quantize, offload = memory_plan.way.quantize, memory_plan.way.offload
-            limit_process(torch_device, memory_plan.limit)
-            _log.warning("%s", memory_plan)
-        residency = Residency(offload, torch_device)
-        speed = residency.speed(Speed(compile, quantize))
-        tokenizer = load_tokenizer(source, config)
-        language, dit, norm_stats = load_networks(
-            source, config, torch_dtype, torch_device, speed, progress, residency.home, adapters
-        )
-        flags = savings(torch_device, quantize, offload)
-        with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint", flags):
-            return cls(
-                *(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device),
-                speed=speed,
-                split_batches=split_batches,
-                residency=residency,
-                memory_plan=memory_plan,
-                adapters=found,
-            )
+        choice = Speed(compile, quantize)
+        return cls(load(name, decoder, device, dtype, revision, progress, choice, split_batches, offload, memory, lora))
 
     # --- parts that load when first used -------------------------------------------------------------------------
 
     @property
     def encoder(self) -> Encoder:
         """The representation encoder; also knows the pixel normalisation the decoder undoes."""
-        if self._encoder is None:
-            with self.residency.lock:
-                if self._encoder is None:  # no other thread has loaded it meanwhile
-                    self.encoder_source = find(self.config.encoder_name, "encoder", self.source.folder)
-                    self._encoder = load_encoder(
-                        self.encoder_source, self.config, self.dtype, self.device, self.residency
-                    )
-        return self._encoder
+        return self._networks.encoder
 
     @property
     def decoder(self) -> PixelDecoder | VaeDecoder:
         """The pixel decoder; for a FLUX-VAE-aligned checkpoint the decoder of a VAE (extra `vae`)."""
-        if self._decoder is None:
-            with self.residency.lock:
-                if self._decoder is None:  # no other thread has loaded it meanwhile
-                    self._decoder = self._load_decoder()
-        return self._decoder
+        return self._networks.decoder
 
-    def _load_decoder(self) -> PixelDecoder | VaeDecoder:
-        kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
-        self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
-        with torch.inference_mode(False):
-            decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.residency.home)
-        self.residency.keep("decoder", decoder, [decoder])
-        return decoder
+    @property
+    def encoder_source(self) -> Source | None:
+        """The encoder's files; None until it is loaded."""
+        return self._networks.encoder_source
+
+    @property
+    def decoder_source(self) -> Source | None:
+        """The decoder's files; None until it is loaded."""
+        return self._networks.decoder_source
 
     @property
     def image_size(self) -> int:
         """Pixels along each edge of a decoded picture; loads the decoder."""
-        decoder = self.decoder
-        return decoder.config.image if isinstance(decoder, PixelDecoder) else decoder.image_size(self.config.tokens)
-
-    def _pixel_scale(self) -> tuple[list[float], list[float]]:
-        """(mean, std) of the decoder's pixels, by channel."""
-        if self.config.vae is not None:
-            from scale_rae.vae import MEAN, STD
-
-            return MEAN, STD
-        return self.encoder.image_mean, self.encoder.image_std
+        return self._networks.image_size
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
@@ -390,7 +303,9 @@ class ScaleRAE:
             hear = None if listening is None else listening.attempt(start)
             return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear, draw)
 
-        return self._in_batches("language", len(conversations), READ_AT_ONCE, answer, "answering {} messages at once")
+        return self._networks.in_batches(
+            "language", len(conversations), READ_AT_ONCE, answer, "answering {} messages at once"
+        )
 
     def asks_for_image(self, reply: Reply) -> bool:
         """Whether a reply ends where an image begins, drawn or not."""
@@ -402,15 +317,7 @@ class ScaleRAE:
         Raises:
             InputError: when not even one token fits.
         """
-        image = self.config.tokens
-        length = len(conversation.ids) + (image - 1) * len(conversation.shown)
-        left = self.config.max_length - length - image
-        if left < 1:
-            raise InputError(
-                f"the prompt is {length} tokens long; with {image} image tokens the model reads at most "
-                f"{self.config.max_length} (tokenizer_model_max_length)"
-            )
-        return left
+        return longest_reply(self.config, conversation)
 
     @torch.inference_mode()
     def sample(
@@ -439,7 +346,9 @@ class ScaleRAE:
         def draw(start: int, stop: int) -> list[Tensor]:
             return self.sampler.draw(conditions[start:stop], seeds[start:stop], options, callback, compile)
 
-        return self._in_batches("dit", len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size")
+        return self._networks.in_batches(
+            "dit", len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size"
+        )
 
     @torch.inference_mode()
     def advance(
@@ -466,7 +375,7 @@ class ScaleRAE:
         def go_on(start: int, end: int) -> list[Trajectory]:
             return self.sampler.advance(trajectories[start:end], stop, options, callback, compile)
 
-        return self._in_batches(
+        return self._networks.in_batches(
             "dit", len(trajectories), size, go_on, "drawing {} images at once", "a smaller --batch-size"
         )
 
@@ -490,16 +399,12 @@ class ScaleRAE:
                 cannot be loaded. DeviceError: when memory runs out.
         """
         checked = [self.check_latent(latent) for latent in latents]
-        decoder, (mean, std) = self.decoder, self._pixel_scale()
+        decode = self._networks.decoding()
 
         def draw(start: int, stop: int) -> list[Image.Image]:
-            batch = torch.stack([latent.to(self.device) for latent in checked[start:stop]]).to(self.dtype)
-            with attention_kernels(self.device):
-                pixels = self._decodes.run(len(batch), decoder, batch)
-            pixels = to_uint8(pixels, mean, std)
-            return [Image.fromarray(array) for array in pixels.cpu().numpy()]
+            return decode(checked[start:stop])
 
-        return self._in_batches("decoder", len(checked), batch_size, draw, "decoding {} latents at once")
+        return self._networks.in_batches("decoder", len(checked), batch_size, draw, "decoding {} latents at once")
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -523,21 +428,18 @@ class ScaleRAE:
         pictures = [images] if isinstance(images, Image.Image | str | os.PathLike) else list(images)
 
         def encode(start: int, stop: int) -> list[Tensor]:
-            return self._encode(self.encoder.preprocess([as_rgb(picture) for picture in pictures[start:stop]]))
+            shown = [as_rgb(picture) for picture in pictures[start:stop]]
+            return self._networks.encode(self.encoder.preprocess(shown))
 
-        return self._in_batches("encoder", len(pictures), batch_size, encode, "encoding {} images at once")
+        return self._networks.in_batches("encoder", len(pictures), batch_size, encode, "encoding {} images at once")
 
     def encode_pixels(self, pixels: Tensor, batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of normalised pixels [N, 3, H, W], as `encoder.preprocess` makes them."""
 
         def encode(start: int, stop: int) -> list[Tensor]:
-            return self._encode(pixels[start:stop])
+            return self._networks.encode(pixels[start:stop])
 
-        return self._in_batches("encoder", len(pixels), batch_size, encode, "encoding {} images at once")
-
-    def _encode(self, pixels: Tensor) -> list[Tensor]:
-        with attention_kernels(self.device):
-            return list(self.encoder.encode(pixels).cpu().unbind())
+        return self._networks.in_batches("encoder", len(pixels), batch_size, encode, "encoding {} images at once")
 
     def answer(
         self,
@@ -648,7 +550,7 @@ class ScaleRAE:
             some, about = checked[start:stop], asked[start:stop]
             return score(self.language, self.tokenizer, some, about, question, max_new_tokens)
 
-        return self._in_batches("language", len(checked), READ_AT_ONCE, run, "scoring {} latents at once")
+        return self._networks.in_batches("language", len(checked), READ_AT_ONCE, run, "scoring {} latents at once")
 
     def check_question(self, prompt: str, question: str = QUESTION) -> None:
         """Raises an error if `score` cannot ask this question about a prompt.
@@ -682,22 +584,6 @@ class ScaleRAE:
         ]
         return exact_batch(most, draws)
 
-    def _in_batches(
-        self,
-        part: str,
-        count: int,
-        size: int,
-        run: Callable[[int, int], list[T]],
-        what: str,
-        remedy: str = "fewer at once",
-    ) -> list[T]:
-        """`memory.in_batches` while `part` has its turn on the device. All that a network computes goes through here."""
-        if not count:  # nothing needs the part
-            return []
-        release = self.release_memory if self.split_batches else None
-        with self.residency.use(part):
-            return in_batches(count, size, run, self.memory_errors, what, remedy, release)
-
     def with_speed(self, speed: Speed) -> ScaleRAE:
         """The same model, sharing its weights, with another `speed`.
 
@@ -707,35 +593,14 @@ class ScaleRAE:
         Raises:
             InputError, DeviceError: for a choice that does not exist, or that this device does not support.
         """
-        if self.speed.quantize is not None and not speed.same_network(self.speed):
-            raise InputError(f"speed: this model is quantised ({self.speed.quantize}) already; load it anew")
-        if speed.quantize in LANGUAGE_KINDS and speed.quantize != self.speed.quantize:
-            raise InputError(
-                f"speed: quantize {speed.quantize} quantises the language model too; load the model anew with it"
-            )
-        speed = self.residency.speed(speed)
-        if self.residency.offloads and not speed.same_network(self.speed):
-            raise InputError(
-                f"speed: only compile can change with --offload {self.residency.mode}; load the model anew"
-            )
         other = copy.copy(self)
-        other.speed = speed
-        other.language = self.language.with_speed(speed)
-        other.sampler = self.sampler.with_speed(speed)
-        if not speed.same_network(self.speed):
-            other._decodes = Captures(speed.graph and self.device.type == "cuda", most=8)
+        other._use(self._networks.with_speed(speed))
         return other
 
     def release_memory(self) -> None:
         """Frees what is kept between calls: captured graphs and KV caches."""
-        self.sampler.fast_dit.forget()
-        self.language.forget()
-        self._decodes.forget()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._networks.release_memory()
 
     def memory_errors(self, what: str, remedy: str = "fewer at once") -> MemoryErrors:
         """A context in which running out of memory raises a DeviceError that names `what` was done and the `remedy`."""
-        flags = savings(self.device, self.speed.quantize, self.residency.mode)
-        return MemoryErrors(self.device, self.dtype, what, remedy, flags)
+        return self._networks.memory_errors(what, remedy)

@@ -32,7 +32,7 @@ MODES = ("model", "stream")
 @pytest.fixture
 def load(checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Load:
     """Loads a golden checkpoint, with offloading from the CPU, which users cannot ask for."""
-    monkeypatch.setattr("scale_rae.pipeline.check_offload", lambda *_: None)
+    monkeypatch.setattr("scale_rae.networks.check_offload", lambda *_: None)
 
     def load(name: str = "siglip", offload: str = "none", **more: Any) -> ScaleRAE:
         return ScaleRAE.from_pretrained(str(checkpoints.get(name, name)), device="cpu", offload=offload, **more)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import scale_rae
-from scale_rae import pipeline, toolchain
+from scale_rae import networks, toolchain
 from scale_rae.errors import DeviceError
 from scale_rae.float8 import check_device
 from scale_rae.options import Speed
@@ -141,7 +141,7 @@ def test_it_is_said_before_a_model_is_loaded(
     models: dict[str, ScaleRAE], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     expected = pytest.raises(DeviceError, match=r"compile on: compiling for cpu needs a C\+\+ compiler")
-    monkeypatch.setattr(pipeline, "find", lambda *args, **options: pytest.fail("the model is looked for"))
+    monkeypatch.setattr(networks, "find", lambda *args, **options: pytest.fail("the model is looked for"))
     with expected:
         ScaleRAE.from_pretrained("nyu-visionx/some", device="cpu", compile="on")
     with expected:

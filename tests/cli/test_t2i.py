@@ -625,7 +625,7 @@ def test_offloading_where_it_cannot_be(t2i: Cli, out: Path) -> None:
 def test_offload_reaches_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Manifests record it, and take it over as long as no other device is given."""
     monkeypatch.setattr("scale_rae.options.check_offload", lambda *_: None)  # the CPU is the device
-    monkeypatch.setattr("scale_rae.pipeline.check_offload", lambda *_: None)
+    monkeypatch.setattr("scale_rae.networks.check_offload", lambda *_: None)
     t2i("--prompt", DRAW, "--offload", "stream", "--steps", 2, "--output-dir", out)
     (file,) = out.glob("*.json")
     assert json.loads(file.read_text())["offload"] == "stream"
