@@ -258,6 +258,7 @@ Offload = Annotated[
         "of the model has its turn; stream: in the host's memory, and the GPU holds two blocks at a time.",
         MODEL,
         choices=OFFLOAD,
+        only_if_set=True,
     ),
 ]
 Memory = Annotated[
@@ -267,6 +268,7 @@ Memory = Annotated[
         "that the peak stays below, and says what it chose; --quantize and --offload narrow the choice.",
         MODEL,
         metavar="SIZE|auto",
+        only_if_set=True,
     ),
 ]
 Lora = Annotated[

@@ -12,7 +12,7 @@ from scale_rae.acceptance import Candidate, Look
 from scale_rae.errors import InputError
 from scale_rae.jsonio import dump_json
 from scale_rae.manifest import text_chunks
-from scale_rae.options import AUTO_REWARD, to_record
+from scale_rae.options import AUTO_REWARD, ModelChoice, options_of, to_record
 from scale_rae.prompt import chat_text
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.settings import Settings
@@ -21,7 +21,7 @@ from scale_rae.scaling.settings import Settings
 _NAMES = ("metadata_file", "post_qa_template_path", "model_path", "decoder_repo", "revision", "reward_path", "memory")
 
 _DEFAULTS = Settings("", "")
-_ONLY_IF_SET = ("offload", "memory", "lora")  # recorded where they are not the default
+_ONLY_IF_SET = [option.name for option in options_of(ModelChoice) if option.knob.only_if_set]
 
 
 def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> dict[str, Any]:
@@ -30,7 +30,7 @@ def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> di
     del values["model_name"]  # the model_path of the experiment's first record
     for name in _ONLY_IF_SET:
         if getattr(settings, name) == getattr(_DEFAULTS, name):
-            del values[name]  # as before there was this option
+            del values[name]
     for name in () if settings.is_adaptive else ("search", *to_record(settings.adaptive)):
         del values[name]  # as before there was another search
     lines = [dump_json({**p.extra, "index": p.index, "prompt": p.prompt}) for p in prompts]
