@@ -19,7 +19,7 @@ from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
 # --- figures behind the estimates ------------------------------------------------------------------------------------
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-CACHE_SLOTS = 1024  # tokens per row that a KV cache is made for on CUDA (kv_cache)
+CACHE_SLOTS = 1024  # tokens per row that a KV cache is made for, at least; kv_cache makes them
 REPLY_TOKENS, PROMPT_TOKENS = 10, 64  # of the reply that asks for an image, and of the prompt with its chat
 
 # Memory that no tensor of ours is in. CUDA: the context, loaded kernels and the workspaces of cuBLAS, which is the driver's count less

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from scale_rae.compiling import attention_kernels
 from scale_rae.cuda_graphs import Captures, GraphMemory, graph_memory
+from scale_rae.footprint import CACHE_SLOTS
 from scale_rae.qwen2 import Qwen2, compiled_layer, qwen2_layer, self_certainty
 
 _SLOTS = 256  # on CUDA, slots are allocated, and read by captured passes, in multiples of this
@@ -204,7 +205,7 @@ class CachePool:
         if free:
             cache = free.pop()
         else:  # with spare slots, since growing loses the graphs
-            cache = KVCache(network, rows, max(tokens, 4 * _SLOTS), self.graph, self.compile_steps)
+            cache = KVCache(network, rows, max(tokens, CACHE_SLOTS), self.graph, self.compile_steps)
         cache.restart(batch, tokens)
         yield cache
         free.append(cache)  # not after an error, which may have left it half written

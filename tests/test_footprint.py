@@ -9,10 +9,8 @@ import pytest
 from torch import nn
 
 from benchmarks.made_up import config_json, decoder_json
-from scale_rae import kv_cache
 from scale_rae.config import load_config, load_decoder_config, parse_config, parse_decoder_config
 from scale_rae.footprint import (
-    CACHE_SLOTS,
     CONTEXT,
     Footprint,
     Rates,
@@ -58,10 +56,6 @@ def test_bytes_are_those_of_the_loaded_weights(name: str, quantize: str | None, 
     assert weights.language == bytes_of(model.language)
     assert weights.dit == bytes_of(model.dit)
     assert weights.decoder == bytes_of(model.decoder)  # type: ignore[arg-type]
-
-
-def test_the_constants_are_those_of_the_code() -> None:
-    assert CACHE_SLOTS == 4 * kv_cache._SLOTS
 
 
 def test_parameters_of_the_published_sizes() -> None:

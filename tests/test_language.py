@@ -375,6 +375,7 @@ def test_replies_that_outgrow_their_memory(
 ) -> None:
     model = models["webssl"]
     monkeypatch.setattr(kv_cache, "_SLOTS", 32)
+    monkeypatch.setattr(kv_cache, "CACHE_SLOTS", 128)
     monkeypatch.setattr(language_module, "_USUAL_REPLY", 8)
     conversations = [Conversation(model.tokenizer.chat(p)) for p in PROMPTS[:3]]
     limits = [400, 3, 290]
