@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader
+from scale_rae.checkpoint import TensorReader, writing
 from scale_rae.errors import CheckpointError
 from scale_rae.hub import Source, find
 from scale_rae.jsonio import Fields, read_json
@@ -72,21 +72,37 @@ def read_adapter(source: Source, weight: float = 1.0) -> Adapter:
         if fields.raw.get(name, only) not in (only, None, False, []):
             raise fields.fail(name, f"is {fields.raw[name]!r}, which is not supported")
     alpha = fields.number("lora_alpha")
-    patterns = fields.get("alpha_pattern", dict, {})
+    patterns = _patterns(fields)
     root = fields.get("use_rslora", bool, False)
     reader = TensorReader([source.folder / WEIGHTS])
+    if not reader.tensors:
+        raise CheckpointError(f"{source.folder / WEIGHTS}: holds no tensors")
     changes: dict[str, Change] = {}
     found = {name: _module_of(name) for name in reader.tensors}
     if odd := sorted(name for name, module in found.items() if module is None):
         raise CheckpointError(f"{source.folder / WEIGHTS}: {odd[0]} is no tensor of a LoRA")
     for module in sorted({module for module in found.values() if module is not None}):
         a, b = (_read(reader, f"{_PREFIX}{module}.lora_{part}.weight") for part in "AB")
-        rank = len(a)
-        if a.dim() != 2 or b.dim() != 2 or b.shape[1] != rank:
+        if a.dim() != 2 or b.dim() != 2 or b.shape[1] != len(a) or not len(a):
             raise CheckpointError(f"{source.folder / WEIGHTS}: {module} has A {list(a.shape)} and B {list(b.shape)}")
-        own = next((v for p, v in patterns.items() if re.fullmatch(rf"(.*\.)?({p})", module)), alpha)
-        changes[module] = Change(a, b, weight * float(own) / (math.sqrt(rank) if root else rank))
+        if not (a.isfinite().all() and b.isfinite().all()):
+            raise CheckpointError(f"{source.folder / WEIGHTS}: {module} has values that are not finite")
+        own = next((value for pattern, value in patterns if pattern.fullmatch(module)), alpha)
+        changes[module] = Change(a, b, weight * own / (math.sqrt(len(a)) if root else len(a)))
     return Adapter(source, weight, changes)
+
+
+def _patterns(fields: Fields) -> list[tuple[re.Pattern[str], float]]:
+    """alpha_pattern: the alpha of modules whose names end in what a pattern matches."""
+    values = fields.get("alpha_pattern", dict, {})
+    inner = Fields(values, f"{fields.where}: alpha_pattern", CheckpointError)
+    patterns = []
+    for pattern in values:
+        try:
+            patterns.append((re.compile(rf"(.*\.)?({pattern})"), inner.number(pattern)))
+        except re.error as e:
+            raise inner.fail(pattern, f"is no pattern of names ({e})") from e
+    return patterns
 
 
 def _module_of(name: str) -> str | None:
@@ -105,15 +121,19 @@ def _read(reader: TensorReader, name: str) -> Tensor:
 def write_adapter(
     folder: Path, changes: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float, base: str
 ) -> None:
-    """Writes the matrices (A, B) of each module, float32, into a folder in PEFT's form. `base` names the model."""
+    """Writes the matrices (A, B) of each module, float32, into a folder in PEFT's form. `base` names the model.
+
+    Files that are there already are replaced only by whole new ones.
+
+    Raises:
+        OutputError: naming the folder, when it cannot be written.
+    """
     from safetensors.torch import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in changes.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().float().cpu().contiguous()
         tensors[f"{_PREFIX}{module}.lora_B.weight"] = b.detach().float().cpu().contiguous()
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": None,
@@ -133,7 +153,18 @@ def write_adapter(
         # Whole names, since suffixes of the velocity network's are those of other modules too.
         "target_modules": sorted(changes),
     }
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    fresh = [folder / f"{name}.tmp" for name in FILES]
+    with writing(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            fresh[0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, fresh[1], metadata={"format": "pt"})
+            for file, name in zip(fresh, FILES, strict=True):
+                file.replace(folder / name)
+        except BaseException:
+            for file in fresh:
+                file.unlink(missing_ok=True)
+            raise
 
 
 class MergedReader(TensorReader):

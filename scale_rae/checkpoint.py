@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scale_rae.errors import CheckpointError, ConfigError, InputError, ScaleRAEError, first_line
+from scale_rae.errors import CheckpointError, ConfigError, InputError, OutputError, ScaleRAEError, first_line
 from scale_rae.files import check_file, is_lfs_pointer, lfs_error
 from scale_rae.headers import read_header
 from scale_rae.layout import compare, few
@@ -45,6 +45,19 @@ class StoredTensor:
     offset: int
     dtype: torch.dtype | None  # None: torch has no such dtype
     place: FileTensor | None = None  # only for torch files
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """A context in which a failure to write, safetensors' own error too, is an OutputError that names `target`."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except OSError as e:
+        raise OutputError(f"{target}: cannot be written ({e.strerror or e})") from e
+    except SafetensorError as e:  # of save_file, for example on a full disk
+        raise OutputError(f"{target}: cannot be written ({first_line(e)})") from e
 
 
 class TensorReader:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader
+from scale_rae.checkpoint import TensorReader, writing
 from scale_rae.config import load_config
 from scale_rae.errors import OutputError
 from scale_rae.hub import Source, find_folder, own_folders
@@ -38,7 +38,7 @@ def write_model(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target}: exists already; give another --out")
     fresh = target.with_name(f"{target.name}.tmp")
-    try:
+    with writing(target):
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         _copy_files(source, fresh)
@@ -46,8 +46,6 @@ def write_model(
         if target.is_dir():
             target.rmdir()
         fresh.replace(target)
-    except OSError as e:
-        raise OutputError(f"{target}: cannot be written ({e.strerror or e})") from e
     return target
 
 

@@ -28,10 +28,10 @@ def command(
     The result is a LoRA in PEFT's form, for --lora of every command and for `scale-rae merge`. Several GPUs: start this with torchrun.
     """
     options.check()
-    source = find(options.model, "model", revision=options.revision)
-    load_config(source.folder)
     try:
-        records, problems = read_records(options)
+        records, problems = read_records(options)  # before a model is downloaded
+        source = find(options.model, "model", revision=options.revision)
+        load_config(source.folder)
         for problem in problems:
             say(f"left out: {problem}")
         if not debug:

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scale_rae.errors import CheckpointError, OutputError, first_line
+from scale_rae.checkpoint import writing
+from scale_rae.errors import CheckpointError, first_line
 
 _NAME = "value"
 
@@ -51,12 +52,10 @@ class TensorCache:
 
         path = self._path(key)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             save_file({_NAME: value.detach().cpu().contiguous()}, temporary)
             temporary.replace(path)
-        except OSError as e:
-            raise OutputError(f"{path}: cannot be written ({e.strerror or e})") from e
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys, each once and in order, that have no tensor."""

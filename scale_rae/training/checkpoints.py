@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scale_rae.checkpoint import writing
 from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_line
 from scale_rae.jsonio import dump_json, parse_json
 
@@ -37,16 +38,17 @@ class Checkpoints:
         """
         target = self.folder / f"checkpoint-{step}"
         fresh = target.with_name(f"{target.name}.tmp")
-        try:
+        with writing(target):
             shutil.rmtree(fresh, ignore_errors=True)
             fresh.mkdir(parents=True)
             result(fresh)
             tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
-            torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
+            try:
+                torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
+            except RuntimeError as e:  # torch's own writer, for example on a full disk
+                raise OutputError(f"{target}: cannot be written ({first_line(e)})") from e
             shutil.rmtree(target, ignore_errors=True)
             fresh.replace(target)
-        except OSError as e:
-            raise OutputError(f"{target}: cannot be written ({e.strerror or e})") from e
         for old in self.steps()[: -self._keep] if self._keep else []:
             shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
         return target

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from scale_rae.checkpoint import writing
 from scale_rae.jsonio import dump_json, parse_json
 from scale_rae.training.objective import BINS, NAMES
 
@@ -16,8 +17,9 @@ class Log:
 
     def __init__(self, folder: Path, done: int) -> None:
         self._file = folder / "log.jsonl"
-        lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
-        self._file.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
+        with writing(self._file):
+            lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
+            self._file.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
         self._board: Any = None
         if importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
@@ -26,7 +28,7 @@ class Log:
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record, which has a "step"."""
-        with self._file.open("a", encoding="utf-8") as file:
+        with writing(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write(dump_json(record) + "\n")
         if self._board is not None:
             for name, value in record.items():

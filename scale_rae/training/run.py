@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_rae.adapters import MergedReader, find_adapters, read_adapter, write_adapter
+from scale_rae.adapters import CONFIG, WEIGHTS, MergedReader, find_adapters, read_adapter, write_adapter
+from scale_rae.checkpoint import writing
 from scale_rae.config import load_config
 from scale_rae.errors import TrainingError
 from scale_rae.fast_weights import crop_swiglu
@@ -35,6 +36,8 @@ from scale_rae.training.settings import TrainingOptions
 from scale_rae.training.trainer import Plan, Progress, Trainer
 from scale_rae.training.validation import Validation
 
+_MODEL = "model"  # the folder in --out for the checkpoint that --full writes
+
 
 @dataclass(frozen=True)
 class Watcher:
@@ -49,7 +52,7 @@ def train(options: TrainingOptions, source: Source, records: list[Record], watch
     """Trains, and returns the folder of the result: `options.out`.
 
     Raises:
-        TrainingError: when --out holds another training, or a loss is not finite. ScaleRAEError: for a model, data or options
+        TrainingError: when --out holds another training or result, or a loss is not finite. ScaleRAEError: for a model, data or options
             that cannot be used, saying what to do.
     """
     device = pick_device(local_device(options.device))
@@ -59,12 +62,10 @@ def train(options: TrainingOptions, source: Source, records: list[Record], watch
     watcher = watcher if group.is_first else Watcher()
     try:
         make_repeatable(device)
-        if options.resume is False and Checkpoints(options.out, {}).steps():
-            raise TrainingError(
-                f"{options.out}: holds checkpoints of a training; go on with --resume, or give another --out"
-            )
+        _check_out(options)
         model = _open(options, source, device, dtype)
-        options.out.mkdir(parents=True, exist_ok=True)
+        with writing(options.out):
+            options.out.mkdir(parents=True, exist_ok=True)
         if group.is_first:
             prepared = prepare(records, options, model, watcher.report)
         group.wait()
@@ -80,6 +81,18 @@ def train(options: TrainingOptions, source: Source, records: list[Record], watch
     finally:
         group.leave()
     return options.out
+
+
+def _check_out(options: TrainingOptions) -> None:
+    """Raises TrainingError where the training would replace what it did not make."""
+    out = options.out
+    if Checkpoints(out, {}).steps():
+        if not options.resume:
+            raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
+        return
+    results = (_MODEL,) if options.full else (CONFIG, WEIGHTS)
+    if found := next((out / name for name in results if (out / name).exists()), None):
+        raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
 
 
 def _dtype(options: TrainingOptions, device: torch.device) -> torch.dtype:
@@ -160,8 +173,9 @@ class Run:
             look,
             watcher.step,
         )
-        if options.resume and (done := self.trainer.resume()):
-            watcher.note(f"going on after step {done}")
+        if options.resume:
+            done = self.trainer.resume()
+            watcher.note(f"going on after step {done}" if done else f"{options.out}: no checkpoint yet; from step 1")
 
     def _sample(self, number: int, seed: int) -> Sample:
         return self.prepared.sample(number, seed)
@@ -171,11 +185,12 @@ class Run:
     def write(self, folder: Path) -> None:
         """Writes the result and training.json, which says how it was made."""
         if self.options.full:
-            self._write_checkpoint(folder / "model")
+            self._write_checkpoint(folder / _MODEL)
         else:
             self.write_adapter(folder)
         record = {"options": self.options.identity(), "model": self.model.source.address, "steps": self.trainer.done}
-        (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        with writing(folder):
+            (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
     def _write_checkpoint(self, folder: Path) -> None:
         """Writes the moving average of the weights as a checkpoint in the published layout."""

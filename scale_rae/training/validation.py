@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from scale_rae.checkpoint import writing
 from scale_rae.decoder import PixelDecoder, to_uint8
 from scale_rae.dit import DiT
 from scale_rae.hub import find
@@ -55,8 +56,9 @@ class Validation:
             pixels = to_uint8(self._decoder(latents.to(self._model.dtype)), self._mean, self._std)
             images.append([Image.fromarray(array) for array in pixels.cpu().numpy()])
         path = self._folder / FOLDER / f"step-{step:06}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(images, options.validation_prompts).save(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            contact_sheet(images, options.validation_prompts).save(path)
         return path
 
 

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from scale_rae.adapters import CONFIG, WEIGHTS, read_adapter, write_adapter
 from scale_rae.dit import DiT
-from scale_rae.errors import CheckpointError
+from scale_rae.errors import CheckpointError, OutputError
 from scale_rae.fast_weights import pad_swiglu, quantize_blocks
 from scale_rae.hub import Source
 from scale_rae.layout import DIT_PREFIX
@@ -143,7 +145,22 @@ def test_adapters_that_cannot_be_used_are_refused_by_file(
     refused("peft_type is 'IA3'; only LORA", peft_type="IA3")
     refused("use_dora is True, which is not supported", use_dora=True)
     refused("lora_alpha is missing", lora_alpha=None)
+    refused(f"{CONFIG}: alpha_pattern: qkv is 'x', not a number", alpha_pattern={"qkv": "x"})
+    refused(rf"{CONFIG}: alpha_pattern: \(qkv is no pattern of names", alpha_pattern={"(qkv": 1})
     (folder / CONFIG).write_text(json.dumps(config))
+    tensors = load_file(folder / WEIGHTS)
+    a, b, *_ = sorted(tensors)
+    none = {a: tensors[a][:0], b: tensors[b][:, :0].contiguous()}
+    for problem, changed in (
+        (r"has A \[\] and B", tensors | {a: torch.tensor(1.0)}),
+        (r"has A \[0, \d+\] and B", tensors | none),
+        ("has values that are not finite", tensors | {b: tensors[b] * torch.nan}),
+        ("holds no tensors", {}),
+    ):
+        save_file(changed, folder / WEIGHTS)
+        with pytest.raises(CheckpointError, match=f"{WEIGHTS}: .*{problem}"):
+            read_adapter(adapter[0])
+    save_file(tensors, folder / WEIGHTS)
     with pytest.raises(
         CheckpointError, match=rf"{WEIGHTS}: made for another model: {DIT_PREFIX}.* the adapter changes"
     ):
@@ -151,3 +168,19 @@ def test_adapters_that_cannot_be_used_are_refused_by_file(
     (folder / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match=f"{WEIGHTS}: no such file"):
         read_adapter(adapter[0])
+
+
+def test_an_adapter_that_cannot_be_written_leaves_the_one_that_is_there(
+    adapter: tuple[Source, DiT], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = adapter[0].folder
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    def full(tensors: Any, file: Path, metadata: Any = None) -> None:
+        file.write_bytes(b"half")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OutputError, match=f"^{folder}: cannot be written .*No space left"):
+        write_adapter(folder, {"x": (torch.ones(1, 1), torch.ones(1, 1))}, 1, 1.0, "base")
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before

@@ -13,10 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from scale_rae.errors import TrainingError
+from scale_rae.cli import app
+from scale_rae.errors import OutputError, TrainingError
 from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.training import prepare, run
+from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.records import read_records
 from scale_rae.training.run import Watcher, train
 from scale_rae.training.settings import TrainingOptions
@@ -230,3 +232,44 @@ def test_all_weights_are_trained_into_a_checkpoint(options: TrainingOptions) -> 
     for mine, its in ((trained.dit, base.dit), (trained.language, base.language)):
         same = [torch.equal(a, b) for a, b in zip(mine.parameters(), its.parameters(), strict=True)]
         assert all(same) if mine is trained.language else sum(same) < 0.1 * len(same)
+
+
+@pytest.mark.parametrize(
+    ("full", "name"), [(False, "adapter_config.json"), (False, "adapter_model.safetensors"), (True, "model")]
+)
+def test_what_another_made_is_not_replaced(options: TrainingOptions, full: bool, name: str) -> None:
+    (options.out / "model").mkdir(parents=True)
+    if not full:
+        (options.out / name).write_text("mine")
+    with pytest.raises(TrainingError, match=f"{name}: exists already, without a checkpoint"):
+        go(replace(options, full=full, resume=True))
+    assert (options.out / "model").is_dir()
+
+
+def test_a_folder_that_cannot_be_written_is_named(options: TrainingOptions, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file/out: cannot be written"):
+        go(replace(options, out=tmp_path / "file/out"))
+
+
+def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2368 vs 2262")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OutputError, match="checkpoint-2: cannot be written"):
+        Checkpoints(tmp_path, {}).write(2, {}, lambda folder: None)
+
+
+def test_data_are_read_before_a_model_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scale_rae.cli.train.find", lambda *a, **k: pytest.fail("looked for the model first"))
+    assert app.run(["train", "--model", "nobody/nothing", "--data", str(tmp_path), "--out", str(tmp_path / "o")]) == 1
+    assert f"{tmp_path}: holds no training data" in capsys.readouterr().err
+
+
+def test_resuming_without_a_checkpoint_says_so(options: TrainingOptions) -> None:
+    notes: list[str] = []
+    go(replace(options, max_train_steps=1, resume=True), Watcher(note=notes.append))
+    assert notes == [f"{options.out}: no checkpoint yet; from step 1"]
