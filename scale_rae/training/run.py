@@ -1,4 +1,4 @@
-"""A whole training: from options and records to an adapter, or to a checkpoint in the published layout."""
+"""A whole training: from options and records to an adapter, or to a checkpoint (published layout)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from scale_rae.training.validation import Validation
 
 @dataclass(frozen=True)
 class Watcher:
-    """What hears of a training: notes for the user, what is prepared, and each step."""
+    """Callbacks of a training: notes for the user, progress of the preparation, each step."""
 
     note: Callable[[str], None] = lambda text: None
     report: Report = lambda what, done, total: None
@@ -104,7 +104,7 @@ def _identity(record: Mapping[str, Any]) -> Any:
 class Run:
     """The networks, the trainer and the files of one training.
 
-    `language` is None where it does not learn: all that is needed of it was prepared.
+    `language` is None if the language model is frozen, since its replies and conditions are in the cache.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Run:
             watcher.step,
         )
         if options.resume and (done := self.trainer.resume()):
-            watcher.note(f"going on after step {done}")
+            watcher.note(f"continuing after step {done}")
 
     def _sample(self, number: int, seed: int) -> Sample:
         return self.prepared.sample(number, seed)

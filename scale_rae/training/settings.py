@@ -30,7 +30,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULERS = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16")
 STORED = ("int8", "fp8-storage", "nf4")  # quantisations of frozen weights: activations stay as they are
-# Options that a resumed run may change. Steps and batches are recorded as the numbers that they come to.
+# Options that a resumed run may change. The resulting numbers of steps and records per step are compared instead.
 _FREE = frozenset(
     [
         "out",
@@ -68,7 +68,7 @@ MODEL, DATA, LEARNING, SCALE, RESULT, LOOKS = "Model", "Data", "Learning", "Memo
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What is trained, on what, and how. Networks are frozen where nothing else is said; encoder and decoder always are."""
+    """Options of a training. Networks that `train` does not choose are frozen, as are encoder and decoder."""
 
     model: Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)] = DEFAULT_MODEL
     data: Annotated[
@@ -258,5 +258,5 @@ class TrainingOptions:
             raise OptionError("--optimizer muon: needs whole weight matrices; give --full, or --optimizer adamw")
 
     def identity(self) -> dict[str, Any]:
-        """The options that a resumed run must share with its beginning, since they shape every step."""
+        """The options that a resumed run must not change, since they affect every step."""
         return {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}
