@@ -1,7 +1,8 @@
-"""LoRA adapters in PEFT's file form: adapter_config.json and adapter_model.safetensors; and reading weights merged with them.
+"""LoRA adapters in PEFT's file format, and a reader of weights with adapters merged in.
 
-An adapter changes a linear's weight W [N, K] by `scale` B A, with A [r, K] and B [N, r]. It is merged into the weights while they
-are read, chunk by chunk, so a merged model runs as fast as any, and may be quantised.
+The format has two files: adapter_config.json and adapter_model.safetensors.
+An adapter changes a linear's weight W [N, K] by `scale` B A, with A [r, K] and B [N, r]. `MergedReader` merges it while it
+reads the weights, chunk by chunk. So a merged model runs as fast as without adapters, and can be quantised.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ def find_adapters(chosen: Sequence[str]) -> list[tuple[Source, float]]:
 
 
 def read_adapter(source: Source, weight: float = 1.0) -> Adapter:
-    """The adapter in a folder of PEFT's form.
+    """The adapter in a folder in PEFT's format.
 
     Raises:
-        CheckpointError: naming the file, when it is missing, damaged, or of a form that is not supported.
+        CheckpointError: naming the file, when it is missing, damaged, or has an unsupported field.
     """
     path = source.folder / CONFIG
     fields = Fields(read_json(path, "adapter config", CheckpointError), path, CheckpointError)
@@ -121,7 +122,7 @@ def _read(reader: TensorReader, name: str) -> Tensor:
 def write_adapter(
     folder: Path, changes: Mapping[str, tuple[Tensor, Tensor]], rank: int, alpha: float, base: str
 ) -> None:
-    """Writes the matrices (A, B) of each module, float32, into a folder in PEFT's form. `base` names the model.
+    """Writes the matrices (A, B) of each module, float32, into a folder in PEFT's format. `base` names the model.
 
     Files that are there already are replaced only by whole new ones.
 
@@ -150,7 +151,7 @@ def write_adapter(
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        # Whole names, since suffixes of the velocity network's are those of other modules too.
+        # Full names, since other modules share the suffixes of the velocity network's modules.
         "target_modules": sorted(changes),
     }
     fresh = [folder / f"{name}.tmp" for name in FILES]
@@ -168,10 +169,10 @@ def write_adapter(
 
 
 class MergedReader(TensorReader):
-    """Reads the tensors of a model's files with adapters merged in: their weights come in float32.
+    """Reads a model's tensors with adapters merged in; changed weights are returned in float32.
 
     Raises:
-        CheckpointError: naming the adapter's file, when it does not fit the model. TensorReader's.
+        CheckpointError: naming the adapter's file, when it does not fit the model, or as TensorReader.
     """
 
     def __init__(self, files: Iterable[Path], adapters: Sequence[Adapter]) -> None:

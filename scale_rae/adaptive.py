@@ -280,7 +280,7 @@ def _rewards(reward: Reward, pictures: Sequence[Image.Image], prompts: Sequence[
 
 
 def with_looks(search: SearchOptions, config: ScaleRAEConfig) -> SearchOptions:
-    """The options with the time of the usual look, on the way of the model with that config, where none is given."""
+    """The options; if they give no time of a look, with the default time for that config."""
     return search if search.check_at else replace(search, check_at=(usual_look(_shift(config)),))
 
 

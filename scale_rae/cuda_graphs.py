@@ -15,7 +15,7 @@ from torch import Tensor
 class GraphMemory:
     """The stream and the memory that CUDA graphs of a device share, all that are captured from one stream.
 
-    A graph has its `turn` from filling its inputs until its output is copied: the next graph may overwrite both.
+    A graph holds the `turn` from filling its inputs until its output is copied, since the next graph may overwrite both.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -26,7 +26,7 @@ class GraphMemory:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """For a `with`: no other thread has a turn, and what the last turn began on another stream is over."""
+        """A context without turns of other threads; the last turn's work on another stream comes first."""
         with self._lock:
             stream = torch.cuda.current_stream(self.device)
             if self._last is not None and self._last != stream:

@@ -37,7 +37,7 @@ class InputError(ScaleRAEError):
 
 
 class DataError(InputError):
-    """Training data with bad records. `problems` has a line for each, which names its file and its place there."""
+    """Training data with bad records; `problems` has a line per bad record that names its file and place."""
 
     def __init__(self, message: str, problems: list[str]) -> None:
         super().__init__(message)
@@ -45,7 +45,7 @@ class DataError(InputError):
 
 
 class TrainingError(ScaleRAEError):
-    """Training that cannot go on: its loss is not finite, or what it would resume was made otherwise."""
+    """Training that cannot continue: a loss is not finite, or the checkpoint has other options."""
 
 
 class OptionError(InputError):

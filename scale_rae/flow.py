@@ -183,9 +183,9 @@ def evaluation_times(name: str, steps: int, shift: float) -> list[float]:
 
 
 def usual_look(shift: float) -> float:
-    """The t, to two digits, at which a half-formed image is looked at by default, on the way of a network with this shift.
+    """The default t, to two digits, of the look at a half-formed image, for a network with this shift.
 
-    At one u (before the shift of the grid) as much is known of an image whatever its size, which is what the shift is for
+    At the same u (t before the shift), images of all sizes are equally far formed; this is the purpose of the shift
     (RAE, §4.2). The u was chosen on the bundled model, where t is 0.84: the 8th of 20 evaluations.
     """
     return round(shift * USUAL_LOOK / (1 + (shift - 1) * USUAL_LOOK), 2)

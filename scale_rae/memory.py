@@ -54,7 +54,7 @@ def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
 
 @contextmanager
 def exact_convolutions() -> Iterator[None]:
-    """For a `with`: float32 convolutions on CUDA compute in float32, and not in TF32, which is torch's default for them."""
+    """A context in which float32 convolutions on CUDA compute in float32, not in TF32 (torch's default)."""
     allowed = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False
     try:

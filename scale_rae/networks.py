@@ -1,4 +1,4 @@
-"""The networks of one checkpoint on their device: how they are loaded, share the device's memory and run in batches."""
+"""The networks of one checkpoint: loading, sharing the device's memory, running in batches."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def load(
     check_quantize(speed.quantize, torch_device, torch_dtype)
     check_compile(speed.compile, torch_device)
     if memory is not None:
-        memory_bytes(memory)  # raises an error for what is no size, before anything is fetched
+        memory_bytes(memory)  # an invalid size raises an error before anything is downloaded
     if torch_device.type == "cpu":
         keep_freed_memory()
     source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
@@ -212,7 +212,7 @@ class Networks:
             return list(self.encoder.encode(pixels).cpu().unbind())
 
     def decoding(self) -> Callable[[Sequence[Tensor]], list[Image.Image]]:
-        """What makes pictures of a batch of latents [L, C]. The decoder is loaded now, not in the middle of a batch."""
+        """A function that decodes a batch of latents [L, C]. The decoder is loaded now, not within a batch."""
         decoder, (mean, std) = self.decoder, self._pixel_scale()
 
         def decode(latents: Sequence[Tensor]) -> list[Image.Image]:
@@ -243,7 +243,7 @@ class Networks:
         what: str,
         remedy: str = "fewer at once",
     ) -> list[T]:
-        """`memory.in_batches` while `part` has its turn on the device. All that a network computes goes through here."""
+        """`memory.in_batches` while `part` has its turn on the device. Every network runs through this method."""
         if not count:  # nothing needs the part
             return []
         release = self.release_memory if self.split_batches else None
@@ -260,6 +260,6 @@ class Networks:
             torch.cuda.empty_cache()
 
     def memory_errors(self, what: str, remedy: str = "fewer at once") -> MemoryErrors:
-        """A context in which running out of memory raises a DeviceError that names `what` was done and the `remedy`."""
+        """A context that turns running out of memory into a DeviceError with `what` was done and the `remedy`."""
         flags = savings(self.device, self.speed.quantize, self.residency.mode)
         return MemoryErrors(self.device, self.dtype, what, remedy, flags)

@@ -276,8 +276,8 @@ Memory = Annotated[
 Lora = Annotated[
     tuple[str, ...],
     Knob(
-        "Folder or hub id of a LoRA adapter, as `scale-rae train` writes it, and how strongly it counts (1 is as trained). May "
-        "be given several times.",
+        "Folder or hub id of a LoRA adapter in PEFT's format, and a weight that scales it (1 is as trained). May be given "
+        "several times.",
         MODEL,
         metavar="DIR[:WEIGHT]",
         only_if_set=True,

@@ -1,4 +1,4 @@
-"""Writes a model in the published layout: config, tokenizer, weights in shards, and its own encoder and decoder if it brings them."""
+"""Writes a model in the published layout: config, tokenizer, sharded weights, bundled encoder and decoder."""
 
 from __future__ import annotations
 

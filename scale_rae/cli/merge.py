@@ -1,4 +1,4 @@
-"""The command `scale-rae merge`: a model with LoRA adapters merged in, as a checkpoint in the published layout."""
+"""The command `scale-rae merge`: a checkpoint of a model with LoRA adapters merged in."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ def command(
         str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL)
     ] = None,
     lora: Lora = (),
-    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint, which must not exist.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint: a new or an empty one.")],
     dtype: Annotated[
         str | None,
         typer.Option(
             callback=one_of(*DTYPES),
-            help="float32, bfloat16 or float16. Default: as the weights are stored, to which merged ones are rounded.",
+            help="float32, bfloat16 or float16. Default: each weight's stored dtype.",
         ),
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write a model with LoRA adapters merged in, as a checkpoint in the published layout, which the official code loads too."""
+    """Merge LoRA adapters into a model; write a checkpoint in the published layout.
+
+    The official code loads this checkpoint, too."""
     if not lora:
         raise OptionError("--lora: give at least one adapter to merge")
     for text in lora:

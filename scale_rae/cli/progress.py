@@ -197,7 +197,7 @@ class ScalingDisplay:
 
 
 class CountingDisplay:
-    """Shows how many of a number of things are done, and when the rest will be: a bar on a terminal, lines in a pipe; on stderr."""
+    """Shows counted progress and the time left on stderr: a bar on a terminal, lines in a pipe."""
 
     def __init__(self, what: str) -> None:
         self._what, self._shown = what, sys.stderr.isatty()

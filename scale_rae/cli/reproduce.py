@@ -50,7 +50,7 @@ def command(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="GenEval's evaluation_metadata.jsonl, or prompts of that form. Nothing is downloaded for it.",
+            help="GenEval's evaluation_metadata.jsonl, or prompts in its format. The file is not downloaded for you.",
             rich_help_panel=_RUN,
         ),
     ] = None,
@@ -59,13 +59,11 @@ def command(
     ] = Path("reproduced"),
     limit: Annotated[int | None, typer.Option(help="Only the first N prompts.", min=1, rich_help_panel=_RUN)] = None,
     rounds: Annotated[
-        int, typer.Option(help="Draw 4 x this number of images of each prompt: 1, 2, 4 or 8.", rich_help_panel=_RUN)
+        int, typer.Option(help="Draw 4 x N images per prompt; N is 1, 2, 4 or 8.", rich_help_panel=_RUN)
     ] = 8,
     estimate: Annotated[
         bool,
-        typer.Option(
-            "--estimate", help="Say how long it takes and how large it becomes, and stop.", rich_help_panel=_RUN
-        ),
+        typer.Option("--estimate", help="Print the estimated time and disk space, and stop.", rich_help_panel=_RUN),
     ] = False,
     json: Annotated[
         bool,
@@ -97,7 +95,7 @@ def command(
     judge: JudgeChoice,
     debug: Debug = False,
 ) -> None:
-    """Draw 4 x 8 images of each of GenEval's prompts and search adaptively, evaluate, and make a table beside the paper's.
+    """Draw GenEval's prompts (4 x 8 images each, and adaptive search), evaluate, compare with the paper.
 
     Leaves reproduction.html, reproduction.json, two experiments and their evaluations in --output-dir. It can be stopped at any moment:
     the same command goes on.
@@ -116,7 +114,9 @@ def command(
     if rounds not in ROUNDS:
         raise OptionError(f"--rounds {rounds}: must be one of {', '.join(map(str, ROUNDS))}")
     if choice.memory is not None:
-        raise OptionError("--memory: not here; give --quantize, --offload and --batch-size, which `inspect` suggests")
+        raise OptionError(
+            "--memory: reproduce has no such option; give --quantize, --offload and --batch-size, which `inspect` suggests"
+        )
     records = _prompts(prompts, judge, limit)
     question, question_name = read_question(None, None)
     settings = dataclasses.replace(
@@ -133,7 +133,7 @@ def command(
     for each in (best_settings, search_settings):
         each.check()
     check_folder(output_dir)
-    identity_of(judge)  # a detector that is not there would be noticed after hours
+    identity_of(judge)  # finds a missing detector now, not after hours of drawing
     bars = Bars()
     with bars.waiting("estimating"):
         from scale_rae.inspection import inspect
@@ -238,7 +238,7 @@ def _estimate_lines(takes: Estimate, folder: Path) -> list[str]:
         f"{takes.results / _GB:.2f} GB of results, {takes.download / _GB:.1f} GB of models to download; {free / _GB:.1f} GB are free",
     ]
     if size > free:
-        lines.append(f"warning: {size / _GB:.1f} GB may not fit; what is there is kept when the disk is full")
+        lines.append(f"warning: {size / _GB:.1f} GB may not fit; files already written are kept if the disk is full")
     return lines
 
 

@@ -25,7 +25,7 @@ def command(
 ) -> None:
     """Fine-tune a model: a LoRA, or with --full all weights of its networks.
 
-    The result is a LoRA in PEFT's form, for --lora of every command and for `scale-rae merge`. Several GPUs: start this with torchrun.
+    The LoRA is in PEFT's format; use it with --lora in every command, or with `scale-rae merge`. For several GPUs, start with torchrun.
     """
     options.check()
     try:

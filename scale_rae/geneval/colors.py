@@ -1,8 +1,8 @@
-"""The colour of an object, as GenEval asks for it: zero-shot classification by CLIP ViT-L/14 of OpenAI.
+"""GenEval's colour of an object: zero-shot classification by OpenAI's CLIP ViT-L/14.
 
-For a class, each of ten colours has a column: the mean of three captions' embeddings. A crop has the colour whose column is most
-like the crop's embedding. All is computed in float32, where the original's matrix products are float16 under CUDA autocast, so
-that near ties can differ.
+For a class, each of ten colours has a column: the mean of three captions' embeddings. A crop gets the colour whose column has the
+highest cosine with the crop's embedding. Everything is computed in float32; the original multiplies matrices in float16 under CUDA
+autocast, so near ties can differ.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
 
 
 def clip_pixels(image: Image.Image, side: int) -> NDArray[np.float32]:
-    """CLIP's input [3, side, side] for a picture: shorter side resized to `side`, centre cropped, normalised.
+    """CLIP's input [3, side, side] for a picture: resized, centre cropped, normalised.
 
     Raises:
         InputError: the picture has no pixels.
@@ -53,9 +53,9 @@ def clip_pixels(image: Image.Image, side: int) -> NDArray[np.float32]:
 
 
 def color_columns(network: Any, token_ids: Tensor) -> Tensor:
-    """A class's classifier [D, colours] from its captions' ids [colours, templates, T] and transformers' CLIPModel.
+    """A class's classifier [D, colours] from its captions' ids [colours, templates, T].
 
-    Every caption ends with the tokenizer's highest id; what follows it does not matter.
+    `network` is transformers' CLIPModel. Every caption ends with the tokenizer's highest id; what follows it does not matter.
     """
     colors, templates, _ = token_ids.shape
     features = network.get_text_features(
@@ -71,7 +71,7 @@ def embeddings(network: Any, pixels: Tensor) -> Tensor:
 
 
 class ColorClassifier:
-    """CLIP, and the classifiers of the classes that it was asked about."""
+    """CLIP, and a cache of classes' classifiers."""
 
     def __init__(self, path: str = CLIP, device: str | None = None) -> None:
         """Finds and loads CLIP's weights from a folder or hub id, in float32.
@@ -117,7 +117,7 @@ class ColorClassifier:
         return self.classify(images, [class_name] * len(images))
 
     def classify(self, images: Sequence[Image.Image], class_names: Sequence[str]) -> list[str]:
-        """As `classify_colors`, with a class of each crop: crops of many pictures share batches.
+        """The colour of each crop, with one class per crop; crops of many pictures share batches.
 
         Raises:
             InputError: a crop has no pixels.

@@ -1,4 +1,4 @@
-"""The part of a picture that GenEval shows to its colour classifier: an object, cut out along its mask.
+"""The colour classifier's view of an object: its box, cut out along its mask.
 
 Pixels outside the mask become grey; parts of the box outside the picture are black. As in the original evaluator, to the bit.
 """

@@ -1,7 +1,7 @@
-"""The objects in a picture, found by Mask2Former as MMDetection runs it: from pictures to boxes, scores and masks.
+"""The objects in pictures as boxes, scores and masks, found by Mask2Former as MMDetection runs it.
 
-Every step follows the original in order and in number formats: pictures are enlarged in whole numbers as OpenCV does, padded before
-they are normalised, and the network sees the padding as picture. Masks stay on the device until they are one bit per pixel.
+Every step follows the original's order and number formats: pictures are resized in OpenCV's integer arithmetic and padded before
+they are normalised, and the network does not mask the padding. Masks stay on the device until they are packed to one bit per pixel.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def detections(
     resized: tuple[int, int],
     least_score: float = 0.0,
 ) -> Detections:
-    """What the network's outputs for a picture of `size` (W, H) say, after MMDetection's instance post-processing.
+    """The objects in a picture of `size` (W, H), by MMDetection's instance post-processing.
 
     `class_logits` [Q, 81], `mask_logits` [Q, h, w] of the padded input, `resized` is the (W, H) before padding. The best MOST pairs
     of query and class are kept. Scores are class probability times the mean mask probability inside the mask, so pairs whose
@@ -154,7 +154,7 @@ def detections(
     boxes, scores, bits = _masks(mask_logits[queries].float(), size, resized)
     rows = torch.cat([boxes[places], (chances * scores[places])[:, None]], 1).cpu().numpy()  # [N, 5]
     if not np.isfinite(rows).all():
-        raise ScaleRAEError("the detector came out with values that are not finite; use float32")
+        raise ScaleRAEError("the detector's output is not finite; use --detector-dtype float32")
     of_class: dict[str, list[int]] = {}
     for number, label in enumerate(labels):
         of_class.setdefault(CLASSES[label], []).append(number)
@@ -204,7 +204,7 @@ def _pack(masks: Tensor) -> Tensor:
 
 
 class Detector:
-    """A network, and how pictures are brought to it.
+    """Mask2Former with its preprocessing and postprocessing.
 
     `comparable` is whether the weights are those of published scores; `note` says in a sentence why not. `sha256` is that of the
     published file the weights came from, None for other weights.
@@ -245,7 +245,7 @@ class Detector:
     ) -> list[Detections]:
         """The objects in each picture; alpha is dropped. Pictures of the same padded size share batches.
 
-        With `least_score`, objects that certainly score less are left out, which saves the time of their masks. `batch_size` is
+        Objects that certainly score less than `least_score` are left out before their masks are computed. `batch_size` is
         halved whenever memory runs out.
 
         Raises:

@@ -1,4 +1,4 @@
-"""`evaluate`: has every picture of a folder judged, and writes results.jsonl. Goes on where a killed evaluation stopped.
+"""`evaluate`: judges every picture of a folder and writes results.jsonl; resumes if it was interrupted.
 
 Pictures are judged in batches that depend on the folder alone, so verdicts do not depend on devices or interruptions.
 """
@@ -47,7 +47,7 @@ Watch: TypeAlias = Callable[[int, int], None]  # (pictures judged so far, pictur
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An evaluated folder: results in the order of prompts and pictures, verdicts by picture name, and what is missing."""
+    """An evaluated folder: its results in order, verdicts by picture name, and what is missing."""
 
     folder: GenEvalFolder
     judge: dict[str, Any]

@@ -70,7 +70,7 @@ class PromptFolder:
 
 @dataclass(frozen=True)
 class Missing:
-    """Something that cannot be evaluated: the folder or file below the evaluated folder, why, and how many pictures it is."""
+    """A folder or file that cannot be evaluated: its name, the reason, and its number of pictures."""
 
     where: str
     reason: str

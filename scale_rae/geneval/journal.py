@@ -1,7 +1,7 @@
-"""Verdicts as they come in: a file of JSON lines that an evaluation adds each batch to, and goes on with when started again.
+"""The journal: a file of JSON lines with the verdicts so far, from which an evaluation resumes.
 
-A verdict counts as long as the picture's bytes and the prompt's metadata are the same. A line that a kill cut off is
-passed over.
+A verdict is reused as long as the picture's bytes and the prompt's metadata are the same. A line that a kill cut off is
+skipped.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Mark:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge said of one picture; `size` is its width and height. `problem` says why it could not be judged.
+    """A judge's verdict on one picture; `size` is the picture's width and height.
+
+    `problem` says why the picture could not be judged.
 
     `details` has the boxes of each class as GenEval's results do; `marks` are the same objects, for the page.
     """
@@ -57,7 +59,7 @@ class Judged:
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Judged:
-        """The opposite of `record`. Raises TypeError or KeyError for anything else."""
+        """The verdict that `record` gave as JSON values. Raises TypeError or KeyError for anything else."""
         return cls(**{**record, "marks": [Mark(**mark) for mark in record["marks"]]})
 
 
@@ -75,7 +77,7 @@ class Journal:
 
     Raises:
         InputError: when it is no journal, or another judge's.
-        OutputError: when another evaluation has it, or it cannot be written.
+        OutputError: when another evaluation has the file open, or the file cannot be written.
     """
 
     def __init__(self, path: Path, judge: Mapping[str, Any]) -> None:
@@ -172,4 +174,6 @@ def _differences(recorded: Any, judge: Mapping[str, Any]) -> str:
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"{path}: cannot be written ({error.strerror or error}); verdicts that are in it are kept")
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror or error}); the verdicts already in the file are kept"
+    )

@@ -40,7 +40,7 @@ _SHAPES_VERSION = 1  # of the judge of shapes; another number has pictures judge
 
 
 class Judge(Protocol):
-    """Says of pictures whether they show their prompts."""
+    """Judges whether pictures show what their prompts name."""
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
         """The verdict on each RGB picture, of any size, with its prompt's metadata."""

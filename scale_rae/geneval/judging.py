@@ -1,4 +1,4 @@
-"""GenEval from pictures to verdicts: objects of a batch of pictures, then colours of all their crops, then the rules."""
+"""GenEval from pictures to verdicts: detect objects, classify the colours of crops, apply the rules."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from scale_rae.geneval.verdicts import PUBLISHED_OPTIONS, Verdict, VerdictOption
 
 @dataclass(frozen=True)
 class Judgement:
-    """A verdict, and what it rests on.
+    """A verdict, with the detections and colours that it depends on.
 
     `kept` has the numbers of each class's objects in `detections`, in the order of the verdict's details. `colors` has the
     colours that were asked for, by class and number.

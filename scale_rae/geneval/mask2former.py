@@ -60,7 +60,7 @@ _FIELDS = {
     "channels": "hidden_dim",
     "encoder_layers": "encoder_layers",
     "encoder_width": "encoder_feedforward_dim",
-    "decoder_layers": "decoder_layers",  # one more than there are: the library counts the first prediction
+    "decoder_layers": "decoder_layers",  # transformers' number is one larger, since it counts the first prediction
     "decoder_width": "dim_feedforward",
     "num_queries": "num_queries",
 }
@@ -301,7 +301,7 @@ _NAMES = {
     r"panoptic_head\.mask_embed\.4\.": _DECODER + "decoder.mask_predictor.mask_embedder.2.0.",
     r"panoptic_head\.cls_embed\.": "class_predictor.",
 }
-# Query, key and value in one matrix there, three here.
+# One fused query-key-value matrix in MMDetection, three matrices in transformers.
 _THIRDS = {
     _BLOCK + r"attn\.w_msa\.qkv\.(weight|bias)": _LAYER + r"attention.{}_proj.\3",
     _QUERY_LAYER + r"attentions\.1\.attn\.in_proj_(weight|bias)": _QUERY + r"self_attn.{}_proj.\2",

@@ -1,4 +1,4 @@
-"""What choosing gains: the summary of the pictures that each metric keeps, from an experiment's stored scores. Imports no torch."""
+"""The summaries of the pictures that each metric keeps, by stored scores. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`reproduce`: GenEval of a model, and what test-time scaling gains, from prompts to a table beside the paper's figures.
+"""`reproduce`: GenEval of a model and of test-time scaling, as a table beside the paper's figures.
 
 Best of 4 x 1, 4 x 2, 4 x 4 and 4 x 8 images come from one experiment: an image depends on its number, not on how many are drawn, so
 the first 8 of 32 are those of 4 x 2. Only adaptive search is an experiment of its own.
@@ -31,7 +31,7 @@ GENEVAL_PROMPTS = 553
 KEEP = 4
 ROUNDS = (1, 2, 4, 8)
 METRICS = ("answer_logits", "combined")  # the paper's, and this program's
-# GenEval, %: 4 of so many images by the logit of the answer, with 1.5B of language model and 5.5B of DiT (arXiv:2601.16208).
+# GenEval, %, by images drawn per prompt; 4 are kept by the answer's logit. Language model 1.5B, DiT 5.5B (arXiv:2601.16208).
 PAPER = {4: 53.2, 8: 59.6, 16: 62.5, 32: 64.3}
 PAPER_MODEL = "1.5B language model, 5.5B DiT, answer logits"
 # Adaptive search against 4 x 8, measured (docs/scaling.md): images drawn to the end, and time.

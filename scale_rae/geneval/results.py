@@ -35,7 +35,7 @@ class Result:
 
     @property
     def prompt_key(self) -> str:
-        """What tells prompts apart, also in another folder: GenEval's clauses and the prompt's text, as JSON text."""
+        """The prompt's identity across folders: GenEval's clauses and the prompt's text, as JSON text."""
         try:
             record = parse_json(self.metadata)
         except ValueError:

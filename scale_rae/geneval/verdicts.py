@@ -57,7 +57,7 @@ class VerdictOptions:
     position_threshold: Annotated[
         float,
         Knob(
-            "Distance between two objects, in parts of their sizes, without left, right, above and below.",
+            "Objects nearer than this share of their sizes are not left, right, above or below each other.",
             _PANEL,
             least=0,
         ),
@@ -286,7 +286,7 @@ def _check_clause(
 
 
 def relative_position(a: Boxes, b: Boxes, threshold: float = 0.1) -> list[str]:
-    """Those of RELATIONS in which box `a` [x0, y0, x1, y1, ...] stands to box `b`: none, one or two.
+    """The RELATIONS of box `a` [x0, y0, x1, y1, ...] to box `b`: none, one or two.
 
     The original writes two of them in an order that changes from run to run; here it is that of RELATIONS.
     """

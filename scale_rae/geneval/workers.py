@@ -58,7 +58,7 @@ def batch_size_on(choice: JudgeChoice, devices: Sequence[str | None]) -> int:
 
 
 def judging_on(choice: JudgeChoice, devices: Sequence[str | None]) -> Judging:
-    """Judges batches on devices, each with a judge of its own that is opened when there is something to judge."""
+    """A function that judges batches on the devices; each device opens its own judge when it gets a batch."""
 
     def judging(batches: Sequence[Batch]) -> Iterator[tuple[int, list[Judged]]]:
         if not batches:
@@ -85,7 +85,7 @@ class _Worker:
 def _shared(
     choice: JudgeChoice, devices: Sequence[str | None], batches: Sequence[Batch]
 ) -> Iterator[tuple[int, list[Judged]]]:
-    """Has processes judge batches, whichever is free; batches of one that dies go to those that are left.
+    """The verdicts of batches, judged in several processes; if one dies, the others take over its batches.
 
     Raises:
         ScaleRAEError: when every process failed.
@@ -129,7 +129,7 @@ def _shared(
             if not isinstance(worker.error, DeviceError) or (left and not living):
                 assert worker.error is not None
                 raise worker.error
-            _log.warning("%s; the others take over its pictures", worker.error)
+            _log.warning("%s; the other processes take over its images", worker.error)
 
 
 def _start(choice: JudgeChoice, device: str | None, devices: Sequence[str | None]) -> _Worker:

@@ -1,7 +1,7 @@
-"""Two halves of a group of prompts, side by side on one GPU: while images of one are drawn, those of the other are read.
+"""Lanes: two halves of a group of prompts on one GPU; one half is drawn while the other is scored.
 
-Drawing is a few large CUDA graphs, which fill the GPU; reading is many small kernels, which leave it waiting for the host. So each
-has a stream of its own.
+Drawing runs a few large CUDA graphs, which fill the GPU. Scoring runs many small kernels, between which the GPU waits for the host.
+Each of the two stages has its own CUDA stream, so that they overlap.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ T = TypeVar("T")
 
 
 def split(prompts: Sequence[T]) -> list[Sequence[T]]:
-    """The prompts of each lane: all in one, or as many in each of LANES. It depends on their number alone, as rounding does."""
+    """The prompts of each lane: one lane with all, or LANES lanes of equal size.
+
+    The split depends only on the number of prompts, since rounding depends on the split."""
     if len(prompts) < LANES * LEAST_PROMPTS:
         return [prompts]
     size = -(-len(prompts) // LANES)
@@ -39,7 +41,7 @@ class Lanes:
 
     def __init__(self, model: ScaleRAE, stop: Callable[[], None]) -> None:
         self._device = model.device
-        # Parts of the model that take turns on the device cannot be used at once, and a limit has no room for two batches.
+        # Offloaded parts cannot be used at the same time, and a memory limit has no room for two batches.
         self._at_once = 1 if model.residency.offloads or model.memory_plan is not None else LANES_AT_ONCE
         self._stop = stop
         self._guard = threading.Lock()
@@ -47,7 +49,7 @@ class Lanes:
 
     @contextlib.contextmanager
     def turn(self, stage: str) -> Iterator[None]:
-        """For a `with`: waits until no other function is in this stage. What was computed is there when the `with` ends."""
+        """A context in which no other function is in this stage; at its end, the stage's work is complete."""
         import torch
 
         with self._guard:
@@ -61,7 +63,7 @@ class Lanes:
     def run(self, functions: Sequence[Callable[[], None]]) -> None:
         """Calls all functions. If some raise, raises the first one's exception once all have ended.
 
-        On Ctrl-C it has `stop` end what the functions draw.
+        On Ctrl-C it calls `stop`, which ends the drawing.
         """
         import torch
 

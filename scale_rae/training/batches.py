@@ -1,4 +1,4 @@
-"""Records as tensors: latents, conditions and sequences of a step's batch, read from the cache while the device computes."""
+"""Batches as tensors: latents, conditions and sequences, read from the cache while the device computes."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _WIDTH = 8  # sequences are padded to a multiple of this, for aligned products
 class Sample:
     """One record in memory. `drawn` and `shown` are latents [L, C] of its pictures, not normalised, in order.
 
-    `condition` [pictures, L, Z] is there where the language model does not learn, and for a record that is `kept`: one whose
-    picture the model drew before it was trained, and for which it is to go on as it does. `seed` is that of all that is random
-    about the sample in this step.
+    `condition` [pictures, L, Z] is given if the language model is frozen, or if the record is `kept`. A kept record has a picture
+    that the model drew before training, and its target is the velocity before training. `seed` seeds all random numbers of the
+    sample in this step.
     """
 
     where: str
@@ -36,9 +36,9 @@ class Sample:
 
 
 class Order:
-    """Which record is at which place of which step: rounds through all records, each in an order of its own.
+    """The record at each place of each step: epochs over all records, each in a new random order.
 
-    Where records are to be kept, which are numbered after the others, they have every other place, in rounds of their own.
+    Kept records are numbered after the others. If there are any, they take every other place, in epochs of their own.
     """
 
     def __init__(self, records: int, batch: int, seed: int, kept: int = 0) -> None:
@@ -87,7 +87,7 @@ def ahead(load: Callable[[int], list[Sample]], first: int, stop: int, depth: int
 
 @dataclass(frozen=True)
 class Sequences:
-    """Embeddings [B, T, H] of sequences, and where in them things are: pairs of numbers of rows and of places."""
+    """Embeddings [B, T, H] of sequences, and positions in them as pairs (rows, places)."""
 
     embeds: Tensor
     queries: tuple[Tensor, Tensor]  # of all latent queries, in the order of the drawn pictures
@@ -96,7 +96,9 @@ class Sequences:
 
 
 def embed(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Sequences:
-    """The input of the language model for sequences, padded on the right, with latents [L, C] of the shown pictures in order."""
+    """The language model's input for sequences, padded on the right.
+
+    `shown` are the latents [L, C] of the shown pictures in order."""
     tokens, device = language.config.tokens, language.device
     rows = [_expanded(layout, tokens) for layout in layouts]
     width = -(-max(len(ids) for ids, _ in rows) // _WIDTH) * _WIDTH

@@ -1,4 +1,4 @@
-"""Tensors on disk that are made once: latents of pictures, conditions of prompts, the model's replies."""
+"""A cache of tensors on disk: latents of pictures, conditions of prompts, the model's replies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _NAME = "value"
 
 
 class TensorCache:
-    """A folder with one safetensors file per key. Writers may be several processes: a file is whole or not there."""
+    """A folder with one safetensors file per key. Several processes may write: a file is either complete or missing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -1,4 +1,7 @@
-"""Checkpoints of a training: `checkpoint-N` folders from which it goes on to the bit, written whole or not at all."""
+"""Checkpoints of a training: `checkpoint-N` folders, from which it resumes with the same bits.
+
+A folder is written completely or not at all.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ STATE = "training_state.pt"
 
 
 class Checkpoints:
-    """The checkpoints in a folder. `identity` is what a resumed run must share with its beginning."""
+    """The checkpoints in a folder. A resumed run must have the same `identity`."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int | None = None) -> None:
         self.folder, self._keep = folder, keep
@@ -31,7 +34,7 @@ class Checkpoints:
         return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name)))
 
     def write(self, step: int, state: Mapping[str, Tensor], result: Callable[[Path], None]) -> Path:
-        """Writes the checkpoint of a step and returns its folder; `result(folder)` adds what can be used already.
+        """Writes the checkpoint of a step and returns its folder; `result(folder)` adds the adapter so far.
 
         Raises:
             OutputError: naming the folder, when it cannot be written.
@@ -73,5 +76,5 @@ class Checkpoints:
         mine = parse_json(self._identity)
         if changed := sorted(name for name in {*made, *mine} if made.get(name) != mine.get(name)):
             was = ", ".join(f"{name} was {str(made.get(name))[:60]}" for name in changed)
-            raise TrainingError(f"{path}: made otherwise ({was}); train as then, or give another --out")
+            raise TrainingError(f"{path}: made otherwise ({was}); use the same options, or give another --out")
         return int(stored["step"]), dict(stored["state"])

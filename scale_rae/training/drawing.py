@@ -1,4 +1,4 @@
-"""Draws latents with the plain velocity network, as it is while it learns."""
+"""Draws latents with the plain velocity network during training."""
 
 from __future__ import annotations
 

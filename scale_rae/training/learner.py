@@ -1,4 +1,4 @@
-"""The parameters of networks that learn, and how their blocks run: compiled, or with activations computed twice."""
+"""The trained parameters of networks, and how blocks run: compiled, or with recomputed activations."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ MUON_RATE = 0.02  # relative to AdamW's 1e-3
 
 
 def make_repeatable(device: torch.device) -> None:
-    """Has PyTorch use kernels that give the same bits each time, so that a resumed run goes on to the bit."""
+    """Makes PyTorch use deterministic kernels, so that a resumed run has the same bits."""
     if device.type == "cuda":
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class Learner:
-    """Makes networks learn, in place: `flat` has their parameters that learn, under the names of checkpoints.
+    """Prepares networks for training, in place: `flat` has the trained parameters by checkpoint names.
 
-    `layers` are the LoRA's, none where all weights learn; they count `alpha` / rank times.
+    `layers` are the LoRA's layers, scaled by `alpha` / rank; with --full there are none.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What a training writes down: log.jsonl always, TensorBoard's files if that is installed."""
+"""The log of a training: log.jsonl, and TensorBoard's files if TensorBoard is installed."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""LoRA layers for training: y = W x + (alpha / r) B A x, with W frozen, plain or quantised (arXiv 2106.09685; QLoRA: 2305.14314).
+"""LoRA layers for training: y = W x + (alpha / r) B A x, with W frozen, plain or quantised.
 
-PEFT's own layers keep the adapter in float32, and do not know this package's quantised linears. `adapters` has PEFT's file form.
+Source: LoRA, arXiv:2106.09685; QLoRA, arXiv:2305.14314. PEFT's own layers do not support this package's quantised linears.
+`adapters` reads and writes PEFT's file format.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class LoraLinear(nn.Module):
 
 @contextmanager
 def switched_off(layers: Iterable[LoraLinear]) -> Iterator[None]:
-    """A context in which the layers compute as their bases do."""
+    """A context in which the layers compute without their LoRA."""
     for layer in layers:
         layer.on = False
     try:
@@ -79,7 +80,7 @@ class FrozenLinear(nn.Module):
 
 
 def pass_gradients(module: nn.Module) -> None:
-    """Puts FrozenLinears in the place of quantised linears without LoRA, in place."""
+    """Replaces quantised linears without LoRA by FrozenLinears, in place."""
     for owner in list(module.modules()):
         if isinstance(owner, LoraLinear | FrozenLinear):
             continue

@@ -50,7 +50,7 @@ def sample_times(
 
 
 def training_shift(config: ScaleRAEConfig) -> float:
-    """alpha = sqrt(C L / base_dim) of a checkpoint, which leans the times of training to noise as it leans the time grid."""
+    """The time shift alpha = sqrt(C L / base_dim) of a checkpoint; training and the time grid share it."""
     return time_shift(config.channels, config.tokens, config.base_dim)
 
 

@@ -1,7 +1,7 @@
-"""What is minimised: a loss of a batch, and numbers to log. Another objective is another class with the same call.
+"""Objectives: the loss of a batch, and numbers to log. A new objective is a class with the same methods.
 
-A batch's loss is divided by what the whole step has, so that it does not matter on how many devices, and in how many parts, a
-step is computed. All that is random comes from the samples' own seeds.
+A batch's loss is divided by the totals of the whole step, so the result does not depend on the number of devices or of parts of
+the step. All random numbers come from the samples' own seeds.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ NAMES = ("loss", "flow", "text", "kept", *(f"flow {i}" for i in range(BINS)), *(
 
 
 class FineTune:
-    """The official loss: 2 · flow loss + cross-entropy of the text; the flow loss alone where the language model does not learn.
+    """The official loss: 2 · flow loss + cross-entropy of the text; without a language model, the flow loss.
 
-    For samples that are kept, the velocity is to be that of the base model for its own condition, instead of noise - x.
+    The target of kept samples is the base model's velocity for its own condition, instead of noise - x.
     """
 
     def __init__(
@@ -154,7 +154,7 @@ class FineTune:
         return losses[~is_kept], losses[is_kept], t[~is_kept]
 
     def _dropped(self, conditions: Tensor, without: Tensor) -> Tensor:
-        """Conditions [P, L, Z] for each noisy latent [N, L, Z], the null embedding in the place of those `without`."""
+        """Conditions [N, L, Z] per noisy latent, from [P, L, Z]; the null embedding replaces those `without`."""
         conditions = conditions.repeat_interleave(self.timesteps, dim=0)
         null = self.dit.null_condition
         if null is None or not self.dropout:

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 UPDATE_AT_ONCE = 1 << 26  # elements, because AdamW's update takes several copies of them
 ALIGN = 128  # elements: every tensor that is not a part of a stack begins at a multiple
 
-# How many square-ish matrices lie one below the other in a hidden weight, by the end of its name. A weight named by none
-# is AdamW's: embeddings, queries, patch and latent embedders, projectors, output layers.
+# The number of stacked matrices in a hidden weight, by the end of its name. All other weights are AdamW's: embeddings,
+# queries, patch and latent embedders, projectors, output layers.
 _PIECES: tuple[tuple[str, int], ...] = (
     (r"dit_blocks\.\d+\.attn\.qkv\.weight", 3),
     (r"dit_blocks\.\d+\.attn\.proj\.weight", 1),
@@ -49,7 +49,9 @@ def matrices_in(name: str) -> int:
 
 @dataclass(frozen=True)
 class OptimizerOptions:
-    """Learning rates are peak values; without another schedule: linear warm-up, constant, linear to zero over the last `decay`."""
+    """The optimizer's options; learning rates are peak values.
+
+    `warmup` steps and the share `decay` are those of the default schedule, `trapezoid`."""
 
     kind: Literal["muon", "adamw"] = "muon"
     lr: float = 1e-3  # AdamW

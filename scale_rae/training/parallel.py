@@ -1,4 +1,4 @@
-"""Several processes, as `torchrun` starts them: each computes its part of every batch; gradients are summed."""
+"""Several processes, started by `torchrun`: each computes a part of every batch; gradients are summed."""
 
 from __future__ import annotations
 

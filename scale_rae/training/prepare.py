@@ -1,6 +1,6 @@
-"""What training computes once, before its first step: latents of pictures, the model's replies, conditions.
+"""Preparation before the first step: latents of pictures, the model's replies, conditions.
 
-Latents are kept by the picture's bytes and the encoder's files, conditions by the sequence and the language model's files.
+The cache's keys are hashes: of picture and encoder for a latent, of sequence and model for a condition.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ class Prepared:
 
 
 def prepare(records: list[Record], options: TrainingOptions, model: Model, report: Report) -> Prepared:
-    """Makes what is not in the cache yet.
+    """The prepared records, once everything that they need is in the cache.
 
     Raises:
         DataError: for records that are too long, unless they are to be left out. InputError: when the model draws nothing for
@@ -163,7 +163,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
             f"{len(classes) - len(keeping)} of {len(classes)} --class-prompts are left out: the model does not draw them"
         )
     if classes and not keeping:
-        raise InputError(f"{options.class_prompts}: the model draws none of these prompts, so there is nothing to keep")
+        raise InputError(f"{options.class_prompts}: the model draws none of these prompts; give prompts that it draws")
     prepared = Prepared([*map(made, kept), *keeping], looks, latents, conditions, notes)
     _draw_classes(prepared, keeping, options, model, report)
     if not options.trains_language:
@@ -177,7 +177,7 @@ def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:
 
 
 def _class_records(options: TrainingOptions) -> list[Record]:
-    """The prompts that the model is to go on drawing as it does."""
+    """The records of --class-prompts, whose drawings should not change."""
     if options.class_prompts is None:
         return []
     prompts = read_prompts(options.class_prompts)
@@ -237,7 +237,7 @@ def _own_key(model: Model, message: str) -> str:
 
 @dataclass(frozen=True)
 class _Said:
-    """What the model says before the pictures whose records do not give it."""
+    """The model's own replies, for records that give none."""
 
     model: Model
     language: _Lazy
@@ -266,12 +266,12 @@ class _Said:
             usual = Counter(found or [text.partition(PICTURE)[0] for text in texts if PICTURE in text]).most_common(1)
             if not usual:
                 raise InputError(
-                    f"the model draws for none of the {len(own)} texts as it is; say with --reply what it says before it draws"
+                    f"the model draws none of the {len(own)} texts by itself; give the reply before each picture with --reply"
                 )
             given = str(usual[0][0])
             if others := len(own) - len(by_itself):
                 notes.append(
-                    f"{others} of {len(own)} texts get the reply {given!r}: the model does not draw for them as it is"
+                    f"{others} of {len(own)} texts get the reply {given!r}: the model does not draw them by itself"
                 )
         return [r.with_reply(said[own[i]] or given) if i in own else r for i, r in enumerate(records)], by_itself
 
@@ -321,7 +321,7 @@ def _conditions(prepared: Prepared, model: Model, language: _Lazy, report: Repor
 
 
 def forced_conditions(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Tensor:
-    """Conditions [pictures, L, Z] of the pictures that sequences draw, all that is said in them given."""
+    """Conditions [pictures, L, Z] of the pictures that sequences draw, with their text given."""
     sequences = embed(language, layouts, shown)
     rotary = positions(language, sequences.embeds.shape[1], language.dtype)
     hidden = hidden_states(language, sequences.embeds, rotary)

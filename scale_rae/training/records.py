@@ -1,4 +1,4 @@
-"""Training data: folders of pictures, JSONL files and WebDataset tars as records, with every bad one listed. Imports no torch.
+"""Training data as records, with every bad one listed. Imports no torch.
 
 | form | what is read |
 | --- | --- |
@@ -240,7 +240,7 @@ class _Reader:
                         parts = samples.setdefault(f"{folder}/{key}" if folder else key, {})
                         parts[suffix.lower()] = PictureFile(path, member.offset_data, member.size)
         except (tarfile.TarError, OSError, ValueError) as e:
-            yield f"{path}: not a readable tar ({first_line(e)}); samples after this are lost"
+            yield f"{path}: not a readable tar ({first_line(e)}); the samples after this point are left out"
         for key, parts in samples.items():
             where = f"{path}, {key}"
             try:
@@ -327,7 +327,7 @@ def usable(records: list[Record], problems: list[str], options: TrainingOptions)
     if problems and not options.skip_bad:
         total = len(records) + len(problems)
         raise DataError(
-            f"{len(problems)} of {total} records cannot be used (listed above); mend them, or leave them out: --skip-bad",
+            f"{len(problems)} of {total} records cannot be used (listed above); correct them, or leave them out with --skip-bad",
             problems,
         )
     if not records:

@@ -1,4 +1,4 @@
-"""A whole training: from options and records to an adapter, or to a checkpoint in the published layout."""
+"""A whole training: from options and records to an adapter, or to a checkpoint (published layout)."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _MODEL = "model"  # the folder in --out for the checkpoint that --full writes
 
 @dataclass(frozen=True)
 class Watcher:
-    """What hears of a training: notes for the user, what is prepared, and each step."""
+    """Callbacks of a training: notes for the user, progress of the preparation, each step."""
 
     note: Callable[[str], None] = lambda text: None
     report: Report = lambda what, done, total: None
@@ -117,7 +117,7 @@ def _identity(record: Mapping[str, Any]) -> Any:
 class Run:
     """The networks, the trainer and the files of one training.
 
-    `language` is None where it does not learn: all that is needed of it was prepared.
+    `language` is None if the language model is frozen, since its replies and conditions are in the cache.
     """
 
     def __init__(
@@ -175,7 +175,7 @@ class Run:
         )
         if options.resume:
             done = self.trainer.resume()
-            watcher.note(f"going on after step {done}" if done else f"{options.out}: no checkpoint yet; from step 1")
+            watcher.note(f"continuing after step {done}" if done else f"{options.out}: no checkpoint yet; from step 1")
 
     def _sample(self, number: int, seed: int) -> Sample:
         return self.prepared.sample(number, seed)

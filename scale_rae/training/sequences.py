@@ -1,4 +1,4 @@
-"""How a conversation is laid out for training: token ids, and which of them are learnt (REFERENCE §13). Imports no torch."""
+"""Token sequences of conversations, and which tokens are targets (REFERENCE §13). Imports no torch."""
 
 from __future__ import annotations
 

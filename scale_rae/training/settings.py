@@ -30,7 +30,7 @@ OPTIMIZERS = ("adamw", "muon")
 SCHEDULERS = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16")
 STORED = ("int8", "fp8-storage", "nf4")  # quantisations of frozen weights: activations stay as they are
-# Options that a resumed run may change. Steps and batches are recorded as the numbers that they come to.
+# Options that a resumed run may change. The resulting numbers of steps and records per step are compared instead.
 _FREE = frozenset(
     [
         "out",
@@ -68,7 +68,7 @@ MODEL, DATA, LEARNING, SCALE, RESULT, LOOKS = "Model", "Data", "Learning", "Memo
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """What is trained, on what, and how. Networks are frozen where nothing else is said; encoder and decoder always are."""
+    """Options of a training. Networks that `train` does not choose are frozen, as are encoder and decoder."""
 
     model: Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)] = DEFAULT_MODEL
     data: Annotated[
@@ -89,7 +89,7 @@ class TrainingOptions:
 
     # --- data
     image_folder: Annotated[
-        Path | None, Knob("Folder that the names of pictures are relative to. Default: that of the file.", DATA)
+        Path | None, Knob("Folder that names of pictures are relative to. Default: the data file's folder.", DATA)
     ] = None
     prompt_prefix: Annotated[str, Knob("Put before a picture's text, unless that is worded as a request.", DATA)] = (
         PROMPT_PREFIX
@@ -97,7 +97,7 @@ class TrainingOptions:
     reply: Annotated[
         str | None,
         Knob(
-            "What the model says before it draws a picture that has a text only. Default: what it says by itself.",
+            "The reply before the picture, for records that give only a text. Default: the model's own reply.",
             DATA,
             show_default=False,
         ),
@@ -105,13 +105,13 @@ class TrainingOptions:
     class_prompts: Annotated[
         Path | None,
         Knob(
-            "A .txt or .jsonl file of prompts that the model is to go on drawing as it does: half of each batch keeps it so. "
-            "Their pictures are the model's own, drawn with --validation-guidance.",
+            "A .txt or .jsonl file of prompts whose drawings should not change: half of each batch are the untrained model's "
+            "drawings of them, made with --validation-guidance.",
             DATA,
         ),
     ] = None
     center_crop: Annotated[
-        bool, Knob("Cut pictures to squares. Default: the encoder's way, which stretches.", DATA)
+        bool, Knob("Crop pictures to squares. Default: the encoder's preprocessing, which stretches them.", DATA)
     ] = False
     skip_bad: Annotated[bool, Knob("Leave out records that cannot be used, instead of stopping.", DATA)] = False
     cache_dir: Annotated[
@@ -124,22 +124,29 @@ class TrainingOptions:
     rank: Annotated[int, Knob("Rank of the LoRA.", LEARNING, least=1)] = 32
     alpha: Annotated[
         float | None,
-        Knob("The LoRA counts alpha / rank times. Default: the rank.", LEARNING, least=1e-6, must="must be above 0"),
+        Knob(
+            "The LoRA's output is scaled by alpha / rank. Default: the rank.",
+            LEARNING,
+            least=1e-6,
+            must="must be above 0",
+        ),
     ] = None
     learning_rate: Annotated[float, Knob("Peak learning rate.", LEARNING, least=0)] = 1e-4
     language_learning_rate: Annotated[
-        float | None, Knob("The language model's. Default: --learning-rate.", LEARNING, least=0)
+        float | None, Knob("Peak learning rate of the language model. Default: --learning-rate.", LEARNING, least=0)
     ] = None
     lr_scheduler: Annotated[str, Knob("cosine, linear or constant.", LEARNING, choices=SCHEDULERS)] = "cosine"
-    lr_warmup_steps: Annotated[int | None, Knob("Default: 3 % of the steps.", LEARNING, least=0)] = None
-    max_train_steps: Annotated[int, Knob("Steps.", LEARNING, least=1)] = 1000
+    lr_warmup_steps: Annotated[
+        int | None, Knob("Steps of linear warm-up. Default: 3 % of the steps.", LEARNING, least=0)
+    ] = None
+    max_train_steps: Annotated[int, Knob("Optimizer steps.", LEARNING, least=1)] = 1000
     num_train_epochs: Annotated[
         int | None,
-        Knob("Steps for this many rounds through the data, instead of --max-train-steps.", LEARNING, least=1),
+        Knob("Passes through the data, instead of --max-train-steps.", LEARNING, least=1),
     ] = None
     train_batch_size: Annotated[int, Knob("Records per step and device.", LEARNING, least=1)] = 8
     gradient_accumulation_steps: Annotated[
-        int, Knob("Batches whose gradients are added up for one step.", LEARNING, least=1)
+        int, Knob("Batches whose gradients are summed for one step.", LEARNING, least=1)
     ] = 1
     optimizer: Annotated[str, Knob("adamw, or muon (with --full).", LEARNING, choices=OPTIMIZERS)] = "adamw"
     adam_beta1: Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.9
@@ -148,7 +155,7 @@ class TrainingOptions:
     ema_decay: Annotated[
         float,
         Knob(
-            "Decay of the moving average of weights, which is the result.",
+            "Decay of the moving average of the weights; this average is the result.",
             LEARNING,
             least=0,
             most=1,
@@ -158,7 +165,7 @@ class TrainingOptions:
     condition_dropout: Annotated[
         float,
         Knob(
-            "How often the null embedding takes a condition's place, for guidance.",
+            "Probability that the null embedding replaces a condition, which guidance needs.",
             LEARNING,
             least=0,
             most=1,
@@ -175,7 +182,7 @@ class TrainingOptions:
         ),
     ] = "turns"
     prior_loss_weight: Annotated[float, Knob("Weight of the loss on --class-prompts.", LEARNING, least=0)] = 1.0
-    timesteps_per_sample: Annotated[int, Knob("Noisy latents for each picture and step.", LEARNING, least=1)] = 1
+    timesteps_per_sample: Annotated[int, Knob("Noisy latents per picture and step.", LEARNING, least=1)] = 1
     seed: Seed = DEFAULT_SEED
 
     # --- memory and speed
@@ -183,16 +190,16 @@ class TrainingOptions:
         str | None, Knob("no or bf16. Default: bf16, but no on the CPU.", SCALE, choices=PRECISIONS)
     ] = None
     quantize: Annotated[
-        str | None, Knob("Keep frozen weights smaller: int8, fp8-storage or nf4.", SCALE, choices=STORED)
+        str | None, Knob("Quantise the frozen weights: int8, fp8-storage or nf4.", SCALE, choices=STORED)
     ] = None
     gradient_checkpointing: Annotated[
-        bool, Knob("Compute activations twice instead of keeping them: less memory, a third more time.", SCALE)
+        bool, Knob("Recompute activations instead of storing them: less memory, a third more time.", SCALE)
     ] = False
     compile: Annotated[str, Knob("Compile the networks' blocks; auto: on CUDA.", SCALE, choices=COMPILE)] = "auto"
 
     # --- result
     save_steps: Annotated[
-        int, Knob("Write a checkpoint every N steps: what a crash can lose at most.", RESULT, least=1)
+        int, Knob("Write a checkpoint every N steps; a crash loses at most N steps.", RESULT, least=1)
     ] = 500
     checkpoints_total_limit: Annotated[
         int | None, Knob("Keep only the newest N checkpoints. Default: all.", RESULT, least=1)
@@ -203,12 +210,12 @@ class TrainingOptions:
     # --- validation
     validation_prompts: Annotated[
         tuple[str, ...],
-        Knob("Draw this every --validation-steps. May be given several times.", LOOKS, metavar="TEXT"),
+        Knob("Prompt to draw every --validation-steps. May be given several times.", LOOKS, metavar="TEXT"),
     ] = ()
     validation_steps: Annotated[int, Knob("Draw the validation prompts every N steps.", LOOKS, least=1)] = 100
-    num_validation_images: Annotated[int, Knob("Pictures of each validation prompt.", LOOKS, least=1)] = 1
-    validation_guidance: Annotated[float, Knob("Their classifier-free guidance; 1 is none.", LOOKS, least=0)] = 1.0
-    num_inference_steps: Annotated[int, Knob("Their steps of the solver.", LOOKS, least=2)] = 25
+    num_validation_images: Annotated[int, Knob("Pictures per validation prompt.", LOOKS, least=1)] = 1
+    validation_guidance: Annotated[float, Knob("Guidance of validation pictures; 1 is none.", LOOKS, least=0)] = 1.0
+    num_inference_steps: Annotated[int, Knob("Solver steps of validation pictures.", LOOKS, least=2)] = 25
 
     @property
     def trains_dit(self) -> bool:
@@ -241,15 +248,15 @@ class TrainingOptions:
             raise OptionError("--data: give at least one file or folder to train on")
         if self.full and self.quantize:
             raise OptionError(
-                f"--quantize {self.quantize}: only frozen weights can be quantised, and --full trains all"
+                f"--quantize {self.quantize}: only frozen weights can be quantised, and --full trains all; leave out one of them"
             )
         if self.full and self.class_prompts:
             raise OptionError(
-                "--class-prompts: what is to be kept is computed without the LoRA, and --full trains none"
+                "--class-prompts: their targets are computed without the LoRA, and --full has no LoRA; leave out one of them"
             )
         if self.optimizer == "muon" and not self.full:
-            raise OptionError("--optimizer muon: is for whole matrices; give --full, or --optimizer adamw")
+            raise OptionError("--optimizer muon: needs whole weight matrices; give --full, or --optimizer adamw")
 
     def identity(self) -> dict[str, Any]:
-        """The options that a resumed run must share with its beginning, since they shape every step."""
+        """The options that a resumed run must not change, since they affect every step."""
         return {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}

@@ -1,4 +1,4 @@
-"""The loop: batches, gradients, steps, logs, checkpoints; it goes on to the bit where it was ended."""
+"""The training loop: batches, gradients, steps, logs, checkpoints; a resumed loop has the same bits."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ class Trainer:
                     self._look(step)
                 if step % plan.save_every == 0 or step == plan.steps:
                     self.save()
-                since += time.perf_counter() - paused  # neither is part of a step's time
+                since += time.perf_counter() - paused  # validating and saving are not part of a step's time
         finally:
             parts.close()  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""Pictures of the validation prompts while the model learns: always the same noise, on one contact sheet a time."""
+"""Pictures of the validation prompts during training: the same noise each time, on a contact sheet."""
 
 from __future__ import annotations
 

@@ -410,13 +410,14 @@ def test_values_that_no_field_has_are_refused_before_drawing(shown: Page, change
 
 
 def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page, monkeypatch: pytest.MonkeyPatch) -> None:
-    sample = ScaleRAE.sample
+    began, sample = threading.Event(), ScaleRAE.sample
 
     def held(model: ScaleRAE, conditions: Any, seeds: Any, options: Any, batch_size: Any, callback: Any) -> Any:
         """Goes on with evaluation 100, which the second visitor does not reach, until the callback ends the drawing."""
 
         def step(evaluation: int, *state: Any) -> None:
             callback(evaluation, *state)
+            began.set()
             deadline = time.monotonic() + 240  # against hanging only
             while evaluation == 100 and time.monotonic() < deadline:
                 time.sleep(0.05)
@@ -430,6 +431,7 @@ def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page, monkeypatch: py
     assert shown.join(shown.function("draw-go", "click"), shown.draw(images=16, steps=250), session).status_code == 200
     messages = shown.messages(session)
     assert any("progressbar" in str(m) and m["msg"] == "process_generating" for m in messages)
+    assert began.wait(240)  # the bar is there before
     assert shown.model.busy
     messages.close()  # type: ignore[attr-defined]
     message = shown.do("draw-go", "click", shown.draw())  # waits for its turn
