@@ -7,6 +7,7 @@ import json
 import pickle
 import resource
 import socket
+import threading
 import time
 import zipfile
 from collections.abc import Iterator

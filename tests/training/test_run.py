@@ -109,7 +109,7 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
         go(replace(other, resume=True, seed=1))
     notes: list[str] = []
     again = go(replace(other, resume=True), Watcher(note=notes.append))
-    assert notes == ["going on after step 2"]
+    assert notes == ["continuing after step 2"]
     keys = ("step", "loss", "flow_by_t", "gradient_norm", "learning_rate")
     assert [[record[key] for key in keys] for record in again] == [[record[key] for key in keys] for record in whole]
     assert files(other.out) == files(options.out)
