@@ -49,7 +49,7 @@ class Checkpoints:
             try:
                 torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
             except RuntimeError as e:  # torch's own writer, for example on a full disk
-                raise OutputError(f"{target}: cannot be written ({first_line(e)})") from e
+                raise OutputError(f"{target}: cannot be written; is the disk full? ({first_line(e)})") from e
             shutil.rmtree(target, ignore_errors=True)
             fresh.replace(target)
         for old in self.steps()[: -self._keep] if self._keep else []:
