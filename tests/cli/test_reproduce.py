@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
 
+from scale_rae.geneval import detector
+from scale_rae.geneval.mask2former import convert
 from tests.cli.conftest import Cli
+from tests.helpers.made_geneval import small_architecture, write_clip, write_detector
 
 PROMPTS = Path(__file__).parents[2] / "example_prompts_shapes.jsonl"
 
@@ -60,3 +64,24 @@ def test_draws_evaluates_and_makes_a_table_and_goes_on(cli: Cli, tmp_path: Path)
     assert json.dumps(json.loads(again.out), ensure_ascii=False) == again.out.strip()  # one line, as everywhere
     assert "1 prompts are done already" in again.err
     assert json.loads(again.out) == record
+
+
+def test_with_a_detector_and_clip(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made-up ones, of the published structure: what they see is nonsense, but every step is GenEval's."""
+    monkeypatch.setattr(detector, "Detector", partial(detector.Detector, scale=(333, 200)))  # quick
+    prompt = {"tag": "colors", "include": [{"class": "apple", "count": 1, "color": "red"}]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt | {"prompt": "a photo of a red circle"}) + "\n")
+    convert(write_detector(tmp_path / "small.pth"), tmp_path / "detector", small_architecture())
+    judge = ("--detector", tmp_path / "detector", "--clip", write_clip(tmp_path / "clip"))
+    drawn = ("--prompts", tmp_path / "prompts.jsonl", "--rounds", 1, "--steps", 2, "--device", "cpu")
+    run = cli("reproduce", "shapes", *judge, *drawn, "--threshold", 0.01, "--output-dir", tmp_path / "out")
+    assert run.code == 0, run.err
+    assert "GenEval's own evaluator" in run.err
+    found = {}
+    for file in (tmp_path / "out").rglob("*_geneval/results.jsonl"):
+        found[file.parent.name.split("_")[0]] = [json.loads(line) for line in file.read_text().splitlines()]
+    assert set(found) == {"1", "adaptive"}
+    assert len(found["1"]) == 4
+    assert len(found["adaptive"]) >= 4
+    details = [json.loads(result["details"]) for results in found.values() for result in results]
+    assert any(details)  # it found something somewhere
