@@ -26,7 +26,7 @@ from scale_rae.scaling.events import (
 )
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress, TaskID
     from torch import Tensor
 
     from scale_rae.adaptive import Drawn
@@ -173,14 +173,7 @@ class ScalingDisplay:
         if not self._shown or not self._todo:
             return
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-            )
-            self._task = self._bar.add_task("", total=self._total)
-            self._bar.start()
+            self._bar, self._task = text_bar(self._total)
         self._bar.update(self._task, completed=self._completed(), description=self._state())
 
     def _line(self, text: str) -> None:
@@ -224,14 +217,7 @@ class CountingDisplay:
 
     def _update(self, text: str, done: int, total: int) -> None:
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            self._bar = Progress(
-                BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True
-            )
-            self._task = self._bar.add_task("", total=total)
-            self._bar.start()
+            self._bar, self._task = text_bar(total)
         self._bar.update(self._task, completed=done, total=total, description=text)
         if done == total:
             self.stop()
@@ -241,6 +227,17 @@ class CountingDisplay:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
+
+
+def text_bar(total: int) -> tuple[Progress, TaskID]:
+    """A bar on stderr with the task's description beside it, started, and its task of `total` steps."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    bar = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+    task = bar.add_task("", total=total)
+    bar.start()
+    return bar, task
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from scale_rae.cli.app import say, show
 from scale_rae.cli.options import Debug
-from scale_rae.cli.progress import duration
+from scale_rae.cli.progress import duration, text_bar
 from scale_rae.cli.signature import expanded
 from scale_rae.config import load_config
 from scale_rae.errors import DataError
@@ -89,11 +89,5 @@ class TrainingBar:
                 say(text if text.startswith("step") else f"{text}: {done} of {total}")
             return
         if self._progress is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            columns = BarColumn(), TextColumn("{task.description}")
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._progress.add_task("", total=total)
-            self._progress.start()
+            self._progress, self._task = text_bar(total)
         self._progress.update(self._task, completed=done, total=total, description=text)

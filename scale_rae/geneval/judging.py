@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from scale_rae.geneval.colors import ColorClassifier
-from scale_rae.geneval.crops import crop
+from scale_rae.geneval.crops import BACKGROUND, crop
 from scale_rae.geneval.detector import Detections, Detector
 from scale_rae.geneval.verdicts import PUBLISHED_OPTIONS, Verdict, VerdictOptions, color_calls, keep, verdict
 
@@ -34,7 +34,7 @@ def judge(
     detector: Detector,
     classifier: ColorClassifier,
     options: VerdictOptions = PUBLISHED_OPTIONS,
-    background: str = "#999",
+    background: str = BACKGROUND,
     cropped: bool = True,
 ) -> list[Judgement]:
     """The verdict on each picture with its prompt's metadata. `background` and `cropped` are those of `crops.crop`.

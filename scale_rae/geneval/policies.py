@@ -43,8 +43,8 @@ def policies(
     number = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     if any(kept[p.name] < len(p.samples) for p in prompts):
         found.append(_policy("first", f"first {number} drawn", prompts, results, lambda p: range(kept[p.name])))
-    if all(_searched(p) for p in prompts):
-        found.append(_policy("search", f"{number} kept by the search", prompts, results, _searched))
+    if all(searched(p) for p in prompts):
+        found.append(_policy("search", f"{number} kept by the search", prompts, results, searched))
     unusable: dict[str, str] = {}
     for metric in METRICS:
         try:
@@ -100,7 +100,7 @@ def _keep(prompt: PromptFolder, keep: int | None) -> int:
     return min(value, count) if type(value) is int and value > 0 else count
 
 
-def _searched(prompt: PromptFolder) -> Numbers:
+def searched(prompt: PromptFolder) -> Numbers:
     """The pictures that an adaptive search kept, best first; empty where there was no search."""
     kept = prompt.record.get("top_ir_indices") if prompt.record.get("search") == "adaptive" else None
     return [number for number in kept if type(number) is int] if isinstance(kept, list) else []

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from scale_rae.errors import InputError
 from scale_rae.geneval.evaluation import Evaluation
 from scale_rae.geneval.page import judge_words, note_on, percent, percents
-from scale_rae.geneval.policies import chosen, ranked
+from scale_rae.geneval.policies import chosen, ranked, searched
 from scale_rae.geneval.results import Result
 from scale_rae.geneval.summary import Summary, summarise
 from scale_rae.jsonio import dump_json
@@ -144,7 +144,7 @@ def table(best_of: Evaluation, adaptive: Evaluation | None) -> list[Row]:
             paper = PAPER[KEEP * rounds] if metric == METRICS[0] else None
             rows.append(_best(best_of, results, metric, rounds, paper))
     if adaptive is not None:
-        summary = summarise(chosen(adaptive.folder.prompts, adaptive.by_name, _kept))
+        summary = summarise(chosen(adaptive.folder.prompts, adaptive.by_name, searched))
         rows.append(Row("adaptive", f"{KEEP} kept by the search", "", summary))
     return rows
 
@@ -158,11 +158,6 @@ def _best(best_of: Evaluation, results: Mapping[str, Result], metric: str, round
     return Row(
         name, pictures, metric, summarise(chosen(best_of.folder.prompts, results, lambda p: orders[p.name])), paper
     )
-
-
-def _kept(prompt: Any) -> list[int]:
-    kept = prompt.record.get("top_ir_indices")
-    return list(kept) if isinstance(kept, list) else []
 
 
 def write_reproduction(

@@ -139,13 +139,15 @@ def render(
 
 
 def fill_template(name: str, **values: Any) -> str:
-    """A page: the template of that name in the package's assets, with values; it also gets the style that pages share."""
+    """A page: the template of that name in the package's assets, with values; it also gets the styles that pages share."""
     from jinja2 import Environment, StrictUndefined
 
     assets = files("scale_rae").joinpath("assets")
-    style = assets.joinpath("page.css").read_text(encoding="utf-8")
+    style, tables = (assets.joinpath(f"{css}.css").read_text(encoding="utf-8") for css in ("page", "tables"))
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return env.from_string(assets.joinpath(name).read_text(encoding="utf-8")).render(style=style, **values)
+    return env.from_string(assets.joinpath(name).read_text(encoding="utf-8")).render(
+        style=style, tables=tables, **values
+    )
 
 
 def right_share(

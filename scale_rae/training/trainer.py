@@ -91,7 +91,7 @@ class Trainer:
         plan, first = self.plan, self.group.is_first
         log = Log(folder, self.done) if first else None
         parts = ahead(self._part, self.done * plan.parts, plan.steps * plan.parts)
-        sums, logged, since = [0.0] * len(NAMES), self.done, time.perf_counter()
+        sums, logged = [0.0] * len(NAMES), self.done
         if first and self._look and self.done == 0:
             self._look(0)
         since = time.perf_counter()
