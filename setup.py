@@ -1,0 +1,27 @@
+"""Gives the README of a release links that work on a package index; everything else is in pyproject.toml."""
+
+import re
+import tomllib
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+
+
+def readme(version: str, repository: str) -> str:
+    """README.md with links to files turned into links to `repository`'s files of release `version`."""
+
+    def absolute(match: re.Match[str]) -> str:
+        view = "raw" if match["image"] else "blob"
+        return f"{match['image']}[{match['text']}]({repository}/{view}/v{version}/{match['path']})"
+
+    link = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!https?://|#)[^)]+)\)")
+    return link.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+setup(
+    long_description=readme(project["version"], project["urls"]["Repository"].removesuffix("/")),
+    long_description_content_type="text/markdown",
+)
