@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -31,6 +32,8 @@ except ImportError:  # Windows
 if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
+
+PICTURE_FORMS = ("png", "jpeg", "webp")
 
 
 @dataclass
@@ -224,6 +227,24 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
     buffer = io.BytesIO()
     # Saves a copy: Pillow stores options on the image while it saves, so two threads must not share one.
     image.copy().save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
+
+
+def picture_bytes(image: Image.Image, text: Mapping[str, str], form: str, quality: int = 100) -> bytes:
+    """The file of a picture in one of PICTURE_FORMS, with `text`: chunks of a PNG, or JSON as EXIF's ImageDescription.
+
+    `quality` is that of JPEG and WebP, 0 to 100. WebP is lossless at 100.
+    """
+    from PIL import ExifTags
+    from PIL.Image import Exif
+
+    if form == "png":
+        return png_bytes(image, text)
+    exif = Exif()
+    exif[ExifTags.Base.ImageDescription] = json.dumps(dict(text))  # ASCII, as EXIF wants it
+    buffer = io.BytesIO()
+    lossless = form == "webp" and quality == 100
+    image.copy().save(buffer, form, quality=quality, exif=exif, lossless=lossless)
     return buffer.getvalue()
 
 

@@ -12,12 +12,12 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from scale_rae import outputs
 from scale_rae.checkpoint import load_latent
 from scale_rae.errors import InputError, OutputError
-from scale_rae.outputs import Sample, check_folder, latent_bytes, png_bytes, read_manifest, save_run
+from scale_rae.outputs import Sample, check_folder, latent_bytes, picture_bytes, png_bytes, read_manifest, save_run
 
 RED = Image.new("RGB", (4, 3), "red")
 
@@ -179,6 +179,18 @@ def test_text_in_a_png(tmp_path: Path) -> None:
     image = Image.open(tmp_path / "i.png")
     assert image.text == text  # type: ignore[attr-defined]
     assert np.array_equal(np.asarray(image), np.asarray(RED))
+
+
+@pytest.mark.parametrize("form", ["jpeg", "webp"])
+def test_text_and_quality_in_other_forms(form: str) -> None:
+    text = {"prompt": "naïve 猫", "seed": "42"}
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))
+    best, worst = (picture_bytes(noise, text, form, quality) for quality in (100, 10))
+    assert len(worst) < len(best) / 2
+    image = Image.open(io.BytesIO(best))
+    assert image.format == form.upper()
+    assert json.loads(image.getexif()[ExifTags.Base.ImageDescription]) == text
+    assert np.array_equal(np.asarray(image), np.asarray(noise)) == (form == "webp")
 
 
 def test_a_latent_file_holds_only_the_latent(tmp_path: Path) -> None:
