@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "scale_rae"
 # A new module takes its place here: after all that it imports, before all that import it. An import counts wherever it
 # stands: inside a function and under TYPE_CHECKING, too.
 ROAD = """
-version errors shares files jsonio options processes clock
+version errors shares files jsonio options processes clock templates
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.draw shapes.judge
 codes config layout headers footprint memory_plan containers images torch_file checkpoint hub provenance adapters listing inspection wording memory cpu noise
@@ -33,9 +33,9 @@ scaling.batches scaling.joining scaling.lanes scaling.waves scaling.worker scali
 scaling.replacing scaling.reader scaling.scoring scaling.select
 geneval.results geneval.summary geneval.folders geneval.policies geneval.journal geneval.judges geneval.evaluation geneval.workers
 scaling.plots scaling.report scaling.sheet geneval.page geneval.outcome geneval.reproduction
-serve serve.settings serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
+serve serve.settings serve.links serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
-serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.app serve.server
+serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.routes.home serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
 cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.train cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve

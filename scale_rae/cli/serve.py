@@ -80,6 +80,14 @@ def command(
             rich_help_panel=SERVER,
         ),
     ] = None,
+    docs: Annotated[
+        bool,
+        typer.Option(
+            "--docs",
+            help="Serve /docs, a page to try the routes. The reader's browser loads the page's scripts from elsewhere.",
+            rich_help_panel=SERVER,
+        ),
+    ] = False,
     limits: Limits,
     debug: Debug = False,
 ) -> None:
@@ -116,6 +124,7 @@ def command(
         batch_size,
         warm_up,
         debug,
+        docs,
         limits,
     )
     serve(settings, bars, lambda text: typer.echo(text, err=True))

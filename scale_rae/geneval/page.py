@@ -19,8 +19,9 @@ from scale_rae.geneval.judges import NOT_COMPARABLE
 from scale_rae.geneval.policies import Policy
 from scale_rae.geneval.results import REASON_KINDS, Result
 from scale_rae.geneval.summary import Summary
-from scale_rae.scaling.report import fill_template, thumbnail_of
+from scale_rae.scaling.report import thumbnail_of
 from scale_rae.shares import Share
+from scale_rae.templates import fill_template
 
 MOST_PICTURES = 2000  # on a page; at 224 pixels each has about 10 KB
 _COLORS = ("#e4572e", "#2e86de", "#17a673", "#c837ab", "#e0a100", "#6c5ce7", "#00a3a3", "#9c6b30")

@@ -21,8 +21,8 @@ from scale_rae.jsonio import dump_json
 from scale_rae.options import ModelChoice, SamplingOptions, default_batch_size
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.replacing import write_file
-from scale_rae.scaling.report import fill_template
 from scale_rae.scaling.settings import Settings
+from scale_rae.templates import fill_template
 
 if TYPE_CHECKING:
     from scale_rae.inspection import Inspection

@@ -11,7 +11,6 @@ import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from scale_rae.scaling.plots import best_of_n_plots, histogram, scatter
 from scale_rae.scaling.reader import FATES, Experiment, Prompt, Searched, Tried, read_experiment
 from scale_rae.scaling.replacing import write_file
 from scale_rae.scaling.select import Selection, choose, formula_of, yes_share
+from scale_rae.templates import fill_template
 
 SMALL = 72  # longest side of a candidate's picture, in pixels
 
@@ -135,18 +135,6 @@ def render(
         curves={} if searches else {name: best_of_n_plots(selections) for name, selections in chosen.items()},
         search=_search_view(searches),
         data=data,
-    )
-
-
-def fill_template(name: str, **values: Any) -> str:
-    """A page: the template of that name in the package's assets, with values; it also gets the styles that pages share."""
-    from jinja2 import Environment, StrictUndefined
-
-    assets = files("scale_rae").joinpath("assets")
-    style, tables = (assets.joinpath(f"{css}.css").read_text(encoding="utf-8") for css in ("page", "tables"))
-    env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    return env.from_string(assets.joinpath(name).read_text(encoding="utf-8")).render(
-        style=style, tables=tables, **values
     )
 
 

@@ -12,14 +12,16 @@ from scale_rae.serve.decoding import Decoders
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.errors import HANDLED, RESPONSES, answer_to
 from scale_rae.serve.guard import Guard
+from scale_rae.serve.links import Links
 from scale_rae.serve.routes.chat import CHAT, chat_router
 from scale_rae.serve.routes.health import health_router
+from scale_rae.serve.routes.home import home_router
 from scale_rae.serve.routes.images import IMAGES, images_router
 from scale_rae.serve.routes.models import MODELS, models_router
-from scale_rae.serve.settings import HEALTH, METRICS, READY, ServeSettings
+from scale_rae.serve.settings import HEALTH, HOME, METRICS, READY, ServeSettings
 from scale_rae.version import __version__
 
-ROUTES = (HEALTH, READY, METRICS, "/openapi.json", MODELS)  # besides those that take a body
+ROUTES = (HOME, HEALTH, READY, METRICS, "/openapi.json", "/docs", MODELS)  # besides those that take a body
 
 
 def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Guard:
@@ -28,10 +30,12 @@ def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Gua
         title="Scale-RAE",
         version=__version__,
         summary="One model that draws and looks, behind OpenAI's interfaces.",
-        docs_url=None,  # its page would load scripts from elsewhere
+        docs_url="/docs" if settings.docs else None,  # its page loads scripts from elsewhere
         redoc_url=None,
         responses=RESPONSES,
     )
+
+    links = Links(settings.limits.linked, settings.limits.links)
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         status, body, headers = answer_to(error)
@@ -44,7 +48,8 @@ def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Gua
     for router in (
         health_router(engine),
         models_router(settings),
-        images_router(engine, settings),
+        images_router(engine, settings, links),
+        home_router(engine, settings, links),
         chat_router(engine, settings, decoders),
     ):
         app.include_router(router)

@@ -39,7 +39,7 @@ from scale_rae.flow import StepCallback
 from scale_rae.language import Conversation, Reply
 from scale_rae.manifest import text_chunks
 from scale_rae.options import SamplingOptions, SearchOptions, to_record
-from scale_rae.outputs import png_bytes
+from scale_rae.outputs import picture_bytes
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import Turn
 from scale_rae.ranking import Verdicts, rank
@@ -626,14 +626,16 @@ class Engine:
     def _complete(
         self, task: Task, chosen: Sequence[tuple[int, dict[str, Any]]], search: dict[str, Any] | None = None
     ) -> None:
-        """Emits a task's result; PNGs are encoded on threads of their own, while the model goes on."""
+        """Emits a task's result; images are encoded on threads of their own, while the model goes on."""
         reply, job = task.reply, task.job
         assert reply is not None
 
         def pack() -> None:
             try:
                 images = [
-                    ResultImage(png_bytes(task.drawn[i][1], _png_text(job, i)), job.seed_of(i), scores)
+                    ResultImage(
+                        picture_bytes(task.drawn[i][1], _text_in(job, i), job.form, job.quality), job.seed_of(i), scores
+                    )
                     for i, scores in chosen
                 ]
                 cut_off = reply.condition is None and len(reply.ids) >= job.max_new_tokens
@@ -697,8 +699,8 @@ def _all_distinct(conditions: Sequence[Tensor]) -> list[Tensor]:
     return [condition[:] for condition in conditions]
 
 
-def _png_text(job: Job, index: int) -> dict[str, str]:
-    """The text chunks of a PNG: the settings that drew it."""
+def _text_in(job: Job, index: int) -> dict[str, str]:
+    """The text in an image's file: the settings that drew it."""
     options, interval = job.options, job.options.interval
     text = {
         "image_seed": job.seed_of(index),

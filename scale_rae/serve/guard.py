@@ -18,14 +18,15 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from scale_rae.serve.refusals import Refused, client_left, error_body, internal_error, invalid, shutting_down
-from scale_rae.serve.settings import HEALTH, LOOPBACK, METRICS, READY, ServeSettings
+from scale_rae.serve.settings import HEALTH, HOME, LOOPBACK, METRICS, PICTURE_FILES, READY, ServeSettings
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
     from scale_rae.serve.engine import Engine
 
-OPEN_PATHS = (HEALTH, READY)  # without a key
+OPEN_PATHS = (HOME, HEALTH, READY)  # without a key
+NAMED = ("/v1/models/{model}", PICTURE_FILES + "/{name}")  # routes with a name in them
 LEFT = "scale_rae.left"  # in a request's scope: whether its client left in the middle of a stream
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[^:\[\]]+|[0-9a-f:]+)(:\d{1,5})?")
 _MARKS = (b",", b"[", b"{")
@@ -142,13 +143,14 @@ class Guard:
         """The path if it is a known one: clients' words must not get into logs and metrics."""
         if path in self._routes:
             return path
-        return "/v1/models/{model}" if path.startswith("/v1/models/") else "other"
+        return next((route for route in NAMED if path.startswith(route.partition("{")[0])), "other")
 
     def _check(self, scope: Scope) -> None:
         headers = {key: value for key, value in scope["headers"] if key == b"authorization"}
         key = self._settings.api_key
         if key is not None:
-            if scope["path"] in OPEN_PATHS:
+            # The name of a picture cannot be guessed, so it is the key to it.
+            if scope["path"] in OPEN_PATHS or scope["path"].startswith(f"{PICTURE_FILES}/"):
                 return
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
             if not hmac.compare_digest(given.strip(), key.encode()) or scheme.lower() != b"bearer":

@@ -19,9 +19,9 @@ from scale_rae.prompt import SYSTEM, Turn
 
 @dataclass(frozen=True)
 class ResultImage:
-    """One drawn image as PNG, the seed of its noise and, if only the best were wanted, its scores."""
+    """The file of one drawn image, the seed of its noise and, if only the best were wanted, its scores."""
 
-    png: bytes
+    file: bytes
     seed: int
     scores: dict[str, Any] = field(default_factory=dict)
 
@@ -66,6 +66,8 @@ class Job:
     must_draw: bool = False  # whether a reply that asks for none is an error
     text_field: str = "prompt"  # the request's field with the text, which errors about its length name
     client: str = ""  # whom the job counts for when clients take turns
+    form: str = "png"  # of the images' files, and their quality
+    quality: int = 100
     streams: bool = False  # whether the client gets text as it is written, after which the job cannot be refused
 
     def seed_of(self, index: int) -> int:

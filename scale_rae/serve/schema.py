@@ -169,7 +169,9 @@ class ImageRequest(_Sampling):
     model: str | None = None
     n: int = Field(1, ge=1, le=64, description="Images to return.")
     size: str = Field("auto", pattern=r"^(auto|[1-9][0-9]{0,4}x[1-9][0-9]{0,4})$", description="auto, or the model's.")
-    response_format: Literal["b64_json"] = "b64_json"
+    response_format: Literal["b64_json", "url"] = Field(
+        "b64_json", description="url: a link to the image on this server, which keeps it for a limited time."
+    )
     best_of: BestOf | None = Field(
         None,
         description="Images to draw, of which the best n are returned. auto: as many as it takes until n are accepted; those "
@@ -179,11 +181,13 @@ class ImageRequest(_Sampling):
         None,
         description="What picks the best: a reward model that the server has loaded, or answer: the model's own yes or no.",
     )
-    output_format: Literal["png"] = "png"
+    output_format: Literal["png", "jpeg", "webp"] = "png"
     quality: Literal["auto", "standard"] = "auto"
     background: Literal["auto", "opaque"] = "auto"
     moderation: Literal["auto", "low"] | None = None
-    output_compression: Annotated[int, Field(ge=100, le=100)] | None = None
+    output_compression: Annotated[int, Field(ge=0, le=100)] | None = Field(
+        None, description="Quality of JPEG and WebP; at 100, the default, WebP is lossless. PNG takes 100 only."
+    )
     partial_images: Zero | None = None
     stream: No | None = None
     user: str | None = None
@@ -305,12 +309,13 @@ class ErrorResponse(BaseModel):
 
 
 class ImageData(BaseModel):
-    """One image: a PNG in base64, and the seed of its noise. With best_of, what it was scored.
+    """One image: its file in base64 or a link to it, and the seed of its noise. With best_of, what it was scored.
 
     With best_of "auto", `accepted` is false for an image that only makes up the number.
     """
 
-    b64_json: str
+    b64_json: str | None = None
+    url: str | None = None
     seed: int
     reward: str | None = None
     score: float | None = None

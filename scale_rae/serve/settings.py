@@ -10,6 +10,7 @@ from scale_rae.options import PROMPT_PREFIX, Knob, ModelChoice
 API_KEY_VARIABLE = "SCALE_RAE_API_KEY"
 OWN_JUDGEMENT = "answer"  # in place of a reward's name: the model's own yes or no about what it drew
 HEALTH, READY, METRICS = "/health", "/ready", "/metrics"  # paths that are not logged
+HOME, PICTURE_FILES = "/", "/v1/images/files"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine itself
 SEED_BITS = 31  # of seeds that requests leave to the server, which every client's integers hold
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
@@ -51,6 +52,11 @@ class Limits:
     # Images to draw, with those that best_of drops.
     drawings: Annotated[int, _limit("Images that a request may have drawn.", 1, name="max_images", most=64)] = 16
     steps: Annotated[int, _limit("Steps of the solver.", 1, name="max_steps")] = 250
+    # Pictures that answers link to (links.py)
+    linked: Annotated[float, _limit("Seconds that pictures sent as URLs are kept.", 1, name="url_time")] = 3600.0
+    links: Annotated[
+        int, _limit("MiB of all pictures that are kept for URLs.", MIB, name="max_url_memory", unit=MIB)
+    ] = 256 * MIB
     new_tokens: Annotated[int, _limit("Longest reply, in tokens.", 1, name="max_new_tokens")] = 1024
     # Images that are sent (decoding.py)
     pixels: Annotated[int, _limit("Pixels of an image sent.", 1, name="max_pixels")] = 25_000_000
@@ -80,4 +86,5 @@ class ServeSettings:
     batch_size: int | None = None
     warm_up: bool | None = None  # None: on CUDA
     debug: bool = False
+    docs: bool = False  # whether /docs has a page to try the routes
     limits: Limits = field(default_factory=Limits)

@@ -34,6 +34,7 @@ OPERATIONS = [
     ("GET", "/metrics"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
+    ("GET", "/v1/images/files/{name}"),
     ("POST", "/v1/images/generations"),
     ("POST", "/v1/chat/completions"),
 ]

@@ -236,7 +236,7 @@ def _finish_reason(result: Result) -> Any:
 
 
 def _image_parts(result: Result, index: int) -> list[ImagePart]:
-    url = "data:image/png;base64," + base64.b64encode(result.images[index].png).decode("ascii")
+    url = "data:image/png;base64," + base64.b64encode(result.images[index].file).decode("ascii")
     return [ImagePart(type="image_url", image_url=ImageURL(url=url))]
 
 

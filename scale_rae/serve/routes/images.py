@@ -15,6 +15,7 @@ from scale_rae.options import SamplingOptions
 from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.jobs import Inbox, Job
+from scale_rae.serve.links import Links, link_to
 from scale_rae.serve.refusals import invalid
 from scale_rae.serve.routes.body import json_router
 from scale_rae.serve.routes.checks import check_model, check_sampling, check_text, client_name
@@ -26,7 +27,7 @@ from scale_rae.wording import as_request
 IMAGES = "/v1/images/generations"
 
 
-def images_router(engine: Engine, settings: ServeSettings) -> APIRouter:
+def images_router(engine: Engine, settings: ServeSettings, links: Links) -> APIRouter:
     """The endpoint's router."""
     router, limits = json_router(), settings.limits
 
@@ -43,6 +44,8 @@ def images_router(engine: Engine, settings: ServeSettings) -> APIRouter:
         size = f"{engine.model.image_size}x{engine.model.image_size}"
         if body.size not in ("auto", size):
             raise invalid("size", f'this model draws "{size}"; give that or "auto"')
+        if body.output_format == "png" and body.output_compression not in (None, 100):
+            raise invalid("output_compression", "PNG is lossless; give 100, or output_format jpeg or webp")
         options, reward = body.options(limits.steps), _reward(body, engine, best_of)
         searcher = None
         if body.best_of == AUTO:
@@ -61,15 +64,21 @@ def images_router(engine: Engine, settings: ServeSettings) -> APIRouter:
             reward=reward,
             subject=body.prompt,
             must_draw=True,
+            form=body.output_format,
+            quality=100 if body.output_compression is None else body.output_compression,
             client=client_name(request),
         )
         result = await result_of(job, engine, inbox, request)
-        data = [
-            ImageData(b64_json=base64.b64encode(image.png).decode("ascii"), seed=image.seed, **image.scores)
-            for image in result.images
-        ]
+        data = []
+        for image in result.images:
+            if body.response_format == "url":
+                where = {"url": link_to(links.add(image.file, body.output_format), request.base_url)}
+            else:
+                where = {"b64_json": base64.b64encode(image.file).decode("ascii")}
+            data.append(ImageData(**where, seed=image.seed, **image.scores))
         search = None if result.search is None else SearchSummary(**result.search)
-        return ImagesResponse(created=int(time.time()), data=data, size=size, search=search)
+        form = body.output_format
+        return ImagesResponse(created=int(time.time()), data=data, size=size, output_format=form, search=search)
 
     return router
 
