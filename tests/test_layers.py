@@ -35,7 +35,7 @@ geneval.results geneval.summary geneval.folders geneval.policies geneval.journal
 scaling.plots scaling.report scaling.sheet geneval.page geneval.outcome geneval.reproduction
 serve serve.settings serve.links serve.refusals serve.schema serve.errors serve.metrics serve.turns serve.jobs serve.schedule serve.engine
 serve.guard serve.connections serve.data_urls serve.decoding serve.streaming serve.routes serve.routes.body serve.routes.checks
-serve.routes.images serve.routes.chat serve.routes.models serve.routes.health serve.routes.home serve.app serve.server
+serve.routes.images serve.routes.conversations serve.routes.chat serve.routes.responses serve.routes.models serve.routes.health serve.routes.home serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
 cli.app cli.progress cli.signature cli.options cli.runs cli.searches cli.train cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve

@@ -18,6 +18,8 @@ from scale_rae.serve.routes.health import health_router
 from scale_rae.serve.routes.home import home_router
 from scale_rae.serve.routes.images import IMAGES, images_router
 from scale_rae.serve.routes.models import MODELS, models_router
+from scale_rae.serve.routes.responses import RESPONSES as RESPONSES_PATH
+from scale_rae.serve.routes.responses import responses_router
 from scale_rae.serve.settings import HEALTH, HOME, METRICS, READY, ServeSettings
 from scale_rae.version import __version__
 
@@ -51,10 +53,11 @@ def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Gua
         images_router(engine, settings, links),
         home_router(engine, settings, links),
         chat_router(engine, settings, decoders),
+        responses_router(engine, settings, decoders),
     ):
         app.include_router(router)
     _document_limits(app, settings)
-    return Guard(app, engine, settings, ROUTES, (IMAGES, CHAT))
+    return Guard(app, engine, settings, ROUTES, (IMAGES, CHAT, RESPONSES_PATH))
 
 
 def _document_limits(app: FastAPI, settings: ServeSettings) -> None:
@@ -72,7 +75,7 @@ def _document_limits(app: FastAPI, settings: ServeSettings) -> None:
     def openapi() -> dict[str, Any]:
         value = plain()
         schemas = value["components"]["schemas"]
-        for name in ("ImageRequest", "ChatRequest"):
+        for name in ("ImageRequest", "ChatRequest", "ResponsesRequest"):
             for field, bound in bounds.items():
                 schema = schemas[name]["properties"].get(field, {})
                 for variant in schema.get("anyOf", [schema]):

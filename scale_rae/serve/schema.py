@@ -292,6 +292,102 @@ class ChatRequest(_Sampling):
     user: str | None = None
 
 
+class InputText(_Strict):
+    type: Literal["input_text"]
+    text: str
+
+
+class InputImage(_Strict):
+    type: Literal["input_image"]
+    image_url: str = Field(description="As in ImageURL.", json_schema_extra={"examples": [PIXEL]})
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class OutputText(_Strict):
+    type: Literal["output_text"]
+    text: str
+    annotations: NoList | None = None
+    logprobs: NoList | None = None
+
+
+class InputMessage(_Strict):
+    """What a user or the developer says, or what the model said before."""
+
+    role: Literal["user", "assistant", "system", "developer"]
+    content: (
+        str
+        | Annotated[
+            list[Annotated[InputText | InputImage | OutputText, Field(discriminator="type")]],
+            Field(min_length=1, max_length=256, fail_fast=True),
+        ]
+    )
+    type: Literal["message"] = "message"
+    id: str | None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: str | None = None
+
+
+class DrawnImage(_Strict):
+    """An image that the model drew before, as it was in the answer."""
+
+    type: Literal["image_generation_call"]
+    id: str | None = None
+    result: str = Field(description="The PNG in base64.", json_schema_extra={"examples": [PIXEL.partition(",")[2]]})
+    status: Literal["in_progress", "completed", "generating", "failed"] | None = None
+    seed: Seed | None = None
+    output_format: Literal["png", "webp", "jpeg"] | None = None
+    action: str | None = None
+    background: str | None = None
+    quality: str | None = None
+    size: str | None = None
+    revised_prompt: str | None = None
+
+
+class ImageTool(_Strict):
+    type: Literal["image_generation"]
+    output_format: Literal["png"] | None = None
+    size: Literal["auto"] | None = None
+    quality: Literal["auto"] | None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto", "low"] | None = None
+    action: Literal["auto", "generate"] | None = None
+    model: str | None = None
+    partial_images: Zero | None = None
+
+
+class TextOptions(_Strict):
+    format: TextFormat | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponsesRequest(_Sampling):
+    """POST /v1/responses"""
+
+    input: str | Annotated[list[InputMessage | DrawnImage], Field(min_length=1, max_length=1000, fail_fast=True)]
+    model: str | None = None
+    instructions: str | None = None
+    stream: bool | None = False
+    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
+    tools: Annotated[list[ImageTool], Field(max_length=16)] | None = Field(
+        None,
+        description="Without image_generation in it, the answer ends where it would draw; without tools, it draws.",
+    )
+    tool_choice: Literal["none", "auto"] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(None, description="Ignored: text is greedy.")
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = Field(None, description="Ignored: text is greedy.")
+    text: TextOptions | None = None
+    include: NoList | None = None
+    parallel_tool_calls: bool | None = None
+    truncation: Literal["auto", "disabled"] | None = None
+    background: No | None = None
+    store: No | None = Field(None, description="The server keeps no answers.")
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+    prompt_cache_key: str | None = None
+    safety_identifier: str | None = None
+    user: str | None = None
+
+
 # Answers -----------------------------------------------------------------------------------------------------------------
 
 
@@ -384,6 +480,46 @@ class ChatResponse(BaseModel):
     model: str
     choices: list[Choice]
     usage: Usage
+
+
+class OutputMessage(BaseModel):
+    """The text of an answer."""
+
+    id: str
+    type: Literal["message"] = "message"
+    role: Literal["assistant"] = "assistant"
+    status: Literal["in_progress", "completed", "incomplete"]
+    content: list[dict[str, Any]]
+
+
+class OutputImage(BaseModel):
+    """An image of an answer: a PNG in base64, and the seed of its noise."""
+
+    id: str
+    type: Literal["image_generation_call"] = "image_generation_call"
+    status: Literal["in_progress", "completed"]
+    result: str | None = None
+    output_format: str = "png"
+    seed: int | None = None
+
+
+class ResponsesResponse(BaseModel):
+    id: str
+    object: Literal["response"] = "response"
+    created_at: int
+    status: Literal["in_progress", "completed", "incomplete"]
+    error: None = None
+    incomplete_details: dict[str, str] | None = None
+    instructions: str | None = None
+    metadata: dict[str, Any] = {}
+    model: str
+    output: list[OutputMessage | OutputImage] = []
+    parallel_tool_calls: bool = False
+    temperature: float = 0.0
+    top_p: float = 1.0
+    tool_choice: str = "auto"
+    tools: list[dict[str, Any]] = []
+    usage: dict[str, Any] | None = None
 
 
 class Status(BaseModel):

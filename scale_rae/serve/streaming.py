@@ -15,6 +15,8 @@ from scale_rae.serve.engine import Engine
 from scale_rae.serve.jobs import Inbox, Job, Result
 from scale_rae.serve.refusals import Refused, client_left
 
+PING = 15.0  # seconds of silence after which a stream shows that it is alive
+
 
 async def result_of(job: Job, engine: Engine, inbox: Inbox, request: Request) -> Result:
     """The result of a job that this submits.

@@ -37,6 +37,7 @@ OPERATIONS = [
     ("GET", "/v1/images/files/{name}"),
     ("POST", "/v1/images/generations"),
     ("POST", "/v1/chat/completions"),
+    ("POST", "/v1/responses"),
 ]
 
 
@@ -67,6 +68,18 @@ def mend(body: Any) -> None:
         if body["prompt"] and (body.get("n") or 1) > 2:
             body["n"] = 2
         return
+    if "input" in body:
+        if isinstance(body["input"], list):
+            for item in body["input"]:
+                if "result" in item:
+                    item["result"] = PIXEL.partition(",")[2]
+                for part in item["content"] if isinstance(item.get("content"), list) else ():
+                    if "image_url" in part:
+                        part["image_url"] = PIXEL
+            body["input"] = [*body["input"][:3], {"role": "user", "content": DRAWN}]
+        else:
+            body["input"] = DRAWN
+        return
     for message in body["messages"]:
         parts = (message.get("images") or []) + (message["content"] if isinstance(message.get("content"), list) else [])
         for part in parts:
@@ -76,11 +89,11 @@ def mend(body: Any) -> None:
 
 
 def asked(document: Any) -> dict[str, float]:
-    """Answers so far by status, of the two routes that reach the model."""
+    """Answers so far by status, of the routes that reach the model."""
     with urllib.request.urlopen(document.location.replace("openapi.json", "metrics")) as answer:
         text = answer.read().decode()
     counts: dict[str, float] = {}
-    for status, count in re.findall(r'requests_total\{route="/v1/[ic].*status="(\d+)"\} (\S+)', text):
+    for status, count in re.findall(r'requests_total\{route="/v1/[icr].*status="(\d+)"\} (\S+)', text):
         counts[status] = counts.get(status, 0) + float(count)
     return counts
 

@@ -7,24 +7,21 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter, Request
-from PIL import Image
-from torch import Tensor
 
 from scale_rae.noise import new_seed
-from scale_rae.prompt import SYSTEM, Turn
 from scale_rae.serve.decoding import Decoders
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.errors import answer_to
 from scale_rae.serve.guard import LEFT
 from scale_rae.serve.jobs import Inbox, Job, Result
-from scale_rae.serve.refusals import invalid
 from scale_rae.serve.routes.body import json_router
-from scale_rae.serve.routes.checks import check_model, check_sampling, check_text, client_name
+from scale_rae.serve.routes.checks import check_model, check_sampling, client_name
+from scale_rae.serve.routes.conversations import Said, asked_of, draws, pixels_of
 from scale_rae.serve.schema import (
     AnswerMessage,
     ChatRequest,
@@ -36,12 +33,10 @@ from scale_rae.serve.schema import (
     TextPart,
     Usage,
 )
-from scale_rae.serve.settings import SEED_BITS, Limits, ServeSettings
-from scale_rae.serve.streaming import EventStream, attended, result_of
-from scale_rae.wording import asks_to_draw
+from scale_rae.serve.settings import SEED_BITS, ServeSettings
+from scale_rae.serve.streaming import PING, EventStream, attended, result_of
 
 CHAT = "/v1/chat/completions"
-_PING = 15.0  # seconds of silence after which a stream shows that it is alive
 
 
 def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> APIRouter:
@@ -60,9 +55,9 @@ def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> 
         check_model(body.model, settings)
         check_sampling(body, engine, limits, body.n, "n")
         inbox = Inbox(limits.deadline)
-        asked = read_messages(body.messages, limits)
+        asked = asked_of(_said(body.messages), "messages", limits)
         async with attended(request, inbox.deadline):
-            pixels = await _pixels(engine, asked.images, decoders, client_name(request))
+            pixels = await pixels_of(asked, engine, decoders, client_name(request))
         most = min(body.max_completion_tokens or body.max_tokens or limits.new_tokens, limits.new_tokens)
         job = Job(
             asked.turns,
@@ -75,7 +70,7 @@ def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> 
             best_of=body.n,
             system=asked.system,
             max_new_tokens=most,
-            draws=_draws(body.modalities, asked.turns[-1]),
+            draws=draws(asked, None if body.modalities is None else "image" in body.modalities),
             text_field="messages",
             streams=bool(body.stream),
             client=client_name(request),
@@ -100,34 +95,13 @@ def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> 
     return router
 
 
-# The request -----------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A conversation as the model gets it. `images`: (field, data URL) in the order of the turns."""
-
-    turns: list[Turn] = field(default_factory=list)
-    system: str = SYSTEM
-    images: list[tuple[str, str]] = field(default_factory=list)
-
-
-def read_messages(messages: Sequence[Message], limits: Limits) -> Asked:
-    """The turns, system text and images of a request's messages.
-
-    Raises:
-        Refused: naming the field of the first violation.
-    """
-    turns: list[Turn] = []
-    urls: list[tuple[str, str]] = []
-    system: list[str] = []
-    length = 0
+def _said(messages: Sequence[Message]) -> Iterator[Said]:
+    """The messages, each with its field's name."""
     for i, message in enumerate(messages):
         name = f"messages.{i}.content"
         content: Any = [] if message.content is None else message.content
         parts = [TextPart(type="text", text=content)] if isinstance(content, str) else content
         text = "\n".join(part.text for part in parts if isinstance(part, TextPart))
-        length += len(text)
         if message.role == "assistant":
             shown = [(f"messages.{i}.images.{j}.image_url.url", p.image_url.url) for j, p in enumerate(message.images)]
         else:
@@ -136,30 +110,7 @@ def read_messages(messages: Sequence[Message], limits: Limits) -> Asked:
                 for j, part in enumerate(parts)
                 if isinstance(part, ImagePart)
             ]
-        may_be_empty = message.role != "user" or shown
-        check_text(text or "-" if may_be_empty else text, length, name, limits)
-        if message.role in ("user", "assistant"):
-            turns.append(Turn(message.role, text, len(shown)))
-        else:
-            system.append(text)
-        urls += shown
-        if len(urls) > limits.images:
-            raise invalid(shown[-1][0], f"more than {limits.images} images in a request")
-    if not turns or turns[-1].role != "user":
-        raise invalid("messages", "the last one must be a user's")
-    return Asked(turns, "\n".join(system) or SYSTEM, urls)
-
-
-async def _pixels(engine: Engine, urls: Sequence[tuple[str, str]], decoders: Decoders, client: str) -> Tensor | None:
-    """The images [N, 3, H, W], preprocessed at once, so that no large image is held while its request waits."""
-    if not urls:
-        return None
-    import torch
-
-    def preprocess(image: Image.Image) -> Tensor:
-        return engine.model.encoder.preprocess([image])
-
-    return torch.cat([await decoders.read(url, name, client, preprocess) for name, url in urls])
+        yield Said(message.role, name, text, shown)
 
 
 # The answer ------------------------------------------------------------------------------------------------------------------
@@ -202,7 +153,7 @@ async def _write_events(
     try:
         async with attended(request, inbox.deadline):
             await put(chunks.delta({"role": "assistant", "content": ""}))
-            while not isinstance(event := await inbox.get(_PING), Result):
+            while not isinstance(event := await inbox.get(PING), Result):
                 await put(": working\n\n" if event is None else chunks.delta({"content": event}))
             if event.images:
                 for i in range(job.count):
@@ -222,13 +173,6 @@ async def _write_events(
             await put(f"data: {json.dumps(body)}\n\n")
     finally:
         engine.cancel(job)
-
-
-def _draws(modalities: Sequence[str] | None, last: Turn) -> bool:
-    """Whether an image that the answer begins is drawn: as `modalities` says, else not where an image is asked about."""
-    if modalities is not None:
-        return "image" in modalities
-    return not last.images or asks_to_draw(last.text)
 
 
 def _finish_reason(result: Result) -> Any:

@@ -9,7 +9,7 @@ from scale_rae.noise import check_noise
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.guard import client_of
 from scale_rae.serve.refusals import Refused, invalid
-from scale_rae.serve.schema import ChatRequest, ImageRequest
+from scale_rae.serve.schema import ChatRequest, ImageRequest, ResponsesRequest
 from scale_rae.serve.settings import Limits, ServeSettings
 
 
@@ -36,7 +36,9 @@ def check_text(text: str, length: int, field: str, limits: Limits) -> None:
         raise invalid(field, "is not valid Unicode text") from None
 
 
-def check_sampling(body: ImageRequest | ChatRequest, engine: Engine, limits: Limits, images: int, field: str) -> None:
+def check_sampling(
+    body: ImageRequest | ChatRequest | ResponsesRequest, engine: Engine, limits: Limits, images: int, field: str
+) -> None:
     """Raises Refused for sampling options that this model or server does not take.
 
     `images` are to be drawn; `field` is the request's field that says so.

@@ -72,7 +72,7 @@ def images_router(engine: Engine, settings: ServeSettings, links: Links) -> APIR
         data = []
         for image in result.images:
             if body.response_format == "url":
-                where = {"url": link_to(links.add(image.file, body.output_format), request.base_url)}
+                where: dict[str, Any] = {"url": link_to(links.add(image.file, body.output_format), request.base_url)}
             else:
                 where = {"b64_json": base64.b64encode(image.file).decode("ascii")}
             data.append(ImageData(**where, seed=image.seed, **image.scores))
