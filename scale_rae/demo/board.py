@@ -31,7 +31,7 @@ def _card(ranked: RankedImage, command: str | None) -> str:
     rows, why, how = _rows(ranked.scores), _why(ranked.why), _how(command)
     state = "kept" if ranked.kept else "dropped"
     return (
-        f'<li class="{state}"><img src="{thumbnail(ranked.image)}" alt="Image in place {ranked.place + 1}, {state}">'
+        f'<li class="{state}"><img tabindex="0" src="{thumbnail(ranked.image)}" alt="Image in place {ranked.place + 1}, {state}">'
         f'<div><p class="head"><b>{ranked.place + 1}</b> <span class="state">{state}</span> '
         f"{_answer(ranked.answer)}</p>"
         f"{why}<dl>{rows}</dl><p class='seed'>seed {ranked.seed}</p>{how}</div></li>"
@@ -54,7 +54,7 @@ def _candidate(card: CandidateCard, command: str | None) -> str:
     picture = f'<div class="blank" role="img" aria-label="{name}, not drawn yet"></div>'
     if card.picture is not None:
         side = 256 if kept else 128
-        picture = f'<img src="{thumbnail(card.picture, side)}" alt="{name}, {shown}">'
+        picture = f'<img tabindex="0" src="{thumbnail(card.picture, side)}" alt="{name}, {shown}">'
     place = f"<b>{card.place + 1}</b> " if card.place is not None else ""
     filled_up = kept and card.fate != ACCEPTED  # too few were accepted
     label = f"kept, though {shown}" if filled_up else shown

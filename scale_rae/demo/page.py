@@ -35,7 +35,7 @@ from scale_rae.demo.widgets import (
     set_after_error,
     shows_errors,
 )
-from scale_rae.demo.words import bar, note, sentence, whole_number
+from scale_rae.demo.words import bar, folded, header, note, sentence, whole_number
 from scale_rae.errors import InputError
 from scale_rae.ranking import TABLE
 from scale_rae.rewards import DEFAULT_REWARD, REWARDS
@@ -46,13 +46,22 @@ VISITORS = 100  # whose images and fields are kept; beyond that, those of the vi
 QUEUE = 32  # requests of all visitors that may wait
 NO_REWARD = "none"
 # What the bundled model was trained to draw.
-SHAPES_PROMPTS = ["a red circle", "three stars", "a blue square and a pink star", "a star below a ring"]
+SHAPES_PROMPTS = ["three stars", "a star below a ring", "a blue square and a pink star"]
 CSS = (Path(__file__).parent / "page.css").read_text(encoding="utf-8")
 THEME = gr.themes.Default(
-    primary_hue="blue",
+    primary_hue="indigo",
+    secondary_hue="amber",
     neutral_hue="slate",
+    radius_size="lg",
     font=["system-ui", "-apple-system", "Segoe UI", "sans-serif"],
     font_mono=["ui-monospace", "Menlo", "Consolas", "monospace"],
+).set(
+    body_background_fill="*neutral_50",
+    body_background_fill_dark="*neutral_950",
+    button_primary_background_fill="linear-gradient(90deg, *primary_600, *primary_500)",
+    button_primary_background_fill_dark="linear-gradient(90deg, *primary_600, *primary_500)",
+    button_primary_text_color="white",
+    block_shadow="0 1px 2px rgb(15 23 42 / 6%)",
 )
 
 
@@ -63,20 +72,27 @@ def build(model: SharedModel, folder: Path) -> gr.Blocks:
     with gr.Blocks(
         title=f"{TITLE}: {name}", analytics_enabled=False, fill_width=False, delete_cache=(3600, 86400)
     ) as page:
-        gr.Markdown(
-            f"# {TITLE}\nModel `{name}` on `{model.model.device}`. One visitor at a time draws; others wait in line."
-        )
+        gr.HTML(header(name, str(model.model.device)), elem_id="header")
         if able := what_it_can(model.model.source):
-            gr.HTML(note(sentence(able, escape=False)), elem_id="able")
+            gr.HTML(folded("What this model draws", sentence(able, escape=False)), elem_id="able")
         drawn: Any = gr.State([])  # list[SavedImage], newest first
         with gr.Tabs():
             with gr.Tab("Draw", id="draw"):
+                gr.HTML(note("Write a prompt. The model draws; watch the pictures form."), elem_classes="what")
                 _draw_tab(model, drawn)
             with gr.Tab("Look", id="look"):
+                words = (
+                    "Ask about a picture: one of your own, or one that was drawn here, whose latent the model reads."
+                )
+                gr.HTML(note(words), elem_classes="what")
                 _look_tab(model, drawn)
             with gr.Tab("Best of N", id="best"):
+                words = "Several pictures of one prompt: the model and a reward judge them, and the best are kept."
+                gr.HTML(note(words), elem_classes="what")
                 _best_tab(model, drawn)
             with gr.Tab("Latent", id="latent"):
+                words = "A saved latent: decode it, ask about it, or let the model go on from it."
+                gr.HTML(note(words), elem_classes="what")
                 _latent_tab(model, drawn)
         page.queue(max_size=QUEUE, default_concurrency_limit=1, api_open=False)
     page.state_session_capacity = VISITORS
@@ -93,7 +109,8 @@ def _draw_tab(model: SharedModel, drawn: Any) -> None:
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(
                 label="Prompt",
-                lines=2,
+                lines=1,
+                max_lines=6,
                 placeholder="a red circle",
                 elem_id="draw-prompt",
                 autofocus=True,
@@ -103,8 +120,8 @@ def _draw_tab(model: SharedModel, drawn: Any) -> None:
                 gr.Examples(
                     SHAPES_PROMPTS, prompt, label="This model knows shapes, and nothing else", api_visibility="private"
                 )
-            fields = sampling_fields(model, 4, "draw")
             buttons = run_buttons("draw", "Draw")
+            fields = sampling_fields(model, 4, "draw")
         with gr.Column(scale=3, min_width=300):
             results = result_panel("draw", "Drawings")
 
@@ -201,8 +218,17 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=300):
             prompt = gr.Textbox(
-                label="Prompt", lines=2, placeholder="a red circle", elem_id="best-prompt", max_length=MOST_CHARACTERS
+                SHAPES_PROMPTS[-1] if bundled else "",
+                label="Prompt",
+                lines=1,
+                max_lines=6,
+                placeholder="a red circle",
+                elem_id="best-prompt",
+                max_length=MOST_CHARACTERS,
             )
+            if bundled:
+                gr.Examples(SHAPES_PROMPTS, prompt, label="For example", api_visibility="private")
+            buttons = run_buttons("best", "Draw and rank", 140)
             how = gr.Radio(
                 [("Draw all N, then rank them", ALL), ("Draw until enough are accepted", UNTIL)],
                 value=ALL,
@@ -234,7 +260,6 @@ def _best_tab(model: SharedModel, drawn: Any) -> None:
                 elem_id="best-candidates",
             )
             fields = sampling_fields(model, 6, "best")
-            buttons = run_buttons("best", "Draw and rank", 140)
         with gr.Column(scale=3, min_width=300):
             status = gr.HTML("", elem_id="best-status", elem_classes="status")
             board = gr.HTML("", elem_id="best-board")
@@ -336,9 +361,8 @@ def _latent_tab(model: SharedModel, drawn: Any) -> None:
                     elem_id="latent-prompt",
                     max_length=MOST_CHARACTERS,
                 )
-                with gr.Accordion("How to draw", open=False):
-                    fields = sampling_fields(model, 1, "latent")
                 buttons = run_buttons("latent", "Continue")
+                fields = sampling_fields(model, 1, "latent")
                 results = result_panel("latent", "Drawn after the latent")
 
     def load(path: str | None) -> list[Any]:

@@ -21,10 +21,11 @@ from scale_rae.demo.streams import mapped
 from scale_rae.demo.words import bar, note, sentence, whole_number, without_paths
 from scale_rae.errors import ScaleRAEError, printable
 from scale_rae.noise import new_seed
-from scale_rae.options import DEFAULT_SEED, SOLVERS, Sampling, SamplingOptions
+from scale_rae.options import SOLVERS, Sampling, SamplingOptions
 from scale_rae.prompt import DESCRIBE, QUESTION
 
 REMEMBERED = 24  # images that a visitor can pick from
+SEED_BITS = 31  # of new seeds, which every browser's numbers hold
 # What the bundled model was trained to be asked.
 QUESTIONS = [
     DESCRIBE,
@@ -91,14 +92,14 @@ class SamplingFields:
 
 
 def sampling(images: float, guidance: float, steps: float, solver: str, seed: str) -> Sampling:
-    """The sampling options in the fields.
+    """The sampling options in the fields; a new seed if its field is empty.
 
     Raises:
         InputError: naming a field without a whole number.
     """
     return Sampling(
         num_images=whole_number(images, "The number of images"),
-        seed=whole_number(seed, "The seed"),
+        seed=new_seed(SEED_BITS) if not str(seed or "").strip() else whole_number(seed, "The seed"),
         options=SamplingOptions(
             guidance=float(guidance) if guidance is not None else _DEFAULTS.guidance,
             steps=whole_number(steps, "The number of steps"),
@@ -108,7 +109,12 @@ def sampling(images: float, guidance: float, steps: float, solver: str, seed: st
 
 
 def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFields:
-    """Makes the fields, with `images` as the default number of images; `prefix` begins their ids."""
+    """Makes the fields, folded, with `images` as the default number of images; `prefix` begins their ids."""
+    with gr.Accordion("How to draw", open=False, elem_id=f"{prefix}-how-to-draw"):
+        return _open_sampling_fields(model, images, prefix)
+
+
+def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFields:
     bundled = model.bundled
     with gr.Row():
         count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
@@ -131,16 +137,18 @@ def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFie
         )
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         seed = gr.Textbox(
-            str(DEFAULT_SEED),
             label="Seed",
+            placeholder="a new one each time",
             max_lines=1,
             min_width=120,
             scale=3,
             elem_id=f"{prefix}-seed",
             max_length=20,
         )
-        again = gr.Button("New seed", min_width=110, scale=1, elem_id=f"{prefix}-new-seed")
-    again.click(lambda: str(new_seed(31)), outputs=seed, queue=False, api_visibility="private", show_progress="hidden")
+        again = gr.Button("Fix one", min_width=110, scale=1, elem_id=f"{prefix}-new-seed")
+    again.click(
+        lambda: str(new_seed(SEED_BITS)), outputs=seed, queue=False, api_visibility="private", show_progress="hidden"
+    )
     return SamplingFields(count, guidance, steps, solver, seed)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import re
+from importlib.resources import files
 
 from scale_rae.errors import InputError
 
@@ -42,6 +44,25 @@ def bar(share: float, text: str) -> str:
         f'aria-label="{html.escape(text, quote=True)}"><div style="width: {percent}%"></div></div>'
         f'<p class="said">{html.escape(text)}</p>'
     )
+
+
+def header(model: str, device: str) -> str:
+    """The page's head in HTML: what Scale-RAE is, which model runs where, and pictures that the bundled model drew."""
+    strip = base64.b64encode(files("scale_rae").joinpath("assets", "drawings.webp").read_bytes()).decode("ascii")
+    return (
+        '<div class="hero"><div><h1>Scale-RAE</h1>'
+        "<p>One model that draws pictures and reads them. "
+        '<span class="more">What it draws it can judge, so it can draw many and keep the best.</span></p>'
+        f'<p class="chips"><span>{html.escape(model)}</span> <span>{html.escape(device)}</span> '
+        '<span class="more">One visitor at a time draws; others wait in line.</span></p></div>'
+        f'<img src="data:image/webp;base64,{strip}" width="768" height="128" alt="Six pictures of coloured shapes, drawn by the '
+        'model that comes with the package"></div>'
+    )
+
+
+def folded(title: str, text: str) -> str:
+    """A text in HTML that a click on its title shows."""
+    return f'<details class="said"><summary>{html.escape(title)}</summary>{html.escape(text)}</details>'
 
 
 def note(text: str) -> str:

@@ -81,6 +81,8 @@ class Visitor:
         self.get(name, ":is(textarea, input)").first.fill(text)
 
     def set(self, prefix: str, **values: int) -> None:
+        if not self.get(f"{prefix}-seed").is_visible():
+            self.get(f"{prefix}-how-to-draw", "button").first.click()
         for name, value in values.items():
             field = self.get(f"{prefix}-{name}", "input[type=number]")
             field.fill(str(value))
@@ -89,9 +91,10 @@ class Visitor:
     def pictures(self, name: str) -> Any:
         return self.get(name, "button:has(img)")
 
-    def draw(self, prompt: str = "a red circle", images: int = 1, steps: int = 3) -> None:
+    def draw(self, prompt: str = "a red circle", images: int = 1, steps: int = 3, seed: int = 42) -> None:
         self.write("draw-prompt", prompt)
         self.set("draw", images=images, steps=steps)
+        self.write("draw-seed", str(seed))
         self.get("draw-go").click()
 
     def drawn(self) -> None:
@@ -272,6 +275,10 @@ def test_best_of_n(visit: Any) -> None:
     assert all("last image kept" in c.locator(".why").inner_text() for c in cards.all()[2:])
     assert all("reward" in c.inner_text() and "prompt loss" in c.inner_text() for c in cards.all())
     assert visitor.get("best-files", "a[download]").count() == 6
+    small = cards.first.locator("img").bounding_box()["width"]
+    cards.first.locator("img").click()
+    assert cards.first.locator("img").bounding_box()["width"] > 4 * small
+    visitor.page.evaluate("document.activeElement.blur()")
     cards.first.locator("summary").click()
     assert "scale-rae t2i" in cards.first.locator("code").inner_text()
     cards.first.locator("summary").click()
@@ -373,7 +380,11 @@ def test_by_keyboard(visit: Any) -> None:
 def test_fits_a_phone_in_light_and_dark(visit: Any, scheme: str) -> None:
     visitor = visit(PHONE, scheme)
     visitor.draw(images=2)
+    visitor.get("draw-how-to-draw", "button").first.click()  # folds it, as it is at first
     visitor.drawn()
+    visitor.page.evaluate("window.scrollTo(0, 0)")
+    visitor.picture_of_page(f"phone-{scheme}")
+    assert visitor.get("draw-gallery", "img").first.bounding_box()["y"] < PHONE["height"] - 100
     for name in TABS:
         visitor.tab(name)
         visitor.page.wait_for_timeout(150)
@@ -384,7 +395,5 @@ def test_fits_a_phone_in_light_and_dark(visit: Any, scheme: str) -> None:
                && e.type !== 'file' && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 200))"""
         )
         assert cut == [], name
-    visitor.tab("Draw")
-    visitor.picture_of_page(f"phone-{scheme}")
     luminance = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).slice(0, 3)")
     assert (sum(map(float, luminance)) / 3 > 128) == (scheme == "light")
