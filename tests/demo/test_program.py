@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from scale_rae.cli import main
 from tests.cli.test_program import heed_interrupts
+from tests.helpers.forked import Forked
 
 pytest.importorskip("gradio", reason="needs the extra `demo`")
 httpx = pytest.importorskip("httpx")  # comes with gradio
@@ -46,14 +49,27 @@ def running(environment: dict[str, str], *options: str) -> Iterator[tuple[subpro
 
 
 def test_opens_and_ends_with_ctrl_c_leaving_nothing(tmp_path: Path) -> None:
-    with running({"TMPDIR": str(tmp_path), "HF_HUB_OFFLINE": "1"}) as (program, address):
-        with urllib.request.urlopen(address, timeout=300) as answer:
-            text = answer.read().decode()
-        assert answer.status == 200
-        for other in ("fonts.googleapis.com", "fonts.gstatic.com", "cdnjs", "jsdelivr", "huggingface.co"):
-            assert f"//{other}" not in text
-        assert list(tmp_path.glob("scale-rae-demo-*"))
-        program.send_signal(signal.SIGINT)
+    def run() -> int:
+        tempfile.tempdir = str(tmp_path)
+        return main(["demo", "--device", "cpu"])
+
+    with (tmp_path / "errors").open("w+") as errors:
+        program = Forked(run, errors.fileno())
+        try:
+            address = program.stdout.readline().split()[0]
+            with urllib.request.urlopen(address, timeout=300) as answer:
+                text = answer.read().decode()
+            assert answer.status == 200
+            for other in ("fonts.googleapis.com", "fonts.gstatic.com", "cdnjs", "jsdelivr", "huggingface.co"):
+                assert f"//{other}" not in text
+            assert list(tmp_path.glob("scale-rae-demo-*"))
+            os.kill(program.pid, signal.SIGINT)
+            assert program.wait() == 0
+        finally:
+            if program.returncode is None:
+                program.kill()
+        errors.seek(0)
+        assert errors.read() == ""
     assert not list(tmp_path.glob("scale-rae-demo-*"))
 
 

@@ -1,4 +1,4 @@
-"""Workers as forks of the test's process, which has imported torch already: a program of its own would take seconds for that.
+"""Programs as forks of the test's process, which has imported torch already: a new process would take seconds for that.
 
 That the command starts programs is tested where one is killed, and once with two.
 """
@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,28 +18,27 @@ import pytest
 from scale_rae.scaling import local, worker_process
 
 
-class _Fork:
-    """What the launcher uses of a `subprocess.Popen` that starts a worker."""
+class Forked:
+    """`run` in a fork of this process, which exits with what `run` returns; used as a `subprocess.Popen` with pipes is."""
 
-    def __init__(self, command: list[str], *, stderr: Any, env: dict[str, str], **_: Any) -> None:
-        assert any("worker_process" in word for word in command)
-        assignment, self_in = os.pipe()
-        self_out, events = os.pipe()
+    def __init__(self, run: Callable[[], int], stderr: int) -> None:
+        stdin, self_in = os.pipe()
+        self_out, stdout = os.pipe()
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
             code = 70
             try:
-                for ours, number in ((assignment, 0), (events, 1), (stderr.fileno(), 2)):
+                for ours, number in ((stdin, 0), (stdout, 1), (stderr, 2)):
                     os.dup2(ours, number)
-                os.environ.update(env)
                 sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-                code = worker_process.main()
+                code = run()
             finally:
+                sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(code)
-        os.close(assignment)
-        os.close(events)
+        os.close(stdin)
+        os.close(stdout)
         self.stdin, self.stdout = os.fdopen(self_in, "w"), os.fdopen(self_out)
 
     def poll(self) -> int | None:
@@ -60,6 +60,17 @@ class _Fork:
         return self.returncode
 
 
+def _start_worker(command: list[str], *, stderr: Any, env: dict[str, str], **_: Any) -> Forked:
+    """What the launcher calls `subprocess.Popen` for."""
+    assert any("worker_process" in word for word in command)
+
+    def run() -> int:
+        os.environ.update(env)
+        return worker_process.main()
+
+    return Forked(run, stderr.fileno())
+
+
 def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the local launcher fork its workers."""
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=_Fork, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=_start_worker, PIPE=subprocess.PIPE))
