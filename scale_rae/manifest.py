@@ -36,7 +36,7 @@ def drawing_manifest(
         "prompt": prompt,
         **recorded,
         **opened,
-        "seed": sampling.seed,
+        "seed": sampling.seeds[0] if len(sampling.seeds) == 1 else list(sampling.seeds),
         "image_seeds": list(image_seeds),
         **{name: options[name] for name in SAMPLER_FIELDS if name in options},
         **gpu,
@@ -64,7 +64,7 @@ def recorded_sampling(manifest: Fields) -> Sampling:
         manifest.error: naming a field that is missing or is not what it should be.
     """
     seeds = manifest.get("image_seeds", list)
-    if not all(isinstance(s, int) and not isinstance(s, bool) and 0 <= s <= LARGEST_SEED for s in seeds):
+    if not all(_is_seed(s) for s in seeds):
         raise manifest.fail("image_seeds", "must be whole numbers")
     for name in _ALWAYS_THERE:
         manifest.get(name, object)
@@ -74,12 +74,25 @@ def recorded_sampling(manifest: Fields) -> Sampling:
         raise manifest.error(f"{manifest.where}: {e}") from e
     return Sampling(
         num_images=len(seeds),
-        seed=manifest.get("seed", int),
+        seed=_recorded_seed(manifest),
         options=options,
         max_new_tokens=manifest.get("max_new_tokens", int),
         batch_size=manifest.get("batch_size", int, None),
         image_seeds=tuple(seeds),
     )
+
+
+def _recorded_seed(manifest: Fields) -> int | tuple[int, ...]:
+    seed: int | list[int] = manifest.get("seed", (int, list))
+    if isinstance(seed, int):
+        return seed
+    if not seed or not all(_is_seed(s) for s in seed):
+        raise manifest.fail("seed", "must be a whole number, or several")
+    return tuple(seed)
+
+
+def _is_seed(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= LARGEST_SEED
 
 
 def input_latents(paths: Sequence[Path]) -> dict[str, Any]:

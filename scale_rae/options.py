@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import re
+import secrets
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -41,6 +42,7 @@ DECODE_AT_ONCE = 32  # latents
 PROMPT_PREFIX = "Can you generate "  # put before prompts that are not worded as requests
 TRAINING_STEPS = 1000  # the published grids are picked from 1000 training times
 LARGEST_SEED = 2**63 - 1
+RANDOM_SEED_BITS = 32  # short enough to be typed again
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
 SEARCH = "Adaptive search"
@@ -58,7 +60,9 @@ class Knob:
     `name` is the option's name in flags and files, `label` its name in error messages. `must` says what a value must be,
     where `least`, `most` and `choices` do not say it well enough. With `show_range`, --help shows least and most. A flag's
     value times `unit` is the field's. `bare` is the value of a flag that is given without one. With `only_if_set`, records
-    leave out the default, so files are the same as before the option existed.
+    leave out the default, so files are the same as before the option existed. `aliases` are other names of the flag, as other
+    programs have them; one letter is a short flag. `parse` makes the field's value of a flag's text; a text that ends with a
+    comma goes on in the next argument.
     """
 
     help: str
@@ -75,9 +79,15 @@ class Knob:
     unit: int = 1
     bare: int | None = None
     only_if_set: bool = False
+    aliases: tuple[str, ...] = ()
+    parse: Callable[[str], Any] | None = None
 
     def check(self, label: str, value: Any) -> None:
         """Raises OptionError, beginning with `label`, for a value that the option does not take. None is always taken."""
+        for one in value if isinstance(value, tuple) else (value,):
+            self._check_one(label, one)
+
+    def _check_one(self, label: str, value: Any) -> None:
         if value is None:
             return
         if self.choices:
@@ -283,14 +293,35 @@ Lora = Annotated[
         only_if_set=True,
     ),
 ]
-Seed = Annotated[
-    int,
+_SEED_BOUNDS = {"least": 0, "most": LARGEST_SEED, "must": "must be at least 0 and less than 2^63"}
+Seed = Annotated[int, Knob("The same seed draws the same image.", SAMPLING, **_SEED_BOUNDS)]
+
+
+def seeds_of(text: str) -> int | tuple[int, ...]:
+    """The seed, or the several seeds, that a text names: "42", "1,2,3", "random".
+
+    Raises:
+        ValueError: for any other text.
+    """
+    words = [word.strip() for word in text.split(",")]
+    seeds = tuple(secrets.randbits(RANDOM_SEED_BITS) if word == "random" else _whole(word) for word in words)
+    return seeds if len(seeds) > 1 else seeds[0]
+
+
+def _whole(text: str) -> int:
+    if not re.fullmatch(r"[+-]?[0-9]{1,40}", text):
+        raise ValueError(f"{text!r:.40} is not a whole number, whole numbers with commas between, or random")
+    return int(text)
+
+
+Seeds = Annotated[
+    int | tuple[int, ...],
     Knob(
-        "The same seed draws the same image.",
+        "The same seed draws the same image. Several, as in 1,2,3: an image of each. random: a new seed, which is printed.",
         SAMPLING,
-        least=0,
-        most=LARGEST_SEED,
-        must="must be at least 0 and less than 2^63",
+        **_SEED_BOUNDS,
+        metavar="N[,N…]|random",
+        parse=seeds_of,
     ),
 ]
 MaxNewTokens = Annotated[int, Knob("Longest reply, in tokens.", SAMPLING, least=1)]
@@ -345,13 +376,16 @@ class SamplingOptions:
             name="guidance_level",
             least=0,
             must="must be a finite number of at least 0 (1 is no guidance)",
+            aliases=("guidance_scale",),
         ),
     ] = 1.0
     interval: Annotated[
         tuple[float, float] | None,
         Knob("Guide only where t is in [LO, HI]; noise is t = 1.", SAMPLING, name="guidance_interval", metavar="LO HI"),
     ] = None
-    steps: Annotated[int, Knob("Steps of the solver.", SAMPLING, least=1)] = DEFAULT_STEPS
+    steps: Annotated[int, Knob("Steps of the solver.", SAMPLING, least=1, aliases=("num_inference_steps",))] = (
+        DEFAULT_STEPS
+    )
     solver: Annotated[
         str,
         Knob(
@@ -439,16 +473,24 @@ class SearchOptions:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`."""
+    """How images are drawn: `num_images` of each prompt and seed.
+
+    `image_seeds` are the noise seeds themselves, instead of `num_images` and `seed`.
+    """
 
     num_images: Annotated[int, Knob("Images of each prompt.", SAMPLING, label="number of images", least=1)] = 1
-    seed: Seed = DEFAULT_SEED
+    seed: Seeds = DEFAULT_SEED
     options: SamplingOptions = SamplingOptions()
     max_new_tokens: MaxNewTokens = DEFAULT_NEW_TOKENS
     batch_size: Annotated[
         int | None, Knob("Images drawn at once. Default: 8 on the CPU, 32 elsewhere.", SAMPLING, least=1)
     ] = None
     image_seeds: tuple[int, ...] | None = None
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds, one or several."""
+        return self.seed if isinstance(self.seed, tuple) else (self.seed,)
 
     def check(self) -> None:
         """Raises OptionError, naming the option, for values that no run can use."""

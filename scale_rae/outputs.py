@@ -1,4 +1,4 @@
-"""Writes a run's files: sample_<time>.png, …_latent.pt, …_manifest.json. All or none; nothing is overwritten.
+"""Writes a run's files: sample_<time>.png, …_latent.pt, …_manifest.json. All or none; nothing is overwritten unasked.
 
 A run writes its files into a hidden folder beside their targets, then renames them into place, the manifest last. The folder has
 the run's name and is locked while the run writes. The lock prevents two processes from using one name, and distinguishes the folder
@@ -11,17 +11,19 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
+import string
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scale_rae.errors import InputError, OutputError
-from scale_rae.files import write_new
+from scale_rae.errors import InputError, OptionError, OutputError, shorten
+from scale_rae.files import replace, write_new
 from scale_rae.jsonio import dump_json, read_json
 
 try:
@@ -36,9 +38,22 @@ if TYPE_CHECKING:
 PICTURE_FORMS = ("png", "jpeg", "webp")
 
 
+FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # PICTURE_FORMS by the ends of files' names
+FIELDS = {
+    "index": 0,
+    "prompt": "a",
+    "seed": 0,
+    "number": 0,
+    "time": "a",
+    "model": "a",
+}  # of name templates, with examples
+MOST_SLUG = 80  # characters of a prompt in a file's name; in UTF-8 they may take twice as many bytes
+MOST_EXIF = 60_000  # bytes; a JPEG's EXIF has room for 65,533
+
+
 @dataclass
 class Sample:
-    """One image to save: pixels with the text that goes into the PNG, a latent, or both.
+    """One image to save: pixels with the text that goes into its file, a latent, or both; and its noise seed if it has one.
 
     The half-formed picture of a dropped candidate has a `mark` in its name instead of a number, and is listed apart.
     """
@@ -47,6 +62,72 @@ class Sample:
     latent: Tensor | None = None
     text: Mapping[str, str] | None = None
     mark: str = ""
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """How the files of runs are named: `template`, in which FIELDS stand in braces, then `suffix` for pictures.
+
+    With `exact`, these names and no others are taken: a file of that name is replaced with `overwrite`, else it is an error.
+    """
+
+    template: str = "sample_{time}"
+    suffix: str = ".png"
+    exact: bool = False
+    overwrite: bool = False
+
+    def check(self) -> None:
+        """Raises OptionError for a template that makes no file name, or a suffix that is not one of FORMATS."""
+        what = f"file name template {self.template!r:.80}"
+        try:
+            self.fields()
+            made = self.template.format_map(FIELDS)
+        except (ValueError, KeyError, IndexError, AttributeError, TypeError) as e:
+            raise OptionError(f"{what}: {e}; the fields are {', '.join(f'{{{name}}}' for name in FIELDS)}") from e
+        if not self.exact and (not made.strip() or re.search(r'[\x00-\x1f/\\:*?"<>|]', made)):
+            raise OptionError(f"{what}: must be a file's name, without folders and without any of : * ? \" < > |")
+        if self.suffix.lower() not in FORMATS:
+            raise OptionError(
+                f"pictures cannot be {self.suffix or 'without a suffix'}: use one of {', '.join(FORMATS)}"
+            )
+
+    def stems(
+        self, manifest: Mapping[str, Any], samples: Sequence[Sample], time_of_run: str, label: str
+    ) -> tuple[str, list[str]]:
+        """The beginning of the manifest's name, and that of each sample's names without its mark.
+
+        `label` is appended to names that tell neither prompt nor index, and to those of latents from several files.
+        """
+        seeds = manifest.get("seed", 0)
+        fields = {
+            "index": manifest.get("prompt_index", 0),
+            "prompt": slug(manifest.get("prompt") or ""),
+            "seed": seeds[0] if isinstance(seeds, list) else seeds,
+            "number": 0,
+            "time": time_of_run,
+            "model": slug(Path(manifest.get("model_path") or "").name),
+        }
+        tail = "" if "prompt_index" in manifest and self.fields() & {"index", "prompt"} else label
+        own = [{"number": i} | ({} if s.seed is None else {"seed": s.seed}) for i, s in enumerate(samples)]
+        made = [self.template.format_map(fields | some) + tail for some in own]
+        return made[0] if made else self.template.format_map(fields) + tail, made
+
+    def fields(self) -> set[str]:
+        """The names of the fields in the template. Raises ValueError for what is no plain field."""
+        used: set[str] = set()
+        for _, name, form, conversion in string.Formatter().parse(self.template):
+            if name is not None:
+                if name not in FIELDS or conversion or "{" in (form or ""):
+                    raise ValueError(f"{{{name}}} is no field")
+                used.add(name)
+        return used
+
+
+def slug(text: str) -> str:
+    """A text as part of a file's name: letters and digits, dashes between words, at most MOST_SLUG characters."""
+    words = re.sub(r"[\W_]+", "-", text)[:MOST_SLUG]
+    return words.encode()[: 2 * MOST_SLUG].decode(errors="ignore").strip("-") or "image"
 
 
 def timestamp() -> str:
@@ -82,38 +163,69 @@ def check_folder(folder: Path) -> None:
         return
 
 
+def check_free(folder: Path, names: FileNames) -> None:
+    """Raises OutputError, before any work, for exact names that are taken and not to be overwritten."""
+    if names.exact and not names.overwrite:
+        stem = names.template.format_map(FIELDS)
+        for name in (stem + names.suffix, f"{stem}_00{names.suffix}", f"{stem}_manifest.json"):
+            if os.path.lexists(folder / name):
+                raise _taken(folder / name)
+
+
+def _taken(path: Path) -> OutputError:
+    return OutputError(f"{path}: exists already; choose another name, or replace it: --overwrite")
+
+
 def save_run(
-    folder: Path, manifest: dict[str, Any], samples: Sequence[Sample], time_of_run: str, label: str = ""
+    folder: Path,
+    manifest: dict[str, Any],
+    samples: Sequence[Sample],
+    time_of_run: str,
+    label: str = "",
+    names: FileNames = FileNames(),
 ) -> dict[str, Any]:
     """Writes one run and returns its manifest, completed by the paths and the seconds that writing took.
 
-    Names begin `sample_<time_of_run><label>`; several samples get _00, _01, …, and samples with a mark, which come last, get
-    that. If a file of that name exists, -2, -3, … is
-    appended.
+    Names begin `sample_<time_of_run><label>`, or as `names` says. Several samples of one name get _00, _01, …, and samples
+    with a mark, which come last, get that. If a file of that name exists, -2, -3, … is appended, unless names are `exact`.
 
     Raises:
         OutputError: when a file cannot be written; then no file of the run is left.
     """
     start = time.perf_counter()
-    several = sum(not sample.mark for sample in samples) > 1
+    first, stems = names.stems(manifest, samples, time_of_run, label)
+    unmarked = [stem for stem, sample in zip(stems, samples, strict=True) if not sample.mark]
+    several = len(set(unmarked)) < len(unmarked)
     marks = [sample.mark or (f"_{i:02}" if several else "") for i, sample in enumerate(samples)]
-    suffixes = [m + ".png" for m, s in zip(marks, samples, strict=True) if s.image is not None]
-    suffixes += [m + "_latent.pt" for m, s in zip(marks, samples, strict=True) if s.latent is not None]
-    suffixes.append("_manifest.json")
+
+    def picture(i: int, more: str) -> str:
+        return f"{stems[i]}{more}{marks[i]}{names.suffix}"
+
+    def latent(i: int, more: str) -> str:
+        return f"{stems[i]}{more}{marks[i]}_latent.pt"
+
+    def all_names(more: str) -> list[str]:
+        """The names of the run's files, with `more` behind their beginnings."""
+        return [
+            *(picture(i, more) for i, sample in enumerate(samples) if sample.image is not None),
+            *(latent(i, more) for i, sample in enumerate(samples) if sample.latent is not None),
+            f"{first}{more}_manifest.json",
+        ]
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _reserved(folder, f"sample_{time_of_run}{label}", suffixes) as (stem, staging):
+        with _reserved(folder, first, all_names, names) as (more, staging):
             placed: list[Path] = []
             try:
                 images: list[str] = []
                 latents: list[str] = []
                 marked: list[str] = []
-                for mark, sample, png in zip(marks, samples, _pngs(samples), strict=True):
-                    if png is not None:
-                        (marked if sample.mark else images).append(stem + mark + ".png")
-                        write_new(staging / (stem + mark + ".png"), png)
+                for i, (sample, data) in enumerate(zip(samples, _pictures(samples, names.suffix), strict=True)):
+                    if data is not None:
+                        (marked if sample.mark else images).append(picture(i, more))
+                        write_new(staging / picture(i, more), data)
                     if sample.latent is not None:
-                        latents.append(stem + mark + "_latent.pt")
+                        latents.append(latent(i, more))
                         write_new(staging / latents[-1], latent_bytes(sample.latent))
                 paths = [str(folder / name) for name in latents]
                 complete = manifest | {
@@ -123,11 +235,14 @@ def save_run(
                     **({"dropped_images": [str(folder / name) for name in marked]} if marked else {}),
                     "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
                 }
-                last = f"{stem}_manifest.json"
+                last = f"{first}{more}_manifest.json"
                 write_new(staging / last, (dump_json(complete, indent=2) + "\n").encode())
                 for name in (*images, *latents, *marked, last):
                     placed.append(folder / name)
-                    (staging / name).rename(folder / name)
+                    if names.overwrite:
+                        replace(staging / name, folder / name)
+                    else:
+                        (staging / name).rename(folder / name)
             except BaseException:  # Ctrl-C too
                 for path in placed:
                     path.unlink(missing_ok=True)
@@ -140,31 +255,44 @@ def save_run(
     return complete
 
 
-def _pngs(samples: Sequence[Sample]) -> Iterator[bytes | None]:
-    """The PNG of each sample, None if it has no image; up to four are encoded at once."""
+def _pictures(samples: Sequence[Sample], suffix: str) -> Iterator[bytes | None]:
+    """The file of each sample's picture, None if it has none; up to four are encoded at once."""
 
-    def png(sample: Sample) -> bytes | None:
-        return None if sample.image is None else png_bytes(sample.image, sample.text or {})
+    def encoded(sample: Sample) -> bytes | None:
+        if sample.image is None:
+            return None
+        return picture_bytes(sample.image, sample.text or {}, FORMATS[suffix.lower()])
 
     if len(samples) < 2:
-        yield from map(png, samples)
+        yield from map(encoded, samples)
         return
     with ThreadPoolExecutor(min(len(samples), 4)) as pool:
-        yield from pool.map(png, samples)
+        yield from pool.map(encoded, samples)
 
 
 @contextlib.contextmanager
-def _reserved(folder: Path, stem: str, suffixes: Sequence[str]) -> Iterator[tuple[str, Path]]:
-    """For a `with`: the first of stem, stem-2, … that is free, and a folder that reserves it and is removed at the end."""
-    attempt, count = stem, 1
+def _reserved(
+    folder: Path, stem: str, all_names: Callable[[str], list[str]], names: FileNames
+) -> Iterator[tuple[str, Path]]:
+    """For a `with`: the first of "", "-2", … with which all names are free, and a folder that reserves them.
+
+    The folder is removed at the end.
+
+    Raises:
+        OutputError: for exact names that are taken.
+    """
+    more, count = "", 1
     while True:
-        staging = folder / f".{attempt}.tmp"
+        staging = folder / f".{stem}{more}.tmp"
         with held(staging) as mine:
-            if mine and not any(os.path.lexists(folder / (attempt + suffix)) for suffix in suffixes):
-                yield attempt, staging
+            taken = [] if names.overwrite else [n for n in all_names(more) if os.path.lexists(folder / n)]
+            if mine and not taken:
+                yield more, staging
                 return
+            if names.exact:
+                raise _taken(folder / taken[0]) if taken else OutputError(f"{folder / stem}: another process writes it")
         count += 1
-        attempt = f"{stem}-{count}"
+        more = f"-{count}"
 
 
 @contextlib.contextmanager
@@ -233,7 +361,7 @@ def png_bytes(image: Image.Image, text: Mapping[str, str]) -> bytes:
 def picture_bytes(image: Image.Image, text: Mapping[str, str], form: str, quality: int = 100) -> bytes:
     """The file of a picture in one of PICTURE_FORMS, with `text`: chunks of a PNG, or JSON as EXIF's ImageDescription.
 
-    `quality` is that of JPEG and WebP, 0 to 100. WebP is lossless at 100.
+    `quality` is that of JPEG and WebP, 0 to 100. WebP is lossless at 100. Texts too long for a JPEG's EXIF are cut.
     """
     from PIL import ExifTags
     from PIL.Image import Exif
@@ -241,7 +369,10 @@ def picture_bytes(image: Image.Image, text: Mapping[str, str], form: str, qualit
     if form == "png":
         return png_bytes(image, text)
     exif = Exif()
-    exif[ExifTags.Base.ImageDescription] = json.dumps(dict(text))  # ASCII, as EXIF wants it
+    described = json.dumps(dict(text))  # ASCII, as EXIF wants it
+    if len(described) > MOST_EXIF:
+        described = json.dumps({key: shorten(value, MOST_EXIF // 20) for key, value in text.items()})
+    exif[ExifTags.Base.ImageDescription] = described
     buffer = io.BytesIO()
     lossless = form == "webp" and quality == 100
     image.copy().save(buffer, form, quality=quality, exif=exif, lossless=lossless)

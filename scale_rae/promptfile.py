@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import InputError, first_line
-from scale_rae.files import read_bytes
+from scale_rae.files import read_bytes, size_text
 from scale_rae.jsonio import parse_json
 from scale_rae.prompt import clean_message
 
@@ -39,10 +39,23 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
             no text, or repeat an index.
     """
     path = Path(path)
-    content = read_bytes(path, MOST_BYTES, "prompt file", pipes=True).removeprefix(b"\xef\xbb\xbf")
-    as_records = path.suffix.lower() in RECORD_SUFFIXES
+    content = read_bytes(path, MOST_BYTES, "prompt file", pipes=True)
+    return parse_prompts(content, str(path), path.suffix.lower() in RECORD_SUFFIXES)
+
+
+def parse_prompts(content: bytes, name: str, as_records: bool | None = None) -> list[PromptRecord]:
+    """The prompts in a file's content, as `read_prompts` gives them; `name` begins messages.
+
+    `as_records` says whether lines are JSON records; None: they are if the first one is.
+    """
+    if len(content) > MOST_BYTES:
+        raise InputError(f"{name}: larger than {size_text(MOST_BYTES)}, the most that is read of prompts")
+    content = content.removeprefix(b"\xef\xbb\xbf")
     if problem := _not_lines(content):
-        raise InputError(f"{path}: {problem}")
+        raise InputError(f"{name}: {problem}")
+    if as_records is None:
+        first = _value(content.lstrip().split(b"\n", 1)[0])
+        as_records = isinstance(first, dict) and "prompt" in first
     records: list[PromptRecord] = []
     problems: list[str] = []
     more = 0  # bad lines beyond MOST_PROBLEMS
@@ -64,9 +77,9 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
                 more += 1
         ordinal += 1
     if problems:
-        raise InputError(f"{path}: {'; '.join(problems)}{f'; and {more} more lines' if more else ''}")
+        raise InputError(f"{name}: {'; '.join(problems)}{f'; and {more} more lines' if more else ''}")
     if not records:
-        raise InputError(f"{path}: holds no prompts")
+        raise InputError(f"{name}: holds no prompts")
     return records
 
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # pytest's first process, which runs no test, imports this file before it starts the others: torch would take it seconds.
 # Tests run in parallel, and so do the programs that they start: threads that wait for a core take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["SCALE_RAE_CONFIG"] = ""  # whoever runs the tests may have a configuration file
 
 GOLDEN_CASES = ("siglip", "webssl", "ddt", "wide")
 

@@ -14,13 +14,14 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from scale_rae.cli.defaults import defaults, options_of
 from scale_rae.errors import (
     InputError,
     OptionError,
@@ -72,20 +73,45 @@ class _LazyGroup(TyperGroup):
         return name, load_command(name), rest
 
 
+def _all_options() -> dict[str, set[str]]:
+    """The names of the options of each command, those of subcommands included; imports every command."""
+    found = {}
+    for name in COMMANDS:
+        command = load_command(name)
+        found[name] = {o for c in (command, *getattr(command, "commands", {}).values()) for o in options_of(c)}
+    return found
+
+
 class _Command(TyperCommand):
     """A command that refuses an option of one value given twice; click would silently use the last one.
 
-    `bare` has the values of options that may be given without one, which typer does not know of.
+    `bare`, `lists` and `aliases` are what `signature.expanded` says of options beyond what typer knows. Options that are not
+    given take their defaults from the environment and the configuration file.
     """
 
     bare: Mapping[str, str] = {}
+    lists: Set[str] = frozenset()
+    aliases: Mapping[str, str] = {}
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        extra["token_normalize_func"] = self._spelling
+        return super().make_context(info_name, args, parent, **extra)
+
+    def _spelling(self, name: str) -> str:
+        """The flag's own name, without dashes before it. The official flags are known with underscores, too."""
+        name = name.replace("_", "-")
+        return self.aliases.get(name, name)
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        ctx.default_map = defaults(self, ctx, COMMANDS, _all_options)
+        return super().parse_args(ctx, args)
 
     def make_parser(self, ctx: Any) -> Any:
         parser: Any = super().make_parser(ctx)
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
-            values, rest, order = parse(_with_values(args, self.bare))
+            values, rest, order = parse(_with_values(args, self.bare, self.lists))
             for option, count in Counter(order).items():
                 harmless = option.is_flag and not option.secondary_opts if option.param_type_name == "option" else True
                 if count > 1 and not option.multiple and not harmless:
@@ -110,14 +136,21 @@ def load_command(name: str) -> Any:
     loaded: Any = typer.main.get_command(app)
     for inner, function in functions.items():
         command = loaded if subcommands is None else loaded.commands[inner]
-        command.bare = getattr(function, "bare", {})
+        for name in ("bare", "lists", "aliases"):
+            setattr(command, name, getattr(function, name, getattr(command, name)))
     return loaded
 
 
-def _with_values(args: Sequence[str], bare: Mapping[str, str]) -> list[str]:
-    """The arguments, with its value after each option that has one for when it is given without."""
+def _with_values(args: Sequence[str], bare: Mapping[str, str], lists: Set[str]) -> list[str]:
+    """The arguments, with its value after each option that has one for when it is given without.
+
+    Of options in `lists`, a value that ends with a comma goes on in the next argument, as in --seed 42, 123, 456.
+    """
     complete: list[str] = []
     for i, arg in enumerate(args):
+        if len(complete) > 1 and complete[-1].endswith(",") and complete[-2] in lists:
+            complete[-1] += arg
+            continue
         complete.append(arg)
         value = bare.get(arg.replace("_", "-"))
         if value is not None and (i + 1 == len(args) or args[i + 1].startswith("-")):
@@ -133,7 +166,7 @@ def _show_version(value: bool) -> None:
 
 def _group(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+        bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
     """Scale-RAE: draw, look, and work on latents with one model."""
@@ -146,7 +179,6 @@ def run(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     app = typer.Typer(
         cls=_LazyGroup,
-        add_completion=False,
         pretty_exceptions_enable=False,
         no_args_is_help=True,
         # The official flags are also known with underscores: --model_path is --model-path.

@@ -10,17 +10,17 @@ import typer
 
 from scale_rae.cli.options import OutputOptions
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.runs import ModelInput, note_shortcomings, prepare, send
-from scale_rae.cli.signature import expanded
+from scale_rae.cli.runs import ModelInput, note_seed, note_shortcomings, prepare, send
+from scale_rae.cli.signature import expanded, given_options
 from scale_rae.opening import OpenedModel
 from scale_rae.options import SAMPLING, ModelChoice, Sampling
-from scale_rae.outputs import check_folder
 from scale_rae.prompt import clean_message
 from scale_rae.wording import asks_to_draw
 
 
 @expanded
 def command(
+    ctx: typer.Context,
     *,
     image: Annotated[Path, typer.Option(help="The image file.")],
     prompt: Annotated[str, typer.Option(help='A question, or a request for another picture: "Make it blue."')],
@@ -43,18 +43,20 @@ def command(
     answered by an image, which is saved; a question may not.
     """
     sampling.check()
+    output.check(given_options(ctx))
     clean_message(prompt)
     from scale_rae.images import decode_image, read_image
 
     data = read_image(image)  # once: a pipe cannot be read again, and a file may change
     picture = decode_image(data, str(image))
     digest = hashlib.sha256(data).hexdigest()
-    check_folder(output.folder)
-    bars = Bars()
+    output.check_place()
+    bars = Bars(output.quiet)
+    note_seed(ctx, sampling, bars)
     source = prepare(choice, sampling, bars)
     opened = OpenedModel(choice, bars, source=source, encoder=True, debug=output.debug)
     asked = ModelInput(prompt, opened.model.encode([picture])[0])
     mode = {"mode": "img", "image": str(image), "image_sha256": digest}
     may_draw = asks_to_draw(prompt) if draw is None else draw
     outcomes = send(opened, mode, [asked], sampling, output, bars, draw=may_draw)
-    note_shortcomings(opened, outcomes, "--max-new-tokens", sampling.max_new_tokens, "have it drawn: --draw")
+    note_shortcomings(opened, outcomes, bars, "--max-new-tokens", sampling.max_new_tokens, "have it drawn: --draw")

@@ -13,14 +13,14 @@ import typer
 
 from scale_rae.cli.options import OutputOptions
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.runs import ModelInput, note_shortcomings, prepare, print_results, send
-from scale_rae.cli.signature import expanded, one_of
+from scale_rae.cli.runs import ModelInput, note_seed, note_shortcomings, prepare, print_results, send
+from scale_rae.cli.signature import expanded, given_options, one_of
 from scale_rae.errors import InputError
 from scale_rae.files import check_file
 from scale_rae.manifest import input_latents, png_text
 from scale_rae.opening import OpenedModel
 from scale_rae.options import DECODE_AT_ONCE, DEFAULT_ANSWER_TOKENS, SAMPLING, ModelChoice, Sampling
-from scale_rae.outputs import Sample, check_folder, save_run, timestamp
+from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.prompt import clean_message
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 @expanded
 def command(
+    ctx: typer.Context,
     *,
     action: Annotated[
         str,
@@ -50,6 +51,7 @@ def command(
     output: OutputOptions,
 ) -> None:
     """Decode saved latents, ask about them, or continue from them."""
+    output.check(given_options(ctx))
     paths = [*(latent or []), *(latents_after or [])]
     if not paths:
         raise typer.BadParameter("name at least one latent file", param_hint="--latent")
@@ -59,14 +61,17 @@ def command(
         clean_message(prompt)
     elif prompt is not None:
         raise typer.BadParameter("cannot go with --action decode, which asks nothing", param_hint="--prompt")
+    elif unknown := output.names.fields() & {"prompt", "seed", "index"}:
+        raise typer.BadParameter(f"decoding knows no {', '.join(sorted(unknown))}", param_hint="--filename-template")
     elif output.skip_decoder:
         raise typer.BadParameter("cannot go with --action decode", param_hint="--skip-decoder")
     for path in paths:
         check_file(path, "latent file")
-    check_folder(output.folder)
+    output.check_place()
     if action == "qa":
         sampling = dataclasses.replace(sampling, max_new_tokens=max_new_tokens_qa)
-    bars = Bars()
+    bars = Bars(output.quiet)
+    note_seed(ctx, sampling, bars)
     source = prepare(choice, sampling, bars)
     from scale_rae.checkpoint import load_latent
 
@@ -89,7 +94,7 @@ def command(
     ]
     outcomes = send(opened, mode, inputs, sampling, output, bars, draw=action == "continue")
     flag = "--max-new-tokens-qa" if action == "qa" else "--max-new-tokens"
-    note_shortcomings(opened, outcomes, flag, sampling.max_new_tokens, "have it drawn: --action continue")
+    note_shortcomings(opened, outcomes, bars, flag, sampling.max_new_tokens, "have it drawn: --action continue")
 
 
 def _decode(
@@ -106,11 +111,13 @@ def _decode(
     seconds = opened.seconds | {"decoding": round(time.perf_counter() - start, 3)}
     manifest = {**mode, "prompt": None, **input_latents(paths), **opened.record(), "batch_size": size}
     manifest |= {"output_text": None, "seconds": seconds}
+    if output.upscale > 1:
+        manifest["upscale"] = output.upscale
     text = png_text(manifest)
     samples = [
-        Sample(image, shown if output.save_latent else None, text | {"latent": str(path)})
+        Sample(output.enlarged(image), shown if output.save_latent else None, text | {"latent": str(path)})
         for image, shown, path in zip(images, latents, paths, strict=True)
     ]
     with ThreadPoolExecutor(1) as pool:  # Ctrl-C interrupts the main thread only
-        saved = pool.submit(save_run, output.folder, manifest, samples, timestamp()).result()
+        saved = pool.submit(save_run, output.place, manifest, samples, timestamp(), "", output.names).result()
     print_results(saved, output)

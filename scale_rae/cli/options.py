@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from scale_rae.errors import OptionError
+from scale_rae.errors import OptionError, need
 from scale_rae.options import (
     AUTO_REWARD,
     DEFAULT_ANSWER_TOKENS,
@@ -19,6 +20,16 @@ from scale_rae.options import (
     SearchOptions,
     check_options,
 )
+from scale_rae.outputs import FIELDS, FORMATS, FileNames, check_folder, check_free
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+_TEMPLATE_HELP = (
+    'Names of files in the output folder, as in "{index:05}-{prompt}-{seed}" or "{time}.webp". '
+    f"Fields: {', '.join(FIELDS)}."
+)
+LANCZOS = 1  # Pillow's Resampling.LANCZOS, without importing Pillow
 
 Debug = Annotated[bool, Knob("Show tracebacks and the libraries' own messages.", OUTPUT)]
 
@@ -28,10 +39,92 @@ class OutputOptions:
     """The files that a run writes, and what it prints."""
 
     folder: Annotated[Path, Knob("Folder for results; made if missing.", OUTPUT, name="output_dir")] = Path("outputs")
+    file: Annotated[
+        Path | None,
+        Knob(
+            "Write the picture to this file: .png, .jpg or .webp. Several get _00, _01, … before the dot.",
+            OUTPUT,
+            name="output",
+            metavar="FILE",
+            aliases=("o",),
+        ),
+    ] = None
+    overwrite: Annotated[bool, Knob("Replace the file of --output if it exists.", OUTPUT)] = False
+    template: Annotated[
+        str | None,
+        Knob(_TEMPLATE_HELP, OUTPUT, name="filename_template", metavar="TEXT"),
+    ] = None
+    upscale: Annotated[
+        int,
+        Knob(
+            "Save pictures N times as wide and high (4 if no number is given).",
+            OUTPUT,
+            metavar="[N]",
+            least=1,
+            most=16,
+            bare=4,
+        ),
+    ] = 1
+    preview: Annotated[bool, Knob("Show pictures in the terminal (extra: preview).", OUTPUT)] = False
     save_latent: Annotated[bool, Knob("Also save the latent of each drawn image.", OUTPUT)] = False
     skip_decoder: Annotated[bool, Knob("Make no pixels; save the latent.", OUTPUT)] = False
     json: Annotated[bool, Knob("Print the manifest, one line of JSON, and nothing else.", OUTPUT)] = False
+    quiet: Annotated[bool, Knob("Show no progress and no notes.", OUTPUT, aliases=("q",))] = False
     debug: Debug = False
+
+    @property
+    def place(self) -> Path:
+        """The folder that files are written to."""
+        return self.folder if self.file is None else self.file.parent
+
+    @property
+    def names(self) -> FileNames:
+        """How files are named."""
+        if self.file is not None:
+            literal = self.file.stem.replace("{", "{{").replace("}", "}}")
+            return FileNames(literal, self.file.suffix, exact=True, overwrite=self.overwrite)
+        if self.template is not None:
+            suffix = Path(self.template).suffix
+            if suffix.lower() in FORMATS:
+                return FileNames(self.template.removesuffix(suffix), suffix)
+            return FileNames(self.template)
+        return FileNames()
+
+    def enlarged(self, image: Image.Image) -> Image.Image:
+        """The picture as it is saved."""
+        if self.upscale == 1:
+            return image
+        return image.resize((image.width * self.upscale, image.height * self.upscale), LANCZOS)
+
+    def check(self, given: Set[str]) -> None:
+        """Raises OptionError for flags that cannot be used together; `given` are the names of those on the command line.
+
+        Raises:
+            MissingExtraError: for a preview without the package that makes it.
+        """
+        check_options(self, flags=True)
+        if self.file is not None:
+            for name in ("output_dir", "filename_template"):
+                if name in given:
+                    raise OptionError(
+                        f"--output {self.file}: names the file already; leave out --{name.replace('_', '-')}"
+                    )
+        elif self.overwrite:
+            raise OptionError("--overwrite: goes with --output")
+        if self.skip_decoder:
+            for name, is_set in (("output", self.file), ("upscale", self.upscale > 1), ("preview", self.preview)):
+                if is_set:
+                    raise OptionError(f"--{name}: needs the picture that --skip-decoder leaves out")
+        if self.preview:
+            if self.json:
+                raise OptionError("--preview: not with --json, which prints nothing else")
+            need("preview", "--preview", "textual_image")
+        self.names.check()
+
+    def check_place(self) -> None:
+        """Raises OutputError for a folder that cannot be written to, or a file that exists and is not to be replaced."""
+        check_folder(self.place)
+        check_free(self.place, self.names)
 
 
 @dataclass(frozen=True)

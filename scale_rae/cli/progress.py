@@ -5,6 +5,7 @@ A bar is shown only while weights are read or images are drawn, so that it does 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections import Counter
@@ -36,16 +37,23 @@ LINE_EVERY = 30.0  # seconds, in a pipe
 
 
 class Bars:
-    """One progress bar, moved by callbacks of loading and sampling."""
+    """One progress bar, moved by callbacks of loading and sampling; and notes. With `quiet`, neither is shown."""
 
-    def __init__(self) -> None:
-        self._shown = sys.stderr.isatty()
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet, self._shown = quiet, sys.stderr.isatty() and not quiet
+        if quiet:
+            os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's library is imported
         self._progress: Progress | None = None
         self._task: Any = None
         self._drawn_before = 0  # evaluations so far, times their images
         self._images = 0
         self._wanted = 0
         self._candidates: Counter[str] = Counter()  # of searches, by what became of them
+
+    def note(self, text: str) -> None:
+        """Prints a line on stderr."""
+        if not self._quiet:
+            say(text)
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:

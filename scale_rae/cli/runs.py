@@ -7,12 +7,17 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
-from scale_rae.cli.app import fail, say, show, show_json
+import typer
+
+from scale_rae.cli.app import fail, show, show_json
 from scale_rae.cli.options import OutputOptions, PostQA
+from scale_rae.cli.preview import show_picture
 from scale_rae.cli.progress import Bars
-from scale_rae.errors import InputError, OutputError
+from scale_rae.cli.signature import text_of
+from scale_rae.errors import InputError, OutputError, shorten
 from scale_rae.manifest import drawing_manifest, png_text
 from scale_rae.opening import OpenedModel, find_model
 from scale_rae.options import ModelChoice, Sampling
@@ -99,7 +104,7 @@ def send(
     bars.expect(expected)
     model.expect(expected)
     outcomes = []
-    with RunWriter(output, at_once=model.device.type == "cpu") as writer:
+    with RunWriter(output, model.device.type == "cpu", bars, len(inputs)) as writer:
         for i in range(0, len(inputs), at_once):
             batch = inputs[i : i + at_once]
             try:
@@ -131,9 +136,10 @@ def send(
                     manifest["post_qa"] = post_qa.record(answers[j])
                 samples = [
                     Sample(
-                        images[j][k],
+                        None if images[j][k] is None else output.enlarged(images[j][k]),
                         drawing.latent if output.save_latent or output.skip_decoder else None,
                         png_text(manifest, drawing.seed),
+                        seed=drawing.seed,
                     )
                     for k, drawing in enumerate(result.images)
                 ]
@@ -152,11 +158,12 @@ def outcome_of(model: ScaleRAE, result: Generation | SearchResult, sampling: Sam
 class RunWriter:
     """Saves runs on a thread of its own, while a GPU draws the next; prints each run, in order, when it is on disk.
 
-    With `at_once`, `save` returns when the run is saved.
+    With `at_once`, `save` returns when the run is saved. If there are several runs, `total`, each is numbered on stderr.
     """
 
-    def __init__(self, output: OutputOptions, at_once: bool) -> None:
+    def __init__(self, output: OutputOptions, at_once: bool, bars: Bars | None = None, total: int = 1) -> None:
         self._output, self._at_once, self._time = output, at_once, timestamp()
+        self._bars, self._total, self._shown = bars, total, 0
         self._pool = ThreadPoolExecutor(1)
         self._underway: list[Future[dict[str, Any]]] = []
 
@@ -170,26 +177,35 @@ class RunWriter:
 
     def save(self, manifest: dict[str, Any], samples: Sequence[Sample], label: str) -> None:
         """Saves a run."""
-        job = self._pool.submit(save_run, self._output.folder, manifest, samples, self._time, label)
+        place, names = self._output.place, self._output.names
+        if self._output.upscale > 1:
+            manifest["upscale"] = self._output.upscale
+        job = self._pool.submit(save_run, place, manifest, samples, self._time, label, names)
         self._underway.append(job)
         self._show(self._at_once)
 
     def _show(self, wait: bool) -> None:
         while self._underway and (wait or self._underway[0].done()):
-            print_results(self._underway.pop(0).result(), self._output)
+            manifest = self._underway.pop(0).result()
+            self._shown += 1
+            if self._bars is not None and self._total > 1:
+                self._bars.note(f"{self._shown}/{self._total} {shorten(manifest['prompt'], 100)}")
+            print_results(manifest, self._output)
 
 
-def note_shortcomings(opened: OpenedModel, outcomes: Sequence[Outcome], flag: str, limit: int, instead: str) -> None:
+def note_shortcomings(
+    opened: OpenedModel, outcomes: Sequence[Outcome], bars: Bars, flag: str, limit: int, instead: str
+) -> None:
     """Prints notes on stderr about answers that fall short; fails where one would have been an image (`instead` says how to
     have it drawn)."""
     withheld = sum(outcome.withheld for outcome in outcomes)
     if any(not (outcome.drew or outcome.text or outcome.withheld) for outcome in outcomes):
-        say("note: the model answered with nothing that can be printed")
+        bars.note("note: the model answered with nothing that can be printed")
     if any(outcome.cut_off for outcome in outcomes):
-        say(f"note: the answer stops at {limit} tokens; {flag} allows more")
+        bars.note(f"note: the answer stops at {limit} tokens; {flag} allows more")
     source = opened.model.source
     if any(is_refusal(source, outcome.text) for outcome in outcomes):
-        say(f"note: {what_it_can(source)}")
+        bars.note(f"note: {what_it_can(source)}")
     if withheld:
         how_many = "" if len(outcomes) == 1 else f" {withheld} of {len(outcomes)} times"
         able = what_it_can(source)
@@ -197,6 +213,12 @@ def note_shortcomings(opened: OpenedModel, outcomes: Sequence[Outcome], flag: st
             f"the model began a picture{how_many} instead of answering, which was not drawn; "
             f"put the question in other words, or {instead}" + (f" ({able})" if able else "")
         )
+
+
+def note_seed(ctx: typer.Context, sampling: Sampling, bars: Bars) -> None:
+    """Prints the seeds on stderr if they are random."""
+    if "random" in text_of(ctx, "seed") and sampling.image_seeds is None:
+        bars.note(f"seed {','.join(map(str, sampling.seeds))}")
 
 
 def check_lengths(model: ScaleRAE, inputs: Sequence[ModelInput]) -> None:
@@ -219,7 +241,7 @@ def _seeds(item: ModelInput, sampling: Sampling) -> list[int]:
 
     if sampling.image_seeds is not None:
         return list(sampling.image_seeds)
-    return [image_seed(sampling.seed, item.index, j) for j in range(sampling.num_images)]
+    return [image_seed(seed, item.index, j) for seed in sampling.seeds for j in range(sampling.num_images)]
 
 
 def _draw(
@@ -292,5 +314,7 @@ def print_results(manifest: dict[str, Any], output: OutputOptions) -> None:
         for paths in (images, latents):
             if paths:
                 show(paths[k])
+        if output.preview and images:
+            show_picture(Path(images[k]))
         if answers:
             show(f"  {answers[k]['question']} {answers[k]['answer'].strip()}")

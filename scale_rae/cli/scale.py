@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -285,6 +286,8 @@ def show_summary(summary: RunSummary) -> None:
             if which
         ]
         fail(f"{' and '.join(parts)}; the same command tries only those again")
+    folder = shlex.quote(str(summary.folder))
+    say(f"next: keep the best images by `scale-rae select {folder}`, look at all by `scale-rae report {folder}`")
 
 
 def read_question(prompt: str | None, path: Path | None) -> tuple[str, str]:

@@ -78,7 +78,7 @@ def search_and_save(
         keep=until.keep,
         search=until.search,
         options=sampling.options,
-        seed=sampling.seed,
+        seed=sampling.seeds[0],
         question=question,
         post_qa_mode=post_qa.mode,
         max_new_tokens=sampling.max_new_tokens,
@@ -89,7 +89,7 @@ def search_and_save(
     bars.search(until.keep * len(inputs))
     together = min(len(inputs), prompts_at_once(batch_size, until.keep))
     outcomes = []
-    with RunWriter(output, at_once=model.device.type == "cpu") as writer:
+    with RunWriter(output, model.device.type == "cpu", bars, len(inputs)) as writer:
         try:
             for item, result in zip(inputs, found, strict=True):
                 bars.stop()
@@ -116,7 +116,7 @@ def search_and_save(
                 if answers is not None:
                     manifest["post_qa"] = post_qa.record(answers)
                 writer.save(manifest, _samples(result, manifest, output), item.label)
-                _say_what_became(result, until.keep, alone=len(inputs) == 1)
+                _say_what_became(result, until.keep, bars, alone=len(inputs) == 1)
                 outcomes.append(outcome_of(model, result, sampling))
         finally:
             bars.stop()
@@ -154,18 +154,25 @@ def _search_record(result: SearchResult, keep: int) -> dict[str, Any]:
 def _samples(result: SearchResult, manifest: dict[str, Any], output: OutputOptions) -> list[Sample]:
     """The kept images, best first, then the half-formed pictures of dropped candidates if they are to be saved."""
     kept = [
-        Sample(image.image, image.latent if output.save_latent else None, png_text(manifest, image.seed))
+        Sample(
+            output.enlarged(image.image),
+            image.latent if output.save_latent else None,
+            png_text(manifest, image.seed),
+            seed=image.seed,
+        )
         for image in result.images
     ]
     seeds = {c.number: c.seed for c in result.candidates}
     dropped = [
-        Sample(picture, None, png_text(manifest, seeds[number]), f"_dropped_{number:05}")
+        Sample(
+            output.enlarged(picture), None, png_text(manifest, seeds[number]), f"_dropped_{number:05}", seeds[number]
+        )
         for number, picture in sorted(result.dropped.items())
     ]
     return kept + dropped
 
 
-def _say_what_became(result: SearchResult, keep: int, alone: bool) -> None:
+def _say_what_became(result: SearchResult, keep: int, bars: Bars, alone: bool) -> None:
     """Prints on stderr how a search went; for a prompt that is `alone`, also why each candidate was not accepted."""
     if not result.candidates:
         return  # the reply asks for no image
@@ -174,11 +181,13 @@ def _say_what_became(result: SearchResult, keep: int, alone: bool) -> None:
         f"{fates[fate]} {fate}{_reasons(result.candidates, fate)}" for fate in (ACCEPTED, DROPPED, REJECTED)
     )
     begun = f"{len(result.candidates)} candidate{'s' if len(result.candidates) > 1 else ''} begun"
-    say(f"{result.prompt}: {begun}, {counts}; {result.evaluations:g} evaluations")
+    bars.note(f"{result.prompt}: {begun}, {counts}; {result.evaluations:g} evaluations")
     if alone:
         for candidate in result.candidates:
             if candidate.reason is not None:
-                say(f"  candidate {candidate.number} (seed {candidate.seed}) {candidate.fate}: {candidate.reason}")
+                bars.note(
+                    f"  candidate {candidate.number} (seed {candidate.seed}) {candidate.fate}: {candidate.reason}"
+                )
     if result.accepted < keep:
         finished = sum(c.final is not None for c in result.candidates)
         accepted = "no candidate was" if not result.accepted else f"only {result.accepted} of {keep} images were"

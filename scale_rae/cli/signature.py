@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, is_dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -41,7 +41,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     A parameter annotated with an options dataclass becomes the flags of `options_of`, with the defaults of the parameter's
     default if it has one; the function receives the object with the flags' values. A parameter annotated with a Knob becomes
     one flag. All other parameters are typer's as they are. The result's `bare` has, by flag, the value of each flag that may
-    be given without one.
+    be given without one; its `lists` are the flags whose text goes on in the next argument if it ends with a comma; its
+    `aliases` have flags by their other long names, both without dashes before them. --help gives those a line of text, since
+    they would leave no room in the column of names.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Any, list[Option]]] = {}
@@ -67,6 +69,10 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
 
     knobs = [(o.name, o.knob) for _, options in groups.values() for o in options]
     with_flags.bare = {flag_name(name): str(knob.bare) for name, knob in knobs if knob.bare is not None}  # type: ignore[attr-defined]
+    with_flags.lists = {flag_name(name) for name, knob in knobs if knob.parse is not None}  # type: ignore[attr-defined]
+    with_flags.aliases = {  # type: ignore[attr-defined]
+        alias.replace("_", "-"): name.replace("_", "-") for name, knob in knobs for alias in _long(knob.aliases)
+    }
     # What typer reads: the signature's annotations with typer's options in them, and the same without.
     with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_flags.__annotations__ = {
@@ -85,17 +91,43 @@ def _flag_value(value: Any, knob: Knob) -> Any:
     return value if knob.unit == 1 or value is None else value // knob.unit
 
 
+def _long(aliases: Sequence[str]) -> list[str]:
+    return [alias for alias in aliases if len(alias) > 1]
+
+
+def text_of(ctx: typer.Context, name: str) -> str:
+    """The text of an option that has a `parse`, as it was given."""
+    return str(ctx.meta.get(f"{__name__}.{name}", ""))
+
+
+def _parsed(name: str, parse: Callable[[str], Any]) -> Callable[..., Any]:
+    """What typer calls with a flag's text to have its value; typer prints the error's text."""
+
+    def parsed(ctx: typer.Context, text: str) -> Any:
+        ctx.meta[f"{__name__}.{name}"] = text
+        try:
+            return parse(text)
+        except ValueError as e:
+            raise typer.BadParameter(str(e)) from e
+
+    return parsed
+
+
 def _flag(name: str, kind: Any, default: Any, knob: Knob) -> inspect.Parameter:
-    option = typer.Option(
+    option: Any = typer.Option(
         flag_name(name),  # named, since typer gives unnamed flags of yes or no a --no-… too
-        help=knob.help,
+        *(f"-{alias}" for alias in knob.aliases if len(alias) == 1),
+        help=" ".join([knob.help, *(f"Also {flag_name(alias)}." for alias in _long(knob.aliases))]),
         rich_help_panel=knob.panel,
         metavar=knob.metavar,
         show_default=knob.show_default,
         min=_flag_value(knob.least, knob) if knob.show_range else None,
         max=_flag_value(knob.most, knob) if knob.show_range else None,
-        callback=one_of(*knob.choices) if knob.choices else None,
+        callback=_parsed(name, knob.parse) if knob.parse else one_of(*knob.choices) if knob.choices else None,
+        autocompletion=(lambda: list(knob.choices)) if knob.choices else None,
     )
+    if knob.parse:
+        kind, default = str, str(default)
     if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
         kind, default = list[get_args(kind)[0]], list(default)  # type: ignore[misc]
     return inspect.Parameter(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import typer
 from scale_rae.cli.app import fail, say
 from scale_rae.cli.options import OutputOptions, PostQA, UntilAccepted
 from scale_rae.cli.progress import Bars
-from scale_rae.cli.runs import ModelInput, prepare, send
+from scale_rae.cli.runs import ModelInput, note_seed, prepare, send
 from scale_rae.cli.searches import check_search, search_and_save
 from scale_rae.cli.signature import expanded, flag_name, given_options
 from scale_rae.errors import InputError, OptionError
@@ -19,9 +20,9 @@ from scale_rae.jsonio import Fields
 from scale_rae.manifest import noise_gpu, recorded_sampling
 from scale_rae.opening import OpenedModel
 from scale_rae.options import ModelChoice, Sampling, options_of
-from scale_rae.outputs import check_folder, read_manifest
+from scale_rae.outputs import read_manifest
 from scale_rae.prompt import clean_message
-from scale_rae.promptfile import read_prompts, read_template
+from scale_rae.promptfile import MOST_BYTES, parse_prompts, read_prompts, read_template
 from scale_rae.provenance import differences
 from scale_rae.wording import after_no_drawing
 
@@ -30,12 +31,15 @@ from scale_rae.wording import after_no_drawing
 def command(
     ctx: typer.Context,
     *,
+    positional: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt, if no option gives one.", show_default=False)
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help='What to draw: "Can you generate a photo of …?"')] = None,
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='Draw every line of a .txt file, or every {"prompt": …, "index": …} of a .jsonl file. Image j of a '
-            "prompt depends on the seed, the prompt's index (default: its place) and j."
+            help='Draw every line of a .txt file, or every {"prompt": …, "index": …} of a .jsonl file; - is the standard '
+            "input. Image j of a prompt depends on the seed, the prompt's index (default: its place) and j."
         ),
     ] = None,
     from_manifest: Annotated[
@@ -56,13 +60,14 @@ def command(
     draw the same image again (--from-manifest).
     """
     given = given_options(ctx)
-    if (prompt is not None) + (prompts is not None) + (from_manifest is not None) != 1:
-        raise typer.BadParameter("give one of them", param_hint=["--prompt", "--prompts", "--from-manifest"])
+    if sum(source is not None for source in (positional, prompt, prompts, from_manifest)) != 1:
+        raise typer.BadParameter("give one of them", param_hint=["PROMPT", "--prompt", "--prompts", "--from-manifest"])
+    prompt = prompt if positional is None else positional
     if force and from_manifest is None:
         raise typer.BadParameter("goes with --from-manifest", param_hint="--force")
     if post_qa.mode == "image" and output.skip_decoder:
         raise typer.BadParameter("image needs the pixels that --skip-decoder leaves out", param_hint="--post-qa-mode")
-
+    output.check(given)
     _check_search(until, sampling, output, from_manifest, given)
     if post_qa.asked:
         post_qa = _with_template(post_qa)
@@ -72,29 +77,25 @@ def command(
         clash = [flag_name(name) for name in recorded_names if name in given]
         if clash:
             raise typer.BadParameter(f"the manifest says {', '.join(clash)} already", param_hint="--from-manifest")
-        if choice.memory is not None:  # it would choose another quantisation, which draws another image
+        if "memory" in given:  # it would choose another quantisation, which draws another image
             raise typer.BadParameter(
                 "the manifest says --quantize and --offload already; --offload may be given", param_hint="--memory"
             )
         recorded = read_manifest(from_manifest)
         inputs, sampling, choice = _from_manifest(recorded, from_manifest, choice, given)
+        if "upscale" not in given:
+            recorded_size = Fields(recorded, from_manifest, InputError).count("upscale", 1)
+            output = dataclasses.replace(output, upscale=recorded_size)
+            output.check(given)
     elif prompts is not None:
-        inputs = [
-            ModelInput(
-                record.prompt,
-                index=record.index,
-                where=f"{prompts}: line {record.line}",
-                label=f"-{record.index:05}",
-                recorded={"prompt_index": record.index, "prompt_line": record.line, "prompt_record": record.extra},
-            )
-            for record in read_prompts(prompts)
-        ]
+        inputs = _of_file(prompts)
     else:
         assert prompt is not None
         clean_message(prompt)
         inputs = [ModelInput(prompt)]
-    check_folder(output.folder)
-    bars = Bars()
+    output.check_place()
+    bars = Bars(output.quiet)
+    note_seed(ctx, sampling, bars)
     source = prepare(choice, sampling, bars)
     if until.keep is not None:
         check_search(source, sampling, until)
@@ -115,6 +116,26 @@ def command(
         fail(f"the model answered{how_many} without drawing; {remedy}")
 
 
+def _of_file(path: Path) -> list[ModelInput]:
+    """The prompts of a file, or of the standard input."""
+    if str(path) == "-":
+        if sys.stdin.isatty():
+            say("one prompt per line; Ctrl-D ends them")
+        name, records = "standard input", parse_prompts(sys.stdin.buffer.read(MOST_BYTES + 1), "standard input")
+    else:
+        name, records = str(path), read_prompts(path)
+    return [
+        ModelInput(
+            record.prompt,
+            index=record.index,
+            where=f"{name}: line {record.line}",
+            label=f"-{record.index:05}",
+            recorded={"prompt_index": record.index, "prompt_line": record.line, "prompt_record": record.extra},
+        )
+        for record in records
+    ]
+
+
 def _check_search(
     until: UntilAccepted, sampling: Sampling, output: OutputOptions, from_manifest: Path | None, given: set[str]
 ) -> None:
@@ -126,6 +147,7 @@ def _check_search(
         return
     for clashes, flag, why in (
         (from_manifest is not None, "--from-manifest", "draws the images that a search found by their seeds"),
+        (len(sampling.seeds) > 1, "--seed", "begins the seeds of all candidates, so there can be only one"),
         (sampling.num_images > 1, "--num-images", f"is the number of images without a search; give {keep} N"),
         (output.skip_decoder, "--skip-decoder", "leaves out the pixels that candidates are looked at by"),
     ):
@@ -165,6 +187,7 @@ def _from_manifest(
     for name in ("device", "dtype"):
         if name not in given:
             changes[name] = manifest.get(name, str)
+    changes["memory"] = None
     if "quantize" not in given:
         changes["quantize"] = manifest.get("quantize", str, None)
     if "lora" not in given:

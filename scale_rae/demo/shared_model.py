@@ -129,7 +129,7 @@ class SharedModel:
                 result = self.model.generate(
                     request,
                     num_images=sampling.num_images,
-                    seed=sampling.seed,
+                    seed=sampling.seeds[0],
                     options=sampling.options,
                     max_new_tokens=sampling.max_new_tokens,
                     latents=None if shown is None else [shown],
@@ -167,7 +167,7 @@ class SharedModel:
             "--model-path": choice.model_path,
             "--prompt": request,
             "--num-images": sampling.num_images if sampling.num_images > 1 else None,
-            "--seed": sampling.seed,
+            "--seed": sampling.seeds[0],
             "--guidance-level": f"{sampling.options.guidance:g}",
             "--steps": sampling.options.steps,
             "--solver": sampling.options.solver,
@@ -326,7 +326,7 @@ class SharedModel:
                 self.model.expect(total)
                 while (start := len(ranking.seeds)) < total:
                     count = min(at_once, total - start)
-                    seeds = [image_seed(sampling.seed, 0, start + j) for j in range(count)]
+                    seeds = [image_seed(sampling.seeds[0], 0, start + j) for j in range(count)]
 
                     def step(done: int, of: int, *_: object, first: int = start, last: int = start + count) -> None:
                         emit.check()
@@ -379,7 +379,7 @@ class SharedModel:
                 if reply.condition is None:
                     raise InputError(self._no_drawing(said))
                 self.model.expect(min(most, 2 * keep))
-                search = Search(Asked(about, request, reply), functools.partial(image_seed, sampling.seed, 0))
+                search = Search(Asked(about, request, reply), functools.partial(image_seed, sampling.seeds[0], 0))
                 while not searcher.is_over(search):
                     self._search_round(searcher, search, cards, emit)
                 done, kept = cards.finished()

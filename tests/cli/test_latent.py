@@ -128,7 +128,7 @@ def test_a_question_is_never_answered_by_drawing(
     )
     assert only_manifest(out)["output_images"] == []
     assert len(left(out)) == 1
-    several = latent("--latent", tmp_path / "red.pt", tmp_path / "red.pt", "--action", "qa", *common)
+    several = latent("--latent", tmp_path / "red.pt", tmp_path / "red.pt", "--action", "qa", "--quiet", *common)
     assert "began a picture 2 of 2 times" in several.error
     assert latent("--latent", tmp_path / "red.pt", "--action", "continue", *common).code == 0
     assert list(out.glob("*.png"))

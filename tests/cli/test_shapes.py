@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from scale_rae.cli import runs
+from scale_rae.cli.progress import Bars
 from scale_rae.hub import BUNDLED, Source
 from scale_rae.shapes import evaluate
 from scale_rae.shapes.judge import judge
@@ -72,9 +73,9 @@ def test_what_it_cannot_draw(cli: Cli, out: Path) -> None:
 
 def test_what_it_cannot_answer(capsys: pytest.CaptureFixture[str]) -> None:
     session: Any = SimpleNamespace(model=SimpleNamespace(source=Source("shapes", BUNDLED["shapes"])))
-    runs.note_shortcomings(session, [runs.Outcome(False, "Green.", False, False)], "--x", 3, "")
+    runs.note_shortcomings(session, [runs.Outcome(False, "Green.", False, False)], Bars(), "--x", 3, "")
     assert capsys.readouterr().err == ""
-    runs.note_shortcomings(session, [runs.Outcome(False, CHAT_REPLY, False, False)], "--x", 3, "")
+    runs.note_shortcomings(session, [runs.Outcome(False, CHAT_REPLY, False, False)], Bars(), "--x", 3, "")
     assert capsys.readouterr().err.startswith("note: the bundled model draws one to four shapes (circle, ")
 
 

@@ -440,7 +440,9 @@ def test_prompts_that_draw_nothing_do_not_stop_the_others(t2i: Cli, tmp_path: Pa
     result = t2i("--prompts", tmp_path / "p.txt")
     assert [bool(json.loads(p.read_text())["output_images"]) for p in sorted(out.glob("*.json"))] == [False, True]
     assert result.code == 1
-    assert "answered 1 of 2 prompts without drawing" in result.error
+    *numbered, error = result.err.splitlines()
+    assert numbered == [f"1/2 {TALK}", "2/2 Show me a cat on the mat"]
+    assert "answered 1 of 2 prompts without drawing" in error
 
 
 # --- questions about the drawing ---------------------------------------------------------------------------------
