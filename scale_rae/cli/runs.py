@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import typer
 
-from scale_rae.cli.app import fail, show, show_json
+from scale_rae.cli.app import fail, say, show, show_json
 from scale_rae.cli.options import OutputOptions, PostQA
 from scale_rae.cli.preview import show_picture
 from scale_rae.cli.progress import Bars
@@ -314,7 +314,7 @@ def print_results(manifest: dict[str, Any], output: OutputOptions) -> None:
         for paths in (images, latents):
             if paths:
                 show(paths[k])
-        if output.preview and images:
-            show_picture(Path(images[k]))
+        if output.preview and images and (reason := show_picture(Path(images[k]))):
+            say(f"note: no preview of {images[k]}: {reason}")
         if answers:
             show(f"  {answers[k]['question']} {answers[k]['answer'].strip()}")

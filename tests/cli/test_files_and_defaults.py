@@ -174,17 +174,19 @@ def test_a_preview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
     """With a stand-in for textual-image; on a terminal only."""
     shown: list[Path] = []
 
-    def show(path: Path, width: int) -> str:
+    def show(path: Path, width: int, height: str) -> str:
         shown.append(path)
         return f"a picture {'W' * width}"
 
     monkeypatch.setitem(sys.modules, "textual_image.renderable", SimpleNamespace(Image=show))
-    preview.show_picture(tmp_path)
+    assert preview.show_picture(tmp_path) == "stdout is no terminal"
     assert shown == []
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    preview.show_picture(tmp_path)
+    assert preview.show_picture(tmp_path) is None
     assert shown == [tmp_path]
     assert f"a picture {'W' * 40}" in capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "textual_image.renderable", SimpleNamespace(Image=lambda *_, **__: 1 // 0))
+    assert "division" in str(preview.show_picture(tmp_path))
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------
