@@ -1,4 +1,4 @@
-# make demo   install and draw a picture with the bundled model
+# make demo   install into .venv and draw a picture with the bundled model
 # make test   install and run every check
 # make docs   build the documentation site in build/site, with every link checked
 # make release-check   build the release, install it in an empty environment and draw with it
@@ -9,8 +9,12 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint check docs release-check clean
 
 demo: $(VENV)/.installed
-	$(BIN)/scale-rae t2i --model-path shapes --prompt "Can you generate a photo of a blue cross and a pink square?"
-	@echo 'next: source $(BIN)/activate   (then `scale-rae --help`, `python cli.py --help`; without it: $(BIN)/scale-rae --help)'
+	@echo 'drawing on the CPU: "Can you generate a photo of a blue cross and a pink square?"'
+	$(BIN)/scale-rae t2i "Can you generate a photo of a blue cross and a pink square?" --model-path shapes --device cpu \
+		--guidance-level 5 --upscale --output outputs/demo.png --overwrite
+	@echo 'The picture is outputs/demo.png. Open it, then try a prompt of your own:'
+	@echo '    source $(BIN)/activate'
+	@echo '    scale-rae t2i "Show me three red stars." --model-path shapes --guidance-level 5 --upscale'
 
 test: lint docs check
 
@@ -35,13 +39,15 @@ release-check: $(VENV)/.installed-dev
 
 # What is tested is what constraints.txt pins. Torch's CPU build is enough for everything but speed.
 $(VENV)/.installed: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable .
-	touch $@
+	@echo 'installing into $(VENV); PyTorch is the largest part of the download'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable .
+	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed
+	@echo 'installing what the tests need'
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
-	touch $@
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
