@@ -1,4 +1,4 @@
-"""The command `scale-rae train`: fine-tune a model on pictures and texts."""
+"""The command `scale-rae train`: fine-tune a model on pictures and texts, or on its own drawings."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from scale_rae.config import load_config
 from scale_rae.errors import DataError
 from scale_rae.hub import find
 from scale_rae.opening import silence_libraries
+from scale_rae.promptfile import read_prompts
 from scale_rae.training.records import read_records
 from scale_rae.training.settings import TrainingOptions
 
@@ -28,6 +29,9 @@ def command(
     The LoRA is in PEFT's format; use it with --lora in every command, or with `scale-rae merge`. For several GPUs, start with torchrun.
     """
     options.check()
+    if options.rewards_itself:
+        _on_verdicts(options, debug)
+        return
     try:
         records, problems = read_records(options)  # before a model is downloaded
         source = find(options.model, "model", revision=options.revision)
@@ -44,6 +48,25 @@ def command(
         for problem in e.problems:
             say(problem)
         raise
+    show(str(folder))
+
+
+def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
+    """Trains on the model's own drawings."""
+    own = options.self_reward
+    assert own.prompts is not None  # checked
+    prompts = read_prompts(own.prompts)  # before a model is downloaded
+    if own.verify_prompts is not None:
+        read_prompts(own.verify_prompts)
+    source = find(options.model, "model", revision=options.revision)
+    load_config(source.folder)
+    if not debug:
+        silence_libraries()
+    from scale_rae.training.run import Watcher
+    from scale_rae.training.self_reward import train_on_verdicts
+
+    with TrainingBar() as bar:
+        folder = train_on_verdicts(options, source, prompts, Watcher(bar.note, bar.prepare, bar.step))
     show(str(folder))
 
 

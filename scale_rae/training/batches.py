@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,6 +34,24 @@ class Sample:
     condition: Tensor | None
     seed: int
     kept: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A batch of the model's own drawings, with what is random about them in a step. `where` are their prompts' places.
+
+    `optimality` [B] in 0..1 is how good each is among the drawings of its prompt. With `folds`, guidance's velocity is learnt from
+    them, whatever their optimality. Those that are `dropped` [B] keep the velocity of the null embedding as it is.
+    """
+
+    where: Sequence[str]
+    x: Tensor  # [B, C, S, S], normalised
+    conditions: Tensor  # [B, L, Z]
+    optimality: Tensor
+    t: Tensor  # [B]
+    noise: Tensor  # [B, C, S, S]
+    dropped: Tensor
+    folds: bool
 
 
 class Order:
@@ -83,6 +102,54 @@ def ahead(load: Callable[[int], list[Sample]], first: int, stop: int, depth: int
         finally:
             for future in waiting:
                 future.cancel()
+
+
+class Records:
+    """Batches of records, in an order, read while the device computes."""
+
+    def __init__(
+        self,
+        order: Order,
+        counts: Sequence[tuple[int, int, bool]],
+        load: Callable[[int, int], Sample],
+        batch: int,
+        parts: int,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
+        """`counts` are `PreparedRecord.counts` of each record; `load(record, seed)` reads a sample. `batch` are the records of one of
+        a step's `parts` on one of `size` devices; `rank` is this one."""
+        self._order, self._counts, self._load = order, counts, load
+        self._batch, self._parts, self._rank, self._size = batch, parts, rank, size
+
+    def counts(self, step: int) -> list[tuple[int, int, bool]]:
+        """The counts of all records of a step."""
+        return [self._counts[self._order.record(step, place)] for place in range(self._order.batch)]
+
+    def parts(self, first: int, stop: int) -> Iterator[list[Sample]]:
+        """This process's samples of each part."""
+        return ahead(self._part, first, stop)
+
+    def where(self, batch: Sequence[Sample]) -> list[str]:
+        """Where the samples come from."""
+        return [sample.where for sample in batch]
+
+    def numbers(self) -> dict[str, Any]:
+        """None."""
+        return {}
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Nothing: a step's batch depends on its number alone."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Nothing to do."""
+
+    def _part(self, number: int) -> list[Sample]:
+        step, order = number // self._parts + 1, self._order
+        start = (number % self._parts * self._size + self._rank) * self._batch
+        places = range(start, start + self._batch)
+        return [self._load(order.record(step, place), order.sample_seed(step, place)) for place in places]
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ def draw_latents(
     seeds: Sequence[int],
     guidance: float,
     steps: int,
+    solver: str = "euler",
 ) -> Tensor:
-    """Latents [B, L, C] of conditions [B, L, Z], one noise seed each, by Euler's method. No guidance without a null embedding."""
+    """Latents [B, L, C] of conditions [B, L, Z], one noise seed each. No guidance without a null embedding."""
     device = dit.pos_embed.device
     conditions = conditions.to(device)
     noise = draw_noise(seeds, config.channels, config.dit.side, device)()
@@ -37,7 +38,7 @@ def draw_latents(
     if null is None:
         guidance, null = 1.0, conditions
     guided = flow.guided(velocity(conditions), velocity(null.expand_as(conditions)), guidance)
-    sampler = flow.SAMPLERS["euler"]
+    sampler = flow.SAMPLERS[solver]
     times = sampler.schedule(steps, training_shift(config))
     latents = flow.solve(sampler, guided, noise, times).flatten(2).transpose(1, 2)
     if norm_stats is not None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from scale_rae.checkpoint import writing
 from scale_rae.jsonio import dump_json, parse_json
-from scale_rae.training.objective import BINS, NAMES
+from scale_rae.training.objective import BINS
 
 
 class Log:
@@ -38,20 +37,6 @@ class Log:
                 if value is not None:
                     self._board.add_scalar(f"flow_by_t/{i / BINS:.1f}", value, record["step"])
             self._board.flush()
-
-
-def losses(sums: Sequence[float], steps: int) -> dict[str, Any]:
-    """The means of `steps` steps' numbers (`objective.NAMES`); "flow_by_t" by tenths of t, None where none was drawn."""
-    values = dict(zip(NAMES, sums, strict=True))
-    flow = [values[f"flow {i}"] for i in range(BINS)]
-    count = [values[f"count {i}"] for i in range(BINS)]
-    return {
-        "loss": round(values["loss"] / steps, 6),
-        "flow": round(values["flow"] / steps, 6),
-        "text": round(values["text"] / steps, 6),
-        "kept": round(values["kept"] / steps, 6),
-        "flow_by_t": [round(f / n, 6) if n else None for f, n in zip(flow, count, strict=True)],
-    }
 
 
 def _step(line: str) -> float:

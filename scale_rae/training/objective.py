@@ -1,5 +1,7 @@
 """Objectives: the loss of a batch, and numbers to log. A new objective is a class with the same methods.
 
+`FineTune` learns from records, `SelfReward` from the model's own drawings and what it makes of them.
+
 A batch's loss is divided by the totals of the whole step, so the result does not depend on the number of devices or of parts of
 the step. All random numbers come from the samples' own seeds.
 """
@@ -9,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,11 +20,13 @@ from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import DiT
 from scale_rae.language import LanguageModel
 from scale_rae.sampling import NormStats
-from scale_rae.training.batches import Sample, embed
+from scale_rae.training.batches import Sample, Scored, embed
 from scale_rae.training.losses import FLOW_WEIGHT, between, sample_times, text_losses, training_shift
+from scale_rae.training.optim import FlatModel
 from scale_rae.training.passes import hidden_states, positions
 
 BINS = 10  # of t, in which the flow loss is logged
+LEAST_ERROR = 1e-4  # that a squared error is divided by
 _LOGIT_ROWS = 2048  # of a [rows, vocabulary] block of logits
 
 
@@ -35,18 +39,24 @@ class Totals:
     kept: int
 
 
-class Objective(Protocol):
+B = TypeVar("B", contravariant=True)
+
+
+class Objective(Protocol[B]):
     """What a trainer minimises."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """The names of the sums to log; the first is the loss."""
+
+    def record(self, sums: Sequence[float], steps: int) -> dict[str, Any]:
+        """What the log has of the sums of `steps` steps."""
 
     def totals(self, records: Sequence[tuple[int, int, bool]]) -> Totals:
         """The totals of a step whose records have these numbers of pictures and tokens, and are kept or not."""
 
-    def __call__(self, samples: Sequence[Sample], totals: Totals) -> tuple[Tensor, Tensor]:
-        """(loss [], sums to log [len(NAMES)]) of a part of a step; both are summed over the parts."""
-
-
-NAMES = ("loss", "flow", "text", "kept", *(f"flow {i}" for i in range(BINS)), *(f"count {i}" for i in range(BINS)))
-"""What is logged: the step's loss and what it has of flow, text and kept records; sums and numbers of flow losses by bin of t."""
+    def __call__(self, batch: B, totals: Totals, /) -> tuple[Tensor, Tensor]:
+        """(loss [], sums to log [len(names)]) of a part of a step; both are summed over the parts."""
 
 
 class FineTune:
@@ -54,6 +64,9 @@ class FineTune:
 
     The target of kept samples is the base model's velocity for its own condition, instead of noise - x.
     """
+
+    names = ("loss", "flow", "text", "kept", *(f"flow {i}" for i in range(BINS)), *(f"count {i}" for i in range(BINS)))
+    """The step's loss and what it has of flow, text and kept records; sums and numbers of flow losses by bin of t."""
 
     def __init__(
         self,
@@ -76,6 +89,19 @@ class FineTune:
         self.timesteps = timesteps
         self.shift = training_shift(config)
         self.device = dit.pos_embed.device
+
+    def record(self, sums: Sequence[float], steps: int) -> dict[str, Any]:
+        """The means of `steps` steps' numbers; "flow_by_t" by tenths of t, None where none was drawn."""
+        values = dict(zip(self.names, sums, strict=True))
+        flow = [values[f"flow {i}"] for i in range(BINS)]
+        count = [values[f"count {i}"] for i in range(BINS)]
+        return {
+            "loss": round(values["loss"] / steps, 6),
+            "flow": round(values["flow"] / steps, 6),
+            "text": round(values["text"] / steps, 6),
+            "kept": round(values["kept"] / steps, 6),
+            "flow_by_t": [round(f / n, 6) if n else None for f, n in zip(flow, count, strict=True)],
+        }
 
     def totals(self, records: Sequence[tuple[int, int, bool]]) -> Totals:
         pictures = sum(count for count, _, _ in records) * self.timesteps
@@ -160,3 +186,73 @@ class FineTune:
         if null is None or not self.dropout:
             return conditions
         return torch.where(without, null.to(conditions.dtype), conditions)
+
+
+class SelfReward:
+    """DiffusionNFT's loss on the model's own drawings: away from those that are worse than their prompt's others, to the better ones.
+
+    At x_t of a drawing x of the policy before (`old`), with target v = noise - x and the two velocities
+    v+ = (1 - β) v_old + β v_θ and v- = (1 + β) v_old - β v_θ, the loss is r |v+ - v|² + (1 - r) |v- - v|², where r is the drawing's
+    optimality. Each square is divided by its own mean error and multiplied by t, which is the paper's self-normalised error of the
+    data estimate. Where a batch folds guidance in, the target is the guided velocity of the model before training (`start`). The
+    null embedding's velocity stays that of `start`, so that guidance keeps working.
+
+    Source: Zheng et al. 2025 (2509.16117), equations 5 and 6 and appendix; no guidance and no stochastic solver is needed.
+    """
+
+    names = ("loss", "policy", "null", "distance")
+    """The step's loss, what it has of drawings and of null embeddings; mean square distance to the velocity of `start`."""
+
+    def __init__(
+        self, dit: DiT, model: FlatModel, start: Tensor, old: Tensor, beta: float, kl_weight: float, guidance: float
+    ) -> None:
+        """`start` and `old` are weights in the layout of `model`; `old` may change in place. `guidance` is what is folded in."""
+        self.dit, self.model, self.start, self.old = dit, model, start, old
+        self.beta, self.kl_weight, self.guidance = beta, kl_weight, guidance
+
+    def record(self, sums: Sequence[float], steps: int) -> dict[str, Any]:
+        """The means of `steps` steps' numbers."""
+        return {name: round(value / steps, 6) for name, value in zip(self.names, sums, strict=True)}
+
+    def totals(self, records: Sequence[tuple[int, int, bool]]) -> Totals:
+        return Totals(len(records), 0, 0)
+
+    def __call__(self, batch: Scored, totals: Totals) -> tuple[Tensor, Tensor]:
+        x_t, t, target = between(batch.x, batch.t, batch.noise), batch.t, batch.noise - batch.x
+        given, null = batch.conditions, self.dit.null_condition
+        if null is not None:
+            given = torch.where(batch.dropped[:, None, None], null.detach().to(given.dtype), given)
+        with torch.no_grad(), self.model.using(self.start):
+            start = self.dit(x_t, t, given)
+            if batch.folds:
+                assert null is not None
+                without = self.dit(x_t, t, null.to(given.dtype).expand_as(given))
+                target = without + self.guidance * (start - without)
+        if batch.folds:
+            velocity = self.dit(x_t, t, given)
+            losses = (velocity - target).square().mean(dim=(1, 2, 3))
+        else:
+            with torch.no_grad(), self.model.using(self.old):
+                old = self.dit(x_t, t, given)
+            velocity = self.dit(x_t, t, given)
+            losses = self._improving(velocity, old, target, batch)
+        distance = (velocity - start).square().mean(dim=(1, 2, 3))
+        dropped = batch.dropped.float()
+        policy = ((1 - dropped) * (losses + self.kl_weight * distance)).sum() / totals.pictures
+        kept = (dropped * distance).sum() / totals.pictures
+        far = ((1 - dropped) * distance).sum() / totals.pictures
+        loss = policy + kept
+        return loss, torch.stack([loss, policy, kept, far]).detach().float()
+
+    def _improving(self, velocity: Tensor, old: Tensor, target: Tensor, batch: Scored) -> Tensor:
+        """DiffusionNFT's losses [B]."""
+        better = (1 - self.beta) * old + self.beta * velocity
+        worse = (1 + self.beta) * old - self.beta * velocity
+        to_better, to_worse = (_normalised(v - target, batch.t) for v in (better, worse))
+        return (batch.optimality * to_better + (1 - batch.optimality) * to_worse) / self.beta
+
+
+def _normalised(error: Tensor, t: Tensor) -> Tensor:
+    """t · mean(error²) / mean(|error|) [B] of errors [B, C, S, S], without a gradient of the divisor."""
+    scale = error.detach().abs().mean(dim=(1, 2, 3)).clamp(min=LEAST_ERROR)
+    return t * error.square().mean(dim=(1, 2, 3)) / scale

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -298,11 +298,15 @@ class FlatModel:
         """The schedule's factor in 0..1 at `step`, [] on the device."""
         return self._schedule(self.step, self.total_steps)
 
-    @contextmanager
-    def averaged(self) -> Iterator[None]:
+    def averaged(self) -> AbstractContextManager[None]:
         """A context in which the modules compute with the moving average."""
+        return self.using(self.ema)
+
+    @contextmanager
+    def using(self, weights: Tensor) -> Iterator[None]:
+        """A context in which the modules compute with other weights, which have the layout of `master`."""
         kept = self.master.clone()
-        self.master.copy_(self.ema)
+        self.master.copy_(weights)
         self.refresh()
         try:
             yield

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from scale_rae.language import Conversation, LanguageModel, Reply
 from scale_rae.loading import load_dit, load_encoder, load_language
 from scale_rae.noise import image_seed
 from scale_rae.prompt import ChatTokenizer, clean_message
-from scale_rae.promptfile import read_prompts
+from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.quantization import Place
 from scale_rae.training.batches import Sample, embed, learnt_tokens
 from scale_rae.training.cache import TensorCache, key_of, stored_dtype
@@ -171,6 +172,48 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     return prepared
 
 
+@dataclass(frozen=True)
+class Drawable:
+    """A prompt that the model draws: its place in a file, its text, and the key of its condition."""
+
+    where: str
+    text: str
+    condition: str
+
+
+def drawable(
+    file: Path,
+    lines: Sequence[PromptRecord],
+    options: TrainingOptions,
+    model: Model,
+    language: Callable[[], LanguageModel],
+    report: Report,
+) -> tuple[list[Drawable], TensorCache, list[str]]:
+    """Those prompts of a file that the model draws by itself, their conditions [1, L, Z], and notes for the user.
+
+    Raises:
+        InputError: naming the file, when the model draws none of them.
+    """
+    folder = options.cache_dir or options.out / "cache"
+    conditions = TensorCache(folder / "conditions")
+    said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
+    messages = [as_request(line.prompt, options.prompt_prefix) for line in lines]
+    replies = said.own(messages, report)
+    found = [
+        Drawable(f"{file}, line {line.line}", line.prompt, _own_key(model, message))
+        for line, message in zip(lines, messages, strict=True)
+        if replies[message] is not None
+    ]
+    if not found:
+        raise InputError(f"{file}: the model draws none of these prompts; give prompts that it draws")
+    others = len(lines) - len(found)
+    return (
+        found,
+        conditions,
+        [f"{file}: {others} of {len(lines)} prompts are left out: the model does not draw them"] * bool(others),
+    )
+
+
 def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:
     """The conversation in which a picture of a text is drawn."""
     return Message("user", as_request(text, options.prompt_prefix)), Message("assistant", PICTURE)
@@ -240,7 +283,7 @@ class _Said:
     """The model's own replies, for records that give none."""
 
     model: Model
-    language: _Lazy
+    language: Callable[[], LanguageModel]
     options: TrainingOptions
     replies: TensorCache
     conditions: TensorCache
@@ -258,7 +301,7 @@ class _Said:
             return list(records), set()
         given = self.options.reply
         said: dict[str, str | None] = dict.fromkeys(own.values())
-        said |= self._own([message for i, message in own.items() if given is None or i >= asked_from], report)
+        said |= self.own([message for i, message in own.items() if given is None or i >= asked_from], report)
         by_itself = {i for i, message in own.items() if said[message] is not None}
         if given is None:
             found = [said[own[i]] for i in sorted(by_itself)]
@@ -275,7 +318,7 @@ class _Said:
                 )
         return [r.with_reply(said[own[i]] or given) if i in own else r for i, r in enumerate(records)], by_itself
 
-    def _own(self, messages: list[str], report: Report) -> dict[str, str | None]:
+    def own(self, messages: list[str], report: Report) -> dict[str, str | None]:
         """What the model says by message, None where it does not draw; the conditions of the others are kept."""
         model = self.model
         keys = {message: _own_key(model, message) for message in messages}

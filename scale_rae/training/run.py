@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,18 +24,19 @@ from scale_rae.memory import pick_device
 from scale_rae.provenance import file_record
 from scale_rae.publishing import write_model
 from scale_rae.toolchain import check_compile
-from scale_rae.training.batches import Order, Sample
+from scale_rae.training.batches import Order, Records
 from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.learner import Learner, make_repeatable
 from scale_rae.training.lora import adapter_changes
-from scale_rae.training.objective import FineTune
+from scale_rae.training.objective import FineTune, Objective
 from scale_rae.training.parallel import Group, join, local_device
 from scale_rae.training.prepare import Model, Prepared, Report, forced_conditions, prepare
 from scale_rae.training.records import Record
 from scale_rae.training.settings import TrainingOptions
-from scale_rae.training.trainer import Plan, Progress, Trainer
+from scale_rae.training.trainer import Batches, Plan, Progress, Trainer
 from scale_rae.training.validation import Validation
 
+B = TypeVar("B")
 _MODEL = "model"  # the folder in --out for the checkpoint that --full writes
 
 
@@ -49,11 +50,72 @@ class Watcher:
 
 
 def train(options: TrainingOptions, source: Source, records: list[Record], watcher: Watcher) -> Path:
-    """Trains, and returns the folder of the result: `options.out`.
+    """Trains on records, and returns the folder of the result: `options.out`.
 
     Raises:
         TrainingError: when --out holds another training or result, or a loss is not finite. ScaleRAEError: for a model, data or options
             that cannot be used, saying what to do.
+    """
+
+    def make(model: Model, group: Group, watcher: Watcher) -> Run:
+        if group.is_first:
+            prepared = prepare(records, options, model, watcher.report)
+        group.wait()
+        if not group.is_first:
+            prepared = prepare(records, options, model, watcher.report)  # finds all of it
+        for note in prepared.notes:
+            watcher.note(note)
+        return _fine_tuning(options, model, prepared, group, watcher)
+
+    return carry_out(options, source, make, watcher)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a training writes: an adapter, or with --full a checkpoint."""
+
+    options: TrainingOptions
+    model: Model
+    learner: Learner
+
+    def write(self, folder: Path, steps: int) -> None:
+        """Writes the result of so many steps, and training.json, which says how it was made."""
+        if self.options.full:
+            self._write_checkpoint(folder / _MODEL)
+        else:
+            self.write_adapter(folder)
+        record = {"options": self.options.identity(), "model": self.model.source.address, "steps": steps}
+        with writing(folder):
+            (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+
+    def write_adapter(self, folder: Path) -> None:
+        """Writes the moving average of the adapter in PEFT's form."""
+        changes = adapter_changes(self.learner.flat.tensors())
+        write_adapter(folder, changes, self.options.rank, self.learner.alpha, self.model.source.address)
+
+    def _write_checkpoint(self, folder: Path) -> None:
+        """Writes the moving average of the weights as a checkpoint in the published layout."""
+        model = self.model
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed after its end
+        reader = MergedReader(weight_files(model.source.folder), model.adapters)
+        write_model(model.source, reader, folder, replaced=crop_swiglu(self.learner.flat.tensors()))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training that is ready to begin, and what it writes."""
+
+    trainer: Trainer[Any]
+    result: Result
+
+
+def carry_out(
+    options: TrainingOptions, source: Source, make: Callable[[Model, Group, Watcher], Run], watcher: Watcher
+) -> Path:
+    """Makes a run of a model, trains, writes the result, and returns its folder: `options.out`.
+
+    Raises:
+        TrainingError, ScaleRAEError: as `train` does.
     """
     device = pick_device(local_device(options.device))
     check_compile(options.compile, device)
@@ -66,21 +128,52 @@ def train(options: TrainingOptions, source: Source, records: list[Record], watch
         model = _open(options, source, device, dtype)
         with writing(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
-        if group.is_first:
-            prepared = prepare(records, options, model, watcher.report)
-        group.wait()
-        if not group.is_first:
-            prepared = prepare(records, options, model, watcher.report)  # finds all of it
-        for note in prepared.notes:
-            watcher.note(note)
-        run = Run(options, model, prepared, group, watcher)
+        run = make(model, group, watcher)
         run.trainer.run(options.out)
         if group.is_first:
-            run.write(options.out)
+            run.result.write(options.out, run.trainer.done)
         group.wait()
     finally:
         group.leave()
     return options.out
+
+
+def make_run(
+    learner: Learner,
+    model: Model,
+    objective: Objective[B],
+    batches: Batches[B],
+    steps: int,
+    identity: Mapping[str, Any],
+    group: Group,
+    look: Callable[[int], None] | None,
+    watcher: Watcher,
+) -> Run:
+    """A run of so many steps. `identity` is what a resumed run must have the same of, besides the options; `look(step)` validates."""
+    options = learner.options
+    result = Result(options, model, learner)
+    everything = {**options.identity(), "model": repr(model.identity), "steps": steps, "warmup": options.warmup(steps)}
+    trainer = Trainer(
+        learner.flat,
+        objective,
+        batches,
+        Plan(
+            steps,
+            options.gradient_accumulation_steps,
+            options.logging_steps,
+            options.save_steps,
+            options.validation_steps,
+        ),
+        group,
+        Checkpoints(options.out, {**everything, **identity}, options.checkpoints_total_limit),
+        result.write_adapter if not options.full else lambda folder: None,
+        look,
+        watcher.step,
+    )
+    if options.resume:
+        done = trainer.resume()
+        watcher.note(f"continuing after step {done}" if done else f"{options.out}: no checkpoint yet; from step 1")
+    return Run(trainer, result)
 
 
 def _check_out(options: TrainingOptions) -> None:
@@ -114,104 +207,49 @@ def _identity(record: Mapping[str, Any]) -> Any:
     return record.get("revision") or sorted(record["files"].items())
 
 
-class Run:
-    """The networks, the trainer and the files of one training.
+def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, group: Group, watcher: Watcher) -> Run:
+    """The networks and the batches of records. The language model is not loaded if it is frozen: the cache has what it says."""
+    dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
+    language: LanguageModel | None = None
+    if options.trains_language:
+        language = load_language(model.source, model.config, model.place, model.adapters, options.quantize)
+    records = sum(not record.kept for record in prepared.records)
+    batch = options.train_batch_size * options.gradient_accumulation_steps * group.size
+    steps = options.steps(records, group.size)
+    learner = Learner(options, language, dit, model.device, model.dtype, steps)
+    objective = FineTune(
+        model.config,
+        language,
+        dit,
+        norm_stats,
+        options.condition_dropout,
+        options.timesteps_per_sample,
+        options.prior_loss_weight,
+        learner.without_lora,
+    )
 
-    `language` is None if the language model is frozen, since its replies and conditions are in the cache.
-    """
+    def conditions() -> Sequence[Tensor]:
+        if language is None:
+            return [prepared.conditions.get(look.condition)[0] for look in prepared.looks]
+        return list(forced_conditions(language, [look.layout for look in prepared.looks], []).unbind())
 
-    def __init__(
-        self, options: TrainingOptions, model: Model, prepared: Prepared, group: Group, watcher: Watcher
-    ) -> None:
-        self.options, self.model, self.prepared = options, model, prepared
-        self.dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
-        self.language: LanguageModel | None = None
-        if options.trains_language:
-            self.language = load_language(model.source, model.config, model.place, model.adapters, options.quantize)
-        records = sum(not record.kept for record in prepared.records)
-        batch = options.train_batch_size * options.gradient_accumulation_steps * group.size
-        steps = options.steps(records, group.size)
-        self.learner = Learner(options, self.language, self.dit, model.device, model.dtype, steps)
-        objective = FineTune(
-            model.config,
-            self.language,
-            self.dit,
-            norm_stats,
-            options.condition_dropout,
-            options.timesteps_per_sample,
-            options.prior_loss_weight,
-            self.learner.without_lora,
-        )
-        look = None
-        if options.validation_prompts and group.is_first:
-            self._validation = Validation(options, model, self.dit, norm_stats, options.out)
-            look = self._look
-        identity = options.identity() | {
-            "model": repr(model.identity),
-            "records": prepared.identity,
-            "steps": steps,
-            "warmup": options.warmup(steps),
-            "batch": batch,
-        }
-        self.trainer = Trainer(
-            self.learner.flat,
-            objective,
-            Order(records, batch, options.seed, len(prepared.records) - records),
-            [record.counts for record in prepared.records],
-            self._sample,
-            Plan(
-                steps,
-                options.train_batch_size,
-                options.gradient_accumulation_steps,
-                options.logging_steps,
-                options.save_steps,
-                options.validation_steps,
-            ),
-            group,
-            Checkpoints(options.out, identity, options.checkpoints_total_limit),
-            self.write_adapter if not options.full else lambda folder: None,
-            look,
-            watcher.step,
-        )
-        if options.resume:
-            done = self.trainer.resume()
-            watcher.note(f"continuing after step {done}" if done else f"{options.out}: no checkpoint yet; from step 1")
+    look = None
+    if options.validation_prompts and group.is_first:
+        validation = Validation(options, model, dit, norm_stats, options.out)
 
-    def _sample(self, number: int, seed: int) -> Sample:
-        return self.prepared.sample(number, seed)
+        def look(step: int) -> None:
+            with torch.no_grad(), learner.flat.averaged():
+                validation(step, conditions())
 
-    # --- what is written ---------------------------------------------------------------------------------------------
-
-    def write(self, folder: Path) -> None:
-        """Writes the result and training.json, which says how it was made."""
-        if self.options.full:
-            self._write_checkpoint(folder / _MODEL)
-        else:
-            self.write_adapter(folder)
-        record = {"options": self.options.identity(), "model": self.model.source.address, "steps": self.trainer.done}
-        with writing(folder):
-            (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
-
-    def _write_checkpoint(self, folder: Path) -> None:
-        """Writes the moving average of the weights as a checkpoint in the published layout."""
-        model = self.model
-        shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed after its end
-        reader = MergedReader(weight_files(model.source.folder), model.adapters)
-        write_model(model.source, reader, folder, replaced=crop_swiglu(self.learner.flat.tensors()))
-
-    def write_adapter(self, folder: Path) -> None:
-        """Writes the moving average of the adapter in PEFT's form."""
-        changes = adapter_changes(self.learner.flat.tensors())
-        write_adapter(folder, changes, self.options.rank, self.learner.alpha, self.model.source.address)
-
-    # --- validation --------------------------------------------------------------------------------------------------
-
-    def _look(self, step: int) -> None:
-        with torch.no_grad(), self.learner.flat.averaged():
-            self._validation(step, self._look_conditions())
-
-    def _look_conditions(self) -> Sequence[Tensor]:
-        looks = self.prepared.looks
-        if self.language is None:
-            return [self.prepared.conditions.get(look.condition)[0] for look in looks]
-        return list(forced_conditions(self.language, [look.layout for look in looks], []).unbind())
+    order = Order(records, batch, options.seed, len(prepared.records) - records)
+    batches = Records(
+        order,
+        [record.counts for record in prepared.records],
+        prepared.sample,
+        options.train_batch_size,
+        options.gradient_accumulation_steps,
+        group.rank,
+        group.size,
+    )
+    identity = {"records": prepared.identity, "batch": batch}
+    return make_run(learner, model, objective, batches, steps, identity, group, look, watcher)

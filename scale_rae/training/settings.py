@@ -5,7 +5,7 @@ Names are those of diffusers' and PEFT's training scripts, where these have the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +15,8 @@ from scale_rae.options import (
     DEFAULT_MODEL,
     DEFAULT_SEED,
     PROMPT_PREFIX,
+    REWARDS,
+    SOLVERS,
     Knob,
     Lora,
     Seed,
@@ -24,6 +26,8 @@ from scale_rae.options import (
     to_record,
 )
 
+OBJECTIVES = ("sft", "self-reward")
+NO_REWARD = "none"
 TEXT = ("turns", "replies")
 NETWORKS = ("dit", "language", "both")
 OPTIMIZERS = ("adamw", "muon")
@@ -59,11 +63,132 @@ _FREE = frozenset(
         "lr_warmup_steps",
         "train_batch_size",
         "gradient_accumulation_steps",
+        "prompts",
+        "verify_prompts",
+        "verify_reward",
+        "verify_reward_path",
+        "reward_path",
     ]
 )
+
 WARMUP_SHARE = 0.03  # of the steps, where no number is given: that of the official second stage
 
 MODEL, DATA, LEARNING, SCALE, RESULT, LOOKS = "Model", "Data", "Learning", "Memory and speed", "Result", "Validation"
+VERDICTS = "Learning from its own verdicts"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelfRewardOptions:
+    """Options of `--objective self-reward`: what is drawn, how it is scored, and how the scores are learnt from."""
+
+    prompts: Annotated[
+        Path | None, Knob("A .txt or .jsonl file of the prompts that are drawn and scored.", VERDICTS, metavar="FILE")
+    ] = None
+    prompts_per_round: Annotated[int, Knob("Prompts that are drawn in a round.", VERDICTS, least=1)] = 64
+    images_per_prompt: Annotated[
+        int, Knob("Drawings per prompt in a round, which are compared with each other.", VERDICTS, least=2)
+    ] = 16
+    steps_per_round: Annotated[
+        int, Knob("Optimizer steps on the drawings of a round, before others are drawn.", VERDICTS, least=1)
+    ] = 30
+    draw_steps: Annotated[int, Knob("Solver steps of a drawing.", VERDICTS, least=2)] = 20
+    draw_solver: Annotated[str, Knob("Solver of the drawings.", VERDICTS, choices=SOLVERS)] = "ab2"
+    draw_batch_size: Annotated[
+        int | None, Knob("Drawings at once. Default: --train-batch-size.", VERDICTS, least=1)
+    ] = None
+    reading_weight: Annotated[
+        float, Knob("Weight of the model's own reading, its log-odds of yes, in the score.", VERDICTS, least=0)
+    ] = 1.0
+    reward: Annotated[str, Knob("A reward that also counts in the score.", VERDICTS, choices=(*REWARDS, NO_REWARD))] = (
+        NO_REWARD
+    )
+    reward_path: Annotated[Path | None, Knob("Folder with the reward's weights.", VERDICTS)] = None
+    reward_weight: Annotated[float, Knob("Weight of the reward in the score.", VERDICTS, least=0)] = 1.0
+    beta: Annotated[
+        float,
+        Knob(
+            "How far the better and the worse policy are from the one that drew; smaller is bolder.",
+            VERDICTS,
+            least=1e-3,
+            most=1,
+        ),
+    ] = 1.0
+    old_decay: Annotated[
+        float,
+        Knob("Share of the drawing policy that remains after each round.", VERDICTS, least=0, most=1),
+    ] = 0.7
+    kl_weight: Annotated[
+        float, Knob("Weight of the squared distance to the velocity before training.", VERDICTS, least=0)
+    ] = 0.0
+    fold_guidance: Annotated[
+        float,
+        Knob(
+            "First learn, from accepted drawings, the velocity that this guidance gives, without guidance; 1: do not.",
+            VERDICTS,
+            least=0,
+        ),
+    ] = 1.0
+    fold_steps: Annotated[
+        int | None,
+        Knob("Steps in which guidance is folded in. Default: two fifths of the steps.", VERDICTS, least=1),
+    ] = None
+    condition_noise: Annotated[
+        float,
+        Knob(
+            "Noise on the conditions that are drawn and learnt, in standard deviations between prompts. Helps with prompts "
+            "that are unlike those of --prompts.",
+            VERDICTS,
+            least=0,
+        ),
+    ] = 0.0
+    verify_prompts: Annotated[
+        Path | None,
+        Knob(
+            "Prompts that are drawn at each validation, scored, and not learnt from. Default: the first 64 of --prompts.",
+            VERDICTS,
+            metavar="FILE",
+        ),
+    ] = None
+    verify_reward: Annotated[
+        str,
+        Knob(
+            "A reward that only the validation sees, and the training never.", VERDICTS, choices=(*REWARDS, NO_REWARD)
+        ),
+    ] = NO_REWARD
+    verify_reward_path: Annotated[Path | None, Knob("Folder with that reward's weights.", VERDICTS)] = None
+
+    @property
+    def folds(self) -> bool:
+        """Whether guidance is folded in."""
+        return self.fold_guidance != 1.0
+
+    def folding(self, steps: int) -> int:
+        """The first steps, in which guidance is folded in: whole rounds, at most all `steps`."""
+        if not self.folds:
+            return 0
+        wanted = self.fold_steps or 0.4 * steps
+        rounds = max(1, round(wanted / self.steps_per_round))
+        return min(steps, rounds * self.steps_per_round)
+
+    def check(self) -> None:
+        """Raises OptionError, naming the flag, for values that no training can use."""
+        check_options(self, flags=True)
+        if self.prompts is None:
+            raise OptionError("--prompts: give a file of prompts to draw (--objective self-reward)")
+        if not self.reading_weight and (self.reward == NO_REWARD or not self.reward_weight):
+            raise OptionError(
+                "--reading-weight 0: nothing would score the drawings; give a --reward, or another weight"
+            )
+        if self.verify_reward != NO_REWARD and self.verify_reward == self.reward:
+            raise OptionError(
+                f"--verify-reward {self.verify_reward}: is the --reward that is learnt from; a verifier must be another"
+            )
+        for flag, path, name in (
+            ("--reward-path", self.reward_path, self.reward),
+            ("--verify-reward-path", self.verify_reward_path, self.verify_reward),
+        ):
+            if path is not None and name == NO_REWARD:
+                raise OptionError(f"{flag}: no reward is chosen that it would belong to")
 
 
 @dataclass(frozen=True)
@@ -119,6 +244,15 @@ class TrainingOptions:
     ] = None
 
     # --- learning
+    objective: Annotated[
+        str,
+        Knob(
+            "sft: learn from --data. self-reward: draw --prompts, score the drawings with the model's own reading, and learn "
+            "to draw the better ones.",
+            LEARNING,
+            choices=OBJECTIVES,
+        ),
+    ] = "sft"
     train: Annotated[str, Knob("Which networks learn: dit, language or both.", LEARNING, choices=NETWORKS)] = "dit"
     full: Annotated[bool, Knob("Train all weights of these networks instead of a LoRA.", LEARNING)] = False
     rank: Annotated[int, Knob("Rank of the LoRA.", LEARNING, least=1)] = 32
@@ -184,6 +318,7 @@ class TrainingOptions:
     prior_loss_weight: Annotated[float, Knob("Weight of the loss on --class-prompts.", LEARNING, least=0)] = 1.0
     timesteps_per_sample: Annotated[int, Knob("Noisy latents per picture and step.", LEARNING, least=1)] = 1
     seed: Seed = DEFAULT_SEED
+    self_reward: SelfRewardOptions = field(default_factory=SelfRewardOptions)
 
     # --- memory and speed
     mixed_precision: Annotated[
@@ -218,6 +353,11 @@ class TrainingOptions:
     num_inference_steps: Annotated[int, Knob("Solver steps of validation pictures.", LOOKS, least=2)] = 25
 
     @property
+    def rewards_itself(self) -> bool:
+        """Whether the model learns from its own drawings."""
+        return self.objective == "self-reward"
+
+    @property
     def trains_dit(self) -> bool:
         """Whether the velocity network learns."""
         return self.train != "language"
@@ -244,7 +384,9 @@ class TrainingOptions:
         check_options(self, flags=True)
         for text in self.lora:
             lora_parts(text)
-        if not self.data:
+        if self.rewards_itself:
+            self._check_self_reward()
+        elif not self.data:
             raise OptionError("--data: give at least one file or folder to train on")
         if self.full and self.quantize:
             raise OptionError(
@@ -257,6 +399,28 @@ class TrainingOptions:
         if self.optimizer == "muon" and not self.full:
             raise OptionError("--optimizer muon: needs whole weight matrices; give --full, or --optimizer adamw")
 
+    def _check_self_reward(self) -> None:
+        self.self_reward.check()
+        given = {
+            "--data": self.data,
+            "--class-prompts": self.class_prompts,
+            "--num-train-epochs": self.num_train_epochs,
+        }
+        for flag, value in given.items():
+            if value:
+                raise OptionError(
+                    f"{flag}: has no meaning for --objective self-reward, which learns from its own drawings"
+                )
+        if self.trains_language:
+            raise OptionError(
+                f"--train {self.train}: the language model is the judge of --objective self-reward and stays as it is; "
+                "use --train dit"
+            )
+
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must not change, since they affect every step."""
-        return {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}
+        record = {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}
+        if not self.rewards_itself:  # as the records of trainings from before there was a choice
+            unused = {"objective", *to_record(self.self_reward, complete=True)}
+            record = {name: value for name, value in record.items() if name not in unused}
+        return record

@@ -1,25 +1,52 @@
-"""The training loop: batches, gradients, steps, logs, checkpoints; a resumed loop has the same bits."""
+"""The training loop: batches, gradients, steps, logs, checkpoints; a resumed loop has the same bits.
+
+What is learnt is the objective's (`objective`), what it is learnt from the batches': records (`batches.Records`), or the model's own
+drawings (`self_reward.Rounds`).
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from scale_rae.compiling import attention_kernels
 from scale_rae.errors import TrainingError
-from scale_rae.training.batches import Order, Sample, ahead
 from scale_rae.training.checkpoints import Checkpoints
-from scale_rae.training.log import Log, losses
-from scale_rae.training.objective import NAMES, Objective, Totals
+from scale_rae.training.log import Log
+from scale_rae.training.objective import Objective, Totals
 from scale_rae.training.optim import FlatModel
 from scale_rae.training.parallel import Group
+
+B = TypeVar("B")
+
+
+class Batches(Protocol[B]):
+    """What a trainer learns from: the batches of all steps, in parts whose gradients are added up."""
+
+    def counts(self, step: int) -> Sequence[tuple[int, int, bool]]:
+        """(pictures, tokens that are learnt, whether it is kept) of each record of a step, over all devices."""
+
+    def parts(self, first: int, stop: int) -> Iterator[B]:
+        """This process's parts from number `first` to `stop` - 1; parts count from 0 over all steps."""
+
+    def where(self, batch: B) -> Sequence[str]:
+        """Where the records of a batch come from, for messages."""
+
+    def numbers(self) -> dict[str, Any]:
+        """Further numbers to log."""
+
+    def state(self) -> Mapping[str, Tensor]:
+        """What checkpoints keep of the batches."""
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on from a checkpoint's state."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +54,6 @@ class Plan:
     """The numbers of a training."""
 
     steps: int
-    batch: int  # records of a part of a step on one device
     parts: int  # of a step, whose gradients are added up
     log_every: int
     save_every: int
@@ -45,16 +71,14 @@ class Progress:
     left: float
 
 
-class Trainer:
+class Trainer(Generic[B]):
     """Trains a `FlatModel`'s parameters on an objective; `run` says how."""
 
     def __init__(
         self,
         model: FlatModel,
-        objective: Objective,
-        order: Order,
-        counts: Sequence[tuple[int, int, bool]],
-        load: Callable[[int, int], Sample],
+        objective: Objective[B],
+        batches: Batches[B],
         plan: Plan,
         group: Group,
         checkpoints: Checkpoints,
@@ -62,10 +86,9 @@ class Trainer:
         look: Callable[[int], None] | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
     ) -> None:
-        """`counts` are `PreparedRecord.counts` of each record; `load(record, seed)` reads a sample;
-        `write_result(folder)` writes what was learnt; `look(step)` validates."""
-        self.model, self.objective, self.order, self.plan, self.group = model, objective, order, plan, group
-        self._counts, self._load, self._checkpoints, self._write_result = counts, load, checkpoints, write_result
+        """`write_result(folder)` writes what was learnt; `look(step)` validates."""
+        self.model, self.objective, self.batches, self.plan, self.group = model, objective, batches, plan, group
+        self._checkpoints, self._write_result = checkpoints, write_result
         self._look, self._watch = look, watch
         self.done = 0  # steps
 
@@ -79,6 +102,7 @@ class Trainer:
         if found is not None:
             self.done, state = found
             self.model.load_state(state)
+            self.batches.load_state(state)
         return self.done
 
     def run(self, folder: Path) -> None:
@@ -90,8 +114,9 @@ class Trainer:
         """
         plan, first = self.plan, self.group.is_first
         log = Log(folder, self.done) if first else None
-        parts = ahead(self._part, self.done * plan.parts, plan.steps * plan.parts)
-        sums, logged = [0.0] * len(NAMES), self.done
+        parts = self.batches.parts(self.done * plan.parts, plan.steps * plan.parts)
+        none = [0.0] * len(self.objective.names)
+        sums, logged = none, self.done
         if first and self._look and self.done == 0:
             self._look(0)
         since = time.perf_counter()
@@ -100,10 +125,10 @@ class Trainer:
             while self.done < plan.steps:
                 step = self.done + 1
                 batch = [next(parts) for _ in range(plan.parts)]
-                totals = self._totals(step)
+                totals = self.objective.totals(self.batches.counts(step))
                 values, norm = self._gradients(batch, totals)
                 *numbers, size = torch.cat([values, norm[None]]).tolist()  # waits for the device
-                if not all(map(math.isfinite, (*numbers[:4], size))):
+                if not all(map(math.isfinite, (*numbers, size))):
                     self._stop(step, batch, numbers, size)
                 self.model.apply(norm)
                 self.done = step
@@ -114,7 +139,7 @@ class Trainer:
                     pace = seconds / (step - logged)
                     if log is not None:
                         log.write(self._record(sums, step - logged, size, pictures / seconds, pace))
-                    sums, logged, pictures, since = [0.0] * len(NAMES), step, 0, time.perf_counter()
+                    sums, logged, pictures, since = none, step, 0, time.perf_counter()
                 rate = totals.pictures / pace if pace == pace else math.nan
                 self._watch(Progress(step, plan.steps, numbers[0], rate, pace * (plan.steps - step)))
                 paused = time.perf_counter()
@@ -129,31 +154,18 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint of the steps that are done."""
         if self.group.is_first:
-            self._checkpoints.write(self.done, self.model.state(), self._write_result)
+            state = {**self.model.state(), **self.batches.state()}
+            self._checkpoints.write(self.done, state, self._write_result)
         self.group.wait()
 
     # --- a step --------------------------------------------------------------------------------------------------------
 
-    def _places(self, part: int) -> list[int]:
-        """The places in their step of this process's records of a part of it."""
-        start = (part % self.plan.parts * self.group.size + self.group.rank) * self.plan.batch
-        return list(range(start, start + self.plan.batch))
-
-    def _part(self, number: int) -> list[Sample]:
-        """This process's samples of a part of a step; parts count from 0 over all steps."""
-        step = number // self.plan.parts + 1
-        order = self.order
-        return [self._load(order.record(step, place), order.sample_seed(step, place)) for place in self._places(number)]
-
-    def _totals(self, step: int) -> Totals:
-        return self.objective.totals([self._counts[self.order.record(step, i)] for i in range(self.order.batch)])
-
-    def _gradients(self, batch: list[list[Sample]], totals: Totals) -> tuple[Tensor, Tensor]:
+    def _gradients(self, batch: list[B], totals: Totals) -> tuple[Tensor, Tensor]:
         """(numbers to log, gradient norm), once the gradients of a step are in the model's buffer."""
-        values = torch.zeros(len(NAMES), device=self.model.device)
-        for i, samples in enumerate(batch):
+        values = torch.zeros(len(self.objective.names), device=self.model.device)
+        for i, part in enumerate(batch):
             with attention_kernels(self.model.device):
-                loss, numbers = self.objective(samples, totals)
+                loss, numbers = self.objective(part, totals)
                 gradients = torch.autograd.grad(loss, self.model.parameters, allow_unused=True, materialize_grads=True)
             self.model.collect(gradients, add=i > 0)
             values += numbers
@@ -161,11 +173,12 @@ class Trainer:
         self.group.sum(values)
         return values, self.model.gradient_norm()
 
-    def _stop(self, step: int, batch: list[list[Sample]], numbers: list[float], norm: float) -> None:
+    def _stop(self, step: int, batch: list[B], numbers: list[float], norm: float) -> None:
         if self.done:
             self.save()
-        records = "; ".join(sample.where for samples in batch for sample in samples)
-        what = f"flow loss {numbers[1]:g}, text loss {numbers[2]:g}, gradient norm {norm:g}"
+        records = "; ".join(where for part in batch for where in self.batches.where(part))
+        losses = {name: x for name, x in self.objective.record(numbers, 1).items() if isinstance(x, float)}
+        what = ", ".join(f"{name} {x:g}" for name, x in {**losses, "gradient norm": norm}.items())
         kept = f"the weights of step {self.done} are kept" if self.done else "nothing was learnt yet"
         raise TrainingError(
             f"step {step}: not finite ({what}) for the records {records}; {kept}; try a lower --learning-rate, or "
@@ -175,7 +188,8 @@ class Trainer:
     def _record(self, sums: list[float], steps: int, norm: float, pictures: float, pace: float) -> dict[str, Any]:
         return {
             "step": self.done,
-            **losses(sums, steps),
+            **self.objective.record(sums, steps),
+            **self.batches.numbers(),
             "gradient_norm": round(norm, 6),
             "learning_rate": float(self.model.learning_rate()) * self.model.options.lr,
             "images_per_second": round(pictures, 3),

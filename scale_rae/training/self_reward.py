@@ -1,0 +1,421 @@
+"""Training on the model's own drawings: it draws, reads what it drew, and learns to draw what it finds better.
+
+A round draws several images of each of some prompts with the weights before (`old`), scores them, and takes some steps on them
+(`objective.SelfReward`). Then `old` moves towards the weights that were learnt. Drawings need no guidance, and any solver draws
+them. In the first rounds, guidance can be folded in: the velocity that guidance gives is learnt from accepted drawings.
+
+A round's drawings depend on the seed, the number of the round and `old`, which checkpoints keep. So a resumed run draws them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scale_rae.checkpoint import writing
+from scale_rae.compiling import attention_kernels
+from scale_rae.errors import ConfigError, InputError, TrainingError
+from scale_rae.hub import Source
+from scale_rae.jsonio import parse_json
+from scale_rae.loading import load_dit
+from scale_rae.noise import image_seed
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.promptfile import PromptRecord, read_prompts
+from scale_rae.sampling import NormStats
+from scale_rae.training.batches import Order, Scored
+from scale_rae.training.cache import TensorCache
+from scale_rae.training.drawing import draw_latents
+from scale_rae.training.learner import Learner
+from scale_rae.training.log import Log
+from scale_rae.training.losses import between, sample_times, training_shift
+from scale_rae.training.objective import SelfReward
+from scale_rae.training.parallel import Group
+from scale_rae.training.prepare import Drawable, Model, drawable
+from scale_rae.training.reading import Scorer, Scores, load_named, log_odds, optimality, rewards_of, spoilt
+from scale_rae.training.run import Run, Watcher, carry_out, make_run
+from scale_rae.training.settings import TrainingOptions
+from scale_rae.training.validation import FOLDER, Validation
+
+VERIFIED = 64  # prompts that a validation draws, where no file is chosen
+LEAST_STANDING = 0.1  # of a prompt's best or worst drawing, for its drawings to be learnt from
+TRUSTED = 0.5  # share of spoilt drawings that a reading may say yes to
+
+
+def train_on_verdicts(
+    options: TrainingOptions, source: Source, prompts: Sequence[PromptRecord], watcher: Watcher
+) -> Path:
+    """Trains on drawings of prompts, and returns the folder of the result: `options.out`.
+
+    Raises:
+        TrainingError: as `run.train`; also when the model accepts none of its drawings. ConfigError: for a checkpoint that cannot
+            read what it draws, or has no null embedding for `--fold-guidance`. InputError: for prompts that the model does not draw.
+    """
+
+    def make(model: Model, group: Group, watcher: Watcher) -> Run:
+        return _make(options, model, prompts, group, watcher)
+
+    return carry_out(options, source, make, watcher)
+
+
+def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord], group: Group, watcher: Watcher) -> Run:
+    own = options.self_reward
+    if own.folds and not model.config.dit.null_condition:
+        raise ConfigError(
+            f"{model.source.folder / 'config.json'}: the checkpoint has no null embedding, so it cannot be guided; leave out "
+            "--fold-guidance"
+        )
+    reader = ScaleRAE.from_pretrained(
+        model.source,
+        device=str(model.device),
+        dtype=str(model.dtype).removeprefix("torch."),
+        compile="off",
+        lora=options.lora,
+    )
+    reader.check_reads()
+    files = {own.prompts: lines}
+    if own.verify_prompts is not None:
+        files[own.verify_prompts] = read_prompts(own.verify_prompts)
+    if options.validation_prompts:
+        files[None] = [PromptRecord(i, text, i) for i, text in enumerate(options.validation_prompts, start=1)]
+    for texts in files.values():
+        for line in texts:
+            reader.check_question(line.prompt)
+    drawn: dict[Path | None, list[Drawable]] = {}
+    for is_my_turn in (group.is_first, not group.is_first):  # the first process fills the cache
+        if is_my_turn:
+            for file, texts in files.items():
+                label = file or Path("--validation-prompts")
+                drawn[file], cache, notes = drawable(
+                    label, texts, options, model, lambda: reader.language, watcher.report
+                )
+                for note in notes:
+                    watcher.note(note)
+        group.wait()
+    dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
+    steps = options.max_train_steps
+    learner = Learner(options, None, dit, model.device, model.dtype, steps)
+    rounds = Rounds(options, model, learner, norm_stats, drawn[own.prompts], cache, Scorer(reader, own), steps, group)
+    objective = SelfReward(dit, learner.flat, rounds.start, rounds.old, own.beta, own.kl_weight, own.fold_guidance)
+    look = None
+    if group.is_first:
+        verified = drawn[own.verify_prompts] if own.verify_prompts else drawn[own.prompts][:VERIFIED]
+        verification = Verification(rounds, verified, watcher.note)
+        sheet = Validation(options, model, dit, norm_stats, options.out) if options.validation_prompts else None
+        looks = drawn.get(None, [])
+        if len(looks) < len(options.validation_prompts):
+            raise InputError(
+                "--validation-prompts: the model does not draw all of them; leave out those that it does not"
+            )
+
+        def look(step: int) -> None:
+            with torch.no_grad(), learner.flat.averaged():
+                if sheet is not None:
+                    sheet(step, [cache.get(prompt.condition)[0] for prompt in looks])
+                verification(step)
+
+    identity = {"prompts": [(prompt.text, prompt.condition) for prompt in drawn[own.prompts]], "batch": rounds.batch}
+    return make_run(learner, model, objective, rounds, steps, identity, group, look, watcher)
+
+
+@dataclass(frozen=True)
+class _Round:
+    """The drawings of a round. `rows` [N] are their prompts' places in `prompts` and `conditions`, `pool` those that are learnt from."""
+
+    prompts: list[Drawable]
+    conditions: Tensor  # [P, L, Z]
+    x: Tensor  # [N, C, S, S], normalised
+    rows: Tensor
+    optimality: Tensor  # [N]
+    pool: Tensor
+    folds: bool
+    numbers: dict[str, Any]
+
+
+class Rounds:
+    """Batches of the model's own drawings (`trainer.Batches`)."""
+
+    def __init__(
+        self,
+        options: TrainingOptions,
+        model: Model,
+        learner: Learner,
+        norm_stats: NormStats | None,
+        prompts: Sequence[Drawable],
+        conditions: TensorCache,
+        scorer: Scorer,
+        steps: int,
+        group: Group,
+    ) -> None:
+        """`conditions` has those of the prompts; `scorer` scores drawings."""
+        self.options, self.model, self.learner, self.norm_stats, self.scorer = (
+            options,
+            model,
+            learner,
+            norm_stats,
+            scorer,
+        )
+        self._prompts, self._conditions, self._group = prompts, conditions, group
+        own = options.self_reward
+        self._per_round = own.steps_per_round
+        self._folding = own.folding(steps) // self._per_round  # rounds
+        self._parts = options.gradient_accumulation_steps
+        self.batch = options.train_batch_size * self._parts * group.size  # drawings of a step
+        self._order = Order(len(prompts), own.prompts_per_round, options.seed)
+        self.start, self.old = learner.flat.master.clone(), learner.flat.master.clone()
+        self._round: _Round | None = None
+        self._number = -1  # of that round
+
+    # --- what the trainer asks for -----------------------------------------------------------------------------------
+
+    def counts(self, step: int) -> list[tuple[int, int, bool]]:
+        """One picture per drawing of a step."""
+        return [(1, 0, False)] * self.batch
+
+    def parts(self, first: int, stop: int) -> Iterator[Scored]:
+        """This process's batches; each round is drawn when its first batch is asked for."""
+        for number in range(first, stop):
+            round_, within = divmod(number, self._per_round * self._parts)
+            if round_ != self._number or self._round is None:
+                if within == 0 and round_ > 0:
+                    self._move_old(round_)
+                self._round, self._number = self._drawn(round_), round_
+            yield self._batch(self._round, number)
+
+    def where(self, batch: Scored) -> list[str]:
+        """The places of the batch's prompts."""
+        places = list(dict.fromkeys(batch.where))
+        return places if len(places) <= 8 else [*places[:8], f"and {len(places) - 8} more"]
+
+    def numbers(self) -> dict[str, Any]:
+        """Of the round: its number, and what the model and the reward make of its drawings."""
+        return {} if self._round is None else self._round.numbers
+
+    def state(self) -> Mapping[str, Tensor]:
+        """The weights that draw."""
+        return {"old": self.old}
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Goes on with those weights."""
+        self.old.copy_(state["old"])
+
+    # --- rounds --------------------------------------------------------------------------------------------------------
+
+    def _move_old(self, round_: int) -> None:
+        """Moves the weights that draw, after a round. They start from the folded-in guidance once it is learnt."""
+        flat = self.learner.flat
+        if round_ == self._folding:
+            self.old.copy_(flat.ema)
+        elif round_ > self._folding:
+            self.old.lerp_(flat.master, 1 - self.options.self_reward.old_decay)
+
+    @torch.no_grad()
+    def _drawn(self, round_: int) -> _Round:
+        """A round's drawings and their scores, each process having drawn its share.
+
+        Raises:
+            TrainingError: when the model accepts none, while guidance is folded in.
+        """
+        options, own, group = self.options, self.options.self_reward, self._group
+        numbers = [self._order.record(round_ + 1, place) for place in range(own.prompts_per_round)]
+        prompts, each = [self._prompts[number] for number in numbers], own.images_per_prompt
+        conditions = self._noisy(self.conditions_of(prompts), round_)
+        folds = round_ < self._folding
+        seeds = [image_seed(options.seed, n, (round_ + 1) * each + j) for n in numbers for j in range(each)]
+        rows = torch.arange(len(prompts)).repeat_interleave(each)
+        start, stop = (rank * len(prompts) // group.size * each for rank in (group.rank, group.rank + 1))
+        share = slice(start, stop)  # of this process
+        weights, guidance = (self.start, own.fold_guidance) if folds else (self.old, 1.0)
+        with self.learner.flat.using(weights):
+            latents = self.draw(conditions[rows[share].to(conditions.device)], seeds[share], guidance)
+        found = self.scorer(latents, [prompts[row].text for row in rows[share].tolist()])
+        reading, reward = (
+            None if values is None else self._everyones(values, share, len(rows))
+            for values in (found.reading, found.reward)
+        )
+        assert reading is not None
+        latents, scores = self._everyones(latents, share, len(rows)), Scores(reading, reward)
+        standings = self.scorer.standings(scores, each)
+        accepted = self.scorer.accepted(scores, standings)
+        if folds and not accepted.any():
+            raise TrainingError(
+                f"round {round_ + 1}: the model accepts none of its {len(rows)} drawings with guidance {guidance:g}, so it has "
+                "nothing to learn; use another --fold-guidance, other --prompts, or --reading-weight 0 with a --reward"
+            )
+        useful = (standings.abs().view(-1, each).amax(dim=1) >= LEAST_STANDING).repeat_interleave(each)
+        chosen = accepted if folds else useful if useful.any() else torch.ones_like(useful)
+        logged = {"yes": scores.yes.float(), "reading": reading, "reward": reward, "accepted": accepted.float()}
+        means = {name: round(float(values.mean()), 4) for name, values in logged.items() if values is not None}
+        pool = chosen.nonzero()[:, 0].cpu()
+        x = self.normalised(latents)
+        numbers_to_log = {"round": round_ + 1, **means}
+        return _Round(prompts, conditions, x, rows, optimality(standings), pool, folds, numbers_to_log)
+
+    def conditions_of(self, prompts: Sequence[Drawable]) -> Tensor:
+        """Conditions [P, L, Z] of prompts, on the device."""
+        return torch.cat([self._conditions.get(prompt.condition) for prompt in prompts]).to(self.model.device)
+
+    def draw(self, conditions: Tensor, seeds: Sequence[int], guidance: float) -> Tensor:
+        """Latents [N, L, C] of conditions [N, L, Z], by the network as its weights are."""
+        own, dit = self.options.self_reward, self.learner.dit
+        size = own.draw_batch_size or self.options.train_batch_size
+        config = self.model.config
+        shape = (0, config.tokens, config.channels)
+        parts = [torch.zeros(shape, device=self.model.device)]  # a process may have no share
+        with attention_kernels(self.model.device):
+            for start in range(0, len(seeds), size):
+                part = slice(start, start + size)
+                how = seeds[part], guidance, own.draw_steps, own.draw_solver
+                parts.append(draw_latents(dit, config, self.norm_stats, conditions[part], *how))
+        return torch.cat(parts)
+
+    def normalised(self, latents: Tensor) -> Tensor:
+        """Latents [N, L, C] as the velocity network sees them: [N, C, S, S]."""
+        if self.norm_stats is not None:
+            mean, std = self.norm_stats
+            latents = (latents - mean) / std
+        side = self.model.config.dit.side
+        return latents.transpose(1, 2).reshape(len(latents), -1, side, side)
+
+    def _everyones(self, mine: Tensor, share: slice, count: int) -> Tensor:
+        """The rows of all processes, [count, …]; this process has those of `share`."""
+        if self._group.size == 1:
+            return mine
+        everyone = mine.new_zeros(count, *mine.shape[1:])
+        everyone[share] = mine
+        self._group.sum(everyone)
+        return everyone
+
+    def _noisy(self, conditions: Tensor, round_: int) -> Tensor:
+        """Conditions [P, L, Z] with a round's noise, half of it common to a condition's tokens."""
+        size = self.options.self_reward.condition_noise
+        if not size or len(conditions) < 2:
+            return conditions
+        generator = torch.Generator().manual_seed(image_seed(self.options.seed, round_ + 1, 0))
+        common = torch.randn(len(conditions), 1, conditions.shape[2], generator=generator)
+        noise = (common + torch.randn(conditions.shape, generator=generator)) / 2**0.5
+        values = conditions.float()
+        return (values + size * values.std(dim=0).mean() * noise.to(values.device)).to(conditions.dtype)
+
+    def _batch(self, drawn: _Round, number: int) -> Scored:
+        """This process's drawings in a part of a step; what is random does not depend on the number of processes."""
+        options, device = self.options, self.model.device
+        step, part = number // self._parts + 1, number % self._parts
+        first = (part * self._group.size + self._group.rank) * options.train_batch_size
+        mine = slice(first, first + options.train_batch_size)
+        places = torch.Generator().manual_seed(image_seed(options.seed, step, 1))
+        chosen = drawn.pool[torch.randint(len(drawn.pool), (self.batch,), generator=places)[mine]]
+        generator = torch.Generator(device).manual_seed(image_seed(options.seed, step, 2))
+        t = sample_times(self.batch, training_shift(self.model.config), generator, device)
+        dropped = torch.rand(self.batch, generator=generator, device=device) < options.condition_dropout
+        noise = torch.randn(self.batch, *drawn.x.shape[1:], generator=generator, device=device)
+        if not self.model.config.dit.null_condition:
+            dropped = torch.zeros_like(dropped)
+        rows = drawn.rows[chosen]
+        here = chosen.to(device)
+        return Scored(
+            [drawn.prompts[row].where for row in rows.tolist()],
+            drawn.x[here],
+            drawn.conditions[rows.to(device)],
+            drawn.optimality[here],
+            t[mine],
+            noise[mine],
+            dropped[mine],
+            drawn.folds,
+        )
+
+
+class Verification:
+    """Looks at what was learnt with other eyes than those it was learnt with, and writes validation/log.jsonl.
+
+    Prompts are drawn from the same noise each time. A line has: the share that the model says yes to, its mean log-odds; the mean
+    reward; the mean of a reward that training never sees; the share of spoilt drawings that the model says yes to; and the mean
+    square distance of the velocity to that before training, as a share of the latter's square.
+    """
+
+    def __init__(self, rounds: Rounds, prompts: Sequence[Drawable], note: Callable[[str], None]) -> None:
+        """Loads the reward that verifies.
+
+        Raises:
+            ConfigError, CheckpointError, HubError: when it cannot be used.
+        """
+        self._rounds, self._prompts, self._note = rounds, prompts, note
+        self._folder = rounds.options.out / FOLDER
+        own = rounds.options.self_reward
+        self._verifier = load_named(own.verify_reward, rounds.scorer.model, own.verify_reward_path)
+        self._log: Log | None = None
+
+    @torch.no_grad()
+    def __call__(self, step: int) -> dict[str, Any]:
+        """The line of a step, once it is written. The network computes with the weights that are looked at."""
+        rounds, options = self._rounds, self._rounds.options
+        reader, texts = rounds.scorer.model, [prompt.text for prompt in self._prompts]
+        conditions = rounds.conditions_of(self._prompts)
+        seeds = [image_seed(options.seed, number, 0) for number in range(len(texts))]
+        latents = rounds.draw(conditions, seeds, options.validation_guidance)
+        scores = rounds.scorer(latents, texts)
+        of_spoilt = log_odds(reader.language, reader.tokenizer, list(spoilt(latents)), texts)
+        verified = rewards_of(reader, self._verifier, latents, texts)
+        means = {
+            "yes": scores.yes.float().mean(),
+            "reading": scores.reading.mean(),
+            "reward": None if scores.reward is None else scores.reward.mean(),
+            "verifier": None if verified is None else verified.mean(),
+            "yes_to_spoilt": (of_spoilt > 0).float().mean(),
+            "distance": self._distance(latents, conditions),
+        }
+        line = {"step": step} | {name: round(float(value), 4) for name, value in means.items() if value is not None}
+        first = self._written(line)
+        doubt = 2 * float(verified.std()) / len(texts) ** 0.5 if verified is not None and len(texts) > 1 else 0.0
+        for warning in warnings(line, first, doubt):
+            self._note(f"step {step}: {warning}")
+        return line
+
+    def _distance(self, latents: Tensor, conditions: Tensor) -> Tensor:
+        """The square distance of the velocities now and before training, relative to the latter's square, []."""
+        rounds, device = self._rounds, latents.device
+        x, dit, batch = rounds.normalised(latents), rounds.learner.dit, rounds.options.train_batch_size
+        generator = torch.Generator(device).manual_seed(rounds.options.seed)
+        t = sample_times(len(x), training_shift(rounds.model.config), generator, device)
+        x = between(x, t, torch.randn(x.shape, generator=generator, device=device))
+
+        def velocities() -> Tensor:
+            starts = range(0, len(x), batch)
+            return torch.cat([dit(*(part[i : i + batch] for part in (x, t, conditions))) for i in starts])
+
+        now = velocities()
+        with rounds.learner.flat.using(rounds.start):
+            before = velocities()
+        return (now - before).square().mean() / before.square().mean()
+
+    def _written(self, line: dict[str, Any]) -> dict[str, Any]:
+        """Adds the line of a step to the log, and returns the log's first line."""
+        if self._log is None:
+            with writing(self._folder):
+                self._folder.mkdir(parents=True, exist_ok=True)
+            self._log = Log(self._folder, int(line["step"]) - 1)  # of a resumed run, too
+        self._log.write(line)
+        with (self._folder / "log.jsonl").open(encoding="utf-8") as file:
+            return dict(parse_json(file.readline()))
+
+
+def warnings(line: Mapping[str, Any], first: Mapping[str, Any], doubt: float) -> list[str]:
+    """What speaks against believing the model, in the lines of a step and of the first validation.
+
+    `doubt` is by how much the verifier's mean may fall by chance.
+    """
+    found = []
+    if line["yes_to_spoilt"] > TRUSTED and line["step"] == first["step"]:
+        found.append(
+            f"the model says yes to {line['yes_to_spoilt']:.0%} of spoilt drawings, so its reading is a weak judge; add a --reward"
+        )
+    if "verifier" in line and line["verifier"] < first["verifier"] - doubt and line["reading"] > first["reading"]:
+        found.append(
+            f"the model likes its drawings better ({first['reading']:g} to {line['reading']:g}), the verifier less "
+            f"({first['verifier']:g} to {line['verifier']:g}): it may learn to please itself; stop, or raise --kl-weight"
+        )
+    return found
