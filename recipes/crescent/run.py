@@ -26,9 +26,10 @@ MODEL = "shapes"
 TRAINING = {
     "--train": "both",
     "--rank": "16",
-    "--learning-rate": "1e-3",
-    "--language-learning-rate": "5e-4",
+    "--learning-rate": "2e-3",
+    "--language-learning-rate": "5e-4",  # lower, so that what the model reads of colours stays
     "--prior-loss-weight": "5",
+    "--ema-decay": "0.99",
     "--text-targets": "replies",
     "--reply": world.REPLY,
     "--train-batch-size": "8",

@@ -82,7 +82,7 @@ def join_experiment(
     if size is None:
         size = measure() if measures_memory(model) else CPU_BATCH_SIZE
     manifest = opened.record()
-    now = {
+    now: dict[str, Any] = {
         **description,
         "settings": {
             **description["settings"],
@@ -91,7 +91,7 @@ def join_experiment(
             "dtype": manifest["dtype"],
             **({"check_at": settings.adaptive.check_at} if settings.is_adaptive else {}),
         },
-        **{part: manifest[part] for part in ("model", "encoder", "decoder")},
+        **{part: manifest[part] for part in ("model", "encoder", "decoder", "lora") if part in manifest},
         "reward": {"name": settings.reward, **reward.identity()} if reward is not None else None,
         "device": model.device.type,
         "versions": manifest["versions"],
@@ -99,7 +99,8 @@ def join_experiment(
     now = json.loads(dump_json(now))
     recorded = recorded or store.claim(now)
     _check_record(store, recorded)
-    found = differences(recorded, now)
+    # Earlier versions recorded no hashes of adapters; `setting_differences` has compared their names.
+    found = differences({"lora": now.get("lora"), **recorded}, now)
     if reward_differs(recorded.get("reward"), now["reward"]):
         found.append("the reward's files")
     if recorded.get("device") != now["device"]:

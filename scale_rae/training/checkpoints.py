@@ -19,10 +19,15 @@ from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_
 from scale_rae.jsonio import dump_json, parse_json
 
 STATE = "training_state.pt"
+# What differs, where the identity holds only hashes.
+_CONTENTS = {
+    "records": "the training data or their order differ",
+    "model": "the model's or an adapter's files, or the dtype, differ",
+}
 
 
 class Checkpoints:
-    """The checkpoints in a folder. A resumed run must have the same `identity`."""
+    """The checkpoints in a folder. A resumed run must have the same `identity`, in which "records" and "model" are hashes."""
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int | None = None) -> None:
         self.folder, self._keep = folder, keep
@@ -42,16 +47,19 @@ class Checkpoints:
         target = self.folder / f"checkpoint-{step}"
         fresh = target.with_name(f"{target.name}.tmp")
         with writing(target):
-            shutil.rmtree(fresh, ignore_errors=True)
-            fresh.mkdir(parents=True)
-            result(fresh)
-            tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
             try:
+                shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
+                fresh.mkdir(parents=True)
+                result(fresh)
+                tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
                 torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
-            except RuntimeError as e:  # torch's own writer, for example on a full disk
-                raise OutputError(f"{target}: cannot be written; is the disk full? ({first_line(e)})") from e
-            shutil.rmtree(target, ignore_errors=True)
-            fresh.replace(target)
+                shutil.rmtree(target, ignore_errors=True)
+                fresh.replace(target)
+            except BaseException as e:
+                shutil.rmtree(fresh, ignore_errors=True)  # gives a full disk its space back
+                if isinstance(e, RuntimeError):  # of torch's own writer, for example on a full disk
+                    raise OutputError(f"{target}: cannot be written; is the disk full? ({first_line(e)})") from e
+                raise
         for old in self.steps()[: -self._keep] if self._keep else []:
             shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
         return target
@@ -75,6 +83,6 @@ class Checkpoints:
             ) from e
         mine = parse_json(self._identity)
         if changed := sorted(name for name in {*made, *mine} if made.get(name) != mine.get(name)):
-            was = ", ".join(f"{name} was {str(made.get(name))[:60]}" for name in changed)
-            raise TrainingError(f"{path}: made otherwise ({was}); use the same options, or give another --out")
+            was = ", ".join(_CONTENTS.get(name) or f"{name} was {made.get(name)}" for name in changed)
+            raise TrainingError(f"{path}: made otherwise: {was}; use the same options and files, or give another --out")
         return int(stored["step"]), dict(stored["state"])

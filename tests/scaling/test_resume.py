@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 
+from scale_rae.adapters import write_adapter
 from scale_rae.errors import DeviceError, ScaleRAEError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.sampling import LatentSampler
@@ -259,6 +260,27 @@ def test_another_model_of_the_same_name_is_refused(scale: Scale, checkpoints: di
     result = scale("--model-path", checkpoints["webssl"])  # its folder is called "model" too
     assert result.code == 1
     assert "this experiment was started differently: model: config.json" in result.err
+
+
+def test_another_adapter_of_the_same_name_is_refused(scale: Scale, tmp_path: Path) -> None:
+    def write(value: float) -> None:
+        change = torch.full((1, 256), value), torch.full((192, 1), value)
+        write_adapter(tmp_path / "lora", {"diff_head_projector": change}, 1, 1.0, "shapes")
+
+    options = ["--limit", 1, "--lora", tmp_path / "lora"]
+    write(0.0)
+    assert scale(*options).code == 0
+    path = scale.folder / "experiment.json"
+    recorded = json.loads(path.read_text())
+    assert recorded["lora"][0]["files"].keys() == {"adapter_config.json", "adapter_model.safetensors"}
+    write(0.1)
+    result = scale("--lora", tmp_path / "lora")
+    assert result.code == 1
+    assert "this experiment was started differently: lora: other adapters" in result.err
+    write(0.0)
+    del recorded["lora"]  # as earlier versions wrote it
+    path.write_text(json.dumps(recorded))
+    assert scale(*options[:1], 2, *options[2:]).code == 0
 
 
 def test_results_without_their_description_are_refused(scale: Scale) -> None:

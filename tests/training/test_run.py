@@ -105,7 +105,7 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
 
     with pytest.raises(Killed):
         go(other, Watcher(step=kill))
-    with pytest.raises(TrainingError, match=r"made otherwise .*seed was 42"):
+    with pytest.raises(TrainingError, match=r"made otherwise: seed was 42; use the same"):
         go(replace(other, resume=True, seed=1))
     notes: list[str] = []
     again = go(replace(other, resume=True), Watcher(note=notes.append))
@@ -257,8 +257,15 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path, monkeypatc
         raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 2368 vs 2262")
 
     monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OutputError, match="checkpoint-2: cannot be written"):
-        Checkpoints(tmp_path, {}).write(2, {}, lambda folder: None)
+    with pytest.raises(OutputError, match="checkpoint-2: cannot be written; is the disk full"):
+        Checkpoints(tmp_path, {}).write(2, {}, lambda folder: (folder / "adapter").touch())
+    assert not list(tmp_path.iterdir())  # what was written takes no place
+
+
+def test_other_data_are_named(tmp_path: Path) -> None:
+    Checkpoints(tmp_path, {"records": "3f", "seed": 1}).write(2, {}, lambda folder: None)
+    with pytest.raises(TrainingError, match="made otherwise: the training data or their order differ; use the same"):
+        Checkpoints(tmp_path, {"records": "4a", "seed": 1}).newest()
 
 
 def test_data_are_read_before_a_model_is_looked_for(
