@@ -99,7 +99,7 @@ def test_a_run_that_was_ended_within_a_round_goes_on_to_the_bit(options: Trainin
 
     with pytest.raises(Killed):
         go(other, Watcher(step=kill))
-    with pytest.raises(TrainingError, match=r"made otherwise .*beta was 1\.0"):
+    with pytest.raises(TrainingError, match=r"made otherwise.*beta was 1\.0"):
         go(replace(other, resume=True, self_reward=replace(other.self_reward, beta=0.5)))
     again = go(replace(other, resume=True))
     same = ("step", "loss", "policy", "null", "distance", "reading", "gradient_norm")
