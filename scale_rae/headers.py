@@ -68,47 +68,51 @@ def read_header(read: Read, size: int, where: str) -> dict[str, HeaderTensor]:
     """
     first = read(0, min(size, _FIRST))
     if len(first) < 8:
-        raise _damaged(where, f"{len(first)} bytes")
+        raise _cut(where, f"{len(first)} bytes")
     length = int.from_bytes(first[:8], "little")
     if length > size - 8:
-        raise _damaged(where, f"its header says that it has {length:,} bytes, but the file has {size:,}")
+        raise _cut(where, f"its header says that it has {length:,} bytes, but the file has {size:,}")
     if length > MOST_HEADER:
         raise CheckpointError(f"{where}: its header is larger than {size_text(MOST_HEADER)}; copy or download it again")
     data = first[8 : 8 + length]
     if len(data) < length:
         data += read(8 + len(data), 8 + length)
     if len(data) < length:
-        raise _damaged(where, "it ends in its header")
+        raise _cut(where, "it ends in its header")
     try:
         value = parse_json(data, constants=True)
     except ValueError as e:
-        raise _damaged(where, f"its header is not valid JSON: {first_line(e)}") from e
+        raise _wrong(where, f"not valid JSON: {first_line(e)}") from e
     if not isinstance(value, dict):
-        raise _damaged(where, "its header is not a JSON object")
+        raise _wrong(where, "not a JSON object")
     tensors = {name: _tensor(name, entry, where) for name, entry in value.items() if name != "__metadata__"}
     _check_places(tensors, size - 8 - length, where)
     return tensors
 
 
-def _damaged(where: str, problem: str) -> CheckpointError:
+def _cut(where: str, problem: str) -> CheckpointError:
     return CheckpointError(f"{where}: damaged or cut short ({problem}); copy or download it again")
+
+
+def _wrong(where: str, problem: str) -> CheckpointError:
+    return CheckpointError(f"{where}: its header is wrong: {problem}; copy or download it again")
 
 
 def _tensor(name: str, entry: Any, where: str) -> HeaderTensor:
     if not isinstance(entry, dict):
-        raise _damaged(where, f"{name} is declared as {shortened(entry)}")
+        raise _wrong(where, f"{name} is declared as {shortened(entry)}")
     dtype, shape, place = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _damaged(where, f"{name}: dtype is {shortened(dtype)}, which safetensors does not have")
+        raise _wrong(where, f"{name}: dtype is {shortened(dtype)}, which safetensors does not have")
     if not _are_sizes(shape) or len(shape) > _MOST_DIMENSIONS:
-        raise _damaged(where, f"{name}: shape is {shortened(shape)}, not a list of whole numbers")
+        raise _wrong(where, f"{name}: shape is {shortened(shape)}, not a list of whole numbers")
     if not _are_sizes(place) or len(place) != 2 or place[0] > place[1]:
-        raise _damaged(where, f"{name}: data_offsets is {shortened(place)}, not [start, end]")
+        raise _wrong(where, f"{name}: data_offsets is {shortened(place)}, not [start, end]")
     values = math.prod(shape)
     if values >= _LARGEST or values * BITS[dtype] != 8 * (place[1] - place[0]):
         needed = (values * BITS[dtype] + 7) // 8
         has = f"data_offsets is {place}, which is {place[1] - place[0]:,} bytes"
-        raise _damaged(where, f"{name}: {has}, but shape {shape} of {dtype} takes {needed:,}")
+        raise _wrong(where, f"{name}: {has}, but shape {shape} of {dtype} takes {needed:,}")
     return HeaderTensor(dtype, tuple(shape), *place)
 
 
@@ -122,11 +126,11 @@ def _check_places(tensors: dict[str, HeaderTensor], size: int, where: str) -> No
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].stop)):
         place = f"{name}: data_offsets is [{tensor.start}, {tensor.stop}]"
         if tensor.start < end:
-            raise _damaged(where, f"{place}, which overlaps {before}")
+            raise _wrong(where, f"{place}, which overlaps {before}")
         if tensor.start > end:
-            raise _damaged(where, f"{place}, which leaves {tensor.start - end:,} bytes before it unused")
+            raise _wrong(where, f"{place}, which leaves {tensor.start - end:,} bytes before it unused")
         if tensor.stop > size:
-            raise _damaged(where, f"{place}, but there are only {size:,} bytes after the header")
+            raise _cut(where, f"{place}, but there are only {size:,} bytes after the header")
         end, before = tensor.stop, name
     if end != size:
-        raise _damaged(where, f"{size - end:,} bytes at its end belong to no tensor")
+        raise _wrong(where, f"{size - end:,} bytes at its end belong to no tensor")

@@ -220,7 +220,7 @@ def vae_folder(folder: Path) -> Path:
 
 
 def _instead(what: str) -> str:
-    return f"use a local folder{', or the bundled model: --model-path shapes' if what == 'model' else ''}"
+    return f"use a local folder{', or shapes, the bundled model' if what == 'model' else ''}"
 
 
 def hub_problem(error: BaseException, what: str, broke_off: bool = False) -> str:

@@ -185,7 +185,7 @@ def test_gated_repository(small: FakeHub) -> None:
 @pytest.mark.parametrize("status", [403, 500, 503])
 def test_hub_in_trouble(small: FakeHub, status: int) -> None:
     small.status = status
-    with pytest.raises(HubError, match=rf"status {status}.*--model-path shapes"):
+    with pytest.raises(HubError, match=rf"status {status}.*or shapes, the bundled model"):
         find(MODEL, "model")
 
 
@@ -212,7 +212,7 @@ def test_unreachable_hub_without_a_copy(hub: FakeHub, monkeypatch: pytest.Monkey
     with pytest.raises(HubError) as caught:
         find(MODEL, "model")
     assert "the hub cannot be reached" in str(caught.value)
-    assert "--model-path shapes" in str(caught.value)
+    assert "or shapes, the bundled model" in str(caught.value)
     assert "local folder" in str(caught.value)
     assert "\n" not in str(caught.value)
     with pytest.raises(HubError) as caught:

@@ -332,6 +332,13 @@ def test_the_command(cli: Cli, copy: Path) -> None:  # noqa: F811
     assert [row["memory"] for row in found["memory_on_cuda"]] == ["8G", "1M"]
 
 
+def test_what_is_raised_is_json_too(cli: Cli, copy: Path) -> None:  # noqa: F811
+    (copy / "config.json").write_text("{")
+    result = cli("inspect", copy, "--json", "--device", "cpu")
+    assert result.code == 1
+    assert result.manifests == [{"model": str(copy), "error": result.error}]
+
+
 def test_the_command_in_words(cli: Cli, copy: Path) -> None:  # noqa: F811
     (copy / "merges.txt").unlink()
     result = cli("inspect", copy, "--device", "cpu")

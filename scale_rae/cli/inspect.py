@@ -9,6 +9,7 @@ import typer
 from scale_rae.cli.app import show, show_json
 from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars
+from scale_rae.errors import ScaleRAEError
 from scale_rae.inspection import Inspection, inspect
 from scale_rae.options import DEFAULT_MODEL, MODEL, check_device_name, memory_bytes
 
@@ -50,13 +51,18 @@ def command(
 
     Of a model on the hub, only config.json and the heads of its weight files are read. Exits 1 if something is missing or misnamed.
     """
-    check_device_name(device)
-    requests = {text: memory_bytes(text) for text in memory or (*MEMORIES, "auto")}
     bars = Bars()
-    with bars.waiting("reading"):
-        found = inspect(model, decoder_repo, revision)
-    with bars.waiting("measuring the device"):
-        estimates = _estimates(found, device, requests)
+    try:
+        check_device_name(device)
+        requests = {text: memory_bytes(text) for text in memory or (*MEMORIES, "auto")}
+        with bars.waiting("reading"):
+            found = inspect(model, decoder_repo, revision)
+        with bars.waiting("measuring the device"):
+            estimates = _estimates(found, device, requests)
+    except ScaleRAEError as e:
+        if json:
+            show_json({"model": model, "error": str(e)})
+        raise
     if json:
         show_json({"model": model, **found.record(), **estimates})
     else:
