@@ -6,8 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scale_rae.checkpoint import RowSink
 from scale_rae.config import DecoderConfig
 from scale_rae.encoder import resize_tokens
+from scale_rae.quantization import Place, quantize_linears
 
 
 class _SelfAttention(nn.Module):
@@ -74,6 +76,24 @@ class PixelDecoder(nn.Module):
         patches: Tensor = self.decoder_pred(self.decoder_norm(x))[:, 1:]  # [B, side², patch² · 3]
         pixels = patches.view(-1, side, side, patch, patch, 3).permute(0, 5, 1, 3, 2, 4)
         return pixels.reshape(-1, 3, side * patch, side * patch)
+
+
+def quantize_layers(decoder: PixelDecoder, kind: str, place: Place) -> dict[str, RowSink]:
+    """Quantises the linears of the layers, in place; the first and the last linear keep their dtype.
+
+    Without weights (on "meta"), the sinks take those of a checkpoint, by their names.
+    """
+    linears = [
+        (f"{path}.{name}", owner, name)
+        for path, owner in decoder.named_modules()
+        if path.startswith("decoder_layers.")
+        for name, module in owner.named_children()
+        if isinstance(module, nn.Linear)
+    ]
+    sinks: dict[str, RowSink] = {}
+    for linear in linears:
+        sinks |= quantize_linears([linear], kind, place)
+    return sinks
 
 
 def to_uint8(pixels: Tensor, mean: list[float], std: list[float]) -> Tensor:

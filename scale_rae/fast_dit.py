@@ -13,8 +13,8 @@
 - `quantize`: the blocks' linears are quantised (quantization.py); "fp8" multiplies in float8 (float8.py).
 - `kernels`: Triton kernels (kernels.py) quantise activations and rotate queries and keys; needs `defer`.
 - `attention`: a Triton kernel (kernels.py) computes attention and rotates queries and keys as it reads them.
-- `few`: for one or two images, on Hopper, Triton kernels (few_images.py) run between a block's products; needs `kernels` and our
-  attention.
+- `few`: for one or two images in float8, on Hopper, Triton kernels (few_images.py) run between a block's products; needs `kernels`
+  and our attention. True: in bfloat16, too, where they gain nothing.
 
 docs/performance.md lists what each trick gains.
 """
@@ -46,7 +46,14 @@ from scale_rae.fast_blocks import (
     summed_block,
     with_attention,
 )
-from scale_rae.fast_weights import StackedModulations, is_quantized, modulation_of, pad_swiglu, quantize_blocks
+from scale_rae.fast_weights import (
+    StackedModulations,
+    is_quantized,
+    modulation_of,
+    pad_swiglu,
+    quantize_blocks,
+    stacks_modulations,
+)
 from scale_rae.flow import Velocity
 from scale_rae.options import Speed
 from scale_rae.quantization import Place, check_quantize, own_kernels, quantize_tokens
@@ -107,7 +114,8 @@ def choose_functions(speed: Speed, dit: DiT, compile: bool) -> Functions:
         if not compile or quantizes or attend is not attend_rotating:
             block = with_attention(quantized_block if quantizes else deferred_block, attend)
             cos, sin = kernels.of_axis(cos), kernels.of_axis(sin)
-        if speed.few and attend is kernels.attend_pairs and kind in (None, "fp8") and _few_block_fits(dit):
+        wanted = kind == "fp8" if speed.few is None else speed.few
+        if wanted and attend is kernels.attend_pairs and kind in (None, "fp8") and _few_block_fits(dit):
             few = few_block
     read = _read_quantized(kind) if quantizes and kind is not None else _read
     return Functions(read, block, Block.forward, final_layer, FinalLayer.forward, few, cos, sin)
@@ -166,7 +174,7 @@ class FastDiT:
         blocks: Sequence[Any] = list(dit.dit_blocks)
         self.layers: list[Any] = [block.adaLN_modulation[1] for block in blocks[: dit.encoder_depth]]
         self.stacked: StackedModulations | None = None
-        if ((speed.group and on_cuda) or speed.quantize is not None) and not residency.streams:
+        if stacks_modulations(speed, self.device) and not residency.streams:
             self.stacked = StackedModulations(self.layers)
         stacked = () if self.stacked is None else (self.stacked.weight, self.stacked.bias)
         blocks = residency.keep_blocks("dit", blocks, stacked, [dit.t_embedder])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,14 @@ from scale_rae.checkpoint import RowSink
 from scale_rae.codes import PAD_TO, attention_kind, mlp_kind
 from scale_rae.dit import Block, DiT, SwiGLU, TimeEmbedder
 from scale_rae.float8 import Quantized
+from scale_rae.options import Speed
 from scale_rae.quantization import (
     Place,
     QuantizedLinear,
     QuantizedWeight,
     check_widths,
     joined,
+    joined_rows,
     product,
     quantize_linears,
 )
@@ -83,12 +85,12 @@ class StackedModulations:
         if isinstance(layers[0].weight, QuantizedWeight):
             self.weight = joined([layer.weight for layer in layers])
         else:
-            self.weight = torch.cat([layer.weight.detach() for layer in layers])
+            self.weight = joined_rows([layer.weight.detach() for layer in layers]).detach()
         for i, layer in enumerate(layers):
             rows = slice(i * self.width, (i + 1) * self.width)
             layer.bias = nn.Parameter(self.bias[rows], requires_grad=False)
             if isinstance(self.weight, QuantizedWeight):
-                layer.values, layer.scale = self.weight.values[rows], self.weight.scale[rows]
+                _, layer.values, layer.scale, _ = self.weight.rows(rows).alone()
             else:
                 layer.weight = nn.Parameter(self.weight[rows], requires_grad=False)
 
@@ -100,6 +102,34 @@ class StackedModulations:
         if isinstance(read, Quantized):
             return product(read, self.weight.rows(rows), self.bias[rows])
         return self.weight.rows(rows).linear(read, self.bias[rows])
+
+
+def stacks_modulations(speed: Speed, device: torch.device) -> bool:
+    """Whether a network on a device has `StackedModulations`; not where its blocks are streamed, which switches `group` off."""
+    return (speed.group and device.type == "cuda") or speed.quantize is not None
+
+
+def stack_modulations(dit: DiT, place: Place) -> dict[str, RowSink]:
+    """Sinks for the adaLN weights that `StackedModulations` fuses: they fill one matrix, so that fusing need not copy them.
+
+    The names are those below `dit`, which has no weights yet.
+    """
+    sinks: dict[str, RowSink] = {}
+    blocks: list[Any] = list(dit.dit_blocks)
+    layers = [block.adaLN_modulation[1] for block in blocks[: dit.encoder_depth]]
+    counts = [layer.out_features for layer in layers]
+    whole = torch.empty(sum(counts), layers[0].in_features, dtype=place.dtype, device=place.storage)
+    for i, (layer, rows) in enumerate(zip(layers, torch.split(whole, counts), strict=True)):
+        layer.weight = nn.Parameter(rows, requires_grad=False)
+        sinks[f"dit_blocks.{i}.adaLN_modulation.1.weight"] = RowSink(tuple(rows.shape), _copier(rows))
+    return sinks
+
+
+def _copier(target: Tensor) -> Callable[[int, Tensor], None]:
+    def copy(start: int, rows: Tensor) -> None:
+        target[start : start + len(rows)].copy_(rows)
+
+    return copy
 
 
 def modulation_of(block: Block, read: Any) -> Tensor:

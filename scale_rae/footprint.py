@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from math import prod
 
-from scale_rae.codes import BLOCK, GROUP_ROWS, PAD_TO, PLAIN_AT_ONCE, attention_kind, mlp_kind
+from scale_rae.codes import BLOCK, GROUP_ROWS, PAD_TO, PLAIN_AT_ONCE, attention_kind, decoder_kind, mlp_kind
 from scale_rae.config import DecoderConfig, DiTConfig, ScaleRAEConfig
 from scale_rae.layout import DIT_PREFIX, decoder_layout, dit_layout, keeps_float32, language_layout
 from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
@@ -22,9 +22,10 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 CACHE_SLOTS = 1024  # tokens per row that a KV cache is made for, at least; kv_cache makes them
 REPLY_TOKENS, PROMPT_TOKENS = 10, 64  # of the reply that asks for an image, and of the prompt with its chat
 
-# Memory that no tensor of ours is in. CUDA: the context, loaded kernels and the workspaces of cuBLAS, which is the driver's count less
-# what torch reserved: 0.60 GiB before, 0.74 to 0.76 after drawing (H200, 1.5B/2.4B). CPU: Python with torch imported.
-CONTEXT = {"cuda": 768 << 20, "cpu": 450 << 20, "mps": 200 << 20}
+# Memory that no tensor of ours is in. CUDA: the context and loaded kernels, which is the driver's count less what torch reserved:
+# 0.58 to 0.59 GiB after drawing within a limit, which frees stacks (H200, 1.5B/2.4B); 0.74 to 0.76 without one. CPU: Python with
+# torch imported.
+CONTEXT = {"cuda": 620 << 20, "cpu": 450 << 20, "mps": 200 << 20}
 # What the allocator loses to rounding and fragments, as a share of what is allocated, and at least: it reserved 1.23 GiB for 1.21 in
 # streams, 4.86 for 4.79 in turns (H200, 1.5B/2.4B).
 FRAGMENTS, LEAST_FRAGMENTS = 0.015, 20 << 20
@@ -103,7 +104,6 @@ class Weights:
     decoder: int
     largest_block: int  # of both networks
     largest_matrix: int  # of the quantised ones of the velocity network; in weights, not bytes
-    restacked: int  # bytes that are there twice for a moment, while adaLN weights are stacked
 
     @property
     def language(self) -> int:
@@ -194,7 +194,7 @@ class Footprint:
     def _weights(self, quantize: str | None) -> Weights:
         sizes: Counter[str] = Counter()
         blocks: Counter[str] = Counter()
-        largest = restacked = 0
+        largest = 0
         pads = quantize is not None or self.device == "cuda"
         tensors = language_layout(self.config) | dit_layout(self.config.dit)
         for name, shape in tensors.items():
@@ -205,8 +205,6 @@ class Footprint:
             if match := _BLOCK.match(name) or _LAYER.match(name):
                 part = "dit_blocks" if name.startswith(DIT_PREFIX) else "language_blocks"
                 blocks[match[0]] += size
-                if quantize is None and self.device == "cuda" and ".adaLN_modulation." in name and self._is_early(name):
-                    restacked += size
             elif name == "lm_head.weight":
                 part = "tied" if self.config.tied_embeddings else "head"
             elif name == "model.embed_tokens.weight":
@@ -216,7 +214,6 @@ class Footprint:
             sizes[part] += size
             if kind is not None and name.startswith(DIT_PREFIX):
                 largest = max(largest, prod(shape))
-        decoder = 0 if self.decoder is None else _count(decoder_layout(self.decoder)) * DTYPE_BYTES[self.dtype]
         return Weights(
             language_blocks=sizes["language_blocks"],
             language_rest=sizes["language_rest"],
@@ -224,10 +221,19 @@ class Footprint:
             head=sizes["head"],
             dit_blocks=sizes["dit_blocks"],
             dit_rest=sizes["dit_rest"],
-            decoder=decoder,
+            decoder=self._decoder_bytes(decoder_kind(quantize)),
             largest_block=max(blocks.values()),
             largest_matrix=largest,
-            restacked=restacked,
+        )
+
+    def _decoder_bytes(self, kind: str | None) -> int:
+        """Bytes of the decoder with the linears of its layers in a form."""
+        layout = {} if self.decoder is None else decoder_layout(self.decoder)
+        return sum(
+            stored_bytes(
+                kind if len(shape) == 2 and name.startswith("decoder_layers.") else None, shape, DTYPE_BYTES[self.dtype]
+            )
+            for name, shape in layout.items()
         )
 
     def _kind(self, name: str, quantize: str | None) -> str | None:
@@ -313,9 +319,9 @@ class Footprint:
         return max(self.loading_peak(way), self.drawing_peak(way))
 
     def loading_peak(self, way: Way) -> int:
-        """`peak` while the weights are read and made ready, in which adaLN weights are stacked."""
+        """`peak` while the weights are read and made ready."""
         w = self.weights(way.quantize)
-        stays = w.language + w.dit + w.restacked if way.offload == "none" else w.language_rest + w.dit_rest
+        stays = w.language + w.dit if way.offload == "none" else w.language_rest + w.dit_rest
         return self._with_losses(stays)
 
     def drawing_peak(self, way: Way) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 
 from scale_rae.adapters import Adapter, MergedReader
 from scale_rae.checkpoint import RowSink, TensorReader, fill
+from scale_rae.codes import decoder_kind
 from scale_rae.config import ScaleRAEConfig, load_decoder_config
-from scale_rae.decoder import PixelDecoder
+from scale_rae.decoder import PixelDecoder, quantize_layers
 from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
-from scale_rae.fast_weights import mean_read, quantize_blocks
+from scale_rae.fast_weights import mean_read, quantize_blocks, stack_modulations, stacks_modulations
 from scale_rae.hub import Source, find, own_folders, vae_folder, weight_files
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
 
 LoadProgress = Callable[[str, int, int], None]
+
+
+def check_headers(source: Source) -> None:
+    """Raises CheckpointError, naming the file and the field, where a model's weight files are missing or have wrong headers."""
+    TensorReader(weight_files(source.folder))
 
 
 def load_tokenizer(source: Source, config: ScaleRAEConfig) -> ChatTokenizer:
@@ -70,9 +76,10 @@ def load_networks(
     """
     with torch.device("meta"):
         language, dit = LanguageModel(config, speed), DiT(config.dit)
-    norm_stats = _fill_networks(
-        source, config, language, dit, Place(storage or device, device, dtype), speed.quantize, progress, adapters
-    )
+    place = Place(storage or device, device, dtype)
+    # Before they are loaded, since fusing them afterwards takes their memory twice.
+    stacked = stack_modulations(dit, place) if stacks_modulations(speed, device) and speed.quantize is None else {}
+    norm_stats = _fill_networks(source, config, language, dit, place, speed.quantize, progress, adapters, stacked)
     return language, dit, norm_stats
 
 
@@ -112,8 +119,9 @@ def _fill_networks(
     quantize: str | None,
     progress: LoadProgress | None,
     adapters: Sequence[Adapter],
+    places: Mapping[str, RowSink] | None = None,
 ) -> NormStats | None:
-    """Loads the networks that are given, built on "meta"; returns the norm stats."""
+    """Loads the networks that are given, built on "meta"; returns the norm stats. `places` take weights of the DiT."""
     files = weight_files(source.folder)
     reader = MergedReader(files, adapters) if adapters else TensorReader(files)
     for field, depth in (
@@ -136,6 +144,7 @@ def _fill_networks(
         modules[DIT_PREFIX] = dit
     with MemoryErrors(device, dtype, what, "a smaller checkpoint", flags):
         sinks = _quantize(language, dit, reader, quantize, place)
+        sinks |= {DIT_PREFIX + name: sink for name, sink in (places or {}).items()}
         fill(
             modules,
             reader,
@@ -228,9 +237,11 @@ def find_decoder(name: str | None, model: Source, config: ScaleRAEConfig, encode
 
 
 def load_decoder(
-    source: Source, config: ScaleRAEConfig, dtype: torch.dtype, device: torch.device
+    source: Source, config: ScaleRAEConfig, place: Place, quantize: str | None = None
 ) -> PixelDecoder | VaeDecoder:
-    """The pixel decoder in `source`'s folder, or a FLUX-VAE-aligned model's VAE (extra `vae`).
+    """The pixel decoder in `source`'s folder, or a FLUX-VAE-aligned model's VAE (extra `vae`), which is never quantised.
+
+    `quantize` is how the other networks are quantised.
 
     Raises:
         ConfigError, CheckpointError: naming the file, when it is missing, damaged, or made for other latents.
@@ -239,7 +250,7 @@ def load_decoder(
     if config.vae is not None:
         from scale_rae.vae import load_vae
 
-        return load_vae(folder, config.channels, dtype, device)
+        return load_vae(folder, config.channels, place.dtype, place.storage)
     if not (folder / "model.pt").is_file():
         raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and model.pt")
     reader = TensorReader([folder / "model.pt"])
@@ -254,7 +265,9 @@ def load_decoder(
     reader.check_depth(decoder_config.depth, "decoder_num_hidden_layers", folder / "config.json")
     with torch.device("meta"):
         decoder = PixelDecoder(decoder_config)
-    fill({"": decoder}, reader, dtype, device)
+    kind = decoder_kind(quantize)
+    sinks = {} if kind is None else quantize_layers(decoder, kind, place)
+    fill({"": decoder}, reader, place.dtype, place.storage, sinks=sinks)
     return decoder
 
 

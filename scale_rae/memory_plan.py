@@ -25,7 +25,7 @@ from typing import Any
 
 from scale_rae.errors import DeviceError
 from scale_rae.footprint import Footprint, Rates, Way
-from scale_rae.options import OFFLOAD, default_batch_size
+from scale_rae.options import OFFLOAD, default_batch_size, quantisation
 
 WAYS = (
     *((None, "none"), (None, "model"), ("int8", "none"), ("int8", "model"), ("nf4", "none"), ("nf4", "model")),
@@ -77,17 +77,18 @@ def choose(
 ) -> Plan:
     """The first of WAYS whose peak is at most `limit` bytes, with as many images at once as fit.
 
-    `quantize` and `offload` other than the defaults narrow the choice. `rates` measures the device, and is called only if the weights
+    `quantize` and `offload` other than the defaults narrow the choice; quantize "none" is no default. `rates` measures the device, and is called only if the weights
     are streamed: as many images are then drawn at once as compute while their weights are copied.
 
     Raises:
         DeviceError: when nothing fits, with the least that is possible.
     """
     possible = possible_ways(footprint.device, quantize, offload)
-    ways = [Way(kind, mode) for kind, mode in possible if kind == quantize or footprint.allows(kind)]
+    ways = [Way(kind, mode) for kind, mode in possible if quantize is not None or footprint.allows(kind)]
     peaks = [footprint.peak(way) for way in ways]
     chosen = next((i for i, peak in enumerate(peaks) if peak <= limit), None)
-    given = " ".join(f"--{n} {v}" for n, v in (("quantize", quantize), ("offload", offload)) if v not in (None, "none"))
+    asked = (("quantize", quantize), ("offload", None if offload == "none" else offload))
+    given = " ".join(f"--{name} {value}" for name, value in asked if value is not None)
     if chosen is None:
         least = min(range(len(ways)), key=lambda i: peaks[i])
         raise DeviceError(
@@ -109,7 +110,7 @@ def choose(
 
 def possible_ways(device: str, quantize: str | None, offload: str) -> list[tuple[str | None, str]]:
     """The ways to try, in order: WAYS, narrowed by a given quantisation and residency, and to what the device can do."""
-    kinds = [quantize] if quantize is not None else [None, "int8", "nf4"]
+    kinds = [None, "int8", "nf4"] if quantize is None else [quantisation(quantize)]
     modes = ("none",) if device != "cuda" else OFFLOAD if offload == "none" else (offload,)
     known = [way for way in WAYS if way[0] in kinds and way[1] in modes]
     narrowed = quantize is not None or offload != "none"

@@ -25,13 +25,21 @@ from scale_rae.encoder import Encoder
 from scale_rae.errors import InputError
 from scale_rae.hub import Source, find
 from scale_rae.language import LanguageModel
-from scale_rae.loading import LoadProgress, find_decoder, load_decoder, load_encoder, load_networks, load_tokenizer
+from scale_rae.loading import (
+    LoadProgress,
+    check_headers,
+    find_decoder,
+    load_decoder,
+    load_encoder,
+    load_networks,
+    load_tokenizer,
+)
 from scale_rae.machine import limit_process, plan
 from scale_rae.memory import MemoryErrors, in_batches, pick_device, pick_dtype, savings
 from scale_rae.memory_plan import Plan
 from scale_rae.options import LANGUAGE_KINDS, Speed, check_offload, default_batch_size, memory_bytes
 from scale_rae.prompt import ChatTokenizer
-from scale_rae.quantization import check_quantize
+from scale_rae.quantization import Place, check_quantize
 from scale_rae.residency import Residency
 from scale_rae.sampling import LatentSampler, NormStats
 from scale_rae.toolchain import check_compile
@@ -50,7 +58,8 @@ def load(
     dtype: str | None,
     revision: str | None,
     progress: LoadProgress | None,
-    speed: Speed,
+    compile: str,
+    quantize: str | None,
     split_batches: bool,
     offload: str,
     memory: str | None,
@@ -61,6 +70,7 @@ def load(
     Raises:
         ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
     """
+    speed = Speed(compile, quantize)
     torch_device = pick_device(device)
     torch_dtype = pick_dtype(dtype, torch_device)
     check_offload(offload, torch_device.type)
@@ -77,7 +87,8 @@ def load(
     adapters = [read_adapter(files, weight) for files, weight in found]
     memory_plan = None
     if memory is not None:
-        memory_plan = plan(memory, source, decoder, config, torch_device, torch_dtype, speed.quantize, offload)
+        check_headers(source)  # the choice is for files that can be loaded
+        memory_plan = plan(memory, source, decoder, config, torch_device, torch_dtype, quantize, offload)
         speed, offload = replace(speed, quantize=memory_plan.way.quantize), memory_plan.way.offload
         limit_process(torch_device, memory_plan.limit)
         _log.warning("%s", memory_plan)
@@ -196,7 +207,8 @@ class Networks:
         kind = lambda: self.encoder.kind  # noqa: E731 - the encoder is loaded only if its kind decides
         self.decoder_source = find_decoder(self._decoder_name, self.source, self.config, kind)
         with torch.inference_mode(False):
-            decoder = load_decoder(self.decoder_source, self.config, self.dtype, self.residency.home)
+            place = Place(self.residency.home, self.device, self.dtype)
+            decoder = load_decoder(self.decoder_source, self.config, place, self.speed.quantize)
         self.residency.keep("decoder", decoder, [decoder])
         return decoder
 

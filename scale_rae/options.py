@@ -22,6 +22,7 @@ PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-vi
 DTYPES = ("float32", "bfloat16", "float16")
 COMPILE = ("auto", "on", "off")
 QUANTIZE = ("int8", "int8-products", "fp8", "fp8-storage", "nf4")
+UNQUANTISED = "none"  # a choice of quantisation like None, but one that --memory keeps
 # The quantisation of the language model by that of the DiT. Activations stay as they are: decoding gains nothing from smaller
 # ones, and those of language models have outliers.
 LANGUAGE_KINDS = {"int8": "int8", "int8-products": "int8", "fp8-storage": "fp8-storage", "nf4": "nf4"}
@@ -256,11 +257,11 @@ Compile = Annotated[
 Quantize = Annotated[
     str | None,
     Knob(
-        "Smaller weights. int8: half of bfloat16's memory, on any device. nf4: a third or less, a little less exact. "
+        "Smaller weights. none: as they are. int8: half of bfloat16's memory, on any device. nf4: a third or less, a little less exact. "
         "fp8-storage: as int8, in float8. int8-products: as int8, and the DiT multiplies in int8, which is faster on most "
         "GPUs. fp8: draw with float8 matrix products, fastest; needs a GPU that has them (Ada, Hopper, Blackwell).",
         MODEL,
-        choices=QUANTIZE,
+        choices=(UNQUANTISED, *QUANTIZE),
     ),
 ]
 Offload = Annotated[
@@ -520,9 +521,12 @@ class Speed:
     shared: bool = True
     defer: bool = True
     kernels: bool = True
-    few: bool = False  # until latents drawn with it are compared on a GPU; its kernels are, one by one
+    few: bool | None = None  # None: in float8, where it was measured to be faster
     ahead: bool = True
     attention: Annotated[str, Knob("Which attention kernel.", choices=ATTENTION)] = "auto"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quantize", quantisation(self.quantize))
 
     def check(self) -> None:
         """Raises OptionError for values that do not exist."""
@@ -536,6 +540,11 @@ class Speed:
 
 
 # --- checks of single values -----------------------------------------------------------------------------------------
+
+
+def quantisation(choice: str | None) -> str | None:
+    """The quantisation of a choice: None for "none"."""
+    return None if choice == UNQUANTISED else choice
 
 
 def default_batch_size(device: str) -> int:

@@ -130,20 +130,21 @@ class ScaleRAE:
             dtype: "float32", "bfloat16" or "float16"; None means float32 on the CPU and bfloat16 elsewhere.
             revision: of the model on the hub.
             progress: `progress(what, done, total)`, in bytes of weights.
-            compile: "auto", "on" or "off", and `quantize`: None or one of `options.QUANTIZE`, as in `Speed`.
+            compile: "auto", "on" or "off", and `quantize`: None, "none" or one of `options.QUANTIZE`, as in `Speed`.
             split_batches: halve a batch and try again when memory runs out.
             offload: where weights wait: "none" (all on the device), "model" or "stream", as in `Residency`.
             memory: the most memory of the device to take, as in "8G", or "auto" for what is free. Chooses `quantize`, `offload`
-                and the default batch size (`memory_plan`), and logs one line on what it chose. Given `quantize` and `offload`
-                narrow the choice. A GPU's limit then holds for the whole process: what would go beyond fails.
+                and the default batch size (`memory_plan`), and logs one line on what it chose. Given `quantize` ("none": the
+                weights as they are) and `offload` narrow the choice. A GPU's limit then holds for the whole process: what
+                would go beyond fails.
             lora: LoRA adapters in PEFT's form, merged into the weights: folders or hub ids, each with ":WEIGHT" behind it if it
                 is to count more or less than it was trained to.
 
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
-        choice = Speed(compile, quantize)
-        return cls(load(name, decoder, device, dtype, revision, progress, choice, split_batches, offload, memory, lora))
+        how = compile, quantize, split_batches, offload, memory, lora
+        return cls(load(name, decoder, device, dtype, revision, progress, *how))
 
     # --- parts that load when first used -------------------------------------------------------------------------
 

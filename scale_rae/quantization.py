@@ -65,6 +65,10 @@ class QuantizedWeight(NamedTuple):
         """The weight's rows `index`: a view for a slice, a copy [..., K] for a tensor of row numbers."""
         return QuantizedWeight(self.kind, self.values[index], self.scale[index], self.own)
 
+    def alone(self) -> QuantizedWeight:
+        """The weight in the same memory, but no view of another tensor, which would keep that memory when the weight moves."""
+        return self._replace(values=self.values.detach(), scale=self.scale.detach())
+
     def to(self, device: torch.device) -> QuantizedWeight:
         """The weight on a device."""
         return QuantizedWeight(self.kind, self.values.to(device), self.scale.to(device), self.own)
@@ -175,7 +179,7 @@ def room(kind: str, rows: Sequence[int], columns: int, device: torch.device) -> 
         values = torch.zeros(total, columns, dtype=torch.int8 if "int8" in kind else FLOAT8, device=device)
         scale = torch.zeros(total, 1, device=device)
     return [
-        QuantizedWeight(kind, v, s)
+        QuantizedWeight(kind, v, s).alone()
         for v, s in zip(torch.split(values, counts), torch.split(scale, counts), strict=True)
     ]
 
@@ -283,11 +287,12 @@ def joined(weights: Sequence[QuantizedWeight]) -> QuantizedWeight:
     """The rows of several weights as one: a view where they are consecutive in memory, else a copy."""
     first = weights[0]
     return QuantizedWeight(
-        first.kind, _joined([w.values for w in weights]), _joined([w.scale for w in weights]), first.own
-    )
+        first.kind, joined_rows([w.values for w in weights]), joined_rows([w.scale for w in weights]), first.own
+    ).alone()
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def joined_rows(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of several matrices as one: a view where they are consecutive in memory, else a copy."""
     parts = [part for part in parts if len(part)] or parts  # empty tensors have no address
     end = parts[0].data_ptr()
     for part in parts:
@@ -453,7 +458,7 @@ def rows_in_chunks(linear: nn.Module, at_most: int) -> list[nn.Module]:
 
 def _with_rows(weight: Any, rows: slice) -> nn.Module:
     if isinstance(weight, QuantizedWeight):
-        return QuantizedLinear(weight.rows(rows), None)
+        return QuantizedLinear(weight.rows(rows).alone(), None)
     return _Rows(weight.detach()[rows])
 
 

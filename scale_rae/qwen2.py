@@ -80,7 +80,7 @@ def fuse(layer: Any, in_place: bool = False) -> FusedLayer:
                 start = 0
                 for linear in linears:
                     rows = slice(start, start + linear.out_features)
-                    linear.values, linear.scale = joint.values[rows], joint.scale[rows]
+                    _, linear.values, linear.scale, _ = joint.rows(rows).alone()
                     start = rows.stop
             return joint
         whole = torch.cat([p.detach() for p in parts])

@@ -29,7 +29,7 @@ from scale_rae.fast_weights import pad_swiglu
 from scale_rae.float8 import check_device, quantize
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.quantization import QuantizedLinear, product, quantize_weight
+from scale_rae.quantization import Place, QuantizedLinear, product, quantize_weight
 from scale_rae.sampling import LatentSampler, Trajectory
 from tests.test_goldens import DRAW
 
@@ -665,3 +665,45 @@ def test_compiled_code_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/somewhere/else")
     compiled(lambda x: x)
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == "/somewhere/else"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_modulations_loaded_into_one_matrix_are_fused_as_they_lie(kind: str) -> None:
+    """Else they would be there twice for a moment, which was the peak of loading."""
+    plain = made(kind)
+    with torch.device("meta"):
+        dit = DiT(KINDS[kind])
+    cpu = torch.device("cpu")
+    sinks = fast_weights.stack_modulations(dit, Place(cpu, cpu, torch.float32))
+    for name, sink in sinks.items():
+        weight = plain.get_parameter(name)
+        assert sink.shape == weight.shape
+        for start in range(0, len(weight), 100):
+            sink.store(start, weight[start : start + 100])
+    dit.load_state_dict({n: v for n, v in plain.state_dict().items() if n not in sinks}, strict=False, assign=True)
+    layers: list[Any] = [block.adaLN_modulation[1] for block in list(dit.dit_blocks)[: dit.encoder_depth]]
+    place = layers[0].weight.data_ptr()
+    stacked = fast_weights.StackedModulations(layers)
+    assert isinstance(stacked.weight, Tensor)
+    assert stacked.weight.data_ptr() == layers[0].weight.data_ptr() == place
+    assert stacked.weight._base is None, "else its memory stays when weights move"
+    for name in sinks:
+        assert torch.equal(dit.get_parameter(name), plain.get_parameter(name))
+    assert fast_weights.stacks_modulations(Speed(), torch.device("cuda"))
+    assert not fast_weights.stacks_modulations(Speed(), cpu)
+
+
+def test_kernels_for_few_images_are_for_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bfloat16 they gain nothing; whoever wants them there asks."""
+    attend = object()
+    kernels = SimpleNamespace(attend_pairs=attend, of_axis=lambda table: table)
+    monkeypatch.setitem(sys.modules, "scale_rae.kernels", kernels)
+    monkeypatch.setattr(scale_rae, "kernels", kernels, raising=False)
+    for name in ("runs_own_kernels", "own_kernels", "_few_block_fits"):
+        monkeypatch.setattr(fast_dit, name, lambda *_: True)
+    monkeypatch.setattr(fast_dit, "_choose_attention", lambda speed, dit: attend)
+    on_cuda = SimpleNamespace(device=torch.device("cuda"))
+    dit: Any = SimpleNamespace(pos_embed=on_cuda, dtype=torch.bfloat16, config=CONFIG, rope_cos=None, rope_sin=None)
+    for kind, few, used in (("fp8", None, True), ("fp8", False, False), (None, None, False), (None, True, True)):
+        speed = Speed(quantize=kind, few=few)
+        assert (fast_dit.choose_functions(speed, dit, False).few_block is not None) == used

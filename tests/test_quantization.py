@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from scale_rae import float8, quantization
 from scale_rae.config import DiTConfig, load_config
+from scale_rae.decoder import PixelDecoder, denormalise
 from scale_rae.dit import DiT
 from scale_rae.errors import CheckpointError, DeviceError, InputError
 from scale_rae.fast_dit import FastDiT
 from scale_rae.fast_weights import mean_read, quantize_blocks
 from scale_rae.hub import find
 from scale_rae.language import LanguageModel
-from scale_rae.loading import load_networks
+from scale_rae.loading import load_decoder, load_networks
 from scale_rae.options import LANGUAGE_KINDS, QUANTIZE, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantization import (
@@ -395,6 +396,27 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             part, file = {name: weights[name] for name in names[i::3]}, folder / f"{stem}-{i + 1:05}-of-00003.{kind}"
             save_file(part, file) if kind == "safetensors" else torch.save(part, file)
     return folders
+
+
+def test_pictures_of_a_decoder_that_nf4_quantises(bundled: ScaleRAE) -> None:
+    """They are hardly further from the exact decoder's than from their 8 bits; the first and the last linear stay."""
+    exact = bundled.decoder
+    source = bundled.decoder_source
+    assert isinstance(exact, PixelDecoder)
+    assert source is not None
+    decoder = load_decoder(source, bundled.config, HERE, "nf4")
+    assert isinstance(decoder, PixelDecoder)
+    linears = [m for m in exact.decoder_layers.modules() if isinstance(m, nn.Linear)]
+    assert sum(isinstance(m, QuantizedLinear) for m in decoder.modules()) == len(linears) == 6 * exact.config.depth
+    assert isinstance(decoder.decoder_embed, nn.Linear)
+    (drawn,) = bundled.generate("Can you generate a photo of a red circle?", steps=6, solver="ab2", seed=3).images
+    mean, std = bundled.encoder.image_mean, bundled.encoder.image_std
+    with torch.inference_mode():
+        first, second = (denormalise(network(drawn.latent[None]), mean, std) for network in (exact, decoder))
+    error = (first.clamp(0, 1) - second.clamp(0, 1)).square().mean()
+    assert -10 * error.log10() > 50  # dB
+    unchanged = load_decoder(source, bundled.config, HERE, "int8")
+    assert not any(isinstance(m, QuantizedLinear) for m in unchanged.modules())
 
 
 @pytest.mark.parametrize("kind", QUANTIZE)

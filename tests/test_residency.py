@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import platform
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from scale_rae.images import Picture
 from scale_rae.memory import MemoryErrors, savings
 from scale_rae.options import ModelChoice, SamplingOptions, SearchOptions, Speed
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.quantization import QuantizedLinear, joined, room
 from scale_rae.residency import HostMemory, Layout, Residency, Ring, Streamed, tensors_of, to_host
 from scale_rae.rewards import load_reward
 from scale_rae.scores import Asked
@@ -119,6 +121,18 @@ def test_a_later_part_that_does_not_fit_has_memory_of_its_own() -> None:
     with kept.use("small"):
         assert torch.equal(small(x), y)
         assert torch.equal(small.weight, values)
+
+
+def test_memory_that_quantised_weights_leave_is_freed() -> None:
+    """Also where several linears share it, as projections with one input do."""
+    weights = room("int8", [4, 8], 8, torch.device("cpu"))
+    left = weights[0].values.untyped_storage().data_ptr()
+    linears = [QuantizedLinear(weight, None) for weight in weights]
+    fused = joined([linear.weight for linear in linears])
+    del weights
+    Residency("model", torch.device("cpu")).keep("part", [linears, fused])
+    tensors = [x for x in gc.get_objects() if isinstance(x, Tensor) and x.dtype == torch.int8]
+    assert [x for x in tensors if x.untyped_storage().data_ptr() == left] == []
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -27,6 +27,7 @@ from scale_rae.options import (
     check_count,
     check_options,
     options_of,
+    quantisation,
 )
 from scale_rae.prompt import QUESTION
 from scale_rae.wording import as_request
@@ -149,7 +150,7 @@ class Settings:
 
     def with_model(self, choice: ModelChoice) -> Settings:
         """The same settings with the model that was chosen; the device is no setting."""
-        values = dataclasses.asdict(choice)
+        values = dataclasses.asdict(choice) | {"quantize": quantisation(choice.quantize)}
         del values["device"]
         return dataclasses.replace(self, **values, model_name=choice.model_path)
 

@@ -17,12 +17,14 @@ from scale_rae.options import (
     PROMPT_PREFIX,
     REWARDS,
     SOLVERS,
+    UNQUANTISED,
     Knob,
     Lora,
     Seed,
     check_device_name,
     check_options,
     lora_parts,
+    quantisation,
     to_record,
 )
 
@@ -325,7 +327,8 @@ class TrainingOptions:
         str | None, Knob("no or bf16. Default: bf16, but no on the CPU.", SCALE, choices=PRECISIONS)
     ] = None
     quantize: Annotated[
-        str | None, Knob("Quantise the frozen weights: int8, fp8-storage or nf4.", SCALE, choices=STORED)
+        str | None,
+        Knob("Quantise the frozen weights: none, int8, fp8-storage or nf4.", SCALE, choices=(UNQUANTISED, *STORED)),
     ] = None
     gradient_checkpointing: Annotated[
         bool, Knob("Recompute activations instead of storing them: less memory, a third more time.", SCALE)
@@ -351,6 +354,9 @@ class TrainingOptions:
     num_validation_images: Annotated[int, Knob("Pictures per validation prompt.", LOOKS, least=1)] = 1
     validation_guidance: Annotated[float, Knob("Guidance of validation pictures; 1 is none.", LOOKS, least=0)] = 1.0
     num_inference_steps: Annotated[int, Knob("Solver steps of validation pictures.", LOOKS, least=2)] = 25
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "quantize", quantisation(self.quantize))
 
     @property
     def rewards_itself(self) -> bool:

@@ -15,6 +15,7 @@ from scale_rae.dit import DiT
 from scale_rae.hub import find
 from scale_rae.loading import find_decoder, load_decoder, load_encoder
 from scale_rae.noise import image_seed
+from scale_rae.quantization import Place
 from scale_rae.sampling import NormStats
 from scale_rae.training.drawing import draw_latents
 from scale_rae.training.prepare import Model
@@ -40,7 +41,7 @@ class Validation:
         encoder = load_encoder(source, model.config, model.dtype, model.device)
         self._mean, self._std = encoder.image_mean, encoder.image_std
         files = find_decoder(None, model.source, model.config, lambda: encoder.kind)
-        decoder = load_decoder(files, model.config, model.dtype, model.device)
+        decoder = load_decoder(files, model.config, Place(model.device, model.device, model.dtype))
         assert isinstance(decoder, PixelDecoder)  # models with a VAE are not trained
         self._decoder = decoder
 

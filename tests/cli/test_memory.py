@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
+import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from scale_rae import footprint, machine
 from scale_rae.config import load_config, load_decoder_config
-from scale_rae.errors import DeviceError, OptionError
+from scale_rae.errors import CheckpointError, DeviceError, OptionError
 from scale_rae.footprint import Footprint, Way
 from scale_rae.machine import describe, measure
-from scale_rae.options import memory_bytes
+from scale_rae.memory_plan import possible_ways
+from scale_rae.options import ModelChoice, Speed, memory_bytes
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.scaling.settings import Settings
+from scale_rae.training.settings import TrainingOptions
 from tests.cli.conftest import Cli
 from tests.scaling.conftest import Scale, scale  # noqa: F401 - a fixture
 
@@ -58,6 +64,56 @@ def test_flags_narrow_what_is_chosen(cli: Cli, out: Path, caplog: pytest.LogCapt
     assert result.manifests[0]["memory"]["request"] == "auto"
     assert result.manifests[0]["memory"]["bytes"] > 1 << 30
     assert re.match(r"memory auto \(\d+\.\d GiB\): --quantize int8, ", caplog.messages[0])
+
+
+@pytest.mark.parametrize("memory", [(), ("--memory", "2G")])
+def test_none_is_no_quantisation(cli: Cli, out: Path, memory: tuple[str, ...]) -> None:
+    (manifest,) = cli(*DRAW, "--steps", "2", "--output-dir", out, "--json", "--quantize", "none", *memory).manifests
+    assert manifest["quantize"] is None
+
+
+def test_none_narrows_what_is_chosen() -> None:
+    assert possible_ways("cuda", "none", "none") == [(None, "none"), (None, "model"), (None, "stream")]
+    assert Speed(quantize="none") == Speed()
+    assert TrainingOptions(quantize="none") == TrainingOptions()
+    settings = Settings("", "", "shapes").with_model(ModelChoice("shapes", quantize="none"))
+    assert settings.quantize is None
+
+
+def test_a_choice_is_announced_for_files_that_can_be_loaded(
+    checkpoints: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints["siglip"], folder)
+    (file,) = folder.glob("*.safetensors")
+    data = file.read_bytes()
+    file.write_bytes(data.replace(b'"dtype":"F32"', b'"dtype":"F64"', 1))
+    assert file.read_bytes() != data
+    with pytest.raises(CheckpointError, match=r"its header is wrong: .* of F64 takes"):
+        ScaleRAE.from_pretrained(folder, device="cpu", memory="8G")
+    assert not caplog.messages
+
+
+def test_a_limit_frees_what_nothing_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that is made up: the allocator's settings, the driver's call, and the share of the memory."""
+    said: list[object] = []
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (1 << 30, 8 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: said.append(share))
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", said.append)
+    driver = SimpleNamespace(cuCtxSetLimit=lambda kind, size: said.append((kind, size.value)) or 0)
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:64")
+    machine.limit_process(torch.device("cuda:0"), 4 << 30)
+    share = ((4 << 30) - footprint.CONTEXT["cuda"]) / (8 << 30)
+    assert said == ["max_split_size_mb:64,expandable_segments:True", (0, 0), share]
+    said.clear()
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:False")
+    machine.limit_process(torch.device("cuda:0"), 4 << 30)
+    assert said == [(0, 0), share]
 
 
 def test_too_little(cli: Cli, out: Path) -> None:
