@@ -162,9 +162,13 @@ def _free_stacks(device: torch.device) -> None:
     The driver makes them as large as a kernel needs when it is launched.
     """
     with torch.cuda.device(device):
-        torch.cuda.synchronize()
-        if error := ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(_STACK_SIZE, ctypes.c_size_t(0)):
-            _log.warning("the stacks of the GPU's threads keep their size (CUDA error %d)", error)
+        torch.cuda.synchronize()  # makes the context that the limit is of
+        try:
+            error: object = ctypes.CDLL("libcuda.so.1").cuCtxSetLimit(_STACK_SIZE, ctypes.c_size_t(0))
+        except OSError as e:
+            error = e
+        if error:
+            _log.warning("the stacks of the GPU's threads keep their size (CUDA: %s)", error)
 
 
 def _time(device: torch.device, run: Callable[[], object]) -> float:

@@ -35,6 +35,7 @@ def test_the_limit_holds_for_the_process() -> None:
     assert (model.memory_plan.way.offload, model.memory_plan.way.quantize, model.batch_size) == ("none", None, 32)
     assert model.generate(PROMPT, steps=4, num_images=8).images[7].image is not None
     assert torch.cuda.max_memory_reserved() <= (2 << 30) - CONTEXT["cuda"]
+    assert torch.cuda.memory._snapshot()["allocator_settings"]["expandable_segments"]
     with pytest.raises(Exception, match="out of memory") as caught:
         torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     assert out_of_memory(caught.value)

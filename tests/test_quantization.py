@@ -37,6 +37,7 @@ from scale_rae.quantization import (
     QuantizedWeight,
     check_quantize,
     joined,
+    joined_rows,
     linear,
     product,
     quantize_tokens,
@@ -441,6 +442,20 @@ def test_loaded_as_quantised_afterwards(kind: str, small: dict[str, Path]) -> No
         assert len(weights) == 2 * (7 + 1 + 2 * 5)  # a layer, head and embedding in one, two blocks
         assert all(same(loaded[name], expected[name]) for name in weights)
         assert loaded["1.dit_blocks.0.mlp.w12.bias"].dtype == torch.bfloat16
+
+
+def test_loaded_into_the_matrix_that_fuses_them(small: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: adaLN weights lie one after another, bit by bit those that are loaded one by one."""
+    source, config = find(str(small["bin"]), "model"), load_config(small["bin"])
+    _, expected, _ = load_networks(source, config, torch.bfloat16, CPU, Speed("off"))
+    monkeypatch.setattr("scale_rae.loading.stacks_modulations", lambda speed, device: True)
+    _, dit, _ = load_networks(source, config, torch.bfloat16, CPU, Speed("off"))
+    state = dit.state_dict()
+    assert all(same(value, state[name]) for name, value in expected.state_dict().items())
+    blocks: list[Any] = list(dit.dit_blocks)
+    weights = [block.adaLN_modulation[1].weight.detach() for block in blocks]
+    assert joined_rows(weights).data_ptr() == weights[0].data_ptr()
+    assert not any(weight.requires_grad for weight in dit.parameters())
 
 
 def test_weights_stay_where_they_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
