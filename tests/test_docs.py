@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "scale_rae"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "recipes" / "shapes" / "README.md"]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
-OTHER_PROGRAMS = {  # flags of SLURM, torchrun and Ray; official spelling with underscores; the beginning of several flags
+OTHER_PROGRAMS = {  # flags of SLURM, torchrun, Ray and ComfyUI; official spelling with underscores; the beginning of several flags
     *(
         "--nodes",
         "--ntasks-per-node",
@@ -29,6 +29,7 @@ OTHER_PROGRAMS = {  # flags of SLURM, torchrun and Ray; official spelling with u
         "--kill-on-bad-exit",
     ),
     *("--nproc-per-node", "--generate", "--head", "--address", "--model_path", "--post-qa-"),
+    *("--preview-method", "--local-dir"),
 }
 OTHER_FILES = {"random.py"}  # a user's own file
 SUFFIXES = {"json", "jsonl", "pt", "py", "md", "safetensors", "bin", "png", "toml", "txt"}

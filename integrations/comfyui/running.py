@@ -1,0 +1,100 @@
+"""What happens while a node runs: progress, previews and interruption through ComfyUI's hooks; and pictures as ComfyUI has them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.utils
+import numpy as np
+import torch
+from comfy.cli_args import args
+from PIL import Image
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from scale_rae import ScaleRAE
+    from scale_rae.adaptive import Drawn
+
+_PREVIEWS = 8  # of one drawing, at most
+
+
+def to_comfy(pictures: Sequence[Image.Image]) -> Tensor:
+    """Pictures of one size as ComfyUI's IMAGE: [N, H, W, 3] float32 in [0, 1]."""
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).to(torch.float32) / 255
+
+
+def from_comfy(images: Tensor) -> list[Image.Image]:
+    """The pictures of an IMAGE [N, H, W, 3 or 4], 8-bit RGB."""
+    pixels = (images[..., :3].float() * 255).round().clamp(0, 255).to("cpu", torch.uint8).numpy()
+    return [Image.fromarray(picture) for picture in pixels]
+
+
+def stop_if_interrupted() -> None:
+    """Raises ComfyUI's exception when the user has interrupted the run."""
+    comfy.model_management.throw_exception_if_processing_interrupted()
+
+
+def comfy_device() -> str:
+    """The device that ComfyUI computes on, as Scale-RAE names it."""
+    return str(comfy.model_management.get_torch_device())
+
+
+def make_room(device: str) -> None:
+    """Unloads ComfyUI's own models from a GPU, so that their memory is free."""
+    if device != "cpu":
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+
+
+def loading_progress() -> Callable[[str, int, int], None]:
+    """A `load` progress callback that moves the node's bar, and can be interrupted."""
+    bar = comfy.utils.ProgressBar(100)
+
+    def progress(what: str, done: int, total: int) -> None:
+        stop_if_interrupted()
+        if (percent := 100 * done // total) != bar.current:
+            bar.update_absolute(percent)
+
+    return progress
+
+
+def drawing_progress(model: ScaleRAE, images: int) -> Callable[[int, int, float, Tensor, Tensor], None]:
+    """A sampling callback for `images` images: moves the node's bar, shows previews, and can be interrupted."""
+    bar, drawn = comfy.utils.ProgressBar(1), 0
+    preview = _wants_previews() and model.residency.mode == "none"  # a preview would swap offloaded weights
+
+    def callback(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
+        nonlocal drawn
+        stop_if_interrupted()
+        shown = None
+        if preview and evaluation < evaluations and evaluation % -(-evaluations // _PREVIEWS) == 0:
+            shown = _preview(model.decode(model.estimate(t, x[:1], v[:1]))[0])
+        bar.update_absolute(drawn * evaluations + evaluation * len(x), images * evaluations, shown)
+        if evaluation == evaluations:
+            drawn += len(x)
+
+    return callback
+
+
+def searching_progress(candidates: int) -> Callable[[Drawn], None]:
+    """A `search` watcher: the node's bar has `candidates` steps, and each look's picture is a preview."""
+    bar, decided = comfy.utils.ProgressBar(candidates), set[int]()
+
+    def watch(drawn: Drawn) -> None:
+        stop_if_interrupted()
+        if drawn.candidate.fate:
+            decided.add(drawn.candidate.number)
+        shown = _preview(drawn.picture) if drawn.picture is not None and _wants_previews() else None
+        bar.update_absolute(len(decided), candidates, shown)
+
+    return watch
+
+
+def _wants_previews() -> bool:
+    return bool(args.preview_method.value != "none")
+
+
+def _preview(picture: Image.Image) -> tuple[str, Any, int]:
+    return "JPEG", picture, args.preview_size
