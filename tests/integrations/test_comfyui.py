@@ -7,7 +7,6 @@ import json
 import sys
 import tomllib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -319,6 +318,10 @@ def test_comfyuis_models_make_room_on_a_gpu(
     assert comfy.unloaded == before + 1
 
 
-def test_the_registrys_file_has_the_packages_version() -> None:
-    described = tomllib.loads((Path(NODES) / "pyproject.toml").read_text())["project"]
+def test_the_registrys_file_has_the_packages_version_and_address() -> None:
+    described, package = (
+        tomllib.loads((folder / "pyproject.toml").read_text())["project"] for folder in (NODES, NODES.parents[1])
+    )
     assert (described["name"], described["version"]) == ("scale-rae", scale_rae.__version__)
+    assert described["urls"]["Repository"] == package["urls"]["Repository"]
+    assert described["requires-python"] == package["requires-python"]
