@@ -29,8 +29,8 @@ NormStats = tuple[Tensor, Tensor]  # (mean, std), each float32 broadcastable to 
 class Trajectory:
     """One image on its way from noise to its latent. `advance` takes it further.
 
-    `state` is None before the first step. `latent` [L, C] is what the state is on its way to, by its last evaluation; after
-    the last step it is the image's latent.
+    `state` is None before the first step, and the noise is then drawn from the seed; a state of no steps holds other noise.
+    `latent` [L, C] is what the state is on its way to, by its last evaluation; after the last step it is the image's latent.
     """
 
     condition: Tensor  # [L, Z]
@@ -151,12 +151,12 @@ class LatentSampler:
         """
         wanted, trajectories = len(trajectories), self._padded(trajectories)
         sampler, times = flow.SAMPLERS[options.solver], self.times(options)
-        (before,) = {0 if t.state is None else t.state.steps for t in trajectories}
         seeds = [t.seed for t in trajectories]
-        if before == 0:
-            state = flow.State(self._noise(seeds, options)())
-        else:
-            state = flow.joined([t.state for t in trajectories if t.state is not None])
+        states = [t.state for t in trajectories if t.state is not None]
+        assert len({t.state and t.state.steps for t in trajectories}) == 1, (
+            "equally many steps, and given noise for all or none"
+        )
+        state = flow.joined(states) if states else flow.State(self._noise(seeds, options)())
         conditions = [t.condition for t in trajectories]
         shared, prompt_of = self._prompts(conditions)
         # All of the sampler's times, as when it does not stop: on a CPU, bits of a time's embedding depend on their number.
