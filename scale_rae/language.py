@@ -96,7 +96,7 @@ class LanguageModel(nn.Module):
         self.model = Qwen2Modules(config.language)
         self.model.latent_queries = nn.Parameter(torch.zeros(config.tokens, config.hidden_size))
         if config.vae is None:  # else unused: it takes the encoder's latents, but the model draws others
-            self.model.mm_projector = _projector(config.channels, config.hidden_size, config.projector_depth)
+            self.model.mm_projector = projector(config.channels, config.hidden_size, config.projector_depth)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.condition_projector:
             self.diff_head_projector = nn.Linear(config.hidden_size, config.dit.condition_width)
@@ -353,7 +353,8 @@ def longest_reply(config: ScaleRAEConfig, conversation: Conversation) -> int:
     return left
 
 
-def _projector(channels: int, hidden: int, depth: int) -> nn.Module:
+def projector(channels: int, hidden: int, depth: int) -> nn.Module:
+    """The network `mm_projector`, latents [..., C] -> embeddings [..., H]: linears, GELUs between them (REFERENCE §3)."""
     if depth == 0:
         return nn.Linear(channels, hidden)
     layers: list[nn.Module] = [nn.Linear(channels, hidden)]

@@ -26,7 +26,7 @@ training.learner training.drawing training.prepare training.objective training.p
 scores results
 pipeline
 manifest outputs opening
-rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards training.reading training.self_reward adaptive prompt_search scale_rae diffusers
+rewards.parts rewards.imagereward rewards.siglip rewards.pickscore rewards training.reading training.self_reward adaptive prompt_search scale_rae diffusers transformers
 geneval.published geneval.verdicts geneval.crops geneval.colors geneval.mask2former geneval.detector geneval.judging geneval
 scaling scaling.settings scaling.experiment scaling.records scaling.events scaling.locks scaling.local_files scaling.object_store scaling.store
 scaling.batches scaling.joining scaling.lanes scaling.waves scaling.worker scaling.worker_process scaling.launch scaling.local scaling.ranks scaling.ray_cluster

@@ -1,0 +1,71 @@
+"""The language part in transformers, for reading: importing this module registers it with AutoConfig and AutoModelForCausalLM.
+
+    import scale_rae.transformers
+    language = AutoModelForCausalLM.from_pretrained("nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B")  # no remote code
+
+It answers about latents that it is shown. It draws nothing: the DiT's weights are passed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from scale_rae.config import MODEL_TYPE, parse_config
+from scale_rae.errors import InputError
+from scale_rae.language import projector
+from scale_rae.prompt import IMAGE
+
+
+class ReadingConfig(Qwen2Config):  # type: ignore[misc]
+    """The config.json of a checkpoint: a Qwen2 config, and the fields of the other parts."""
+
+    model_type = MODEL_TYPE
+
+    def __post_init__(self, **fields: Any) -> None:
+        fields.pop("rope_scaling", None)  # not used by these checkpoints (REFERENCE §2)
+        super().__post_init__(**fields)
+
+
+class ReadingModel(Qwen2ForCausalLM):  # type: ignore[misc]
+    """transformers' Qwen2 with the projector of latents, `model.mm_projector`."""
+
+    config_class = ReadingConfig
+    _keys_to_ignore_on_load_unexpected = (r"^diff_head", r"^model\.latent_queries$", r"rotary_emb\.inv_freq$")
+
+    def __init__(self, config: ReadingConfig) -> None:
+        """Raises ConfigError for a config that is no Scale-RAE checkpoint's."""
+        super().__init__(config)
+        sizes = parse_config(config.to_dict(), Path(config._name_or_path or ".") / "config.json")
+        self.model.mm_projector = projector(sizes.channels, sizes.hidden_size, sizes.projector_depth)
+        self.post_init()
+
+    def inputs(self, ids: Sequence[int], latents: Sequence[Tensor]) -> dict[str, Tensor]:
+        """The arguments of `generate` for a conversation: ids with `prompt.IMAGE` in the place of each latent [L, C].
+
+        `ChatTokenizer.chat(message, image=True)` gives such ids.
+
+        Raises:
+            InputError: when the numbers of places and latents differ.
+        """
+        if list(ids).count(IMAGE) != len(latents):
+            raise InputError(f"{list(ids).count(IMAGE)} places for images, but {len(latents)} latents: give one each")
+        embed = self.get_input_embeddings()
+        shown = iter(latents)
+        parts = []
+        for number in ids:
+            if number == IMAGE:
+                parts.append(self.model.mm_projector(next(shown).to(self.device, self.dtype)))
+            else:
+                parts.append(embed(torch.tensor([number], device=self.device)))
+        embedded = torch.cat(parts)[None]  # [1, T, H]
+        return {"inputs_embeds": embedded, "attention_mask": torch.ones(embedded.shape[:2], dtype=torch.long)}
+
+
+AutoConfig.register(MODEL_TYPE, ReadingConfig)
+AutoModelForCausalLM.register(ReadingConfig, ReadingModel)

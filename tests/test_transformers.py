@@ -1,0 +1,47 @@
+"""The language part in transformers answers as ScaleRAE does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from scale_rae import ScaleRAE
+from scale_rae.errors import InputError
+from scale_rae.transformers import ReadingConfig, ReadingModel
+
+
+@pytest.mark.parametrize("name", ["shapes", "siglip"])
+def test_answers_are_the_models(name: str, request: pytest.FixtureRequest) -> None:
+    if name == "shapes":
+        model = ScaleRAE.from_pretrained("shapes", device="cpu")
+    else:
+        model = request.getfixturevalue("models")[name]
+    loaded, info = AutoModelForCausalLM.from_pretrained(
+        model.source.folder, dtype=torch.float32, output_loading_info=True
+    )
+    assert isinstance(loaded, ReadingModel)
+    assert not any(info.values())
+    shape = (model.config.tokens, model.config.channels)
+    latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    chat = model.tokenizer.chat("Describe this image.", image=True)
+    end = model.tokenizer.chat_end
+    with torch.inference_mode():
+        made = loaded.generate(
+            **loaded.inputs(chat, [latent]), max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=end
+        )
+    ids = [number for number in made[0].tolist() if number != end]
+    assert ids == model.answer("Describe this image.", latents=latent, max_new_tokens=8)[0].reply.ids
+    with pytest.raises(InputError, match="1 places for images, but 2 latents"):
+        loaded.inputs(chat, [latent, latent])
+
+
+def test_scaled_rotation_is_passed_over(tmp_path: Path, checkpoints: dict[str, Path]) -> None:
+    text = (checkpoints["siglip"] / "config.json").read_text()
+    scaled = '{"rope_scaling": {"rope_type": "linear", "factor": 4.0}, ' + text.lstrip()[1:]
+    (tmp_path / "config.json").write_text(scaled)
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, ReadingConfig)
+    assert config.rope_parameters["rope_type"] == "default"
