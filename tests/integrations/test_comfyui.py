@@ -160,16 +160,16 @@ def test_both_forms_of_a_workflow_are_one(name: str, nodes: dict[str, Any]) -> N
 def test_text_to_image_draws_what_generate_draws(nodes: dict[str, Any], model: ScaleRAE, comfy: Comfy) -> None:
     node = nodes["ScaleRAETextToImage"]
     comfy.previews = "auto"
-    options = defaults(node) | QUICK | {"prompt": PROMPT, "num_images": 3, "batch_size": 2, "guidance_level": 3.0}
+    options = defaults(node) | QUICK | {"prompt": PROMPT, "num_images": 2, "batch_size": 1, "guidance_level": 3.0}
     images, latents, reply = node.execute(model=model, **options).args
     sampling = SamplingOptions(guidance=3.0, steps=2, solver="ab2")
-    drawn = model.generate(PROMPT, num_images=3, batch_size=2, options=sampling)
+    drawn = model.generate(PROMPT, num_images=2, batch_size=1, options=sampling)
     assert reply == drawn.text
     for image, latent, expected in zip(images, latents, drawn.images, strict=True):
         # As ComfyUI's Save Image makes pixels.
         assert np.array_equal((255.0 * image.numpy()).astype(np.uint8), np.asarray(expected.image))
         assert torch.equal(latent, expected.latent)
-    assert [(value, total) for value, total, _ in comfy.progress] == [(2, 6), (4, 6), (5, 6), (6, 6)]
+    assert [(value, total) for value, total, _ in comfy.progress] == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert [preview is not None for *_, preview in comfy.progress] == [True, False, True, False]
     kind, picture, size = comfy.progress[0][2]
     assert (kind, picture.size, size) == ("JPEG", (128, 128), 512)
