@@ -60,7 +60,7 @@ def draw(args: argparse.Namespace, form: str, prompts: Sequence[dict[str, Any]])
     if not missing:
         return
     start = time.perf_counter()
-    quantize = None if form == PLAIN else form
+    quantize: Any = None if form == PLAIN else form
     model = scale_rae.load(args.model_path, device=args.device, dtype=args.dtype, quantize=quantize, compile="off")
     loaded = time.perf_counter()
     for first in missing:

@@ -17,7 +17,10 @@ from scale_rae.errors import ScaleRAEError
 from scale_rae.version import __version__
 
 if TYPE_CHECKING:
+    import torch
+
     from scale_rae.loading import LoadProgress
+    from scale_rae.options import CompileMode, Dtype, OffloadMode, QuantizeKind
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.prompt_search import search
 
@@ -27,14 +30,14 @@ __all__ = ["ScaleRAE", "ScaleRAEError", "__version__", "load", "search"]
 def load(
     name: str | os.PathLike[str] = "shapes",
     decoder: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: Dtype | torch.dtype | None = None,
     revision: str | None = None,
     progress: LoadProgress | None = None,
-    compile: str = "auto",
-    quantize: str | None = None,
+    compile: CompileMode = "auto",
+    quantize: QuantizeKind | None = None,
     split_batches: bool = True,
-    offload: str = "none",
+    offload: OffloadMode = "none",
     memory: str | None = None,
     lora: Sequence[str] = (),
 ) -> ScaleRAE:

@@ -90,6 +90,10 @@ class Candidate:
     evaluations: float = 0.0  # of the network, with looks at their cost
     dropped_for: str | None = None
 
+    def __repr__(self) -> str:
+        reason = "" if self.reason is None else f": {self.reason}"
+        return f"Candidate({self.number}, seed {self.seed}, {self.fate or 'on its way'}{reason})"
+
     @property
     def is_revived(self) -> bool:
         """Whether it was dropped and then drawn to the end after all."""

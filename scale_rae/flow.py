@@ -143,6 +143,9 @@ class State(NamedTuple):
     memory: Memory = None
     steps: int = 0
 
+    def __repr__(self) -> str:
+        return f"State(x {list(self.x.shape)}, {self.steps} steps)"
+
 
 def joined(states: Sequence[State]) -> State:
     """Images that took equally many steps as one batch."""

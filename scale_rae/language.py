@@ -60,6 +60,9 @@ class Conversation:
     latent: Tensor | None = None
     latents: Sequence[Tensor] = ()
 
+    def __repr__(self) -> str:
+        return f"Conversation({len(self.ids)} tokens, {len(self.shown)} latents)"
+
     @property
     def shown(self) -> list[Tensor]:
         """All latents, in the order of the IMAGEs."""

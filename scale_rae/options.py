@@ -13,20 +13,24 @@ import secrets
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from scale_rae.errors import OptionError
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
-DTYPES = ("float32", "bfloat16", "float16")
-COMPILE = ("auto", "on", "off")
-QUANTIZE = ("int8", "int8-products", "fp8", "fp8-storage", "nf4")
+Dtype = Literal["float32", "bfloat16", "float16"]
+CompileMode = Literal["auto", "on", "off"]
+QuantizeKind = Literal["int8", "int8-products", "fp8", "fp8-storage", "nf4"]
+OffloadMode = Literal["none", "model", "stream"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+COMPILE: tuple[CompileMode, ...] = get_args(CompileMode)
+QUANTIZE: tuple[QuantizeKind, ...] = get_args(QuantizeKind)
+OFFLOAD: tuple[OffloadMode, ...] = get_args(OffloadMode)
 UNQUANTISED = "none"  # a choice of quantisation like None, but one that --memory keeps
 # The quantisation of the language model by that of the DiT. Activations stay as they are: decoding gains nothing from smaller
 # ones, and those of language models have outliers.
 LANGUAGE_KINDS = {"int8": "int8", "int8-products": "int8", "fp8-storage": "fp8-storage", "nf4": "nf4"}
-OFFLOAD = ("none", "model", "stream")
 ATTENTION = ("auto", "flash", "own")
 SOLVERS: tuple[str, ...] = ("euler", "heun", "dpmpp_2m", "ab2")
 NOISE = ("cpu", "cuda")

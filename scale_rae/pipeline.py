@@ -58,6 +58,40 @@ if TYPE_CHECKING:
 
 READ_AT_ONCE = 64  # conversations
 T = TypeVar("T")
+Progress = LoadProgress  # what, done, total
+
+
+def _either(name: str, value: T, default: T, alias: str, other: T | None) -> T:
+    """The value of an option that has two names.
+
+    Raises:
+        InputError: when both are given.
+    """
+    if other is None:
+        return value
+    if value != default:
+        raise InputError(f"{name} {value} and {alias} {other}: they are one option; give one of them")
+    return other
+
+
+def _several(latents: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """Latents [L, C], of which a single one needs no list."""
+    return [latents] if isinstance(latents, Tensor) and latents.dim() == 2 else list(latents)
+
+
+def _counted(progress: Progress, images: int, callback: flow.StepCallback | None) -> flow.StepCallback:
+    """A callback of batches that reports how many of the evaluations of all `images` are done."""
+    done = 0
+
+    def step(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
+        nonlocal done
+        total = images * evaluations
+        done = min(done + len(x), total)  # a batch that ran out of memory is begun again
+        progress("images", done, total)
+        if callback is not None:
+            callback(evaluation, evaluations, t, x, v)
+
+    return step
 
 
 class GenerateOptions(TypedDict, total=False):
@@ -77,6 +111,9 @@ class GenerateOptions(TypedDict, total=False):
     decode: bool
     draw: bool
     callback: flow.StepCallback | None
+    progress: Progress | None
+    guidance_scale: float | None
+    num_inference_steps: int | None
 
 
 class ScaleRAE:
@@ -94,6 +131,10 @@ class ScaleRAE:
         self.batch_size = networks.batch_size  # where none is chosen
         self.adapters = networks.adapters  # with their weights; merged into the networks
 
+    def __repr__(self) -> str:
+        tokens = f"latents of {self.config.tokens} tokens with {self.config.channels} channels"
+        return f"ScaleRAE({self.source.name!r}, {self.device}, {str(self.dtype).removeprefix('torch.')}, {tokens})"
+
     def _use(self, networks: Networks) -> None:
         self._networks = networks
         self.config, self.source, self.tokenizer = networks.config, networks.source, networks.tokenizer
@@ -106,8 +147,8 @@ class ScaleRAE:
         cls,
         name: str | os.PathLike[str] | Source = DEFAULT_MODEL,
         decoder: str | None = None,
-        device: str | None = None,
-        dtype: str | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
         revision: str | None = None,
         progress: LoadProgress | None = None,
         compile: str = "auto",
@@ -126,8 +167,8 @@ class ScaleRAE:
             decoder: a folder or hub id; None means a folder `decoder` inside or beside the model's folder, else the
                 published decoder for the model's encoder. For a FLUX-VAE-aligned checkpoint the decoder is a VAE: a folder
                 `vae` inside or beside the model's, else the VAE that config.json names.
-            device: "cpu", "cuda", "cuda:N" or "mps"; None means the best device here.
-            dtype: "float32", "bfloat16" or "float16"; None means float32 on the CPU and bfloat16 elsewhere.
+            device: "cpu", "cuda", "cuda:N" or "mps", also as torch.device; None means the best device here.
+            dtype: "float32", "bfloat16" or "float16", also as torch.dtype; None means float32 on the CPU and bfloat16 elsewhere.
             revision: of the model on the hub.
             progress: `progress(what, done, total)`, in bytes of weights.
             compile: "auto", "on" or "off", and `quantize`: None, "none" or one of `options.QUANTIZE`, as in `Speed`.
@@ -143,6 +184,8 @@ class ScaleRAE:
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
+        device = None if device is None else str(device)
+        dtype = None if dtype is None else str(dtype).removeprefix("torch.")
         how = compile, quantize, split_batches, offload, memory, lora
         return cls(load(name, decoder, device, dtype, revision, progress, *how))
 
@@ -197,6 +240,9 @@ class ScaleRAE:
         decode: bool = True,
         draw: bool = True,
         callback: flow.StepCallback | None = None,
+        progress: Progress | None = None,
+        guidance_scale: float | None = None,
+        num_inference_steps: int | None = None,
     ) -> Generation | list[Generation]:
         """Replies to messages and draws what the replies ask for.
 
@@ -212,11 +258,16 @@ class ScaleRAE:
             draw: False ends a reply where it asks for an image (`asks_for_image`) and draws nothing.
             decode: False makes no pixels: `GeneratedImage.image` is None.
             callback: `callback(evaluation, evaluations, t, x, v)` after each network evaluation of a batch.
+            progress: `progress("images", done, total)` after each evaluation of a batch, where an evaluation of n images
+                counts n, and `total` is that of all batches.
+            guidance_scale, num_inference_steps: `guidance` and `steps`, as diffusers calls them.
 
         Raises:
             InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.
             DeviceError: when memory runs out, saying what would fit.
         """
+        guidance = _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale)
+        steps = _either("steps", steps, DEFAULT_STEPS, "num_inference_steps", num_inference_steps)
         options = options or SamplingOptions(guidance=guidance, interval=guidance_interval, steps=steps, solver=solver)
         self.sampler.check(options)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -240,7 +291,8 @@ class ScaleRAE:
             for s in seeds
         ]
         start = time.perf_counter()
-        sampled = self.sample([c for _, c, _ in jobs], [s for _, _, s in jobs], options, batch_size, callback)
+        seen = callback if progress is None else _counted(progress, len(jobs), callback)
+        sampled = self.sample([c for _, c, _ in jobs], [s for _, _, s in jobs], options, batch_size, seen)
         seconds["sampling"] = time.perf_counter() - start
         start = time.perf_counter()
         pixels: Sequence[Image.Image | None] = self.decode(sampled) if decode else [None] * len(sampled)
@@ -392,14 +444,14 @@ class ScaleRAE:
         self.sampler.policy.expect(images)
 
     @torch.inference_mode()
-    def decode(self, latents: Sequence[Tensor], batch_size: int = DECODE_AT_ONCE) -> list[Image.Image]:
-        """Pictures of latents [L, C], 8-bit RGB of `image_size` pixels along each edge.
+    def decode(self, latents: Tensor | Sequence[Tensor], batch_size: int = DECODE_AT_ONCE) -> list[Image.Image]:
+        """Pictures of latents [L, C], one or several: 8-bit RGB of `image_size` pixels along each edge.
 
         Raises:
             InputError: for tensors that are no latents of this model. ConfigError, CheckpointError, HubError: when the decoder
                 cannot be loaded. DeviceError: when memory runs out.
         """
-        checked = [self.check_latent(latent) for latent in latents]
+        checked = [self.check_latent(latent) for latent in _several(latents)]
         decode = self._networks.decoding()
 
         def draw(start: int, stop: int) -> list[Image.Image]:
@@ -464,10 +516,8 @@ class ScaleRAE:
             raise InputError("give either images or latents to ask about")
         if images is not None:
             latents = self.encode(images)
-        elif isinstance(latents, Tensor) and latents.dim() == 2:
-            latents = [latents]
         assert latents is not None
-        shown = list(latents)
+        shown = _several(latents)
         if len(shown) == 1:
             shown *= len(asked)
         elif len(asked) == 1:
@@ -478,7 +528,7 @@ class ScaleRAE:
 
     def score(
         self,
-        latents: Sequence[Tensor],
+        latents: Tensor | Sequence[Tensor],
         prompt: str,
         *,
         request: str | None = None,
@@ -486,9 +536,9 @@ class ScaleRAE:
         question: str = QUESTION,
         max_new_tokens: int = DEFAULT_ANSWER_TOKENS,
     ) -> list[Score]:
-        """One Score per latent [L, C]: how well the model itself finds that it matches a prompt (REFERENCE §10).
+        """One Score per latent [L, C], of one or several: how well the model itself finds that it matches a prompt.
 
-        `request` is the message that asks for the image (default: the prompt), `request_reply` the model's reply to it, if
+        REFERENCE §10. `request` is the message that asks for the image (default: the prompt), `request_reply` the model's reply to it, if
         known already, `question` a template with `{prompt}`.
 
         Raises:
@@ -498,7 +548,8 @@ class ScaleRAE:
         self.check_reads()
         request = request or prompt
         asked = Asked(prompt, request, request_reply or self.reply([request])[0])
-        return self.score_each(latents, [asked] * len(latents), question, max_new_tokens)
+        shown = _several(latents)
+        return self.score_each(shown, [asked] * len(shown), question, max_new_tokens)
 
     def score_each(
         self,

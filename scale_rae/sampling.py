@@ -38,6 +38,9 @@ class Trajectory:
     state: flow.State | None = None
     latent: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Trajectory(seed {self.seed}, {0 if self.state is None else self.state.steps} steps)"
+
 
 class LatentSampler:
     """Samples latents with a DiT on its device; `speed` chooses how the network runs.

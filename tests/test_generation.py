@@ -10,7 +10,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_overloads
+from typing import Any, get_args, get_overloads
 
 import numpy as np
 import pytest
@@ -19,14 +19,26 @@ from PIL import Image
 from torch import Tensor
 
 import scale_rae
+from scale_rae.acceptance import Candidate, Look
 from scale_rae.errors import DeviceError, InputError, ScaleRAEError
 from scale_rae.kv_cache import KVCache
-from scale_rae.language import Reply
+from scale_rae.language import Conversation, Reply
 from scale_rae.memory import MemoryErrors
 from scale_rae.noise import draw_noise, image_seed
-from scale_rae.options import SamplingOptions
+from scale_rae.options import (
+    COMPILE,
+    DTYPES,
+    OFFLOAD,
+    QUANTIZE,
+    CompileMode,
+    Dtype,
+    OffloadMode,
+    QuantizeKind,
+    SamplingOptions,
+)
 from scale_rae.pipeline import GenerateOptions, ScaleRAE
 from scale_rae.results import GeneratedImage
+from scale_rae.sampling import Trajectory
 from tests.test_language import PROMPTS
 
 DRAW = PROMPTS[0]
@@ -225,6 +237,30 @@ def test_callback_of_every_batch(siglip: ScaleRAE) -> None:
     seen: list[tuple[int, int, int]] = []
     latents(siglip, num_images=3, batch_size=2, steps=5, callback=lambda i, n, t, x, v: seen.append((i, n, len(x))))
     assert seen == [(i, 5, 2) for i in range(1, 6)] + [(i, 5, 1) for i in range(1, 6)]
+
+
+def test_progress_over_all_batches(siglip: ScaleRAE) -> None:
+    seen: list[tuple[str, int, int]] = []
+    calls: list[int] = []
+    options: dict[str, Any] = {"num_images": 3, "batch_size": 2, "num_inference_steps": 2}
+    drawn = latents(
+        siglip, **options, steps=49, progress=lambda *done: seen.append(done), callback=lambda i, *_: calls.append(i)
+    )
+    assert seen == [("images", done, 6) for done in (2, 4, 5, 6)]
+    assert calls == [1, 2, 1, 2]
+    assert torch.equal(drawn[0], latents(siglip, num_images=3, batch_size=2, steps=2)[0])
+
+
+def test_the_names_that_diffusers_has(siglip: ScaleRAE) -> None:
+    ours, theirs = (
+        latents(siglip, guidance=2.0, steps=3),
+        latents(siglip, guidance_scale=2.0, num_inference_steps=3, steps=49),
+    )
+    assert torch.equal(ours[0], theirs[0])
+    with pytest.raises(InputError, match=r"guidance 2.0 and guidance_scale 3: they are one option"):
+        siglip.generate(DRAW, guidance=2.0, guidance_scale=3)
+    with pytest.raises(InputError, match=r"guidance level -1"):
+        siglip.generate(DRAW, guidance_scale=-1)
 
 
 # --- what cannot be used ----------------------------------------------------------------------------------------------
@@ -430,6 +466,17 @@ def test_pictures_are_images_or_paths(models: dict[str, ScaleRAE], tmp_path: Pat
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_single_latent_needs_no_list(models: dict[str, ScaleRAE]) -> None:
+    model, latent = models["siglip"], torch.zeros(256, 768)
+    assert model.decode(latent)[0].tobytes() == model.decode([latent])[0].tobytes()
+    assert model.score(latent, "a cat", max_new_tokens=1) == model.score([latent], "a cat", max_new_tokens=1)
+
+
+def test_dtypes_and_devices_as_torch_has_them() -> None:
+    model = scale_rae.load("shapes", device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert (model.device, model.dtype) == (torch.device("cpu"), torch.bfloat16)
+
+
 def test_tensors_that_are_no_latents(models: dict[str, ScaleRAE]) -> None:
     model = models["siglip"]
     latent = torch.zeros(256, 768)
@@ -448,9 +495,11 @@ def test_tensors_that_are_no_latents(models: dict[str, ScaleRAE]) -> None:
 def test_options_have_names_that_a_type_checker_knows() -> None:
     """So that `load(devcie="cpu")` and `generate(prompt, step=3)` are found before they run."""
     options, of_load = (inspect.signature(f).parameters for f in (ScaleRAE.from_pretrained, scale_rae.load))
-    assert {n: (p.annotation, p.default) for n, p in of_load.items() if n != "name"} == {
-        n: (p.annotation, p.default) for n, p in options.items() if n != "name"
+    assert {n: p.default for n, p in of_load.items() if n != "name"} == {
+        n: p.default for n, p in options.items() if n != "name"
     }
+    for kind, values in ((Dtype, DTYPES), (CompileMode, COMPILE), (QuantizeKind, QUANTIZE), (OffloadMode, OFFLOAD)):
+        assert get_args(kind) == values  # so that misspelt values are found, too
     assert not any(p.kind is p.VAR_KEYWORD for p in of_load.values())
     generate = inspect.signature(ScaleRAE.generate).parameters
     keywords = [n for n, p in generate.items() if p.kind is p.KEYWORD_ONLY]
@@ -464,7 +513,10 @@ def test_what_the_model_gives_back_is_shown_in_a_line(models: dict[str, ScaleRAE
     result = model.generate("a cat " * 30, steps=2)
     answer = model.answer("What is it?", latents=torch.zeros(256, 768), max_new_tokens=4)[0]
     score = model.score([torch.zeros(256, 768)], "a cat", max_new_tokens=4)[0]
-    for value in (result, [result], *result.images, result.reply, answer, score):
+    trajectory = model.advance([Trajectory(model.reply([DRAW])[0].condition, 1)], 1, SamplingOptions(steps=2))[0]
+    conversation = Conversation([1] * 500, torch.zeros(4, 3))
+    parts = (model, trajectory, trajectory.state, conversation, Candidate(0, 1, [Look(0.5, {"answer": "yes"})] * 9))
+    for value in (result, [result], *result.images, result.reply, answer, score, *parts):
         text = repr(value)
         assert len(text) < 220
         assert "tensor(" not in text

@@ -22,8 +22,16 @@ from scale_rae.wording import asks_to_draw
 def command(
     ctx: typer.Context,
     *,
-    image: Annotated[Path, typer.Option(help="The image file.")],
-    prompt: Annotated[str, typer.Option(help='A question, or a request for another picture: "Make it blue."')],
+    positional: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[IMAGE] [PROMPT]", help="The image and the prompt, if no options give them.", show_default=False
+        ),
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="The image file; required.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help='A question, or a request for another picture: "Make it blue."; required.')
+    ] = None,
     draw: Annotated[
         bool | None,
         typer.Option(
@@ -42,6 +50,16 @@ def command(
     Prints the model's answer. A prompt that is worded as a request ("Draw …", "Make it …", "Can you change …?") may be
     answered by an image, which is saved; a question may not.
     """
+    rest = list(positional or [])
+    image = Path(rest.pop(0)) if image is None and rest else image
+    prompt = rest.pop(0) if prompt is None and rest else prompt
+    for missing, flag in ((image is None, "--image"), (prompt is None, "--prompt")):
+        if missing:
+            raise typer.BadParameter("is missing", param_hint=flag)
+    if rest:
+        raise typer.BadParameter(f"{rest[0]!r} is one argument too many; quote the prompt", param_hint="PROMPT")
+    assert image is not None
+    assert prompt is not None
     sampling.check()
     output.check(given_options(ctx))
     clean_message(prompt)

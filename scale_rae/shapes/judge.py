@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ GRID_REACH = 1.2  # which reach this far from the centroid, in units of the squa
 TILTS = np.radians(np.arange(-18, 19, 3))
 
 Float = NDArray[np.float32]
+Picture = Image.Image | NDArray[np.uint8] | str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ class Verdict:
     objects: tuple[Found, ...]
 
 
-def judge(image: Image.Image | NDArray[np.uint8], metadata: dict[str, Any]) -> Verdict:
+def judge(image: Picture, metadata: dict[str, Any]) -> Verdict:
     """Whether the picture shows exactly what GenEval's `metadata` asks for, and nothing else or unclear.
 
     Number, colour and place of all objects count. Arguments and errors are those of `find_objects`."""
@@ -88,18 +90,16 @@ class Templates(NamedTuple):
     outlines: Float
 
 
-def find_objects(image: Image.Image | NDArray[np.uint8], templates: Templates | None = None) -> tuple[Found, ...]:
+def find_objects(image: Picture, templates: Templates | None = None) -> tuple[Found, ...]:
     """The objects of a square picture, left to right; their shapes are the world's, or those of `templates`.
 
-    image: PIL image, or uint8 array [H, H, 3]; at least 64 px a side, any other size than 128 is resized.
+    image: PIL image, path of one, or uint8 array [H, H, 3]; at least 64 px a side, any other size than 128 is resized.
     Raises ValueError if it is not square, too small, or an array of another form.
     """
     return tuple(thing for thing, _ in find_regions(image, templates))
 
 
-def find_regions(
-    image: Image.Image | NDArray[np.uint8], templates: Templates | None = None
-) -> list[tuple[Found, NDArray[np.bool_]]]:
+def find_regions(image: Picture, templates: Templates | None = None) -> list[tuple[Found, NDArray[np.bool_]]]:
     """The objects of a square picture, left to right, each with its pixels in a picture of 128 x 128 px, bool [128, 128].
 
     Arguments and errors are those of `find_objects`.
@@ -116,8 +116,11 @@ def find_regions(
     return sorted(found, key=lambda pair: pair[0].x)
 
 
-def _pixels(image: Image.Image | NDArray[np.uint8]) -> Float:
+def _pixels(image: Picture) -> Float:
     """RGB [128, 128, 3] in 0..1."""
+    if isinstance(image, str | os.PathLike):
+        with Image.open(image) as file:
+            image = file.convert("RGB")
     if not isinstance(image, Image.Image):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"expected a uint8 array [H, H, 3], got {image.dtype} {list(image.shape)}")

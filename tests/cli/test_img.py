@@ -241,3 +241,11 @@ def test_same_latent_as_the_pipeline_reads(models: dict[str, ScaleRAE], picture:
     latent = latent if latent.shape == golden.shape else latent[::32]
     np.testing.assert_allclose(latent, golden, atol=2e-5 * np.abs(golden).max())
     json.dumps({"shape": list(latent.shape)})
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_image_and_question_without_flags(cli: Cli, tmp_path: Path) -> None:
+    for argv in (["none.png", "What?"], ["--image", "none.png", "What?"], ["none.png", "--prompt", "What?"]):
+        assert cli("img", *argv).error == "none.png: no such image"
+    for argv in ([], ["a.png"], ["--prompt", "What?"], ["a.png", "What", "is", "it"]):
+        assert cli("img", *argv).code == 2
