@@ -28,6 +28,7 @@ OTHER_PROGRAMS = {  # flags of SLURM, torchrun, Ray and ComfyUI; official spelli
         "--requeue",
         "--kill-on-bad-exit",
     ),
+    "--build",  # Docker
     *("--nproc-per-node", "--generate", "--head", "--address", "--model_path", "--post-qa-"),
     *("--preview-method", "--local-dir"),
 }
@@ -93,13 +94,16 @@ def exists(name: str) -> bool:
 def flags_of(command: object) -> set[str]:
     """Every spelling of every flag of a click command and its subcommands."""
     found = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}  # type: ignore[attr-defined]
+    found |= {f"--{name}" for name in getattr(command, "aliases", {})}
     return found.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
 
 
 @functools.cache
 def flags() -> set[str]:
     """The flags of all commands, benchmarks and steps of the recipe. Nothing that is imported for it loads torch."""
-    found = {"--help", "--version"} | flags_of(typer.main.get_command(evaluate.app))
+    found = {"--help", "--version", "--install-completion", "--show-completion"} | flags_of(
+        typer.main.get_command(evaluate.app)
+    )
     for name in COMMANDS:
         found |= flags_of(load_command(name))
     for file in [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "recipes").rglob("*.py")]:

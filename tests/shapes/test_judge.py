@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import random
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -102,6 +103,12 @@ def reason(picture: Pixels, metadata: dict[str, Any] = CIRCLE) -> str:
     verdict = judge(picture, metadata)
     assert verdict.correct == (verdict.reason == "")
     return verdict.reason
+
+
+def test_a_file(tmp_path: Path) -> None:
+    picture = drawn(world.sample(np.random.default_rng(5), 1))[0]
+    Image.fromarray(picture).save(tmp_path / "a.png")
+    assert find_objects(tmp_path / "a.png") == find_objects(str(tmp_path / "a.png")) == find_objects(picture) != ()
 
 
 def test_an_empty_picture_shows_nothing() -> None:
