@@ -10,14 +10,15 @@ ROOT = Path(__file__).parent
 
 
 def readme(version: str, repository: str) -> str:
-    """README.md with links to files turned into links to `repository`'s files of release `version`."""
+    """README.md with links to `repository`'s files of release `version`, and its address where one clones it."""
 
     def absolute(match: re.Match[str]) -> str:
         view = "raw" if match["image"] else "blob"
         return f"{match['image']}[{match['text']}]({repository}/{view}/v{version}/{match['path']})"
 
     link = re.compile(r"(?P<image>!?)\[(?P<text>[^\]]*)\]\((?P<path>(?!https?://|#)[^)]+)\)")
-    return link.sub(absolute, (ROOT / "README.md").read_text(encoding="utf-8"))
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return link.sub(absolute, re.sub("ADDRESS(.*?) *# ADDRESS.*", rf"{repository}\1", text))
 
 
 project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]

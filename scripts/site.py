@@ -55,6 +55,7 @@ def page(source: str, place: dict[str, str], repository: str) -> str:
 
     # The text of a link may contain code, but code contains no links.
     text = (ROOT / source).read_text(encoding="utf-8")
+    text = re.sub("ADDRESS(.*?) *# ADDRESS.*", rf"{repository}\1", text)  # as in setup.py
     code = CODE.findall(text)
     return CODE.sub(lambda _: code.pop(0), LINK.sub(moved, CODE.sub("`code`", text)))
 

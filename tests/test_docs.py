@@ -28,7 +28,7 @@ OTHER_PROGRAMS = {  # flags of SLURM, torchrun, Ray and ComfyUI; official spelli
         "--requeue",
         "--kill-on-bad-exit",
     ),
-    "--build",  # Docker
+    *("--build", "--index-url"),  # Docker and pip
     *("--nproc-per-node", "--generate", "--head", "--address", "--model_path", "--post-qa-"),
     *("--preview-method", "--local-dir"),
 }
