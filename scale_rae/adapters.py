@@ -20,6 +20,7 @@ from torch import Tensor
 
 from scale_rae.checkpoint import TensorReader, writing
 from scale_rae.errors import CheckpointError
+from scale_rae.files import replacing
 from scale_rae.hub import Source, find
 from scale_rae.jsonio import Fields, read_json
 from scale_rae.options import lora_parts
@@ -154,18 +155,12 @@ def write_adapter(
         # Full names, since other modules share the suffixes of the velocity network's modules.
         "target_modules": sorted(changes),
     }
-    fresh = [folder / f"{name}.tmp" for name in FILES]
     with writing(folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            fresh[0].write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, fresh[1], metadata={"format": "pt"})
-            for file, name in zip(fresh, FILES, strict=True):
-                file.replace(folder / name)
-        except BaseException:
-            for file in fresh:
-                file.unlink(missing_ok=True)
-            raise
+        folder.mkdir(parents=True, exist_ok=True)
+        described, weights = (folder / name for name in FILES)
+        with replacing(weights) as fresh_weights, replacing(described) as fresh:
+            fresh.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            save_file(tensors, fresh_weights, metadata={"format": "pt"})
 
 
 class MergedReader(TensorReader):

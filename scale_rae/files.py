@@ -7,9 +7,13 @@ import errno
 import hashlib
 import os
 import select
+import shutil
 import stat
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -136,6 +140,29 @@ def replace(source: Path, target: Path) -> None:
             time.sleep(0.02)
         else:
             return
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A block that writes the file it is given; when it ends without an error, the file takes the place of `target`."""
+    fresh = target.with_name(f".{target.name}.{os.getpid()}-{threading.get_ident()}.tmp")
+    try:
+        yield fresh
+        replace(fresh, target)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A block that fills the empty folder it is given; when it ends without an error, the folder takes the place of `target`."""
+    fresh = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    yield fresh
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.replace(target)
 
 
 def _a(what: str) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import site
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import IO, Any
 
 FOLDER = Path(__file__).parent  # of the package
 
@@ -37,6 +41,34 @@ def environment() -> dict[str, str]:
     if there:
         values["PYTHONPATH"] = os.pathsep.join(there)
     return values
+
+
+def start(module: str, log: IO[Any], threads: int, keeps_open: Sequence[int] = ()) -> subprocess.Popen[str]:
+    """A process that runs a module of this package, with pipes of text to it and from it; what it prints goes to `log`.
+
+    It has `threads` OpenMP threads, unless OMP_NUM_THREADS says otherwise, and the file descriptors that it `keeps_open`.
+    """
+    values = environment()
+    values["PYTHONUNBUFFERED"] = "1"
+    values.setdefault("OMP_NUM_THREADS", str(threads))
+    return subprocess.Popen(
+        command(module),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=log,
+        env=values,
+        text=True,
+        encoding="utf-8",
+        pass_fds=keeps_open,
+    )
+
+
+def send(process: subprocess.Popen[str], line: str) -> None:
+    """Writes a line to a process that `start` started; a dead one, which the end of its output shows, does not get it."""
+    assert process.stdin is not None
+    with contextlib.suppress(OSError):
+        process.stdin.write(line + "\n")
+        process.stdin.flush()
 
 
 def search_folder() -> Path:

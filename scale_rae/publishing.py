@@ -13,6 +13,7 @@ from torch import Tensor
 from scale_rae.checkpoint import TensorReader, writing
 from scale_rae.config import load_config
 from scale_rae.errors import OutputError
+from scale_rae.files import replacing_folder
 from scale_rae.hub import Source, find_folder, own_folders
 
 SHARD_BYTES = 5_000_000_000
@@ -37,15 +38,11 @@ def write_model(
     """
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise OutputError(f"{target}: exists already; give another --out")
-    fresh = target.with_name(f"{target.name}.tmp")
-    with writing(target):
-        shutil.rmtree(fresh, ignore_errors=True)
-        fresh.mkdir(parents=True)
+    with writing(target), replacing_folder(target) as fresh:
         _copy_files(source, fresh)
         _write_weights(fresh, reader, dtype, replaced or {}, progress or (lambda done, total: None))
         if target.is_dir():
-            target.rmdir()
-        fresh.replace(target)
+            target.rmdir()  # fails where something came into the folder meanwhile
     return target
 
 

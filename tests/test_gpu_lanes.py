@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_side_by_side_changes_no_byte(tmp_path: Path, monkeypatch: pytest.Monkey
     model = ScaleRAE.from_pretrained("shapes", device="cuda", dtype=dtype)
     left = []
     for run, at_once in enumerate((1, lanes.LANES, lanes.LANES)):
-        monkeypatch.setattr(lanes, "LANES_AT_ONCE", at_once)
+        monkeypatch.setattr(lanes, "ThreadPoolExecutor", lambda _, threads=at_once: ThreadPoolExecutor(threads))
         store = Store(tmp_path / str(run), settings)
         store.make_folders()
         with Worker(

@@ -14,6 +14,7 @@ from scale_rae.cli.progress import CountingDisplay
 from scale_rae.cli.signature import expanded
 from scale_rae.errors import OptionError
 from scale_rae.geneval.judges import NOT_COMPARABLE, JudgeChoice
+from scale_rae.geneval.results import THUMBNAIL
 from scale_rae.options import check_count, check_device_name
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ def geneval(
         typer.Option(
             min=16, max=1024, help="Longest side of an image on the page, in pixels.", rich_help_panel=_OUTPUT
         ),
-    ] = 224,
+    ] = THUMBNAIL,
     json: Annotated[
         bool,
         typer.Option("--json", help="Print the summary, one line of JSON, and nothing else.", rich_help_panel=_OUTPUT),
@@ -171,26 +172,18 @@ def _report(
     found: Evaluation, other: list[Result] | None, keep: int | None, page: bool, thumbnail: int, as_json: bool
 ) -> list[str]:
     """Prints and writes what came out; returns what is wrong with it, a line each."""
-    from scale_rae.geneval.outcome import outcome_record, write_outcome
-    from scale_rae.geneval.policies import policies
-    from scale_rae.geneval.summary import compare, summarise
+    from scale_rae.geneval.outcome import write_outcome
 
     say_missing(found)
     if found.judge.get("comparable") is False:
         say(f"note: {NOT_COMPARABLE}")
-    summary = summarise(found.results)
-    chosen: list[Policy] = []
-    unusable: dict[str, str] = {}
-    if found.folder.is_experiment:
-        chosen, unusable = policies(found.folder.prompts, found.by_name, keep)
-    comparison = compare(found.results, other) if other is not None else None
-    record = outcome_record(found, summary, chosen, unusable, comparison)
-    written = write_outcome(found, record, summary, chosen, thumbnail if page else None)
+    outcome = write_outcome(found, other, keep, thumbnail if page else None)
+    comparison = outcome.comparison
     if as_json:
-        show_json(record)
+        show_json(outcome.record)
     else:
-        show("\n".join(_text(summary, chosen, comparison)))
-        for path in (found.out, *written):
+        show("\n".join(_text(outcome.summary, outcome.policies, comparison)))
+        for path in (found.out, *outcome.files):
             show(str(path))
         say(f"{found.new} images judged in {found.seconds:.0f} s")
     problems = []

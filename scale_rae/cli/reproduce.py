@@ -108,6 +108,7 @@ def command(
     choice.check()
     options.check()
     check_count("--batch-size", batch_size)
+    from scale_rae.geneval.outcome import write_outcome
     from scale_rae.geneval.reproduction import PAPER_MODEL, ROUNDS, both, notes_on, write_reproduction
     from scale_rae.geneval.reproduction import estimate as estimated
 
@@ -156,7 +157,7 @@ def command(
         left += len(summary.failed) + len(summary.unfinished)
         evaluations.append(evaluated(summary.folder, judge, names, None))
         say_missing(evaluations[-1])
-        _write_pages(evaluations[-1])
+        write_outcome(evaluations[-1])
         best_of, *rest = evaluations
         rows, written = write_reproduction(
             output_dir, choice.model_path, settings, best_of, rest[0] if rest else None, len(records)
@@ -215,17 +216,6 @@ def _draw(
     for index, error in sorted(summary.failed.items()):
         say(f"{index:05} failed: {' '.join(error.split())}")
     return summary
-
-
-def _write_pages(evaluation: Evaluation) -> None:
-    """Writes the summary and the page of an evaluation beside its results."""
-    from scale_rae.geneval.outcome import outcome_record, write_outcome
-    from scale_rae.geneval.policies import policies
-    from scale_rae.geneval.summary import summarise
-
-    rows, unusable = policies(evaluation.folder.prompts, evaluation.by_name)
-    summary = summarise(evaluation.results)
-    write_outcome(evaluation, outcome_record(evaluation, summary, rows, unusable, None), summary, rows, 224)
 
 
 def _estimate_lines(takes: Estimate, folder: Path) -> list[str]:

@@ -18,6 +18,7 @@ from scale_rae.jsonio import parse_json, shortened
 
 RESULTS = "results.jsonl"
 JUDGES = ("geneval", "shapes")  # folders of results are named by them
+THUMBNAIL = 224  # longest side of an image on the page, in pixels
 _MOST_BYTES = 4 << 30  # a line has about 1 KB; the largest evaluations have some 100,000 lines
 
 

@@ -285,7 +285,7 @@ def _check_clause(
     return found, ""
 
 
-def relative_position(a: Boxes, b: Boxes, threshold: float = 0.1) -> list[str]:
+def relative_position(a: Boxes, b: Boxes, threshold: float) -> list[str]:
     """The RELATIONS of box `a` [x0, y0, x1, y1, ...] to box `b`: none, one or two.
 
     The original writes two of them in an order that changes from run to run; here it is that of RELATIONS.

@@ -133,30 +133,14 @@ def _shared(
 
 
 def _start(choice: JudgeChoice, device: str | None, devices: Sequence[str | None]) -> _Worker:
-    environment = processes.environment()
-    environment.setdefault("OMP_NUM_THREADS", str(thread_count(device, devices)))
     log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the worker
-    process = subprocess.Popen(
-        processes.command("scale_rae.geneval.workers"),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment,
-        text=True,
-        encoding="utf-8",
-    )
-    worker = _Worker(device, process, log)
+    worker = _Worker(device, processes.start("scale_rae.geneval.workers", log, thread_count(device, devices)), log)
     _send(worker, {"choice": to_record(choice), "device": device})
     return worker
 
 
 def _send(worker: _Worker, value: Any) -> None:
-    assert worker.process.stdin is not None
-    try:
-        worker.process.stdin.write(dump_json(value, ascii_only=True) + "\n")
-        worker.process.stdin.flush()
-    except OSError:
-        pass  # it died, which the end of its answers shows
+    processes.send(worker.process, dump_json(value, ascii_only=True))
 
 
 def _drive(

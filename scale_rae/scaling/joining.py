@@ -15,7 +15,6 @@ from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 
 if TYPE_CHECKING:
-    from scale_rae.config import ScaleRAEConfig
     from scale_rae.opening import OpenedModel
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
@@ -30,15 +29,10 @@ def measures_memory(model: ScaleRAE) -> bool:
     return model.device.type != "cpu"
 
 
-def with_reward(settings: Settings, store: Store, model: ScaleRAE, say: Say) -> Settings:
-    """The settings with a named reward where it was left open (AUTO_REWARD).
-
-    It is the experiment's reward if there is an experiment; for a new one, the model's own reward, else the guide's.
-    """
+def with_reward(settings: Settings, model: ScaleRAE, say: Say) -> Settings:
+    """The settings with a named reward where it was left open (AUTO_REWARD): the model's own, else the guide's."""
     from scale_rae.rewards import DEFAULT_REWARD, default_reward
 
-    if settings.reward == AUTO_REWARD:
-        settings = settings.resumed(store.read_experiment())
     if settings.reward != AUTO_REWARD:
         return settings
     # A path to weights is a path to the guide's: the model's own reward has none.
@@ -48,17 +42,10 @@ def with_reward(settings: Settings, store: Store, model: ScaleRAE, say: Say) -> 
     return dataclasses.replace(settings, reward=name)
 
 
-def with_looks(settings: Settings, store: Store, config: ScaleRAEConfig) -> Settings:
-    """The settings with the times of looks where they were left open: the experiment's or, for a new one, the model's."""
-    from scale_rae.adaptive import with_looks
-
-    settings = settings.resumed(store.read_experiment())
-    return dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, config))
-
-
 def join_experiment(
     store: Store,
     settings: Settings,
+    recorded: dict[str, Any] | None,
     description: Mapping[str, Any],
     opened: OpenedModel,
     reward: Reward | None,
@@ -67,14 +54,14 @@ def join_experiment(
 ) -> int:
     """The experiment's batch size, once this worker's models are known to be the experiment's.
 
-    `description` is experiment.json's part on settings and prompts. The first worker writes experiment.json, and calls
-    `measure` when no batch size is given.
+    `recorded` is experiment.json, or None where there was none when this worker started; `description` is its part on settings and
+    prompts. The first worker writes experiment.json, and calls `measure` when no batch size is given.
 
     Raises:
         InputError: when model, reward, device or dtype are not those of the experiment.
     """
     model = opened.model
-    recorded = store.read_experiment()
+    recorded = recorded or store.read_experiment()  # another worker may have written it since
     size = settings.batch_size
     if recorded is not None:
         _check_record(store, recorded)

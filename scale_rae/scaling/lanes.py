@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 LEAST_PROMPTS = 8  # per lane; fewer do not fill batches
 LANES = 2
-LANES_AT_ONCE = LANES  # on a device with memory for it
 T = TypeVar("T")
 
 
@@ -42,7 +41,7 @@ class Lanes:
     def __init__(self, model: ScaleRAE, stop: Callable[[], None]) -> None:
         self._device = model.device
         # Offloaded parts cannot be used at the same time, and a memory limit has no room for two batches.
-        self._at_once = 1 if model.residency.offloads or model.memory_plan is not None else LANES_AT_ONCE
+        self._at_once = 1 if model.residency.offloads or model.memory_plan is not None else LANES
         self._stop = stop
         self._guard = threading.Lock()
         self._turns: dict[str, tuple[threading.Lock, torch.cuda.Stream]] = {}

@@ -173,26 +173,10 @@ def thread_count(device: str | None, devices: Sequence[str | None]) -> int:
 
 def start_worker(job: Job, assignment: Assignment, threads: int) -> subprocess.Popen[str]:
     """A worker's process, with its assignment on its way; what it prints goes to its log."""
-    environment = processes.environment()
-    environment["PYTHONUNBUFFERED"] = "1"
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    shared = [file.fileno() for file in job.lock.files] if can_share() else []
     with append(job.store.log_file(assignment.worker)) as log:
-        worker = subprocess.Popen(
-            processes.command("scale_rae.scaling.worker_process"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            env=environment,
-            text=True,
-            encoding="utf-8",
-            pass_fds=[file.fileno() for file in job.lock.files] if can_share() else (),
-        )
-    assert worker.stdin is not None
-    try:
-        worker.stdin.write(encode_assignment(job.store, job.settings, assignment) + "\n")
-        worker.stdin.flush()
-    except BrokenPipeError:
-        pass  # it died at once, and is reported like any that dies
+        worker = processes.start("scale_rae.scaling.worker_process", log, threads, shared)
+    processes.send(worker, encode_assignment(job.store, job.settings, assignment))
     return worker
 
 

@@ -22,7 +22,7 @@ from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.batches import BatchMaker, Replied, Turn
 from scale_rae.scaling.events import ImagesDrawn, Listener, Message, PromptFailed, PromptFinished, WorkerLoaded
 from scale_rae.scaling.experiment import check_finite, png_text
-from scale_rae.scaling.joining import join_experiment, with_looks, with_reward
+from scale_rae.scaling.joining import join_experiment, with_reward
 from scale_rae.scaling.lanes import Lanes, split
 from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
@@ -106,13 +106,15 @@ def open_worker(
             limit_process(pick_device(assignment.device), memory_bytes(settings.memory) or 0)
         check_noise(settings.options.noise)  # of this node of a cluster
         source = find_model(choice)
+        recorded = store.read_experiment()
+        settings = settings.resumed(recorded)
         if settings.is_adaptive:  # a wrong look is refused before the weights are read
-            from scale_rae.adaptive import check_looks
+            from scale_rae.adaptive import check_looks, with_looks
             from scale_rae.config import load_config
 
             config = load_config(source.folder)
             check_looks(settings.adaptive, settings.options, config)
-            settings = with_looks(settings, store, config)
+            settings = dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, config))
         opened = OpenedModel(
             choice,
             bars,
@@ -129,7 +131,7 @@ def open_worker(
             import torch
 
             torch.cuda.set_device(model.device)  # otherwise libraries take memory of cuda:0
-        settings = with_reward(settings, store, model, say)
+        settings = with_reward(settings, model, say)
         reward = None
         if settings.reward is not None:
             from scale_rae.rewards import load_reward
@@ -143,7 +145,7 @@ def open_worker(
             prompts = [prompt for group in (*assignment.own, *assignment.rest) for prompt in group]
             return BatchMaker(settings, model, reward).largest_batch(prompts)
 
-        batch_size = join_experiment(store, settings, assignment.description, opened, reward, say, measure)
+        batch_size = join_experiment(store, settings, recorded, assignment.description, opened, reward, say, measure)
         # The whole experiment's, so that what is compiled does not depend on who draws how much of it.
         model.expect(assignment.description["prompts"]["count"] * settings.usual_total)
         maker = BatchMaker(settings, model, reward, clock)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from scale_rae.checkpoint import writing
 from scale_rae.errors import CheckpointError, first_line
+from scale_rae.files import replacing
 
 _NAME = "value"
 
@@ -51,11 +51,10 @@ class TensorCache:
         from safetensors.torch import save_file
 
         path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({_NAME: value.detach().cpu().contiguous()}, temporary)
-            temporary.replace(path)
+            with replacing(path) as fresh:
+                save_file({_NAME: value.detach().cpu().contiguous()}, fresh)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys, each once and in order, that have no tensor."""

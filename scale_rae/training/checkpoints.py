@@ -16,6 +16,7 @@ from torch import Tensor
 
 from scale_rae.checkpoint import writing
 from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_line
+from scale_rae.files import replacing_folder
 from scale_rae.jsonio import dump_json, parse_json
 
 STATE = "training_state.pt"
@@ -45,21 +46,13 @@ class Checkpoints:
             OutputError: naming the folder, when it cannot be written.
         """
         target = self.folder / f"checkpoint-{step}"
-        fresh = target.with_name(f"{target.name}.tmp")
-        with writing(target):
+        with writing(target), replacing_folder(target) as fresh:
+            result(fresh)
+            tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
             try:
-                shutil.rmtree(fresh, ignore_errors=True)  # of a run that was killed
-                fresh.mkdir(parents=True)
-                result(fresh)
-                tensors = {name: tensor.detach().cpu() for name, tensor in state.items()}
                 torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
-                shutil.rmtree(target, ignore_errors=True)
-                fresh.replace(target)
-            except BaseException as e:
-                shutil.rmtree(fresh, ignore_errors=True)  # gives a full disk its space back
-                if isinstance(e, RuntimeError):  # of torch's own writer, for example on a full disk
-                    raise OutputError(f"{target}: cannot be written; is the disk full? ({first_line(e)})") from e
-                raise
+            except RuntimeError as e:  # torch's own writer, for example on a full disk
+                raise OutputError(f"{target}: cannot be written; is the disk full? ({first_line(e)})") from e
         for old in self.steps()[: -self._keep] if self._keep else []:
             shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
         return target

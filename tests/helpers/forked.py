@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from scale_rae.scaling import local, worker_process
+from scale_rae import processes
+from scale_rae.scaling import worker_process
 
 
 class Forked:
@@ -73,4 +74,4 @@ def _start_worker(command: list[str], *, stderr: Any, env: dict[str, str], **_: 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the local launcher fork its workers."""
-    monkeypatch.setattr(local, "subprocess", SimpleNamespace(Popen=_start_worker, PIPE=subprocess.PIPE))
+    monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=_start_worker, PIPE=subprocess.PIPE))
