@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,23 +14,26 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
 from scale_rae.cli import main
+from tests.helpers.forked import Forked
 from tests.serve.conftest import CIRCLE, ROOT
 from tests.serve.test_limits import IMAGES, get, post
 
 SECRET = "s3cret-key"
+COMMAND = ["serve", "--model-path", "shapes", "--device", "cpu", "--port", "0"]
+COMMAND += ["--batch-size", "1"]  # other sizes are tried for their last digits first, which takes seconds
 
 
 @contextmanager
-def program(*argv: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
+def program() -> Iterator[tuple[subprocess.Popen[str], str]]:
     """The command with the bundled model, ready, and its address."""
-    command = [sys.executable, "-m", "scale_rae", "serve", "--model-path", "shapes", "--device", "cpu", "--port", "0"]
-    command += ["--batch-size", "1"]  # other sizes are tried for their last digits first, which takes seconds
+    command = [sys.executable, "-m", "scale_rae", *COMMAND]
     env = os.environ | {"OMP_NUM_THREADS": "1", "SCALE_RAE_API_KEY": SECRET, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([*command, *argv], stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env=env)
     try:
         assert process.stderr is not None
         for line in process.stderr:
@@ -47,10 +52,10 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
         assert json.loads(get(url + "/v1/models", key)[1])["data"][0]["id"] == "shapes"
         running = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150, "seed": 3}, key)
         while b'batch_size_count{stage="draw"} 1.0' not in get(url + "/metrics", key)[1]:
-            time.sleep(0.01)
+            time.sleep(0.05)
         waiting = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 150}, key)
         while b"requests_waiting 1.0" not in get(url + "/metrics", key)[1]:
-            time.sleep(0.01)
+            time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
         assert waiting.result()[0] == 503
         assert post(url + IMAGES, {"prompt": CIRCLE}, key)[0] == 503
@@ -64,20 +69,30 @@ def test_sigterm_finishes_what_runs_and_refuses_the_rest() -> None:
         assert secret not in log
 
 
-def test_a_second_sigterm_ends_it_at_once() -> None:
+def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
+    def run() -> int:
+        logging.getLogger().handlers.clear()  # pytest's
+        return main([*COMMAND, "--api-key", SECRET])
+
     key = {"Authorization": f"Bearer {SECRET}"}
-    with program() as (process, url), ThreadPoolExecutor(1) as pool:
+    log_file = tmp_path / "log"
+    with log_file.open("w") as file, ThreadPoolExecutor(1) as pool:
+        process = Forked(run, file.fileno())
+        while not (found := re.search(r" on (http://\S+)/v1", log_file.read_text())):
+            assert process.poll() is None
+            time.sleep(0.05)
+        url = found[1]
         running = pool.submit(post, url + IMAGES, {"prompt": CIRCLE, "steps": 250, "n": 8}, key)
         while b'batch_size_count{stage="draw"} 1.0' not in get(url + "/metrics", key)[1]:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
         while get(url + "/ready", key)[0] == 200:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(300) == 1
+            time.sleep(0.05)
+        os.kill(process.pid, signal.SIGTERM)
+        assert process.wait() == 1
         status, answer, _ = running.result()
         assert (status, answer["error"]["code"]) == (503, "shutting_down")
-        log = process.stderr.read() if process.stderr else ""
+    log = log_file.read_text()
     assert "stopped before everything was done" in log
     assert "Traceback" not in log
 
