@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 def timed(run: Callable[[], object], repeat: int, sync: Callable[[], None] = lambda: None) -> tuple[float, float]:
-    """(first, median of `repeat` further) wall seconds of `run`; `sync` is called before the clock is read."""
+    """(first, median of `repeat` further) wall seconds of `run`; without further ones, the first twice.
+
+    `sync` is called before the clock is read.
+    """
     times = []
     for _ in range(1 + repeat):
         sync()
@@ -37,7 +40,7 @@ def timed(run: Callable[[], object], repeat: int, sync: Callable[[], None] = lam
         run()
         sync()
         times.append(time.perf_counter() - start)
-    return times[0], statistics.median(times[1:])
+    return times[0], statistics.median(times[1:] or times)
 
 
 def median_seconds(run: Callable[[], object], repeat: int) -> float:
@@ -77,7 +80,7 @@ class Bench:
 
     def seconds(self, run: Callable[[], object], repeat: int | None = None) -> tuple[float, float]:
         """(first, median of `repeat` further) wall seconds, the device synchronised before and after each."""
-        return timed(run, repeat or self.repeat, self.sync)
+        return timed(run, self.repeat if repeat is None else repeat, self.sync)
 
     def add(self, stage: str, name: str, value: float, unit: str, target: str = "", **more: Any) -> None:
         """Records and prints a figure."""

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def process_seconds(arguments: list[str]) -> float:
     return time.perf_counter() - start
 
 
-def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
+def measure(model_path: str, repeat: int, steps: int, guidances: Sequence[float]) -> dict[str, Any]:
     """All figures of one model, in seconds unless the name says otherwise."""
     bare = statistics.median(process_seconds(["-c", "pass"]) for _ in range(repeat))
     help_page = statistics.median(process_seconds(["-m", "scale_rae", "--help"]) for _ in range(repeat))
@@ -89,7 +89,7 @@ def measure(model_path: str, repeat: int, steps: int) -> dict[str, Any]:
         answers = model.answer(asked, latents=[latent] * count, max_new_tokens=tokens)
         figures[f"answer_tokens_per_second_batch_{count}"] = sum(len(a.reply.ids) for a in answers) / seconds
     figures["score_per_image_batch_8"] = median_seconds(lambda: model.score([latent] * 8, PROMPT), repeat) / 8
-    for guidance in (1.0, 3.0):
+    for guidance in guidances:
         figures |= {
             f"{name}_guidance_{guidance:g}": v for name, v in scaling(model_path, guidance, repeat, steps).items()
         }
@@ -193,9 +193,12 @@ def main() -> None:
     parser.add_argument("--model-path", default="shapes")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--steps", type=int, default=49, help="of every drawing (default: %(default)s)")
+    parser.add_argument(
+        "--guidance", type=float, nargs="+", default=[1.0, 3.0], help="of the rows of scaling (default: 1 and 3)"
+    )
     parser.add_argument("--json", type=Path, help="also write the figures here")
     args = parser.parse_args()
-    figures = measure(args.model_path, args.repeat, args.steps)
+    figures = measure(args.model_path, args.repeat, args.steps, args.guidance)
     show(figures, 36)
     write_json(args.json, figures)
 

@@ -111,7 +111,7 @@ def main() -> int:
     parser.add_argument("--stages", default=",".join(STAGES), help=f"of {', '.join(STAGES)}")
     parser.add_argument("--sizes", default="1.5b,7b", help="of 1.5b, 7b")
     parser.add_argument("--seconds-budget", type=float, default=math.inf, help="start no stage after this many seconds")
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=3, help="runs after the first; 0 only tries the benchmark")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--compile", choices=("on", "off"), default="on", help="in the stages on a whole model")
     parser.add_argument("--tiny", action="store_true", help="tiny networks, to try the benchmark itself")

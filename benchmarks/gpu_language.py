@@ -48,8 +48,8 @@ def tokens_stage(b: Bench, model: ScaleRAE, size: str) -> None:
             assert all(len(r.ids) == count for r in replies)
 
         first, seconds = b.seconds(run)
-        to_first = statistics.median(at[1] - at[0] for at in runs[1:])
-        each = statistics.median((at[-1] - at[1]) / (count - 1) for at in runs[1:])
+        to_first = statistics.median(at[1] - at[0] for at in runs[1:] or runs)
+        each = statistics.median((at[-1] - at[1]) / (count - 1) for at in runs[1:] or runs)
         goal = "" if size == "7b" else "≥ 300" if batch == 1 else "≥ 5000"
         name = f"{size}: {kind}, batch {batch}" + (
             ", captured, not compiled" if compiling and not compile_steps else ""

@@ -7,6 +7,7 @@ import base64
 import functools
 import io
 import json
+import multiprocessing
 import random
 import re
 import runpy
@@ -81,7 +82,7 @@ def test_benchmarks_need_neither_tests_nor_private_names_of_the_package() -> Non
 
 
 def test_cpu_benchmark(script: Script, tmp_path: Path) -> None:
-    shown = script("cpu.py", "--repeat", 1, "--steps", 2, "--json", tmp_path / "cpu.json")
+    shown = script("cpu.py", "--repeat", 1, "--steps", 2, "--guidance", 3, "--json", tmp_path / "cpu.json")
     figures = json.loads((tmp_path / "cpu.json").read_text())
     assert all(value > 0 for value in figures.values() if isinstance(value, float))
     assert all(name in shown for name in figures)
@@ -137,7 +138,7 @@ def test_load_finds_pictures_of_another_seed() -> None:
 
 
 def test_load_on_a_server(script: Script, tmp_path: Path) -> None:
-    command = ["--full-size", "tiny", "--device", "cpu", "--clients", 6, "--seconds", 2, "--cases", 8, "--steps", 12]
+    command = ["--full-size", "tiny", "--device", "cpu", "--clients", 6, "--seconds", 1, "--cases", 8, "--steps", 12]
     script("serve.py", *command, "--lone", 2, "--json", tmp_path / "figures.json")
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert figures["statuses"] == {"200": figures["requests"]}
@@ -249,7 +250,10 @@ def test_scaling_study_ranks_as_select_does(tmp_path: Path) -> None:
             assert study_analysis.order(made, choice, count) == selection.ranking.order
 
 
-def test_scaling_study_draws_and_goes_on(script: Script, tmp_path: Path) -> None:
+def test_scaling_study_draws_and_goes_on(script: Script, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork = multiprocessing.get_context("fork")  # which has imported torch
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: fork)
+
     def run(*more: object) -> str:
         command = ["--out", tmp_path / "out", "--steps", 2, "--n-samples", 1, "--rounds", 2, "--device", "cpu"]
         return script("scaling_study.py", *command, "--judges", 1, *more)
@@ -294,7 +298,7 @@ def test_training_benchmark_in_miniature(script: Script, tmp_path: Path) -> None
 def test_gpu_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
     """Every stage runs on tiny networks on the CPU, so that mistakes show before GPU time is paid for."""
     file = tmp_path / "gpu.json"
-    shown = script("gpu.py", "--tiny", "--device", "cpu", "--repeat", 1, "--json", file)
+    shown = script("gpu.py", "--tiny", "--device", "cpu", "--repeat", 0, "--json", file)
     result = json.loads(file.read_text())
     assert result["errors"] == {}
     assert result["skipped"] == []

@@ -16,7 +16,7 @@ from PIL import Image
 from scale_rae.images import load_image
 from scale_rae.language import Reply
 from scale_rae.pipeline import ScaleRAE
-from tests.cli.conftest import Cli, left, only_manifest, with_defaults
+from tests.cli.conftest import Cli, left, only_manifest
 from tests.helpers.made_checkpoints import GOLDENS
 
 LOOK = "Can you describe what's in this image?"
@@ -108,37 +108,31 @@ def _asks_for_an_image(
 def test_sampling_flags_reach_the_drawing(
     cli: Cli, drawing_checkpoint: Path, picture: Path, tmp_path: Path, out: Path
 ) -> None:
-    """Each as `generate` takes it, and none without effect."""
+    """As `generate` takes them, to which each makes a difference."""
     model = ScaleRAE.from_pretrained(str(drawing_checkpoint), device="cpu")
     shown = model.encode([Image.open(picture)])[0]
     torch.save(shown, tmp_path / "shown.pt")
-    seen: list[torch.Tensor] = []
-    all_at_once = ("--seed", 8, "--guidance-level", 3, "--guidance-interval", 0.3, 1, "--steps", 5, "--solver", "heun")
-    cases: list[tuple[tuple[object, ...], dict[str, Any]]] = [
-        (
-            all_at_once,
-            {"seed": 8, "guidance": 3.0, "guidance_interval": (0.3, 1.0), "steps": 5, "solver": "heun"},
-        ),
-        ((), {}),
-        (("--seed", 7), {"seed": 7}),
-        (("--guidance-level", 2), {"guidance": 2.0}),
-        (("--guidance-level", 2, "--guidance-interval", 0.3, 0.7), {"guidance": 2.0, "guidance_interval": (0.3, 0.7)}),
-        (("--steps", 3), {"steps": 3}),
-        (("--solver", "heun"), {"solver": "heun"}),
-    ]
-    for i, (flags, options) in enumerate(cases):
-        folder = out / str(i)
-        common = ("--model-path", drawing_checkpoint, "--prompt", "Make it blue", "--save-latent")
-        common += ("--output-dir", folder, "--json", *with_defaults(flags, {"--steps": 4}))
-        (manifest,) = cli("img", "--image", picture, *common).manifests
-        drawn = torch.load(manifest["latent_path"], weights_only=True)
-        if flags == all_at_once:
-            (again,) = cli("latent", "--action", "continue", "--latent", tmp_path / "shown.pt", *common).manifests
-            assert torch.equal(torch.load(again["latent_path"], weights_only=True), drawn)
-        wanted = model.generate(["Make it blue"], latents=[shown], **{"steps": 4} | options)[0].images[0].latent
-        assert torch.equal(drawn, wanted), flags
-        assert not any(torch.equal(drawn, other) for other in seen), flags
-        seen.append(drawn)
+
+    def generated(**options: Any) -> torch.Tensor:
+        return model.generate(["Make it blue"], latents=[shown], **options)[0].images[0].latent
+
+    def drawn(command: tuple[object, ...], *flags: object) -> torch.Tensor:
+        common = ("--model-path", drawing_checkpoint, "--prompt", "Make it blue", "--save-latent", "--json")
+        (manifest,) = cli(*command, *common, "--output-dir", out, *flags).manifests
+        latent = torch.load(manifest["latent_path"], weights_only=True)
+        assert isinstance(latent, torch.Tensor)
+        return latent
+
+    image = ("img", "--image", picture)
+    flags = ("--seed", 8, "--guidance-level", 3, "--guidance-interval", 0.3, 0.7, "--steps", 5, "--solver", "heun")
+    options = {"seed": 8, "guidance": 3.0, "guidance_interval": (0.3, 0.7), "steps": 5, "solver": "heun"}
+    wanted = generated(**options)
+    assert torch.equal(drawn(image, *flags), wanted)
+    assert torch.equal(drawn(("latent", "--action", "continue", "--latent", tmp_path / "shown.pt"), *flags), wanted)
+    assert torch.equal(drawn(image, "--steps", 4), generated(steps=4))
+    for left_out in (["seed"], ["guidance", "guidance_interval"], ["guidance_interval"], ["solver"]):
+        assert not torch.equal(generated(**{k: v for k, v in options.items() if k not in left_out}), wanted), left_out
+    assert not torch.equal(generated(**options | {"steps": 4}), wanted)
 
 
 def test_an_empty_answer_is_said_to_be_one(cli: Cli, checkpoints: dict[str, Path], out: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from scale_rae.geneval.policies import policies, ranked
 from scale_rae.geneval.results import beside, default_out, read_results
 from scale_rae.geneval.workers import judging_on
 from scale_rae.scaling.reader import read_object
+from tests.helpers.forked import fork_workers
 from tests.helpers.made_experiment import write_experiment
 
 SHAPES = JudgeChoice("shapes")
@@ -208,7 +209,8 @@ def test_policies_go_by_the_stored_scores(folder: Path) -> None:
     assert not any(row.pictures == "ranked first" for row in rows)  # which is what is kept
 
 
-def test_several_processes_judge_alike(folder: Path, tmp_path: Path) -> None:
+def test_several_processes_judge_alike(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fork_workers(monkeypatch)
     read = open_folder(folder, SHAPES)
     outs = [tmp_path / "one.jsonl", tmp_path / "two.jsonl"]
     for out, devices, size in zip(outs, (["cpu"], ["cpu", "cpu"]), (32, 1), strict=True):

@@ -5,6 +5,7 @@ That the command starts programs is tested where one is killed, and once with tw
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,6 @@ from typing import Any
 import pytest
 
 from scale_rae import processes
-from scale_rae.scaling import worker_process
 
 
 class Forked:
@@ -62,16 +62,16 @@ class Forked:
 
 
 def _start_worker(command: list[str], *, stderr: Any, env: dict[str, str], **_: Any) -> Forked:
-    """What the launcher calls `subprocess.Popen` for."""
-    assert any("worker_process" in word for word in command)
+    """In place of `subprocess.Popen`, for the command of a module."""
+    module = importlib.import_module(command[-1])
 
     def run() -> int:
         os.environ.update(env)
-        return worker_process.main()
+        return int(module.main())
 
     return Forked(run, stderr.fileno())
 
 
 def fork_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has the local launcher fork its workers."""
+    """Has `processes.start` fork."""
     monkeypatch.setattr(processes, "subprocess", SimpleNamespace(Popen=_start_worker, PIPE=subprocess.PIPE))
