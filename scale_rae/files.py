@@ -156,13 +156,20 @@ def replacing(target: Path) -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(target: Path) -> Iterator[Path]:
-    """A block that fills the empty folder it is given; when it ends without an error, the folder takes the place of `target`."""
+    """A block that fills the empty folder it is given; when it ends without an error, the folder takes the place of `target`.
+
+    After an error the folder is removed, which gives a full disk its space back.
+    """
     fresh = target.with_name(f"{target.name}.tmp")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    yield fresh
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.replace(target)
+    try:
+        yield fresh
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.replace(target)
+    except BaseException:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise
 
 
 def _a(what: str) -> str:
