@@ -261,17 +261,24 @@ class Rounds:
 
     def draw(self, conditions: Tensor, seeds: Sequence[int], guidance: float) -> Tensor:
         """Latents [N, L, C] of conditions [N, L, Z], by the network as its weights are."""
-        own, dit = self.options.self_reward, self.learner.dit
-        size = own.draw_batch_size or self.options.train_batch_size
-        config = self.model.config
-        shape = (0, config.tokens, config.channels)
-        parts = [torch.zeros(shape, device=self.model.device)]  # a process may have no share
+        own, dit, config = self.options.self_reward, self.learner.dit, self.model.config
+        if not seeds:  # a process may have no share
+            return torch.zeros(0, config.tokens, config.channels, device=self.model.device)
+
+        def draw(some: Tensor, numbers: Tensor) -> Tensor:
+            how = numbers.tolist(), guidance, own.draw_steps, own.draw_solver
+            return draw_latents(dit, config, self.norm_stats, some, *how)
+
+        return self.in_batches(draw, conditions, torch.tensor(seeds))
+
+    def in_batches(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
+        """What a function makes of values [N, …], in batches of one size: on CUDA, each size would be compiled."""
+        size, count = self.options.self_reward.draw_batch_size or self.options.train_batch_size, len(values[0])
+        lacking = -count % size if self.model.device.type == "cuda" else 0
+        filled = [torch.cat([v, v[:1].expand(lacking, *v.shape[1:])]) for v in values]
+        starts = range(0, count, size)
         with attention_kernels(self.model.device):
-            for start in range(0, len(seeds), size):
-                part = slice(start, start + size)
-                how = seeds[part], guidance, own.draw_steps, own.draw_solver
-                parts.append(draw_latents(dit, config, self.norm_stats, conditions[part], *how))
-        return torch.cat(parts)
+            return torch.cat([function(*(v[start : start + size] for v in filled)) for start in starts])[:count]
 
     def normalised(self, latents: Tensor) -> Tensor:
         """Latents [N, L, C] as the velocity network sees them: [N, C, S, S]."""
@@ -378,18 +385,13 @@ class Verification:
     def _distance(self, latents: Tensor, conditions: Tensor) -> Tensor:
         """The square distance of the velocities now and before training, relative to the latter's square, []."""
         rounds, device = self._rounds, latents.device
-        x, dit, batch = rounds.normalised(latents), rounds.learner.dit, rounds.options.train_batch_size
+        x, dit = rounds.normalised(latents), rounds.learner.dit
         generator = torch.Generator(device).manual_seed(rounds.options.seed)
         t = sample_times(len(x), training_shift(rounds.model.config), generator, device)
         x = between(x, t, torch.randn(x.shape, generator=generator, device=device))
-
-        def velocities() -> Tensor:
-            starts = range(0, len(x), batch)
-            return torch.cat([dit(*(part[i : i + batch] for part in (x, t, conditions))) for i in starts])
-
-        now = velocities()
+        now = rounds.in_batches(dit, x, t, conditions)
         with rounds.learner.flat.using(rounds.start):
-            before = velocities()
+            before = rounds.in_batches(dit, x, t, conditions)
         return (now - before).square().mean() / before.square().mean()
 
     def _written(self, line: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recipes.shapes import common, curves, data, encoder, invented, joint, networks, settings, spoilt, train
+from recipes.shapes import (
+    common,
+    curves,
+    data,
+    encoder,
+    invented,
+    joint,
+    networks,
+    self_reward,
+    settings,
+    spoilt,
+    train,
+)
 from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import LoopOptions, Trainer
 from recipes.shapes.settings import FULL, TINY
@@ -155,6 +167,15 @@ class Scripted(nn.Module):
         logits[:, self.reply[self.said]] = 1
         self.said += 1
         return logits
+
+
+def test_self_reward_draws_nothing_held_out(tmp_path: Path) -> None:
+    learnt, verified = (file.read_text().splitlines() for file in self_reward.write_prompts(tmp_path, 400, 20))
+    held_out = {line["prompt"] for line in world.prompts(2000, "only", 0) if line["tag"] != "single_object"}
+    assert len(learnt) == 400
+    assert len(verified) == 20
+    assert not held_out & {*learnt, *verified}
+    assert not {*learnt} & {*verified}
 
 
 def test_condition_in_training_is_the_condition_at_inference(vocabulary: Vocabulary, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,31 @@ def test_guidance_is_folded_in(options: TrainingOptions) -> None:
         patch.setattr(scorer, lambda self, scores, standings: torch.zeros_like(scores.yes))
         with pytest.raises(TrainingError, match="round 1: the model accepts none of its 4 drawings with guidance 3"):
             go(replace(chosen, out=options.out / "none"))
+
+
+def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
+    one = go(replace(options, out=tmp_path / "one", max_train_steps=3))
+    two = replace(options, out=tmp_path / "two", train_batch_size=1, max_train_steps=3)
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(2):  # forks, as torchrun's processes would take seconds to import torch
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.environ.update(names | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                go(two)
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    found = [json.loads(line) for line in (two.out / "log.jsonl").read_text().splitlines()]
+    for a, b in zip(one, found, strict=True):
+        for name in ("loss", "reading", "gradient_norm"):
+            assert a[name] == pytest.approx(b[name], rel=1e-3)
 
 
 def test_a_loss_that_is_not_finite_names_its_prompts(options: TrainingOptions) -> None:
