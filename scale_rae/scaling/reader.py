@@ -10,7 +10,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -114,6 +114,7 @@ class Experiment:
     prompts: list[Prompt]
     incomplete: list[Incomplete] = field(default_factory=list)
     not_begun: int = 0  # prompts that experiment.json counts and that have no folder
+    settings: Mapping[str, Any] = field(default_factory=dict)  # as experiment.json has them
 
     def keep_of(self, prompt: Prompt, keep: int | None = None) -> int:
         """How many of a prompt's images to keep: `keep`, else the experiment's n_samples; never more than it has.
@@ -192,16 +193,16 @@ def read_experiment(folder: Path) -> Experiment:
             prompts.append(result)
         else:
             incomplete.append(result)
-    n_samples, count = read_settings(folder)
-    return Experiment(folder, n_samples, prompts, incomplete, max(0, count - len(names)))
+    settings, count = read_settings(folder)
+    return Experiment(folder, settings.get("n_samples"), prompts, incomplete, max(0, count - len(names)), settings)
 
 
 def _by_number(path: Path) -> tuple[int, str]:
     return int(path.name), path.name
 
 
-def read_settings(folder: Path) -> tuple[int | None, int]:
-    """What an experiment's experiment.json says: n_samples (None if missing) and the number of prompts (0 if missing).
+def read_settings(folder: Path) -> tuple[dict[str, Any], int]:
+    """What an experiment's experiment.json says: its settings (empty if missing) and the number of prompts (0 if missing).
 
     Raises:
         InputError: when experiment.json is damaged.
@@ -210,22 +211,22 @@ def read_settings(folder: Path) -> tuple[int | None, int]:
     try:
         value = read_object(path, "experiment.json")
     except FileNotFoundError:
-        return None, 0
+        return {}, 0
     except ValueError as e:
         if path.is_file() and not path.stat().st_size:  # left by a crash; each prompt's record says what is needed
-            return None, 0
+            return {}, 0
         raise InputError(f"{path}: {e}") from e
     settings = value.get("settings")
-    n_samples = settings.get("n_samples") if isinstance(settings, dict) else None
+    if not isinstance(settings, dict):
+        settings = {}
+    n_samples = settings.get("n_samples")
     prompts = value.get("prompts")
     count = prompts.get("count") if isinstance(prompts, dict) else None
     if not isinstance(count, int):
         count = 0
-    if n_samples is None:
-        return None, count
-    if not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1:
+    if n_samples is not None and (not isinstance(n_samples, int) or isinstance(n_samples, bool) or n_samples < 1):
         raise InputError(f"{path}: settings.n_samples is {n_samples!r}, not a number of images")
-    return n_samples, count
+    return settings, count
 
 
 def read_object(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from scale_rae.scaling.replacing import write_file
 from scale_rae.scaling.select import Selection, choose, formula_of, yes_share
 from scale_rae.templates import fill_template
 
+MISSING = "–"  # in place of a number that an image does not have
 SMALL = 72  # longest side of a candidate's picture, in pixels
 
 
@@ -113,6 +114,8 @@ def render(
     return fill_template(
         "report.html",
         title=experiment.folder.name,
+        how=drawn_by(experiment.settings),
+        has_rewards=any(view.reward != MISSING for prompt in views for view in prompt.images),
         metric=metric,
         metrics={name: TABLE[name].title for name in chosen},
         short=short,
@@ -136,6 +139,18 @@ def render(
         search=_search_view(searches),
         data=data,
     )
+
+
+def drawn_by(settings: Mapping[str, Any]) -> str:
+    """The model and the sampler's options that an experiment's settings name, in a line; empty if they name none."""
+    values = [
+        ("model", str(settings.get("model_path", "")).rstrip("/\\").rpartition("/")[2]),
+        ("seed", settings.get("seed")),
+        ("guidance", settings.get("guidance_level")),
+        ("solver", settings.get("solver")),
+        ("steps", settings.get("steps")),
+    ]
+    return ", ".join(f"{name} {value}" for name, value in values if value not in (None, ""))
 
 
 def right_share(
@@ -176,7 +191,7 @@ def _percent(count: tuple[int, int]) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}".replace("-", "−")
+    return MISSING if value is None else f"{value:.3f}".replace("-", "−")
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from scale_rae.cli import main
 from scale_rae.ranking import METRICS
 from scale_rae.scaling.plots import expected_best, histogram, round_ticks
 from scale_rae.scaling.reader import FATES, read_experiment
+from scale_rae.scaling.report import drawn_by
 from scale_rae.scaling.select import choose
 from tests.helpers.made_experiment import make_adaptive, write_experiment, write_prompt
 from tests.scaling.test_select import digest, names
@@ -174,7 +175,20 @@ def test_without_rewards(tmp_path: Path) -> None:
     assert "the experiment has no reward: combined goes by confidence alone" in text
     assert "cannot be ranked by image_reward: 00000/metadata.jsonl: all_ir_scores is null" in text
     assert "Reward against confidence" not in text
+    assert "<dt class=\"plain\">reward" not in text  # no empty rows
     assert main(["report", str(folder), "--metric", "image_reward"]) == 1
+
+
+def test_the_page_says_how_the_images_were_drawn(experiment: Path, tmp_path: Path) -> None:
+    settings = {"model_path": "/home/<me>/models/mine/", "seed": 0, "guidance_level": 3.0, "solver": "ab2", "steps": 20}
+    assert drawn_by(settings) == "model mine, seed 0, guidance 3.0, solver ab2, steps 20"
+    assert drawn_by({}) == ""
+    (experiment / "experiment.json").write_text(json.dumps({"settings": settings, "prompts": {"count": 5}}))
+    main(["report", str(experiment), "--output", str(tmp_path / "page.html")])
+    text = (tmp_path / "page.html").read_text()
+    assert '<p class="soft" id="how">model mine, seed 0, guidance 3.0, solver ab2, steps 20</p>' in text
+    numbers = re.findall(r"<small>image (\d+)</small>", text)
+    assert sorted(numbers) == sorted(re.findall(r'<figure class="image[^>]*data-i="(\d+)"', text))
 
 
 def test_rewards_alone(tmp_path: Path) -> None:
