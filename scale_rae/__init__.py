@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from scale_rae.errors import ScaleRAEError
 from scale_rae.version import __version__
@@ -35,7 +35,7 @@ def load(
     revision: str | None = None,
     progress: LoadProgress | None = None,
     compile: CompileMode = "auto",
-    quantize: QuantizeKind | None = None,
+    quantize: QuantizeKind | Literal["none"] | None = None,
     split_batches: bool = True,
     offload: OffloadMode = "none",
     memory: str | None = None,
