@@ -25,7 +25,7 @@ def command(
     positional: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[IMAGE] [PROMPT]", help="The image and the prompt, if no options give them.", show_default=False
+            metavar="IMAGE PROMPT", help="The image and the prompt, if no options give them.", show_default=False
         ),
     ] = None,
     image: Annotated[Path | None, typer.Option(help="The image file; required.")] = None,
@@ -57,7 +57,7 @@ def command(
         if missing:
             raise typer.BadParameter("is missing", param_hint=flag)
     if rest:
-        raise typer.BadParameter(f"{rest[0]!r} is one argument too many; quote the prompt", param_hint="PROMPT")
+        raise typer.BadParameter(f"{rest[0]!r} is one argument too many; put the prompt in quotes", param_hint="PROMPT")
     assert image is not None
     assert prompt is not None
     sampling.check()

@@ -32,7 +32,8 @@ def command(
     ctx: typer.Context,
     *,
     positional: Annotated[
-        str | None, typer.Argument(metavar="[PROMPT]", help="The prompt, if no option gives one.", show_default=False)
+        list[str] | None,
+        typer.Argument(metavar="PROMPT", help="The prompt, if no option gives one.", show_default=False),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help='What to draw: "Can you generate a photo of …?"')] = None,
     prompts: Annotated[
@@ -60,9 +61,11 @@ def command(
     draw the same image again (--from-manifest).
     """
     given = given_options(ctx)
-    if sum(source is not None for source in (positional, prompt, prompts, from_manifest)) != 1:
+    if positional is not None and len(positional) > 1:
+        raise typer.BadParameter("several arguments; put the prompt in quotes", param_hint="PROMPT")
+    if sum(source is not None for source in (positional or None, prompt, prompts, from_manifest)) != 1:
         raise typer.BadParameter("give one of them", param_hint=["PROMPT", "--prompt", "--prompts", "--from-manifest"])
-    prompt = prompt if positional is None else positional
+    prompt = positional[0] if positional else prompt
     if force and from_manifest is None:
         raise typer.BadParameter("goes with --from-manifest", param_hint="--force")
     if post_qa.mode == "image" and output.skip_decoder:

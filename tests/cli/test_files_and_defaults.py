@@ -194,7 +194,7 @@ def test_a_preview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 @pytest.mark.usefixtures("no_loading")
 def test_ways_to_give_a_prompt(cli: Cli) -> None:
-    for argv in (["a", "--prompt", "b"], ["a", "--prompts", "x.txt"], ["a", "--from-manifest", "x"], []):
+    for argv in (["a", "--prompt", "b"], ["a", "--prompts", "x.txt"], ["a", "--from-manifest", "x"], ["a", "cat"], []):
         assert cli("t2i", *argv).code == 2
 
 
