@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -19,9 +20,12 @@ from typing import Any
 
 import typer
 
+from scale_rae.errors import printable
+
 PREFIX = "SCALE_RAE_"
 CONFIG = f"{PREFIX}CONFIG"  # names another configuration file; empty: none is read
 _NOT_FROM_HERE = ("help", "version")
+_KUBERNETES = re.compile(r"\w+://")  # it sets SCALE_RAE_PORT=tcp://… beside a service of the name scale-rae
 Default = tuple[Any, str]  # a value, and where it stands
 
 
@@ -50,7 +54,7 @@ def defaults(
         tables.append(inner if isinstance(inner, dict) else {})
     for top in (name for name, value in content.items() if isinstance(value, dict)):
         if top not in commands:
-            raise typer.BadParameter(f"{file}: [{top}] is no command{_similar(top, commands)}", ctx=ctx)
+            raise _error(ctx, f"{file}: [{top}] is no command{_similar(top, commands)}")
     given: dict[str, Default] = {}
     options = options_of(command)
     for table, where in ((tops, "top"), (tables[-1], "table")):
@@ -63,9 +67,10 @@ def defaults(
             elif where == "table" or not any(name in others for others in known().values()):
                 whose = f"scale-rae {' '.join(names)}" if where == "table" else "any command"
                 everything = {option for others in known().values() for option in others}
-                raise typer.BadParameter(f"{file}: {key} is no option of {whose}{_similar(name, everything)}", ctx=ctx)
+                raise _error(ctx, f"{file}: {key} is no option of {whose}{_similar(name, everything)}")
     for name, option in options.items():
-        if value := os.environ.get(PREFIX + name.upper()):
+        value = os.environ.get(PREFIX + name.upper())
+        if value and not (name == "port" and _KUBERNETES.match(value)):
             many = option.nargs != 1 or option.multiple
             given[option.name] = value.split() if many else value, PREFIX + name.upper()
     return {name: _checked(value, where, options[name], ctx) for name, (value, where) in given.items()}
@@ -96,9 +101,9 @@ def _content(ctx: Any) -> tuple[Path, dict[str, Any]]:
     try:
         return file, tomllib.loads(file.read_bytes().decode())
     except OSError as e:
-        raise typer.BadParameter(f"{file}: the configuration cannot be read ({e.strerror or e})", ctx=ctx) from e
+        raise _error(ctx, f"{file}: the configuration cannot be read ({e.strerror or e})") from e
     except ValueError as e:  # not UTF-8, or not TOML
-        raise typer.BadParameter(f"{file}: the configuration is not valid TOML ({e})", ctx=ctx) from e
+        raise _error(ctx, f"{file}: the configuration is not valid TOML ({e})") from e
 
 
 def _checked(value: Any, where: str, option: Any, ctx: Any) -> Any:
@@ -110,8 +115,13 @@ def _checked(value: Any, where: str, option: Any, ctx: Any) -> Any:
             raise typer.BadParameter("takes one value")
         option.process_value(ctx, value)
     except typer.BadParameter as e:
-        raise typer.BadParameter(f"{where}: {e.message}", ctx=ctx) from e
+        raise _error(ctx, f"{where}: {e.message}") from e
     return value
+
+
+def _error(ctx: Any, message: str) -> typer.BadParameter:
+    """The error with a text from a file or a variable in it, whose control characters are escaped."""
+    return typer.BadParameter(printable(message), ctx=ctx)
 
 
 def _similar(name: str, names: Collection[str]) -> str:

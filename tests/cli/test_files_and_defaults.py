@@ -254,6 +254,7 @@ def test_defaults_from_variables_and_file(
         ("steps = 'many'", "c.toml: steps: "),
         ("version = true", "c.toml: version is no option"),
         ("=", "c.toml: the configuration is not valid TOML"),
+        ('"\\u001b[2J" = 1', r"c.toml: \x1b[2J is no option"),
     ],
 )
 @pytest.mark.usefixtures("no_loading")
@@ -268,11 +269,16 @@ def test_what_no_configuration_may_say(
     result = cli("t2i", RED)
     assert result.code == 2
     assert problem in result.err
+    assert "\x1b" not in result.err
 
 
 def test_a_variable_with_a_bad_value(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCALE_RAE_NUM_IMAGES", "x")
     assert "SCALE_RAE_NUM_IMAGES: " in cli("t2i", RED).err
+    monkeypatch.setenv("SCALE_RAE_PORT", "x")
+    assert "SCALE_RAE_PORT: " in cli("serve", "--model-path", "nope").err
+    monkeypatch.setenv("SCALE_RAE_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets it
+    assert cli("serve", "--host", "example.org").error.startswith("--host example.org lets other machines in")
 
 
 @pytest.mark.parametrize(
