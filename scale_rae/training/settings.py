@@ -146,7 +146,7 @@ class SelfRewardOptions:
     verify_prompts: Annotated[
         Path | None,
         Knob(
-            "Prompts that are drawn at each validation, scored, and not learnt from. Default: the first 64 of --prompts.",
+            "Prompts that each validation draws and scores, better others than --prompts. Default: the first 64 of --prompts.",
             VERDICTS,
             metavar="FILE",
         ),
