@@ -1,8 +1,9 @@
-"""The log of a training: log.jsonl, and TensorBoard's files if TensorBoard is installed."""
+"""The log of a training: log.jsonl, and a board that shows it: TensorBoard if it is installed, or Weights & Biases."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,30 @@ from scale_rae.checkpoint import writing
 from scale_rae.jsonio import dump_json, parse_json
 from scale_rae.training.objective import BINS
 
+PROJECT = "scale-rae"  # of wandb
+
 
 class Log:
-    """The log of a training in `folder`, after its first `done` steps; later lines, of a run that was ended, are removed."""
+    """The log of a training in `folder`, after its first `done` steps; later lines, of a run that was ended, are removed.
 
-    def __init__(self, folder: Path, done: int) -> None:
+    `report_to` is "tensorboard" or "wandb"; `config` are the options that wandb shows.
+    """
+
+    def __init__(
+        self, folder: Path, done: int, report_to: str = "tensorboard", config: Mapping[str, Any] | None = None
+    ) -> None:
         self._file = folder / "log.jsonl"
         with writing(self._file):
             lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
             self._file.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
         self._board: Any = None
-        if importlib.util.find_spec("tensorboard") is not None:
+        self._run: Any = None
+        if report_to == "wandb":
+            import wandb
+
+            # A run of wandb cannot go back to the step of a checkpoint, so a resumed training is another run of its group.
+            self._run = wandb.init(project=PROJECT, group=folder.name, dir=str(folder), config=dict(config or {}))
+        elif importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)  # type: ignore[no-untyped-call]
@@ -29,14 +43,22 @@ class Log:
         """Adds a record, which has a "step"."""
         with writing(self._file), self._file.open("a", encoding="utf-8") as file:
             file.write(dump_json(record) + "\n")
+        values = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        by_t = enumerate(record.get("flow_by_t", ()))
+        values |= {f"flow_by_t/{i / BINS:.1f}": value for i, value in by_t if value is not None}
+        if self._run is not None:
+            self._run.log(values, step=record["step"])
         if self._board is not None:
-            for name, value in record.items():
-                if isinstance(value, int | float) and name != "step":
-                    self._board.add_scalar(name, value, record["step"])
-            for i, value in enumerate(record.get("flow_by_t", ())):
-                if value is not None:
-                    self._board.add_scalar(f"flow_by_t/{i / BINS:.1f}", value, record["step"])
+            for name, value in values.items():
+                self._board.add_scalar(name, value, record["step"])
             self._board.flush()
+
+    def close(self) -> None:
+        """Ends the board's connection or file."""
+        if self._run is not None:
+            self._run.finish()
+        if self._board is not None:
+            self._board.close()
 
 
 def _step(line: str) -> float:

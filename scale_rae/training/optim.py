@@ -1,7 +1,7 @@
 """FlatModel and its optimizer: weights in one buffer, Muon for hidden matrices, AdamW for the rest, moving average.
 
-No step waits for the host: every number that changes (step count, learning rate) is a tensor on the device, so a whole training
-step can be one CUDA graph. `FlatModel` lays out all parameters in one float32 buffer:
+No step waits for the host (except with 8-bit AdamW): every number that changes (step count, learning rate) is a tensor on the
+device, so a whole training step can be one CUDA graph. `FlatModel` lays out all parameters in one float32 buffer:
 
     [ hidden matrices, grouped by shape | other parameters | parameters that compute in float32 ]
 
@@ -23,6 +23,8 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from scale_rae.training.adamw8bit import EightBitMoments
 
 UPDATE_AT_ONCE = 1 << 26  # elements, because AdamW's update takes several copies of them
 ALIGN = 128  # elements: every tensor that is not a part of a stack begins at a multiple
@@ -53,7 +55,7 @@ class OptimizerOptions:
 
     `warmup` steps and the share `decay` are those of the default schedule, `trapezoid`."""
 
-    kind: Literal["muon", "adamw"] = "muon"
+    kind: Literal["muon", "adamw", "adamw8bit"] = "muon"
     lr: float = 1e-3  # AdamW
     muon_lr: float = 0.02
     betas: tuple[float, float] = (0.9, 0.95)
@@ -159,9 +161,10 @@ class FlatModel:
             slot.view(self.master).copy_(slot.parameter.detach())
         self.ema = self.master.clone()
         self.gradient = torch.zeros(size, device=device)
-        self.mean = torch.zeros(size, device=device)  # momentum; AdamW's first moment
+        in_8_bits = options.kind == "adamw8bit"
+        self.mean = torch.zeros(0 if in_8_bits else size, device=device)  # momentum; AdamW's first moment
         self.adam_start = self.muon_end if options.kind == "muon" else 0
-        self.square = torch.zeros(size - self.adam_start, device=device)
+        self.square = torch.zeros(0 if in_8_bits else size - self.adam_start, device=device)
         self.step = torch.zeros((), device=device)
         self.total_steps = torch.tensor(float(total_steps), device=device)
         self.compute = torch.zeros(self.float32_start, device=device, dtype=dtype) if dtype != torch.float32 else None
@@ -173,6 +176,7 @@ class FlatModel:
         self._gradients = [slot.view(self.gradient) for slot in self.slots]
         self._float32_slots = sum(slot.offset < self.float32_start for slot in self.slots)
         self._rates = self._runs_of_rates(rate)
+        self._moments = EightBitMoments(self._rates, size, device) if in_8_bits else None
 
     def _runs_of_rates(self, rate: Callable[[str], float]) -> list[tuple[int, int, float]]:
         """(start, stop, rate) of AdamW's part of the buffer, in runs of equal rates and pieces of at most UPDATE_AT_ONCE."""
@@ -283,8 +287,12 @@ class FlatModel:
     def _adamw(self, lr: Tensor, norm: Tensor) -> None:
         o = self.options
         beta1, beta2 = o.betas
-        bias1, bias2 = 1 - beta1**self.step, 1 - beta2**self.step
         clip = (o.clip / (norm + 1e-6)).clamp(max=1)
+        if self._moments is not None:
+            step, factor, clipping = torch.stack([self.step, lr, clip]).tolist()  # waits for the device
+            self._moments.update(self.master, self.gradient, int(step), factor * o.lr, clipping, o.betas)
+            return
+        bias1, bias2 = 1 - beta1**self.step, 1 - beta2**self.step
         for start, stop, rate in self._rates:
             gradient, mean = self.gradient[start:stop], self.mean[start:stop]
             square = self.square[start - self.adam_start : stop - self.adam_start]
@@ -317,7 +325,8 @@ class FlatModel:
     def state(self) -> dict[str, Tensor]:
         """Everything that continues a run exactly, but for the random generator."""
         names = ("master", "ema", "mean", "square", "step", "total_steps")
-        return {name: getattr(self, name) for name in names}
+        moments = self._moments.state() if self._moments is not None else {}
+        return {name: getattr(self, name) for name in names} | moments
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state`."""

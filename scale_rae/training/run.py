@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ from scale_rae.toolchain import check_compile
 from scale_rae.training.batches import Order, Records
 from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.learner import Learner, make_repeatable
+from scale_rae.training.log import Log
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.objective import FineTune, Objective
 from scale_rae.training.parallel import Group, join, local_device
@@ -169,6 +171,7 @@ def make_run(
         result.write_adapter if not options.full else lambda folder: None,
         look,
         watcher.step,
+        functools.partial(Log, report_to=options.report_to, config=options.identity()),
     )
     if options.resume:
         done = trainer.resume()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from scale_rae.errors import OptionError
+from scale_rae.errors import OptionError, need
 from scale_rae.options import (
     COMPILE,
     DEFAULT_MODEL,
@@ -32,7 +32,8 @@ OBJECTIVES = ("sft", "self-reward")
 NO_REWARD = "none"
 TEXT = ("turns", "replies")
 NETWORKS = ("dit", "language", "both")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = ("adamw", "adamw8bit", "muon")
+BOARDS = ("tensorboard", "wandb")
 SCHEDULERS = ("cosine", "linear", "constant")
 PRECISIONS = ("no", "bf16")
 STORED = ("int8", "fp8-storage", "nf4")  # quantisations of frozen weights: activations stay as they are
@@ -48,6 +49,7 @@ _FREE = frozenset(
         "image_folder",
         "device",
         "logging_steps",
+        "report_to",
         "save_steps",
         "checkpoints_total_limit",
         "model",
@@ -284,7 +286,9 @@ class TrainingOptions:
     gradient_accumulation_steps: Annotated[
         int, Knob("Batches whose gradients are summed for one step.", LEARNING, least=1)
     ] = 1
-    optimizer: Annotated[str, Knob("adamw, or muon (with --full).", LEARNING, choices=OPTIMIZERS)] = "adamw"
+    optimizer: Annotated[
+        str, Knob("adamw, adamw8bit (its state in 8 bits), or muon (with --full).", LEARNING, choices=OPTIMIZERS)
+    ] = "adamw"
     adam_beta1: Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.9
     adam_beta2: Annotated[float, Knob("AdamW's second beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.999
     max_grad_norm: Annotated[float, Knob("Gradients are clipped to this norm.", LEARNING, least=0)] = 1.0
@@ -343,6 +347,10 @@ class TrainingOptions:
         int | None, Knob("Keep only the newest N checkpoints. Default: all.", RESULT, least=1)
     ] = None
     resume: Annotated[bool, Knob("Go on from the newest checkpoint in --out.", RESULT)] = False
+    report_to: Annotated[
+        str,
+        Knob("Where the log is shown, besides log.jsonl: tensorboard (if installed) or wandb.", RESULT, choices=BOARDS),
+    ] = "tensorboard"
     logging_steps: Annotated[int, Knob("Log every N steps.", RESULT, least=1)] = 10
 
     # --- validation
@@ -404,6 +412,10 @@ class TrainingOptions:
             )
         if self.optimizer == "muon" and not self.full:
             raise OptionError("--optimizer muon: needs whole weight matrices; give --full, or --optimizer adamw")
+        if self.optimizer == "adamw8bit":
+            need("training", "--optimizer adamw8bit", "bitsandbytes")
+        if self.report_to == "wandb":
+            need("training", "--report-to wandb", "wandb")
 
     def _check_self_reward(self) -> None:
         self.self_reward.check()

@@ -85,11 +85,12 @@ class Trainer(Generic[B]):
         write_result: Callable[[Path], None],
         look: Callable[[int], None] | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
+        log: Callable[[Path, int], Log] = Log,
     ) -> None:
         """`write_result(folder)` writes what was learnt; `look(step)` validates."""
         self.model, self.objective, self.batches, self.plan, self.group = model, objective, batches, plan, group
         self._checkpoints, self._write_result = checkpoints, write_result
-        self._look, self._watch = look, watch
+        self._look, self._watch, self._log = look, watch, log
         self.done = 0  # steps
 
     def resume(self) -> int:
@@ -113,7 +114,7 @@ class Trainer(Generic[B]):
                 in a checkpoint then.
         """
         plan, first = self.plan, self.group.is_first
-        log = Log(folder, self.done) if first else None
+        log = self._log(folder, self.done) if first else None
         parts = self.batches.parts(self.done * plan.parts, plan.steps * plan.parts)
         none = [0.0] * len(self.objective.names)
         sums, logged = none, self.done
@@ -150,6 +151,8 @@ class Trainer(Generic[B]):
                 since += time.perf_counter() - paused  # validating and saving are not part of a step's time
         finally:
             parts.close()  # type: ignore[attr-defined]
+            if log is not None:
+                log.close()
 
     def save(self) -> None:
         """Writes the checkpoint of the steps that are done."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import socket
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -280,3 +282,25 @@ def test_resuming_without_a_checkpoint_says_so(options: TrainingOptions) -> None
     notes: list[str] = []
     go(replace(options, max_train_steps=1, resume=True), Watcher(note=notes.append))
     assert notes == [f"{options.out}: no checkpoint yet; from step 1"]
+
+
+def test_wandb_gets_what_the_log_has(options: TrainingOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+
+    class Run:
+        def log(self, values: dict[str, float], step: int) -> None:
+            calls.append((step, values))
+
+        def finish(self) -> None:
+            calls.append("finished")
+
+    def init(**given: Any) -> Run:
+        calls.append(given)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
+    log = go(replace(options, max_train_steps=2, report_to="wandb"))
+    begun, *logged, end = calls
+    assert (begun["group"], begun["config"]["rank"], end) == ("out", 2, "finished")
+    assert [(step, values["loss"]) for step, values in logged] == [(record["step"], record["loss"]) for record in log]
+    assert {name for name in logged[0][1] if "flow_by_t" in name} <= {f"flow_by_t/0.{i}" for i in range(10)}
