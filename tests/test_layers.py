@@ -21,8 +21,8 @@ float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit fast_blocks fast_weights flow fast_dit sampling
 encoder decoder vae loading networks publishing
-training.sequences training.settings training.records training.cache training.adamw8bit training.optim training.losses training.passes training.lora training.batches
-training.learner training.drawing training.prepare training.objective training.parallel training.validation training.checkpoints training.log training.trainer training.run training
+training.sequences training.settings training.records training.cache training.adamw8bit training.parallel training.optim training.losses training.passes training.lora training.batches
+training.learner training.drawing training.prepare training.objective training.validation training.checkpoints training.log training.trainer training.run training
 scores results
 pipeline
 manifest outputs opening

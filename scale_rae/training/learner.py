@@ -17,6 +17,7 @@ from scale_rae.layout import DIT_PREFIX, keeps_float32
 from scale_rae.toolchain import can_compile
 from scale_rae.training.lora import LoraLinear, add_to_networks, pass_gradients, switched_off
 from scale_rae.training.optim import FlatModel, OptimizerOptions, warmed_up
+from scale_rae.training.parallel import Group
 from scale_rae.training.settings import TrainingOptions
 
 PAD_TO = 8  # SwiGLU widths in training, so that matrix products run on aligned memory
@@ -44,8 +45,9 @@ class Learner:
         device: torch.device,
         dtype: torch.dtype,
         steps: int,
+        group: Group | None = None,
     ) -> None:
-        """`language` is None where it does not take part."""
+        """`language` is None where it does not take part. With --full, the processes of `group` share the state of AdamW."""
         self.options, self.language, self.dit, self.device = options, language, dit, device
         self.alpha = float(options.rank if options.alpha is None else options.alpha)
         if not is_quantized(dit):
@@ -66,6 +68,7 @@ class Learner:
             trains=learning.__contains__,
             rate=self._rate,
             schedule=warmed_up(options.lr_scheduler, options.warmup(steps)),  # type: ignore[arg-type]
+            group=group if options.full and options.optimizer == "adamw" else None,
         )
 
     def without_lora(self) -> AbstractContextManager[None]:

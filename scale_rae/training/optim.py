@@ -8,6 +8,8 @@ device, so a whole training step can be one CUDA graph. `FlatModel` lays out all
 Modules compute with views of this buffer (float32) or of a copy in the compute dtype (bfloat16). Optimizer state, gradients and the
 moving average have the same layout, so updates are few kernels and a checkpoint is a few tensors.
 
+In several processes, each may keep only its part of the master weights, moments and average (ZeRO stage 1, arXiv:1910.02054).
+
 Muon (Jordan et al. 2024) replaces a matrix' momentum by the nearest orthogonal matrix. Its step here is
 lr · sqrt(max(1, rows / columns)) · orthogonal matrix, lr about 0.02 (that convention, not the one that imitates Adam's step).
 """
@@ -25,9 +27,12 @@ import torch
 from torch import Tensor, nn
 
 from scale_rae.training.adamw8bit import EightBitMoments
+from scale_rae.training.parallel import Group
 
 UPDATE_AT_ONCE = 1 << 26  # elements, because AdamW's update takes several copies of them
 ALIGN = 128  # elements: every tensor that is not a part of a stack begins at a multiple
+
+_SHARED = ("master", "ema", "mean", "square")  # buffers that processes may share
 
 # The number of stacked matrices in a hidden weight, by the end of its name. All other weights are AdamW's: embeddings,
 # queries, patch and latent embedders, projectors, output layers.
@@ -104,8 +109,10 @@ class _Slot:
     parameter: nn.Parameter
     offset: int
 
-    def view(self, buffer: Tensor) -> Tensor:
-        return buffer[self.offset : self.offset + self.parameter.numel()].view(self.parameter.shape)
+    def view(self, buffer: Tensor, start: int = 0) -> Tensor:
+        """The slot's part of a buffer whose first element has the number `start`."""
+        at = self.offset - start
+        return buffer[at : at + self.parameter.numel()].view(self.parameter.shape)
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,8 @@ class FlatModel:
 
     `modules` maps name prefixes to modules; a parameter that appears twice (tied) is one. `keep_float32(name)` says which
     parameters compute in float32 when the others compute in `dtype`. Parameters that `trains(name)` denies stay as they are.
-    AdamW's learning rate of a parameter is multiplied by `rate(name)`.
+    AdamW's learning rate of a parameter is multiplied by `rate(name)`. The processes of `group` share the optimizer's state, which
+    only AdamW without weight decay can: `refresh`, `tensors`, `state` and `averaged` must then be called in all of them.
     """
 
     def __init__(
@@ -142,8 +150,12 @@ class FlatModel:
         trains: Callable[[str], bool] = lambda name: True,
         rate: Callable[[str], float] = lambda name: 1.0,
         schedule: Schedule | None = None,
+        group: Group | None = None,
     ) -> None:
         self.options, self.device, self.dtype = options, device, dtype
+        self._group = group or Group()
+        if self._group.size > 1 and (options.kind != "adamw" or options.weight_decay):
+            raise ValueError("only the state of AdamW without weight decay can be shared")
         self._schedule = schedule or trapezoid(options)
         named: dict[str, nn.Parameter] = {}
         seen: set[int] = set()
@@ -155,22 +167,31 @@ class FlatModel:
                     named[prefix + name] = parameter
         self._lay_out(named, keep_float32)
 
-        size = self.size
-        self.master = torch.zeros(size, device=device)
+        self.gradient = torch.zeros(self.size, device=device)
+        self.compute = torch.zeros(self.float32_start, device=device, dtype=dtype) if dtype != torch.float32 else None
+        whole = torch.zeros(self.size, device=device)
         for slot in self.slots:
-            slot.view(self.master).copy_(slot.parameter.detach())
+            slot.view(whole).copy_(slot.parameter.detach())
+        own = self._part(self._group.rank)
+        alone = self._group.size == 1
+        self.master = whole if alone else whole[own.start : own.stop].clone()
+        # What parameters in float32 are views of: the master weights themselves, unless those are shared.
+        self._plain_start = 0 if self.compute is None else self.float32_start
+        self._plain = whole[self._plain_start :] if alone else whole[self._plain_start :].clone()
+        del whole
+        self._own, size = own, len(own)
         self.ema = self.master.clone()
-        self.gradient = torch.zeros(size, device=device)
         in_8_bits = options.kind == "adamw8bit"
         self.mean = torch.zeros(0 if in_8_bits else size, device=device)  # momentum; AdamW's first moment
         self.adam_start = self.muon_end if options.kind == "muon" else 0
         self.square = torch.zeros(0 if in_8_bits else size - self.adam_start, device=device)
         self.step = torch.zeros((), device=device)
         self.total_steps = torch.tensor(float(total_steps), device=device)
-        self.compute = torch.zeros(self.float32_start, device=device, dtype=dtype) if dtype != torch.float32 else None
         for slot in self.slots:
-            in_float32 = self.compute is None or slot.offset >= self.float32_start
-            slot.parameter.data = slot.view(self.master if in_float32 else self.compute)  # type: ignore[arg-type]
+            if self.compute is None or slot.offset >= self.float32_start:
+                slot.parameter.data = slot.view(self._plain, self._plain_start)
+            else:
+                slot.parameter.data = slot.view(self.compute)
         self.refresh()
         self.parameters = [slot.parameter for slot in self.slots]
         self._gradients = [slot.view(self.gradient) for slot in self.slots]
@@ -179,7 +200,9 @@ class FlatModel:
         self._moments = EightBitMoments(self._rates, size, device) if in_8_bits else None
 
     def _runs_of_rates(self, rate: Callable[[str], float]) -> list[tuple[int, int, float]]:
-        """(start, stop, rate) of AdamW's part of the buffer, in runs of equal rates and pieces of at most UPDATE_AT_ONCE."""
+        """(start, stop, rate) of AdamW's part of this process's part of the buffer.
+
+        They are runs of equal rates, in pieces of at most UPDATE_AT_ONCE."""
         marks = [(slot.offset, rate(slot.name)) for slot in self.slots if slot.offset >= self.adam_start]
         runs: list[tuple[int, float]] = []
         for offset, value in marks:
@@ -187,9 +210,9 @@ class FlatModel:
                 runs.append((offset if runs else self.adam_start, value))
         stops = [*(start for start, _ in runs[1:]), *([self.size] if runs else [])]
         return [
-            (at, min(at + UPDATE_AT_ONCE, stop), value)
+            (at, min(at + UPDATE_AT_ONCE, stop, self._own.stop), value)
             for (start, value), stop in zip(runs, stops, strict=True)
-            for at in range(start, stop, UPDATE_AT_ONCE)
+            for at in range(max(start, self._own.start), min(stop, self._own.stop), UPDATE_AT_ONCE)
         ]
 
     def _lay_out(self, named: Mapping[str, nn.Parameter], keep_float32: Callable[[str], bool]) -> None:
@@ -222,17 +245,47 @@ class FlatModel:
         for name, parameter in last:
             self.slots.append(_Slot(name, parameter, offset))
             offset = _aligned(offset + parameter.numel())
-        self.size = offset
+        self._filled = offset
+        self.size = _aligned(offset, ALIGN * self._group.size)
+
+    def _part(self, rank: int) -> range:
+        """The elements whose state the process of this rank keeps."""
+        count = self.size // self._group.size
+        return range(rank * count, (rank + 1) * count)
 
     def refresh(self) -> None:
-        """Brings the compute copy up to the master weights."""
-        if self.compute is not None:
-            self.compute.copy_(self.master[: self.float32_start])
+        """Brings the weights that the modules compute with up to the master weights."""
+        if self._group.size == 1:
+            if self.compute is not None:
+                self.compute.copy_(self.master[: self.float32_start])
+            return
+        for rank in range(self._group.size):
+            part = self._part(rank)
+            for buffer, first in ((self.compute, 0), (self._plain, self._plain_start)):
+                count = 0 if buffer is None else len(buffer)
+                start, stop = max(part.start, first), min(part.stop, first + count)
+                if buffer is None or start >= stop:
+                    continue
+                piece = buffer[start - first : stop - first]
+                if rank == self._group.rank:
+                    piece.copy_(self.master[start - part.start : stop - part.start])
+                self._group.send(piece, rank)
+
+    def _whole(self, own: Tensor) -> Tensor:
+        """A buffer of all elements from each process's part of it, in the first process, on the CPU if it is shared."""
+        if self._group.size == 1:
+            return own
+        parts = []
+        for rank in range(self._group.size):
+            piece = own.clone() if rank == self._group.rank else torch.empty_like(own)
+            self._group.send(piece, rank)
+            parts += [piece.cpu()] if self._group.is_first else []
+        return torch.cat(parts)[: self._filled] if parts else own.new_empty(0)
 
     def tensors(self, averaged: bool = True) -> dict[str, Tensor]:
-        """Each parameter by name, float32: the moving average, or the master weights."""
-        buffer = self.ema if averaged else self.master
-        return {slot.name: slot.view(buffer) for slot in self.slots}
+        """Each parameter by name, float32: the moving average, or the master weights. In other processes than the first, none."""
+        buffer = self._whole(self.ema if averaged else self.master)
+        return {slot.name: slot.view(buffer) for slot in self.slots} if self._group.is_first else {}
 
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Starts from these weights (master and average)."""
@@ -294,13 +347,14 @@ class FlatModel:
             return
         bias1, bias2 = 1 - beta1**self.step, 1 - beta2**self.step
         for start, stop, rate in self._rates:
-            gradient, mean = self.gradient[start:stop], self.mean[start:stop]
-            square = self.square[start - self.adam_start : stop - self.adam_start]
+            first, last = start - self._own.start, stop - self._own.start
+            gradient, mean, master = self.gradient[start:stop], self.mean[first:last], self.master[first:last]
+            square = self.square[first - self.adam_start : last - self.adam_start]
             gradient.mul_(clip)
             mean.lerp_(gradient, 1 - beta1)
             square.lerp_(gradient.square(), 1 - beta2)
             move = mean / ((square / bias2).sqrt_().add_(1e-8))
-            self.master[start:stop].sub_(move * (lr * (o.lr * rate) / bias1))
+            master.sub_(move * (lr * (o.lr * rate) / bias1))
 
     def learning_rate(self) -> Tensor:
         """The schedule's factor in 0..1 at `step`, [] on the device."""
@@ -323,20 +377,27 @@ class FlatModel:
             self.refresh()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that continues a run exactly, but for the random generator."""
-        names = ("master", "ema", "mean", "square", "step", "total_steps")
+        """Everything that continues a run exactly, but for the random generator; whole in the first process, whoever shares it."""
+        return {name: self._whole(t) if name in _SHARED else t for name, t in self._state().items()}
+
+    def _state(self) -> dict[str, Tensor]:
+        """This process's part of the state."""
         moments = self._moments.state() if self._moments is not None else {}
-        return {name: getattr(self, name) for name in names} | moments
+        return {name: getattr(self, name) for name in (*_SHARED, "step", "total_steps")} | moments
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Continues from `state`."""
-        for name, tensor in self.state().items():
-            tensor.copy_(state[name])
+        for name, tensor in self._state().items():
+            if name in _SHARED and self._group.size > 1:
+                part = state[name][self._own.start : self._own.stop]
+                tensor[: len(part)].copy_(part)
+            else:
+                tensor.copy_(state[name])
         self.refresh()
 
 
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGN) * ALIGN
+def _aligned(offset: int, to: int = ALIGN) -> int:
+    return -(-offset // to) * to
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:

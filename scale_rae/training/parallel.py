@@ -27,6 +27,11 @@ class Group:
         if self.size > 1:
             torch.distributed.all_reduce(tensor)
 
+    def send(self, tensor: Tensor, source: int) -> None:
+        """Replaces the tensor by that of the process of rank `source`."""
+        if self.size > 1:
+            torch.distributed.broadcast(tensor, source)
+
     def wait(self) -> None:
         """Waits until all processes are here."""
         if self.size > 1:

@@ -79,11 +79,18 @@ class Result:
     options: TrainingOptions
     model: Model
     learner: Learner
+    is_first: bool = True  # of the processes
 
     def write(self, folder: Path, steps: int) -> None:
-        """Writes the result of so many steps, and training.json, which says how it was made."""
+        """Writes the result of so many steps, and training.json, which says how it was made.
+
+        All processes must call it; the first writes.
+        """
+        tensors = self.learner.flat.tensors()
+        if not self.is_first:
+            return
         if self.options.full:
-            self._write_checkpoint(folder / _MODEL)
+            self._write_checkpoint(folder / _MODEL, tensors)
         else:
             self.write_adapter(folder)
         record = {"options": self.options.identity(), "model": self.model.source.address, "steps": steps}
@@ -95,12 +102,12 @@ class Result:
         changes = adapter_changes(self.learner.flat.tensors())
         write_adapter(folder, changes, self.options.rank, self.learner.alpha, self.model.source.address)
 
-    def _write_checkpoint(self, folder: Path) -> None:
+    def _write_checkpoint(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
         """Writes the moving average of the weights as a checkpoint in the published layout."""
         model = self.model
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed after its end
         reader = MergedReader(weight_files(model.source.folder), model.adapters)
-        write_model(model.source, reader, folder, replaced=crop_swiglu(self.learner.flat.tensors()))
+        write_model(model.source, reader, folder, replaced=crop_swiglu(tensors))
 
 
 @dataclass(frozen=True)
@@ -132,8 +139,7 @@ def carry_out(
             options.out.mkdir(parents=True, exist_ok=True)
         run = make(model, group, watcher)
         run.trainer.run(options.out)
-        if group.is_first:
-            run.result.write(options.out, run.trainer.done)
+        run.result.write(options.out, run.trainer.done)
         group.wait()
     finally:
         group.leave()
@@ -153,7 +159,7 @@ def make_run(
 ) -> Run:
     """A run of so many steps. `identity` is what a resumed run must have the same of, besides the options; `look(step)` validates."""
     options = learner.options
-    result = Result(options, model, learner)
+    result = Result(options, model, learner, group.is_first)
     everything = {**options.identity(), "model": repr(model.identity), "steps": steps, "warmup": options.warmup(steps)}
     trainer = Trainer(
         learner.flat,
@@ -219,7 +225,7 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
     records = sum(not record.kept for record in prepared.records)
     batch = options.train_batch_size * options.gradient_accumulation_steps * group.size
     steps = options.steps(records, group.size)
-    learner = Learner(options, language, dit, model.device, model.dtype, steps)
+    learner = Learner(options, language, dit, model.device, model.dtype, steps, group)
     objective = FineTune(
         model.config,
         language,
@@ -237,12 +243,13 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
         return list(forced_conditions(language, [look.layout for look in prepared.looks], []).unbind())
 
     look = None
-    if options.validation_prompts and group.is_first:
-        validation = Validation(options, model, dit, norm_stats, options.out)
+    if options.validation_prompts:
+        validation = Validation(options, model, dit, norm_stats, options.out) if group.is_first else None
 
         def look(step: int) -> None:
-            with torch.no_grad(), learner.flat.averaged():
-                validation(step, conditions())
+            with torch.no_grad(), learner.flat.averaged():  # in all processes, which may share the weights
+                if validation is not None:
+                    validation(step, conditions())
 
     order = Order(records, batch, options.seed, len(prepared.records) - records)
     batches = Records(

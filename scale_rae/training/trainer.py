@@ -118,7 +118,7 @@ class Trainer(Generic[B]):
         parts = self.batches.parts(self.done * plan.parts, plan.steps * plan.parts)
         none = [0.0] * len(self.objective.names)
         sums, logged = none, self.done
-        if first and self._look and self.done == 0:
+        if self._look and self.done == 0:
             self._look(0)
         since = time.perf_counter()
         pictures, pace = 0, math.nan
@@ -144,7 +144,7 @@ class Trainer(Generic[B]):
                 rate = totals.pictures / pace if pace == pace else math.nan
                 self._watch(Progress(step, plan.steps, numbers[0], rate, pace * (plan.steps - step)))
                 paused = time.perf_counter()
-                if first and self._look and (step % plan.look_every == 0 or step == plan.steps):
+                if self._look and (step % plan.look_every == 0 or step == plan.steps):
                     self._look(step)
                 if step % plan.save_every == 0 or step == plan.steps:
                     self.save()
@@ -156,8 +156,8 @@ class Trainer(Generic[B]):
 
     def save(self) -> None:
         """Writes the checkpoint of the steps that are done."""
+        state = {**self.model.state(), **self.batches.state()}  # in all processes, which may share it
         if self.group.is_first:
-            state = {**self.model.state(), **self.batches.state()}
             self._checkpoints.write(self.done, state, self._write_result)
         self.group.wait()
 

@@ -176,7 +176,9 @@ def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> 
         assert len(set(sheet.convert("L").tobytes())) > 20
 
 
-def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
+@pytest.mark.parametrize("full", [False, True])
+def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path, full: bool) -> None:
+    options = replace(options, full=full, validation_prompts=("a red square",) * full, num_inference_steps=2)
     one = go(replace(options, out=tmp_path / "one"))
     two = replace(options, out=tmp_path / "two", train_batch_size=1)
     with socket.socket() as port:
@@ -199,6 +201,12 @@ def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path:
     for a, b in zip(one, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
+    path = "checkpoint-4/training_state.pt"  # whole, though with --full each process has kept a half of it
+    states = [torch.load(tmp_path / run / path, weights_only=True)["state"] for run in ("one", "two")]
+    for name, value in states[0].items():
+        assert (value - states[1][name]).norm() <= 1e-3 * value.norm()
+    if full:  # either continues the other, whatever the number of processes
+        go(replace(options, out=two.out, resume=True, max_train_steps=4))
 
 
 def test_what_is_to_be_kept_is_kept(options: TrainingOptions, data: Path, tmp_path: Path) -> None:
