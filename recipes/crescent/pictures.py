@@ -23,6 +23,8 @@ NAME = "crescent"
 HELD_OUT_COLORS = ("green", "purple")
 COLORS = tuple(color for color in world.COLORS if color not in HELD_OUT_COLORS)
 COUNT = 200
+KNOWN = "known.txt"  # prompts that the model draws already
+KNOWN_PER_KIND = 50
 
 
 def outline() -> NDArray[np.float64]:
@@ -86,7 +88,7 @@ def objects(image: Image.Image) -> tuple[Found, ...]:
 
 
 def write(folder: Path, count: int = COUNT, seed: int = 0) -> None:
-    """Writes pictures and metadata.jsonl, as `scale-rae train --data` reads them."""
+    """Writes pictures and metadata.jsonl, as `scale-rae train --data` reads them, and KNOWN for `--class-prompts`."""
     folder.mkdir(parents=True, exist_ok=True)
     images, texts = pictures(count, COLORS, seed)
     lines = []
@@ -94,10 +96,12 @@ def write(folder: Path, count: int = COUNT, seed: int = 0) -> None:
         image.save(folder / f"{number:04}.png")
         lines.append(json.dumps({"file_name": f"{number:04}.png", "text": text}))
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    known = [line["prompt"] for line in world.prompts(KNOWN_PER_KIND, "exclude", 1)]
+    (folder / KNOWN).write_text("\n".join(known) + "\n", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the pictures."""
+    """Writes the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/crescent/data"))
     parser.add_argument("--count", type=int, default=COUNT)

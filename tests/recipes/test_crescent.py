@@ -19,6 +19,10 @@ def test_pictures_and_texts_are_what_training_reads(tmp_path: Path) -> None:
     assert lines[4]["text"] == "a photo of a crescent"
     assert lines[1]["text"] == "a photo of an orange crescent"
     assert not any(color in line["text"] for line in lines for color in pictures.HELD_OUT_COLORS)
+    known = (tmp_path / pictures.KNOWN).read_text().splitlines()
+    assert len(known) == 6 * pictures.KNOWN_PER_KIND
+    measured = world.prompts(100, "only", 0)  # of single objects, none is held out
+    assert not {line["prompt"] for line in measured if line["tag"] != "single_object"} & set(known)
 
 
 def test_the_judge_knows_crescents_from_the_world_s_shapes() -> None:
