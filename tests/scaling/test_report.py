@@ -175,7 +175,7 @@ def test_without_rewards(tmp_path: Path) -> None:
     assert "the experiment has no reward: combined goes by confidence alone" in text
     assert "cannot be ranked by image_reward: 00000/metadata.jsonl: all_ir_scores is null" in text
     assert "Reward against confidence" not in text
-    assert "<dt class=\"plain\">reward" not in text  # no empty rows
+    assert '<dt class="plain">reward' not in text  # no empty rows
     assert main(["report", str(folder), "--metric", "image_reward"]) == 1
 
 
