@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 		--guidance-level 5 --upscale --output outputs/demo.png --overwrite
 	@echo 'The picture is outputs/demo.png. Open it, then try a prompt of your own:'
 	@echo '    source $(BIN)/activate'
-	@echo '    scale-rae t2i "Show me three stars." --model-path shapes --guidance-level 5 --upscale'
+	@echo '    scale-rae t2i "Show me a green star and a purple heart." --model-path shapes --guidance-level 5 --upscale'
 
 test: lint docs check
 
