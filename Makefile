@@ -2,7 +2,9 @@
 # make test   install and run every check
 # make docs   build the documentation site in build/site, with every link checked
 # make release-check   build the release, install it in an empty environment and draw with it
+# PYTHON=python3.12 takes another Python, TORCH_INDEX=https://download.pytorch.org/whl/cpu PyTorch's build without CUDA
 PYTHON ?= python3
+TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -41,6 +43,7 @@ release-check: $(VENV)/.installed-dev
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo 'installing into $(VENV); PyTorch is the largest part of the download'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/python -m pip install "$(shell grep ^torch== constraints.txt)" --index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	@touch $@
 
