@@ -89,7 +89,7 @@ class FileNames:
             raise OptionError(f"{what}: must be a file's name, without folders and without any of : * ? \" < > |")
         if self.suffix.lower() not in FORMATS:
             raise OptionError(
-                f"pictures cannot be {self.suffix or 'without a suffix'}: use one of {', '.join(FORMATS)}"
+                f"{self.template + self.suffix!r}: a picture's name must end with one of {', '.join(FORMATS)}"
             )
 
     def stems(

@@ -110,7 +110,7 @@ def test_a_named_file(cli: Cli, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (["-o", "a.gif"], "use one of .png"),
+        (["-o", "a.gif"], "'a.gif': a picture's name must end with one of .png"),
         (["-o", "a.png", "--output-dir", "x"], "leave out --output-dir"),
         (["-o", "a.png", "--filename-template", "x"], "leave out --filename-template"),
         (["-o", "a.png", "--skip-decoder"], "--output: needs the picture"),
