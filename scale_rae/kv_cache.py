@@ -92,7 +92,7 @@ class KVCache:
         """[3, B] float32: each conversation's next token, its logit and self-certainty, from hidden states [B, H]."""
         self._position[: self.batch] = torch.tensor(self.lengths, device=self._position.device)
         self._steps, self._first = 0, max(self.lengths)
-        self._token[: self.batch], record = self._choose(hidden)
+        self._token[: self.batch], record = self.choose(hidden)
         return record
 
     def step(self) -> Tensor:
@@ -118,13 +118,14 @@ class KVCache:
     def _step(self, reach: int) -> Tensor:
         embeds = self.network.embed_tokens(self._token)[:, None]
         hidden = self.forward(embeds, self._position[:, None], reach, step=True)[:, 0]
-        token, record = self._choose(hidden)
+        token, record = self.choose(hidden)
         self._token.copy_(token)
         # Rows whose reply has ended are still stepped; they must not leave the memory.
         self._position.add_(1).clamp_(max=self.slots - 1)
         return record
 
-    def _choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def choose(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The next tokens [B] after hidden states [B, H], and [3, B]: each token, its logit, its self-certainty."""
         logits = self.network.lm_head(hidden).float()  # [B, V]
         best, token = logits.max(dim=-1)
         return token, torch.stack(

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from scale_rae.errors import DeviceError
+from scale_rae.errors import DeviceError, InputError
 
 
 def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
@@ -21,6 +21,17 @@ def image_seed(seed: int, prompt_index: int = 0, sample_index: int = 0) -> int:
         return seed
     digest = hashlib.sha256(f"{seed}/{prompt_index}/{sample_index}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1  # a non-negative 63-bit number, as torch's generators take
+
+
+def image_seeds(prompts: int, images: int, seed: int) -> list[list[int]]:
+    """The seeds of `images` images of each of several prompts.
+
+    Raises:
+        InputError: when there are to be no images.
+    """
+    if images < 1:
+        raise InputError(f"number of images {images}: must be at least 1")
+    return [[image_seed(seed, i, j) for j in range(images)] for i in range(prompts)]
 
 
 def new_seed(bits: int = 63) -> int:

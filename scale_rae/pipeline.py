@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, TypedDict, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 import torch
 from PIL import Image
@@ -35,7 +35,7 @@ from scale_rae.language import (
 from scale_rae.loading import LoadProgress
 from scale_rae.memory import MemoryErrors
 from scale_rae.networks import Networks, load
-from scale_rae.noise import image_seed
+from scale_rae.noise import image_seeds as seeds_of
 from scale_rae.options import (
     DECODE_AT_ONCE,
     DEFAULT_ANSWER_TOKENS,
@@ -48,7 +48,7 @@ from scale_rae.options import (
     check_count,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
-from scale_rae.results import Answer, GeneratedImage, Generation
+from scale_rae.results import Answer, GeneratedImage, GenerateOptions, Generation
 from scale_rae.sampling import Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
 
@@ -92,28 +92,6 @@ def _counted(progress: Progress, images: int, callback: flow.StepCallback | None
             callback(evaluation, evaluations, t, x, v)
 
     return step
-
-
-class GenerateOptions(TypedDict, total=False):
-    """The options of `ScaleRAE.generate`, which says what they are."""
-
-    num_images: int
-    seed: int
-    guidance: float
-    guidance_interval: tuple[float, float] | None
-    steps: int
-    solver: str
-    options: SamplingOptions | None
-    max_new_tokens: int
-    latents: Sequence[Tensor] | None
-    image_seeds: Sequence[Sequence[int]] | None
-    batch_size: int | None
-    decode: bool
-    draw: bool
-    callback: flow.StepCallback | None
-    progress: Progress | None
-    guidance_scale: float | None
-    num_inference_steps: int | None
 
 
 class ScaleRAE:
@@ -271,12 +249,10 @@ class ScaleRAE:
         options = options or SamplingOptions(guidance=guidance, interval=guidance_interval, steps=steps, solver=solver)
         self.sampler.check(options)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
-        if image_seeds is not None and len(image_seeds) != len(messages):
-            raise InputError(f"{len(messages)} messages but {len(image_seeds)} lists of image seeds: give one each")
         if image_seeds is None:
-            if num_images < 1:
-                raise InputError(f"number of images {num_images}: must be at least 1")
-            image_seeds = [[image_seed(seed, i, j) for j in range(num_images)] for i in range(len(messages))]
+            image_seeds = seeds_of(len(messages), num_images, seed)
+        elif len(image_seeds) != len(messages):
+            raise InputError(f"{len(messages)} messages but {len(image_seeds)} lists of image seeds: give one each")
         start = time.perf_counter()
         replies = self.reply(messages, latents=latents, max_new_tokens=max_new_tokens, draw=draw)
         results = [

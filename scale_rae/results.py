@@ -1,16 +1,42 @@
-"""The result classes of generating and answering: images with their latents, and text."""
+"""The result classes of generating and answering: images with their latents, and text; and the options of generating."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
 from PIL import Image
 from torch import Tensor
 
 from scale_rae.acceptance import Candidate
 from scale_rae.errors import shorten
+from scale_rae.flow import StepCallback
 from scale_rae.language import Reply
+from scale_rae.loading import LoadProgress
+from scale_rae.options import SamplingOptions
+
+
+class GenerateOptions(TypedDict, total=False):
+    """The options of `ScaleRAE.generate`, which says what they are."""
+
+    num_images: int
+    seed: int
+    guidance: float
+    guidance_interval: tuple[float, float] | None
+    steps: int
+    solver: str
+    options: SamplingOptions | None
+    max_new_tokens: int
+    latents: Sequence[Tensor] | None
+    image_seeds: Sequence[Sequence[int]] | None
+    batch_size: int | None
+    decode: bool
+    draw: bool
+    callback: StepCallback | None
+    progress: LoadProgress | None
+    guidance_scale: float | None
+    num_inference_steps: int | None
 
 
 @dataclass

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
+import importlib
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -96,6 +99,18 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
 
     monkeypatch.setattr(LatentSampler, "sample_batch", watched)
     return sizes
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Has each of several processes import its share of the tests first, so that no two rewrite the same asserts; that takes seconds."""
+    workers: dict[str, Any] = getattr(session.config, "workerinput", {})
+    if not workers or sys.dont_write_bytecode:
+        return
+    here = Path(__file__).parent
+    files = sorted(here.glob("**/test_*.py"))
+    for file in files[int(workers["workerid"].removeprefix("gw")) :: workers["workercount"]]:
+        with contextlib.suppress(Exception, pytest.skip.Exception):  # pytest reports it when it collects the file
+            importlib.import_module(".".join(file.relative_to(here.parent).with_suffix("").parts))
 
 
 def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:

@@ -178,7 +178,7 @@ def test_answers_that_end_at_once_leave_the_others_theirs(
     shapes: ScaleRAE, latents: list[Tensor], asked: list[Asked], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = shapes.score_each(latents, asked)
-    monkeypatch.setattr(KVCache, "_choose", ending(shapes.tokenizer.chat_end, rows=[1, 4], choose=KVCache._choose))
+    monkeypatch.setattr(KVCache, "choose", ending(shapes.tokenizer.chat_end, rows=[1, 4], choose=KVCache.choose))
     scores = shapes.score_each(latents, asked)
     for i, (score, one) in enumerate(zip(scores, expected, strict=True)):
         if i in (1, 4):
@@ -189,7 +189,7 @@ def test_answers_that_end_at_once_leave_the_others_theirs(
 
 
 def ending(end: int, rows: list[int], choose: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., object]:
-    """`KVCache._choose`, with `end` as the token that each of `rows` chooses."""
+    """`KVCache.choose`, with `end` as the token that each of `rows` chooses."""
 
     def chosen(cache: KVCache, hidden: Tensor) -> tuple[Tensor, Tensor]:
         token, record = choose(cache, hidden)
