@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import copy
 import faulthandler
 import io
 import threading
@@ -94,6 +95,20 @@ def serving(
         if thread.is_alive():
             faulthandler.dump_traceback()
         assert not thread.is_alive()
+
+
+def paused(model: ScaleRAE) -> tuple[ScaleRAE, threading.Event]:
+    """A copy of the model whose drawings end only once the event is set: they last, and compute little."""
+    drawn, go = copy.copy(model), threading.Event()
+
+    def sample(*args: Any, **options: Any) -> Any:
+        latents = model.sample(*args, **options)
+        assert go.wait(HANGS)
+        return latents
+
+    drawn.sample = sample  # type: ignore[method-assign]
+    drawn.exact_batch = model.exact_batch  # type: ignore[method-assign]
+    return drawn, go
 
 
 @pytest.fixture(scope="session")

@@ -29,7 +29,7 @@ from scale_rae.serve.refusals import Refused
 from scale_rae.serve.schedule import BatchSizes
 from scale_rae.serve.settings import Limits
 from tests.helpers.png import png_of_size
-from tests.serve.conftest import CIRCLE, HANGS, SLOW, Running, Serve, data_url, picture, serving
+from tests.serve.conftest import CIRCLE, HANGS, SLOW, Running, Serve, data_url, paused, picture, serving
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 
@@ -243,10 +243,11 @@ def test_probes_may_ask_for_the_head_alone(running: Running, path: str) -> None:
         assert answer.read() == b""
 
 
-def test_a_full_queue(serve: Serve) -> None:
-    with serve(limits=Limits(requests=2)) as running, ThreadPoolExecutor(2) as pool:
+def test_a_full_queue(shapes: ScaleRAE) -> None:
+    model, go = paused(shapes)
+    with serving(model, limits=Limits(requests=2)) as running, ThreadPoolExecutor(3) as pool:
         for i in range(2):
-            pool.submit(post, running.url + IMAGES, SLOW | {"seed": i, "steps": 60})
+            pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "seed": i, "steps": 2})
         running.wait_for(lambda: running.engine.jobs == 2)
         status, answer, headers = post(running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})
         assert status == 429
@@ -255,9 +256,11 @@ def test_a_full_queue(serve: Serve) -> None:
         with pytest.raises(openai.RateLimitError):
             running.client().chat.completions.create(model="shapes", messages=[{"role": "user", "content": "hi"}])
         # A client that waits as it is told gets its picture.
-        got = running.client(retries=8).images.generate(prompt=CIRCLE, extra_body={"steps": 2})
-        assert got.data
-        assert running.metric("scale_rae_requests_total", route=IMAGES, status="429") >= 1
+        images = running.client(retries=8).images
+        got = pool.submit(images.generate, prompt=CIRCLE, extra_body={"steps": 2})
+        running.wait_for(lambda: running.metric("scale_rae_requests_total", route=IMAGES, status="429") == 2)
+        go.set()
+        assert got.result().data
 
 
 def test_the_deadline(serve: Serve) -> None:
@@ -298,10 +301,12 @@ def test_work_of_a_client_that_left_is_dropped(serve: Serve, stream: bool) -> No
 
 
 def test_shutting_down(shapes: ScaleRAE) -> None:
-    with serving(shapes) as running, ThreadPoolExecutor(8) as pool:
-        first = pool.submit(post, running.url + IMAGES, SLOW | {"n": 1})
+    model, go = paused(shapes)
+    with serving(model) as running, ThreadPoolExecutor(8) as pool:
+        first = pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "steps": 2})
         running.wait_for(lambda: running.metric("scale_rae_batch_size_count", stage="draw") > 0)
-        waiting = [pool.submit(post, running.url + IMAGES, SLOW | {"seed": i}) for i in range(3)]
+        body = {"prompt": CIRCLE, "steps": 2}
+        waiting = [pool.submit(post, running.url + IMAGES, body | {"seed": i}) for i in range(3)]
         running.wait_for(lambda: running.engine.jobs == 4)
         running.server.stop()
         running.wait_for(lambda: running.engine.draining)
@@ -310,6 +315,7 @@ def test_shutting_down(shapes: ScaleRAE) -> None:
         status, answer, headers = post(running.url + IMAGES, {"prompt": CIRCLE})
         assert (status, answer["error"]["code"]) == (503, "shutting_down")
         assert "retry-after" in headers
+        go.set()
         assert {f.result()[0] for f in waiting} == {503}
         status, answer, _ = first.result()
         assert status == 200
@@ -322,7 +328,7 @@ def test_what_waits_to_be_drawn_is_refused_too(shapes: ScaleRAE) -> None:
     """Its reply is there already, which nobody has seen."""
     with serving(shapes) as running, ThreadPoolExecutor(16) as pool:
         engine = running.engine
-        asked = [pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "n": 4, "steps": 30}) for _ in range(16)]
+        asked = [pool.submit(post, running.url + IMAGES, {"prompt": CIRCLE, "n": 4, "steps": 20}) for _ in range(16)]
         running.wait_for(lambda: engine.waiting_to_draw > 8)
         assert running.metric("scale_rae_requests_waiting") > 4
         running.server.stop()
