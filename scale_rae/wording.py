@@ -100,9 +100,9 @@ def is_refusal(source: Source, text: str) -> bool:
     """Whether a text is the bundled model's reply to what it cannot do."""
     if not is_bundled(source):
         return False
-    from scale_rae.shapes.world import CHAT_REPLY
+    from scale_rae.shapes.world import CHAT_REPLY, NO_PICTURE, OUTSIDE_REPLY
 
-    return text.strip() == CHAT_REPLY
+    return text.strip() in (CHAT_REPLY, OUTSIDE_REPLY, NO_PICTURE)
 
 
 def after_no_drawing(source: Source) -> str:

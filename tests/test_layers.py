@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "scale_rae"
 ROAD = """
 version errors shares files jsonio options processes clock templates
 tokenizer_file prompt promptfile ranking acceptance
-shapes shapes.world shapes.draw shapes.judge
+shapes shapes.world shapes.asking shapes.draw shapes.judge
 codes config layout headers footprint memory_plan containers images torch_file checkpoint hub provenance adapters listing inspection wording memory cpu noise
 compiling cuda_graphs residency
 float8 kernels few_images products toolchain quantization machine

@@ -235,24 +235,24 @@ def matches(rng: random.Random, scene: Scene) -> list[tuple[str, bool]]:
     changed, twice; the description and a prompt of a scene with one object changed."""
     told = world.true_prompts(scene)
     prompt = rng.choice(told) if told else None
-    other = _altered(rng, scene)
-    texts = [(world.describe(scene), True), (prompt.text if prompt else _listing(rng, scene), True)]
+    other = altered(rng, scene)
+    texts = [(world.describe(scene), True), (prompt.text if prompt else listing(rng, scene), True)]
     for _ in range(2):
-        text = world.changed(rng, prompt).text if prompt else _listing(rng, _altered(rng, scene))
+        text = world.changed(rng, prompt).text if prompt else listing(rng, altered(rng, scene))
         texts.append((text, False))
     others = world.true_prompts(other)
     # Only prompts that name what was changed are false: the lists do, as descriptions do.
-    text = next((p.text for p in others if p.tag == "color_attr"), None) or _listing(rng, other)
+    text = next((p.text for p in others if p.tag == "color_attr"), None) or listing(rng, other)
     return [*texts, (world.describe(other), False), (text, False)]
 
 
-def _listing(rng: random.Random, scene: Scene) -> str:
+def listing(rng: random.Random, scene: Scene) -> str:
     """A prompt that names every object with its colour, in any order."""
     things = rng.sample(scene.objects, len(scene.objects))
     return "a photo of " + world.listed([world.with_article(f"{thing.color} {thing.shape}") for thing in things])
 
 
-def _altered(
+def altered(
     rng: random.Random,
     scene: Scene,
     shapes: Sequence[str] = world.SHAPES,
@@ -282,30 +282,30 @@ def invented_question(rng: random.Random, scene: Scene) -> tuple[str, str]:
         told = (relation if true else world.changed(rng, relation)).text
     else:
         names = SHAPE_NAMES[: invented.forms()], COLOR_NAMES[: invented.hues()]
-        told = _listing(rng, scene if true else _altered(rng, scene, *names))
+        told = listing(rng, scene if true else altered(rng, scene, *names))
     return world.ALIGN.format(prompt=told), world.YES if true else world.NO
 
 
 def _asked_of_spoilt(rng: random.Random, scene: Scene) -> tuple[str, str]:
     """Whether a prompt that is true but for the spoilt object describes the picture, and no."""
     told = world.true_prompts(scene)
-    text = rng.choice(told).text if told else _listing(rng, scene)
+    text = rng.choice(told).text if told else listing(rng, scene)
     return world.ALIGN.format(prompt=text), world.NO
 
 
 REQUESTED = 0.15  # how often the prompt of an alignment question is worded as a request, as `t2i` has it
 
 
-def _as_asked_for(rng: random.Random, question: str) -> str:
+def as_asked_for(rng: random.Random, question: str) -> str:
     """The question; if it is whether a prompt describes the picture, at times with the request for that prompt in its place."""
     before, after = world.ALIGN.split("{prompt}")
     if not question.startswith(before) or rng.random() >= REQUESTED:
         return question
     told = question.removeprefix(before).removesuffix(after)
-    return world.ALIGN.format(prompt=world.request(_wording(rng), told))
+    return world.ALIGN.format(prompt=world.request(wording_of_request(rng), told))
 
 
-def _wording(rng: random.Random) -> str:
+def wording_of_request(rng: random.Random) -> str:
     return DEFAULT_WORDING if rng.random() < DEFAULT_WORDING_SHARE else rng.choice(world.REQUEST_WORDINGS)
 
 
@@ -360,7 +360,7 @@ def make_chunk(
         else:
             prompts = [prompt for _ in range(-(-count // 4)) for prompt in quad(rng)][:count]
         told = np.array([classes for _, classes in prompts], np.int8)
-        wordings = [_wording(rng) for _ in prompts]
+        wordings = [wording_of_request(rng) for _ in prompts]
         if stream == "name":
             wordings = [wordings[i - i % 4] for i in range(count)]  # one for each quad
         sequences = [
@@ -377,7 +377,7 @@ def make_chunk(
             _asked_of_spoilt(rng, scene) if bad else turn
             for scene, bad, turn in zip(listed, ruined, turns, strict=True)
         ]
-        sequences = [encoder.question(_as_asked_for(rng, question), answer) for question, answer in turns]
+        sequences = [encoder.question(as_asked_for(rng, question), answer) for question, answer in turns]
     return Chunk(scenes, as_texts(sequences, encoder.pad), told, second)
 
 
@@ -407,15 +407,16 @@ class _Call:
         return self.work(number, size)
 
 
+def joined_scenes(parts: Sequence[SceneBatch]) -> SceneBatch:
+    """All scenes of the parts."""
+    return SceneBatch(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SceneBatch)))
+
+
 def _joined(chunks: Sequence[Chunk], pad: int) -> Chunk:
     width = max(chunk.texts.ids.shape[1] for chunk in chunks)
     ids = [np.pad(c.texts.ids, ((0, 0), (0, width - c.texts.ids.shape[1])), constant_values=pad) for c in chunks]
 
-    def scenes(name: str) -> SceneBatch:
-        parts = [getattr(chunk, name) for chunk in chunks]
-        return SceneBatch(*(np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(SceneBatch)))
-
-    joined = scenes("scenes")
+    joined = joined_scenes([chunk.scenes for chunk in chunks])
     return Chunk(
         joined,
         Texts(
@@ -424,5 +425,7 @@ def _joined(chunks: Sequence[Chunk], pad: int) -> Chunk:
             np.concatenate([chunk.texts.answer for chunk in chunks]),
         ),
         np.concatenate([chunk.attributes for chunk in chunks]),
-        joined if all(chunk.second is chunk.scenes for chunk in chunks) else scenes("second"),
+        joined
+        if all(chunk.second is chunk.scenes for chunk in chunks)
+        else joined_scenes([chunk.second for chunk in chunks]),
     )

@@ -1,10 +1,13 @@
-"""Stage 5: the trained parts as one folder in the published layout.
+"""Stage 6: the trained parts as one folder in the published layout.
 
 DIR/config.json, model-0000x-of-0000y.safetensors, model.safetensors.index.json, tokenizer files
 DIR/shapes/siglip-patch16-128/   the encoder with its image processor and tokenizer
 DIR/decoder/config.json, model.pt
 
 python -m recipes.shapes.export --out runs/shapes --export exported/shapes
+
+With `--parts-of`, only the language model and the velocity network are those of the run (of the reader stage); all else is taken from
+an exported model. With `--dit`, the velocity network is that of another exported model.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from scale_rae.publishing import in_shards, write_index
 
 SHARD_BYTES = 14_500_000
 LIMIT_BYTES = 31_500_000
+DIT = "diff_head."
 
 
 def export(out: Path, target: Path, preset: Preset) -> int:
@@ -71,6 +75,41 @@ def export(out: Path, target: Path, preset: Preset) -> int:
     return total
 
 
+def joined(language: Path, dit: Path) -> dict[str, Tensor]:
+    """The language model of one folder of safetensors files with the velocity network of another."""
+    own = {name: tensor for name, tensor in stored(language).items() if not name.startswith(DIT)}
+    return own | {name: tensor for name, tensor in stored(dit).items() if name.startswith(DIT)}
+
+
+def stored(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files.
+
+    Raises:
+        SystemExit: when it has none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"{folder}: no safetensors file is there")
+    tensors: dict[str, Tensor] = {}
+    for file in files:
+        tensors |= common.load_weights(file)
+    return tensors
+
+
+def replaced(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Makes `target`: the exported model `source` with the given tensors for language model and velocity network."""
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    shutil.copytree(
+        source,
+        fresh,
+        ignore=lambda folder, names: [n for n in names if n.startswith("model") and Path(folder) == source],
+    )
+    write_shards(fresh, tensors)
+    shutil.rmtree(target, ignore_errors=True)
+    fresh.replace(target)
+
+
 def write_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes model-0000x-of-0000y.safetensors of at most SHARD_BYTES each, and their index."""
     parts = in_shards({name: tensors[name].nbytes for name in sorted(tensors)}, SHARD_BYTES)
@@ -94,9 +133,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--export", type=Path, required=True, metavar="DIR", help="folder to make; replaced if it is there"
     )
+    parser.add_argument("--parts-of", type=Path, metavar="DIR", help="exported model to take encoder and decoder from")
+    parser.add_argument("--dit", type=Path, metavar="DIR", help="exported model to take the velocity network from")
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
-    export(args.out, args.export, TINY if args.tiny else FULL)
+    if args.parts_of is None:
+        if args.dit is not None:
+            parser.error("--dit needs --parts-of")
+        export(args.out, args.export, TINY if args.tiny else FULL)
+    else:
+        folder = args.out / "reader"
+        replaced(args.parts_of, args.export, joined(folder, args.dit or folder))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All stages in order: encoder, pixel decoder, image-text score, joint training, export, a first look.
+"""All stages in order: encoder, pixel decoder, image-text score, joint training, the reader's own, export, a first look.
 
     python -m recipes.shapes.train --out runs/shapes --export exported/shapes
 
@@ -33,13 +33,18 @@ TINY: dict[str, str] = {
     "joint": "--tiny --steps 40 --draw-batch 24 --follow-batch 4 --name-batch 8 --read-batch 12 --chat-batch 4 --draw-pool 1000 "
     "--name-pool 500 --read-pool 500 "
     "--workers 1 --log-every 10 --warmup 10 --no-compile",
+    "reader": "--tiny --steps 10 --draw-batch 4 --follow-batch 2 --read-batch 6 --own-batch 4 --shown-batch 2 --outside-batch 3 "
+    "--blind-batch 2 --talk-batch 2 --read-pool 60 --draw-pool 20 --other-pool 20 --own-pool 24 --draw-at-once 12 --workers 1 "
+    "--log-every 5 --warmup 2 --no-compile",
 }
 WEIGHTS = {
     "encoder": "encoder/encoder.safetensors",
     "decoder": "decoder/decoder.safetensors",
     "reward": "reward/encoder.safetensors",
     "joint": "joint/finished",
+    "reader": "reader/finished",
 }
+DRAWN = "drawn"  # the model of the joint stage, exported: the reader stage begins with it and lets it draw
 
 
 def run(module: str, arguments: Sequence[str]) -> None:
@@ -89,6 +94,7 @@ def main(argv: list[str] | None = None) -> bool:
             return None
         return float(args.stop_after) - EXPORT_SECONDS - (time.perf_counter() - start)
 
+    out, drawn = ["--out", str(args.out), *(["--tiny"] if args.tiny else [])], args.out / DRAWN
     if args.parts_of and not (args.out / WEIGHTS["encoder"]).is_file():
         take_parts(args.parts_of, args.out)
     for stage, marker in WEIGHTS.items():
@@ -103,14 +109,17 @@ def main(argv: list[str] | None = None) -> bool:
                 say(f"no time left for {stage}: give the command again")
                 return False
             arguments += ["--stop-after", f"{seconds:.0f}"]
+        if stage == "reader":
+            run("export", [*out, "--export", str(drawn)])
+            arguments += ["--start-from", str(drawn)]
         run(stage, [*arguments, *getattr(args, stage).split()])
         if not (args.out / marker).is_file():
             say(f"{stage} is not finished: give the command again")
             if not (args.out / "joint" / "model.safetensors").is_file():
                 return False
             break
-    sizes = ["--tiny"] if args.tiny else []
-    run("export", ["--out", str(args.out), "--export", str(args.export), *sizes])
+    has_read = (args.out / "reader" / "model.safetensors").is_file()
+    run("export", [*out, "--export", str(args.export), *(("--parts-of", str(drawn)) if has_read else ())])
     device = ["--device", "cpu"] if args.tiny else ["--device", args.device] if args.device else []
     sheet = ["--sheet", str(args.export.with_name("sheet.png")), "--prompts", str(0 if args.tiny else args.prompts)]
     run("sample", ["--model", str(args.export), *sheet, *device])

@@ -1,7 +1,9 @@
-"""Evaluation of a model in the world of shapes: `draw` (judged from pixels), `read`, `reconstruct`.
+"""Evaluation of a model in the world of shapes: `draw` (judged from pixels), `read`, `ask`, `decline`, `reconstruct`.
 
     python -m scale_rae.shapes.evaluate draw --guidance 1 --guidance 3 --output-dir runs/evaluation
     python -m scale_rae.shapes.evaluate read
+    python -m scale_rae.shapes.evaluate ask
+    python -m scale_rae.shapes.evaluate decline
     python -m scale_rae.shapes.evaluate reconstruct
 
 Prompts and scenes are held out of training (`world.HELD_OUT_…`) unless --scenes says otherwise. Shares come with 95 % Wilson
@@ -31,7 +33,7 @@ try:
     from PIL import Image
 
     from scale_rae.options import DEFAULT_STEPS, ModelChoice, SamplingOptions, check_count
-    from scale_rae.shapes import world
+    from scale_rae.shapes import asking, world
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -44,6 +46,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+REPLY_TOKENS = 60  # more than any reply of the world has
 HeldOut = Literal["only", "exclude", "any"]
 Wording = Literal["default", "training", "held-out"]
 WORDINGS = {
@@ -173,6 +176,70 @@ def description(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: Held
     return Share(right, count)
 
 
+@dataclass(frozen=True)
+class Reply:
+    """A question or request, what the model replied, and whether that is right."""
+
+    kind: str
+    text: str
+    reply: str
+    wanted: str
+    right: bool
+
+
+def asked(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> list[Reply]:
+    """Replies to `asking.paraphrases` about drawn scenes; a reply is right if it is the true answer, word for word."""
+    scenes = world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out)
+    latents = model.encode(pictures(scenes))
+    questions = asking.paraphrases(seed, list(scenes))
+    replies = []
+    for start in range(0, count, 100):
+        part = questions[start : start + 100]
+        answers = model.answer(
+            [text for text, _ in part], latents=latents[start : start + 100], max_new_tokens=REPLY_TOKENS
+        )
+        for (text, question), answer in zip(part, answers, strict=True):
+            said = answer.text.strip()
+            replies.append(Reply(question.kind, text, said, question.answer, said == question.answer))
+    return replies
+
+
+def requested(model: scale_rae.ScaleRAE, count: int, seed: int) -> list[Reply]:
+    """Replies to `count` requests of each kind: "outside" is to be declined in one sentence, "inside" to be drawn, and "blind", yes/no
+    questions where no picture is shown, to be answered without drawing."""
+    rng = random.Random(f"blind/{seed}")
+    scenes = world.sample(np.random.default_rng(seed), count, ("colors",), "any")
+    blind = []
+    for scene in scenes:
+        one = asking.question(rng, scene, rng.choice(("there", "any", "it_color", "it_shape", "color_is")))
+        assert one is not None
+        blind.append(asking.varied(rng, asking.worded(rng, rng.choice(asking.WORDINGS[one.kind]), one.parts)))
+    texts = {
+        "outside": asking.outside_requests(seed, count),
+        "inside": [text for text, _ in asking.inside_requests(seed, count)],
+        "blind": blind,
+    }
+    wanted = {"outside": world.OUTSIDE_REPLY, "inside": "a picture", "blind": world.NO_PICTURE}
+    replies = []
+    for kind, messages in texts.items():
+        for start in range(0, count, 100):
+            part = messages[start : start + 100]
+            for text, reply in zip(part, model.reply(part, max_new_tokens=REPLY_TOKENS), strict=True):
+                said = model.tokenizer.decode(reply.ids).strip()
+                drawn = reply.condition is not None
+                right = {"outside": said == world.OUTSIDE_REPLY, "inside": drawn, "blind": not drawn}[kind]
+                replies.append(Reply(kind, text, "a picture" if drawn else said, wanted[kind], right))
+    return replies
+
+
+def shares(replies: Sequence[Reply]) -> dict[str, Share]:
+    """The share of right replies of each kind."""
+    groups: dict[str, list[bool]] = defaultdict(list)
+    for reply in replies:
+        groups[reply.kind].append(reply.right)
+    return {kind: Share(sum(right), len(right)) for kind, right in groups.items()}
+
+
 def reconstruction(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> float:
     """Mean PSNR, dB, of encode → decode of drawn scenes."""
     images = pictures(world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out))
@@ -190,6 +257,7 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, … (default: the b
 Scenes = Annotated[HeldOut, typer.Option("--scenes", help="held out only, without what is held out, or any")]
 Count = Annotated[int, typer.Option(min=2, help="scenes")]
 Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
+Show = Annotated[bool, typer.Option("--show", help="also print what was wrong")]
 
 
 def _load(
@@ -291,6 +359,44 @@ def read_command(
     _table(f"alignment, scenes {scenes}, seed {seed}", alignment(model, count, seed, scenes))
     described = description(model, count, seed + 1, scenes)
     print(f"Describe this image., fully right, scenes {scenes}: {described}")
+
+
+@app.command("ask")
+def ask_command(
+    model_path: Model = "shapes",
+    count: Annotated[int, typer.Option(min=2, help="questions")] = 500,
+    scenes: Scenes = "any",
+    seed: Seed = 0,
+    device: Device = None,
+    show: Show = False,
+) -> None:
+    """Questions of all kinds in wordings that training did not see, in any case of letters, about drawn scenes."""
+    model = _load(model_path, device)
+    replies = asked(model, count, seed, scenes)
+    rows = shares(replies) | {"overall": Share(sum(one.right for one in replies), len(replies))}
+    _table(f"answered truly, scenes {scenes}, seed {seed}", rows)
+    _wrong(replies, show)
+
+
+@app.command("decline")
+def decline_command(
+    model_path: Model = "shapes",
+    count: Annotated[int, typer.Option(min=2, help="requests of each kind")] = 500,
+    seed: Seed = 0,
+    device: Device = None,
+    show: Show = False,
+) -> None:
+    """Requests outside the world (declined), inside it (drawn), and yes/no questions without a picture (not drawn)."""
+    model = _load(model_path, device)
+    replies = requested(model, count, seed)
+    _table(f"replied rightly, seed {seed}", shares(replies))
+    _wrong(replies, show)
+
+
+def _wrong(replies: Sequence[Reply], show: bool) -> None:
+    for one in replies:
+        if show and not one.right:
+            print(f"  {one.kind}: {one.text!r} -> {one.reply!r}, not {one.wanted!r}")
 
 
 @app.command("reconstruct")

@@ -575,6 +575,10 @@ CHATS = (
 )
 CHAT_REPLY = "I only draw and read pictures of shapes."
 """The answer to everything in `CHATS`."""
+OUTSIDE_REPLY = "I only draw up to four simple shapes, for example a photo of a red circle."
+"""The answer to a request for what the world does not have. Its words are not in `vocabulary`: the tokenizer spells them."""
+NO_PICTURE = "There is no picture to look at."
+"""The answer to a question about a picture where none is shown."""
 
 
 def request(wording: str, prompt: str) -> str:

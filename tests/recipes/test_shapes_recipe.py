@@ -555,13 +555,14 @@ def stages_in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path, stages_in_this_process: list[str]) -> None:
     out, target = tmp_path / "run", tmp_path / "model"
     assert train.main(["--tiny", "--out", str(out), "--export", str(target)])
-    assert stages_in_this_process == ["encoder", "decoder", "reward", "joint", "export", "sample"]
+    assert stages_in_this_process == ["encoder", "decoder", "reward", "joint", "export", "reader", "export", "sample"]
     for stage, name in (
         ("encoder", "loss"),
         ("decoder", "loss"),
         ("reward", "loss"),
         ("joint", "flow"),
         ("joint", "answer"),
+        ("reader", "text"),
     ):
         log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert log[-1][name] < log[0][name], (stage, name)

@@ -76,6 +76,64 @@ def test_small_talk(model: ScaleRAE) -> None:
     assert generation.text == world.CHAT_REPLY
 
 
+def scene(color: str, shape: str) -> world.SceneBatch:
+    """A scene of this object alone."""
+    scenes = world.sample(np.random.default_rng(4), 600, ("colors",), "any")
+    found = [i for i, one in enumerate(scenes) if (one.objects[0].color, one.objects[0].shape) == (color, shape)]
+    return scenes[np.array(found[:1])]
+
+
+GUIDE_QUESTIONS = {
+    "Can you describe what's in this image?": ("a photo of a blue star.", "a photo of a green circle."),
+    "What's in this image?": ("a photo of a blue star.", "a photo of a green circle."),
+    "Is there a blue star?": ("Yes.", "No."),
+    "Is it green?": ("No.", "Yes."),
+    "What shape is this?": ("A star.", "A circle."),
+}
+
+
+def test_answers_the_questions_of_the_guide(model: ScaleRAE) -> None:
+    images = [evaluate.pictures(scene(*thing))[0] for thing in (("blue", "star"), ("green", "circle"))]
+    latents, wrong = model.encode(images), []
+    for question, wanted in GUIDE_QUESTIONS.items():
+        for text in (question, question.lower(), question.upper(), question.rstrip("?"), question.rstrip("?").lower()):
+            answers = model.answer(text, latents=latents, max_new_tokens=40)
+            wrong += [(text, a.text, w) for a, w in zip(answers, wanted, strict=True) if a.text.strip() != w]
+    assert not [one for one in wrong if not one[0].isupper()]
+    assert len(wrong) <= 2, wrong  # of 50: capital letters are spelled one by one, and are read less surely
+
+
+def test_a_question_without_a_picture_is_not_answered_by_a_drawing(model: ScaleRAE) -> None:
+    for reply in model.reply(list(GUIDE_QUESTIONS), max_new_tokens=40):
+        assert reply.condition is None
+        assert model.tokenizer.decode(reply.ids).strip() == world.NO_PICTURE
+
+
+def test_declines_what_its_world_does_not_have(model: ScaleRAE) -> None:
+    requests = [
+        "Can you generate a photo of a cat on a windowsill?",
+        "Can you generate a photo of a horse and a giraffe",
+        "Can you generate a photo of a cake and a zebra",
+        "Can you generate a photo of a bottle and a refrigerator",
+        "Can you create an image of a peaceful garden?",
+        "Show me a photo of a serene lake at dawn",
+        "Can you give me a photo of a futuristic robot?",
+        "Show me seven stars.",
+        "Please draw a turquoise hexagon.",
+    ]
+    replies = model.reply(requests, max_new_tokens=60)
+    said = [model.tokenizer.decode(reply.ids).strip() for reply in replies]
+    assert said == [world.OUTSIDE_REPLY] * len(requests)
+    assert all(reply.condition is None for reply in replies)
+    inside = [
+        "show me a red circle",
+        "DRAW TWO BLUE STARS",
+        "a black heart",
+        "Can you generate a photo of a ring and a cross?",
+    ]
+    assert all(reply.condition is not None for reply in model.reply(inside, max_new_tokens=20))
+
+
 def test_share_interval() -> None:
     share = evaluate.Share(90, 100)
     low, high = share.interval
@@ -97,7 +155,7 @@ def test_results_are_genevals(model: ScaleRAE, tmp_path: Path) -> None:
 def test_evaluate_prints_help() -> None:
     command = [sys.executable, "-m", "scale_rae.shapes.evaluate", "--help"]
     shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert all(name in shown for name in ("draw", "read", "reconstruct"))
+    assert all(name in shown for name in ("draw", "read", "ask", "decline", "reconstruct"))
 
 
 def test_pictures_are_the_drawn_scenes() -> None:

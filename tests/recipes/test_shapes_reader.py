@@ -1,0 +1,181 @@
+"""The recipe's last stage: what it says is true, in other words than evaluation's, and names nothing that is held out."""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from recipes.shapes import common, export, lessons, networks, own, reader, wordings
+from recipes.shapes.lessons import Writer
+from recipes.shapes.settings import TINY
+from scale_rae.prompt import ChatTokenizer
+from scale_rae.shapes import asking, world
+from scale_rae.shapes.world import Object, Scene
+
+SHIPPED = Path(__file__).parents[2] / "scale_rae" / "bundled" / "shapes"
+
+
+@pytest.fixture(scope="module")
+def write() -> Writer:
+    tokenizer = ChatTokenizer(SHIPPED, image_markers=True)
+    return Writer(tokenizer, tokenizer.chat_start - 1, TINY.tokens)
+
+
+def plain(text: str) -> str:
+    return re.sub(r"[^a-z{} ]", "", text.lower()).strip()
+
+
+def test_evaluation_asks_in_other_words_than_training() -> None:
+    assert set(asking.WORDINGS) == set(wordings.QUESTIONS) == set(asking.KINDS)
+    for kind, told in wordings.QUESTIONS.items():
+        assert not set(map(plain, told)) & set(map(plain, asking.WORDINGS[kind])), kind
+    assert set(world.HELD_OUT_WORDINGS).isdisjoint(wordings.REQUESTS)
+    assert not set(asking.REQUESTS) & {request.replace("{prompt}", "{}") for request in wordings.REQUESTS}
+
+
+def test_evaluation_asks_for_other_things_than_training() -> None:
+    rng = random.Random(0)
+    texts = [wordings.outside(rng) for _ in range(3000)] + [wordings.talk(rng).lower() for _ in range(1000)]
+    said = set(re.findall(r"[a-z0-9]+", " ".join(texts)))
+    for words in (asking.NOUNS, asking.COLORS, asking.SHAPES, asking.NUMBERS):
+        assert said.isdisjoint(words), said & set(words)
+    assert {"cat", "horse", "giraffe", "windowsill"} <= set(asking.NOUNS)
+
+
+def test_lessons_are_true_and_name_nothing_held_out(write: Writer) -> None:
+    scenes, second, read = reader.read_chunk(0, 300, 3, write)
+    assert len(scenes) == len(second) == len(read) == 300
+    usual, plainly, follow = reader.draw_chunk(0, 60, 3, 300, write)
+    assert len(plainly) == reader.REQUESTS_EACH * len(usual)
+    everything = [read, usual, plainly, follow, *reader.other_chunk(0, 80, 3, 300, write).values()]
+    for rows in everything:
+        for ids, length, answer, image in zip(rows.ids, rows.length, rows.answer, rows.image, strict=True):
+            text = write.tokenizer.decode(ids[:length].tolist())
+            turn = text.rsplit("user\n", 1)[1].removesuffix(world.OUTSIDE_REPLY)
+            assert not asking.names_held_out(turn), turn
+            assert not any(wording.partition("{")[0].lower() in text.lower() for wording in world.HELD_OUT_WORDINGS)
+            assert answer <= length <= lessons.WIDTH
+            if image != lessons.NO_PLACE:
+                assert (ids[image : image + TINY.tokens] == write.pad).all()
+                assert ids[image - 1] == write.tokenizer.image_start
+
+
+def test_a_lesson_is_the_conversation_at_inference(write: Writer) -> None:
+    tokenizer = write.tokenizer
+    lesson = write.said("What shape is this", "A star.", picture=5)
+    assert lesson is not None
+    shown = [*lesson.ids[: lesson.image], -200, *lesson.ids[lesson.image + TINY.tokens : lesson.answer]]
+    assert shown == tokenizer.chat("What shape is this", image=True)
+    assert tokenizer.decode(lesson.ids[lesson.answer :]) == "A star."
+    asked = write.drawn("SHOW ME A STAR", 7, learns=True)
+    assert asked is not None
+    assert asked.ids[: asked.answer] == tokenizer.chat("SHOW ME A STAR")
+    assert asked.ids[asked.answer :] == [*tokenizer.plain(world.REPLY), tokenizer.image_start]
+
+
+def thing(color: str, shape: str, x: float = 60, y: float = 60) -> Object:
+    return Object(shape, color, x, y, 20)
+
+
+def test_wishes_are_granted_by_what_they_name() -> None:
+    listed = own.Wish("", None, (("red", "circle"), ("", "star")))
+    star, circle = thing("blue", "star"), thing("red", "circle")
+    assert listed.is_granted((star, circle))
+    assert not listed.is_granted((star, star))
+    assert not listed.is_granted((star, circle, circle))
+    single = own.Wish("a photo of a star", world.Prompt("single_object", ("star",)))
+    assert single.is_granted((star,))
+    assert not single.is_granted((circle,))
+
+
+def test_lessons_about_own_drawings_follow_the_judge(write: Writer) -> None:
+    wish = own.Wish("a photo of a circle", world.Prompt("single_object", ("circle",)))
+    circle, cross = thing("red", "circle"), thing("pink", "cross")
+    seen = [own.Seen((circle,), True), own.Seen((cross,), True), own.Seen((circle,), False), own.Seen((), False)]
+    seen.append(own.Seen((thing("red", "star"),), True))  # held out
+    made = lessons.own_lessons(random.Random(0), write, [wish] * len(seen), seen, 100)
+    assert [sum(one.picture == 100 + i for one in made) for i in range(len(seen))] == [2, 3, 3, 0, 0]
+    for one in made:
+        text = write.tokenizer.decode(one.ids)
+        told, answer = text.rsplit("\nassistant\n", 1)
+        if world.ALIGN.format(prompt=wish.text) in told:
+            assert answer == (world.YES if one.picture == 100 else world.NO)
+
+
+def test_questions_are_answered_by_what_is_there() -> None:
+    rng = random.Random(0)
+    scene = Scene("mixed", (thing("red", "circle", 30, 60), thing("blue", "star", 90, 62)))
+    wanted = {
+        "which_shapes": {"A circle and a star."},
+        "which_colors": {"Red and blue."},
+        "how_many": {"Two."},
+        "where": {"Left of the star.", "Right of the circle."},
+        "which_shape": set(),
+    }
+    for kind, answers in wanted.items():
+        found = {one.answer for _ in range(20) if (one := asking.question(rng, scene, kind))}
+        assert found == answers, kind
+    for _ in range(100):
+        one = asking.question(rng, scene, "there")
+        assert one is not None
+        there = one.parts["thing"] in ("a circle", "a red circle", "a star", "a blue star")
+        assert (one.answer == world.YES) == there, one
+        beside = asking.question(rng, scene, "beside")
+        if beside is not None and beside.parts == {"relation": "left of", "shape": "star"}:
+            assert beside.answer == "A red circle."
+        if beside is not None and beside.parts == {"relation": "right of", "shape": "star"}:
+            assert beside.answer == asking.NOTHING
+
+
+def test_names_held_out_in_any_case() -> None:
+    assert asking.names_held_out("IS THERE A RED STAR?")
+    assert asking.names_held_out("Draw 2 hearts.")
+    assert asking.names_held_out("a star above a ring")
+    assert not asking.names_held_out("a red ring and two crosses")
+
+
+def test_varied_words_stay_the_same_words() -> None:
+    rng = random.Random(0)
+    for _ in range(200):
+        text = asking.varied(rng, "What's in this image?")
+        assert text.lower().rstrip(".?! ") == "what's in this image"
+
+
+def test_queries_and_pictures_stand_where_inference_has_them(write: Writer) -> None:
+    torch.manual_seed(0)
+    words = common.Vocabulary(write.tokenizer, None, write.pad + 5, write.pad, 0, write.tokenizer.chat_end)  # type: ignore[arg-type]
+    _, language, _ = networks.build_joint(words.model_config(TINY))
+    reading = reader.Reading(language, TINY, words.size, lessons.WIDTH, torch.float32)
+    asked = write.drawn("Show me a star.", 0, learns=True)
+    about = write.said("Is it green?", world.YES, picture=0)
+    assert asked is not None
+    assert about is not None
+    rows = lessons.Rows.of([asked, about], write.pad)
+    ids, length = torch.from_numpy(rows.ids).long(), torch.from_numpy(rows.length).long()
+    with torch.no_grad():
+        queried = reading.embed(reading.with_queries(ids[:1], length[:1]))
+        place = int(length[0])
+        assert torch.equal(queried[0, place : place + TINY.tokens], language.model.latent_queries)
+        assert torch.equal(queried[0, :place], language.model.embed_tokens.weight[ids[0, :place]])
+        latents = torch.randn(2, TINY.tokens, TINY.channels)
+        image = torch.from_numpy(rows.image).long()
+        shown = reading.with_pictures(reading.embed(ids), latents, image)
+        assert torch.equal(shown[0], reading.embed(ids)[0])
+        there = slice(about.image, about.image + TINY.tokens)
+        assert torch.allclose(shown[1, there], language.model.mm_projector(latents[1]), atol=1e-6)
+        condition = reading.condition(reading.hidden(queried), length[:1])
+        made = reader.conditions_of(language, TINY, words.size, lessons.Rows.of([asked], write.pad), torch.float32)
+    torch.testing.assert_close(made, condition, atol=1e-5, rtol=1e-5)
+
+
+def test_joined_takes_the_velocity_network_of_the_second(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        tensors = {"model.x": torch.full((2,), float(name == "a")), "diff_head.y": torch.full((2,), float(name == "a"))}
+        common.save_weights(tmp_path / name / "model.safetensors", tensors)
+    both = export.joined(tmp_path / "a", tmp_path / "b")
+    assert both["model.x"].sum() == 2
+    assert both["diff_head.y"].sum() == 0
