@@ -21,12 +21,11 @@ from torch import Tensor
 from scale_rae.checkpoint import TensorReader, writing
 from scale_rae.errors import CheckpointError
 from scale_rae.files import replacing
-from scale_rae.hub import Source, find
+from scale_rae.hub import ADAPTER_FILES, Source, find, weight_files
 from scale_rae.jsonio import Fields, read_json
 from scale_rae.options import lora_parts
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-FILES = (CONFIG, WEIGHTS)
+FILES = CONFIG, WEIGHTS = ADAPTER_FILES
 _PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _NOT_READ = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
 
@@ -170,8 +169,13 @@ class MergedReader(TensorReader):
         CheckpointError: naming the adapter's file, when it does not fit the model, or as TensorReader.
     """
 
-    def __init__(self, files: Iterable[Path], adapters: Sequence[Adapter]) -> None:
+    def __init__(self, files: Iterable[Path], adapters: Sequence[Adapter], replacing: Iterable[Path] = ()) -> None:
+        """Tensors in the files `replacing` take the place of those in `files`."""
         super().__init__(files)
+        others = TensorReader(replacing).tensors
+        if unknown := sorted(others.keys() - self.tensors.keys()):
+            raise CheckpointError(f"{others[unknown[0]].file}: the base model has no tensor {unknown[0]}")
+        self.tensors |= others
         self._changes: dict[str, list[Change]] = {}
         for adapter in adapters:
             for module, change in adapter.changes.items():
@@ -198,3 +202,18 @@ class MergedReader(TensorReader):
             take(start, whole)
 
         super().read_rows(name, merged)
+
+
+def model_reader(source: Source, adapters: Sequence[Adapter] = ()) -> TensorReader:
+    """A reader of a model's weights: a student's own in place of its base model's, and adapters merged in.
+
+    Raises:
+        CheckpointError: when files are missing or damaged, or do not fit each other.
+    """
+    files = weight_files(source.folder)
+    if source.student is None:
+        return MergedReader(files, adapters) if adapters else TensorReader(files)
+    if (source.student / CONFIG).is_file():
+        own = Source(str(source.student), source.student, what="adapter", files=FILES)
+        return MergedReader(files, [read_adapter(own), *adapters])
+    return MergedReader(files, adapters, weight_files(source.student))

@@ -25,8 +25,9 @@ from scale_rae.flow import SAMPLERS, StepCallback, Times, steps_until, time_shif
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION
-from scale_rae.sampling import Trajectory
+from scale_rae.sampling import Trajectory, branches, sampler_times
 from scale_rae.scores import Asked, EarlyScore, Score
+from scale_rae.student import own_options
 
 if TYPE_CHECKING:
     from scale_rae.rewards import Reward
@@ -135,6 +136,7 @@ class Searcher:
         check_threshold(search, reward)
         self.model, self.reward = model, reward
         self.rules = Rules(keep, search, None if reward is None else reward.name)
+        sampling = model.sampler.chosen(sampling)
         self.search, self.sampling, self.batching = search, sampling, batching
         self._question, self._max_new_tokens = question, max_new_tokens
         self._encodes = post_qa_mode == "image"
@@ -286,8 +288,8 @@ def with_looks(search: SearchOptions, config: ScaleRAEConfig) -> SearchOptions:
 
 def check_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRAEConfig) -> None:
     """Raises OptionError for looks that are not on the way of a sampler of the model with that config."""
-    schedule = SAMPLERS[sampling.solver].schedule(sampling.steps, _shift(config))
-    _look_steps(with_looks(search, config), sampling, schedule)
+    sampling = own_options(config.student, sampling)
+    _look_steps(with_looks(search, config), sampling, sampler_times(config, sampling))
 
 
 def _shift(config: ScaleRAEConfig) -> float:
@@ -335,8 +337,7 @@ def look_cost(model: ScaleRAE, reward: Reward | None, sampling: SamplingOptions,
         operations += reward.operations
     if encodes:
         operations += 2.0 * _weights(model.encoder.model) * config.tokens
-    branches = 1 if sampling.guidance in (0.0, 1.0) else 2
-    return round(operations / (branches * flops(config.dit)), 2)
+    return round(operations / (branches(config, sampling) * flops(config.dit)), 2)
 
 
 def _weights(network: Any) -> int:

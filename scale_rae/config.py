@@ -10,6 +10,7 @@ from typing import Any
 
 from scale_rae.errors import ConfigError
 from scale_rae.jsonio import MOST_COUNT, Fields, read_json
+from scale_rae.student import Student, parse_student
 
 MODEL_TYPE = "cambrian_qwen"
 # Limits far beyond any checkpoint: building a network beyond them would take hours before it fails.
@@ -64,6 +65,7 @@ class ScaleRAEConfig:
     tied_embeddings: bool
     max_length: int  # tokens of one conversation
     vae: str | None = None  # the VAE of a FLUX-VAE-aligned checkpoint, which cannot read its own latents
+    student: Student | None = None  # how a distilled model is sampled
 
 
 def check_numbers(raw: dict[str, Any], path: Path, most: int) -> None:
@@ -165,6 +167,7 @@ def parse_config(raw: dict[str, Any], path: Path) -> ScaleRAEConfig:
             fields.count("tokenizer_model_max_length", 1 << 30, most=1 << 200),  # transformers writes 1e30 for "any"
         ),
         vae=vae,
+        student=parse_student(fields),
     )
 
 

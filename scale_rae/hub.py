@@ -13,20 +13,23 @@ import re
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import CheckpointError, HubError, ScaleRAEError, first_line, first_sentence
 from scale_rae.files import check_name
-from scale_rae.jsonio import read_json
+from scale_rae.jsonio import Fields, read_json
+from scale_rae.student import parse_student
 
 BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "shapes"}
 HUB_TIMEOUT = 10.0  # seconds for the hub to list a repository's files
 DECODER_WEIGHTS = "model.pt"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA in PEFT's format
 _SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
     *("added_tokens.json", "special_tokens_map.json"),
+    *ADAPTER_FILES,
 )
 _TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 _PROXIES = ("ALL_PROXY", "HTTPS_PROXY", "HTTP_PROXY")  # each also in lower case
@@ -43,12 +46,18 @@ class Source:
     own: bool = False  # found inside or beside the model's folder, so its name finds it after the folder moved
     what: str = "model"  # decides which files are loaded, unless `files` names them
     files: tuple[str, ...] = ()
+    student: Path | None = None  # a student's folder; `folder` is its base model's then
 
     @property
     def address(self) -> str:
         """A name that finds the files again from any working folder; for `own` parts, given the model."""
         by_name = self.own or self.revision is not None or self.name in BUNDLED
-        return self.name if by_name else str(self.folder.absolute())
+        return self.name if by_name else str((self.student or self.folder).absolute())
+
+    @property
+    def config_folder(self) -> Path:
+        """The folder whose config.json describes a model: the student's own, for a student."""
+        return self.student or self.folder
 
 
 def find(
@@ -67,11 +76,42 @@ def find(
         HubError: the hub cannot be reached or refuses; the message says what to do.
     """
     if source := find_folder(name, what, model_folder, files):
-        return source
+        return with_base(source)
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         bundled = '; the bundled model is "shapes"' if what == "model" else ""
         raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
-    return _download(name, what, revision, files)
+    return with_base(_download(name, what, revision, files))
+
+
+def with_base(source: Source) -> Source:
+    """A student's files with those of its base model; any other source as it is.
+
+    A student's folder has only what differs from the base model, which its config.json names: a bundled model, a hub id, or a
+    folder, absolute or inside or beside the student's.
+
+    Raises:
+        CheckpointError, HubError: naming the config.json, when the base model is not found.
+    """
+    path = source.folder / "config.json"
+    if source.what != "model" or not path.is_file():
+        return source
+    try:
+        student = parse_student(Fields(read_json(path), path))
+    except ScaleRAEError:  # `load_config` reports it
+        return source
+    if student is None or student.base is None:
+        return source
+    name, revision = student.base, student.base_revision
+    try:
+        base = find_folder(name, "model", None if name in BUNDLED else source.folder)
+        base = replace(base, own=False) if base else find(name, "model", revision=revision)
+    except ScaleRAEError as e:
+        raise type(e)(f"{path}: the student's base model is not found: {e}") from e
+    if base.folder.resolve() == source.folder.resolve() or with_base(base) is not base:
+        raise CheckpointError(
+            f"{path}: the base model {name} is a student itself; name the model that it was distilled from"
+        )
+    return replace(source, folder=base.folder, student=source.folder, revision=None)
 
 
 def find_folder(name: str, what: str, model_folder: Path | None = None, files: tuple[str, ...] = ()) -> Source | None:

@@ -123,8 +123,14 @@ def inspect(name: str, decoder: str | None = None, revision: str | None = None) 
     config_file = Path(model.where("config.json"))
     config = parse_config(model.read_json("config.json"), config_file)
     found = Inspection(config)
+    own = []
+    if config.student is not None:
+        found.notes.append(str(config.student))
+        if base := config.student.base:
+            own = [_files("student", model)]
+            model = list_files(base, "model", None if base in BUNDLED else model.folder, config.student.base_revision)
     tensors = _stored(model, found)
-    found.files.append(_files("model", model))
+    found.files += [_files("model", model), *own]
     if tensors is not None:
         _check_model(model, config, tensors, found)
     found.parts += _model_parts(config, tensors)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from scale_rae.adapters import Adapter, MergedReader
+from scale_rae.adapters import Adapter, model_reader
 from scale_rae.checkpoint import RowSink, TensorReader, fill
 from scale_rae.codes import decoder_kind
 from scale_rae.config import ScaleRAEConfig, load_decoder_config
@@ -20,7 +20,7 @@ from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
 from scale_rae.fast_weights import mean_read, quantize_blocks, stack_modulations, stacks_modulations
-from scale_rae.hub import Source, find, own_folders, vae_folder, weight_files
+from scale_rae.hub import Source, find, own_folders, vae_folder
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
 from scale_rae.memory import MemoryErrors, savings
@@ -38,7 +38,7 @@ LoadProgress = Callable[[str, int, int], None]
 
 def check_headers(source: Source) -> None:
     """Raises CheckpointError, naming the file and the field, where a model's weight files are missing or have wrong headers."""
-    TensorReader(weight_files(source.folder))
+    model_reader(source)
 
 
 def load_tokenizer(source: Source, config: ScaleRAEConfig) -> ChatTokenizer:
@@ -122,8 +122,7 @@ def _fill_networks(
     places: Mapping[str, RowSink] | None = None,
 ) -> NormStats | None:
     """Loads the networks that are given, built on "meta"; returns the norm stats. `places` take weights of the DiT."""
-    files = weight_files(source.folder)
-    reader = MergedReader(files, adapters) if adapters else TensorReader(files)
+    reader = model_reader(source, adapters)
     for field, depth in (
         ("num_hidden_layers", config.language["num_hidden_layers"]),
         ("diffusion_model_depth", config.dit.depth),

@@ -82,7 +82,7 @@ def load(
     if torch_device.type == "cpu":
         keep_freed_memory()
     source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
-    config = load_config(source.folder)
+    config = load_config(source.config_folder)
     found = find_adapters(lora)
     adapters = [read_adapter(files, weight) for files, weight in found]
     memory_plan = None

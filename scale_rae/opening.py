@@ -35,7 +35,7 @@ def find_model(choice: ModelChoice) -> Source:
 
     choice.check()
     source = find(choice.model_path, "model", revision=choice.revision)
-    load_config(source.folder)
+    load_config(source.config_folder)
     return source
 
 

@@ -42,15 +42,16 @@ from scale_rae.options import (
     DEFAULT_MODEL,
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
-    DEFAULT_STEPS,
     SamplingOptions,
     Speed,
     check_count,
+    with_values,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.results import Answer, GeneratedImage, GenerateOptions, Generation
 from scale_rae.sampling import Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
+from scale_rae.student import own_options
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
@@ -206,10 +207,10 @@ class ScaleRAE:
         *,
         num_images: int = 1,
         seed: int = DEFAULT_SEED,
-        guidance: float = 1.0,
+        guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
-        steps: int = DEFAULT_STEPS,
-        solver: str = "euler",
+        steps: int | None = None,
+        solver: str | None = None,
         options: SamplingOptions | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         latents: Sequence[Tensor] | None = None,
@@ -229,6 +230,8 @@ class ScaleRAE:
             num_images: images per prompt. Image j of prompt i is made from noise seeded by
                 `image_seed(seed, i, j)`, so it does not depend on the batch it is drawn in.
             guidance: classifier-free guidance scale, 1 for none; `guidance_interval` (lo, hi) limits it in t.
+            steps, solver: of the sampler. Options that are None have the defaults of `SamplingOptions`; for a student they have the
+                student's own values, and other values are refused.
             options: the sampler's options as one object, in place of `guidance`, `guidance_interval`, `steps`, `solver`.
             latents: one latent [L, C] per prompt, shown to the model before the message.
             image_seeds: the noise seeds themselves, a list per prompt, instead of `num_images` and `seed`.
@@ -244,9 +247,18 @@ class ScaleRAE:
             InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.
             DeviceError: when memory runs out, saying what would fit.
         """
-        guidance = _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale)
-        steps = _either("steps", steps, DEFAULT_STEPS, "num_inference_steps", num_inference_steps)
-        options = options or SamplingOptions(guidance=guidance, interval=guidance_interval, steps=steps, solver=solver)
+        guidance = _either("guidance", guidance, None, "guidance_scale", guidance_scale)
+        steps = _either("steps", steps, None, "num_inference_steps", num_inference_steps)
+        if options is None:
+            given = {
+                "guidance_level": guidance,
+                "guidance_interval": guidance_interval,
+                "steps": steps,
+                "solver": solver,
+            }
+            chosen = {name: value for name, value in given.items() if value is not None}
+            options = own_options(self.config.student, with_values(SamplingOptions(), chosen), chosen)
+        options = self.sampler.chosen(options)
         self.sampler.check(options)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)
         if image_seeds is None:
@@ -366,7 +378,7 @@ class ScaleRAE:
         Raises:
             InputError: for options, seeds or a batch size out of range.
         """
-        options = options or SamplingOptions()
+        options = self.sampler.chosen(options)
         self.sampler.check(options, seeds)
         check_count("batch size", batch_size)
         size = self.sampler.whole_prompts(conditions, batch_size or self.batch_size)
@@ -397,6 +409,7 @@ class ScaleRAE:
         Raises:
             InputError: for options, seeds or a batch size out of range. ScaleRAEError: when a latent is not finite.
         """
+        options = self.sampler.chosen(options)
         self.sampler.check(options, [t.seed for t in trajectories])
         check_count("batch size", batch_size)
         size = batch_size or self.batch_size
@@ -600,16 +613,16 @@ class ScaleRAE:
     def exact_batch(self, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:
         """The largest of `most` and its halves whose batches draw, to the bit, what drawing one at a time draws.
 
-        Each of `options` is tried in two steps, for images of one prompt or of as many prompts as images. Call this with
+        Each of `options` is tried in two steps (a student's in its own), for images of one prompt or of as many prompts as images. Call this with
         one thread of arithmetic, as images will be drawn (`cpu.one_thread`).
         """
         generator = torch.Generator().manual_seed(0)
         shape = (self.config.tokens, self.config.dit.condition_width)
         conditions = [torch.randn(shape, generator=generator).to(self.dtype) for _ in range(most)]
         conditions = conditions[:1] * most if one_prompt else conditions
-        draws = [
-            functools.partial(self.sample, conditions, range(most), replace(option, steps=2)) for option in options
-        ]
+        if self.config.student is None:
+            options = [replace(option, steps=2) for option in options]
+        draws = [functools.partial(self.sample, conditions, range(most), option) for option in options]
         return exact_batch(most, draws)
 
     def with_speed(self, speed: Speed) -> ScaleRAE:

@@ -12,20 +12,24 @@ if TYPE_CHECKING:
     from scale_rae.hub import Source
 
 PARTS = ("model", "encoder", "decoder")
+_STUDENT = "student/"  # before the names of a student's own files
 
 
 def file_record(source: Source) -> dict[str, Any]:
     """{"name", "revision"} for files of the hub, else {"name", "files": {file: SHA-256}}."""
-    if source.revision:
+    if source.revision and source.student is None:
         return {"name": source.name, "revision": source.revision}
     return {"name": source.address, "files": file_hashes(source)}
 
 
 def file_hashes(source: Source) -> dict[str, str]:
-    """The SHA-256 of each file of a folder that is loaded."""
-    names = [p.name for p in source.folder.iterdir() if p.is_file()]
-    loaded = [name for name in names if name in source.files] if source.files else needed(names, source.what)
-    return {name: sha256(source.folder / name) for name in sorted(loaded)}
+    """The SHA-256 of each file of a folder that is loaded; names of a student's own begin with "student/"."""
+    found: dict[str, str] = {}
+    for folder, prefix in ((source.folder, ""), (source.student, _STUDENT)):
+        names = [p.name for p in folder.iterdir() if p.is_file()] if folder is not None else []
+        loaded = [name for name in names if name in source.files] if source.files else needed(names, source.what)
+        found |= {prefix + name: sha256(folder / name) for name in sorted(loaded) if folder is not None}
+    return found
 
 
 class PartRecords:
@@ -76,7 +80,7 @@ def changed_files(recorded: dict[str, str], now: dict[str, str], what: str) -> l
 
     Earlier versions also recorded files that are not loaded; those do not count.
     """
-    names = {*now, *needed(list(recorded), what)}
+    names = {*now, *needed(list(recorded), what), *(name for name in recorded if name.startswith(_STUDENT))}
     return sorted(name for name in names if recorded.get(name) != now.get(name))
 
 

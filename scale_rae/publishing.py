@@ -15,6 +15,8 @@ from scale_rae.config import load_config
 from scale_rae.errors import OutputError
 from scale_rae.files import replacing_folder
 from scale_rae.hub import Source, find_folder, own_folders
+from scale_rae.jsonio import read_json
+from scale_rae.student import FIELD
 
 SHARD_BYTES = 5_000_000_000
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".index.json")
@@ -51,7 +53,11 @@ def _copy_files(source: Source, target: Path) -> None:
     for file in sorted(source.folder.iterdir()):
         if file.is_file() and not file.name.endswith(_WEIGHTS):
             shutil.copyfile(file, target / file.name)
-    config = load_config(source.folder)
+    if source.student is not None:
+        raw = read_json(source.config_folder / "config.json")
+        student = {name: value for name, value in raw[FIELD].items() if not name.startswith("base")}
+        (target / "config.json").write_text(json.dumps(raw | {FIELD: student}, indent=1) + "\n", encoding="utf-8")
+    config = load_config(source.config_folder)
     encoder = find_folder(config.encoder_name, "encoder", source.folder)
     if encoder is not None and encoder.own:
         shutil.copytree(encoder.folder, target / config.encoder_name)

@@ -22,10 +22,10 @@ class GenerateOptions(TypedDict, total=False):
 
     num_images: int
     seed: int
-    guidance: float
+    guidance: float | None
     guidance_interval: tuple[float, float] | None
-    steps: int
-    solver: str
+    steps: int | None
+    solver: str | None
     options: SamplingOptions | None
     max_new_tokens: int
     latents: Sequence[Tensor] | None

@@ -19,6 +19,7 @@ from scale_rae.fast_dit import FastDiT
 from scale_rae.noise import check_noise, draw_noise
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.residency import Residency
+from scale_rae.student import own_options
 from scale_rae.toolchain import can_compile, check_compile
 
 LEAST_SHARED = 4  # consecutive images per prompt; in searches, images of fewer name their prompts by number
@@ -40,6 +41,19 @@ class Trajectory:
 
     def __repr__(self) -> str:
         return f"Trajectory(seed {self.seed}, {0 if self.state is None else self.state.steps} steps)"
+
+
+def sampler_times(config: ScaleRAEConfig, options: SamplingOptions) -> flow.Times:
+    """The (from, to) times of the sampler's steps for latents of a model with this config."""
+    if config.student is not None:
+        return config.student.windows
+    shift = flow.time_shift(config.channels, config.tokens, config.base_dim)
+    return flow.SAMPLERS[options.solver].schedule(options.steps, shift)
+
+
+def branches(config: ScaleRAEConfig, options: SamplingOptions) -> int:
+    """Passes per evaluation: 2 with guidance, whose null branch is evaluated too; a student has guidance folded in."""
+    return 1 if config.student is not None or options.guidance in (0.0, 1.0) else 2
 
 
 class LatentSampler:
@@ -77,9 +91,12 @@ class LatentSampler:
 
     def check(self, options: SamplingOptions, seeds: Sequence[int] = ()) -> None:
         """Raises InputError for options or seeds that this network cannot use, DeviceError for noise that no GPU draws here."""
-        options.check()
+        if self.config.student is None:
+            options.check()
+        else:
+            self.config.student.sampling(options)
         check_noise(options.noise)
-        if options.guidance != 1.0 and not self.config.dit.null_condition:
+        if self.config.student is None and options.guidance != 1.0 and not self.config.dit.null_condition:
             raise InputError(
                 f"guidance level {options.guidance}: this checkpoint was trained without condition dropout "
                 "(diffusion_class_dropout_prob 0) and has no null embedding; only 1.0 works"
@@ -87,6 +104,14 @@ class LatentSampler:
         for seed in seeds:
             if not -(2**63) <= seed < 2**64:  # the range of torch's generators
                 raise InputError(f"seed {seed}: must be at least -2^63 and below 2^64")
+
+    def chosen(self, options: SamplingOptions | None) -> SamplingOptions:
+        """The options, by default the sampler's; for a student, its own steps, guidance and solver.
+
+        Raises:
+            OptionError: for an option that differs from its default and from what the student takes.
+        """
+        return own_options(self.config.student, options or SamplingOptions())
 
     def whole_prompts(self, conditions: Sequence[Tensor], size: int) -> int:
         """The largest batch size, at most `size`, with which each batch has equally many images of each prompt."""
@@ -135,8 +160,7 @@ class LatentSampler:
 
     def times(self, options: SamplingOptions) -> flow.Times:
         """The (from, to) times of the sampler's steps for latents of this network."""
-        shift = flow.time_shift(self.config.channels, self.config.tokens, self.config.base_dim)
-        return flow.SAMPLERS[options.solver].schedule(options.steps, shift)
+        return sampler_times(self.config, options)
 
     @torch.inference_mode()
     def advance(
@@ -227,11 +251,13 @@ class LatentSampler:
         prompt_of: Tensor | None = None,
     ) -> flow.Velocity:
         """The guided velocity of a batch of images, for the times at which it will be evaluated."""
-        guided = options.guidance != 1.0
+        guided = self.config.student is None and options.guidance != 1.0
         if compile is None:
             is_compiled = self.fast_dit.is_compiled(images, guided, len(condition))
             compile = self.policy.compiles(images, len(condition), len(evaluated), is_compiled)
         conditional, null, both = self.fast_dit.velocities(condition, evaluated, guided, compile, prompt_of)
+        if not guided:
+            return conditional
         return flow.guided(conditional, null, options.guidance, options.interval or (0.0, 1.0), both)
 
     def _finished(self, x: Tensor, seeds: Sequence[int]) -> Tensor:

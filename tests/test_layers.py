@@ -15,14 +15,14 @@ ROAD = """
 version errors shares files jsonio options processes clock templates
 tokenizer_file prompt promptfile ranking acceptance
 shapes shapes.world shapes.asking shapes.draw shapes.judge
-codes config layout headers footprint memory_plan containers images torch_file checkpoint hub provenance adapters listing inspection wording memory cpu noise
+codes student config layout headers footprint memory_plan containers images torch_file checkpoint hub provenance adapters listing inspection wording memory cpu noise
 compiling cuda_graphs residency
 float8 kernels few_images products toolchain quantization machine
 qwen2 qwen2_modules kv_cache language
 dit fast_blocks fast_weights flow fast_dit sampling
 encoder decoder vae loading networks publishing
 training.sequences training.settings training.records training.cache training.adamw8bit training.parallel training.optim training.losses training.passes training.lora training.batches
-training.learner training.drawing training.prepare training.objective training.validation training.checkpoints training.log training.trainer training.run training
+training.learner training.drawing training.prepare training.objective training.validation training.checkpoints training.log training.trainer training.run training.distill_settings training.exchange training.distillation training.students training
 scores results
 pipeline
 manifest outputs opening
@@ -38,7 +38,7 @@ serve.guard serve.connections serve.data_urls serve.decoding serve.streaming ser
 serve.routes.images serve.routes.conversations serve.routes.chat serve.routes.responses serve.routes.models serve.routes.health serve.routes.home serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
-cli.defaults cli.app cli.progress cli.signature cli.options cli.preview cli.runs cli.searches cli.train cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve
+cli.defaults cli.app cli.progress cli.signature cli.options cli.preview cli.runs cli.searches cli.train cli.distill cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -43,6 +43,7 @@ COMMANDS = {
     "inspect": ("scale_rae.cli.inspect", "Say what a model is and what it needs, before it is downloaded."),
     "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
     "train": ("scale_rae.cli.train", "Fine-tune a model on pictures and texts: a LoRA, or all weights."),
+    "distill": ("scale_rae.cli.distill", "Distil a model: a student that draws in 1 to 8 evaluations."),
     "merge": ("scale_rae.cli.merge", "Write a model with LoRA adapters merged in, as a checkpoint of its own."),
     "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
     "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),

@@ -71,7 +71,7 @@ def command(
     output.check_place()
     bars = Bars(output.quiet)
     note_seed(ctx, sampling, bars)
-    source = prepare(choice, sampling, bars)
+    source, sampling = prepare(choice, sampling, bars)
     opened = OpenedModel(choice, bars, source=source, encoder=True, debug=output.debug)
     asked = ModelInput(prompt, opened.model.encode([picture])[0])
     mode = {"mode": "img", "image": str(image), "image_sha256": digest}

@@ -72,7 +72,7 @@ def command(
         sampling = dataclasses.replace(sampling, max_new_tokens=max_new_tokens_qa)
     bars = Bars(output.quiet)
     note_seed(ctx, sampling, bars)
-    source = prepare(choice, sampling, bars)
+    source, sampling = prepare(choice, sampling, bars, given_options(ctx))
     from scale_rae.checkpoint import load_latent
 
     latents = [load_latent(path) for path in paths]

@@ -39,19 +39,19 @@ def command(
     """Merge LoRA adapters into a model; write a checkpoint in the published layout.
 
     The official code loads this checkpoint, too."""
-    if not lora:
-        raise OptionError("--lora: give at least one adapter to merge")
     for text in lora:
         lora_parts(text)
-    source = find(model, "model", revision=revision)
+    if lora:
+        source = find(model, "model", revision=revision)
+    elif (source := find(model, "model", revision=revision)).student is None:
+        raise OptionError("--lora: give at least one adapter to merge")
     import torch
 
-    from scale_rae.adapters import MergedReader, find_adapters, read_adapter
-    from scale_rae.hub import weight_files
+    from scale_rae.adapters import find_adapters, model_reader, read_adapter
     from scale_rae.publishing import write_model
 
     adapters = [read_adapter(files, weight) for files, weight in find_adapters(lora)]
-    reader = MergedReader(weight_files(source.folder), adapters)
+    reader = model_reader(source, adapters)
     bars = Bars()
     try:
         target = write_model(

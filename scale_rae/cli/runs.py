@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +18,13 @@ from scale_rae.cli.options import OutputOptions, PostQA
 from scale_rae.cli.preview import show_picture
 from scale_rae.cli.progress import Bars
 from scale_rae.cli.signature import text_of
+from scale_rae.config import load_config
 from scale_rae.errors import InputError, OutputError, shorten
 from scale_rae.manifest import drawing_manifest, png_text
 from scale_rae.opening import OpenedModel, find_model
 from scale_rae.options import ModelChoice, Sampling
 from scale_rae.outputs import Sample, save_run, timestamp
+from scale_rae.student import own_options
 from scale_rae.wording import is_refusal, what_it_can
 
 if TYPE_CHECKING:
@@ -57,8 +60,12 @@ class Outcome(NamedTuple):
     withheld: bool  # the reply asks for an image, which was not to be drawn
 
 
-def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
+def prepare(
+    choice: ModelChoice, sampling: Sampling, bars: Bars, given: Collection[str] = ()
+) -> tuple[Source, Sampling]:
     """Finds the model's files. Checks that need no torch come first; at the end torch is imported, which is slow.
+
+    The sampling that is returned has a student's own options; `given` are the names of those that the user chose.
 
     Raises:
         OptionError: for values that no run can use. ScaleRAEError: for a model that is not there or cannot be used.
@@ -70,9 +77,11 @@ def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars) -> Source:
             from scale_rae.noise import check_noise
         check_noise(sampling.options.noise)
     source = find_model(choice)
+    student = load_config(source.config_folder).student
+    sampling = dataclasses.replace(sampling, options=own_options(student, sampling.options, given))
     with bars.waiting("starting"):
         from scale_rae.pipeline import ScaleRAE  # noqa: F401
-    return source
+    return source, sampling
 
 
 def send(

@@ -14,13 +14,16 @@ from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.cli.signature import expanded, flag_name, given_options, one_of
-from scale_rae.errors import InputError, OptionError
+from scale_rae.config import load_config
+from scale_rae.errors import InputError, OptionError, ScaleRAEError
+from scale_rae.hub import find_folder
 from scale_rae.options import (
     AUTO_REWARD,
     DEFAULT_MODEL,
     REWARDS,
     SAMPLING,
     ModelChoice,
+    SamplingOptions,
     SearchOptions,
     check_device_name,
     options_of,
@@ -28,6 +31,7 @@ from scale_rae.options import (
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import read_prompts, read_template
 from scale_rae.scaling.settings import JUDGING, SCALING, Settings
+from scale_rae.student import own_options
 
 if TYPE_CHECKING:
     from scale_rae.scaling.launch import Launcher, RunSummary
@@ -175,6 +179,7 @@ def command(
     )
     _check_search(settings, given_options(ctx))
     settings.check()
+    settings = dataclasses.replace(settings, options=_own_sampling(settings, given_options(ctx)))
     prompts = read_prompts(metadata_file)
 
     bars = Bars()
@@ -227,20 +232,33 @@ def _check_search(settings: Settings, given: set[str]) -> None:
         raise OptionError(f"{', '.join(flags)}: {why}")
 
 
+def _own_sampling(settings: Settings, given: set[str]) -> SamplingOptions:
+    """The sampler's options, or those of a student in a folder; workers know those of a student on the hub.
+
+    Raises:
+        OptionError: for an option that the student does not take.
+    """
+    try:
+        source = find_folder(settings.model_path, "model")
+        student = None if source is None else load_config(source.folder).student
+    except ScaleRAEError:  # which workers report
+        return settings.options
+    return own_options(student, settings.options, given)
+
+
 def fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None]) -> Settings:
     """The settings with the quantisation, residency and batch size that --memory chooses, the same for all devices.
 
     Raises:
         DeviceError: when nothing fits the device with the least memory.
     """
-    from scale_rae.config import load_config
     from scale_rae.machine import plan
     from scale_rae.memory import pick_device, pick_dtype
     from scale_rae.opening import find_model
 
     assert choice.memory is not None
     source = find_model(choice)
-    config = load_config(source.folder)
+    config = load_config(source.config_folder)
     plans = []
     for name in devices:
         place = pick_device(name)

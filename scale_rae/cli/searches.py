@@ -32,7 +32,7 @@ def check_search(source: Source, sampling: Sampling, until: UntilAccepted) -> No
     from scale_rae.adaptive import check_looks
     from scale_rae.config import load_config
 
-    check_looks(until.search, sampling.options, load_config(source.folder))
+    check_looks(until.search, sampling.options, load_config(source.config_folder))
 
 
 def search_and_save(

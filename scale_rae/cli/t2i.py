@@ -99,7 +99,7 @@ def command(
     output.check_place()
     bars = Bars(output.quiet)
     note_seed(ctx, sampling, bars)
-    source = prepare(choice, sampling, bars)
+    source, sampling = prepare(choice, sampling, bars, given)
     if until.keep is not None:
         check_search(source, sampling, until)
     opened = OpenedModel(choice, bars, source=source, decoder=not output.skip_decoder, debug=output.debug)

@@ -35,7 +35,7 @@ def command(
     try:
         records, problems = read_records(options)  # before a model is downloaded
         source = find(options.model, "model", revision=options.revision)
-        load_config(source.folder)
+        load_config(source.config_folder)
         for problem in problems:
             say(f"left out: {problem}")
         if not debug:

@@ -23,6 +23,7 @@ from scale_rae.errors import ScaleRAEError, printable
 from scale_rae.noise import new_seed
 from scale_rae.options import SOLVERS, Sampling, SamplingOptions
 from scale_rae.prompt import DESCRIBE, QUESTION
+from scale_rae.student import own_options
 
 REMEMBERED = 24  # images that a visitor can pick from
 SEED_BITS = 31  # of new seeds, which every browser's numbers hold
@@ -115,25 +116,41 @@ def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFie
 
 
 def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFields:
-    bundled = model.bundled
+    bundled, student = model.bundled, model.model.config.student
+    usual = own_options(student, _DEFAULTS)
+    if student is not None:
+        about = "fixed: this model is a student"
+    else:
+        about = "1 is none" if model.guides else "this checkpoint has none"
     with gr.Row():
         count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
         guidance = gr.Slider(
-            *(0, 10),
-            3.0 if bundled and model.guides else _DEFAULTS.guidance,
+            *(0, max(10, usual.guidance)),
+            3.0 if bundled and model.guides and student is None else usual.guidance,
             step=0.1,
             label="Guidance",
-            info="1 is none" if model.guides else "this checkpoint has none",
-            interactive=model.guides,
+            info=about,
+            interactive=model.guides and student is None,
             min_width=140,
             elem_id=f"{prefix}-guidance",
         )
     with gr.Row():
         steps = gr.Slider(
-            2, MOST_STEPS, _DEFAULTS.steps, step=1, label="Steps", min_width=140, elem_id=f"{prefix}-steps"
+            *(1 if student is not None else 2, MOST_STEPS),
+            usual.steps,
+            step=1,
+            label="Steps",
+            interactive=student is None,
+            min_width=140,
+            elem_id=f"{prefix}-steps",
         )
         solver = gr.Dropdown(
-            list(SOLVERS), value=_DEFAULTS.solver, label="Solver", min_width=140, elem_id=f"{prefix}-solver"
+            list(SOLVERS),
+            value=usual.solver,
+            label="Solver",
+            interactive=student is None,
+            min_width=140,
+            elem_id=f"{prefix}-solver",
         )
     with gr.Row(equal_height=True, elem_classes="seed-row"):
         seed = gr.Textbox(

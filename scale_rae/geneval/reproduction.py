@@ -22,6 +22,7 @@ from scale_rae.options import ModelChoice, SamplingOptions, default_batch_size
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.replacing import write_file
 from scale_rae.scaling.settings import Settings
+from scale_rae.student import own_options
 from scale_rae.templates import fill_template
 
 if TYPE_CHECKING:
@@ -116,8 +117,9 @@ def estimate(
     decoder = found.decoder or (published_decoder(found.config.channels) if found.config.vae is None else None)
     footprint = Footprint(found.config, decoder, machine.kind, str(dtype).removeprefix("torch."), machine.kernels)
     batch = min(default_batch_size(machine.kind), KEEP * rounds)
+    options = own_options(found.config.student, options)
     parts = footprint.seconds(Way(choice.quantize, choice.offload, batch), measure(device, dtype), options.steps)
-    branches = 1 if options.guidance == 1 else 2
+    branches = 1 if options.guidance == 1 or found.config.student else 2
     scoring = parts.reply / (1 if machine.kind == "cpu" else _JUDGED_TOGETHER)
     each = (parts.reply + parts.copies + branches * parts.sampling + parts.decoding) / batch + scoring
     if judge == "shapes":

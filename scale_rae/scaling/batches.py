@@ -160,7 +160,7 @@ class BatchMaker:
                 break
         else:
             return min(8, self.settings.total)
-        options = dataclasses.replace(self.options, steps=2)
+        options = self.options if self.model.config.student else dataclasses.replace(self.options, steps=2)
 
         def attempt(size: int) -> None:
             self.score(replied, *self.draw(replied, range(size), size, options, compile=False))

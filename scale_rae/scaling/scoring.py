@@ -101,7 +101,7 @@ class EncoderOnly:
         from scale_rae.memory import pick_device, pick_dtype
         from scale_rae.residency import Residency
 
-        self.source, self.config = source, load_config(source.folder)
+        self.source, self.config = source, load_config(source.config_folder)
         self.device = pick_device(choice.device)
         self.dtype = pick_dtype(choice.dtype, self.device)
         self.residency = Residency("none", self.device)

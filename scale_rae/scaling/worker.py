@@ -15,6 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.clock import StageClock
+from scale_rae.config import load_config
 from scale_rae.errors import InputError, OutputError, ScaleRAEError
 from scale_rae.options import memory_bytes
 from scale_rae.outputs import latent_bytes, png_bytes
@@ -28,6 +29,7 @@ from scale_rae.scaling.records import Batch
 from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 from scale_rae.scaling.waves import WaveWriter
+from scale_rae.student import own_options
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,11 +110,11 @@ def open_worker(
         source = find_model(choice)
         recorded = store.read_experiment()
         settings = settings.resumed(recorded)
+        config = load_config(source.config_folder)
+        settings = dataclasses.replace(settings, options=own_options(config.student, settings.options))
         if settings.is_adaptive:  # a wrong look is refused before the weights are read
             from scale_rae.adaptive import check_looks, with_looks
-            from scale_rae.config import load_config
 
-            config = load_config(source.folder)
             check_looks(settings.adaptive, settings.options, config)
             settings = dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, config))
         opened = OpenedModel(

@@ -20,6 +20,7 @@ at a time.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import threading
 import time
@@ -225,7 +226,7 @@ class Engine:
             return BatchSizes(self._wanted_batch or min(BATCH_GPU, self.model.batch_size))
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        options = [SamplingOptions(guidance=guidance) for guidance in self._guidances()]
+        options = self._kinds(SamplingOptions())
         most = self.model.exact_batch(self._wanted_batch or BATCH_CPU, options, one_prompt=False)
         return BatchSizes(most, threads)
 
@@ -233,9 +234,12 @@ class Engine:
     def _on_cpu(self) -> bool:
         return self.model.device.type == "cpu"
 
-    def _guidances(self) -> tuple[float, ...]:
-        """A guidance level for each kind of pass: without guidance and, if the model has it, with."""
-        return (1.0, 3.0) if self.model.config.dit.null_condition else (1.0,)
+    def _kinds(self, options: SamplingOptions) -> list[SamplingOptions]:
+        """The options for each kind of pass: without guidance and, if the model has it, with. A student has one kind."""
+        config = self.model.config
+        if config.student is not None:
+            return [config.student.sampling(SamplingOptions())]
+        return [dataclasses.replace(options, guidance=g) for g in ((1.0, 3.0) if config.dit.null_condition else (1.0,))]
 
     def warm(self) -> None:
         """Compiles and captures for every batch size, so that no request has to wait for that."""
@@ -249,8 +253,7 @@ class Engine:
                 self.model.converse([conversation] * size, [8] * size)
             condition = torch.zeros(config.tokens, config.dit.condition_width, dtype=self.model.dtype)
             latents: list[Tensor] = []
-            for guidance in self._guidances():
-                options = SamplingOptions(steps=2, guidance=guidance)
+            for options in self._kinds(SamplingOptions(steps=2)):
                 latents = self.model.sample(_all_distinct([condition] * size), range(size), options, size)
             for _ in range(2):
                 self.model.decode(latents, batch_size=size)

@@ -33,6 +33,7 @@ from scale_rae.options import (
     options_of,
     with_values,
 )
+from scale_rae.student import Student
 
 Seed = Annotated[int, Field(ge=0, lt=LARGEST_SEED + 1)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -103,17 +104,26 @@ class _Seeded(_Strict):
 
     seed: Seed | None = Field(None, description="The same seed draws the same image; one is picked if none is given.")
 
-    def options(self, most_steps: int) -> SamplingOptions:
-        """The sampler's options; `steps` not given is the default, or `most_steps` where that is less.
+    def options(self, most_steps: int, student: Student | None) -> SamplingOptions:
+        """The sampler's options; `steps` not given is the default, or `most_steps` where that is less. A student has its own.
 
         Raises:
             InputError: for values that do not go together.
         """
-        given = {option.name: getattr(self, _field_name(option)) for option in options_of(SamplingOptions)}
+        known = options_of(SamplingOptions)
+        given = {option.name: getattr(self, _field_name(option)) for option in known}
+        if student is not None:
+            given["steps"] = given["steps"] or DEFAULT_STEPS
+            chosen = {option.name for option in known if self._chooses(_field_name(option))}
+            return student.sampling(with_values(SamplingOptions(), given), chosen)
         given["steps"] = given["steps"] or min(DEFAULT_STEPS, most_steps)
         options = with_values(SamplingOptions(), given)
         options.check()
         return options
+
+    def _chooses(self, field: str) -> bool:
+        """Whether the request gives a value other than null to a field."""
+        return field in self.model_fields_set and getattr(self, field) is not None
 
 
 # What requests call otherwise than files do, and what else holds for them: bounds of one request, and descriptions.

@@ -307,18 +307,18 @@ def draw_command(
     prompts = world.prompts(per_kind, scenes, seed)
     for level in guidance:
         start = time.perf_counter()
+        interval = None if guidance_interval == (0.0, 1.0) else guidance_interval
+        given = SamplingOptions(guidance=level, interval=interval, steps=steps, solver=solver)
+        options = model.sampler.chosen(given)
         drawn = draw_prompts(
             model,
             prompts,
             seed,
             WORDINGS[wordings],
-            guidance=level,
-            steps=steps,
-            solver=solver,
-            guidance_interval=guidance_interval,
+            options=options,
         )
         seconds = time.perf_counter() - start
-        name = f"guidance {level:g}, {solver} {steps} steps, wordings {wordings}, scenes {scenes}, seed {seed}"
+        name = f"guidance {options.guidance:g}, {options.solver} {options.steps} steps, wordings {wordings}, scenes {scenes}, seed {seed}"
         _table(f"{name}: correct, judged from pixels ({seconds:.0f} s)", by_kind(drawn))
         if self_judge:
             _table("  agreement of the model's yes/no about its own latents with the judge", agreement(model, drawn))

@@ -31,6 +31,14 @@ def make_repeatable(device: torch.device) -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def compile_blocks(dit: DiT, options: TrainingOptions, device: torch.device) -> None:
+    """Compiles the blocks of a velocity network, in place, if the options say so; "auto" compiles on CUDA."""
+    auto = device.type == "cuda" and not is_quantized(dit) and can_compile(device)
+    if options.compile == "on" or (options.compile == "auto" and auto):
+        for block in dit.dit_blocks:
+            block.forward = compiled(block.forward)
+
+
 class Learner:
     """Prepares networks for training, in place: `flat` has the trained parameters by checkpoint names.
 
@@ -101,15 +109,8 @@ class Learner:
         The language model's sequences have a length of their own in each batch, for which compiling would not pay.
         """
         options = self.options
-        compiles = options.compile == "on" or (
-            options.compile == "auto"
-            and self.device.type == "cuda"
-            and not is_quantized(self.dit)
-            and can_compile(self.device)
-        )
+        compile_blocks(self.dit, options, self.device)
         blocks: list[nn.Module] = list(self.dit.dit_blocks)
-        for block in blocks if compiles else ():
-            block.forward = compiled(block.forward)
         if self.language is not None:
             blocks += list(self.language.model.layers)
         for block in blocks if options.gradient_checkpointing else ():

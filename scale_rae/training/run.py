@@ -13,12 +13,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from scale_rae.adapters import CONFIG, WEIGHTS, MergedReader, find_adapters, read_adapter, write_adapter
+from scale_rae.adapters import CONFIG, WEIGHTS, find_adapters, model_reader, read_adapter, write_adapter
 from scale_rae.checkpoint import writing
 from scale_rae.config import load_config
-from scale_rae.errors import TrainingError
+from scale_rae.errors import ConfigError, TrainingError
 from scale_rae.fast_weights import crop_swiglu
-from scale_rae.hub import Source, weight_files
+from scale_rae.hub import Source
 from scale_rae.language import LanguageModel
 from scale_rae.loading import load_dit, load_language, load_tokenizer
 from scale_rae.memory import pick_device
@@ -106,7 +106,7 @@ class Result:
         """Writes the moving average of the weights as a checkpoint in the published layout."""
         model = self.model
         shutil.rmtree(folder, ignore_errors=True)  # of a run that was resumed after its end
-        reader = MergedReader(weight_files(model.source.folder), model.adapters)
+        reader = model_reader(model.source, model.adapters)
         write_model(model.source, reader, folder, replaced=crop_swiglu(tensors))
 
 
@@ -128,13 +128,13 @@ def carry_out(
     """
     device = pick_device(local_device(options.device))
     check_compile(options.compile, device)
-    dtype = _dtype(options, device)
+    dtype = compute_dtype(options, device)
     group = join(device)
     watcher = watcher if group.is_first else Watcher()
     try:
         make_repeatable(device)
         _check_out(options)
-        model = _open(options, source, device, dtype)
+        model = open_model(options, source, device, dtype)
         with writing(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
         run = make(model, group, watcher)
@@ -197,13 +197,24 @@ def _check_out(options: TrainingOptions) -> None:
         raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
 
 
-def _dtype(options: TrainingOptions, device: torch.device) -> torch.dtype:
+def compute_dtype(options: TrainingOptions, device: torch.device) -> torch.dtype:
+    """The dtype that networks compute in (--mixed-precision)."""
     precision = options.mixed_precision or ("no" if device.type == "cpu" else "bf16")
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def _open(options: TrainingOptions, source: Source, device: torch.device, dtype: torch.dtype) -> Model:
-    config = load_config(source.folder)
+def open_model(options: TrainingOptions, source: Source, device: torch.device, dtype: torch.dtype) -> Model:
+    """The model's files with the options' adapters.
+
+    Raises:
+        ConfigError: for a student, which is no velocity network any more. ScaleRAEError: for files that cannot be used.
+    """
+    config = load_config(source.config_folder)
+    if config.student is not None:
+        where = source.config_folder / "config.json"
+        raise ConfigError(
+            f"{where}: is a student, which predicts mean velocities; train or distil {config.student.base or 'its base model'} instead"
+        )
     found = find_adapters(options.lora)
     adapters = [read_adapter(files, weight) for files, weight in found]
     identity = _identity(file_record(source)), [(_identity(file_record(files)), weight) for files, weight in found]

@@ -195,11 +195,67 @@ class SelfRewardOptions:
                 raise OptionError(f"{flag}: no reward is chosen that it would belong to")
 
 
+# --- options that `train` and `distill` share
+
+Model = Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)]
+Revision = Annotated[str | None, Knob("Branch, tag or commit of a model on the hub.", MODEL)]
+Device = Annotated[str | None, Knob("cpu, cuda, cuda:N or mps. Default: the best there is.", MODEL)]
+PromptPrefix = Annotated[str, Knob("Put before a picture's text, unless that is worded as a request.", DATA)]
+CacheDir = Annotated[
+    Path | None, Knob("Folder for latents and conditions. Default: `cache` in the folder of --out.", DATA)
+]
+Full = Annotated[bool, Knob("Train all weights of these networks instead of a LoRA.", LEARNING)]
+Rank = Annotated[int, Knob("Rank of the LoRA.", LEARNING, least=1)]
+Alpha = Annotated[
+    float | None,
+    Knob(
+        "The LoRA's output is scaled by alpha / rank. Default: the rank.",
+        LEARNING,
+        least=1e-6,
+        must="must be above 0",
+    ),
+]
+LearningRate = Annotated[float, Knob("Peak learning rate.", LEARNING, least=0)]
+LrScheduler = Annotated[str, Knob("cosine, linear or constant.", LEARNING, choices=SCHEDULERS)]
+LrWarmupSteps = Annotated[int | None, Knob("Steps of linear warm-up. Default: 3 % of the steps.", LEARNING, least=0)]
+Optimizer = Annotated[
+    str, Knob("adamw, adamw8bit (its state in 8 bits), or muon (with --full).", LEARNING, choices=OPTIMIZERS)
+]
+AdamBeta1 = Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")]
+AdamBeta2 = Annotated[float, Knob("AdamW's second beta.", LEARNING, least=0, most=1, must="must be 0 to 1")]
+MaxGradNorm = Annotated[float, Knob("Gradients are clipped to this norm.", LEARNING, least=0)]
+EmaDecay = Annotated[
+    float,
+    Knob(
+        "Decay of the moving average of the weights; this average is the result.",
+        LEARNING,
+        least=0,
+        most=1,
+        must="must be 0 to 1",
+    ),
+]
+MixedPrecision = Annotated[str | None, Knob("no or bf16. Default: bf16, but no on the CPU.", SCALE, choices=PRECISIONS)]
+Quantize = Annotated[
+    str | None,
+    Knob("Quantise the frozen weights: none, int8, fp8-storage or nf4.", SCALE, choices=(UNQUANTISED, *STORED)),
+]
+GradientCheckpointing = Annotated[
+    bool, Knob("Recompute activations instead of storing them: less memory, a third more time.", SCALE)
+]
+Compile = Annotated[str, Knob("Compile the networks' blocks; auto: on CUDA.", SCALE, choices=COMPILE)]
+SaveSteps = Annotated[int, Knob("Write a checkpoint every N steps; a crash loses at most N steps.", RESULT, least=1)]
+CheckpointsTotalLimit = Annotated[
+    int | None, Knob("Keep only the newest N checkpoints. Default: all.", RESULT, least=1)
+]
+Resume = Annotated[bool, Knob("Go on from the newest checkpoint in --out.", RESULT)]
+LoggingSteps = Annotated[int, Knob("Log every N steps.", RESULT, least=1)]
+
+
 @dataclass(frozen=True)
 class TrainingOptions:
     """Options of a training. Networks that `train` does not choose are frozen, as are encoder and decoder."""
 
-    model: Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)] = DEFAULT_MODEL
+    model: Model = DEFAULT_MODEL
     data: Annotated[
         tuple[Path, ...],
         Knob(
@@ -212,17 +268,15 @@ class TrainingOptions:
     out: Annotated[Path, Knob("Folder for the result, its checkpoints and logs; made if missing.", RESULT)] = Path(
         "trained"
     )
-    revision: Annotated[str | None, Knob("Branch, tag or commit of a model on the hub.", MODEL)] = None
+    revision: Revision = None
     lora: Lora = ()
-    device: Annotated[str | None, Knob("cpu, cuda, cuda:N or mps. Default: the best there is.", MODEL)] = None
+    device: Device = None
 
     # --- data
     image_folder: Annotated[
         Path | None, Knob("Folder that names of pictures are relative to. Default: the data file's folder.", DATA)
     ] = None
-    prompt_prefix: Annotated[str, Knob("Put before a picture's text, unless that is worded as a request.", DATA)] = (
-        PROMPT_PREFIX
-    )
+    prompt_prefix: PromptPrefix = PROMPT_PREFIX
     reply: Annotated[
         str | None,
         Knob(
@@ -243,9 +297,7 @@ class TrainingOptions:
         bool, Knob("Crop pictures to squares. Default: the encoder's preprocessing, which stretches them.", DATA)
     ] = False
     skip_bad: Annotated[bool, Knob("Leave out records that cannot be used, instead of stopping.", DATA)] = False
-    cache_dir: Annotated[
-        Path | None, Knob("Folder for latents and conditions. Default: `cache` in the folder of --out.", DATA)
-    ] = None
+    cache_dir: CacheDir = None
 
     # --- learning
     objective: Annotated[
@@ -258,25 +310,15 @@ class TrainingOptions:
         ),
     ] = "sft"
     train: Annotated[str, Knob("Which networks learn: dit, language or both.", LEARNING, choices=NETWORKS)] = "dit"
-    full: Annotated[bool, Knob("Train all weights of these networks instead of a LoRA.", LEARNING)] = False
-    rank: Annotated[int, Knob("Rank of the LoRA.", LEARNING, least=1)] = 32
-    alpha: Annotated[
-        float | None,
-        Knob(
-            "The LoRA's output is scaled by alpha / rank. Default: the rank.",
-            LEARNING,
-            least=1e-6,
-            must="must be above 0",
-        ),
-    ] = None
-    learning_rate: Annotated[float, Knob("Peak learning rate.", LEARNING, least=0)] = 1e-4
+    full: Full = False
+    rank: Rank = 32
+    alpha: Alpha = None
+    learning_rate: LearningRate = 1e-4
     language_learning_rate: Annotated[
         float | None, Knob("Peak learning rate of the language model. Default: --learning-rate.", LEARNING, least=0)
     ] = None
-    lr_scheduler: Annotated[str, Knob("cosine, linear or constant.", LEARNING, choices=SCHEDULERS)] = "cosine"
-    lr_warmup_steps: Annotated[
-        int | None, Knob("Steps of linear warm-up. Default: 3 % of the steps.", LEARNING, least=0)
-    ] = None
+    lr_scheduler: LrScheduler = "cosine"
+    lr_warmup_steps: LrWarmupSteps = None
     max_train_steps: Annotated[int, Knob("Optimizer steps.", LEARNING, least=1)] = 1000
     num_train_epochs: Annotated[
         int | None,
@@ -286,22 +328,11 @@ class TrainingOptions:
     gradient_accumulation_steps: Annotated[
         int, Knob("Batches whose gradients are summed for one step.", LEARNING, least=1)
     ] = 1
-    optimizer: Annotated[
-        str, Knob("adamw, adamw8bit (its state in 8 bits), or muon (with --full).", LEARNING, choices=OPTIMIZERS)
-    ] = "adamw"
-    adam_beta1: Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.9
-    adam_beta2: Annotated[float, Knob("AdamW's second beta.", LEARNING, least=0, most=1, must="must be 0 to 1")] = 0.999
-    max_grad_norm: Annotated[float, Knob("Gradients are clipped to this norm.", LEARNING, least=0)] = 1.0
-    ema_decay: Annotated[
-        float,
-        Knob(
-            "Decay of the moving average of the weights; this average is the result.",
-            LEARNING,
-            least=0,
-            most=1,
-            must="must be 0 to 1",
-        ),
-    ] = 0.999
+    optimizer: Optimizer = "adamw"
+    adam_beta1: AdamBeta1 = 0.9
+    adam_beta2: AdamBeta2 = 0.999
+    max_grad_norm: MaxGradNorm = 1.0
+    ema_decay: EmaDecay = 0.999
     condition_dropout: Annotated[
         float,
         Knob(
@@ -327,31 +358,20 @@ class TrainingOptions:
     self_reward: SelfRewardOptions = field(default_factory=SelfRewardOptions)
 
     # --- memory and speed
-    mixed_precision: Annotated[
-        str | None, Knob("no or bf16. Default: bf16, but no on the CPU.", SCALE, choices=PRECISIONS)
-    ] = None
-    quantize: Annotated[
-        str | None,
-        Knob("Quantise the frozen weights: none, int8, fp8-storage or nf4.", SCALE, choices=(UNQUANTISED, *STORED)),
-    ] = None
-    gradient_checkpointing: Annotated[
-        bool, Knob("Recompute activations instead of storing them: less memory, a third more time.", SCALE)
-    ] = False
-    compile: Annotated[str, Knob("Compile the networks' blocks; auto: on CUDA.", SCALE, choices=COMPILE)] = "auto"
+    mixed_precision: MixedPrecision = None
+    quantize: Quantize = None
+    gradient_checkpointing: GradientCheckpointing = False
+    compile: Compile = "auto"
 
     # --- result
-    save_steps: Annotated[
-        int, Knob("Write a checkpoint every N steps; a crash loses at most N steps.", RESULT, least=1)
-    ] = 500
-    checkpoints_total_limit: Annotated[
-        int | None, Knob("Keep only the newest N checkpoints. Default: all.", RESULT, least=1)
-    ] = None
-    resume: Annotated[bool, Knob("Go on from the newest checkpoint in --out.", RESULT)] = False
+    save_steps: SaveSteps = 500
+    checkpoints_total_limit: CheckpointsTotalLimit = None
+    resume: Resume = False
     report_to: Annotated[
         str,
         Knob("Where the log is shown, besides log.jsonl: tensorboard (if installed) or wandb.", RESULT, choices=BOARDS),
     ] = "tensorboard"
-    logging_steps: Annotated[int, Knob("Log every N steps.", RESULT, least=1)] = 10
+    logging_steps: LoggingSteps = 10
 
     # --- validation
     validation_prompts: Annotated[
@@ -402,13 +422,17 @@ class TrainingOptions:
             self._check_self_reward()
         elif not self.data:
             raise OptionError("--data: give at least one file or folder to train on")
-        if self.full and self.quantize:
-            raise OptionError(
-                f"--quantize {self.quantize}: only frozen weights can be quantised, and --full trains all; leave out one of them"
-            )
         if self.full and self.class_prompts:
             raise OptionError(
                 "--class-prompts: their targets are computed without the LoRA, and --full has no LoRA; leave out one of them"
+            )
+        self.check_network()
+
+    def check_network(self) -> None:
+        """Raises OptionError, naming the flag, for options of networks and optimizer that do not go together."""
+        if self.full and self.quantize:
+            raise OptionError(
+                f"--quantize {self.quantize}: only frozen weights can be quantised, and --full trains all; leave out one of them"
             )
         if self.optimizer == "muon" and not self.full:
             raise OptionError("--optimizer muon: needs whole weight matrices; give --full, or --optimizer adamw")

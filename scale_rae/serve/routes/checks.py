@@ -57,6 +57,6 @@ def check_sampling(
     except DeviceError as e:
         raise invalid("noise", str(e)) from None
     try:
-        body.options(limits.steps)
+        body.options(limits.steps, engine.model.config.student)
     except InputError as e:
         raise invalid("steps", str(e)) from None  # the other options have been checked

@@ -46,7 +46,7 @@ def images_router(engine: Engine, settings: ServeSettings, links: Links) -> APIR
             raise invalid("size", f'this model draws "{size}"; give that or "auto"')
         if body.output_format == "png" and body.output_compression not in (None, 100):
             raise invalid("output_compression", "PNG is lossless; give 100, or output_format jpeg or webp")
-        options, reward = body.options(limits.steps), _reward(body, engine, best_of)
+        options, reward = body.options(limits.steps, engine.model.config.student), _reward(body, engine, best_of)
         searcher = None
         if body.best_of == AUTO:
             searcher = _searcher(engine, body.n, limits.drawings, str(reward), options)

@@ -60,7 +60,7 @@ def responses_router(engine: Engine, settings: ServeSettings, decoders: Decoders
         job = Job(
             asked.turns,
             pixels,
-            body.options(limits.steps),
+            body.options(limits.steps, engine.model.config.student),
             new_seed(SEED_BITS) if body.seed is None else body.seed,
             inbox.put,
             inbox.deadline,

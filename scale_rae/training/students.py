@@ -1,0 +1,234 @@
+"""A whole distillation: from options to a student's folder, which every command takes as --model-path.
+
+The folder has config.json (the base model's, with the field "student") and the student's weights: a LoRA in PEFT's format, or with
+--full the velocity network alone as model.safetensors, in the published layout. All other files are the base model's.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scale_rae import flow
+from scale_rae.adapters import CONFIG, WEIGHTS, write_adapter
+from scale_rae.checkpoint import writing
+from scale_rae.errors import InputError, TrainingError
+from scale_rae.fast_weights import crop_swiglu
+from scale_rae.hub import BUNDLED, Source
+from scale_rae.jsonio import read_json
+from scale_rae.loading import load_dit, load_language
+from scale_rae.memory import pick_device
+from scale_rae.options import PROMPT_PREFIX
+from scale_rae.promptfile import read_prompts
+from scale_rae.student import FIELD, Student
+from scale_rae.toolchain import can_compile, check_compile
+from scale_rae.training.cache import TensorCache, key_of, stored_dtype
+from scale_rae.training.checkpoints import Checkpoints
+from scale_rae.training.distill_settings import DistillOptions
+from scale_rae.training.distillation import Distiller, Plan, guided_velocity, windows
+from scale_rae.training.exchange import exchanges
+from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
+from scale_rae.training.lora import adapter_changes
+from scale_rae.training.losses import training_shift
+from scale_rae.training.prepare import REPLY_AT_ONCE, Model, Report, own_replies
+from scale_rae.training.run import Watcher, compute_dtype, open_model
+from scale_rae.wording import as_request
+
+_OWN_PROMPTS = 2000  # of each kind, in the bundled model's world
+_FULL = "model.safetensors"
+
+
+def prompts_of(options: DistillOptions) -> list[str]:
+    """The requests to draw, each once: those of --prompts, or of the bundled model's world without what is held out there.
+
+    Raises:
+        InputError: when there are none. PromptFileError: naming file and line, for one that cannot be used.
+    """
+    if options.prompts is not None:
+        return list(
+            dict.fromkeys(as_request(line.prompt, options.prompt_prefix) for line in read_prompts(options.prompts))
+        )
+    if options.model not in BUNDLED:
+        raise InputError("--prompts: give a file of prompts, like those that the student will be asked to draw")
+    from scale_rae.shapes import world
+
+    draw = random.Random(options.seed)
+    usual = f"{PROMPT_PREFIX}{{prompt}}"  # a third of all
+    wordings = [*world.REQUEST_WORDINGS, *[usual] * (len(world.REQUEST_WORDINGS) // 2)]
+    found = world.prompts(_OWN_PROMPTS, "exclude", options.seed)
+    return list(dict.fromkeys(world.request(draw.choice(wordings), p["prompt"]) for p in found))
+
+
+def distill(options: DistillOptions, source: Source, requests: Sequence[str], watcher: Watcher) -> Path:
+    """Distils, and returns the folder of the student: `options.out`.
+
+    Raises:
+        TrainingError: when --out holds another training or result, or a loss is not finite. ScaleRAEError: for a model, prompts or
+            options that cannot be used, saying what to do.
+    """
+    device = pick_device(options.device)
+    check_compile(options.compile, device)
+    training = options.training()
+    dtype = compute_dtype(training, device)
+    make_repeatable(device)
+    _check_out(options)
+    model = open_model(training, source, device, dtype)
+    if options.guidance != 1.0 and not model.config.dit.null_condition:
+        raise InputError(
+            f"--guidance {options.guidance:g}: this checkpoint was trained without condition dropout and has no null embedding; only "
+            "1 works"
+        )
+    with writing(options.out):
+        options.out.mkdir(parents=True, exist_ok=True)
+    conditions, notes = conditions_of(requests, options, model, watcher.report)
+    for note in notes:
+        watcher.note(note)
+    run = Distillation(options, model, conditions, key_of(list(requests)), watcher)
+    if options.resume:
+        done = run.distiller.resume()
+        watcher.note(f"continuing after step {done}" if done else f"{options.out}: no checkpoint yet; from step 1")
+    run.distiller.run(options.out)
+    run.write(options.out)
+    return options.out
+
+
+def _check_out(options: DistillOptions) -> None:
+    """Raises TrainingError where the distillation would replace what it did not make."""
+    out = options.out
+    if Checkpoints(out, {}).steps():
+        if not options.resume:
+            raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
+        return
+    if found := next((out / name for name in (CONFIG, WEIGHTS, _FULL) if (out / name).exists()), None):
+        raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
+
+
+def conditions_of(
+    requests: Sequence[str], options: DistillOptions, model: Model, report: Report
+) -> tuple[Tensor, list[str]]:
+    """(conditions [Q, L, Z] on the device, notes for the user): those of the requests that the model draws, and exchanged ones.
+
+    The former are cached on disk.
+
+    Raises:
+        InputError: when the model draws none of them.
+    """
+    folder = (options.cache_dir or options.out / "cache") / "conditions"
+    cache, stored = TensorCache(folder), stored_dtype(model.dtype)
+    key = key_of(model.identity, "distillation", list(requests))
+    if not cache.has(f"{key}-drawn"):
+        language = load_language(model.source, model.config, model.place, model.adapters)
+        found: dict[int, Tensor] = {}
+        for start in range(0, len(requests), REPLY_AT_ONCE):
+            report("asking the model", start, len(requests))
+            replies = own_replies(model, language, requests[start : start + REPLY_AT_ONCE])
+            for number, reply in enumerate(replies, start=start):
+                if reply.condition is not None:
+                    found[number] = reply.condition.to("cpu", stored)
+        report("asking the model", len(requests), len(requests))
+        if not found:
+            raise InputError("--prompts: the model draws none of these prompts; give prompts that it draws")
+        cache.put(key, torch.stack(list(found.values())))
+        cache.put(f"{key}-drawn", torch.tensor(list(found)))
+    conditions, drawn = cache.get(key).to(model.device, model.dtype), cache.get(f"{key}-drawn").tolist()
+    left = len(requests) - len(drawn)
+    notes = [f"{left} of {len(requests)} prompts are left out: the model does not draw them"] if left else []
+    if options.exchanged:
+        triples = torch.tensor(exchanges([requests[i] for i in drawn], options.exchanged, options.seed))
+        if not len(triples):
+            raise InputError("--exchanged: no prompts differ in one word; leave it out")
+        i, j, k = (conditions[part].float() for part in triples.to(model.device).unbind(dim=1))
+        conditions = torch.cat([conditions, (i + j - k).to(model.dtype)])
+    return conditions, notes
+
+
+class Distillation:
+    """Teacher, student, the loop and the files of one distillation.
+
+    With a LoRA, the teacher is the same network without it; with --full, a network of its own.
+    """
+
+    def __init__(
+        self, options: DistillOptions, model: Model, conditions: Tensor, records: str, watcher: Watcher
+    ) -> None:
+        """`records` is a key for the prompts that the conditions are of."""
+        self.options, self.model = options, model
+        shift = training_shift(model.config)
+        self.student = Student(
+            tuple(windows(options.steps, shift)), options.guidance, model.source.address, model.source.revision
+        )
+        training = options.training()
+        dit, _ = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
+        self.learner = Learner(training, None, dit, model.device, model.dtype, options.max_train_steps)
+        teacher = self._teacher(dit)
+        plan = Plan(
+            times=self.student.times,
+            small_steps=options.small_steps,
+            guidance=options.guidance,
+            trajectories=options.trajectories,
+            rounds=options.rounds,
+            steps=options.max_train_steps,
+            batch=options.train_batch_size,
+            seed=options.seed,
+            log_every=options.logging_steps,
+            save_every=options.save_steps,
+        )
+        identity = options.identity() | {
+            "model": repr(model.identity),
+            "records": records,
+            "warmup": training.warmup(plan.steps),
+        }
+        self.distiller = Distiller(
+            plan,
+            self.learner.flat,
+            dit,
+            shift,
+            conditions,
+            teacher,
+            Checkpoints(options.out, identity, options.checkpoints_total_limit),
+            self.write,
+            can_compile(model.device) and not options.gradient_checkpointing,
+            watcher.step,
+            watcher.report,
+        )
+
+    def _teacher(self, dit: torch.nn.Module) -> Callable[[Tensor], flow.Velocity]:
+        guidance, model = self.options.guidance, self.model
+        if self.options.full:
+            teacher, _ = load_dit(model.source, model.config, model.place, model.adapters)
+            compile_blocks(teacher, self.options.training(), model.device)
+            return lambda given: guided_velocity(teacher, given, guidance)
+
+        def velocity_of(given: Tensor) -> flow.Velocity:
+            guided = guided_velocity(self.distiller.dit, given, guidance)
+
+            def velocity(x: Tensor, t: float) -> Tensor:
+                with self.learner.without_lora():
+                    return guided(x, t)
+
+            return velocity
+
+        return velocity_of
+
+    def write(self, folder: Path) -> None:
+        """Writes the student so far: config.json and the moving average of its weights."""
+        from safetensors.torch import save_file
+
+        source, tensors = self.model.source, self.learner.flat.tensors()
+        raw = read_json(source.config_folder / "config.json")
+        with writing(folder):
+            if self.options.full:
+                kept = {n: t.to(self.model.dtype).cpu().contiguous() for n, t in crop_swiglu(tensors).items()}
+                save_file(kept, folder / f"{_FULL}.tmp", metadata={"format": "pt"})
+                (folder / f"{_FULL}.tmp").replace(folder / _FULL)
+            else:
+                write_adapter(folder, adapter_changes(tensors), self.options.rank, self.learner.alpha, source.address)
+            config = json.dumps(raw | {FIELD: self.student.record()}, indent=1) + "\n"
+            (folder / "config.json").write_text(config, encoding="utf-8")
+            record = {"options": self.options.identity(), "model": source.address, "steps": self.distiller.done}
+            (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

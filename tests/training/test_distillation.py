@@ -1,0 +1,321 @@
+"""Distillation: the teacher's windows, what a student learns, that a run goes on to the bit, and how commands use a student."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.made_up import write_checkpoint
+from scale_rae import flow
+from scale_rae.adaptive import check_looks
+from scale_rae.cli import app
+from scale_rae.config import load_config
+from scale_rae.errors import CheckpointError, ConfigError, OptionError, TrainingError
+from scale_rae.hub import find
+from scale_rae.inspection import inspect
+from scale_rae.noise import draw_noise
+from scale_rae.options import SamplingOptions, SearchOptions
+from scale_rae.pipeline import ScaleRAE
+from scale_rae.sampling import Trajectory, sampler_times
+from scale_rae.serve.schema import ImageRequest
+from scale_rae.student import Student
+from scale_rae.training.distill_settings import DistillOptions
+from scale_rae.training.distillation import follow, small_steps, windows
+from scale_rae.training.exchange import exchanges
+from scale_rae.training.run import Watcher, open_model
+from scale_rae.training.students import conditions_of, distill, prompts_of
+from scale_rae.training.trainer import Progress
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny checkpoint that draws whatever it is asked."""
+    return write_checkpoint("tiny", tmp_path_factory.mktemp("teacher"), torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def usual(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> DistillOptions:
+    folder = tmp_path_factory.mktemp("run")
+    file = folder / "prompts.txt"
+    file.write_text("a cat\na dog\n")
+    return DistillOptions(
+        model=str(teacher),
+        prompts=file,
+        out=folder / "out",
+        cache_dir=folder / "cache",
+        device="cpu",
+        steps=2,
+        guidance=3.0,
+        teacher_steps=4,
+        trajectories=6,
+        rounds=2,
+        rank=2,
+        learning_rate=1e-2,
+        lr_warmup_steps=1,
+        max_train_steps=4,
+        train_batch_size=4,
+        save_steps=2,
+        logging_steps=1,
+    )
+
+
+@pytest.fixture(scope="module")
+def log(usual: DistillOptions) -> list[dict[str, Any]]:
+    """The log of the usual distillation, of a LoRA."""
+    return go(usual)
+
+
+@pytest.fixture
+def student(usual: DistillOptions, log: list[dict[str, Any]], tmp_path: Path) -> Path:
+    """The usual student's folder, a copy."""
+    folder = tmp_path / "student"
+    folder.mkdir()
+    for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
+        shutil.copyfile(usual.out / name, folder / name)
+    return folder
+
+
+def go(options: DistillOptions, watcher: Watcher | None = None) -> list[dict[str, Any]]:
+    """The log of a distillation."""
+    options.check()
+    distill(options, find(options.model, "model"), prompts_of(options), watcher or Watcher())
+    return [json.loads(line) for line in (options.out / "log.jsonl").read_text().splitlines()]
+
+
+# --- the teacher's path ----------------------------------------------------------------------------------------------
+
+
+def test_windows_and_their_small_steps_are_even_before_the_shift() -> None:
+    times = windows(4, 3.0)
+    assert times == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    small = [step for now, then in itertools.pairwise(times) for step in small_steps(now, then, 3, 3.0)]
+    whole = list(itertools.pairwise(flow.exact_grid(12, 3.0).tolist()))
+    assert torch.tensor(small) == pytest.approx(torch.tensor(whole), abs=1e-6)
+    assert [small[0][0], small[-1][1]] == [1.0, 0.0]
+
+
+def test_a_window_is_followed_in_second_order() -> None:
+    """A velocity that is linear in t is followed exactly, which Euler's first step would not do."""
+    x = torch.tensor([[2.0], [-1.0]])
+    arrived = follow(lambda x, t: torch.full_like(x, 3 * t - 1), x, small_steps(0.9, 0.3, 4, 2.0))
+    assert torch.allclose(arrived, x + 1.5 * (0.3**2 - 0.9**2) - (0.3 - 0.9), atol=1e-6)
+    errors = [
+        abs(float(follow(lambda x, t: x, torch.ones(1), small_steps(1.0, 0.5, n, 1.0))) - 2.718281828**-0.5)
+        for n in (4, 8)
+    ]
+    assert errors[1] < errors[0] / 3.5
+
+
+# --- a run -----------------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """An end without cleaning up, as kill -9 makes one."""
+
+
+def test_a_run_that_was_ended_goes_on_to_the_bit(
+    usual: DistillOptions, log: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    assert [(record["step"], record["round"]) for record in log] == [(1, 1), (2, 1), (3, 2), (4, 2)]
+    with pytest.raises(TrainingError, match="holds checkpoints of a training; go on with --resume"):
+        go(usual)
+
+    def kill(progress: Progress) -> None:
+        if progress.step == 4:
+            raise Killed
+
+    other = replace(usual, out=tmp_path / "other", save_steps=3)
+    with pytest.raises(Killed):
+        go(other, Watcher(step=kill))
+    with pytest.raises(TrainingError, match=r"made otherwise: guidance was 3.0"):
+        go(replace(other, resume=True, guidance=2.0))
+    again = go(replace(other, resume=True))
+    keys = ("step", "loss", "by_window", "gradient_norm")
+    assert [[record[key] for key in keys] for record in again] == [[record[key] for key in keys] for record in log]
+    for name in ("adapter_model.safetensors", "config.json"):
+        assert (other.out / name).read_bytes() == (usual.out / name).read_bytes()
+
+
+def test_the_student_comes_nearer_to_the_teacher(usual: DistillOptions, teacher: Path, tmp_path: Path) -> None:
+    chosen = replace(
+        usual,
+        out=tmp_path / "full",
+        full=True,
+        optimizer="muon",
+        learning_rate=1e-3,
+        max_train_steps=30,
+        trajectories=32,
+        train_batch_size=32,
+        teacher_steps=8,
+        ema_decay=0.8,
+        save_steps=100,
+    )
+    go(chosen)
+    model, student = (ScaleRAE.from_pretrained(str(folder), device="cpu") for folder in (teacher, chosen.out))
+    replies = model.reply(["Can you generate a cat", "Can you generate a dog"])
+    conditions = [reply.condition for reply in replies for _ in range(4) if reply.condition is not None]
+
+    def drawn(model: ScaleRAE, options: SamplingOptions | None = None) -> Tensor:
+        return torch.stack(model.sample(conditions, range(100, 108), options))
+
+    right = drawn(model, SamplingOptions(guidance=3.0, solver="ab2", steps=30))
+    few = drawn(model, SamplingOptions(guidance=3.0, solver="ab2", steps=2))
+    assert (drawn(student) - right).square().mean() < 0.5 * (few - right).square().mean()
+
+
+# --- the student in use ----------------------------------------------------------------------------------------------
+
+
+def test_a_student_takes_its_own_steps(student: Path) -> None:
+    model = ScaleRAE.from_pretrained(str(student), device="cpu")
+    own = model.config.student
+    assert own is not None
+    assert own.times == tuple(
+        windows(2, flow.time_shift(model.config.channels, model.config.tokens, model.config.base_dim))
+    )
+    condition = torch.ones(model.config.tokens, model.config.dit.condition_width)
+    x = draw_noise([7], model.config.channels, model.config.dit.side, torch.device("cpu"))()
+    for now, then in own.windows:
+        x = x + (then - now) * model.dit(x, torch.tensor([now]), condition[None])
+    (latent,) = model.sample([condition], [7])
+    assert torch.allclose(latent, model.sampler.latents(x)[0], atol=1e-5)
+    assert torch.equal(model.sample([condition], [7], SamplingOptions(guidance=3.0, steps=2))[0], latent)
+    half = model.advance([Trajectory(condition, 7)], 1, SamplingOptions())
+    assert torch.equal(model.advance(half, 2, SamplingOptions())[0].latent, latent)  # type: ignore[arg-type]
+    for other in (SamplingOptions(steps=20), SamplingOptions(guidance=2.0), SamplingOptions(solver="ab2")):
+        with pytest.raises(OptionError, match=r"this model is a student.*base model"):
+            model.sample([condition], [7], other)
+    with pytest.raises(OptionError, match="steps 49: this model is a student"):  # the default, but given
+        model.generate("Can you generate a cat", steps=49)
+
+
+def test_looks_are_on_the_students_way(student: Path) -> None:
+    """The default look of a student of four steps is at the second."""
+    config = load_config(student)
+    with pytest.raises(OptionError, match="later than the last step but one"):
+        check_looks(SearchOptions(check_at=(0.1,)), SamplingOptions(), config)
+    four = replace(config, student=Student(tuple(windows(4, 2.83)), 4.0))
+    times = sampler_times(four, SamplingOptions())
+    assert flow.steps_until("euler", times, flow.usual_look(2.83)) == 2
+
+
+def test_commands_refuse_other_options(student: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    how = [
+        "--model-path",
+        str(student),
+        "--device",
+        "cpu",
+        "--output-dir",
+        str(tmp_path / "o"),
+        "--prompt",
+        "Can you generate a cat",
+    ]
+    for flags, said in ((["--steps", "49"], "steps 49"), (["--guidance-level", "1"], "guidance level 1")):
+        assert app.run(["t2i", *how, *flags]) == 2
+        assert f"error: {said}: this model is a student and takes only" in capsys.readouterr().err
+
+
+def test_an_experiment_refuses_other_options(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a cat"}\n')
+    how = ["--metadata-file", str(file), "--output-dir", str(tmp_path / "o"), "--model-path", str(student)]
+    assert app.run(["scale", "t2i", *how, "--steps", "49"]) == 2
+    assert "steps 49: this model is a student and takes only 2" in capsys.readouterr().err
+
+
+def test_requests_take_the_students_options(student: Path) -> None:
+    own = load_config(student).student
+    assert own is not None
+    assert ImageRequest.model_validate({"prompt": "a cat"}).options(10, own) == own.sampling(SamplingOptions())
+    assert ImageRequest.model_validate({"prompt": "a cat", "steps": 2, "guidance": 3.0}).options(10, own).steps == 2
+    with pytest.raises(OptionError, match="guidance level 1: this model is a student"):
+        ImageRequest.model_validate({"prompt": "a cat", "guidance": 1.0}).options(10, own)
+
+
+def test_a_student_is_inspected_with_its_base(student: Path, teacher: Path) -> None:
+    found = inspect(str(student))
+    assert not found.problems
+    assert found.notes == [f"a student of {teacher}: 2 evaluations per image, guidance 3 folded in"]
+    assert [files.what for files in found.files][:2] == ["model", "student"]
+
+
+def test_a_student_is_not_distilled_again(student: Path, usual: DistillOptions, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="is a student"):
+        go(replace(usual, model=str(student), out=tmp_path / "again"))
+
+
+def test_a_merged_student_needs_no_base(student: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    assert app.run(["merge", "--model", str(student), "--out", str(merged), "--dtype", "float32"]) == 0
+    whole, parts = (ScaleRAE.from_pretrained(str(folder), device="cpu") for folder in (merged, student))
+    assert whole.source.student is None
+    assert whole.config.student == replace(parts.config.student, base=None)  # type: ignore[type-var]
+    condition = torch.ones(whole.config.tokens, whole.config.dit.condition_width)
+    assert torch.allclose(whole.sample([condition], [1])[0], parts.sample([condition], [1])[0], atol=1e-5)
+
+
+def test_a_missing_base_is_named(student: Path) -> None:
+    path = student / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"student": config["student"] | {"base": "no/such/folder"}}))
+    with pytest.raises(CheckpointError, match=r"config\.json: the student's base model is not found: no/such/folder"):
+        find(str(student), "model")
+    path.write_text(json.dumps(config | {"student": config["student"] | {"base": str(student)}}))
+    with pytest.raises(CheckpointError, match="is a student itself"):
+        find(str(student), "model")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("times", [1, 0.5]), ("times", [1, 0.5, 0.5, 0]), ("times", ["1", 0]), ("guidance", -1), ("guidance", "4")],
+)
+def test_odd_students_are_refused(teacher: Path, tmp_path: Path, field: str, value: Any) -> None:
+    config = json.loads((teacher / "config.json").read_text())
+    student = {"times": [1, 0.5, 0], "guidance": 4} | {field: value}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"student": student}))
+    with pytest.raises(ConfigError, match=rf"config\.json: student: {field} is"):
+        load_config(tmp_path)
+
+
+def test_words_are_exchanged_where_they_have_the_same_role() -> None:
+    texts = ["a red cat", "a red dog", "a blue cat", "draw a red cat", "two", ""]
+    assert set(exchanges(texts, 50, seed=0)) == {(1, 2, 0), (2, 1, 0)}  # a blue dog
+    assert exchanges(["a cat", "the moon"], 5, seed=0) == []
+
+
+def test_exchanged_conditions_are_added(usual: DistillOptions, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    file.write_text("a red cat\na red dog\na blue cat\n")
+    options = replace(usual, prompts=file, cache_dir=tmp_path / "cache", exchanged=2, out=tmp_path)
+    device = torch.device("cpu")
+    model = open_model(options.training(), find(options.model, "model"), device, torch.float32)
+    conditions, notes = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
+    cat, dog, blue, *added = conditions.unbind()
+    assert not notes
+    assert len(added) == 2
+    for condition in added:
+        assert torch.allclose(condition, dog + blue - cat, atol=1e-5)
+    again, _ = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
+    assert torch.equal(again, conditions)
+
+
+def test_odd_options_are_refused() -> None:
+    good = DistillOptions(model="shapes", prompts=Path("p.txt"))
+    good.check()
+    for change, flag in (
+        ({"steps": 9}, "--steps 9"),
+        ({"train_batch_size": 6}, "--train-batch-size 6"),
+        ({"teacher_steps": 3}, "--teacher-steps 3"),
+        ({"rounds": 2000}, "--rounds 2000"),
+        ({"optimizer": "muon"}, "--optimizer muon"),
+    ):
+        with pytest.raises(OptionError, match=flag):
+            replace(good, **change).check()  # type: ignore[arg-type]
