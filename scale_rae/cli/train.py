@@ -59,7 +59,7 @@ def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
     if own.verify_prompts is not None:
         read_prompts(own.verify_prompts)
     source = find(options.model, "model", revision=options.revision)
-    load_config(source.folder)
+    load_config(source.config_folder)
     if not debug:
         silence_libraries()
     from scale_rae.training.run import Watcher
