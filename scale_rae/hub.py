@@ -22,7 +22,7 @@ from scale_rae.files import check_name
 from scale_rae.jsonio import Fields, read_json
 from scale_rae.student import parse_student
 
-BUNDLED = {"shapes": Path(__file__).parent / "bundled" / "shapes"}
+BUNDLED = {name: Path(__file__).parent / "bundled" / name for name in ("shapes", "shapes-4")}
 HUB_TIMEOUT = 10.0  # seconds for the hub to list a repository's files
 DECODER_WEIGHTS = "model.pt"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA in PEFT's format

@@ -166,3 +166,16 @@ def test_pictures_are_the_drawn_scenes() -> None:
         for prompt in world.true_prompts(scene):
             assert judge(image, prompt.metadata()).correct, prompt
             assert not judge(image, world.changed(rng, prompt, "any").metadata()).correct, prompt
+
+
+def test_the_student_draws_in_four_evaluations() -> None:
+    student = scale_rae.load("shapes-4", device="cpu")
+    files = [file for file in BUNDLED["shapes-4"].rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 20_000_000
+    assert max(file.stat().st_size for file in files) < 15_000_000
+    evaluations: list[int] = []
+    drawn = evaluate.draw_prompts(
+        student, world.prompts(1, "exclude", seed=11), seed=3, callback=lambda *at: evaluations.append(at[1])
+    )
+    assert evaluations == [4] * 4
+    assert sum(item.correct for item in drawn) >= 5  # it gets 98 % right
