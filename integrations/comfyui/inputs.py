@@ -1,6 +1,6 @@
 """Inputs of nodes, made from the package's options: an option's Knob gives the widget, its bounds and its tooltip.
 
-An option that may be None is, at its default, the menu entry "default", the number 0 or an empty text. Options of several
+An option that may be None is, at its default, the menu entry "none" or "default", the number 0 or an empty text. Options of several
 numbers are texts with the numbers in them.
 """
 
@@ -17,6 +17,7 @@ from scale_rae.errors import OptionError
 from scale_rae.options import Option, options_of, with_values
 
 DEFAULT = "default"
+_NOTHING = ("none",)  # choices that mean None
 T = TypeVar("T")
 
 
@@ -39,8 +40,9 @@ def _input(option: Option) -> Any:
     knob, kind, default = option.knob, _plain(option.kind), option.default
     about: dict[str, Any] = {"display_name": option.label, "tooltip": _without_flags(knob.help)}
     if knob.choices:
-        choices = [DEFAULT, *knob.choices] if default is None else [*knob.choices]
-        return io.Combo.Input(option.name, options=choices, default=DEFAULT if default is None else default, **about)
+        nothing = next((word for word in _NOTHING if word in knob.choices), DEFAULT)
+        choices = list(dict.fromkeys([*([nothing] if default is None else []), *knob.choices]))
+        return io.Combo.Input(option.name, options=choices, default=nothing if default is None else default, **about)
     if kind is bool:
         return io.Boolean.Input(option.name, default=default, **about)
     if kind is int:
@@ -56,8 +58,7 @@ def _input(option: Option) -> Any:
 def _value(option: Option, given: Any) -> Any:
     """What an input's value is to its option."""
     kind = _plain(option.kind)
-    optional = option.default is None
-    if optional and given in (DEFAULT, "", 0):
+    if option.default is None and given in (*_NOTHING, DEFAULT, "", 0):
         return None
     if kind is float and isinstance(given, str):
         return _numbers(option, given)[0]

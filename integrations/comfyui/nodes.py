@@ -107,7 +107,7 @@ class LoadModel(io.ComfyNode):
         )
         choice.check()
         running.make_room(choice.device or "cpu")
-        loaded = scale_rae.load(
+        loaded = scale_rae.ScaleRAE.from_pretrained(
             choice.model_path,
             decoder=choice.decoder_repo,
             device=choice.device,
@@ -455,7 +455,7 @@ class DrawUntilAccepted(io.ComfyNode):
             reward=reward,
             search=search,
             options=sampling.options,
-            seed=sampling.seed,
+            seed=sampling.seeds[0],
             max_new_tokens=sampling.max_new_tokens,
             batch_size=sampling.batch_size,
             watch=running.searching_progress(search.max_candidates),
@@ -544,15 +544,17 @@ def draw(model: scale_rae.ScaleRAE, prompt: str, sampling: Sampling, latent: Ten
     Raises:
         InputError: when the model answers without drawing.
     """
+    progress, callback = running.drawing_progress(model)
     drawn = model.generate(
         prompt,
         num_images=sampling.num_images,
-        seed=sampling.seed,
+        seed=sampling.seeds[0],
         options=sampling.options,
         max_new_tokens=sampling.max_new_tokens,
         batch_size=sampling.batch_size,
         latents=None if latent is None else list(latent),
-        callback=running.drawing_progress(model, sampling.num_images),
+        progress=progress,
+        callback=callback,
     )
     check_drawn(drawn.images, drawn.text)
     return drawn

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from scale_rae import ScaleRAE
     from scale_rae.adaptive import Drawn
 
+Progress = Callable[[str, int, int], None]
+StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
 _PREVIEWS = 8  # of one drawing, at most
 
 
@@ -48,7 +50,7 @@ def make_room(device: str) -> None:
         comfy.model_management.soft_empty_cache()
 
 
-def loading_progress() -> Callable[[str, int, int], None]:
+def loading_progress() -> Progress:
     """A `load` progress callback that moves the node's bar, and can be interrupted."""
     bar = comfy.utils.ProgressBar(100)
 
@@ -60,22 +62,23 @@ def loading_progress() -> Callable[[str, int, int], None]:
     return progress
 
 
-def drawing_progress(model: ScaleRAE, images: int) -> Callable[[int, int, float, Tensor, Tensor], None]:
-    """A sampling callback for `images` images: moves the node's bar, shows previews, and can be interrupted."""
-    bar, drawn = comfy.utils.ProgressBar(1), 0
+def drawing_progress(model: ScaleRAE) -> tuple[Progress, StepCallback]:
+    """`progress` and `callback` for `ScaleRAE.generate`: they move the node's bar, show previews, and can be interrupted."""
+    bar, moved = comfy.utils.ProgressBar(1), (0, 1)
     preview = _wants_previews() and model.residency.mode == "none"  # a preview would swap offloaded weights
 
-    def callback(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:
-        nonlocal drawn
+    def progress(what: str, done: int, total: int) -> None:
+        nonlocal moved
+        moved = done, total
+
+    def callback(evaluation: int, evaluations: int, t: float, x: Tensor, v: Tensor) -> None:  # after `progress`
         stop_if_interrupted()
         shown = None
         if preview and evaluation < evaluations and evaluation % -(-evaluations // _PREVIEWS) == 0:
             shown = _preview(model.decode(model.estimate(t, x[:1], v[:1]))[0])
-        bar.update_absolute(drawn * evaluations + evaluation * len(x), images * evaluations, shown)
-        if evaluation == evaluations:
-            drawn += len(x)
+        bar.update_absolute(*moved, shown)
 
-    return callback
+    return progress, callback
 
 
 def searching_progress(candidates: int) -> Callable[[Drawn], None]:

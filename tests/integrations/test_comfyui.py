@@ -310,7 +310,7 @@ def test_comfyuis_models_make_room_on_a_gpu(
     nodes: dict[str, Any], comfy: Comfy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str | None] = []
-    monkeypatch.setattr(scale_rae, "load", lambda name, device, **_: asked.append(device))
+    monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda name, device, **_: asked.append(device))
     before, comfy.device = comfy.unloaded, "cuda:0"
     nodes["ScaleRAELoadModel"].execute(**defaults(nodes["ScaleRAELoadModel"]))
     nodes["ScaleRAELoadModel"].execute(**(defaults(nodes["ScaleRAELoadModel"]) | {"device": "cpu"}))
