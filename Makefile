@@ -2,7 +2,7 @@
 # make test   install and run every check
 # make docs   build the documentation site in build/site, with every link checked
 # make release-check   build the release, install it in an empty environment and draw with it
-# PYTHON=python3.12 takes another Python, TORCH_INDEX=https://download.pytorch.org/whl/cpu PyTorch's build without CUDA
+# PYTHON=python3.12 takes another Python, TORCH_INDEX=URL another index for PyTorch, such as that of its builds without CUDA
 PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
