@@ -45,6 +45,7 @@ class ReadingModel(Qwen2ForCausalLM):  # type: ignore[misc]
         self.model.mm_projector = projector(sizes.channels, sizes.hidden_size, sizes.projector_depth)
         self.post_init()
 
+    @torch.no_grad()
     def inputs(self, ids: Sequence[int], latents: Sequence[Tensor]) -> dict[str, Tensor]:
         """The arguments of `generate` for a conversation: ids with `prompt.IMAGE` in the place of each latent [L, C].
 

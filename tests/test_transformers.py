@@ -23,13 +23,12 @@ def test_answers_are_the_models() -> None:
     assert isinstance(loaded, ReadingModel)
     assert not any(info.values())
     shape = (model.config.tokens, model.config.channels)
-    latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():  # as latents are drawn and encoded
+        latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     chat = model.tokenizer.chat("Describe this image.", image=True)
     end = model.tokenizer.chat_end
-    with torch.inference_mode():
-        made = loaded.generate(
-            **loaded.inputs(chat, [latent]), max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=end
-        )
+    inputs = loaded.inputs(chat, [latent])
+    made = loaded.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=end)
     ids = [number for number in made[0].tolist() if number != end]
     assert ids == model.answer("Describe this image.", latents=latent, max_new_tokens=8)[0].reply.ids
     with pytest.raises(InputError, match="1 places for images, but 2 latents"):
