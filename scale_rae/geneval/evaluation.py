@@ -1,6 +1,7 @@
-"""`evaluate`: judges every picture of a folder and writes results.jsonl; resumes if it was interrupted.
+"""`evaluate` judges every picture of a folder and writes results.jsonl.
 
-Pictures are judged in batches that depend on the folder alone, so verdicts do not depend on devices or interruptions.
+An interrupted evaluation is resumed. Pictures are judged in batches that depend on the folder alone, so verdicts do not
+depend on devices or interruptions.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Folders in GenEval's layout: numbered folders with metadata.jsonl and samples/NNNN.png. Nothing in them is changed.
+"""Folders in GenEval's layout: numbered folders with metadata.jsonl and samples/NNNN.png.
 
-An experiment of `scale-rae scale`, a selection of `scale-rae select` and another model's pictures all have this layout.
+Nothing in them is changed. An experiment of `scale-rae scale`, a selection of `scale-rae select` and another model's
+pictures all have this layout.
 """
 
 from __future__ import annotations
@@ -99,7 +100,9 @@ class GenEvalFolder:
 
 
 def read_folder(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> GenEvalFolder:
-    """The prompts of a folder in GenEval's layout; `check` raises InputError for metadata that cannot be evaluated.
+    """The prompts of a folder in GenEval's layout.
+
+    `check` raises InputError for metadata that cannot be evaluated.
 
     Raises:
         InputError: when the folder has no numbered folders, or none of them can be evaluated.
@@ -135,7 +138,7 @@ def metadata_text(prompt: PromptFolder) -> str:
 
 
 def sample_name(prompt: PromptFolder, sample: Sample) -> str:
-    """A picture's name below the evaluated folder, with slashes on every system: "00000/samples/00000.png"."""
+    """A picture's name below the evaluated folder: "00000/samples/00000.png" on every system."""
     return f"{prompt.name}/samples/{sample.path.name}"
 
 

@@ -25,9 +25,10 @@ _HEAD = b'{"judge": '  # how a journal begins
 
 @dataclass(frozen=True)
 class Mark:
-    """An object that a judge found: its class, box [x0, y0, x1, y1] in pixels, score, and colour if that was asked for.
+    """An object that a judge found: its class, box [x0, y0, x1, y1] in pixels, score, colour.
 
-    `mask` is a PNG of its pixels in base64, black and white and at most 160 pixels a side; None where there is no mask.
+    There is a colour only if it was asked for. `mask` is a PNG of its pixels in base64, black and white and at most 160
+    pixels a side; None where there is no mask.
     """
 
     name: str
@@ -65,7 +66,10 @@ class Judged:
 
 @dataclass(frozen=True)
 class Key:
-    """Which picture a verdict is about: its name below the evaluated folder, and hashes of its bytes and of the metadata."""
+    """Which picture a verdict is about: its name, and hashes of its bytes and of the metadata.
+
+    The name is the one below the evaluated folder.
+    """
 
     name: str
     picture: str

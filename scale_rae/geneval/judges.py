@@ -1,7 +1,7 @@
-"""Judges of pictures: GenEval's detector and colour classifier, and the bundled model's judge. Imports no torch before one is opened.
+"""Judges of pictures: GenEval's detector and colour classifier, and the bundled model's judge.
 
-To add a judge, add a name to results.JUDGES, a check of metadata to `metadata_check`, and its identity to `identity_of`, and a
-class with `judge` to `open_judge`.
+Imports no torch before one is opened. To add a judge, add a name to results.JUDGES, a check of metadata to
+`metadata_check`, and its identity to `identity_of`, and a class with `judge` to `open_judge`.
 """
 
 from __future__ import annotations
@@ -94,7 +94,10 @@ _DEFAULTS = {option.name: option.default for option in options_of(JudgeChoice)}
 
 
 def metadata_check(choice: JudgeChoice) -> Callable[[Mapping[str, Any]], None]:
-    """A function that raises InputError, naming the field, for metadata that the judge cannot compare a picture with."""
+    """A function that raises InputError for metadata that the judge cannot compare a picture with.
+
+    The error names the field.
+    """
     if choice.judge == "shapes":
         need("shapes", "--judge shapes", "skimage", "scipy")
         from scale_rae.shapes import world
@@ -109,7 +112,9 @@ def metadata_check(choice: JudgeChoice) -> Callable[[Mapping[str, Any]], None]:
 
 
 def identity_of(choice: JudgeChoice) -> dict[str, Any]:
-    """What the chosen judge's verdicts depend on besides picture and metadata: models by their hashes, options. Loads nothing.
+    """What the chosen judge's verdicts depend on besides picture and metadata.
+
+    These are its options, and its models by their hashes. Loads nothing.
 
     Raises:
         ScaleRAEError: when a model is missing.
@@ -168,7 +173,10 @@ class GenEvalJudge:
         self._detector, self._classifier, self._options = detector, classifier, options
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
-        """See `Judge`. Masks are kept of wrong pictures, for the page. Pictures far longer than wide get a problem."""
+        """See `Judge`. Masks are kept of wrong pictures, for the page.
+
+        Pictures far longer than wide get a problem.
+        """
         from scale_rae.geneval.detector import size_problem
         from scale_rae.geneval.judging import judge
 
@@ -194,7 +202,10 @@ def _judged(found: Judgement, size: tuple[int, int]) -> Judged:
 
 
 class ShapesJudge:
-    """The judge of the bundled model's world (`shapes.judge`): reads objects from pixels, and counts anything else as wrong."""
+    """The judge of the bundled model's world (`shapes.judge`), which reads objects from pixels.
+
+    A picture with anything else in it is wrong.
+    """
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
         """See `Judge`. Pictures that are not square or too small get a problem."""
@@ -230,7 +241,10 @@ def png_of(mask: NDArray[np.bool_]) -> str:
 
 
 def _box(mask: NDArray[np.bool_], width: int) -> list[float]:
-    """The box of a mask [S, S] in pixels of a square picture of that width: x0, y0, x1, y1, the last two just outside."""
+    """The box [x0, y0, x1, y1] of a mask [S, S], in pixels of a square picture of that width.
+
+    x1 and y1 are just outside.
+    """
     import numpy as np
 
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

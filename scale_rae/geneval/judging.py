@@ -37,9 +37,10 @@ def judge(
     background: str = BACKGROUND,
     cropped: bool = True,
 ) -> list[Judgement]:
-    """The verdict on each picture with its prompt's metadata. `background` and `cropped` are those of `crops.crop`.
+    """The verdict on each picture with its prompt's metadata.
 
-    Detections that score less than every threshold are left out, since they change no verdict.
+    `background` and `cropped` are those of `crops.crop`. Detections that score less than every threshold are left out,
+    since they change no verdict.
 
     Raises:
         InputError: `check_metadata` refuses metadata, or `size_problem` refuses a picture.

@@ -18,7 +18,10 @@ from scale_rae.scaling.replacing import write_file
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of an evaluation; `policies` is empty where the folder is no experiment. `files` are written."""
+    """What came out of an evaluation; `policies` is empty where the folder is no experiment.
+
+    `files` are written.
+    """
 
     summary: Summary
     policies: list[Policy]
@@ -33,9 +36,10 @@ def write_outcome(
     keep: int | None = None,
     thumbnail: int | None = THUMBNAIL,
 ) -> Outcome:
-    """The outcome, once its summary and its page are written; no page where `thumbnail` (its pictures' side) is None.
+    """The outcome, once its summary and its page are written.
 
-    `other` are results to compare with; metrics keep `keep` images per prompt, by default the experiment's n_samples.
+    `thumbnail` is the side of the page's pictures; None writes no page. `other` are results to compare with; metrics
+    keep `keep` images per prompt, by default the experiment's n_samples.
 
     Raises:
         OutputError: when a file cannot be written.

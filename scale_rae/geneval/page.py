@@ -1,6 +1,7 @@
-"""One HTML page of an evaluation: its summary, and every wrong picture with what the judge found in it and the reason.
+"""One HTML page of an evaluation: its summary, and every wrong picture.
 
-The page contains everything it shows; its few lines of JavaScript only filter.
+Each picture stands with the reason and with what the judge found in it. The page contains everything it shows; its few
+lines of JavaScript only filter.
 """
 
 from __future__ import annotations
@@ -42,7 +43,10 @@ class MarkView:
 
 @dataclass(frozen=True)
 class PictureView:
-    """A wrong picture as the page shows it; `source` and `masks` are data URLs, `size` the picture's own width and height."""
+    """A wrong picture as the page shows it; `source` and `masks` are data URLs.
+
+    `size` is the picture's own width and height.
+    """
 
     name: str
     prompt: str
@@ -164,7 +168,10 @@ def _mark(mark: Mark, color: str) -> MarkView:
 
 
 def _masks(marks: Sequence[Mark], colors: Sequence[str]) -> str | None:
-    """The masks in the colours of their boxes, over nothing, as a data URL; the best object's on top. None without masks."""
+    """The masks in the colours of their boxes, over nothing, as a data URL; the best object's on top.
+
+    None without masks.
+    """
     from PIL import Image, ImageColor
 
     over: Image.Image | None = None

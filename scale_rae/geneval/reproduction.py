@@ -48,7 +48,10 @@ _DETECTOR_OPERATIONS, _DETECTOR_SECONDS = 626e9, 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table. `paper` is the paper's score in %, where it has one; `summary` None: not drawn or not ranked."""
+    """A line of the table.
+
+    `paper` is the paper's score in %, where it has one; `summary` None: not drawn or not ranked.
+    """
 
     name: str
     pictures: str
@@ -65,7 +68,10 @@ class Row:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a reproduction takes: images, seconds, and bytes on disk; `download` are bytes of models to be fetched."""
+    """What a reproduction takes: images, seconds, and bytes on disk.
+
+    `download` are bytes of models to be fetched.
+    """
 
     prompts: int
     images: int
@@ -90,7 +96,10 @@ def check_prompts(prompts: Sequence[PromptRecord], path: Path, check: Callable[[
 
 
 def both(settings: Settings, rounds: int = ROUNDS[-1]) -> tuple[Settings, Settings]:
-    """The settings of the two experiments: best of 4 x `rounds`, and adaptive search, with the same sampler, seed and question."""
+    """The settings of the two experiments: best of 4 x `rounds`, and adaptive search.
+
+    Both have the same sampler, seed and question.
+    """
     return (
         replace(settings, n_samples=KEEP, scaling_rounds=rounds, search="best-of-n"),
         replace(settings, n_samples=KEEP, scaling_rounds=Settings("", "").scaling_rounds, search="adaptive"),
@@ -100,7 +109,9 @@ def both(settings: Settings, rounds: int = ROUNDS[-1]) -> tuple[Settings, Settin
 def estimate(
     found: Inspection, choice: ModelChoice, options: SamplingOptions, judge: str, prompts: int, rounds: int = ROUNDS[-1]
 ) -> Estimate:
-    """What a reproduction takes with an inspected model on the chosen device, whose speed is measured in about a second.
+    """What a reproduction takes with an inspected model on the chosen device.
+
+    The device's speed is measured in about a second.
 
     Raises:
         DeviceError: when the device is not there.
@@ -136,7 +147,7 @@ def estimate(
 
 
 def table(best_of: Evaluation, adaptive: Evaluation | None) -> list[Row]:
-    """The table's lines: the first 4 images; 4 of 8, 16 and 32 by each of METRICS; what adaptive search kept."""
+    """The table's lines: the first 4 images; 4 of 8, 16, 32 by each of METRICS; adaptive search."""
     prompts, results = best_of.folder.prompts, best_of.by_name
     first = summarise(chosen(prompts, results, lambda p: range(KEEP)))
     drawn = max((len(p.samples) for p in prompts), default=0)
@@ -165,7 +176,7 @@ def _best(best_of: Evaluation, results: Mapping[str, Result], metric: str, round
 def write_reproduction(
     folder: Path, model: str, settings: Settings, best_of: Evaluation, adaptive: Evaluation | None, prompts: int
 ) -> tuple[list[Row], list[Path]]:
-    """The table and the paths of reproduction.html and reproduction.json in `folder`, once they are written.
+    """The table, and the paths of the reproduction.html and reproduction.json that are written.
 
     `adaptive` None: that experiment is not there yet.
 

@@ -1,6 +1,7 @@
-"""Results of an evaluation in GenEval's own format: one picture per line of results.jsonl, as pandas writes JSON lines.
+"""Results of an evaluation in GenEval's own format: one picture per line of results.jsonl.
 
-GenEval's summary_scores.py reads these files, and this module reads those of GenEval's evaluate_images.py.
+Lines are as pandas writes JSON lines. GenEval's summary_scores.py reads these files, and this module reads those of
+GenEval's evaluate_images.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _MOST_BYTES = 4 << 30  # a line has about 1 KB; the largest evaluations have som
 
 @dataclass(frozen=True)
 class Result:
-    """One picture's verdict. `filename` is its name below the evaluated folder; `metadata` and `details` are JSON texts."""
+    """One picture's verdict.
+
+    `filename` is its name below the evaluated folder; `metadata` and `details` are JSON texts.
+    """
 
     filename: str
     tag: str
@@ -62,7 +66,10 @@ REASON_KINDS = (*(name for name, _ in _KINDS), "other")
 
 
 def reason_kinds(reason: str) -> list[str]:
-    """The kinds of the lines of a reason, in the order of REASON_KINDS, each once; none for a picture that is right."""
+    """The kinds of the lines of a reason, in the order of REASON_KINDS, each once.
+
+    A picture that is right has none.
+    """
     found = {
         next((name for name, form in _KINDS if form.fullmatch(line)), "other") for line in reason.split("\n") if line
     }
@@ -70,12 +77,14 @@ def reason_kinds(reason: str) -> list[str]:
 
 
 def default_out(folder: Path, judge: str) -> Path:
-    """Where results of a folder are written unless chosen: <folder>_<judge>/results.jsonl, beside the folder."""
+    """Where results of a folder are written by default: <folder>_<judge>/results.jsonl, beside it."""
     return folder.with_name(f"{folder.name}_{judge}") / RESULTS
 
 
 def results_beside(folder: Path) -> tuple[str, dict[str, Result]] | None:
-    """The judge and, by the pictures' names, the results of an evaluated folder, where `default_out` has some; GenEval's first.
+    """The judge and, by the pictures' names, the results of a folder, where `default_out` has some.
+
+    GenEval's come before those of the bundled model's judge.
 
     Raises:
         InputError: when the file cannot be read.

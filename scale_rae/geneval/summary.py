@@ -65,7 +65,10 @@ def summarise(results: Sequence[Result]) -> Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of two sets of results, and the first's minus the second's, with its 95 % bootstrap interval."""
+    """A number of two sets of results, and their difference with its 95 % bootstrap interval.
+
+    The difference is the first's number minus the second's.
+    """
 
     here: float
     there: float
@@ -89,7 +92,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of results on the prompts that both have. `rows`: the kinds of prompts, "images", "prompts_with_any", "overall"."""
+    """Two sets of results on the prompts that both have.
+
+    `rows`: the kinds of prompts, "images", "prompts_with_any", "overall".
+    """
 
     rows: dict[str, Difference]
     prompts: int
@@ -107,9 +113,10 @@ class Comparison:
 
 
 def compare(here: Sequence[Result], there: Sequence[Result]) -> Comparison:
-    """Paired differences: the bootstrap draws prompts anew within each kind, the same ones for both sets; the seed is fixed.
+    """Paired differences of two sets of results.
 
-    Prompts are paired by GenEval's clauses and their text (`Result.prompt_key`), whatever their number of pictures.
+    The bootstrap draws prompts anew within each kind, the same ones for both sets; its seed is fixed. Prompts are
+    paired by GenEval's clauses and their text (`Result.prompt_key`), whatever their number of pictures.
     """
     keys_here, keys_there = ({result.prompt_key for result in results} for results in (here, there))
     common = keys_here & keys_there
@@ -150,9 +157,9 @@ def _share(right: Iterable[bool]) -> Share:
 def _sums(
     results: Sequence[Result], tag: str, key: Callable[[Result], str], order_of: Sequence[Result] | None = None
 ) -> Sums:
-    """How many pictures of each prompt of a kind are right, and how many there are: [prompts, 2], in the order of first appearance.
+    """How many pictures of each prompt of a kind are right, and how many there are: [prompts, 2].
 
-    `order_of` has the results whose order of prompts counts.
+    Prompts are in the order of their first appearance. `order_of` has the results whose order of prompts counts.
     """
     sums = {key(result): [0.0, 0.0] for result in order_of or results if result.tag == tag}
     for result in results:
@@ -171,7 +178,10 @@ def _resampled(sums: Sums, number: int) -> NDArray[np.float64]:
 
 @functools.lru_cache(maxsize=32)
 def _counts(number: int, prompts: int) -> NDArray[np.float64]:
-    """How often each of `prompts` is drawn in each resample of the kind of that number, [RESAMPLES, prompts]."""
+    """How often each of `prompts` is drawn in each resample, [RESAMPLES, prompts].
+
+    The number of the kind is part of the seed.
+    """
     rng = np.random.default_rng([_SEED, number])
     return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES).astype(np.float64)
 
