@@ -163,3 +163,14 @@ def test_names_in_modules_that_pages_name_exist(name: str) -> None:
 def test_flags_that_pages_name_exist(name: str) -> None:
     found = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", (ROOT / name).read_text()))
     assert not found - flags() - OTHER_PROGRAMS
+
+
+@pytest.mark.parametrize("package", ["geneval"])  # packages whose docstrings were all gone through
+def test_first_lines_of_docstrings_are_short(package: str) -> None:
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    long: list[str] = []
+    for file in (ROOT / "scale_rae" / package).rglob("*.py"):
+        nodes = [node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, kinds)]
+        first_lines = [(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes]
+        long += [f"{file.name}: {line}" for line in first_lines if len(line) > 100]
+    assert long == []
