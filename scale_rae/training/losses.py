@@ -30,10 +30,15 @@ def flow_loss(dit: DiT, latents: Tensor, conditions: Tensor, t: Tensor, noise: T
     return flow_errors(dit, x, conditions, t, noise.float()).mean(dim=(1, 2, 3))
 
 
-def flow_errors(dit: DiT, x: Tensor, conditions: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-    """(v - (noise - x))² [B, C, S, S] at x_t = (1 - t) x + t noise, for x and noise [B, C, S, S] float32."""
+def flow_errors(
+    dit: DiT, x: Tensor, conditions: Tensor, t: Tensor, noise: Tensor, target: Tensor | None = None
+) -> Tensor:
+    """(v - target)² [B, C, S, S] at x_t = (1 - t) x + t noise, for x and noise [B, C, S, S] float32.
+
+    `target` is the velocity to learn; None means noise - x.
+    """
     velocity: Tensor = dit(between(x, t, noise), t, conditions)
-    return (velocity - (noise - x)).square()
+    return (velocity - (noise - x if target is None else target)).square()
 
 
 def between(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from scale_rae.dit import DiT
 from scale_rae.language import LanguageModel
 from scale_rae.sampling import NormStats
 from scale_rae.training.batches import Sample, Scored, embed
-from scale_rae.training.losses import FLOW_WEIGHT, between, sample_times, text_losses, training_shift
+from scale_rae.training.losses import FLOW_WEIGHT, between, flow_errors, sample_times, text_losses, training_shift
 from scale_rae.training.optim import FlatModel
 from scale_rae.training.passes import hidden_states, positions
 
@@ -172,8 +172,8 @@ class FineTune:
             with torch.no_grad(), self.base():
                 given = self._dropped(base, without[rows])
                 target[rows] = self.dit(between(x[rows], t[rows], noises[rows]), t[rows], given)
-        velocity: Tensor = self.dit(between(x, t, noises), t, self._dropped(conditions, without))
-        losses = (velocity - target).square().mean(dim=(1, 2, 3))
+        given = self._dropped(conditions, without)
+        losses = flow_errors(self.dit, x, given, t, noises, target).mean(dim=(1, 2, 3))
         if not any(kept):
             return losses, none, t
         is_kept = torch.tensor(kept, device=self.device)
