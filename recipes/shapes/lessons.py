@@ -273,11 +273,12 @@ def _of_right(rng: random.Random, wish: Wish, found: Seen) -> tuple[str, str]:
 
 def _of_wrong(rng: random.Random, wish: Wish, found: Seen) -> tuple[str, str]:
     """A question about a drawing that is not as wished, and its answer; only of clear objects is anything else asked."""
-    which, scene = rng.random(), Scene("mixed", found.objects[: world.MAX_OBJECTS])
-    if found.clear and len(found.objects) <= world.MAX_OBJECTS and which < 0.5:
-        return a_question(rng, scene) if which < 0.35 else _true(rng, scene)
-    if not found.clear and which < 0.15:
-        return _of_unclear(rng, scene)
+    which, scene = rng.random(), Scene("mixed", found.objects)
+    if len(found.objects) <= world.MAX_OBJECTS:
+        if found.clear and which < 0.5:
+            return a_question(rng, scene) if which < 0.35 else _true(rng, scene)
+        if not found.clear and which < 0.15:
+            return _of_unclear(rng, scene)
     return _matches(rng, wish.text), world.NO
 
 

@@ -97,8 +97,9 @@ def test_lessons_about_own_drawings_follow_the_judge(write: Writer) -> None:
     circle, cross = thing("red", "circle"), thing("pink", "cross")
     seen = [own.Seen((circle,), True), own.Seen((cross,), True), own.Seen((circle,), False), own.Seen((), False)]
     seen.append(own.Seen((thing("red", "star"),), True))  # held out
+    seen.append(own.Seen((thing("pink", "square"),) * 6, False))  # four of them would be
     made = lessons.own_lessons(random.Random(0), write, [wish] * len(seen), seen, 100)
-    assert [sum(one.picture == 100 + i for one in made) for i in range(len(seen))] == [2, 3, 3, 0, 0]
+    assert [sum(one.picture == 100 + i for one in made) for i in range(len(seen))] == [2, 3, 3, 0, 0, 3]
     for one in made:
         text = write.tokenizer.decode(one.ids)
         told, answer = text.rsplit("\nassistant\n", 1)
