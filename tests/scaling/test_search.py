@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import shutil
@@ -162,7 +163,7 @@ def test_a_torn_round_is_drawn_again_for_all_of_a_group(
     assert search().code == 0
     whole = snapshot(search.folder)
     waves = [sorted(search.folder.glob(f".work/batches/{index:05}/*.json")) for index in range(2)]
-    assert any(path.name.endswith("-revived.json") for path in sum(waves, []))
+    assert any(path.name.endswith("-revived.json") for path in itertools.chain.from_iterable(waves))
     for of_a_prompt in waves:
         of_a_prompt[-1].unlink()
     (search.folder / "00001" / "metadata.jsonl").unlink()
