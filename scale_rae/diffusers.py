@@ -221,6 +221,7 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
             guidance=guidance_scale, interval=guidance_interval, steps=num_inference_steps, solver=solver
         )
         model = self.model
+        options = model.sampler.chosen(options)
         model.sampler.check(options)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) * num_images_per_prompt

@@ -42,6 +42,7 @@ from scale_rae.options import (
     DEFAULT_MODEL,
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
+    DEFAULT_STEPS,
     SamplingOptions,
     Speed,
     check_count,
@@ -62,15 +63,15 @@ T = TypeVar("T")
 Progress = LoadProgress  # what, done, total
 
 
-def _either(name: str, value: T, default: T, alias: str, other: T | None) -> T:
-    """The value of an option that has two names.
+def _either(name: str, value: T | None, default: T, alias: str, other: T | None) -> T | None:
+    """The value of an option that has two names; None where neither is given.
 
     Raises:
         InputError: when both are given.
     """
     if other is None:
         return value
-    if value != default:
+    if value not in (None, default):
         raise InputError(f"{name} {value} and {alias} {other}: they are one option; give one of them")
     return other
 
@@ -247,8 +248,8 @@ class ScaleRAE:
             InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.
             DeviceError: when memory runs out, saying what would fit.
         """
-        guidance = _either("guidance", guidance, None, "guidance_scale", guidance_scale)
-        steps = _either("steps", steps, None, "num_inference_steps", num_inference_steps)
+        guidance = _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale)
+        steps = _either("steps", steps, DEFAULT_STEPS, "num_inference_steps", num_inference_steps)
         if options is None:
             given = {
                 "guidance_level": guidance,

@@ -10,6 +10,7 @@ do where the student really arrives (DAgger, arXiv 1011.0686). Targets stay exac
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import time
@@ -197,7 +198,9 @@ class Distiller:
             self.done, state = found
             self._drew.copy_(state.pop("drew"))
             self.flat.load_state(state)
-            self._begin(self.plan.round_of(self.done), self._drew)
+            number = self.plan.round_of(self.done - 1)
+            if self.done < self.plan.steps and number == self.plan.round_of(self.done):  # within a round
+                self._begin(number, self._drew)
         return self.done
 
     def run(self, folder: Path) -> None:
@@ -209,7 +212,7 @@ class Distiller:
         plan = self.plan
         log = Log(folder, self.done)
         logged, since, pace = self.done, time.perf_counter(), math.nan
-        with attention_kernels(self.flat.device):
+        with attention_kernels(self.flat.device), contextlib.closing(log):
             while self.done < plan.steps:
                 if (number := plan.round_of(self.done)) != self._round:
                     paused = time.perf_counter()
@@ -228,6 +231,7 @@ class Distiller:
                     logged, since = self.done, time.perf_counter()
                 if self.done % plan.save_every == 0 or self.done == plan.steps:
                     paused = time.perf_counter()
+                    self._check(self._sums.tolist(), logged)
                     state = self.flat.state() | {"drew": self._drew}
                     self._checkpoints.write(self.done, state, self._write_result)
                     since += time.perf_counter() - paused
@@ -239,18 +243,13 @@ class Distiller:
         plan, flat = self.plan, self.flat
         if weights is not self._drew:
             self._drew.copy_(weights)
-        kept = flat.master.clone()
-        flat.master.copy_(self._drew)
-        flat.refresh()
         what = f"drawing trajectories, round {number + 1} of {plan.rounds}"
-        with attention_kernels(flat.device):
+        with attention_kernels(flat.device), flat.using(self._drew):
             self.pool.fill(
                 *(plan, number, self.shift, self.conditions, self._teacher),
                 lambda given: guided_velocity(self.dit, given, 1.0),
                 lambda done, total: self._report(what, done, total),
             )
-        flat.master.copy_(kept)
-        flat.refresh()
         generator = torch.Generator().manual_seed(image_seed(plan.seed, number, 2))
         steps, _, count = self._order.shape
         for k in range(plan.windows):

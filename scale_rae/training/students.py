@@ -192,7 +192,8 @@ class Distillation:
             teacher,
             Checkpoints(options.out, identity, options.checkpoints_total_limit),
             self.write,
-            can_compile(model.device) and not options.gradient_checkpointing,
+            # adamw8bit reads the step on the host
+            can_compile(model.device) and not options.gradient_checkpointing and options.optimizer != "adamw8bit",
             watcher.step,
             watcher.report,
         )

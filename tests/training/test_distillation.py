@@ -132,16 +132,17 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
         if progress.step == 4:
             raise Killed
 
-    other = replace(usual, out=tmp_path / "other", save_steps=3)
-    with pytest.raises(Killed):
-        go(other, Watcher(step=kill))
-    with pytest.raises(TrainingError, match=r"made otherwise: guidance was 3.0"):
-        go(replace(other, resume=True, guidance=2.0))
-    again = go(replace(other, resume=True))
     keys = ("step", "loss", "by_window", "gradient_norm")
-    assert [[record[key] for key in keys] for record in again] == [[record[key] for key in keys] for record in log]
-    for name in ("adapter_model.safetensors", "config.json"):
-        assert (other.out / name).read_bytes() == (usual.out / name).read_bytes()
+    for save_steps in (2, 3):  # at the end of a round, and within one
+        other = replace(usual, out=tmp_path / f"{save_steps}", save_steps=save_steps)
+        with pytest.raises(Killed):
+            go(other, Watcher(step=kill))
+        with pytest.raises(TrainingError, match=r"made otherwise: guidance was 3.0"):
+            go(replace(other, resume=True, guidance=2.0))
+        again = go(replace(other, resume=True))
+        assert [[record[key] for key in keys] for record in again] == [[record[key] for key in keys] for record in log]
+        for name in ("adapter_model.safetensors", "config.json"):
+            assert (other.out / name).read_bytes() == (usual.out / name).read_bytes()
 
 
 def test_the_student_comes_nearer_to_the_teacher(usual: DistillOptions, teacher: Path, tmp_path: Path) -> None:
