@@ -59,4 +59,7 @@ def check_sampling(
     try:
         body.options(limits.steps, engine.model.config.student)
     except InputError as e:
-        raise invalid("steps", str(e)) from None  # the other options have been checked
+        field = "steps"  # the other options have been checked, but for a student
+        if engine.model.config.student is not None and str(e).startswith("guidance"):
+            field = "guidance"
+        raise invalid(field, str(e)) from None
