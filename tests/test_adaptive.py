@@ -24,7 +24,7 @@ SAMPLING = SamplingOptions(steps=6, solver="ab2")
 SEARCH = SearchOptions(check_at=(0.9,), max_candidates=4)
 CIRCLE = "a photo of a red circle"
 CROSS = "a photo of a blue cross and a pink square"
-IMPOSSIBLE = "a photo of a red circle left of a blue star"  # to the bundled model
+IMPOSSIBLE = "a photo of a yellow ring, a green heart, a red star and a purple cross"  # in so few steps
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> 
     options = SearchOptions(
         check_at=(0.9,), max_candidates=4, accept_reward=-30
     )  # any image that the model says yes to
-    result = search(model, CROSS, search=options, seed=7)
+    result = search(model, CROSS, search=options, seed=13)
     (image,) = result.images
     assert image.accepted
     assert image.judgement["answer"] == "yes"
@@ -72,7 +72,7 @@ def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> 
     fates = [c.fate for c in result.candidates]
     assert fates == [DROPPED] * (len(fates) - 1) + [ACCEPTED]
     assert fates.count(DROPPED)
-    assert [c.seed for c in result.candidates] == [image_seed(7, 0, j) for j in range(len(fates))]
+    assert [c.seed for c in result.candidates] == [image_seed(13, 0, j) for j in range(len(fates))]
     assert result.accepted == 1
     assert result.evaluations == pytest.approx(sum(c.evaluations for c in result.candidates))
     assert set(result.seconds) == {"reply", "sampling", "judging"}

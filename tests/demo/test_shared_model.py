@@ -304,7 +304,7 @@ def test_what_cannot_be_ranked_is_refused(
         run(shared.best_of(CIRCLE, FEW, keep, metric, reward))
 
 
-TWO = "a photo of a red circle left of a blue star"
+TWO = "a photo of a circle and a diamond"
 SEARCHED = Sampling(seed=3, options=SamplingOptions(steps=10, solver="ab2"))
 
 
