@@ -86,7 +86,7 @@ VIOLATIONS: list[tuple[str, Any, str]] = [
     (IMAGES, {"prompt": "a", "seed": 1.5}, "seed"),
     (IMAGES, {"prompt": "a", "size": "1024x1024"}, "size"),
     (IMAGES, {"prompt": "a", "size": "big"}, "size"),
-    (IMAGES, {"prompt": "a", "response_format": "url"}, "response_format"),
+    (IMAGES, {"prompt": "a", "response_format": "file"}, "response_format"),
     (IMAGES, {"prompt": "a", "guidance": -1}, "guidance"),
     (IMAGES, {"prompt": "a", "guidance_interval": [0.5, 0.1]}, "guidance_interval"),
     (IMAGES, {"prompt": "a", "guidance_interval": [0.5]}, "guidance_interval.1"),
