@@ -86,7 +86,7 @@ class Prepared:
     """The records that are trained on, and where their tensors are. `notes` are for the user."""
 
     records: list[PreparedRecord]
-    looks: list[PreparedRecord]  # of the validation prompts, which have no picture yet
+    validation: list[PreparedRecord]  # of the validation prompts, which have no picture yet
     latents: TensorCache
     conditions: TensorCache
     notes: list[str]
@@ -157,7 +157,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         return PreparedRecord(record.where, layout, drawn, shown, condition)
 
     end = len(records) + len(asked)
-    looks = [made(i) for i in range(len(records), end)]
+    validation = [made(i) for i in range(len(records), end)]
     keeping = [_kept(worded[i], layouts[i], options, model) for i in range(end, len(worded)) if i in by_itself]
     if len(keeping) < len(classes):
         notes.append(
@@ -165,7 +165,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         )
     if classes and not keeping:
         raise InputError(f"{options.class_prompts}: the model draws none of these prompts; give prompts that it draws")
-    prepared = Prepared([*map(made, kept), *keeping], looks, latents, conditions, notes)
+    prepared = Prepared([*map(made, kept), *keeping], validation, latents, conditions, notes)
     _draw_classes(prepared, keeping, options, model, report)
     if not options.trains_language:
         _conditions(prepared, model, language, report)
@@ -346,7 +346,7 @@ def own_replies(model: Model, language: LanguageModel, messages: Sequence[str]) 
 @torch.no_grad()
 def _conditions(prepared: Prepared, model: Model, language: _Lazy, report: Report) -> None:
     """Conditions [pictures, L, Z] of all sequences, by one pass through each."""
-    by_key = {record.condition: record for record in [*prepared.records, *prepared.looks]}
+    by_key = {record.condition: record for record in [*prepared.records, *prepared.validation]}
     todo = sorted(prepared.conditions.missing(by_key), key=lambda key: len(by_key[key].layout.ids))
     for start in range(0, len(todo), CONDITIONS_AT_ONCE):
         report("computing conditions", start, len(todo))

@@ -154,10 +154,13 @@ def make_run(
     steps: int,
     identity: Mapping[str, Any],
     group: Group,
-    look: Callable[[int], None] | None,
+    validate: Callable[[int], None] | None,
     watcher: Watcher,
 ) -> Run:
-    """A run of so many steps. `identity` is what a resumed run must have the same of, besides the options; `look(step)` validates."""
+    """A run of so many steps.
+
+    `identity` is what a resumed run must have the same of, besides the options; `validate(step)` validates.
+    """
     options = learner.options
     result = Result(options, model, learner, group.is_first)
     everything = {**options.identity(), "model": repr(model.identity), "steps": steps, "warmup": options.warmup(steps)}
@@ -175,7 +178,7 @@ def make_run(
         group,
         Checkpoints(options.out, {**everything, **identity}, options.checkpoints_total_limit),
         result.write_adapter if not options.full else lambda folder: None,
-        look,
+        validate,
         watcher.step,
         functools.partial(Log, report_to=options.report_to, config=options.identity()),
     )
@@ -250,14 +253,14 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
 
     def conditions() -> Sequence[Tensor]:
         if language is None:
-            return [prepared.conditions.get(look.condition)[0] for look in prepared.looks]
-        return list(forced_conditions(language, [look.layout for look in prepared.looks], []).unbind())
+            return [prepared.conditions.get(one.condition)[0] for one in prepared.validation]
+        return list(forced_conditions(language, [one.layout for one in prepared.validation], []).unbind())
 
-    look = None
+    validate = None
     if options.validation_prompts:
         validation = Validation(options, model, dit, norm_stats, options.out) if group.is_first else None
 
-        def look(step: int) -> None:
+        def validate(step: int) -> None:
             with torch.no_grad(), learner.flat.averaged():  # in all processes, which may share the weights
                 if validation is not None:
                     validation(step, conditions())
@@ -273,4 +276,4 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
         group.size,
     )
     identity = {"records": prepared.identity, "batch": batch}
-    return make_run(learner, model, objective, batches, steps, identity, group, look, watcher)
+    return make_run(learner, model, objective, batches, steps, identity, group, validate, watcher)

@@ -101,25 +101,25 @@ def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord],
     learner = Learner(options, None, dit, model.device, model.dtype, steps)
     rounds = Rounds(options, model, learner, norm_stats, drawn[own.prompts], cache, Scorer(reader, own), steps, group)
     objective = SelfReward(dit, learner.flat, rounds.start, rounds.old, own.beta, own.kl_weight, own.fold_guidance)
-    look = None
+    validate = None
     if group.is_first:
         verified = drawn[own.verify_prompts] if own.verify_prompts else drawn[own.prompts][:VERIFIED]
         verification = Verification(rounds, verified, watcher.note)
         sheet = Validation(options, model, dit, norm_stats, options.out) if options.validation_prompts else None
-        looks = drawn.get(None, [])
-        if len(looks) < len(options.validation_prompts):
+        shown = drawn.get(None, [])
+        if len(shown) < len(options.validation_prompts):
             raise InputError(
                 "--validation-prompts: the model does not draw all of them; leave out those that it does not"
             )
 
-        def look(step: int) -> None:
+        def validate(step: int) -> None:
             with torch.no_grad(), learner.flat.averaged():
                 if sheet is not None:
-                    sheet(step, [cache.get(prompt.condition)[0] for prompt in looks])
+                    sheet(step, [cache.get(prompt.condition)[0] for prompt in shown])
                 verification(step)
 
     identity = {"prompts": [(prompt.text, prompt.condition) for prompt in drawn[own.prompts]], "batch": rounds.batch}
-    return make_run(learner, model, objective, rounds, steps, identity, group, look, watcher)
+    return make_run(learner, model, objective, rounds, steps, identity, group, validate, watcher)
 
 
 @dataclass(frozen=True)

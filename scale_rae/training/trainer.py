@@ -57,7 +57,7 @@ class Plan:
     parts: int  # of a step, whose gradients are added up
     log_every: int
     save_every: int
-    look_every: int  # steps between validations
+    validate_every: int  # steps between validations
 
 
 @dataclass(frozen=True)
@@ -83,14 +83,14 @@ class Trainer(Generic[B]):
         group: Group,
         checkpoints: Checkpoints,
         write_result: Callable[[Path], None],
-        look: Callable[[int], None] | None = None,
+        validate: Callable[[int], None] | None = None,
         watch: Callable[[Progress], None] = lambda progress: None,
         log: Callable[[Path, int], Log] = Log,
     ) -> None:
-        """`write_result(folder)` writes what was learnt; `look(step)` validates."""
+        """`write_result(folder)` writes what was learnt; `validate(step)` validates."""
         self.model, self.objective, self.batches, self.plan, self.group = model, objective, batches, plan, group
         self._checkpoints, self._write_result = checkpoints, write_result
-        self._look, self._watch, self._log = look, watch, log
+        self._validate, self._watch, self._log = validate, watch, log
         self.done = 0  # steps
 
     def resume(self) -> int:
@@ -118,8 +118,8 @@ class Trainer(Generic[B]):
         parts = self.batches.parts(self.done * plan.parts, plan.steps * plan.parts)
         none = [0.0] * len(self.objective.names)
         sums, logged = none, self.done
-        if self._look and self.done == 0:
-            self._look(0)
+        if self._validate and self.done == 0:
+            self._validate(0)
         since = time.perf_counter()
         pictures, pace = 0, math.nan
         try:
@@ -144,8 +144,8 @@ class Trainer(Generic[B]):
                 rate = totals.pictures / pace if pace == pace else math.nan
                 self._watch(Progress(step, plan.steps, numbers[0], rate, pace * (plan.steps - step)))
                 paused = time.perf_counter()
-                if self._look and (step % plan.look_every == 0 or step == plan.steps):
-                    self._look(step)
+                if self._validate and (step % plan.validate_every == 0 or step == plan.steps):
+                    self._validate(step)
                 if step % plan.save_every == 0 or step == plan.steps:
                     self.save()
                 since += time.perf_counter() - paused  # validating and saving are not part of a step's time
