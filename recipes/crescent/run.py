@@ -38,7 +38,7 @@ TRAINING = {
     "--validation-guidance": "1",  # with which the prompts that are kept are drawn, too
     "--num-inference-steps": "12",
 }
-GUIDANCE = 3.0
+GUIDANCE = 2.0
 
 
 def train(data: Path, out: Path, steps: int, more: Sequence[str] = ()) -> None:
