@@ -21,7 +21,7 @@ SEARCH = ["--search", "adaptive", "--steps", 5, "--solver", "ab2", "--check-at",
 SEARCH += ["--max-candidates", 5, "--reward", "siglip", "--save-dropped", "--save-latents"]
 PROMPTS = [
     {"prompt": "a photo of a red circle"},
-    {"prompt": "a photo of a star, a heart, a ring and a cross"},
+    {"prompt": "a photo of a star and three rings"},
     {"prompt": "a photo of three green triangles"},
 ]
 
