@@ -303,6 +303,7 @@ def test_best_of_n(visit: Any, hold: Hold) -> None:
     assert cards.count() == 2  # live: those there are
     two.set()
     visitor.get("best-files").wait_for()
+    sync_api.expect(cards).to_have_count(4)
     assert [c.get_attribute("class") for c in cards.all()] == ["kept", "kept", "dropped", "dropped"]
     assert all("last image kept" in c.locator(".why").inner_text() for c in cards.all()[2:])
     assert all("reward" in c.inner_text() and "prompt loss" in c.inner_text() for c in cards.all())
@@ -360,9 +361,9 @@ def test_errors_are_sentences_and_nothing_is_lost(visit: Any) -> None:
     visitor.draw("   ")
     assert "Write a prompt first" in visitor.toast()
     sync_api.expect(visitor.get("draw-status")).to_have_text("")
-    visitor.draw("<b>a red circle</b>")  # text is text
+    visitor.draw("a <red> circle and a blue square")  # text is text
     visitor.drawn()
-    assert "<b>" in visitor.get("draw-command").inner_text()
+    assert "<red>" in visitor.get("draw-command").inner_text()
 
 
 def test_a_second_visitor_queues_and_the_first_can_stop(visit: Any, hold: Hold) -> None:
