@@ -33,7 +33,7 @@ def asked(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[Mode
     """The model and sampling that a command line of t2i asks for; nothing is loaded."""
     seen: list[tuple[ModelChoice, Sampling]] = []
 
-    def prepare(choice: ModelChoice, sampling: Sampling, bars: object) -> None:
+    def prepare(choice: ModelChoice, sampling: Sampling, *_: object) -> None:
         seen.append((choice, sampling))
         raise SystemExit(0)
 
