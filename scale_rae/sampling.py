@@ -1,4 +1,4 @@
-"""From conditions and noise seeds to latents: a batch is sampled by the DiT as it runs fast."""
+"""From conditions, noise seeds and SamplingOptions to latents: a batch is sampled by the DiT as it runs fast."""
 
 from __future__ import annotations
 

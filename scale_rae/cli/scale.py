@@ -1,4 +1,4 @@
-"""scale-rae scale t2i: draw many images of each prompt, judge them all, rank them."""
+"""The command `scale-rae scale t2i`: draw many images per prompt, judge and rank them, by a launcher of scaling/."""
 
 from __future__ import annotations
 

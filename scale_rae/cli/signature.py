@@ -1,4 +1,4 @@
-"""Expands options dataclasses into command-line flags."""
+"""Expands options dataclasses into command-line flags; a new option needs no edit here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""`run`: checks, the plan, the outcome. A `Launcher` gets prompts to workers; each is a module (local, ranks, ray_cluster)."""
+"""`run`: checks, the plan, the outcome. A `Launcher` gets prompts to workers: local, ranks or ray_cluster.
+
+Each launcher is a module; cli/scale.py chooses.
+"""
 
 from __future__ import annotations
 

@@ -27,6 +27,7 @@ from pydantic_core import PydanticCustomError
 from scale_rae.options import (
     DEFAULT_STEPS,
     LARGEST_SEED,
+    REWARDS,
     TRAINING_STEPS,
     Option,
     SamplingOptions,
@@ -187,7 +188,7 @@ class ImageRequest(_Sampling):
         description="Images to draw, of which the best n are returned. auto: as many as it takes until n are accepted; those "
         "that will not do are dropped while they form.",
     )
-    reward: Literal["answer", "imagereward", "siglip", "pickscore"] | None = Field(
+    reward: Literal["answer", *REWARDS] | None = Field(  # type: ignore[valid-type]
         None,
         description="What picks the best: a reward model that the server has loaded, or answer: the model's own yes or no.",
     )

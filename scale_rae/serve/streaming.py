@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from fastapi import Request
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from scale_rae.serve.engine import Engine
+from scale_rae.serve.errors import answer_to
+from scale_rae.serve.guard import LEFT
 from scale_rae.serve.jobs import Inbox, Job, Result
 from scale_rae.serve.refusals import Refused, client_left
 
@@ -62,6 +65,36 @@ async def _gone(request: Request) -> None:
     """Returns when the client has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
+
+
+async def put_events(
+    job: Job,
+    engine: Engine,
+    inbox: Inbox,
+    request: Request,
+    put: Callable[[str], Awaitable[None]],
+    write: Callable[[], Awaitable[None]],
+    failed: Callable[[dict[str, Any]], str],
+) -> None:
+    """Submits a job and runs `write`, which puts its events; after an error, puts `failed` of OpenAI's error object.
+
+    Raises:
+        Refused: when the job is not taken; nothing has been put then.
+    """
+    engine.submit(job)
+    try:
+        async with attended(request, inbox.deadline):
+            await write()
+    except Exception as e:
+        status, body, _ = answer_to(e)
+        if status == 499:
+            request.scope[LEFT] = True
+        else:
+            if status == 500:
+                engine.report(e)
+            await put(failed(body["error"]))
+    finally:
+        engine.cancel(job)
 
 
 class EventStream(StreamingResponse):

@@ -1,4 +1,4 @@
-"""The losses that Scale-RAE is trained with (REFERENCE §13), and the times t at which its flow loss is taken."""
+"""The flow loss and the text loss of Scale-RAE (arXiv 2601.16208), and the times t at which its flow loss is taken."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objectives: the loss of a batch, and numbers to log. A new objective is a class with the same methods.
+"""The loss of a batch, of fine-tuning and of self-reward, and numbers to log. A new objective is a class with the same methods.
 
 `FineTune` learns from records, `SelfReward` from the model's own drawings and what it makes of them.
 

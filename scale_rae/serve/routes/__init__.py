@@ -1,1 +1,1 @@
-"""The endpoints, one file each: images, chat, models, health. `checks` has what requests to several of them have to pass."""
+"""The endpoints, one file each: images, chat, responses, models, health, home. `body`, `checks` and `conversations` are shared."""

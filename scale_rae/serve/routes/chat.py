@@ -13,15 +13,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from scale_rae.noise import new_seed
 from scale_rae.serve.decoding import Decoders
 from scale_rae.serve.engine import Engine
-from scale_rae.serve.errors import answer_to
-from scale_rae.serve.guard import LEFT
 from scale_rae.serve.jobs import Inbox, Job, Result
 from scale_rae.serve.routes.body import json_router
-from scale_rae.serve.routes.checks import check_model, check_sampling, client_name
-from scale_rae.serve.routes.conversations import Said, asked_of, draws, pixels_of
+from scale_rae.serve.routes.checks import check_model, check_sampling
+from scale_rae.serve.routes.conversations import Said, asked_of, job_of
 from scale_rae.serve.schema import (
     AnswerMessage,
     ChatRequest,
@@ -33,8 +30,8 @@ from scale_rae.serve.schema import (
     TextPart,
     Usage,
 )
-from scale_rae.serve.settings import SEED_BITS, ServeSettings
-from scale_rae.serve.streaming import PING, EventStream, attended, result_of
+from scale_rae.serve.settings import ServeSettings
+from scale_rae.serve.streaming import PING, EventStream, put_events, result_of
 
 CHAT = "/v1/chat/completions"
 
@@ -55,25 +52,14 @@ def chat_router(engine: Engine, settings: ServeSettings, decoders: Decoders) -> 
         check_model(body.model, settings)
         check_sampling(body, engine, limits, body.n, "n")
         inbox = Inbox(limits.deadline)
-        asked = asked_of(_said(body.messages), "messages", limits)
-        async with attended(request, inbox.deadline):
-            pixels = await pixels_of(asked, engine, decoders, client_name(request))
-        most = min(body.max_completion_tokens or body.max_tokens or limits.new_tokens, limits.new_tokens)
-        job = Job(
-            asked.turns,
-            pixels,
-            body.options(limits.steps, engine.model.config.student),
-            new_seed(SEED_BITS) if body.seed is None else body.seed,
-            inbox.put,
-            inbox.deadline,
-            count=body.n,
-            best_of=body.n,
-            system=asked.system,
-            max_new_tokens=most,
-            draws=draws(asked, None if body.modalities is None else "image" in body.modalities),
+        job = await job_of(
+            body,
+            asked_of(_said(body.messages), "messages", limits),
+            *(inbox, engine, decoders, limits, request),
             text_field="messages",
-            streams=bool(body.stream),
-            client=client_name(request),
+            count=body.n,
+            most_tokens=body.max_completion_tokens or body.max_tokens,
+            draws=None if body.modalities is None else "image" in body.modalities,
         )
         name = f"chatcmpl-{secrets.token_hex(12)}"
         if body.stream:
@@ -149,30 +135,21 @@ async def _write_events(
     Raises:
         Refused: when the job is not taken; nothing has been put then.
     """
-    engine.submit(job)
-    try:
-        async with attended(request, inbox.deadline):
-            await put(chunks.delta({"role": "assistant", "content": ""}))
-            while not isinstance(event := await inbox.get(PING), Result):
-                await put(": working\n\n" if event is None else chunks.delta({"content": event}))
-            if event.images:
-                for i in range(job.count):
-                    parts = [part.model_dump(exclude_none=True) for part in _image_parts(event, i)]
-                    await put(chunks.delta({"images": parts}, i))
-            await put(chunks.delta({}, reason=_finish_reason(event)))
-            if usage:
-                await put(chunks.event([], usage=_usage(event).model_dump()))
-            await put("data: [DONE]\n\n")
-    except Exception as e:
-        status, body, _ = answer_to(e)
-        if status == 499:
-            request.scope[LEFT] = True
-        else:
-            if status == 500:
-                engine.report(e)
-            await put(f"data: {json.dumps(body)}\n\n")
-    finally:
-        engine.cancel(job)
+
+    async def write() -> None:
+        await put(chunks.delta({"role": "assistant", "content": ""}))
+        while not isinstance(event := await inbox.get(PING), Result):
+            await put(": working\n\n" if event is None else chunks.delta({"content": event}))
+        if event.images:
+            for i in range(job.count):
+                parts = [part.model_dump(exclude_none=True) for part in _image_parts(event, i)]
+                await put(chunks.delta({"images": parts}, i))
+        await put(chunks.delta({}, reason=_finish_reason(event)))
+        if usage:
+            await put(chunks.event([], usage=_usage(event).model_dump()))
+        await put("data: [DONE]\n\n")
+
+    await put_events(job, engine, inbox, request, put, write, lambda error: f"data: {json.dumps({'error': error})}\n\n")
 
 
 def _finish_reason(result: Result) -> Any:

@@ -14,15 +14,12 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from scale_rae.noise import new_seed
 from scale_rae.serve.decoding import Decoders
 from scale_rae.serve.engine import Engine
-from scale_rae.serve.errors import answer_to
-from scale_rae.serve.guard import LEFT
 from scale_rae.serve.jobs import Inbox, Job, Result
 from scale_rae.serve.routes.body import json_router
-from scale_rae.serve.routes.checks import check_model, check_sampling, client_name
-from scale_rae.serve.routes.conversations import Said, asked_of, draws, pixels_of
+from scale_rae.serve.routes.checks import check_model, check_sampling
+from scale_rae.serve.routes.conversations import Said, asked_of, job_of
 from scale_rae.serve.schema import (
     DrawnImage,
     InputImage,
@@ -32,8 +29,8 @@ from scale_rae.serve.schema import (
     ResponsesRequest,
     ResponsesResponse,
 )
-from scale_rae.serve.settings import SEED_BITS, ServeSettings
-from scale_rae.serve.streaming import PING, EventStream, attended, result_of
+from scale_rae.serve.settings import ServeSettings
+from scale_rae.serve.streaming import PING, EventStream, put_events, result_of
 
 RESPONSES = "/v1/responses"
 
@@ -53,23 +50,13 @@ def responses_router(engine: Engine, settings: ServeSettings, decoders: Decoders
         check_model(body.model, settings)
         check_sampling(body, engine, limits, 1, "input")
         inbox = Inbox(limits.deadline)
-        asked = asked_of(_said(body), "input", limits)
-        async with attended(request, inbox.deadline):
-            pixels = await pixels_of(asked, engine, decoders, client_name(request))
-        wanted = False if body.tool_choice == "none" else None if body.tools is None else bool(body.tools)
-        job = Job(
-            asked.turns,
-            pixels,
-            body.options(limits.steps, engine.model.config.student),
-            new_seed(SEED_BITS) if body.seed is None else body.seed,
-            inbox.put,
-            inbox.deadline,
-            system=asked.system,
-            max_new_tokens=min(body.max_output_tokens or limits.new_tokens, limits.new_tokens),
-            draws=draws(asked, wanted),
+        job = await job_of(
+            body,
+            asked_of(_said(body), "input", limits),
+            *(inbox, engine, decoders, limits, request),
             text_field="input",
-            streams=bool(body.stream),
-            client=client_name(request),
+            most_tokens=body.max_output_tokens,
+            draws=False if body.tool_choice == "none" else None if body.tools is None else bool(body.tools),
         )
         answer = _Answer(body, settings.name)
         if body.stream:
@@ -201,36 +188,29 @@ async def _write_events(
     Raises:
         Refused: when the job is not taken; nothing has been put then.
     """
-    engine.submit(job)
-    try:
-        async with attended(request, inbox.deadline):
-            begun = answer.response().model_dump()
-            for kind in ("response.created", "response.in_progress"):
-                await put(answer.event(kind, response=begun))
-            item = answer.words(None, "in_progress").model_dump()
-            await put(answer.event("response.output_item.added", output_index=0, item=item))
-            await put(answer.text_event("response.content_part.added", part=_part("")))
-            while not isinstance(event := await inbox.get(PING), Result):
-                if event is None:
-                    await put(": working\n\n")
-                else:
-                    await put(answer.text_event("response.output_text.delta", delta=event, logprobs=[]))
-            whole = answer.complete(event)
-            await put(answer.text_event("response.output_text.done", text=event.text, logprobs=[]))
-            await put(answer.text_event("response.content_part.done", part=_part(event.text)))
-            await _put_items(answer, whole.output, put)
-            await put(answer.event(f"response.{whole.status}", response=whole.model_dump()))
-    except Exception as e:
-        status, body, _ = answer_to(e)
-        if status == 499:
-            request.scope[LEFT] = True
-        else:
-            if status == 500:
-                engine.report(e)
-            error = body["error"]
-            await put(answer.event("error", code=error["code"], message=error["message"], param=error["param"]))
-    finally:
-        engine.cancel(job)
+
+    async def write() -> None:
+        begun = answer.response().model_dump()
+        for kind in ("response.created", "response.in_progress"):
+            await put(answer.event(kind, response=begun))
+        item = answer.words(None, "in_progress").model_dump()
+        await put(answer.event("response.output_item.added", output_index=0, item=item))
+        await put(answer.text_event("response.content_part.added", part=_part("")))
+        while not isinstance(event := await inbox.get(PING), Result):
+            if event is None:
+                await put(": working\n\n")
+            else:
+                await put(answer.text_event("response.output_text.delta", delta=event, logprobs=[]))
+        whole = answer.complete(event)
+        await put(answer.text_event("response.output_text.done", text=event.text, logprobs=[]))
+        await put(answer.text_event("response.content_part.done", part=_part(event.text)))
+        await _put_items(answer, whole.output, put)
+        await put(answer.event(f"response.{whole.status}", response=whole.model_dump()))
+
+    def failed(error: dict[str, Any]) -> str:
+        return answer.event("error", code=error["code"], message=error["message"], param=error["param"])
+
+    await put_events(job, engine, inbox, request, put, write, failed)
 
 
 async def _put_items(
