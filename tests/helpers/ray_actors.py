@@ -13,18 +13,19 @@ from scale_rae.scaling.worker import Assignment
 
 
 class Fragile(Actor):
-    """A worker that dies of prompt 7."""
+    """A worker that dies of prompt 7, and takes a second for each other prompt."""
 
     def load(self, folder: str, settings: Settings, assignment: Assignment, holder: str) -> Reply:
         import ray
 
-        self._node = ray.get_runtime_context().get_node_id()
+        self._node, self._seconds = ray.get_runtime_context().get_node_id(), 0.0
         return Reply(self._node, [], {})
 
     def attempt(self, group: Any) -> Reply:
         if any(prompt.index == 7 for prompt in group):
             os._exit(1)
-        return Reply(self._node, [PromptFinished(p.index, p.prompt, 4, 4) for p in group], {"drawing": 1.0})
+        self._seconds += len(group)
+        return Reply(self._node, [PromptFinished(p.index, p.prompt, 4, 4) for p in group], {"drawing": self._seconds})
 
 
 class Broken(Actor):
