@@ -65,7 +65,8 @@ class ReadingModel(Qwen2ForCausalLM):  # type: ignore[misc]
             else:
                 parts.append(embed(torch.tensor([number], device=self.device)))
         embedded = torch.cat(parts)[None]  # [1, T, H]
-        return {"inputs_embeds": embedded, "attention_mask": torch.ones(embedded.shape[:2], dtype=torch.long)}
+        mask = torch.ones(embedded.shape[:2], dtype=torch.long, device=embedded.device)
+        return {"inputs_embeds": embedded, "attention_mask": mask}
 
 
 AutoConfig.register(MODEL_TYPE, ReadingConfig)

@@ -5,7 +5,7 @@ A flag counts before a variable, a variable before the file, and in the file a c
     model-path = "shapes"  # of every command that has the option
 
     [t2i]
-    guidance-level = 5
+    guidance-level = 2
 """
 
 from __future__ import annotations

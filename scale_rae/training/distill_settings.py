@@ -16,7 +16,6 @@ from scale_rae.options import (
     Seed,
     check_device_name,
     check_options,
-    lora_parts,
     quantisation,
     to_record,
 )
@@ -149,8 +148,11 @@ class DistillOptions:
         """Raises OptionError, naming the flag, for values that no distillation can use."""
         check_device_name(self.device)
         check_options(self, flags=True)
-        for text in self.lora:
-            lora_parts(text)
+        if self.lora:
+            raise OptionError(
+                "--lora: a student's folder names its base model only; write one with the adapters first "
+                "(scale-rae merge --model … --lora … --out DIR), then distil DIR"
+            )
         if self.train_batch_size % self.steps:
             raise OptionError(
                 f"--train-batch-size {self.train_batch_size}: must be a multiple of --steps {self.steps}, since each step of the "

@@ -18,6 +18,7 @@ from scale_rae.checkpoint import writing
 from scale_rae.config import load_config
 from scale_rae.errors import ConfigError, TrainingError
 from scale_rae.fast_weights import crop_swiglu
+from scale_rae.files import replacing
 from scale_rae.hub import Source
 from scale_rae.language import LanguageModel
 from scale_rae.loading import load_dit, load_language, load_tokenizer
@@ -94,8 +95,8 @@ class Result:
         else:
             self.write_adapter(folder)
         record = {"options": self.options.identity(), "model": self.model.source.address, "steps": steps}
-        with writing(folder):
-            (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        with writing(folder), replacing(folder / "training.json") as fresh:
+            fresh.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
     def write_adapter(self, folder: Path) -> None:
         """Writes the moving average of the adapter in PEFT's form."""

@@ -19,6 +19,7 @@ from scale_rae.adapters import CONFIG, WEIGHTS, write_adapter
 from scale_rae.checkpoint import writing
 from scale_rae.errors import InputError, TrainingError
 from scale_rae.fast_weights import crop_swiglu
+from scale_rae.files import replacing
 from scale_rae.hub import BUNDLED, Source
 from scale_rae.jsonio import read_json
 from scale_rae.loading import load_dit, load_language
@@ -104,7 +105,8 @@ def _check_out(options: DistillOptions) -> None:
         if not options.resume:
             raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
         return
-    if found := next((out / name for name in (CONFIG, WEIGHTS, _FULL) if (out / name).exists()), None):
+    own = (CONFIG, WEIGHTS, _FULL, "config.json", "training.json")
+    if found := next((out / name for name in own if (out / name).exists()), None):
         raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
 
 
@@ -230,6 +232,8 @@ class Distillation:
             else:
                 write_adapter(folder, adapter_changes(tensors), self.options.rank, self.learner.alpha, source.address)
             config = json.dumps(raw | {FIELD: self.student.record()}, indent=1) + "\n"
-            (folder / "config.json").write_text(config, encoding="utf-8")
+            with replacing(folder / "config.json") as fresh:
+                fresh.write_text(config, encoding="utf-8")
             record = {"options": self.options.identity(), "model": source.address, "steps": self.distiller.done}
-            (folder / "training.json").write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+            with replacing(folder / "training.json") as fresh:
+                fresh.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")

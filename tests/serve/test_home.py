@@ -84,7 +84,8 @@ def test_forms(running: Running) -> None:
 
 def test_docs_are_there_only_if_asked_for(running: Running, serve: Serve) -> None:
     assert fetch(f"{running.url}/docs")[0] == 404
-    with serve(docs=True) as with_docs:
+    with serve(docs=True, api_key="secret") as with_docs:  # a browser sends no key for a page
+        assert fetch(f"{with_docs.url}/openapi.json")[0] == 200
         assert fetch(f"{with_docs.url}/docs")[:2] == (200, "text/html; charset=utf-8")
         assert 'href="docs"' in fetch(with_docs.url)[2].decode()
 

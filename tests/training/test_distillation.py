@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -276,7 +277,14 @@ def test_a_missing_base_is_named(student: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("times", [1, 0.5]), ("times", [1, 0.5, 0.5, 0]), ("times", ["1", 0]), ("guidance", -1), ("guidance", "4")],
+    [
+        ("times", [1, 0.5]),
+        ("times", [1, 0.5, 0.5, 0]),
+        ("times", [1, math.nan, 0]),
+        ("times", ["1", 0]),
+        ("guidance", -1),
+        ("guidance", "4"),
+    ],
 )
 def test_odd_students_are_refused(teacher: Path, tmp_path: Path, field: str, value: Any) -> None:
     config = json.loads((teacher / "config.json").read_text())
@@ -308,6 +316,13 @@ def test_exchanged_conditions_are_added(usual: DistillOptions, tmp_path: Path) -
     assert torch.equal(again, conditions)
 
 
+def test_a_model_in_the_folder_is_not_replaced(usual: DistillOptions, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(TrainingError, match=r"config\.json: exists already"):
+        go(replace(usual, out=tmp_path))
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
 def test_odd_options_are_refused() -> None:
     good = DistillOptions(model="shapes", prompts=Path("p.txt"))
     good.check()
@@ -317,6 +332,7 @@ def test_odd_options_are_refused() -> None:
         ({"teacher_steps": 3}, "--teacher-steps 3"),
         ({"rounds": 2000}, "--rounds 2000"),
         ({"optimizer": "muon"}, "--optimizer muon"),
+        ({"lora": ("mine",)}, "--lora: a student's folder names its base model only"),
     ):
         with pytest.raises(OptionError, match=flag):
             replace(good, **change).check()  # type: ignore[arg-type]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -44,7 +45,8 @@ def home_router(engine: Engine, settings: ServeSettings, links: Links) -> APIRou
         found = links.get(name)
         if found is None:
             raise Refused(404, "picture_expired", "no such picture; pictures are kept for a limited time", "name")
-        headers = {"Cache-Control": "private, immutable", "X-Content-Type-Options": "nosniff"}
+        left = max(0, int(found.expires - time.monotonic()))
+        headers = {"Cache-Control": f"private, max-age={left}, immutable", "X-Content-Type-Options": "nosniff"}
         return Response(found.data, media_type=found.media_type, headers=headers)
 
     return router
