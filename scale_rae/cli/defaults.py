@@ -55,6 +55,14 @@ def defaults(
     for top in (name for name, value in content.items() if isinstance(value, dict)):
         if top not in commands:
             raise _error(ctx, f"{file}: [{top}] is no command{_similar(top, commands)}")
+    for depth, table in enumerate(tables[1:], start=1):
+        inner = ctx.parent.command.commands if depth < len(names) else None  # of a command with commands of its own
+        for key, value in table.items():
+            path = ".".join([*names[:depth], key])
+            if isinstance(value, dict) and (inner is None or key not in inner):
+                raise _error(ctx, f"{file}: [{path}] is no command{_similar(key, inner or ())}")
+            if inner is not None and not isinstance(value, dict):
+                raise _error(ctx, f"{file}: {path}: put it into the table of one command, as [{names[0]}.{names[-1]}]")
     given: dict[str, Default] = {}
     options = options_of(command)
     for table, where in ((tops, "top"), (tables[-1], "table")):

@@ -248,6 +248,7 @@ def test_defaults_from_variables_and_file(
     [
         ("stepz = 1", "c.toml: stepz is no option of any command; did you mean steps?"),
         ("[t2x]", "c.toml: [t2x] is no command; did you mean t2i?"),
+        ("[t2i.steps]", "c.toml: [t2i.steps] is no command"),
         ("[t2i]\nmetric = 'x'", "c.toml: metric is no option of scale-rae t2i"),
         ("[t2i]\nsolver = 'rk4'", "c.toml: solver: 'rk4' is not one of euler"),
         ("steps = [1]", "c.toml: steps: takes one value"),
@@ -270,6 +271,24 @@ def test_what_no_configuration_may_say(
     assert result.code == 2
     assert problem in result.err
     assert "\x1b" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("[evaluate.genevl]", "c.toml: [evaluate.genevl] is no command; did you mean geneval?"),
+        ("[evaluate]\nkeep = 3", "c.toml: evaluate.keep: put it into the table of one command, as [evaluate.geneval]"),
+    ],
+)
+def test_tables_of_commands_in_groups(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str, problem: str
+) -> None:
+    (tmp_path / "c.toml").write_text(content)
+    monkeypatch.setenv("SCALE_RAE_CONFIG", str(tmp_path / "c.toml"))
+    monkeypatch.setenv("COLUMNS", "300")
+    result = cli("evaluate", "geneval", tmp_path)
+    assert result.code == 2
+    assert problem in result.err
 
 
 def test_a_variable_with_a_bad_value(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
