@@ -97,7 +97,7 @@ def parse_student(fields: Fields) -> Student | None:
     numbers = all(isinstance(t, int | float) and not isinstance(t, bool) for t in times)
     if not numbers or not 2 <= len(times) <= MOST_STEPS + 1 or times[0] != 1 or times[-1] != 0:
         raise own.fail("times", f"is {str(times)[:80]}; must be 2 to {MOST_STEPS + 1} times from 1 down to 0")
-    if not all(then < now for now, then in itertools.pairwise(times)):  # NaN is less than nothing
+    if not all(then < now for now, then in itertools.pairwise(times)):  # no comparison holds for NaN
         raise own.fail("times", f"is {str(times)[:80]}; must fall")
     guidance = own.number("guidance")
     if guidance < 0:

@@ -20,10 +20,10 @@ from scale_rae.serve.routes.images import IMAGES, images_router
 from scale_rae.serve.routes.models import MODELS, models_router
 from scale_rae.serve.routes.responses import RESPONSES as RESPONSES_PATH
 from scale_rae.serve.routes.responses import responses_router
-from scale_rae.serve.settings import HEALTH, HOME, METRICS, READY, ServeSettings
+from scale_rae.serve.settings import DOCS, HEALTH, HOME, METRICS, OPENAPI, READY, ServeSettings
 from scale_rae.version import __version__
 
-ROUTES = (HOME, HEALTH, READY, METRICS, "/openapi.json", "/docs", MODELS)  # besides those that take a body
+ROUTES = (HOME, HEALTH, READY, METRICS, OPENAPI, DOCS, MODELS)  # besides those that take a body
 
 
 def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Guard:
@@ -32,7 +32,8 @@ def make_app(engine: Engine, settings: ServeSettings, decoders: Decoders) -> Gua
         title="Scale-RAE",
         version=__version__,
         summary="One model that draws and looks, behind OpenAI's interfaces.",
-        docs_url="/docs" if settings.docs else None,  # its page loads scripts from elsewhere
+        openapi_url=OPENAPI,
+        docs_url=DOCS if settings.docs else None,  # its page loads scripts from elsewhere
         redoc_url=None,
         responses=RESPONSES,
     )

@@ -18,7 +18,17 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
 from scale_rae.serve.refusals import Refused, client_left, error_body, internal_error, invalid, shutting_down
-from scale_rae.serve.settings import HEALTH, HOME, LOOPBACK, METRICS, PICTURE_FILES, READY, ServeSettings
+from scale_rae.serve.settings import (
+    DOCS,
+    HEALTH,
+    HOME,
+    LOOPBACK,
+    METRICS,
+    OPENAPI,
+    PICTURE_FILES,
+    READY,
+    ServeSettings,
+)
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -151,7 +161,7 @@ class Guard:
         if key is not None:
             # The name of a picture cannot be guessed, so it is the key to it.
             path = scope["path"]
-            described = self._settings.docs and path in ("/docs", "/openapi.json")  # a browser sends no key for a page
+            described = self._settings.docs and path in (DOCS, OPENAPI)  # a browser sends no key for a page
             if path in OPEN_PATHS or described or path.startswith(f"{PICTURE_FILES}/"):
                 return
             scheme, _, given = headers.get(b"authorization", b"").partition(b" ")

@@ -11,6 +11,7 @@ API_KEY_VARIABLE = "SCALE_RAE_API_KEY"
 OWN_JUDGEMENT = "answer"  # in place of a reward's name: the model's own yes or no about what it drew
 HEALTH, READY, METRICS = "/health", "/ready", "/metrics"  # paths that are not logged
 HOME, PICTURE_FILES = "/", "/v1/images/files"
+DOCS, OPENAPI = "/docs", "/openapi.json"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine itself
 SEED_BITS = 31  # of seeds that requests leave to the server, which every client's integers hold
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")

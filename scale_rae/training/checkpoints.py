@@ -5,6 +5,7 @@ A folder is written completely or not at all.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from scale_rae.checkpoint import writing
 from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_line
-from scale_rae.files import replacing_folder
+from scale_rae.files import replacing, replacing_folder
 from scale_rae.jsonio import dump_json, parse_json
 
 STATE = "training_state.pt"
@@ -25,6 +26,13 @@ _CONTENTS = {
     "records": "the training data or their order differ",
     "model": "the model's or an adapter's files, or the dtype, differ",
 }
+
+
+def write_record(folder: Path, identity: Mapping[str, Any], model: str, steps: int) -> None:
+    """Writes training.json: how the result in `folder` was trained, from which model, and in how many steps."""
+    record = {"options": identity, "model": model, "steps": steps}
+    with replacing(folder / "training.json") as fresh:
+        fresh.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
 
 
 class Checkpoints:

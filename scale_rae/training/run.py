@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from scale_rae.checkpoint import writing
 from scale_rae.config import load_config
 from scale_rae.errors import ConfigError, TrainingError
 from scale_rae.fast_weights import crop_swiglu
-from scale_rae.files import replacing
 from scale_rae.hub import Source
 from scale_rae.language import LanguageModel
 from scale_rae.loading import load_dit, load_language, load_tokenizer
@@ -27,7 +25,7 @@ from scale_rae.provenance import file_record
 from scale_rae.publishing import write_model
 from scale_rae.toolchain import check_compile
 from scale_rae.training.batches import Order, Records
-from scale_rae.training.checkpoints import Checkpoints
+from scale_rae.training.checkpoints import Checkpoints, write_record
 from scale_rae.training.learner import Learner, make_repeatable
 from scale_rae.training.log import Log
 from scale_rae.training.lora import adapter_changes
@@ -94,9 +92,8 @@ class Result:
             self._write_checkpoint(folder / _MODEL, tensors)
         else:
             self.write_adapter(folder)
-        record = {"options": self.options.identity(), "model": self.model.source.address, "steps": steps}
-        with writing(folder), replacing(folder / "training.json") as fresh:
-            fresh.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+        with writing(folder):
+            write_record(folder, self.options.identity(), self.model.source.address, steps)
 
     def write_adapter(self, folder: Path) -> None:
         """Writes the moving average of the adapter in PEFT's form."""

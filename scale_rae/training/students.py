@@ -29,7 +29,7 @@ from scale_rae.promptfile import read_prompts
 from scale_rae.student import FIELD, Student
 from scale_rae.toolchain import can_compile, check_compile
 from scale_rae.training.cache import TensorCache, key_of, stored_dtype
-from scale_rae.training.checkpoints import Checkpoints
+from scale_rae.training.checkpoints import Checkpoints, write_record
 from scale_rae.training.distill_settings import DistillOptions
 from scale_rae.training.distillation import Distiller, Plan, guided_velocity, windows
 from scale_rae.training.exchange import exchanges
@@ -227,13 +227,11 @@ class Distillation:
         with writing(folder):
             if self.options.full:
                 kept = {n: t.to(self.model.dtype).cpu().contiguous() for n, t in crop_swiglu(tensors).items()}
-                save_file(kept, folder / f"{_FULL}.tmp", metadata={"format": "pt"})
-                (folder / f"{_FULL}.tmp").replace(folder / _FULL)
+                with replacing(folder / _FULL) as fresh:
+                    save_file(kept, fresh, metadata={"format": "pt"})
             else:
                 write_adapter(folder, adapter_changes(tensors), self.options.rank, self.learner.alpha, source.address)
             config = json.dumps(raw | {FIELD: self.student.record()}, indent=1) + "\n"
             with replacing(folder / "config.json") as fresh:
                 fresh.write_text(config, encoding="utf-8")
-            record = {"options": self.options.identity(), "model": source.address, "steps": self.distiller.done}
-            with replacing(folder / "training.json") as fresh:
-                fresh.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+            write_record(folder, self.options.identity(), source.address, self.distiller.done)
