@@ -112,10 +112,13 @@ class Visitor:
     def set(self, prefix: str, **values: int) -> None:
         if not self.get(f"{prefix}-seed").is_visible():
             self.get(f"{prefix}-how-to-draw", "button").first.click()
+            self.get(f"{prefix}-seed").wait_for()
+            self.page.wait_for_timeout(300)  # the fields take their defaults once they are shown
         for name, value in values.items():
             field = self.get(f"{prefix}-{name}", "input[type=number]")
             field.fill(str(value))
             field.press("Tab")
+            sync_api.expect(field).to_have_value(str(value))
 
     def pictures(self, name: str) -> Any:
         return self.get(name, "button:has(img)")
@@ -415,7 +418,7 @@ def test_by_keyboard(visit: Any) -> None:
 
 def test_fits_a_phone(visit: Any) -> None:
     visitor = visit(PHONE)
-    visitor.draw(images=2)
+    visitor.draw(images=4)
     visitor.get("draw-how-to-draw", "button").first.click()  # folds it, as it is at first
     visitor.drawn()
     visitor.page.evaluate("window.scrollTo(0, 0)")
