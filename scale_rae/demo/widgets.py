@@ -18,7 +18,7 @@ from scale_rae.demo.limits import MOST_CHARACTERS, MOST_IMAGES, MOST_STEPS
 from scale_rae.demo.results import DrawResult, Preview, SavedImage
 from scale_rae.demo.shared_model import SharedModel
 from scale_rae.demo.streams import mapped
-from scale_rae.demo.words import bar, note, sentence, whole_number, without_paths
+from scale_rae.demo.words import bar, error_note, note, sentence, whole_number, without_paths
 from scale_rae.errors import ScaleRAEError, printable
 from scale_rae.noise import new_seed
 from scale_rae.options import SOLVERS, Sampling, SamplingOptions
@@ -31,8 +31,14 @@ SEED_BITS = 31  # of new seeds, which every browser's numbers hold
 QUESTIONS = [
     DESCRIBE,
     "How many objects are there?",
-    QUESTION.format(prompt="a photo of a red circle"),
+    QUESTION.format(prompt="a red circle"),
 ]
+# Scrolls to an element that begins in the lower part of the window or below it, as on a phone; passes the inputs on.
+_BRING_INTO_VIEW = """(...inputs) => {{
+    const element = document.getElementById("{}");
+    if (element.getBoundingClientRect().top > 0.6 * innerHeight) element.scrollIntoView({{ behavior: "smooth" }});
+    return inputs;
+}}"""
 _DEFAULTS = SamplingOptions()
 _log = logging.getLogger("scale_rae.demo")
 
@@ -126,7 +132,7 @@ def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> Sampl
         count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
         guidance = gr.Slider(
             *(0, max(10, usual.guidance)),
-            3.0 if bundled and model.guides and student is None else usual.guidance,
+            2.0 if bundled and model.guides and student is None else usual.guidance,
             step=0.1,
             label="Guidance",
             info=about,
@@ -281,22 +287,30 @@ def model_event(
     status: Any,
     after_error: tuple[Callable[..., Any], list[Any]] | None = None,
 ) -> Any:
-    """Adds a handler that uses the model: one runs at a time over all visitors and tabs, the rest wait in a queue.
+    """Adds a handler that uses the model; errors appear in a corner of the page for some seconds.
 
     After an error, `after_error` (function, outputs) sets the outputs; by default the status is emptied.
     """
-    event = trigger(
-        shows_errors(function),
+    event = _one_at_a_time(trigger, shows_errors(function), inputs, outputs, status)
+    set_after_error(event, *(after_error or (lambda: "", [status])))
+    return event
+
+
+def _one_at_a_time(
+    trigger: Any, handler: Callable[..., Any], inputs: list[Any], outputs: list[Any], status: Any, js: str | None = None
+) -> Any:
+    """Adds a handler of which one runs at a time over all visitors and tabs; the rest wait in a queue."""
+    return trigger(
+        handler,
         inputs,
         outputs,
+        js=js,
         concurrency_limit=1,
         concurrency_id="model",
         show_progress="minimal",
         show_progress_on=status,
         api_visibility="private",
     )
-    set_after_error(event, *(after_error or (lambda: "", [status])))
-    return event
 
 
 def set_after_error(event: Any, function: Callable[..., Any], outputs: list[Any]) -> None:
@@ -328,8 +342,20 @@ def runs(
     outputs: list[Any],
     status: Any,
 ) -> None:
-    """Adds a handler that uses the model: a click or Enter in `prompt` starts it, a click on Stop ends it."""
-    events = [model_event(trigger, function, inputs, outputs, status) for trigger in (buttons.go.click, prompt.submit)]
+    """Adds a handler that uses the model: a click or Enter in `prompt` starts it, a click on Stop ends it.
+
+    `status`, the first output, is brought into view. It also shows errors, which stay until the next start.
+    """
+
+    def handler(*args: Any) -> Iterator[list[Any]]:
+        try:
+            yield from shows_errors(function)(*args)
+        except gr.Error as e:
+            yield [error_note(e.message), *[gr.skip()] * (len(outputs) - 1)]
+
+    js = _BRING_INTO_VIEW.format(status.elem_id)
+    triggers = (buttons.go.click, prompt.submit)
+    events = [_one_at_a_time(trigger, handler, inputs, outputs, status, js) for trigger in triggers]
     buttons.stop.click(
         lambda: note("Stopped."),
         outputs=status,
@@ -366,7 +392,7 @@ def chat_panel(prefix: str, placeholder: str) -> ChatPanel:
     chat = gr.Chatbot(
         label="Questions and answers",
         show_label=False,
-        height=320,
+        height=260,
         render_markdown=False,  # text is text
         placeholder=placeholder,
         buttons=["copy_all"],

@@ -68,3 +68,8 @@ def folded(title: str, text: str) -> str:
 def note(text: str) -> str:
     """A line of status in HTML."""
     return f'<p class="said" role="status">{html.escape(text)}</p>'
+
+
+def error_note(sentence: str) -> str:
+    """A sentence of `sentence`, which is HTML already, as a status that looks like an error."""
+    return f'<p class="said wrong" role="alert">{sentence}</p>'

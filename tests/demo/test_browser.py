@@ -362,10 +362,15 @@ def test_latent(visit: Any, tmp_path: Path, shared: SharedModel) -> None:
 def test_errors_are_sentences_and_nothing_is_lost(visit: Any) -> None:
     visitor = visit()
     visitor.draw("   ")
-    assert "Write a prompt first" in visitor.toast()
-    sync_api.expect(visitor.get("draw-status")).to_have_text("")
+    error = visitor.get("draw-status", "[role=alert]")
+    sync_api.expect(error).to_have_text("Write a prompt first: what is to be drawn?")
+    visitor.draw("a red circle left of a <blue> star")
+    sync_api.expect(error).to_contain_text("The model answered without drawing")
+    visitor.page.wait_for_timeout(1000)
+    assert error.is_visible()  # it stays
     visitor.draw("a <red> circle and a blue square")  # text is text
     visitor.drawn()
+    assert error.count() == 0
     assert "<red>" in visitor.get("draw-command").inner_text()
 
 
@@ -385,8 +390,23 @@ def test_a_second_visitor_queues_and_the_first_can_stop(visit: Any, hold: Hold) 
     begun.set()
     second.drawn()
     assert not first.get("draw-files").is_visible()
+    sync_api.expect(first.get("draw-status")).to_have_text("Stopped.")  # it stays
     second.picture_of_page("phone-dark")
     assert second.luminance() < 128
+
+
+def test_the_first_screen(visit: Any) -> None:
+    for scheme in ("light", "dark"):
+        visitor = visit({"width": 1280, "height": 800}, scheme)
+        words = visitor.page.locator(".hero .more")
+        for i in range(words.count()):  # white on indigo, in both schemes
+            color = words.nth(i).evaluate("e => getComputedStyle(e).color")
+            assert min(int(c) for c in re.findall(r"\d+", color)[:3]) > 200, color
+        for name, lowest in {"Draw": "draw-gallery", "Look": "look-question", "Best of N": "best-go"}.items():
+            visitor.tab(name)
+            visitor.get(lowest).wait_for()
+            box = visitor.get(lowest).bounding_box()
+            assert box["y"] + box["height"] < 800, name
 
 
 def test_by_keyboard(visit: Any) -> None:
@@ -423,7 +443,11 @@ def test_fits_a_phone(visit: Any) -> None:
     visitor.drawn()
     visitor.page.evaluate("window.scrollTo(0, 0)")
     visitor.picture_of_page("phone-light")
-    assert visitor.get("draw-gallery", "img").first.bounding_box()["y"] < PHONE["height"] - 100
+    first = visitor.get("draw-gallery", "img").first.bounding_box()
+    assert first["y"] + first["height"] < PHONE["height"]
+    visitor.get("draw-go").click()
+    visitor.page.wait_for_function("scrollY > 50")  # to the pictures
+    visitor.drawn()
     for name in TABS:
         visitor.tab(name)
         visitor.page.wait_for_timeout(150)
