@@ -51,6 +51,7 @@ from scale_rae.serve.metrics import Metrics
 from scale_rae.serve.refusals import Refused, shutting_down
 from scale_rae.serve.schedule import BatchSizes, Schedule, Stage, Task, Tile
 from scale_rae.serve.settings import OWN_JUDGEMENT
+from scale_rae.wording import after_no_drawing
 
 BATCH_CPU, BATCH_GPU = 4, 32
 LINGER = 0.005  # seconds that an idle GPU waits for requests that come with the first
@@ -402,7 +403,8 @@ class Engine:
         task.reply, task.text = reply, self.model.tokenizer.decode(reply.ids)
         if reply.condition is None or not job.draws:
             if job.must_draw:
-                message = "the model's reply to this prompt asks for no image; word it as a request to draw something"
+                advice = after_no_drawing(self.model.source)
+                message = f"the model's reply to this prompt asks for no image; {advice}"
                 self._finish(task, Refused(400, "no_image", message, job.text_field))
             else:
                 self._complete(task, [])

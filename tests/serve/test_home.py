@@ -19,6 +19,7 @@ from PIL import ExifTags, Image
 
 from scale_rae.serve.links import Links
 from scale_rae.serve.settings import Limits
+from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
 from tests.serve.conftest import CIRCLE, Running, Serve
 
 STEPS: dict[str, Any] = {"steps": 2, "seed": 3}
@@ -48,6 +49,23 @@ def test_the_examples_of_the_page_work(running: Running, capsys: pytest.CaptureF
     exec(python, {})
     assert capsys.readouterr().out.strip()
     assert Image.open(tmp_path / "circle.png").format == "PNG"
+
+
+@needs_chromium
+def test_the_page_fits_a_phone(running: Running) -> None:
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
+    with chromium(sync_api) as browser:
+        for size in (DESKTOP, PHONE):
+            page = browser.new_page(viewport=size)
+            page.goto(running.url)
+            assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
+            route = page.locator("td").first
+            assert route.evaluate("e => getComputedStyle(e).textAlign") == "left"
+
+
+def test_monitors_may_ask_for_the_head_of_the_page(running: Running) -> None:
+    with urllib.request.urlopen(urllib.request.Request(running.url, method="HEAD")) as answer:
+        assert answer.status == 200
 
 
 def test_with_a_key_the_page_and_linked_pictures_stay_open(serve: Serve) -> None:

@@ -67,6 +67,13 @@ def test_a_description_becomes_a_request(running: Running, shapes: ScaleRAE) -> 
     )
 
 
+def test_what_the_model_does_not_draw_is_answered_by_what_it_draws(running: Running) -> None:
+    with pytest.raises(openai.BadRequestError, match="draws one to four shapes") as caught:
+        running.client().images.generate(prompt="Hello")
+    assert caught.value.code == "no_image"
+    assert "Hello" not in str(caught.value)
+
+
 def test_without_a_seed_every_drawing_is_another(running: Running) -> None:
     answers = [running.client().images.generate(prompt=CIRCLE, extra_body={"steps": 2}).data for _ in range(2)]
     seeds = {image.seed for data in answers for image in data or ()}  # type: ignore[attr-defined]

@@ -23,6 +23,7 @@ def home_router(engine: Engine, settings: ServeSettings, links: Links) -> APIRou
     """The endpoints' router."""
     router = APIRouter()
 
+    @router.head(HOME, include_in_schema=False)
     @router.get(HOME, include_in_schema=False, response_class=HTMLResponse)
     async def home(request: Request) -> Any:
         """A page for people who open the server's address."""
