@@ -72,8 +72,26 @@ def test_fits_and_shows_every_image(page: Any) -> None:
         box = image.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= page.viewport_size["width"]
+    if page.viewport_size == DESKTOP:  # the charts are one row
+        tops = page.evaluate(
+            "[...document.querySelectorAll('.plot')].filter(e => e.offsetParent).map(e => e.offsetTop)"
+        )
+        assert len(tops) == 3
+        assert len(set(tops)) == 1
     first.locator("summary").click()  # the table scrolls, the page does not
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+def test_a_picture_enlarges_over_the_whole_window(page: Any) -> None:
+    picture = page.locator(".prompt").nth(2).locator("img").first
+    picture.scroll_into_view_if_needed()
+    picture.click()
+    box, window = picture.bounding_box(), page.viewport_size
+    assert box["width"] == pytest.approx(0.88 * min(window.values()), abs=1)
+    assert box["x"] + box["width"] / 2 == pytest.approx(window["width"] / 2, abs=10)
+    for x in (box["x"] + 3, box["x"] + box["width"] - 3):
+        for y in (box["y"] + 3, box["y"] + box["height"] - 3):  # its corners are to be seen
+            assert page.evaluate("([x, y]) => document.elementFromPoint(x, y) === document.activeElement", [x, y])
 
 
 def test_ranks_by_each_metric_and_marks_the_kept(page: Any, experiment: Path) -> None:
