@@ -10,6 +10,7 @@ from PIL import Image
 
 from scale_rae.acceptance import ACCEPTED
 from scale_rae.demo.results import CandidateCard, RankedImage, RankingState, SearchState
+from scale_rae.demo.words import sentence
 from scale_rae.ranking import METRICS, number
 
 SCORE_NAMES = {
@@ -75,7 +76,7 @@ def _rows(scores: dict[str, float | None]) -> str:
 
 
 def _why(reason: str | None) -> str:
-    return f'<p class="why">{html.escape(reason)}</p>' if reason else ""
+    return f'<p class="why">{sentence(reason)}</p>' if reason else ""
 
 
 def _how(command: str | None) -> str:

@@ -110,7 +110,7 @@ def launch(
         page,
         path="/",
         root_path="",
-        footer_links=["settings"],
+        footer_links=[],
         allowed_paths=[],
         show_error=False,
         max_file_size=LARGEST_FILE,

@@ -356,6 +356,8 @@ def runs(
     js = _BRING_INTO_VIEW.format(status.elem_id)
     triggers = (buttons.go.click, prompt.submit)
     events = [_one_at_a_time(trigger, handler, inputs, outputs, status, js) for trigger in triggers]
+    for event in events:
+        set_after_error(event, gr.skip, [status])  # gradio calls it an error if Stop ends what still waits
     buttons.stop.click(
         lambda: note("Stopped."),
         outputs=status,
