@@ -448,6 +448,7 @@ def test_fits_a_phone(visit: Any) -> None:
     visitor.drawn()
     visitor.page.evaluate("window.scrollTo(0, 0)")
     visitor.picture_of_page("phone-light")
+    assert visitor.get("draw-prompt").bounding_box()["width"] > PHONE["width"] - 30
     first = visitor.get("draw-gallery", "img").first.bounding_box()
     assert first["y"] + first["height"] < PHONE["height"]
     visitor.get("draw-go").click()
