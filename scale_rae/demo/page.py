@@ -61,6 +61,9 @@ THEME = gr.themes.Default(
     button_primary_background_fill="linear-gradient(90deg, *primary_600, *primary_500)",
     button_primary_background_fill_dark="linear-gradient(90deg, *primary_600, *primary_500)",
     button_primary_text_color="white",
+    body_text_color_subdued="*neutral_500",  # gradio's are too pale on white to be read by all
+    block_info_text_color="*neutral_500",
+    input_placeholder_color="*neutral_500",
     block_shadow="0 1px 2px rgb(15 23 42 / 6%)",
 )
 

@@ -67,6 +67,11 @@ def _violation(errors: Sequence[Any]) -> tuple[str, str]:
             path.append(str(part)[:64])
     if error["type"] == "json_invalid":
         return "body", "not valid JSON"
+    limits = error.get("ctx", {})
+    if limits.get("max_length") == 0:
+        return ".".join(path), "only an empty one is possible here"
+    if limits.get("le") == 0:
+        return ".".join(path), "only 0 is possible here"
     message = {
         "extra_forbidden": "no such field",
         "missing": "is missing",

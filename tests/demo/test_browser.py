@@ -407,6 +407,9 @@ def test_the_first_screen(visit: Any) -> None:
         for i in range(words.count()):  # white on indigo, in both schemes
             color = words.nth(i).evaluate("e => getComputedStyle(e).color")
             assert min(int(c) for c in re.findall(r"\d+", color)[:3]) > 200, color
+        pale = visitor.page.locator(".what .said").first.evaluate("e => getComputedStyle(e).color")
+        distance = abs(sum(int(c) for c in re.findall(r"\d+", pale)[:3]) / 3 - visitor.luminance())
+        assert distance > 120, pale
         for name, lowest in {"Draw": "draw-gallery", "Look": "look-question", "Best of N": "best-go"}.items():
             visitor.tab(name)
             visitor.get(lowest).wait_for()
