@@ -7,16 +7,19 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 VENV := .venv
 BIN := $(VENV)/bin
+# Python code that ends with a message under a Python that is too old; any Python can run it.
+NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("error: %s is Python %d.%d, but 3.11 or newer is needed; give \
+	another one: make demo PYTHON=python3.12 (first rm -r $(VENV), if it exists)" % ((sys.executable,) + sys.version_info[:2]))
 
 .PHONY: demo test lint check docs release-check clean
 
 demo: $(VENV)/.installed
 	@echo 'drawing on the CPU: "Can you generate a photo of a blue cross and a pink square?"'
 	$(BIN)/scale-rae t2i "Can you generate a photo of a blue cross and a pink square?" --model-path shapes --device cpu \
-		--guidance-level 5 --upscale --output outputs/demo.png --overwrite
+		--guidance-level 2 --upscale --output outputs/demo.png --overwrite
 	@echo 'The picture is outputs/demo.png. Open it, then try a prompt of your own:'
 	@echo '    source $(BIN)/activate'
-	@echo '    scale-rae t2i "Show me a green star and a purple heart." --model-path shapes --guidance-level 5 --upscale'
+	@echo '    scale-rae t2i "Show me a green star and a purple heart." --model-path shapes --guidance-level 2 --upscale'
 
 test: lint docs check
 
@@ -42,7 +45,8 @@ release-check: $(VENV)/.installed-dev
 # What is tested is what constraints.txt pins. Torch's CPU build is enough for everything but speed.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo 'installing into $(VENV); PyTorch is the largest part of the download'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if test -x $(BIN)/python; then $(BIN)/python -c '$(NEW_ENOUGH)'; else $(PYTHON) -c '$(NEW_ENOUGH)'; fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(if $(TORCH_INDEX),$(BIN)/python -m pip install "$(shell grep ^torch== constraints.txt)" --index-url $(TORCH_INDEX))
 	$(BIN)/python -m pip install --constraint constraints.txt --editable .
 	@touch $@

@@ -1,10 +1,15 @@
 """Gives the README of a release links that work on a package index; everything else is in pyproject.toml."""
 
 import re
-import tomllib
+import sys
 from pathlib import Path
 
 from setuptools import setup
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # pip runs this file before it reads requires-python
+    sys.exit(f"error: scale-rae needs Python 3.11 or newer; this is Python {sys.version.split()[0]}")
 
 ROOT = Path(__file__).parent
 
