@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from scale_rae.shapes import evaluate, world
 from scale_rae.shapes.judge import judge
 
 FOLDER = BUNDLED["shapes"]
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,24 @@ def drawn(model: ScaleRAE) -> list[evaluate.Drawn]:
 def test_draws_what_it_is_asked_for(drawn: list[evaluate.Drawn]) -> None:
     wrong = [f"{item.metadata['prompt']}: {item.reason}" for item in drawn if not item.correct]
     assert len(wrong) <= 1, wrong  # it gets 99 % right
+
+
+def _prompts_of_pages() -> list[str]:
+    """The prompts of the commands that draw with the bundled model, and those that README.md lists for it."""
+    found = re.findall(
+        r'"([^"]+)"', next(re.finditer(r"^\| draw \|.*", (ROOT / "README.md").read_text(), re.MULTILINE))[0]
+    )
+    for page in (ROOT / "README.md", ROOT / "Makefile", *sorted((ROOT / "docs").glob("*.md"))):
+        for line in page.read_text().replace("\\\n", " ").splitlines():
+            if " t2i " in line and "--model-path shapes" in line and "--lora" not in line:
+                found += re.findall(r'(?: t2i|--prompt|shapes) "([^"]+)"', line)
+    return found
+
+
+def test_draws_the_prompts_of_every_page(model: ScaleRAE) -> None:
+    prompts = _prompts_of_pages()
+    assert len(prompts) >= 8
+    assert [p for p, reply in zip(prompts, model.reply(prompts), strict=True) if reply.condition is None] == []
 
 
 def test_reads_pictures(model: ScaleRAE) -> None:
