@@ -360,8 +360,10 @@ class Footprint:
 
     # --- seconds -----------------------------------------------------------------------------------------------------
 
-    def seconds(self, way: Way, rates: Rates, steps: int = DEFAULT_STEPS) -> Seconds:
-        """Estimated seconds of drawing one prompt's batch with the default sampler, `steps` evaluations without guidance."""
+    def seconds(self, way: Way, rates: Rates, steps: int | None = None) -> Seconds:
+        """Estimated seconds of drawing one prompt's batch: `steps` evaluations without guidance, by default the model's own."""
+        if steps is None:
+            steps = self.config.student.steps if self.config.student else DEFAULT_STEPS
         w = self.weights(way.quantize)
         copies = 0.0
         language = w.language_blocks + (w.head or w.embedding)

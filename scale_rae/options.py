@@ -51,6 +51,7 @@ RANDOM_SEED_BITS = 32  # short enough to be typed again
 
 MODEL, SAMPLING, QUESTIONS, OUTPUT = "Model", "Sampling", "Questions about what was drawn", "Output"
 SEARCH = "Adaptive search"
+MODEL_HELP = 'Hub id, folder, or "shapes" (the bundled model).'
 
 _DEVICE = re.compile(r"(cpu|cuda|mps)(:[1-9]?\d)?")  # torch takes longer numbers too, and wraps them around
 
@@ -339,7 +340,7 @@ MaxNewTokens = Annotated[int, Knob("Longest reply, in tokens.", SAMPLING, least=
 class ModelChoice:
     """Which checkpoint, and where it runs."""
 
-    model_path: Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)] = DEFAULT_MODEL
+    model_path: Annotated[str, Knob(MODEL_HELP, MODEL, aliases=("model",))] = DEFAULT_MODEL
     decoder_repo: Annotated[
         str | None,
         Knob(

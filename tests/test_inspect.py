@@ -357,7 +357,12 @@ def test_the_command_in_words(cli: Cli, copy: Path) -> None:  # noqa: F811
 def test_the_bundled_model(cli: Cli) -> None:  # noqa: F811
     result = cli("inspect", "shapes", "--json", "--device", "cpu")
     assert result.code == 0
-    assert result.manifests[0]["parameters"] == 15_371_840
+    found = result.manifests[0]
+    assert found["parameters"] == 15_371_840
+    student = cli("inspect", "--model", "shapes-4", "--json", "--device", "cpu", "--memory", "8G").manifests[0]
+    rates = [model["device"]["products_per_second"] for model in (found, student)]
+    work = [model["memory"][0]["seconds_alone"] * rate for model, rate in zip((found, student), rates, strict=True)]
+    assert work[1] < work[0] / 4  # 4 evaluations and not 49
 
 
 def test_a_vae_beside_the_model(copy: Path) -> None:

@@ -11,7 +11,7 @@ from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars
 from scale_rae.errors import ScaleRAEError
 from scale_rae.inspection import Inspection, inspect
-from scale_rae.options import DEFAULT_MODEL, MODEL, check_device_name, memory_bytes
+from scale_rae.options import DEFAULT_MODEL, MODEL, MODEL_HELP, check_device_name, memory_bytes
 
 MEMORIES = ("4G", "6G", "8G", "12G", "16G", "24G", "80G")
 _GIB, _GB = 1 << 30, 10**9
@@ -20,7 +20,13 @@ _Row = tuple[str, ...]
 
 def command(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help='Hub id, folder, or "shapes" (the bundled model).')
+        str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default="what --model-path says")
+    ] = None,
+    model_path: Annotated[
+        str,
+        typer.Option(
+            "--model-path", "--model", help="MODEL as a flag, so that a default of yours counts.", rich_help_panel=MODEL
+        ),
     ] = DEFAULT_MODEL,
     decoder_repo: Annotated[
         str | None,
@@ -51,6 +57,8 @@ def command(
 
     Of a model on the hub, only config.json and the heads of its weight files are read. Exits 1 if something is missing or misnamed.
     """
+    if model is None:
+        model = model_path
     bars = Bars()
     try:
         check_device_name(device)

@@ -13,18 +13,15 @@ from scale_rae.cli.progress import Bars
 from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import OptionError
 from scale_rae.hub import find
-from scale_rae.options import DEFAULT_MODEL, DTYPES, MODEL, Lora, lora_parts
+from scale_rae.options import DEFAULT_MODEL, DTYPES, Lora, lora_parts
+from scale_rae.training.settings import Model, Revision
 
 
 @expanded
 def command(
     *,
-    model: Annotated[
-        str, typer.Option(help='Hub id, folder, or "shapes" (the bundled model).', rich_help_panel=MODEL)
-    ] = DEFAULT_MODEL,
-    revision: Annotated[
-        str | None, typer.Option(help="Branch, tag or commit of a model on the hub.", rich_help_panel=MODEL)
-    ] = None,
+    model: Model = DEFAULT_MODEL,
+    revision: Revision = None,
     lora: Lora = (),
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the checkpoint: a new or an empty one.")],
     dtype: Annotated[

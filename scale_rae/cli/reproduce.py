@@ -21,7 +21,16 @@ from scale_rae.cli.signature import expanded, one_of
 from scale_rae.errors import InputError, OptionError
 from scale_rae.geneval.judges import JudgeChoice, identity_of, metadata_check
 from scale_rae.jsonio import read_json
-from scale_rae.options import AUTO_REWARD, DEFAULT_SEED, REWARDS, ModelChoice, SamplingOptions, Seed, check_count
+from scale_rae.options import (
+    AUTO_REWARD,
+    DEFAULT_SEED,
+    MODEL_HELP,
+    REWARDS,
+    ModelChoice,
+    SamplingOptions,
+    Seed,
+    check_count,
+)
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.scaling.settings import Settings
@@ -44,7 +53,7 @@ def command(
     *,
     model: Annotated[
         str | None,
-        typer.Argument(metavar="MODEL", help='Hub id, folder, or "shapes" (the bundled model).', show_default=False),
+        typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default=False),
     ] = None,
     prompts: Annotated[
         Path | None,

@@ -47,6 +47,7 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Any, list[Option]]] = {}
+    knobs: list[tuple[str, Knob]] = []
     parameters: list[inspect.Parameter] = []
     for parameter in inspect.signature(command).parameters.values():
         hint = hints[parameter.name]
@@ -54,7 +55,9 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             defaults = hint() if parameter.default is parameter.empty else parameter.default
             groups[parameter.name] = defaults, options_of(hint, defaults)
             parameters += [_flag(o.name, o.kind, o.default, o.knob) for o in groups[parameter.name][1]]
+            knobs += [(o.name, o.knob) for o in groups[parameter.name][1]]
         elif knob := knob_of(hint):
+            knobs.append((parameter.name, knob))
             default = MISSING if parameter.default is parameter.empty else parameter.default
             parameters.append(_flag(parameter.name, get_args(hint)[0], default, knob))
         else:
@@ -67,7 +70,6 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             built[name] = with_values(defaults, {o.name: _field_value(flags.pop(o.name), o.knob) for o in options})
         command(**flags, **built)
 
-    knobs = [(o.name, o.knob) for _, options in groups.values() for o in options]
     with_flags.bare = {flag_name(name): str(knob.bare) for name, knob in knobs if knob.bare is not None}  # type: ignore[attr-defined]
     with_flags.lists = {flag_name(name) for name, knob in knobs if knob.parse is not None}  # type: ignore[attr-defined]
     with_flags.aliases = {  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from scale_rae.options import (
     COMPILE,
     DEFAULT_MODEL,
     DEFAULT_SEED,
+    MODEL_HELP,
     PROMPT_PREFIX,
     REWARDS,
     SOLVERS,
@@ -197,7 +198,7 @@ class SelfRewardOptions:
 
 # --- options that `train` and `distill` share
 
-Model = Annotated[str, Knob('Hub id, folder, or "shapes" (the bundled model).', MODEL)]
+Model = Annotated[str, Knob(MODEL_HELP, MODEL, aliases=("model_path",))]
 Revision = Annotated[str | None, Knob("Branch, tag or commit of a model on the hub.", MODEL)]
 Device = Annotated[str | None, Knob("cpu, cuda, cuda:N or mps. Default: the best there is.", MODEL)]
 PromptPrefix = Annotated[str, Knob("Put before a picture's text, unless that is worded as a request.", DATA)]

@@ -24,6 +24,7 @@ from scale_rae.outputs import FileNames, Sample, save_run, slug
 from tests.cli.conftest import Cli, left
 
 RED = "Can you generate a photo of a red circle?"
+EXAMPLES = Path(__file__).parents[2] / "example_prompts_shapes.jsonl"
 QUICK = ("--model-path", "shapes", "--steps", 2)
 DESCRIPTION = 0x010E  # EXIF's tag ImageDescription
 
@@ -298,6 +299,30 @@ def test_a_variable_with_a_bad_value(cli: Cli, monkeypatch: pytest.MonkeyPatch) 
     assert "SCALE_RAE_PORT: " in cli("serve", "--model-path", "nope").err
     monkeypatch.setenv("SCALE_RAE_PORT", "tcp://10.0.0.1:80")  # as Kubernetes sets it
     assert cli("serve", "--host", "example.org").error.startswith("--host example.org lets other machines in")
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["t2i", "a"],
+        ["img", "a.png", "a"],
+        ["inspect"],
+        ["train", "--data", "."],
+        ["distill", "--prompts", "a.txt"],
+        ["merge", "--out", "a", "--lora", "b"],
+        ["reproduce", "--prompts", EXAMPLES, "--judge", "shapes"],
+    ],
+)
+def test_every_command_takes_the_model_by_both_names(
+    cli: Cli, argv: list[object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    Image.new("RGB", (2, 2)).save(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    for flag in ("--model", "--model-path"):
+        assert cli(*argv, flag, "nope").error.startswith("nope: no such model folder"), flag
+    monkeypatch.setenv("SCALE_RAE_MODEL_PATH", "none")
+    assert cli(*argv).error.startswith("none: no such model folder")
 
 
 @pytest.mark.parametrize(
