@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import operator
 import os
 import secrets
 from collections.abc import Callable, Sequence
@@ -27,10 +28,16 @@ def image_seeds(prompts: int, images: int, seed: int) -> list[list[int]]:
     """The seeds of `images` images of each of several prompts.
 
     Raises:
-        InputError: when there are to be no images.
+        InputError: when there are to be no images, or the seed is no whole number.
     """
     if images < 1:
         raise InputError(f"number of images {images}: must be at least 1")
+    try:
+        seed = operator.index(seed)
+    except TypeError as e:
+        raise InputError(
+            f"seed {seed!r:.40}: must be a whole number; several noise seeds are given as image_seeds=[[1, 2]], a list per prompt"
+        ) from e
     return [[image_seed(seed, i, j) for j in range(images)] for i in range(prompts)]
 
 

@@ -308,6 +308,8 @@ class ScaleRAE:
             InputError: for an empty or too long message, a limit below 1, or latents that do not fit.
             ConfigError: for latents given to a checkpoint that cannot read them (`check_reads`).
         """
+        if isinstance(messages, str):  # whose letters would be the messages
+            raise InputError(f"messages {messages!r:.40}: give a list of texts")
         if max_new_tokens < 1:
             raise InputError(f"max new tokens {max_new_tokens}: must be at least 1")
         if latents is None:

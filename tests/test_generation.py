@@ -163,6 +163,17 @@ def test_seeds() -> None:
     assert all(0 <= s < 2**63 for s in seeds)
 
 
+@pytest.mark.parametrize("seed", ["7", [1, 2], 1.5, None])
+def test_a_seed_that_is_no_number(siglip: ScaleRAE, seed: Any) -> None:
+    with pytest.raises(InputError, match=r"^seed .*: must be a whole number; several .* image_seeds=\[\[1, 2\]\]"):
+        siglip.generate(DRAW, seed=seed)
+
+
+def test_a_message_alone_is_no_list(siglip: ScaleRAE) -> None:
+    with pytest.raises(InputError, match=r"^messages 'Draw .*: give a list of texts"):
+        siglip.reply("Draw a cat")
+
+
 def test_same_seed_same_picture(siglip: ScaleRAE) -> None:
     first, second = siglip.generate(DRAW, steps=3, seed=11), siglip.generate(DRAW, steps=3, seed=11)
     assert torch.equal(first.images[0].latent, second.images[0].latent)
