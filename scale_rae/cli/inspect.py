@@ -9,24 +9,24 @@ import typer
 from scale_rae.cli.app import show, show_json
 from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars
+from scale_rae.cli.signature import expanded
 from scale_rae.errors import ScaleRAEError
 from scale_rae.inspection import Inspection, inspect
-from scale_rae.options import DEFAULT_MODEL, MODEL, MODEL_HELP, check_device_name, memory_bytes
+from scale_rae.options import DEFAULT_MODEL, MODEL, MODEL_HELP, Knob, check_device_name, memory_bytes
 
 MEMORIES = ("4G", "6G", "8G", "12G", "16G", "24G", "80G")
 _GIB, _GB = 1 << 30, 10**9
 _Row = tuple[str, ...]
 
 
+@expanded
 def command(
+    *,
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL", help=MODEL_HELP, show_default="what --model-path says")
     ] = None,
     model_path: Annotated[
-        str,
-        typer.Option(
-            "--model-path", "--model", help="MODEL as a flag, so that a default of yours counts.", rich_help_panel=MODEL
-        ),
+        str, Knob("MODEL as a flag, so that a default of yours counts.", MODEL, aliases=("model",))
     ] = DEFAULT_MODEL,
     decoder_repo: Annotated[
         str | None,

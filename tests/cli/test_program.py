@@ -35,6 +35,13 @@ def test_help_loads_nothing_heavy() -> None:
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
 
 
+@pytest.mark.parametrize("name", app.COMMANDS)
+def test_every_flag_has_a_help_text(name: str) -> None:
+    command = app.load_command(name)
+    options = [o for c in (command, *getattr(command, "commands", {}).values()) for o in c.params]
+    assert [o.name for o in options if o.param_type_name == "option" and not o.help] == []
+
+
 def test_what_can_be_known_without_torch_is_said_without_it(tmp_path: Path) -> None:
     """Options, files, folders, models that are not there, hubs that do not answer; which takes a fraction of a second."""
     (tmp_path / "bad.txt").write_bytes(b"\xff")
