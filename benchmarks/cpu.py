@@ -38,8 +38,13 @@ def process_seconds(arguments: list[str]) -> float:
     return time.perf_counter() - start
 
 
+def _say(what: str) -> None:
+    print(f"measuring {what}", file=sys.stderr, flush=True)
+
+
 def measure(model_path: str, repeat: int, steps: int, guidances: Sequence[float]) -> dict[str, Any]:
     """All figures of one model, in seconds unless the name says otherwise."""
+    _say("start and loading")
     bare = statistics.median(process_seconds(["-c", "pass"]) for _ in range(repeat))
     help_page = statistics.median(process_seconds(["-m", "scale_rae", "--help"]) for _ in range(repeat))
     start = time.perf_counter()
@@ -70,6 +75,7 @@ def measure(model_path: str, repeat: int, steps: int, guidances: Sequence[float]
         )
     condition, options = reply.condition, SamplingOptions(steps=steps)
     latent = model.sample([condition], [0], options)[0]
+    _say("drawing")
     figures["reply"] = median_seconds(lambda: model.reply([PROMPT]), repeat)
     for count in (1, 8):
         conditions, seeds = [condition] * count, list(range(count))
@@ -79,6 +85,7 @@ def measure(model_path: str, repeat: int, steps: int, guidances: Sequence[float]
     picture = model.decode([latent])[0]
     figures["encode"] = median_seconds(lambda: model.encode([picture]), repeat)
     figures["generate_end_to_end"] = median_seconds(lambda: model.generate(PROMPT, steps=steps), repeat)
+    _say("answers and scores")
     tokens = 32
     for count in (1, 8):
         asked = [QUESTION] * count
@@ -90,6 +97,7 @@ def measure(model_path: str, repeat: int, steps: int, guidances: Sequence[float]
         figures[f"answer_tokens_per_second_batch_{count}"] = sum(len(a.reply.ids) for a in answers) / seconds
     figures["score_per_image_batch_8"] = median_seconds(lambda: model.score([latent] * 8, PROMPT), repeat) / 8
     for guidance in guidances:
+        _say(f"scaling at guidance {guidance:g}")
         figures |= {
             f"{name}_guidance_{guidance:g}": v for name, v in scaling(model_path, guidance, repeat, steps).items()
         }

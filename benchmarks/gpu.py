@@ -130,6 +130,8 @@ def main() -> int:
     sizes = ["tiny"] if args.tiny else args.sizes.split(",")
     device = torch.device(args.device)
     if device.type == "cuda":
+        if not torch.cuda.is_available():
+            parser.error("torch finds no CUDA devices here; benchmarks/cpu.py measures a model on the CPU")
         torch.cuda.set_device(device.index or 0)
         device = torch.device("cuda", device.index or 0)
     b = Bench(device, torch.bfloat16, args.repeat, args.seconds_budget, args.json, args.tiny)

@@ -295,6 +295,14 @@ def test_training_benchmark_in_miniature(script: Script, tmp_path: Path) -> None
     assert all(row["share"] > 0 for row in steps)
 
 
+def test_gpu_benchmark_without_a_gpu(script: Script, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(pytest.fail.Exception, match="error: torch finds no CUDA devices here; "):
+        script("gpu.py")
+
+
 def test_gpu_benchmark_in_miniature(script: Script, tmp_path: Path) -> None:
     """Every stage runs on tiny networks on the CPU, so that mistakes show before GPU time is paid for."""
     file = tmp_path / "gpu.json"
