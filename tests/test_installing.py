@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+needs_make = pytest.mark.skipif(sys.platform == "win32" or shutil.which("make") is None, reason="needs make and sh")
 
 
 def _python(file: Path, commands: str) -> Path:
