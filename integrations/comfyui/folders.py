@@ -13,6 +13,7 @@ from pathlib import Path
 import folder_paths
 
 from scale_rae.errors import InputError
+from scale_rae.hub import BUNDLED
 from scale_rae.options import DEFAULT_MODEL, PUBLISHED_DECODERS
 
 MODELS = "scale_rae"  # the folder below ComfyUI's models, and the key in extra_model_paths.yaml
@@ -21,7 +22,7 @@ PUBLISHED_MODELS = (
     "nyu-visionx/Scale-RAE-Qwen7B_DiT9.8B",
     "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B-WebSSL",
 )
-BUNDLED = "shapes"
+FIRST_MODEL = "shapes"  # of the menu
 MATCHING = "matching"  # the decoder that belongs to the model
 _OUTPUT = " [output]"  # ComfyUI's mark of a file that is in its output folder
 
@@ -29,9 +30,9 @@ folder_paths.add_model_folder_path(MODELS, str(Path(folder_paths.models_dir) / M
 
 
 def models() -> list[str]:
-    """The bundled model, the models in ComfyUI's folders, and the published ones, which are downloaded when first used."""
+    """The bundled models, the models in ComfyUI's folders, and the published ones, which are downloaded when first used."""
     here = _names(MODELS, _is_model)
-    return list(dict.fromkeys([BUNDLED, *here, *PUBLISHED_MODELS]))
+    return list(dict.fromkeys([*BUNDLED, *here, *PUBLISHED_MODELS]))
 
 
 def decoders() -> list[str]:

@@ -69,10 +69,15 @@ class LoadModel(io.ComfyNode):
             node_id="ScaleRAELoadModel",
             display_name="Load Scale-RAE",
             category=CATEGORY,
-            description="Loads a Scale-RAE model: the bundled one (shapes), one in models/scale_rae, or a published one, "
-            "which is downloaded when first used.",
+            description="Loads a Scale-RAE model: a bundled one, one in models/scale_rae, or a published one, which is "
+            "downloaded when first used.",
             inputs=[
-                io.Combo.Input("model", options=folders.models(), default=folders.BUNDLED),
+                io.Combo.Input(
+                    "model",
+                    options=folders.models(),
+                    default=folders.FIRST_MODEL,
+                    tooltip="shapes: the bundled model, which draws simple shapes. shapes-4: its student, which draws in 4 steps.",
+                ),
                 io.Combo.Input(
                     "decoder",
                     options=folders.decoders(),

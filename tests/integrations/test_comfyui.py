@@ -286,7 +286,7 @@ def test_models_are_found_in_comfyuis_folders(package: Any, nodes: dict[str, Any
         (root / name).mkdir(parents=True)
         (root / name / "config.json").write_text(json.dumps({"model_type": kind}))
     (root / "decoder" / "model.pt").touch()
-    assert folders.models()[:3] == ["shapes", "mine", "owner/other"]
+    assert folders.models()[:4] == ["shapes", "shapes-4", "mine", "owner/other"]
     assert folders.decoders()[:2] == ["matching", "decoder"]
     assert folders.model("owner/other") == str(root / "owner" / "other")
     assert folders.model("shapes") == "shapes"
