@@ -6,19 +6,21 @@ numbers are texts with the numbers in them.
 
 from __future__ import annotations
 
+import functools
 import re
 import types
-from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar, get_args, get_origin
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar, get_args, get_origin
 
 from comfy_api.latest import io
 
-from scale_rae.errors import OptionError
+from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.options import Option, options_of, with_values
 
 DEFAULT = "default"
 _NOTHING = ("none",)  # choices that mean None
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 def inputs_of(kind: type, without: Sequence[str] = ()) -> list[Any]:
@@ -34,6 +36,20 @@ def options_from(defaults: T, values: Mapping[str, Any]) -> T:
     """
     known = {option.name: option for option in options_of(type(defaults))}
     return with_values(defaults, {name: _value(known[name], given) for name, given in values.items() if name in known})
+
+
+def naming_inputs(execute: Callable[P, T]) -> Callable[P, T]:
+    """A node's `execute` whose errors name options as inputs are named, not as flags."""
+
+    @functools.wraps(execute)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return execute(*args, **kwargs)
+        except ScaleRAEError as e:
+            e.args = (_without_flags(str(e)), *e.args[1:])
+            raise
+
+    return run
 
 
 def _input(option: Option) -> Any:
@@ -89,5 +105,5 @@ def _plain(kind: Any) -> Any:
 
 
 def _without_flags(text: str) -> str:
-    """A help text in which options are named as inputs are: "--batch-size" is "batch size"."""
+    """A text in which options are named as inputs are: "--batch-size" is "batch size"."""
     return re.sub(r"--([a-z][a-z-]*)", lambda flag: flag[1].replace("-", " "), text)

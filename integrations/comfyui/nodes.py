@@ -15,6 +15,7 @@ from scale_rae.errors import InputError, shorten
 from scale_rae.files import write_new
 from scale_rae.options import (
     AUTO_REWARD,
+    DECODE_AT_ONCE,
     DEFAULT_NEW_TOKENS,
     PROMPT_PREFIX,
     REWARDS,
@@ -23,15 +24,19 @@ from scale_rae.options import (
     SearchOptions,
 )
 from scale_rae.outputs import latent_bytes
+from scale_rae.pipeline import READ_AT_ONCE
 from scale_rae.prompt import DESCRIBE, clean_message
-from scale_rae.ranking import METRICS, Verdicts, rank
+from scale_rae.ranking import METRICS, TABLE, Verdicts, rank
 from scale_rae.rewards import default_reward, load_reward
-from scale_rae.wording import as_request, subject
+from scale_rae.wording import after_no_drawing, as_request, subject
 
 from . import folders, running
-from .inputs import DEFAULT, inputs_of, options_from
+from .inputs import DEFAULT, inputs_of, naming_inputs, options_from
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from scale_rae.language import Reply
     from scale_rae.results import Generation
     from scale_rae.rewards import Reward
 
@@ -41,6 +46,7 @@ Lora = io.Custom("SCALE_RAE_LORA")
 RewardModel = io.Custom("SCALE_RAE_REWARD")
 
 CATEGORY = "Scale-RAE"
+CODE_AT_ONCE = DECODE_AT_ONCE  # images or latents; between batches a run can be interrupted
 PROMPT = "Can you generate a photo of a blue cross and a pink square?"
 ABOUT = "a photo of a blue cross and a pink square"
 
@@ -97,6 +103,7 @@ class LoadModel(io.ComfyNode):
         )
 
     @classmethod
+    @naming_inputs
     def execute(
         cls, model: str, decoder: str, device: str, lora: tuple[str, ...] = (), **options: Any
     ) -> io.NodeOutput:
@@ -173,6 +180,7 @@ class LoadReward(io.ComfyNode):
         )
 
     @classmethod
+    @naming_inputs
     def execute(cls, model: scale_rae.ScaleRAE, reward: str) -> io.NodeOutput:
         """The loaded reward."""
         return io.NodeOutput(load_reward(default_reward(model) if reward == AUTO_REWARD else reward, model))
@@ -203,6 +211,7 @@ class TextToImage(io.ComfyNode):
         )
 
     @classmethod
+    @naming_inputs
     def execute(
         cls, model: scale_rae.ScaleRAE, prompt: str, latent: Tensor | None = None, **options: Any
     ) -> io.NodeOutput:
@@ -236,7 +245,7 @@ class EncodeImage(io.ComfyNode):
     @classmethod
     def execute(cls, model: scale_rae.ScaleRAE, images: Tensor) -> io.NodeOutput:
         """One latent per image."""
-        return io.NodeOutput(torch.stack(model.encode(running.from_comfy(images))))
+        return io.NodeOutput(torch.stack(running.in_parts(running.from_comfy(images), CODE_AT_ONCE, model.encode)))
 
 
 class DecodeLatent(io.ComfyNode):
@@ -257,7 +266,7 @@ class DecodeLatent(io.ComfyNode):
     @classmethod
     def execute(cls, model: scale_rae.ScaleRAE, latents: Tensor) -> io.NodeOutput:
         """One image per latent."""
-        return io.NodeOutput(running.to_comfy(model.decode(list(latents))))
+        return io.NodeOutput(running.to_comfy(running.in_parts(list(latents), CODE_AT_ONCE, model.decode)))
 
 
 class Ask(io.ComfyNode):
@@ -342,7 +351,7 @@ class ScoreLatents(io.ComfyNode):
     def execute(cls, model: scale_rae.ScaleRAE, latents: Tensor, prompt: str) -> io.NodeOutput:
         """Answer, confidence, loss and all scores of each latent."""
         request, about = judged_prompt(prompt)
-        scores = [score.judgement() for score in model.score(list(latents), about, request=request)]
+        scores = judgements(model, list(latents), request, about, model.reply([request])[0])
         return io.NodeOutput(
             [score["answer"] for score in scores],
             [score["score"] for score in scores],
@@ -377,6 +386,7 @@ class BestOfN(io.ComfyNode):
         )
 
     @classmethod
+    @naming_inputs
     def execute(
         cls,
         model: scale_rae.ScaleRAE,
@@ -390,14 +400,16 @@ class BestOfN(io.ComfyNode):
         """The best images, their latents, and what was found of all candidates."""
         if keep > candidates:
             raise InputError(f"keep {keep}: there are only {candidates} candidates; draw more, or keep fewer")
+        if reward is None and TABLE[metric].needs_reward:
+            raise InputError(
+                f"metric {metric}: needs a reward; connect Load Scale-RAE Reward, or choose another metric"
+            )
         sampling = options_from(Sampling(num_images=candidates), options)
         request, about = judged_prompt(prompt)
         drawn = draw(model, request, sampling)
         pictures = [one.image for one in drawn.images if one.image is not None]
-        running.stop_if_interrupted()
-        scores = model.score([one.latent for one in drawn.images], about, request=request, request_reply=drawn.reply)
+        judged = judgements(model, [one.latent for one in drawn.images], request, about, drawn.reply)
         rewards = None if reward is None else reward.score(pictures, about)
-        judged = [score.judgement() for score in scores]
         ranking = rank(Verdicts.made(judged, rewards), metric)
         best = ranking.order[:keep]
         report = [
@@ -440,6 +452,7 @@ class DrawUntilAccepted(io.ComfyNode):
         )
 
     @classmethod
+    @naming_inputs
     def execute(
         cls, model: scale_rae.ScaleRAE, prompt: str, keep: int, reward: Reward | None = None, **options: Any
     ) -> io.NodeOutput:
@@ -466,7 +479,7 @@ class DrawUntilAccepted(io.ComfyNode):
             watch=running.searching_progress(search.max_candidates),
             callback=stop,
         )
-        check_drawn(found.images, found.text)
+        check_drawn(model, found.images, found.text)
         report = {
             "kept": [
                 {"seed": one.seed, "accepted": one.accepted, "reward": one.reward, **one.judgement}
@@ -561,17 +574,27 @@ def draw(model: scale_rae.ScaleRAE, prompt: str, sampling: Sampling, latent: Ten
         progress=progress,
         callback=callback,
     )
-    check_drawn(drawn.images, drawn.text)
+    check_drawn(model, drawn.images, drawn.text)
     return drawn
 
 
-def check_drawn(images: list[Any], text: str) -> None:
+def check_drawn(model: scale_rae.ScaleRAE, images: list[Any], text: str) -> None:
     """Raises InputError when there are no images, with what the model said instead."""
     if not images:
         raise InputError(
-            f"the model answered without drawing: {shorten(text, 200)!r}; word the prompt as a request, as in "
-            "'Can you generate a photo of …?'"
+            f"the model answered without drawing: {shorten(text, 200)!r}; {after_no_drawing(model.source)}"
         )
+
+
+def judgements(
+    model: scale_rae.ScaleRAE, latents: Sequence[Tensor], request: str, about: str, reply: Reply
+) -> list[dict[str, Any]]:
+    """What the model finds of each latent, drawn or not for the `request` that it gave the `reply` to."""
+
+    def judge(some: Sequence[Tensor]) -> list[dict[str, Any]]:
+        return [score.judgement() for score in model.score(some, about, request=request, request_reply=reply)]
+
+    return running.in_parts(latents, READ_AT_ONCE, judge)
 
 
 def judged_prompt(prompt: str) -> tuple[str, str]:

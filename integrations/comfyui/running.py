@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import comfy.model_management
 import comfy.utils
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
 _PREVIEWS = 8  # of one drawing, at most
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 def to_comfy(pictures: Sequence[Image.Image]) -> Tensor:
@@ -48,6 +50,16 @@ def make_room(device: str) -> None:
     if device != "cpu":
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
+
+
+def in_parts(items: Sequence[T], size: int, work: Callable[[Sequence[T]], list[R]]) -> list[R]:
+    """What `work` makes of the items, `size` at once; between parts, the node's bar moves and the run can be interrupted."""
+    bar, made = comfy.utils.ProgressBar(len(items)), list[R]()
+    for start in range(0, len(items), size):
+        stop_if_interrupted()
+        made += work(items[start : start + size])
+        bar.update_absolute(len(made))
+    return made
 
 
 def loading_progress() -> Progress:

@@ -188,10 +188,47 @@ def test_drawing_can_be_interrupted(nodes: dict[str, Any], model: ScaleRAE, comf
         nodes["ScaleRAEDrawUntilAccepted"].execute(model=model, **search)
 
 
+def test_reading_can_be_interrupted_between_batches(
+    nodes: dict[str, Any], model: ScaleRAE, comfy: Comfy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = nodes["ScaleRAEScore"].__module__
+    monkeypatch.setattr(sys.modules[package], "READ_AT_ONCE", 1)
+    monkeypatch.setattr(sys.modules[package], "CODE_AT_ONCE", 2)
+    latents = torch.zeros(3, model.config.tokens, model.config.channels)
+    (images,) = nodes["ScaleRAEDecode"].execute(model=model, latents=latents).args
+    assert [move[:2] for move in comfy.progress] == [(2, 3), (3, 3)]
+    assert len(images) == 3
+    comfy.interrupt_at = 1
+    for name, inputs, done in (("Score", {"latents": latents, "prompt": ABOUT}, 1), ("Encode", {"images": images}, 2)):
+        comfy.progress.clear()
+        with pytest.raises(Interrupted):
+            nodes[f"ScaleRAE{name}"].execute(model=model, **inputs)
+        assert [move[:2] for move in comfy.progress] == [(done, 3)]
+
+
 def test_a_reply_without_a_picture_is_an_error(nodes: dict[str, Any], model: ScaleRAE) -> None:
-    node = nodes["ScaleRAETextToImage"]
-    with pytest.raises(InputError, match="without drawing: 'I only draw"):
-        node.execute(model=model, **(defaults(node) | {"prompt": "How are you?"}))
+    for name, prompt in (("TextToImage", "How are you?"), ("BestOfN", "an elephant"), ("DrawUntilAccepted", "a car")):
+        node = nodes[f"ScaleRAE{name}"]
+        with pytest.raises(
+            InputError, match=r"without drawing: 'I only draw.*the bundled model draws one to four shapes"
+        ):
+            node.execute(model=model, **(defaults(node) | {"prompt": prompt}))
+
+
+def test_errors_name_inputs_and_not_flags(
+    nodes: dict[str, Any], model: ScaleRAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ScaleRAE, "generate", None)  # all are found before anything is drawn
+    search, best, load = (nodes[f"ScaleRAE{name}"] for name in ("DrawUntilAccepted", "BestOfN", "LoadModel"))
+    for node, given, message in (
+        (search, {"check_at": "0.5 0.9"}, "^check at 0.5 0.9: must fall"),
+        (search, {"keep": 9, "max_candidates": 4}, "^max candidates 4: must be at least"),
+        (best, {"metric": "image_reward"}, "^metric image_reward: needs a reward; connect Load Scale-RAE Reward"),
+    ):
+        with pytest.raises(InputError, match=message):
+            node.execute(model=model, **(defaults(node) | given))
+    with pytest.raises(OptionError, match=r"; use offload none$"):
+        load.execute(**(defaults(load) | {"offload": "model"}))
 
 
 def test_latents_pass_through_files_and_are_read(nodes: dict[str, Any], model: ScaleRAE, comfy: Comfy) -> None:
