@@ -18,6 +18,17 @@ from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.options import Option, options_of, with_values
 
 DEFAULT = "default"
+_TOOLTIPS = {  # where the help text speaks of what only a flag can do, or does not say how an input is filled in
+    "num_images": "Images to draw.",
+    "seed": "The same seed draws the same image.",
+    "guidance_interval": "Guide only where t is between two numbers, as in 0.1 0.9; noise is t = 1. Empty: everywhere.",
+    "batch_size": "Images drawn at once. 0: 8 on the CPU, 32 elsewhere.",
+    "max_candidates": "Begin at most this number of candidates.",
+    "check_at": "Look at a half-formed candidate where its t comes nearest to this, and drop it if it will not do; noise is "
+    "t = 1. Two numbers, as in 0.9 0.8: look twice. Empty: once, after two fifths of the evaluations.",
+    "accept_reward": "Accept only images with at least this reward, which must be connected. Empty: an image that is not far "
+    "below the mean of the candidates, by reward and confidence.",
+}
 _NOTHING = ("none",)  # choices that mean None
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -54,7 +65,10 @@ def naming_inputs(execute: Callable[P, T]) -> Callable[P, T]:
 
 def _input(option: Option) -> Any:
     knob, kind, default = option.knob, _plain(option.kind), option.default
-    about: dict[str, Any] = {"display_name": option.label, "tooltip": _without_flags(knob.help)}
+    about: dict[str, Any] = {
+        "display_name": option.label,
+        "tooltip": _TOOLTIPS.get(option.name) or _without_flags(knob.help),
+    }
     if knob.choices:
         nothing = next((word for word in _NOTHING if word in knob.choices), DEFAULT)
         choices = list(dict.fromkeys([*([nothing] if default is None else []), *knob.choices]))

@@ -147,7 +147,11 @@ class LoraAdapter(io.ComfyNode):
             description="A LoRA adapter in PEFT's format: a folder with adapter_config.json in models/loras or "
             "models/scale_rae. Connect it to Load Scale-RAE, which merges it into the weights; chain several.",
             inputs=[
-                io.Combo.Input("adapter", options=folders.adapters()),
+                io.Combo.Input(
+                    "adapter",
+                    options=folders.adapters(),
+                    tooltip="A folder in models/loras or models/scale_rae. Press R once a new one is there.",
+                ),
                 io.Float.Input("weight", default=1.0, step=0.05, min=-10.0, max=10.0, tooltip="1 is as trained."),
                 Lora.Input("lora", optional=True, tooltip="Another adapter, merged before this one."),
             ],
@@ -174,7 +178,12 @@ class LoadReward(io.ComfyNode):
             "where it brings one, else imagereward.",
             inputs=[
                 Model.Input("model"),
-                io.Combo.Input("reward", options=[AUTO_REWARD, *REWARDS], default=AUTO_REWARD),
+                io.Combo.Input(
+                    "reward",
+                    options=[AUTO_REWARD, *REWARDS],
+                    default=AUTO_REWARD,
+                    tooltip="All but auto are downloaded when first used, and so is auto where the model brings none.",
+                ),
             ],
             outputs=[RewardModel.Output(display_name="reward")],
         )
@@ -237,7 +246,7 @@ class EncodeImage(io.ComfyNode):
             node_id="ScaleRAEEncode",
             display_name="Scale-RAE Encode",
             category=CATEGORY,
-            description="Encodes images as Scale-RAE latents.",
+            description="Encodes images as Scale-RAE latents. Images may have any size; the model sees them as squares.",
             inputs=[Model.Input("model"), io.Image.Input("images")],
             outputs=[Latent.Output(display_name="latents")],
         )
@@ -282,8 +291,14 @@ class Ask(io.ComfyNode):
             description="Asks the model about images or latents. Connect one of them; the answers are a list.",
             inputs=[
                 Model.Input("model"),
-                io.String.Input("question", multiline=True, default=DESCRIBE),
-                io.Int.Input("max_new_tokens", default=DEFAULT_NEW_TOKENS, min=1, tooltip="Longest answer, in tokens."),
+                io.String.Input("question", multiline=True, default=DESCRIBE, tooltip="Asked of each image or latent."),
+                io.Int.Input(
+                    "max_new_tokens",
+                    display_name="max new tokens",
+                    default=DEFAULT_NEW_TOKENS,
+                    min=1,
+                    tooltip="Longest answer, in tokens.",
+                ),
                 io.Image.Input("images", optional=True),
                 Latent.Input("latents", optional=True),
             ],
@@ -539,7 +554,13 @@ class LoadLatent(io.ComfyNode):
             display_name="Load Scale-RAE Latent",
             category=CATEGORY,
             description="Reads a latent file (.pt) in ComfyUI's input or output folder.",
-            inputs=[io.Combo.Input("latent", options=folders.latents())],
+            inputs=[
+                io.Combo.Input(
+                    "latent",
+                    options=folders.latents(),
+                    tooltip="Files of Save Scale-RAE Latent have [output] behind the name. Press R once a new one is there.",
+                )
+            ],
             outputs=[Latent.Output(display_name="latents")],
         )
 

@@ -304,7 +304,12 @@ def test_inputs_have_the_options_defaults(package: Any, nodes: dict[str, Any]) -
     ):
         assert inputs.options_from(options, defaults(nodes[node]) | {"device": None, "decoder": None}) == options
     for node in nodes.values():
-        assert not [slot.id for slot in node.define_schema().inputs if "--" in slot.options.get("tooltip", "")]
+        for slot in node.define_schema().inputs:
+            text = slot.options.get("tooltip", "")
+            assert text or slot.type.startswith(("SCALE_RAE", "IMAGE")), slot.id  # each widget has a tooltip
+            assert "--" not in text
+            assert "random" not in text  # what only a flag takes
+            assert "Given twice" not in text
     given = {"guidance_interval": "0.1 0.9", "batch_size": 4, "accept_reward": "2"}
     sampling = inputs.options_from(Sampling(), given)
     assert (sampling.options.interval, sampling.batch_size) == ((0.1, 0.9), 4)
