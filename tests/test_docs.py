@@ -16,7 +16,8 @@ from scale_rae.shapes import evaluate
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "scale_rae"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "recipes" / "shapes" / "README.md"]
+READMES = [ROOT / "recipes" / "shapes" / "README.md", ROOT / "integrations" / "comfyui" / "README.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *READMES]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 OTHER_PROGRAMS = {  # flags of SLURM, torchrun, Ray and ComfyUI; official spelling with underscores; the beginning of several flags
     *(

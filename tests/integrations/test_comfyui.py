@@ -367,3 +367,5 @@ def test_the_registrys_file_has_the_packages_version_and_address() -> None:
     assert (described["name"], described["version"]) == ("scale-rae", scale_rae.__version__)
     assert described["urls"]["Repository"] == package["urls"]["Repository"]
     assert described["requires-python"] == package["requires-python"]
+    # ComfyUI's manager installs what requirements.txt names, and reads no dependencies of pyproject.toml.
+    assert (NODES / "requirements.txt").read_text().split() == described["dependencies"]
