@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -46,8 +48,14 @@ def comfy_device() -> str:
 
 
 def make_room(device: str) -> None:
-    """Unloads ComfyUI's own models from a GPU, so that their memory is free."""
+    """Frees a GPU's memory of ComfyUI's own models and of what earlier workflows left, such as another Scale-RAE model.
+
+    ComfyUI 0.3.64 drops results of earlier workflows itself before a run; later ones keep them while the host has memory.
+    """
     if device != "cpu":
+        if release := getattr(getattr(comfy, "memory_management", None), "extra_ram_release", None):
+            release(math.inf)  # until the host has all the memory there is; results in use are kept
+        gc.collect()
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
 

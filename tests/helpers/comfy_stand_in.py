@@ -94,6 +94,9 @@ class Comfy:
         self.previews = "none"
         self.interrupt_at: int | None = None  # a value of the bar
         self.unloaded = 0
+        self.released: list[
+            float
+        ] = []  # bytes asked for, each time that results of earlier workflows were to be dropped
         self.device = "cpu"
         self.folders = {"loras": [str(root / "models" / "loras")]}
         for name in ("models/loras", "models/scale_rae", "input", "output"):
@@ -117,12 +120,15 @@ class Comfy:
             unload_all_models=self._unload,
             soft_empty_cache=lambda: None,
         )
+        memory = module("comfy.memory_management", extra_ram_release=lambda target: self.released.append(target))
         cli_args = module("comfy.cli_args", args=self)
         utils = module("comfy.utils", ProgressBar=lambda total: ProgressBar(self, total))
         return {
             "comfy_api": module("comfy_api"),
             "comfy_api.latest": module("comfy_api.latest", io=io, ComfyExtension=ComfyExtension),
-            "comfy": module("comfy", model_management=management, utils=utils, cli_args=cli_args),
+            "comfy": module(
+                "comfy", model_management=management, memory_management=memory, utils=utils, cli_args=cli_args
+            ),
             "comfy.model_management": management,
             "comfy.utils": utils,
             "comfy.cli_args": cli_args,

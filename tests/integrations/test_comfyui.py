@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -348,7 +349,7 @@ def test_names_that_no_menu_has_are_refused(nodes: dict[str, Any], comfy: Comfy)
         nodes["ScaleRAELora"].execute(adapter="..", weight=1.0)
 
 
-def test_comfyuis_models_make_room_on_a_gpu(
+def test_comfyuis_models_and_earlier_workflows_make_room_on_a_gpu(
     nodes: dict[str, Any], comfy: Comfy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str | None] = []
@@ -358,6 +359,10 @@ def test_comfyuis_models_make_room_on_a_gpu(
     nodes["ScaleRAELoadModel"].execute(**(defaults(nodes["ScaleRAELoadModel"]) | {"device": "cpu"}))
     assert asked == ["cuda:0", "cpu"]
     assert comfy.unloaded == before + 1
+    assert comfy.released == [math.inf]
+    monkeypatch.delattr(sys.modules["comfy"], "memory_management")  # as in ComfyUI 0.3.64
+    nodes["ScaleRAELoadModel"].execute(**defaults(nodes["ScaleRAELoadModel"]))
+    assert comfy.unloaded == before + 2
 
 
 def test_the_registrys_file_has_the_packages_version_and_address() -> None:
