@@ -1,9 +1,10 @@
-"""Tries the ComfyUI nodes in a real ComfyUI that runs: every example workflow, the pixels of text to image, and interruption.
+"""Tries the nodes in a ComfyUI that runs: workflows, pixels, what is drawn again, interruption.
 
     python scripts/check_comfyui.py http://127.0.0.1:8188
 
 Start ComfyUI on the CPU with the nodes in its folder custom_nodes (docs/comfyui.md), on the machine that has this repository.
-The pixels are compared with those that this Python draws. The workflow with a LoRA adapter runs if ComfyUI has an adapter.
+The pixels are compared with those that this Python draws, so OMP_NUM_THREADS must be the same for both. The workflow with a
+LoRA adapter runs if ComfyUI has an adapter.
 """
 
 from __future__ import annotations
@@ -42,29 +43,40 @@ def main(address: str) -> int:
         if name == "load_latent":
             chosen(workflow, "ScaleRAELoadLatent", "latent", entries(address, "ScaleRAELoadLatent", "latent")[-1:])
         start = time.monotonic()
-        status, outputs = run(address, workflow)
+        status, outputs, _ = run(address, workflow)
         print(f"{name}: {status} after {time.monotonic() - start:.1f} s")
         if status != "success":
             problems.append(name)
         elif name == "text_to_image" and not same_pixels(address, workflow, outputs):
             problems.append("pixels of text_to_image")
+        if name == "text_to_image" and not drawn_again_with_another_seed_only(address, workflow):
+            problems.append("what of text_to_image is drawn again")
     if (status := interrupted(address)) != "interrupted":
         problems.append(f"interruption ({status})")
     print("all as it should be" if not problems else f"wrong: {', '.join(problems)}")
     return len(problems) > 0
 
 
-def run(address: str, workflow: Workflow) -> tuple[str, dict[str, Any]]:
-    """("success", "error" or "interrupted"; outputs of nodes by their number) of a workflow, once it is over."""
+def run(address: str, workflow: Workflow) -> tuple[str, dict[str, Any], set[str]]:
+    """("success", "error" or "interrupted"; outputs of nodes by their number; nodes that did not run again), once it is over."""
     number = queue(address, workflow)
     end = time.monotonic() + LONGEST
     while time.monotonic() < end:
         if entry := ask(address, f"/history/{number}").get(number):
-            kinds = [kind for kind, _ in entry["status"]["messages"]]
-            status = "interrupted" if "execution_interrupted" in kinds else entry["status"]["status_str"]
-            return status, entry["outputs"]
+            messages = dict(entry["status"]["messages"])
+            status = "interrupted" if "execution_interrupted" in messages else entry["status"]["status_str"]
+            return status, entry["outputs"], set(messages.get("execution_cached", {}).get("nodes", []))
         time.sleep(0.2)
-    return "not over", {}
+    return "not over", {}, set()
+
+
+def drawn_again_with_another_seed_only(address: str, workflow: Workflow) -> bool:
+    """Whether no node of a workflow that has just run runs again, and with another seed all but the loader do."""
+    unchanged = run(address, workflow)[2]
+    (drawing,) = (entry for entry in workflow.values() if entry["class_type"] == "ScaleRAETextToImage")
+    other = drawing | {"inputs": drawing["inputs"] | {"seed": drawing["inputs"]["seed"] + 1, "num_images": 1}}
+    changed = run(address, {key: other if entry is drawing else entry for key, entry in workflow.items()})[2]
+    return unchanged == set(workflow) and changed == {drawing["inputs"]["model"][0]}
 
 
 def interrupted(address: str) -> str:
