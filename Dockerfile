@@ -1,7 +1,9 @@
 # scale-rae serve, in two targets:
 #   docker build --target cuda --tag scale-rae:cuda .
-#   docker build --target cpu  --tag scale-rae:cpu  --build-arg TORCH_INDEX=URL .
+#   docker build --target cpu  --tag scale-rae:cpu  --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu .
 # TORCH_INDEX is the package index of PyTorch's CPU builds. Without it the CPU image works too, but contains CUDA's libraries.
+# Run it with a key, which a server on all interfaces requires:
+#   docker run --env SCALE_RAE_API_KEY=… --publish 127.0.0.1:8000:8000 scale-rae:cpu
 
 FROM python:3.12-slim AS build
 ARG TORCH_INDEX=""
@@ -9,9 +11,10 @@ WORKDIR /src
 RUN python -m venv /opt/scale-rae
 ENV PATH=/opt/scale-rae/bin:$PATH
 COPY constraints.txt ./
-# PyTorch is the largest layer, and changes least. constraints.txt pins all versions.
+# PyTorch is the largest layer, and changes least. constraints.txt pins all versions; of one version, pip takes the build with a
+# local label, as in 2.13.0+cpu.
 # hadolint ignore=DL3013
-RUN pip install --no-cache-dir --constraint constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
+RUN pip install --no-cache-dir --constraint constraints.txt ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} torch
 COPY pyproject.toml setup.py MANIFEST.in README.md LICENSE ./
 COPY scale_rae scale_rae
 # hadolint ignore=DL3013
