@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,13 +49,16 @@ class Adapter:
     changes: Mapping[str, Change]
 
 
-def find_adapters(chosen: Sequence[str]) -> list[tuple[Source, float]]:
+def find_adapters(chosen: Sequence[str | os.PathLike[str]] | os.PathLike[str]) -> list[tuple[Source, float]]:
     """The files and the weight of each DIR[:WEIGHT] (`options.lora_parts`); DIR may be a hub id.
+
+    A single one needs no list.
 
     Raises:
         OptionError: for a weight that is no number. CheckpointError, HubError: see `hub.find`.
     """
-    parts = [lora_parts(text) for text in chosen]
+    several = [chosen] if isinstance(chosen, str | os.PathLike) else chosen
+    parts = [lora_parts(os.fspath(one)) for one in several]
     return [(find(name, "adapter", files=FILES), weight) for name, weight in parts]
 
 

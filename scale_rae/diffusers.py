@@ -72,6 +72,9 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         **options: Unpack[LoadOptions],
     ) -> None:
         """As `from_pretrained`."""
+        if unknown := sorted(options.keys() - LoadOptions.__annotations__):
+            known = ", ".join(("torch_dtype", "dtype", "device", *LoadOptions.__annotations__))
+            raise InputError(f"from_pretrained: no argument {', '.join(unknown)}; a Scale-RAE model takes {known}")
         super().__init__()
         self.register_to_config()
         self._name, self._options, self._offload = name, options, "none"
@@ -93,6 +96,9 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         `torch_dtype` and `dtype` mean the same; by default float32 on the CPU and bfloat16 elsewhere. By default the model runs on
         the best device here. Other options are those of `ScaleRAE.from_pretrained`.
+
+        Raises:
+            InputError: for an argument that other pipelines have, such as `variant` or `device_map`, and this one has not.
         """
         return cls(name, dtype if dtype is not None else torch_dtype, device, **options)
 
@@ -164,9 +170,27 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """No parts that another pipeline could use."""
         return {}
 
+    def load_lora_weights(self, name: str | os.PathLike[str]) -> None:
+        """Adds a LoRA adapter in PEFT's form to those that are merged into the weights, which are read again.
+
+        `name` is a folder or hub id, with ":WEIGHT" behind it if it is to count more or less than it was trained to.
+        """
+        before = self._options.get("lora", ())
+        self._options["lora"] = [*([before] if isinstance(before, str) else before), os.fspath(name)]
+        self._model = None
+
+    def unload_lora_weights(self) -> None:
+        """Drops all LoRA adapters; the weights are read again."""
+        self._options["lora"] = []
+        self._model = None
+
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Raises InputError: the files are already there."""
         raise InputError(f"save_pretrained: the pipeline has no files of its own; copy {self.model.source.folder}")
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
+        """Raises InputError before a repository is made on the hub: the pipeline has no files to put there."""
+        raise InputError(f"push_to_hub: the pipeline has no files of its own; upload {self.model.source.folder}")
 
     # --- drawing -------------------------------------------------------------------------------------------------
 
@@ -187,7 +211,7 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         output_type: str = "pil",
         return_dict: bool = True,
         callback_on_step_end: StepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
         solver: str = "euler",
         guidance_interval: tuple[float, float] | None = None,
@@ -203,18 +227,27 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
             output_type: "pil"; "np", [N, H, W, 3] float32 in [0, 1]; "pt", [N, 3, H, W] float32 in [0, 1], both made of 8-bit
                 pictures; or "latent", the drawn latents [N, L, C].
             callback_on_step_end: `callback(pipe, step, t, {"latents": x})` after each step, with the state x [N, C, S, S] and the
-                time t (1 is noise) that the step went to. A dict that it returns may have another state under "latents".
+                time t (1 is noise) that the step went to. A dict that it returns may have another state under "latents", also
+                the same tensor with other values; the last step's is the image.
                 `pipe._interrupt = True` ends the drawing, and the images are what they were going to be.
             solver, guidance_interval, max_new_tokens, batch_size: as in `ScaleRAE.generate`.
 
         Raises:
-            InputError: for an option out of range, or a prompt that the model answers without drawing.
+            InputError: for an option out of range or of a wrong kind, or a prompt that the model answers without drawing.
             ScaleRAEError: when a latent is not finite. DeviceError: when memory runs out.
         """
         if output_type not in OUTPUTS:
             raise InputError(f"output_type {output_type!r}: use one of {', '.join(OUTPUTS)}")
-        if unknown := set(callback_on_step_end_tensor_inputs) - {"latents"}:
-            raise InputError(f"callback_on_step_end_tensor_inputs: no {', '.join(sorted(unknown))}; only latents")
+        if isinstance(prompt, str):
+            prompts = [prompt]
+        elif isinstance(prompt, Sequence) and prompt and all(isinstance(one, str) for one in prompt):
+            prompts = list(prompt)
+        else:
+            raise InputError(f"prompt {shorten(str(prompt))}: must be a string, or a list of at least one")
+        if list(callback_on_step_end_tensor_inputs or ["latents"]) != ["latents"]:
+            raise InputError(
+                f'callback_on_step_end_tensor_inputs {callback_on_step_end_tensor_inputs!r}: only ["latents"]'
+            )
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt {num_images_per_prompt}: must be at least 1")
         options = SamplingOptions(
@@ -223,7 +256,6 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         model = self.model
         options = model.sampler.chosen(options)
         model.sampler.check(options)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         count = len(prompts) * num_images_per_prompt
         noise = self._noise(count, generator, latents)
         replies = model.reply(prompts, max_new_tokens=max_new_tokens)
@@ -231,7 +263,10 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         trajectories: list[Trajectory] = []
         for text, asked, reply in zip(texts, prompts, replies, strict=True):
             if reply.condition is None:
-                raise InputError(f"prompt {shorten(asked)!r}: the model answered without drawing: {shorten(text)!r}")
+                raise InputError(
+                    f"prompt {shorten(asked)!r}: the model answered without drawing: {shorten(text)!r}; "
+                    'word the prompt as a request, as in "Can you generate …"'
+                )
             trajectories += [Trajectory(reply.condition, 0)] * num_images_per_prompt
         trajectories = _with_states(trajectories, State(noise))
         drawn = torch.stack(self._drawn(trajectories, options, batch_size, callback_on_step_end))
@@ -246,17 +281,20 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Noise [N, C, S, S] float32 on the model's device.
 
         Raises:
-            InputError: for noise of another shape, or another number of generators.
+            InputError: for noise of another shape, or another number of generators, or what is neither.
         """
         config = self.model.config
         shape = (count, config.channels, config.dit.side, config.dit.side)
         if latents is not None:
-            if tuple(latents.shape) != shape:
-                raise InputError(f"latents: {list(latents.shape)}; the noise of {count} images is {list(shape)}")
+            if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
+                raise InputError(f"latents: {_shape(latents)}; the noise of {count} images is {list(shape)}")
             return latents.to(self.model.device, torch.float32)
         if isinstance(generator, Sequence) and len(generator) != count:
             raise InputError(f"generator: {len(generator)} generators for {count} images; give one each, or one")
         many = list(generator) if isinstance(generator, Sequence) else generator
+        for one in many if isinstance(many, list) else [many]:
+            if not isinstance(one, torch.Generator | None):
+                raise InputError(f"generator {shorten(str(one))}: must be a torch.Generator, or a list of them")
         drawn: Tensor = randn_tensor(shape, generator=many, device=self.model.device, dtype=torch.float32)
         return drawn
 
@@ -283,9 +321,10 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
                 assert step_end is not None
                 trajectories = model.advance(trajectories, step + 1, options, batch_size, moved)
                 state = joined([one.state for one in trajectories if one.state is not None])
-                changed = (step_end(self, step, then, {"latents": state.x}) or {}).get("latents", state.x)
-                if changed is not state.x:
-                    trajectories = _with_states(trajectories, state._replace(x=changed))
+                x = _after_callback(step_end(self, step, then, {"latents": state.x}), state.x)
+                trajectories = _with_states(trajectories, state._replace(x=x))
+                if step + 1 == len(times):
+                    return list(model.sampler.latents(x).cpu())
                 if self._interrupt:
                     break
         return [one.latent for one in trajectories if one.latent is not None]
@@ -297,6 +336,25 @@ def _with_states(trajectories: Sequence[Trajectory], state: State) -> list[Traje
         Trajectory(one.condition, one.seed, part, one.latent)
         for one, part in zip(trajectories, parted(state), strict=True)
     ]
+
+
+def _after_callback(returned: Any, x: Tensor) -> Tensor:
+    """The state [N, C, S, S] to go on with: what a step's callback returned under "latents", by default `x`.
+
+    Raises:
+        InputError: for anything but None or a dict, or a state of another shape.
+    """
+    if returned is not None and not isinstance(returned, dict):
+        raise InputError(f"callback_on_step_end: returned {type(returned).__name__}; must return None or a dict")
+    state = (returned or {}).get("latents", x)
+    if not isinstance(state, Tensor) or state.shape != x.shape:
+        raise InputError(f"callback_on_step_end: returned latents {_shape(state)}; the state is {list(x.shape)}")
+    return state.to(x)
+
+
+def _shape(value: Any) -> str:
+    """A tensor's shape, or the type of what is none, for errors."""
+    return str(list(value.shape)) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _as_type(pictures: Sequence[Image.Image], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:

@@ -89,6 +89,32 @@ def test_a_callback_can_change_the_state_and_stop(pipe: ScaleRAEPipeline) -> Non
     assert not torch.equal(changed, plain)
 
 
+@pytest.mark.parametrize("first", [0, STEPS - 1])
+def test_a_callback_can_change_the_state_in_place_at_the_last_step_too(pipe: ScaleRAEPipeline, first: int) -> None:
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "solver": "ab2", "output_type": "latent"}
+
+    def in_place(of: ScaleRAEPipeline, step: int, t: float, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if step >= first:
+            tensors["latents"].fill_(0.5)
+        return tensors
+
+    changed = pipe(PROMPTS[0], generator=seeded([1]), callback_on_step_end=in_place, **options).images
+    assert torch.equal(changed, pipe.model.sampler.latents(torch.full((1, 96, 8, 8), 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ({"latents": torch.zeros(3)}, r"returned latents \[3\]; the state is \[1, 96, 8, 8\]"),
+        ({"latents": 3}, r"returned latents int; the state is"),
+        (torch.zeros(3), "returned Tensor; must return None or a dict"),
+    ],
+)
+def test_what_a_callback_must_return(pipe: ScaleRAEPipeline, returned: Any, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        pipe(PROMPTS[0], num_inference_steps=2, callback_on_step_end=lambda *_: returned)
+
+
 def test_output_types(pipe: ScaleRAEPipeline) -> None:
     options: dict[str, Any] = {"num_inference_steps": 2, "solver": "ab2"}
     (image,) = pipe(PROMPTS[0], generator=seeded([3]), **options).images
@@ -105,12 +131,18 @@ def test_output_types(pipe: ScaleRAEPipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"prompt": "How are you?"}, "without drawing: 'I only draw"),
+        ({"prompt": "How are you?"}, "without drawing: 'I only draw.*; word the prompt as a request"),
+        ({"prompt": []}, r"prompt \[\]: must be a string, or a list of at least one"),
+        ({"prompt": ["a", 3]}, r"prompt \['a', 3\]: must be a string"),
+        ({"prompt": None}, "prompt None: must be a string"),
         ({"output_type": "jpg"}, "output_type 'jpg': use one of pil"),
         ({"latents": torch.zeros(1, 2, 3, 4)}, r"latents: \[1, 2, 3, 4\]; the noise of 1 images is \[1, 96, 8, 8\]"),
+        ({"latents": [1]}, r"latents: list; the noise of 1 images is"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 images"),
+        ({"generator": 42}, "generator 42: must be a torch.Generator, or a list of them"),
         ({"num_images_per_prompt": 0}, "num_images_per_prompt 0"),
-        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, "only latents"),
+        ({"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}, r"\['prompt_embeds'\]: only \[\"latents\"\]"),
+        ({"callback_on_step_end_tensor_inputs": "latents"}, "inputs 'latents': only"),
         ({"guidance_scale": -1.0}, "guidance level -1"),
     ],
 )
@@ -139,6 +171,26 @@ def test_where_it_runs_is_chosen_before_it_loads(monkeypatch: pytest.MonkeyPatch
     assert pipe.components == {}
     with pytest.raises(TypeError, match="no argument memory_format"):
         pipe.to("cpu", memory_format=torch.channels_last)
+    with pytest.raises(InputError, match=r"no argument use_safetensors, variant; a Scale-RAE model takes torch_dtype"):
+        ScaleRAEPipeline.from_pretrained("owner/model", use_safetensors=True, variant="fp16")  # type: ignore[call-arg]
+
+
+def test_loras_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Any] = []
+    monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda name, **options: loaded.append(options["lora"]) or name)
+    pipe = ScaleRAEPipeline.from_pretrained("owner/model", lora="first")
+    _ = pipe.model
+    pipe.load_lora_weights(Path("second:0.5"))
+    _ = pipe.model
+    pipe.unload_lora_weights()
+    _ = pipe.model
+    assert loaded == ["first", ["first", "second:0.5"], []]
+
+
+def test_nothing_is_made_on_the_hub(pipe: ScaleRAEPipeline) -> None:
+    for method in (pipe.push_to_hub, pipe.save_pretrained):
+        with pytest.raises(InputError, match="the pipeline has no files of its own; "):
+            method("owner/model")
 
 
 @pytest.mark.parametrize("name", ["shapes", "webssl"])

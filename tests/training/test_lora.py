@@ -68,7 +68,7 @@ def test_merged_weights_draw_what_the_lora_draws(
     source, dit = adapter
     expected = velocity(dit)
     folder = str(checkpoints["ddt"])
-    merged = ScaleRAE.from_pretrained(folder, device="cpu", lora=[str(source.folder)])
+    merged = ScaleRAE.from_pretrained(folder, device="cpu", lora=str(source.folder))
     torch.testing.assert_close(velocity(merged.dit), expected, rtol=1e-3, atol=1e-4)
     assert not torch.allclose(velocity(models["ddt"].dit), expected, atol=1e-2)
     undone = ScaleRAE.from_pretrained(folder, device="cpu", lora=[str(source.folder), f"{source.folder}:-1"])
