@@ -102,7 +102,7 @@ class ScaleRAE:
     Latents are [L, C] float32 tensors on the CPU. Encoded images and drawn latents are the same type, so every method that
     takes a latent takes both. Sampling keeps its state in float32 whatever the dtype of the networks.
 
-    Source: Scale-RAE (arXiv 2601.16208); REFERENCE sections are named where they apply.
+    Source: Scale-RAE (arXiv 2601.16208).
     """
 
     def __init__(self, networks: Networks) -> None:
@@ -373,7 +373,7 @@ class ScaleRAE:
         callback: flow.StepCallback | None = None,
         compile: bool | None = None,
     ) -> list[Tensor]:
-        """Latents [L, C] of conditions [L, Z], one noise seed per latent (REFERENCE §6).
+        """Latents [L, C] of conditions [L, Z], one noise seed per latent.
 
         Consecutive images whose condition is the very same tensor share its modulations. `compile` says whether compiled
         code draws them; None leaves that to `speed`.
@@ -530,7 +530,7 @@ class ScaleRAE:
     ) -> list[Score]:
         """One Score per latent [L, C], of one or several: how well the model itself finds that it matches a prompt.
 
-        REFERENCE §10. `request` is the message that asks for the image (default: the prompt), `request_reply` the model's reply to it, if
+        `request` is the message that asks for the image (default: the prompt), `request_reply` the model's reply to it, if
         known already, `question` a template with `{prompt}`.
 
         Raises:
