@@ -37,7 +37,7 @@ check: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python scripts/site.py
-	$(BIN)/zensical build --strict
+	$(BIN)/zensical build --strict --config-file build/zensical.toml
 
 release-check: $(VENV)/.installed-dev
 	$(BIN)/python scripts/release_check.py

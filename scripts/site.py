@@ -1,9 +1,9 @@
-"""Writes the pages of the documentation site to build/pages; `zensical build` makes the site of them.
+"""Writes the pages of the documentation site to build/pages, and its settings; `zensical build` makes the site of them.
 
 In the repository, every page is readable where it lies, and its links are relative to its own folder. On the site, README.md is
 the first page, and OTHER_PAGES keep their paths. A link to a file that is no page becomes a link to the repository's web page.
 
-    python scripts/site.py && zensical build --strict
+    python scripts/site.py && zensical build --strict --config-file build/zensical.toml
 """
 
 from __future__ import annotations
@@ -61,15 +61,19 @@ def page(source: str, place: dict[str, str], repository: str) -> str:
 
 
 def main() -> None:
-    repository = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]["Repository"]
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["urls"]
     shutil.rmtree(OUT, ignore_errors=True)
     place = places()
     for source, name in place.items():
         (OUT / name).parent.mkdir(parents=True, exist_ok=True)
         if source.endswith(".md"):
-            (OUT / name).write_text(page(source, place, repository), encoding="utf-8")
+            (OUT / name).write_text(page(source, place, urls["Repository"]), encoding="utf-8")
         else:
             shutil.copy(ROOT / source, OUT / name)
+    # Without the site's address, its sitemap is empty, and its page for addresses that do not exist finds no style sheets.
+    settings = (ROOT / "zensical.toml").read_text(encoding="utf-8")
+    settings = settings.replace("[project]\n", f'[project]\nsite_url = "{urls["Documentation"].rstrip("/")}/"\n', 1)
+    (OUT.parent / "zensical.toml").write_text(settings, encoding="utf-8")
 
 
 if __name__ == "__main__":
