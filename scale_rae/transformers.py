@@ -42,20 +42,25 @@ class ReadingModel(Qwen2ForCausalLM):  # type: ignore[misc]
         """Raises ConfigError for a config that is no Scale-RAE checkpoint's."""
         super().__init__(config)
         sizes = parse_config(config.to_dict(), Path(config._name_or_path or ".") / "config.json")
+        self._latent_shape = sizes.tokens, sizes.channels
         self.model.mm_projector = projector(sizes.channels, sizes.hidden_size, sizes.projector_depth)
         self.post_init()
 
     @torch.no_grad()
-    def inputs(self, ids: Sequence[int], latents: Sequence[Tensor]) -> dict[str, Tensor]:
+    def inputs(self, ids: Sequence[int], latents: Tensor | Sequence[Tensor]) -> dict[str, Tensor]:
         """The arguments of `generate` for a conversation: ids with `prompt.IMAGE` in the place of each latent [L, C].
 
-        `ChatTokenizer.chat(message, image=True)` gives such ids.
+        `ChatTokenizer.chat(message, image=True)` gives such ids. A single latent needs no list.
 
         Raises:
-            InputError: when the numbers of places and latents differ.
+            InputError: when the numbers of places and latents differ, or for a latent of another shape.
         """
+        latents = [latents] if isinstance(latents, Tensor) and latents.dim() == 2 else list(latents)
         if list(ids).count(IMAGE) != len(latents):
             raise InputError(f"{list(ids).count(IMAGE)} places for images, but {len(latents)} latents: give one each")
+        for latent in latents:
+            if tuple(latent.shape) != self._latent_shape:
+                raise InputError(f"latent {list(latent.shape)}: this model reads {list(self._latent_shape)}")
         embed = self.get_input_embeddings()
         shown = iter(latents)
         parts = []

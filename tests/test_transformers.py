@@ -27,12 +27,14 @@ def test_answers_are_the_models() -> None:
         latent = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     chat = model.tokenizer.chat("Describe this image.", image=True)
     end = model.tokenizer.chat_end
-    inputs = loaded.inputs(chat, [latent])
+    inputs = loaded.inputs(chat, latent)
     made = loaded.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=end)
     ids = [number for number in made[0].tolist() if number != end]
     assert ids == model.answer("Describe this image.", latents=latent, max_new_tokens=8)[0].reply.ids
     with pytest.raises(InputError, match="1 places for images, but 2 latents"):
         loaded.inputs(chat, [latent, latent])
+    with pytest.raises(InputError, match=r"latent \[64, 3\]: this model reads \[64, 96\]"):
+        loaded.inputs(chat, [latent[:, :3]])
 
 
 def test_scaled_rotation_is_passed_over(tmp_path: Path) -> None:
