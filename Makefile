@@ -16,10 +16,10 @@ NEW_ENOUGH := import sys; sys.version_info >= (3, 11) or sys.exit("error: %s is 
 demo: $(VENV)/.installed
 	@echo 'drawing on the CPU: "Can you generate a photo of a blue cross and a pink square?"'
 	$(BIN)/scale-rae t2i "Can you generate a photo of a blue cross and a pink square?" --model-path shapes --device cpu \
-		--guidance-level 2 --upscale --output outputs/demo.png --overwrite
+		--guidance-level 5 --upscale --output outputs/demo.png --overwrite
 	@echo 'The picture is outputs/demo.png. Open it, then try a prompt of your own:'
 	@echo '    source $(BIN)/activate'
-	@echo '    scale-rae t2i "Show me a green star and a purple heart." --model-path shapes --guidance-level 2 --upscale'
+	@echo '    scale-rae t2i "Show me a green star and a purple heart." --model-path shapes --guidance-level 5 --upscale'
 
 test: lint docs check
 
