@@ -141,7 +141,8 @@ def hues() -> int:
 def put_in(rng: np.random.Generator, scenes: SceneBatch) -> tuple[SceneBatch, NDArray[np.bool_]]:
     """The scenes with invented shapes and colours in the place of some, and which [N] have any.
 
-    Counting scenes keep theirs, since made-up names have no plural. Invented shapes of a scene differ from each other.
+    Counting scenes keep theirs, since made-up names have no plural. Invented shapes of a scene differ from each other. A scene whose
+    remaining shapes would have a held-out number keeps its shapes.
     """
     n = len(scenes)
     chosen = (rng.random(n) < SHARE) & (scenes.kind != world.SCENE_KINDS.index("counting"))
@@ -150,6 +151,9 @@ def put_in(rng: np.random.Generator, scenes: SceneBatch) -> tuple[SceneBatch, ND
     new_color = chosen[:, None] & there & (rng.random(there.shape) < EACH)
     real, more = len(world.SHAPES), forms() - len(world.SHAPES)
     order = rng.random((n, more)).argsort(1)[:, : there.shape[1]] + real  # different within a scene
+    left = np.where(new_shape, order, scenes.shape)
+    for count, shape in world.HELD_OUT_COUNTS:
+        new_shape[(left == world.SHAPES.index(shape)).sum(1) == count] = False
     color = rng.integers(len(world.COLORS), hues(), there.shape)
     attr = scenes.kind == world.SCENE_KINDS.index("color_attr")
     same = attr & new_color.all(1, where=there) & (color[:, 0] == color[:, 1])  # this kind names two colours

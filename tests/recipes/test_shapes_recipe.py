@@ -289,6 +289,11 @@ def test_invented_things_stand_among_real_ones(vocabulary: Vocabulary) -> None:
             assert len({thing.color for thing in after.objects}) == 2
 
 
+def test_scenes_with_invented_things_show_nothing_held_out() -> None:
+    scenes, _ = invented.put_in(np.random.default_rng(1), world.sample(np.random.default_rng(0), 8000, ("mixed",)))
+    assert not any(world.shows_held_out(scene.objects) for scene in invented.named(scenes))
+
+
 def test_invented_pictures_show_their_forms_and_hues() -> None:
     atlas = invented.atlas()
     assert np.array_equal(atlas[: len(world.SHAPES)], draw.distance_atlas())
