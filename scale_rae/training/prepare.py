@@ -191,6 +191,8 @@ def drawable(
 ) -> tuple[list[Drawable], TensorCache, list[str]]:
     """Those prompts of a file that the model draws by itself, their conditions [1, L, Z], and notes for the user.
 
+    With --reply, these are all prompts: the model draws after that reply.
+
     Raises:
         InputError: naming the file, when the model draws none of them.
     """
@@ -198,6 +200,16 @@ def drawable(
     conditions = TensorCache(folder / "conditions")
     said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
     messages = [as_request(line.prompt, options.prompt_prefix) for line in lines]
+    if options.reply is not None:
+        keys = _after_reply(messages, options.reply, model, language, conditions, report)
+        return (
+            [
+                Drawable(f"{file}, line {line.line}", line.prompt, keys[message])
+                for line, message in zip(lines, messages, strict=True)
+            ],
+            conditions,
+            [],
+        )
     replies = said.own(messages, report)
     found = [
         Drawable(f"{file}, line {line.line}", line.prompt, _own_key(model, message))
@@ -212,6 +224,30 @@ def drawable(
         conditions,
         [f"{file}: {others} of {len(lines)} prompts are left out: the model does not draw them"] * bool(others),
     )
+
+
+def _after_reply(
+    messages: Sequence[str],
+    reply: str,
+    model: Model,
+    language: Callable[[], LanguageModel],
+    conditions: TensorCache,
+    report: Report,
+) -> dict[str, str]:
+    """The keys of messages' conditions after a reply, once all are in the cache."""
+    keys = {message: key_of(model.identity, "after a reply", reply, message) for message in messages}
+    todo = [message for message, key in keys.items() if not conditions.has(key)]
+    for start in range(0, len(todo), CONDITIONS_AT_ONCE):
+        report("computing conditions", start, len(todo))
+        part = todo[start : start + CONDITIONS_AT_ONCE]
+        talks = [(Message("user", clean_message(message)), Message("assistant", reply + PICTURE)) for message in part]
+        with torch.no_grad():
+            found = forced_conditions(language(), [lay_out(model.tokenizer, talk) for talk in talks], [])
+        for message, value in zip(part, found, strict=True):
+            conditions.put(keys[message], value[None].to(stored_dtype(model.dtype)))
+    if todo:
+        report("computing conditions", len(todo), len(todo))
+    return keys
 
 
 def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:

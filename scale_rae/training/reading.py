@@ -27,7 +27,8 @@ from scale_rae.training.sequences import Layout
 from scale_rae.training.settings import NO_REWARD, SelfRewardOptions
 
 READ_AT_ONCE = 256  # latents
-READING_SPREAD = 2.0  # nats: least standard deviation that log-odds are measured by
+READING_SPREAD = 4.0  # nats: least standard deviation that log-odds are measured by
+READING_LIMIT = 6.0  # nats: surer than this, in either direction, makes no difference
 
 
 @torch.no_grad()
@@ -96,7 +97,8 @@ class Scorer:
     def standings(self, scores: Scores, each: int) -> Tensor:
         """How far each drawing [N] is above its prompt's `each` drawings, in standard deviations, in the mean of what is weighted."""
         options = self.options
-        parts = [(options.reading_weight, scores.reading, READING_SPREAD)]
+        reading = scores.reading.clamp(-READING_LIMIT, READING_LIMIT)
+        parts = [(options.reading_weight, reading, READING_SPREAD)]
         if scores.reward is not None:
             parts.append((options.reward_weight, scores.reward, REWARD_SPREADS.get(options.reward, 0.0)))
         total = torch.zeros_like(scores.reading)

@@ -144,6 +144,20 @@ def test_guidance_is_folded_in(options: TrainingOptions) -> None:
             go(replace(chosen, out=options.out / "none"))
 
 
+def test_prompts_that_the_model_answers_in_words_are_drawn_after_a_reply(
+    options: TrainingOptions, tmp_path: Path
+) -> None:
+    other = "Can you generate a photo of a cat on a roof?"
+    assert options.self_reward.prompts is not None
+    options.self_reward.prompts.write_text(f"{DRAWS[0]}\n{other}\n")
+    notes: list[str] = []
+    go(replace(options, max_train_steps=1), Watcher(note=notes.append))
+    assert any("1 of 2 prompts are left out" in note for note in notes)
+    notes.clear()
+    go(replace(options, max_train_steps=1, reply="Here it is:", out=tmp_path / "after"), Watcher(note=notes.append))
+    assert not any("left out" in note for note in notes)
+
+
 def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
     one = go(replace(options, out=tmp_path / "one", max_train_steps=3))
     two = replace(options, out=tmp_path / "two", train_batch_size=1, max_train_steps=3)
@@ -234,11 +248,11 @@ def test_log_odds_are_those_of_the_answer(models: dict[str, ScaleRAE]) -> None:
 def test_drawings_are_measured_by_those_of_their_prompt() -> None:
     scorer = object.__new__(Scorer)
     scorer.options = SelfRewardOptions(reward="siglip")
-    scores = Scores(torch.tensor([9.0, -9, 9, 9.5, -7, -7]), torch.tensor([0.0, 0, 0, 0, 8, -8]))
+    scores = Scores(torch.tensor([9.0, -9, 9, 6, 2, 3, -7, -7]), torch.tensor([0.0, 0, 0, 0, 0, 0, 8, -8]))
     standings = scorer.standings(scores, each=2)
-    torch.testing.assert_close(standings, torch.tensor([0.5, -0.5, -0.0625, 0.0625, 0.5, -0.5]))
-    assert optimality(standings * 3).tolist() == pytest.approx([1, 0, 0.40625, 0.59375, 1, 0])
-    assert scorer.accepted(scores, standings).tolist() == [True, False, True, True, False, False]
+    torch.testing.assert_close(standings, torch.tensor([0.5, -0.5, 0, 0, -0.0625, 0.0625, 0.5, -0.5]))
+    assert optimality(standings * 3).tolist() == pytest.approx([1, 0, 0.5, 0.5, 0.40625, 0.59375, 1, 0])
+    assert scorer.accepted(scores, standings).tolist() == [True, False, True, True, True, True, False, False]
     latents = torch.arange(4.0).repeat_interleave(4).view(4, 4, 1)
     assert spoilt(latents)[:, :, 0].tolist() == [[0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 0, 0], [3, 3, 1, 1]]
 
