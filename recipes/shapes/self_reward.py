@@ -35,7 +35,7 @@ KINDS = (
 MIXTURES = ((0.6, 0.5), (1.0, 0.6))
 """Half of the prompts each: which share may name something invented, and how often a name of those is invented."""
 PROMPTS, VERIFIED = 14000, 64
-STEPS = 2100
+STEPS = 3640
 FLAGS = {
     "--objective": "self-reward",
     "--reply": world.REPLY,
