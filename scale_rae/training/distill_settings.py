@@ -13,7 +13,6 @@ from scale_rae.options import (
     PROMPT_PREFIX,
     Knob,
     Lora,
-    Seed,
     check_device_name,
     check_options,
     quantisation,
@@ -48,6 +47,7 @@ from scale_rae.training.settings import (
     Resume,
     Revision,
     SaveSteps,
+    Seed,
     TrainingOptions,
 )
 

@@ -17,11 +17,11 @@ PROJECT = "scale-rae"  # of wandb
 class Log:
     """The log of a training in `folder`, after its first `done` steps; later lines, of a run that was ended, are removed.
 
-    `report_to` is "tensorboard" or "wandb"; `config` are the options that wandb shows.
+    `report_to` is "tensorboard", "wandb", or None for TensorBoard if it is installed; `config` are the options that wandb shows.
     """
 
     def __init__(
-        self, folder: Path, done: int, report_to: str = "tensorboard", config: Mapping[str, Any] | None = None
+        self, folder: Path, done: int, report_to: str | None = None, config: Mapping[str, Any] | None = None
     ) -> None:
         self._file = folder / "log.jsonl"
         with writing(self._file):

@@ -3,7 +3,7 @@
 | form | what is read |
 | --- | --- |
 | a folder with metadata.jsonl | {"file_name": …, "text": …} a line |
-| a folder without | pictures, each with a .txt beside it |
+| a folder without | pictures in it and in folders below, each with a .txt beside it; hidden files are left out |
 | a .jsonl file | lines as above, or {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]} |
 | a .tar file, or a folder of them | WebDataset samples: .json with "conversations" or a .txt, and the picture, under one name |
 | a .json file | the manifest of tars: {"dataset_name": …, "tars": […]} |
@@ -94,8 +94,16 @@ class Data:
     problems: list[str]
 
 
-def read_data(paths: Sequence[Path], request: Request, image_folder: Path | None = None, workers: int = 8) -> Data:
+def read_data(
+    paths: Sequence[Path],
+    request: Request,
+    image_folder: Path | None = None,
+    workers: int = 8,
+    without: Path | None = None,
+) -> Data:
     """All records of the files and folders, in order. Every picture is decoded once, to see whether it can be.
+
+    `without` is a folder whose files are no data, where it lies within a folder of data.
 
     Raises:
         InputError: for a path that holds no training data, or cannot be read.
@@ -103,7 +111,7 @@ def read_data(paths: Sequence[Path], request: Request, image_folder: Path | None
     records: list[Record] = []
     problems: list[str] = []
     for path in paths:
-        for item in _Reader(request, image_folder).read(path):
+        for item in _Reader(request, image_folder, without).read(path):
             (records if isinstance(item, Record) else problems).append(item)  # type: ignore[arg-type]
     with ThreadPoolExecutor(workers) as pool:
         seen = list(pool.map(_problem, records))
@@ -127,6 +135,7 @@ class _Reader:
 
     request: Request
     image_folder: Path | None
+    without: Path | None
 
     def read(self, path: Path) -> Iterator[Record | str]:
         if path.is_dir():
@@ -149,7 +158,7 @@ class _Reader:
         if (folder / "metadata.jsonl").is_file():
             yield from self._lines(folder / "metadata.jsonl")
             return
-        files = sorted(file for file in folder.rglob("*") if file.is_file())
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and self._is_data(file, folder))
         pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
         tars = [file for file in files if file.suffix.lower() == ".tar"]
         if not pictures and not tars:
@@ -160,7 +169,7 @@ class _Reader:
             beside = {file.with_suffix("") for file in pictures}
             for file in files:
                 if file.suffix.lower() == ".txt" and file.with_suffix("") not in beside:
-                    yield f"{file}: no picture beside it"
+                    yield f"{file}: no picture beside it ({', '.join(PICTURE_SUFFIXES)})"
         for file in pictures:
             text_file = file.with_suffix(".txt")
             if not text_file.is_file():
@@ -170,6 +179,13 @@ class _Reader:
                 yield self._captioned(str(file), _text_of(text_file), PictureFile(file))
             except InputError as e:
                 yield first_line(e)
+
+    def _is_data(self, file: Path, folder: Path) -> bool:
+        """False for hidden files, such as copies that file managers make, and for files of the folder that is no data."""
+        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+            return False
+        without = self.without.resolve() if self.without is not None else None
+        return without is None or folder.resolve() not in without.parents or without not in file.resolve().parents
 
     # --- JSONL -----------------------------------------------------------------------------------------------------
 
@@ -314,7 +330,12 @@ def read_records(options: TrainingOptions) -> tuple[list[Record], list[str]]:
     Raises:
         DataError: for bad records, unless they are to be left out, or when no record is left. InputError: see `read_data`.
     """
-    data = read_data(options.data, lambda text: as_request(text, options.prompt_prefix), options.image_folder)
+
+    def request(text: str) -> str:
+        return as_request(text, options.prompt_prefix)
+
+    # A resumed run must not read its own validation pictures.
+    data = read_data(options.data, request, options.image_folder, without=options.out)
     return usable(data.records, data.problems, options), data.problems
 
 

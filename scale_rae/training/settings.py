@@ -5,7 +5,7 @@ Names are those of diffusers' and PEFT's training scripts, where these have the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +14,7 @@ from scale_rae.options import (
     COMPILE,
     DEFAULT_MODEL,
     DEFAULT_SEED,
+    LARGEST_SEED,
     MODEL_HELP,
     PROMPT_PREFIX,
     REWARDS,
@@ -21,7 +22,6 @@ from scale_rae.options import (
     UNQUANTISED,
     Knob,
     Lora,
-    Seed,
     check_device_name,
     check_options,
     lora_parts,
@@ -235,6 +235,16 @@ EmaDecay = Annotated[
         must="must be 0 to 1",
     ),
 ]
+Seed = Annotated[
+    int,
+    Knob(
+        "Seed of the data's order, of the noise and of the LoRA's first weights.",
+        LEARNING,
+        least=0,
+        most=LARGEST_SEED,
+        must="must be at least 0 and less than 2^63",
+    ),
+]
 MixedPrecision = Annotated[str | None, Knob("no or bf16. Default: bf16, but no on the CPU.", SCALE, choices=PRECISIONS)]
 Quantize = Annotated[
     str | None,
@@ -369,9 +379,13 @@ class TrainingOptions:
     checkpoints_total_limit: CheckpointsTotalLimit = None
     resume: Resume = False
     report_to: Annotated[
-        str,
-        Knob("Where the log is shown, besides log.jsonl: tensorboard (if installed) or wandb.", RESULT, choices=BOARDS),
-    ] = "tensorboard"
+        str | None,
+        Knob(
+            "Where the log is shown, besides log.jsonl: tensorboard or wandb. Default: tensorboard, if it is installed.",
+            RESULT,
+            choices=BOARDS,
+        ),
+    ] = None
     logging_steps: LoggingSteps = 10
 
     # --- validation
@@ -421,8 +435,8 @@ class TrainingOptions:
             lora_parts(text)
         if self.rewards_itself:
             self._check_self_reward()
-        elif not self.data:
-            raise OptionError("--data: give at least one file or folder to train on")
+        else:
+            self._check_sft()
         if self.full and self.class_prompts:
             raise OptionError(
                 "--class-prompts: their targets are computed without the LoRA, and --full has no LoRA; leave out one of them"
@@ -439,8 +453,20 @@ class TrainingOptions:
             raise OptionError("--optimizer muon: needs whole weight matrices; give --full, or --optimizer adamw")
         if self.optimizer == "adamw8bit":
             need("training", "--optimizer adamw8bit", "bitsandbytes")
-        if self.report_to == "wandb":
-            need("training", "--report-to wandb", "wandb")
+        if self.report_to is not None:
+            need("training", f"--report-to {self.report_to}", self.report_to)
+
+    def _check_sft(self) -> None:
+        own = self.self_reward
+        if given := [one.name for one in fields(own) if getattr(own, one.name) != one.default]:
+            flag = "--" + given[0].replace("_", "-")
+            raise OptionError(f"{flag}: has no meaning without --objective self-reward; give both, or leave out {flag}")
+        if not self.data:
+            raise OptionError("--data: give at least one file or folder to train on")
+        if self.language_learning_rate is not None and not self.trains_language:
+            raise OptionError(
+                "--language-learning-rate: the language model does not learn with --train dit; use --train both or language"
+            )
 
     def _check_self_reward(self) -> None:
         self.self_reward.check()

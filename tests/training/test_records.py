@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from scale_rae.errors import DataError, InputError
+from scale_rae.errors import DataError, InputError, MissingExtraError, OptionError
 from scale_rae.training.records import Data, Record, read_data, read_records
 from scale_rae.training.sequences import Message
-from scale_rae.training.settings import TrainingOptions
+from scale_rae.training.settings import SelfRewardOptions, TrainingOptions
 
 DRAWN = [{"from": "human", "value": "Generate a sunset"}, {"from": "gpt", "value": "Here you go:\n<image>"}]
 ASKED = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A sunset."}]
@@ -72,9 +72,22 @@ def test_a_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
     data = read(tmp_path)
     captioned(data.records[0], "a cat")
     assert data.problems == [
-        f"{tmp_path / 'c.txt'}: no picture beside it",
+        f"{tmp_path / 'c.txt'}: no picture beside it (.png, .jpg, .jpeg, .webp, .bmp, .gif, .tif, .tiff, .avif, .jp2)",
         f"{tmp_path / 'b.png'}: no text beside it (b.txt)",
     ]
+
+
+def test_hidden_files_and_the_result_are_no_data(tmp_path: Path) -> None:
+    pictures, out = tmp_path / "pictures", tmp_path / "pictures" / "below" / "lora"
+    write(pictures, a_png=png(), a_txt="a cat", _b_png=b"a file manager's copy")
+    write(out.parent, c_png=png(), c_txt="a dog")
+    write(out, d_png=png())  # as a validation sheet
+    where = [str(pictures / "a.png"), str(out.parent / "c.png")]
+    records, problems = read_records(TrainingOptions(data=(pictures,), out=out))
+    assert ([record.where for record in records], problems) == (where, [])
+    for around in (pictures, tmp_path):  # the data lies within the result
+        _, problems = read_records(TrainingOptions(data=(pictures,), out=around, skip_bad=True))
+        assert problems == [f"{out / 'd.png'}: no text beside it (d.txt)"]
 
 
 def test_the_official_form(tmp_path: Path) -> None:
@@ -155,3 +168,24 @@ def test_what_holds_no_training_data_is_refused(tmp_path: Path) -> None:
     broken = tar(tmp_path / "d.tar", a_txt=b"a cat", a_png=png())
     broken.write_bytes(broken.read_bytes()[:700])
     assert "not a readable tar" in read(broken).problems[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"self_reward": SelfRewardOptions(condition_noise=0.2)}, "^--condition-noise: has no meaning without"),
+        ({"self_reward": SelfRewardOptions(prompts=Path("p.txt")), "data": ()}, "^--prompts: has no meaning without"),
+        ({"data": ()}, "^--data: give at least one"),
+        ({"language_learning_rate": 1e-4}, "^--language-learning-rate: the language model does not learn"),
+    ],
+)
+def test_options_that_would_change_nothing_are_refused(given: dict[str, Any], problem: str) -> None:
+    with pytest.raises(OptionError, match=problem):
+        TrainingOptions(**{"data": (Path("d"),), **given}).check()
+
+
+def test_a_board_that_is_asked_for_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    TrainingOptions(data=(Path("d"),)).check()
+    with pytest.raises(MissingExtraError, match="--report-to tensorboard: needs tensorboard"):
+        TrainingOptions(data=(Path("d"),), report_to="tensorboard").check()
