@@ -30,6 +30,6 @@ def command(
     from scale_rae.training.run import Watcher
     from scale_rae.training.students import distill, prompts_of
 
-    with TrainingBar() as bar:
+    with TrainingBar(options.out) as bar:
         folder = distill(options, source, prompts_of(options), Watcher(bar.note, bar.prepare, bar.step))
     show(str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from scale_rae.cli.app import say, show
@@ -42,7 +43,7 @@ def command(
             silence_libraries()
         from scale_rae.training.run import Watcher, train
 
-        with TrainingBar() as bar:
+        with TrainingBar(options.out) as bar:
             folder = train(options, source, records, Watcher(bar.note, bar.prepare, bar.step))
     except DataError as e:
         for problem in e.problems:
@@ -65,15 +66,19 @@ def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
     from scale_rae.training.run import Watcher
     from scale_rae.training.self_reward import train_on_verdicts
 
-    with TrainingBar() as bar:
+    with TrainingBar(options.out) as bar:
         folder = train_on_verdicts(options, source, prompts, Watcher(bar.note, bar.prepare, bar.step))
     show(str(folder))
 
 
 class TrainingBar:
-    """A progress bar of preparing and of training on stderr; a pipe gets a line now and then."""
+    """A progress bar of preparing and of training on stderr; a pipe gets a line now and then.
 
-    def __init__(self) -> None:
+    When Ctrl-C ends the training, the bar says whether it can be resumed: whether `out` has a checkpoint.
+    """
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
         self._shown = sys.stderr.isatty()
         self._progress: Any = None
         self._task: Any = None
@@ -85,6 +90,11 @@ class TrainingBar:
     def __exit__(self, *error: object) -> None:
         if self._progress is not None:
             self._progress.stop()
+        if error[0] is KeyboardInterrupt:
+            if any(self._out.glob("checkpoint-*")):
+                say(f"{self._out}: to go on from the newest checkpoint, run the same command with --resume")
+            else:
+                say(f"{self._out}: no checkpoint was written yet; --save-steps says after how many steps one is")
 
     def note(self, text: str) -> None:
         """Shows a note."""

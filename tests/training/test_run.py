@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from scale_rae.cli import app
+from scale_rae.cli.train import TrainingBar
 from scale_rae.errors import OutputError, TrainingError
 from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
@@ -312,3 +313,11 @@ def test_wandb_gets_what_the_log_has(options: TrainingOptions, monkeypatch: pyte
     assert (begun["group"], begun["config"]["rank"], end) == ("out", 2, "finished")
     assert [(step, values["loss"]) for step, values in logged] == [(record["step"], record["loss"]) for record in log]
     assert {name for name in logged[0][1] if "flow_by_t" in name} <= {f"flow_by_t/0.{i}" for i in range(10)}
+
+
+def test_an_interrupted_training_says_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for expected in ("no checkpoint was written yet", "run the same command with --resume"):
+        with pytest.raises(KeyboardInterrupt), TrainingBar(tmp_path):
+            raise KeyboardInterrupt
+        assert expected in capsys.readouterr().err
+        (tmp_path / "checkpoint-5").mkdir(exist_ok=True)
