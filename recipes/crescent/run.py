@@ -27,14 +27,15 @@ from scale_rae.shares import Share
 MODEL = "shapes"
 TRAINING = {
     "--train": "both",
-    "--rank": "16",
-    "--learning-rate": "2e-3",
+    "--rank": "32",
+    "--learning-rate": "4e-3",
     "--language-learning-rate": "5e-4",  # lower, so that what the model reads of colours stays
     "--prior-loss-weight": "5",
     "--ema-decay": "0.99",
     "--text-targets": "replies",
     "--reply": world.REPLY,
     "--train-batch-size": "8",
+    "--timesteps-per-sample": "4",
     "--validation-guidance": "1",  # with which the prompts that are kept are drawn, too
     "--num-inference-steps": "12",
 }
