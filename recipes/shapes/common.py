@@ -93,11 +93,16 @@ class Vocabulary:
         return settings.model_config(preset, self.size, self.start, self.end, self.pad)
 
 
-def vocabulary(out: Path) -> Vocabulary:
-    """The tokenizer in out/tokenizer, written if it is not there."""
-    folder = out / "tokenizer"
+def vocabulary(out: Path, cased: bool = False) -> Vocabulary:
+    """The tokenizer in out/tokenizer (`cased`: out/cased-tokenizer), written if it is not there."""
+    folder = out / ("cased-tokenizer" if cased else "tokenizer")
     if not (folder / "tokenizer_config.json").is_file():
-        write_tokenizer(folder)
+        write_tokenizer(folder, cased=cased)
+    return vocabulary_of(folder)
+
+
+def vocabulary_of(folder: Path) -> Vocabulary:
+    """The tokenizer in a folder of one of `write_tokenizer`'s."""
     tokenizer = ChatTokenizer(folder, image_markers=True)
     start = tokenizer.chat_start
     pad = start - 1  # SPECIAL's order: <|endoftext|> comes just before <|im_start|>

@@ -22,14 +22,18 @@ import torch
 from torch import Tensor
 
 from recipes.shapes import common, settings
+from recipes.shapes.common import Vocabulary
 from recipes.shapes.loop import say
 from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import write_tokenizer
 from scale_rae.publishing import in_shards, write_index
 
 SHARD_BYTES = 14_500_000
-LIMIT_BYTES = 31_500_000
+LIMIT_BYTES = 32_000_000
 DIT = "diff_head."
+CASED = "cased"
+"""Folder under a run's: the model that the reader stage begins with, its tokenizer grown by `in_cases`."""
+TOKENIZER_FILES = ("vocab.json", "merges.txt", "tokenizer_config.json")
 
 
 def export(out: Path, target: Path, preset: Preset) -> int:
@@ -94,6 +98,51 @@ def stored(folder: Path) -> dict[str, Tensor]:
     for file in files:
         tensors |= common.load_weights(file)
     return tensors
+
+
+EMBEDDING = "model.embed_tokens.weight"
+_NEAR = 0.8  # a word in another case begins a little smaller, so that no answer is a tie of two cases
+
+
+def grown(tensors: Mapping[str, Tensor], before: Vocabulary, after: Vocabulary) -> dict[str, Tensor]:
+    """The tensors with rows of the embedding for the vocabulary `after`: those of the same tokens; for a new word, near that of its
+    small letters; for a part of a word, the mean of what it was."""
+    table = tensors[EMBEDDING]
+    if before.size == after.size:
+        return dict(tensors)
+    old, new = before.tokenizer, after.tokenizer
+    rows = []
+    for number in range(after.size):
+        if number >= after.pad:
+            rows.append(table[before.pad + number - after.pad])
+        elif number < before.pad:
+            rows.append(table[number])
+        else:
+            text = new.decode([number])
+            small = old.plain(text.lower())
+            ids = small if len(small) == 1 else old.plain(text)
+            rows.append((_NEAR * table[ids].float().mean(0)).to(table.dtype))
+    return {**tensors, EMBEDDING: torch.stack(rows)}
+
+
+def in_cases(source: Path, target: Path) -> None:
+    """Makes `target`: the exported model `source`, whose tokenizer has every word in three cases (`grown`)."""
+    fresh = target.with_name(target.name + ".tokenizer")
+    shutil.rmtree(fresh, ignore_errors=True)
+    write_tokenizer(fresh, cased=True)
+    words = common.vocabulary_of(fresh)
+    tensors = grown(stored(source), common.vocabulary_of(source), words)
+    replaced(source, target, tensors)
+    for name in TOKENIZER_FILES:
+        shutil.copyfile(fresh / name, target / name)
+    shutil.rmtree(fresh)
+    numbers = {
+        "vocab_size": words.size,
+        "bos_token_id": words.start,
+        "eos_token_id": words.end,
+        "pad_token_id": words.pad,
+    }
+    _write_json(target / "config.json", json.loads((target / "config.json").read_text()) | numbers)
 
 
 def replaced(source: Path, target: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -139,21 +139,25 @@ def hues() -> int:
 
 
 def put_in(
-    rng: np.random.Generator, scenes: SceneBatch, share: float = SHARE, each: float = EACH
+    rng: np.random.Generator, scenes: SceneBatch, share: float = SHARE, each: float = EACH, counted: bool = False
 ) -> tuple[SceneBatch, NDArray[np.bool_]]:
     """The scenes with invented shapes and colours in the place of some, and which [N] have any.
 
     A scene may hold them with probability `share`; then `each` of its shapes, and of its colours, is one with that probability.
-    Counting scenes keep theirs, since made-up names have no plural. Invented shapes of a scene differ from each other. A scene whose
-    remaining shapes would have a held-out number keeps its shapes.
+    Counting scenes keep theirs, since made-up names have no plural; if they may be `counted`, with an s, all objects of such a scene get
+    one invented shape. Invented shapes of other scenes differ from each other. A scene whose remaining shapes would have a held-out
+    number keeps its shapes.
     """
     n = len(scenes)
-    chosen = (rng.random(n) < share) & (scenes.kind != world.SCENE_KINDS.index("counting"))
+    counting = scenes.kind == world.SCENE_KINDS.index("counting")
+    chosen = (rng.random(n) < share) & (counted | ~counting)
     there = scenes.shape >= 0
     new_shape = chosen[:, None] & there & (rng.random(there.shape) < each)
     new_color = chosen[:, None] & there & (rng.random(there.shape) < each)
     real, more = len(world.SHAPES), forms() - len(world.SHAPES)
     order = rng.random((n, more)).argsort(1)[:, : there.shape[1]] + real  # different within a scene
+    new_shape[counting] = (chosen & counting)[counting, None] & there[counting]
+    order[counting] = order[counting, :1]
     left = np.where(new_shape, order, scenes.shape)
     for count, shape in world.HELD_OUT_COUNTS:
         new_shape[(left == world.SHAPES.index(shape)).sum(1) == count] = False

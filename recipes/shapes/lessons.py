@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from numpy.typing import NDArray
 
-from recipes.shapes import data, wordings
+from recipes.shapes import data, invented, wordings
 from recipes.shapes.invented import COLOR_NAMES, SHAPE_NAMES
 from recipes.shapes.own import Seen, Wish
 from scale_rae.prompt import IMAGE, ChatTokenizer, Turn
@@ -154,7 +154,14 @@ def a_question(rng: random.Random, scene: Scene) -> tuple[str, str]:
 
 
 def a_stray_question(rng: random.Random) -> tuple[str, str]:
-    """A question about a picture that asks for what the world does not have, and its answer."""
+    """A question about a picture that asks for what the world does not have, and its answer; nothing held out is named."""
+    while True:
+        text, answer = _any_stray_question(rng)
+        if not asking.names_held_out(text):
+            return text, answer
+
+
+def _any_stray_question(rng: random.Random) -> tuple[str, str]:
     noun = wordings.noun(rng)
     a_noun = world.with_article(noun)
     colored = world.with_article(f"{rng.choice((*world.COLORS, *wordings.OTHER_COLORS))} {noun}")
@@ -188,6 +195,8 @@ def _prompt_before(rng: random.Random) -> str:
 
 USUAL = 0.35
 """How often a question about a scene is asked as the joint stage does."""
+OTHERWISE = 0.7
+"""How often a question about something invented is not one of the joint stage's."""
 TURNS = 0.15
 """How often the picture was drawn in an earlier turn."""
 
@@ -210,6 +219,8 @@ def read_lessons(
             text, answer = _of_unclear(rng, scene)
         elif stays and rng.random() < 0.9:
             text, answer = data.as_asked_for(rng, usual[0]), usual[1]
+            if has and rng.random() < OTHERWISE:
+                text, answer = _of_invented(rng, scene, usual)
         elif has or rng.random() < 0.12:
             text, answer = a_stray_question(rng)
         else:
@@ -237,6 +248,42 @@ def _of_unclear(rng: random.Random, scene: Scene) -> tuple[str, str]:
             return _matches(rng, text), world.NO
 
 
+def _of_invented(rng: random.Random, scene: Scene, usual: tuple[str, str]) -> tuple[str, str]:
+    """A question about a scene that holds something invented, and its answer: one of any kind, a prompt of any kind that is true or
+    nearly so, or the joint stage's in other words."""
+    which = rng.random()
+    if which < 0.2:
+        return a_question(rng, scene)
+    told = world.true_prompts(scene)
+    if which < 0.4 or not told:
+        return _in_other_words(rng, usual[0]), usual[1]
+    prompt, true = rng.choice(told), rng.random() < 0.5
+    if not true:
+        names = invented.SHAPE_NAMES[: invented.forms()], invented.COLOR_NAMES[: invented.hues()]
+        others = [
+            p
+            for p in world.true_prompts(data.altered(rng, scene, *names))
+            if p.tag == prompt.tag and _differ(p, prompt)
+        ]
+        prompt = others[0] if others and rng.random() < 0.6 else world.changed(rng, prompt)
+    return _matches(rng, prompt.text), world.YES if true else world.NO
+
+
+def _differ(one: world.Prompt, other: world.Prompt) -> bool:
+    """Whether prompts of one tag name other shapes or colours."""
+    return (sorted(one.shapes), sorted(one.colors)) != (sorted(other.shapes), sorted(other.colors))
+
+
+def _in_other_words(rng: random.Random, question: str) -> str:
+    """One of the joint stage's questions that may be about something invented, in varied words."""
+    before, after = world.ALIGN.split("{prompt}")
+    if question.startswith(before):
+        prompt = question.removeprefix(before).removesuffix(after)
+        return wordings.in_words(rng, asking.Question("match", {"prompt": prompt}, ""))
+    assert question == world.DESCRIBE
+    return wordings.in_words(rng, asking.Question("describe", {}, ""))
+
+
 def _matches(rng: random.Random, prompt: str) -> str:
     """Whether a prompt describes the picture, mostly in the default words."""
     if rng.random() < 0.65:
@@ -244,11 +291,15 @@ def _matches(rng: random.Random, prompt: str) -> str:
     return wordings.in_words(rng, asking.Question("match", {"prompt": prompt}, ""))
 
 
+OF_RIGHT, OF_WRONG = 4, 6
+"""Lessons about each of the model's own drawings."""
+
+
 def own_lessons(
     rng: random.Random, write: Writer, wished: Sequence[Wish], seen: Sequence[Seen], first: int
 ) -> list[Lesson]:
-    """Lessons about the model's own drawings, two about a right one and three about a wrong one; those that show something held out
-    are left out."""
+    """Lessons about the model's own drawings, `OF_RIGHT` about a right one and `OF_WRONG` about a wrong one; those that show something
+    held out are left out."""
 
     def make(number: int, wish: Wish, found: Seen, right: bool) -> Lesson | None:
         text, answer = (_of_right if right else _of_wrong)(rng, wish, found)
@@ -259,7 +310,7 @@ def own_lessons(
     for number, (wish, found) in enumerate(zip(wished, seen, strict=True), first):
         if found.objects and not world.shows_held_out(found.objects):
             right = found.clear and wish.is_granted(found.objects)
-            lessons += [until_it_fits(make, number, wish, found, right) for _ in range(2 if right else 3)]
+            lessons += [until_it_fits(make, number, wish, found, right) for _ in range(OF_RIGHT if right else OF_WRONG)]
     return lessons
 
 

@@ -8,6 +8,8 @@ is, and the conditions that it gets stay those of the exported model (a loss hol
 - requests in other words, whose conditions are to be those of the usual words;
 - requests for what the world does not have, small talk, and questions where no picture is shown, with their replies.
 
+The tokenizer gets every word of the world as a title and in capital letters, if it lacks them (`tokenizer.cased_words`).
+
     python -m recipes.shapes.reader --start-from scale_rae/bundled/shapes --out runs/shapes
 """
 
@@ -20,8 +22,8 @@ import multiprocessing.pool
 import os
 import random
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,9 @@ from scale_rae.training.optim import FlatModel, OptimizerOptions
 
 CHUNK = 2_000
 CONDITION_WEIGHT = 1.5
+INVENTED = (
+    0.65  # of the scenes to read: what is held out is read as surely as the rest only if names mean each for itself
+)
 COMPILING = 8.0  # seconds that --end-after leaves for compiling
 COMPILE_FROM = 40_000  # own drawings, from which compiling the velocity network saves time
 REQUESTS_EACH = 4  # wordings of each prompt
@@ -87,6 +92,25 @@ class Made:
     """The requests in usual words whose conditions are kept."""
     rows: dict[str, Rows]
 
+    def save(self, file: Path) -> None:
+        """Writes all arrays to an npz file."""
+        parts: dict[str, SceneBatch | Rows] = {"scenes": self.scenes, "second": self.second, "prompts": self.prompts}
+        parts |= self.rows
+        arrays = {f"{name}/{f.name}": getattr(part, f.name) for name, part in parts.items() for f in fields(part)}
+        np.savez(file, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, file: Path) -> Made:
+        """What `save` wrote."""
+        parts: dict[str, dict[str, Any]] = {}
+        with np.load(file) as arrays:
+            for key in arrays:
+                name, _, field = key.partition("/")
+                parts.setdefault(name, {})[field] = arrays[key]
+        scenes, second = (SceneBatch(**parts.pop(name)) for name in ("scenes", "second"))
+        rows = {name: Rows(**columns) for name, columns in parts.items()}
+        return cls(scenes, second, rows.pop("prompts"), rows)
+
 
 def _rng(seed: int, stream: str, number: int) -> random.Random:
     return random.Random(f"{seed}/reader/{stream}/{number}")
@@ -102,7 +126,7 @@ def _scenes(
 def read_chunk(number: int, count: int, seed: int, write: Writer) -> tuple[SceneBatch, SceneBatch, Rows]:
     """Scenes, the same with some spoilt, and a lesson about each."""
     scenes, generator = _scenes(seed, 0, number, count, data.READ_KINDS)
-    scenes, other = invented.put_in(generator, scenes)
+    scenes, other = invented.put_in(generator, scenes, INVENTED, counted=True)
     second = spoilt.recolored(generator, scenes, ~other)
     ruined = spoilt.which(scenes, second)
     made = lessons.read_lessons(
@@ -391,6 +415,12 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--draw-pool", type=int, default=60_000, help="prompts whose conditions are kept")
     parser.add_argument("--other-pool", type=int, default=200_000, help="outside requests")
     parser.add_argument("--own-pool", type=int, default=120_000, help="own drawings")
+    parser.add_argument(
+        "--pools",
+        type=Path,
+        metavar="DIR",
+        help="keep all rows but those about own drawings here, for further runs of the same sizes",
+    )
     parser.add_argument("--draw-at-once", type=int, default=4_000, help="own drawings of a batch")
     return parser
 
@@ -399,19 +429,16 @@ def main(argv: list[str] | None = None) -> bool:
     """Runs the stage; returns whether it is finished."""
     args = arguments().parse_args(argv)
     preset, folder = common.preset_of(args), args.out / "reader"
-    words = common.vocabulary(args.out)
+    words = common.vocabulary(args.out, cased=True)
     write = Writer(words.tokenizer, words.pad, preset.tokens)
     start = time.perf_counter()
     makers = Makers(args.workers, write)
     wished = [makers.ask(wish_chunk, number, count, args.seed) for number, count in _sizes(args.own_pool)]
-    drawn = [
-        makers.ask(draw_chunk, number, count, args.seed, args.read_pool) for number, count in _sizes(args.draw_pool)
-    ]
-    read = [makers.ask(read_chunk, number, count, args.seed) for number, count in _sizes(args.read_pool)]
-    other = [
-        makers.ask(other_chunk, number, count, args.seed, args.read_pool) for number, count in _sizes(args.other_pool)
-    ]
+    asked = _ask_for_pools(args, makers)
 
+    if common.vocabulary_of(args.start_from).size < words.size:
+        export.in_cases(args.start_from, args.out / export.CASED)
+        args.start_from = args.out / export.CASED
     device, dtype = prepare_device(args.device)
     common.set_seed(args.seed)
     config, language, dit = networks.build_joint(words.model_config(preset))
@@ -422,22 +449,18 @@ def main(argv: list[str] | None = None) -> bool:
     rows: dict[str, Rows] = {}
     own_latents = _own(args, makers, words, preset, config, language, dit, stored, wished, rows, device, dtype)
     say(f"own drawings: {time.perf_counter() - start:.1f} s")
-    prompts, plain, follow = (Rows.joined(list(part)) for part in zip(*(chunk() for chunk in drawn), strict=True))
-    conditions = conditions_of(language, preset, words.size, prompts, dtype)
-    chunks = [chunk() for chunk in read]
-    scenes, second = (data.joined_scenes([chunk[i] for chunk in chunks]) for i in range(2))
-    others = [chunk() for chunk in other]
-    rows |= {"draw": plain, "follow": follow, "read": Rows.joined([chunk[2] for chunk in chunks])}
-    rows |= {name: Rows.joined([chunk[name] for chunk in others]) for name in others[0]}
+    made = asked()
+    rows |= made.rows
+    conditions = conditions_of(language, preset, words.size, made.prompts, dtype)
     makers.close()
     say(
         f"all rows: {time.perf_counter() - start:.1f} s; "
         + ", ".join(f"{name} {len(r):,d}" for name, r in rows.items())
     )
-    siglip = networks.build_encoder(words.encoder_config(preset))
+    siglip = networks.build_encoder(common.vocabulary(args.out).encoder_config(preset))
     common.fill(siglip, common.load_weights(args.start_from / settings.ENCODER_NAME / "model.safetensors"))
     siglip = siglip.requires_grad_(False).eval().to(device)
-    latents = torch.cat([pools.latent_pool(siglip, scenes, preset, device, second), own_latents])
+    latents = torch.cat([pools.latent_pool(siglip, made.scenes, preset, device, made.second), own_latents])
     say(f"latents: {time.perf_counter() - start:.1f} s")
     del everything, dit, siglip
     if device.type == "cuda":
@@ -446,7 +469,9 @@ def main(argv: list[str] | None = None) -> bool:
     common.set_seed(args.seed)
     _, language, _ = networks.build_joint(words.model_config(preset))
     model = FlatModel({"": language}, device, dtype, common.optimizer_options(args), args.steps, keeps_float32)
-    begin = export.stored(args.language) if args.language else stored
+    begin = stored
+    if args.language:
+        begin = export.grown(export.stored(args.language), common.vocabulary_of(args.language), words)
     model.set_tensors({name: begin[name].to(device) for name in model.tensors()})
     if args.end_after:
         args.seconds = max(1.0, args.end_after - process_seconds() - COMPILING)
@@ -478,6 +503,35 @@ def main(argv: list[str] | None = None) -> bool:
     if outcome == "finished":
         (folder / "finished").touch()
     return outcome == "finished"
+
+
+def _ask_for_pools(args: argparse.Namespace, makers: Makers) -> Callable[[], Made]:
+    """Has the makers begin with all streams but the own drawings; call what is returned for them. They are read from `--pools` if they
+    are there, else written there."""
+    file = args.pools and args.pools / f"pools-{args.read_pool}-{args.draw_pool}-{args.other_pool}.npz"
+    if file and file.is_file():
+        return functools.partial(Made.load, file)
+    drawn = [
+        makers.ask(draw_chunk, number, count, args.seed, args.read_pool) for number, count in _sizes(args.draw_pool)
+    ]
+    read = [makers.ask(read_chunk, number, count, args.seed) for number, count in _sizes(args.read_pool)]
+    other = [
+        makers.ask(other_chunk, number, count, args.seed, args.read_pool) for number, count in _sizes(args.other_pool)
+    ]
+
+    def collect() -> Made:
+        prompts, plain, follow = (Rows.joined(list(part)) for part in zip(*(chunk() for chunk in drawn), strict=True))
+        chunks, others = [chunk() for chunk in read], [chunk() for chunk in other]
+        scenes, second = (data.joined_scenes([chunk[i] for chunk in chunks]) for i in range(2))
+        rows = {"draw": plain, "follow": follow, "read": Rows.joined([chunk[2] for chunk in chunks])}
+        rows |= {name: Rows.joined([chunk[name] for chunk in others]) for name in others[0]}
+        made = Made(scenes, second, prompts, rows)
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            made.save(file)
+        return made
+
+    return collect
 
 
 def _own(

@@ -1,4 +1,8 @@
-"""The bundled model's tokenizer: a Qwen2-style byte-level BPE in which every word of the world is one token."""
+"""The bundled model's tokenizer: a Qwen2-style byte-level BPE in which every word of the world is one token.
+
+That of the last stages (`cased`) also has each of these words as a title and in capital letters: spelled letter by letter, words are hard
+to read for so small a model.
+"""
 
 from __future__ import annotations
 
@@ -30,10 +34,22 @@ def words() -> list[str]:
     return [*plain, *(f" {word}" for word in plain)]
 
 
-def train_merges(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """BPE merges in rank order that leave each of `texts` a single symbol; ties go to the first pair in sorted order."""
+def cased_words() -> list[str]:
+    """What `words` lacks of its words' titles and capitals, without and with a space before it."""
+    known = set(words())
+    plain = sorted({made for word in known for made in (word.strip().capitalize(), word.strip().upper())} - known)
+    return [*plain, *(f" {word}" for word in plain)]
+
+
+def train_merges(texts: Iterable[str], after: Sequence[tuple[str, str]] = ()) -> list[tuple[str, str]]:
+    """BPE merges in rank order that leave each of `texts` a single symbol; ties go to the first pair in sorted order.
+
+    They follow the merges `after`, which are not among them.
+    """
     letters = byte_letters()
     symbols = [[letters[b] for b in text.encode()] for text in texts]
+    for pair in after:
+        symbols = [_merged(word, pair) for word in symbols]
     merges: list[tuple[str, str]] = []
     while True:
         pairs = Counter(pair for word in symbols for pair in itertools.pairwise(word))
@@ -73,12 +89,16 @@ def special_tokens(first: int) -> dict[str, dict[str, str | bool]]:
     return {str(first + i): {"content": token, **flags} for i, token in enumerate(SPECIAL)}
 
 
-def write_tokenizer(folder: Path, max_length: int = 1024, padding: bool = False) -> int:
+def write_tokenizer(folder: Path, max_length: int = 1024, padding: bool = False, cased: bool = False) -> int:
     """Writes vocab.json, merges.txt and tokenizer_config.json; returns the vocabulary's size.
 
-    With `padding`, the tokenizer pads to `max_length`, as the SigLIP text tower needs it.
+    With `padding`, the tokenizer pads to `max_length`, as the SigLIP text tower needs it. With `cased`, `cased_words` are tokens, too; all
+    other tokens but the special ones keep their ids.
     """
-    base = write_bpe(folder, train_merges(words()))
+    merges = train_merges(words())
+    if cased:
+        merges += train_merges(cased_words(), merges)
+    base = write_bpe(folder, merges)
     settings = {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from recipes.shapes import common, settings
+from recipes.shapes.export import CASED
 from recipes.shapes.loop import say
 
 EXPORT_SECONDS = 65  # kept of --stop-after for saving, export and look, and for a stage to start and stop
@@ -119,7 +120,7 @@ def main(argv: list[str] | None = None) -> bool:
                 return False
             break
     has_read = (args.out / "reader" / "model.safetensors").is_file()
-    run("export", [*out, "--export", str(args.export), *(("--parts-of", str(drawn)) if has_read else ())])
+    run("export", [*out, "--export", str(args.export), *(("--parts-of", str(args.out / CASED)) if has_read else ())])
     device = ["--device", "cpu"] if args.tiny else ["--device", args.device] if args.device else []
     sheet = ["--sheet", str(args.export.with_name("sheet.png")), "--prompts", str(0 if args.tiny else args.prompts)]
     run("sample", ["--model", str(args.export), *sheet, *device])

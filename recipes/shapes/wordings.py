@@ -504,6 +504,19 @@ QUESTIONS: Mapping[str, tuple[str, ...]] = {
         "Where does the {shape} stand?",
         "In what place is the {shape}?",
         "What is the place of the {shape}?",
+        "Where would I find the {shape}?",
+        "Where should I look for the {shape}?",
+        "Where could one see the {shape}?",
+        "Where might the {shape} be?",
+        "Where has the {shape} been put?",
+        "Where in the {image} is the {shape}?",
+        "Whereabouts is the {shape}?",
+        "Where was the {shape} drawn?",
+        "What is the position of the {shape}?",
+        "On which side is the {shape}?",
+        "The {shape} is where?",
+        "Show me where the {shape} is.",
+        "Is the {shape} left, right, above or below?",
         "Can you tell me where the {shape} is?",
         "Say where the {shape} is.",
     ),
@@ -820,9 +833,80 @@ DIRECT: Mapping[str, tuple[str, ...]] = {
     ),
 }
 """More direct questions, with words of choice in the places {see}, {seen}, {shown} and {here}."""
-_SEE = ("see", "find", "spot", "notice", "recognise", "make out", "detect")
-_SEEN = ("seen", "found", "spotted", "noticed", "recognised", "made out", "detected")
-_SHOWN = ("shown", "visible", "drawn", "painted", "depicted", "present", "placed", "displayed", "pictured", "found")
+_SEE = (
+    *(
+        "see",
+        "find",
+        "spot",
+        "notice",
+        "recognise",
+        "make out",
+        "detect",
+        "observe",
+        "discover",
+        "perceive",
+        "identify",
+        "discern",
+    ),
+    *("recognize", "view", "locate"),
+)
+_SEEN = (
+    *(
+        "seen",
+        "found",
+        "spotted",
+        "noticed",
+        "recognised",
+        "made out",
+        "detected",
+        "observed",
+        "discovered",
+        "perceived",
+    ),
+    *("identified", "discerned", "recognized"),
+)
+UNKNOWN = 0.08
+"""How often one of these verbs is a word that does not exist: what a question means is to be read from its other words."""
+_SHOWN = (
+    *(
+        "shown",
+        "visible",
+        "drawn",
+        "painted",
+        "depicted",
+        "present",
+        "placed",
+        "displayed",
+        "pictured",
+        "found",
+        "set",
+        "put",
+    ),
+    *(
+        "situated",
+        "positioned",
+        "standing",
+        "sitting",
+        "resting",
+        "hiding",
+        "hidden",
+        "kept",
+        "arranged",
+        "marked",
+        "sketched",
+    ),
+    *(
+        "illustrated",
+        "portrayed",
+        "presented",
+        "exhibited",
+        "featured",
+        "included",
+        "contained",
+        "rendered",
+        "laid out",
+    ),
+)
 _HERE = (
     "",
     "",
@@ -856,6 +940,8 @@ BEFORE_QUESTION = 0.06
 
 REQUESTS = (
     *world.REQUEST_WORDINGS,
+    "{prompt}",
+    "{prompt}.",
     "{things}",
     "{things}",
     "Draw {things}",
@@ -1207,7 +1293,7 @@ def outside(rng: random.Random) -> str:
     shape, second = rng.sample(world.SHAPES, 2)
     color = rng.choice(world.COLORS)
     adjective = rng.choice(ADJECTIVES)
-    which = rng.randrange(26)
+    which = rng.choice((*range(26), 11, 16, 19, 19, 24, 24, 25))
     if which < 4:
         return a(an(rng))
     if which == 4:
@@ -1241,8 +1327,12 @@ def outside(rng: random.Random) -> str:
     if which == 18:
         return a(f"{adjective} {rng.choice(('', color + ' '))}{shape}")
     if which == 19:
-        many = [rng.choice(world.SHAPES) for _ in range(rng.randrange(5, 8))]
-        return world.listed([a(f"{rng.choice(world.COLORS)} {name}" if rng.random() < 0.3 else name) for name in many])
+        few = rng.sample(world.SHAPES, rng.randrange(2, len(world.SHAPES) + 1))
+        many = [rng.choice(few) for _ in range(rng.choice((5, 5, 5, 6, 7)))]
+        colored = rng.choice((0, 0, 0, 0.3, 1))
+        return world.listed(
+            [a(f"{rng.choice(world.COLORS)} {name}" if rng.random() < colored else name) for name in many]
+        )
     if which == 20:
         return rng.choice(SUBJECTS)
     if which == 21:
@@ -1258,10 +1348,220 @@ def outside(rng: random.Random) -> str:
     return f"a {shape} {relation} " + world.listed([a(second), a(third)])
 
 
+_BEGIN = (
+    *(
+        "",
+        "",
+        "Please ",
+        "Can you ",
+        "Can you please ",
+        "Could you ",
+        "Could you please ",
+        "Would you ",
+        "Will you ",
+        "Will you please ",
+    ),
+    *(
+        "I want you to ",
+        "I'd like you to ",
+        "I'd love you to ",
+        "I need you to ",
+        "I ask you to ",
+        "Try to ",
+        "Let us ",
+        "Let's ",
+        "Now ",
+    ),
+    *(
+        "Go ahead and ",
+        "Kindly ",
+        "You should ",
+        "You could ",
+        "You may ",
+        "Just ",
+        "Quickly ",
+        "It is time to ",
+        "Time to ",
+        "Hey, ",
+    ),
+    *(
+        "Hi, please ",
+        "Hello, could you ",
+        "Next, ",
+        "Then ",
+        "And now ",
+        "Also ",
+        "Are you able to ",
+        "Is it possible to ",
+        "Do ",
+    ),
+    *(
+        "Might you ",
+        "Why not ",
+        "Can we ",
+        "Could we ",
+        "May I ask you to ",
+        "Would you kindly ",
+        "I beg you to ",
+        "Be so kind and ",
+    ),
+)
+_MAKE = (
+    *(
+        "draw",
+        "draw",
+        "draw me",
+        "paint",
+        "paint me",
+        "sketch",
+        "make",
+        "make me",
+        "create",
+        "create for me",
+        "generate",
+        "render",
+    ),
+    *(
+        "produce",
+        "design",
+        "illustrate",
+        "compose",
+        "craft",
+        "prepare",
+        "depict",
+        "picture",
+        "show",
+        "show me",
+        "show us",
+        "give me",
+    ),
+    *(
+        "bring me",
+        "hand me",
+        "get me",
+        "send me",
+        "offer me",
+        "present",
+        "build",
+        "form",
+        "doodle",
+        "visualize",
+        "have a go at",
+    ),
+    *(
+        "let me see",
+        "let me have",
+        "imagine",
+        "put together",
+        "come up with",
+        "deliver",
+        "provide",
+        "print",
+        "serve me",
+    ),
+)
+_WISH = (
+    *(
+        "I want",
+        "I wish for",
+        "I need",
+        "I am after",
+        "I am looking for",
+        "I'd like",
+        "I'd like to see",
+        "I'd love",
+        "I'd enjoy",
+    ),
+    *(
+        "I hope to see",
+        "I want to look at",
+        "I long for",
+        "I fancy",
+        "I feel like",
+        "I ask for",
+        "I'm dreaming of",
+        "We need",
+    ),
+    *(
+        "We'd like",
+        "We are looking for",
+        "What I want is",
+        "What I need is",
+        "My wish is",
+        "My prompt is",
+        "The prompt is",
+        "Let me see",
+    ),
+    *(
+        "Let me view",
+        "Let me watch",
+        "Let me admire",
+        "Let me have a look at",
+        "Let us look at",
+        "Let them see",
+        "May I have",
+    ),
+    *(
+        "May I look at",
+        "Can I have",
+        "Can I look at",
+        "Can we get",
+        "Could I get",
+        "Could I see",
+        "Could I have a look at",
+        "How about",
+    ),
+    *(
+        "What about",
+        "It would be great to have",
+        "Nothing but",
+        "For me",
+        "Once more",
+        "This time",
+        "One more",
+        "Here I want",
+    ),
+    *(
+        "I'd be happy with",
+        "I would love to get",
+        "I would be glad of",
+        "I would prefer",
+        "Time for",
+        "Give us",
+        "Show them",
+    ),
+)
+_THINGS = (
+    *("{things}",) * 6,
+    *("{prompt}",) * 4,
+    *(
+        "a picture of {things}",
+        "an image of {things}",
+        "a drawing of {things}",
+        "a painting of {things}",
+        "a sketch of {things}",
+    ),
+)
+
+
+def _request(rng: random.Random) -> str:
+    """A wording of requests, from `REQUESTS` or put together from parts, none of evaluation's."""
+    while True:
+        if rng.random() < 0.5:
+            return rng.choice(REQUESTS)
+        begin = f"{rng.choice(_BEGIN)}{rng.choice(_MAKE)}" if rng.random() < 0.6 else rng.choice(_WISH)
+        text = (
+            f"{begin} {rng.choice(_THINGS)}{rng.choice(('', '.', '.', '?', ' for me', ' please', ', please.', ' now'))}"
+        )
+        text = text[:1].upper() + text[1:]
+        if not asking.is_held_out_request(text):
+            return text
+
+
 def outside_request(rng: random.Random, bare: bool = True) -> str:
     """A request for what the world does not have, in varied words; without `bare`, none that is no more than the thing."""
     while True:
-        wording, what = rng.choice(REQUESTS), outside(rng)
+        wording, what = _request(rng), outside(rng)
         if (bare or "{" not in wording[:1]) and not asking.names_held_out(what):
             prefix = "a photo of " if rng.random() < 0.8 else ""
             text = wording.format(prompt=prefix + what, things=what)
@@ -1271,7 +1571,7 @@ def outside_request(rng: random.Random, bare: bool = True) -> str:
 def inside_request(rng: random.Random, prompt: str, bare: bool = True) -> str:
     """A request for a prompt ("a photo of …") in varied words; `bare` as in `outside_request`."""
     while True:
-        wording = rng.choice(REQUESTS)
+        wording = _request(rng)
         if bare or "{" not in wording[:1]:
             break
     things = _other_words(rng, prompt.removeprefix("a photo of "))
@@ -1325,16 +1625,161 @@ def _varied(rng: random.Random, text: str, marks: Sequence[str] = ("", "?", ".",
     return text.upper() if rng.random() < 0.07 else text
 
 
+def _verb(rng: random.Random, verbs: Sequence[str]) -> str:
+    return f"{_pseudo(rng)}ed" if rng.random() < UNKNOWN else rng.choice(verbs)
+
+
+_FITTING = (
+    *(
+        "right",
+        "true",
+        "good",
+        "fitting",
+        "accurate",
+        "proper",
+        "faithful",
+        "exact",
+        "apt",
+        "fair",
+        "valid",
+        "suitable",
+        "correct",
+    ),
+    *("precise", "complete", "possible", "perfect", "reasonable", "truthful"),
+)
+_CAPTION = (
+    "caption",
+    "title",
+    "account",
+    "summary",
+    "text",
+    "prompt",
+    "label",
+    "statement",
+    "name",
+    "description",
+    "heading",
+    "line",
+)
+_DESCRIBE = (
+    *(
+        "describe",
+        "summarise",
+        "fit",
+        "suit",
+        "match",
+        "caption",
+        "label",
+        "sum up",
+        "characterise",
+        "agree with",
+        "tell of",
+    ),
+    *("correspond to", "go with", "belong to", "apply to", "hold for", "describe what you see in"),
+)
+_WANTED = (
+    *(
+        "I wanted",
+        "I asked you for",
+        "I wished for",
+        "I ordered",
+        "I hoped for",
+        "I was promised",
+        "They asked for",
+        "My request was",
+    ),
+    *(
+        "The prompt was",
+        "The prompt said",
+        "What I want is",
+        "You were to draw",
+        "You were asked for",
+        "We wanted",
+        "It should be",
+    ),
+    *("This should show", "My prompt was", "The request was", "The order was"),
+)
+_GOT = (
+    *(
+        "Did I get it?",
+        "Is this it?",
+        "Is it what I see?",
+        "Have I got that?",
+        "Does this fit?",
+        "Is that right?",
+        "Is it so?",
+    ),
+    *(
+        "Does the {image} show that?",
+        "Is it what this {image} shows?",
+        "Is that what you drew?",
+        "Did you draw that?",
+        "Do they agree?",
+    ),
+    *(
+        "Does the {image} match?",
+        "Does that describe it?",
+        "Is this what you made?",
+        "Would you say so?",
+        "Is that the case here?",
+    ),
+)
+
+
+def _asked_to_match(rng: random.Random) -> str:
+    """A question whether a prompt describes the picture, put together from parts."""
+    which = rng.random()
+    told = rng.choice(
+        (
+            "{prompt}",
+            "{prompt}",
+            "{prompt}",
+            '"{prompt}"',
+            "the prompt {prompt}",
+            "the text {prompt}",
+            "the words {prompt}",
+        )
+    )
+    of = rng.choice(
+        ("", "", " here", " for this {image}", " for it", " of the {image}", " of this", " for what you see")
+    )
+    if which < 0.35:
+        verb = rng.choice(("Is", "Is", "Would", "Would", "Could", "Can", "Might", "Should", "May", "Was", "Will"))
+        be = (
+            "" if verb in ("Is", "Was") else rng.choice(("be ", "be ", "serve as ", "do as ", "count as ", "pass for "))
+        )
+        return f"{verb} {told} {be}{world.with_article(f'{rng.choice(_FITTING)} {rng.choice(_CAPTION)}')}{of}?"
+    if which < 0.55:
+        what = rng.choice(("it", "this", "the {image}", "this {image}", "the {image} here"))
+        return f"{rng.choice(('Does', 'Would', 'Could', 'Can', 'Did', 'Might'))} {told} {rng.choice(_DESCRIBE)} {what}?"
+    if which < 0.8:
+        return f"{rng.choice(_WANTED)} {told}. {rng.choice(_GOT)}"
+    call = rng.choice(
+        (
+            "call this",
+            "call it",
+            "call the {image}",
+            "describe this as",
+            "describe the {image} as",
+            "caption it",
+            "label this",
+        )
+    )
+    return f"{rng.choice(('Would you', 'Could one', 'Can one', 'Can I', 'Would it be right to', 'Is it fair to', 'May we'))} {call} {told}?"
+
+
 def _in_some_words(rng: random.Random, asked: asking.Question) -> str:
     which = rng.random()
-    if which < 0.35:
+    if asked.kind == "match" and rng.random() < 0.4:
+        wording = _asked_to_match(rng)
+    elif which < 0.35:
         wording = rng.choice(OPENERS).format(rng.choice(CLAUSES[asked.kind]))
     elif which < 0.6 and asked.kind in DIRECT:
         wording = rng.choice(DIRECT[asked.kind])
     else:
         wording = rng.choice(QUESTIONS[asked.kind])
     here = rng.choice(_HERE).format(rng.choice(asking.IMAGE_WORDS))
-    more = {"see": rng.choice(_SEE), "seen": rng.choice(_SEEN), "shown": rng.choice(_SHOWN), "here": here}
+    more = {"see": rng.choice(_SEE), "seen": _verb(rng, _SEEN), "shown": _verb(rng, _SHOWN), "here": here}
     text = asking.worded(rng, wording, {**asked.parts, **more, "if_": rng.choice(("if", "whether", "whether or not"))})
     if rng.random() < 0.3:
         text = text.replace("What is", "What's").replace("Where is", "Where's")

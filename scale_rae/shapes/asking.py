@@ -509,6 +509,19 @@ REQUESTS = (
 """Request wordings of evaluation; the first three are `world.HELD_OUT_WORDINGS`."""
 
 
+def is_held_out_request(wording: str) -> bool:
+    """Whether a request, with {prompt} or {things} in it, is worded as one of `REQUESTS` or begins as one of `world.HELD_OUT_WORDINGS`,
+    in any case of letters and with any marks."""
+    begins = [_letters(held.partition("{")[0]) for held in world.HELD_OUT_WORDINGS]
+    letters = _letters(re.sub(r"{\w*}", "0", wording))
+    return letters in _held_out_requests() or any(text in letters for text in begins)
+
+
+@functools.cache
+def _held_out_requests() -> frozenset[str]:
+    return frozenset(_letters(wording.replace("{}", "0")) for wording in REQUESTS)
+
+
 def outside_requests(seed: int, count: int) -> list[str]:
     """`count` requests for what the world does not have, in varied words; the same for the same seed."""
     rng = random.Random(f"outside/{seed}")

@@ -12,6 +12,7 @@ import torch
 from recipes.shapes import common, export, lessons, networks, own, reader, wordings
 from recipes.shapes.lessons import Writer
 from recipes.shapes.settings import TINY
+from recipes.shapes.tokenizer import cased_words, words
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.shapes import asking, world
 from scale_rae.shapes.world import Object, Scene
@@ -41,9 +42,21 @@ def test_evaluation_asks_for_other_things_than_training() -> None:
     rng = random.Random(0)
     texts = [wordings.outside(rng) for _ in range(3000)] + [wordings.talk(rng).lower() for _ in range(1000)]
     said = set(re.findall(r"[a-z0-9]+", " ".join(texts)))
-    for words in (asking.NOUNS, asking.COLORS, asking.SHAPES, asking.NUMBERS):
-        assert said.isdisjoint(words), said & set(words)
+    for told in (asking.NOUNS, asking.COLORS, asking.SHAPES, asking.NUMBERS):
+        assert said.isdisjoint(told), said & set(told)
     assert {"cat", "horse", "giraffe", "windowsill"} <= set(asking.NOUNS)
+
+
+def test_requests_of_training_are_not_worded_as_those_of_evaluation() -> None:
+    for text in ("Could you show me {things}?", "CAN I GET {prompt}", "Could you make a drawing of {things}, please."):
+        assert asking.is_held_out_request(text), text
+    assert not asking.is_held_out_request("Could you paint {things}?")
+    rng = random.Random(0)
+    said = {plain(wordings.inside_request(rng, "a photo of a star")) for _ in range(3000)}
+    wanted = {
+        plain(wording.replace("{}", thing)) for wording in asking.REQUESTS for thing in ("a star", "a photo of a star")
+    }
+    assert not said & wanted
 
 
 def test_lessons_are_true_and_name_nothing_held_out(write: Writer) -> None:
@@ -99,7 +112,7 @@ def test_lessons_about_own_drawings_follow_the_judge(write: Writer) -> None:
     seen.append(own.Seen((thing("red", "star"),), True))  # held out
     seen.append(own.Seen((thing("pink", "square"),) * 6, False))  # four of them would be
     made = lessons.own_lessons(random.Random(0), write, [wish] * len(seen), seen, 100)
-    assert [sum(one.picture == 100 + i for one in made) for i in range(len(seen))] == [2, 3, 3, 0, 0, 3]
+    assert [sum(one.picture == 100 + i for one in made) for i in range(len(seen))] == [4, 6, 6, 0, 0, 6]
     for one in made:
         text = write.tokenizer.decode(one.ids)
         told, answer = text.rsplit("\nassistant\n", 1)
@@ -171,6 +184,42 @@ def test_queries_and_pictures_stand_where_inference_has_them(write: Writer) -> N
         condition = reading.condition(reading.hidden(queried), length[:1])
         made = reader.conditions_of(language, TINY, words.size, lessons.Rows.of([asked], write.pad), torch.float32)
     torch.testing.assert_close(made, condition, atol=1e-5, rtol=1e-5)
+
+
+def test_every_word_in_any_case_is_one_token(tmp_path: Path) -> None:
+    plainly, cased = common.vocabulary(tmp_path), common.vocabulary(tmp_path, cased=True)
+    for word in words():
+        for other in (word.lower(), word.upper(), f" {word.strip().capitalize()}"):
+            assert len(cased.tokenizer.plain(other)) == 1 or other not in {*words(), *cased_words()}, other
+    text = "Can you generate a photo of two lobsters? Yes, 7 of them!"
+    assert cased.tokenizer.plain(text) == plainly.tokenizer.plain(text)
+
+
+def test_a_grown_model_says_what_it_said(tmp_path: Path) -> None:
+    before, after = common.vocabulary(tmp_path), common.vocabulary(tmp_path, cased=True)
+    table = torch.randn(before.size, 8, generator=torch.Generator().manual_seed(0))
+    grown = export.grown({export.EMBEDDING: table, "model.x": torch.ones(1)}, before, after)
+    assert grown["model.x"] == 1
+    bigger = grown[export.EMBEDDING]
+    assert bigger.shape == (after.size, 8)
+    for text in ("Can you generate a photo of a red circle?", "Zebra"):
+        ids, old = after.tokenizer.chat(text), before.tokenizer.chat(text)
+        assert torch.equal(bigger[ids], table[old])
+    (capitals,), (small,) = after.tokenizer.plain(" CIRCLE"), before.tokenizer.plain(" circle")
+    assert torch.nn.functional.cosine_similarity(bigger[capitals], table[small], dim=0) > 0.999
+    assert torch.equal(export.grown(grown, after, after)[export.EMBEDDING], bigger)
+
+
+def test_pools_are_what_was_saved(write: Writer, tmp_path: Path) -> None:
+    scenes, second, read = reader.read_chunk(0, 20, 1, write)
+    made = reader.Made(scenes, second, read, {"read": read})
+    made.save(tmp_path / "pools.npz")
+    back = reader.Made.load(tmp_path / "pools.npz")
+    assert list(back.rows) == ["read"]
+    assert (back.rows["read"].ids == read.ids).all()
+    assert (back.prompts.length == read.length).all()
+    assert (back.scenes.shape == scenes.shape).all()
+    assert (back.second.rgb == second.rgb).all()
 
 
 def test_joined_takes_the_velocity_network_of_the_second(tmp_path: Path) -> None:
