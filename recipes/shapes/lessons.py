@@ -136,7 +136,7 @@ QUESTION_KINDS = (
     *("describe",) * 4,
     *("there", "any", "match"),
     *("which_shape", "which_color", "it_color", "it_shape") * 3,
-    *("which_shapes", "which_colors"),
+    *("which_shapes", "which_colors", "which_colors", "which_colors", "how_many_of", "color_is"),
     *("beside", "where", "is_beside") * 2,
 )
 """Kinds of question, weighted: the kinds that few scenes have are tried more often."""

@@ -22,7 +22,7 @@ import multiprocessing.pool
 import os
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -386,6 +386,31 @@ class Loss:
         return losses, weight, (asked, (logits[:, 0].argmax(-1) == targets[:, 0]).float())
 
 
+class Held(FlatModel):
+    """A model that each step pulls towards given weights, after `hold`.
+
+    What the joint stage taught about all combinations of names, held-out ones too, is lost by degrees when only the world's own names are
+    asked for; near the joint stage's weights it is kept.
+    """
+
+    anchor: Tensor | None = None
+    pull = 0.0
+
+    def hold(self, anchor: Mapping[str, Tensor], pull: float) -> None:
+        """Pulls all weights to those of `anchor` from now on, `pull` of the way in a step at the full learning rate."""
+        before = self.master.clone()
+        self.set_tensors({name: anchor[name].to(self.device) for name in self.tensors()})
+        self.anchor, self.pull = self.master.clone(), pull
+        self.master.copy_(before)
+
+    @torch.no_grad()
+    def apply(self, norm: Tensor) -> None:
+        """`FlatModel.apply` after the pull."""
+        if self.anchor is not None:
+            self.master.add_((self.anchor - self.master) * (self.pull * self.learning_rate()))
+        super().apply(norm)
+
+
 # The stage ----------------------------------------------------------------------------------------------------------------------
 
 
@@ -402,6 +427,13 @@ def arguments() -> argparse.ArgumentParser:
         "--start-from", type=Path, metavar="DIR", required=True, help="exported model to begin with (it also draws)"
     )
     parser.add_argument("--language", type=Path, metavar="DIR", help="go on with the language model of these weights")
+    parser.add_argument("--anchor", type=Path, metavar="DIR", help="stay near the language model of these weights")
+    parser.add_argument(
+        "--pull", type=float, default=0.002, help="share of the way to the anchor that a step goes, times the schedule"
+    )
+    parser.add_argument(
+        "--begin-at", type=float, default=0.6, help="where to begin: 0 at the anchor, 1 at the weights to go on with"
+    )
     parser.add_argument("--export", type=Path, metavar="DIR", help="also make the folder of the new model")
     parser.add_argument(
         "--end-after",
@@ -468,10 +500,14 @@ def main(argv: list[str] | None = None) -> bool:
 
     common.set_seed(args.seed)
     _, language, _ = networks.build_joint(words.model_config(preset))
-    model = FlatModel({"": language}, device, dtype, common.optimizer_options(args), args.steps, keeps_float32)
+    model = Held({"": language}, device, dtype, common.optimizer_options(args), args.steps, keeps_float32)
     begin = stored
     if args.language:
         begin = export.grown(export.stored(args.language), common.vocabulary_of(args.language), words)
+    if args.anchor:
+        anchor = export.grown(export.stored(args.anchor), common.vocabulary_of(args.anchor), words)
+        model.hold(anchor, args.pull)
+        begin = {name: anchor[name].float().lerp(begin[name].float(), args.begin_at) for name in model.tensors()}
     model.set_tensors({name: begin[name].to(device) for name in model.tensors()})
     if args.end_after:
         args.seconds = max(1.0, args.end_after - process_seconds() - COMPILING)

@@ -1210,6 +1210,38 @@ OTHER_RELATIONS = (
         "balancing on",
         "instead of",
     ),
+    *(
+        "in the middle of",
+        "on the edge of",
+        "at the centre of",
+        "in the light of",
+        "at the foot of",
+        "by the side of",
+        "in the corner of",
+    ),
+    *(
+        "on the back of",
+        "in the arms of",
+        "at the end of",
+        "hugging",
+        "eating",
+        "kissing",
+        "pushing",
+        "falling on",
+        "tied to",
+        "glued to",
+    ),
+    *(
+        "cut out of",
+        "hidden by",
+        "drawn on",
+        "filled with",
+        "as big as",
+        "older than",
+        "melting into",
+        "turning into",
+        "and not",
+    ),
 )
 SUBJECTS = (
     *(
@@ -1287,6 +1319,22 @@ def noun(rng: random.Random) -> str:
     return rng.choice(NOUNS) if rng.random() < 0.65 else _pseudo(rng)
 
 
+def _relation(rng: random.Random) -> str:
+    """A relation that the world does not have."""
+    which = rng.random()
+    if which < 0.5:
+        return rng.choice(OTHER_RELATIONS)
+    if which < 0.75:
+        return f"{rng.choice(('in', 'on', 'at', 'by', 'under', 'out of', 'from'))} the {noun(rng)} of"
+    return rng.choice(
+        (
+            f"{_pseudo(rng)}ing",
+            f"{_pseudo(rng)}ed {rng.choice(('by', 'with', 'to', 'into', 'through', 'over'))}",
+            _pseudo(rng),
+        )
+    )
+
+
 def outside(rng: random.Random) -> str:
     """What an outside request asks for."""
     a, an = world.with_article, noun
@@ -1311,7 +1359,15 @@ def outside(rng: random.Random) -> str:
     if which == 10:
         return a(f"{rng.choice(OTHER_COLORS)} {rng.choice((*OTHER_SHAPES, an(rng)))}")
     if which == 11:
-        return f"{rng.choice((rng.choice(OTHER_NUMBERS), rng.choice(_FIGURES)))} {world.plural(shape)}"
+        number = rng.choice(
+            (
+                rng.choice(OTHER_NUMBERS),
+                rng.choice(_FIGURES),
+                _pseudo(rng),
+                f"{_pseudo(rng)}{rng.choice(('teen', 'ty'))}",
+            )
+        )
+        return f"{number} {world.plural(shape)}"
     if which == 12:
         return f"{rng.choice(('two', 'three', 'four', *OTHER_NUMBERS))} {an(rng)}s"
     if which == 13:
@@ -1321,7 +1377,7 @@ def outside(rng: random.Random) -> str:
     if which == 15:
         return f"a {shape} {rng.choice(world.RELATIONS)} {a(an(rng))}"
     if which == 16:
-        return f"a {shape} {rng.choice(OTHER_RELATIONS)} a {second}"
+        return f"a {shape} {_relation(rng)} a {second}"
     if which == 17:
         return f"a {shape} {rng.choice(PLACES)}"
     if which == 18:

@@ -16,6 +16,7 @@ from recipes.shapes.tokenizer import cased_words, words
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.shapes import asking, world
 from scale_rae.shapes.world import Object, Scene
+from scale_rae.training.optim import OptimizerOptions
 
 SHIPPED = Path(__file__).parents[2] / "scale_rae" / "bundled" / "shapes"
 
@@ -220,6 +221,18 @@ def test_pools_are_what_was_saved(write: Writer, tmp_path: Path) -> None:
     assert (back.prompts.length == read.length).all()
     assert (back.scenes.shape == scenes.shape).all()
     assert (back.second.rgb == second.rgb).all()
+
+
+def test_each_step_pulls_towards_the_anchor() -> None:
+    layer = torch.nn.Linear(4, 4, bias=False)
+    options = OptimizerOptions(kind="adamw", lr=0.0, weight_decay=0.0, warmup=1, decay=0.5)
+    model = reader.Held({"": layer}, torch.device("cpu"), torch.float32, options, 10)
+    before = layer.weight.detach().clone()
+    model.hold({"weight": torch.zeros(4, 4)}, pull=0.25)
+    assert torch.equal(layer.weight, before)
+    for _ in range(2):  # the rate of the step before is that of the pull: none at first
+        model.update([torch.zeros(4, 4)])
+    torch.testing.assert_close(layer.weight.detach(), 0.75 * before)
 
 
 def test_joined_takes_the_velocity_network_of_the_second(tmp_path: Path) -> None:
