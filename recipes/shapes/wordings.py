@@ -6,6 +6,7 @@ Evaluation has others (`scale_rae/shapes/asking.py`): no wording and no noun is 
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Mapping, Sequence
 
 from scale_rae.shapes import asking, world
@@ -1617,11 +1618,19 @@ def _request(rng: random.Random) -> str:
 def outside_request(rng: random.Random, bare: bool = True) -> str:
     """A request for what the world does not have, in varied words; without `bare`, none that is no more than the thing."""
     while True:
-        wording, what = _request(rng), outside(rng)
+        wording, what = _request(rng), _perhaps_without_articles(rng, outside(rng))
         if (bare or "{" not in wording[:1]) and not asking.names_held_out(what):
             prefix = "a photo of " if rng.random() < 0.8 else ""
             text = wording.format(prompt=prefix + what, things=what)
             return _varied(rng, text)
+
+
+NO_ARTICLES = 0.12
+"""How often a request names its things without "a": "red circle and blue star"."""
+
+
+def _perhaps_without_articles(rng: random.Random, things: str) -> str:
+    return re.sub(r"\ban? ", "", things) if rng.random() < NO_ARTICLES else things
 
 
 def inside_request(rng: random.Random, prompt: str, bare: bool = True) -> str:
@@ -1630,7 +1639,7 @@ def inside_request(rng: random.Random, prompt: str, bare: bool = True) -> str:
         wording = _request(rng)
         if bare or "{" not in wording[:1]:
             break
-    things = _other_words(rng, prompt.removeprefix("a photo of "))
+    things = _perhaps_without_articles(rng, _other_words(rng, prompt.removeprefix("a photo of ")))
     return _varied(rng, wording.format(prompt=f"a photo of {things}", things=things))
 
 
