@@ -89,8 +89,8 @@ class DistillOptions:
     exchanged: Annotated[
         int,
         Knob(
-            "Conditions to add for prompts with one word exchanged, computed from the conditions of prompts that differ in one "
-            "word. For models whose conditions add up, like the bundled one.",
+            "Conditions to add for new prompts, computed from the conditions of prompts that differ in one word. Only for models "
+            "whose conditions add up, like the bundled one; where they do not, none is added.",
             DATA,
             least=0,
         ),

@@ -76,6 +76,13 @@ def guided_velocity(dit: DiT, conditions: Tensor, guidance: float) -> flow.Veloc
     return velocity
 
 
+class Conditions(NamedTuple):
+    """Conditions, and which of them are drawn how often."""
+
+    values: Tensor  # [Q, L, Z], on the device
+    numbers: Tensor  # [P] of values; each is drawn equally often, and a condition may be there several times
+
+
 class Plan(NamedTuple):
     """The numbers of a distillation. `batch` are evaluations per step, equally many of each window."""
 
@@ -121,7 +128,7 @@ class Pool:
         plan: Plan,
         number: int,
         shift: float,
-        conditions: Tensor,
+        conditions: Conditions,
         teacher: Callable[[Tensor], flow.Velocity],
         student: Callable[[Tensor], flow.Velocity],
         watch: Callable[[int, int], None] = lambda done, total: None,
@@ -129,13 +136,14 @@ class Pool:
         """Draws the trajectories of round `number`; `teacher` and `student` make velocities from conditions [B, L, Z]."""
         count, device = plan.trajectories, self.prompt.device
         generator = torch.Generator().manual_seed(image_seed(plan.seed, number, 0))
-        self.prompt.copy_(torch.randint(len(conditions), (count,), generator=generator))
+        lines = torch.randint(len(conditions.numbers), (count,), generator=generator)
+        self.prompt.copy_(conditions.numbers[lines])
         steps = list(itertools.pairwise(plan.times))
         small = [small_steps(now, then, plan.small_steps, shift) for now, then in steps]
         for start in range(0, count, plan.batch):
             watch(start, count)
             rows = slice(start, min(start + plan.batch, count))
-            given = conditions[self.prompt[rows]]
+            given = conditions.values[self.prompt[rows]]
             noise = torch.Generator(device).manual_seed(image_seed(plan.seed, number, 1 + start))
             x = torch.randn((len(given), *self.starts.shape[2:]), generator=noise, device=device)
             follows, leads = teacher(given), student(given)
@@ -159,7 +167,7 @@ class Distiller:
         flat: FlatModel,
         dit: DiT,
         shift: float,
-        conditions: Tensor,
+        conditions: Conditions,
         teacher: Callable[[Tensor], flow.Velocity],
         checkpoints: Checkpoints,
         write_result: Callable[[Path], None],
@@ -167,7 +175,7 @@ class Distiller:
         watch: Callable[[Progress], None] = lambda progress: None,
         report: Callable[[str, int, int], None] = lambda what, done, total: None,
     ) -> None:
-        """`dit` is the student, whose parameters `flat` has; `conditions` [Q, L, Z] are on the device."""
+        """`dit` is the student, whose parameters `flat` has."""
         self.plan, self.flat, self.dit, self.shift, self.conditions = plan, flat, dit, shift, conditions
         self._teacher, self._checkpoints, self._write_result = teacher, checkpoints, write_result
         self._watch, self._report = watch, report
@@ -288,7 +296,7 @@ class Distiller:
         rows = self._order[self._place][0]  # [windows, trajectories of a window]
         x = self.pool.starts[self._window, rows].flatten(0, 1).float()
         target = self.pool.targets[self._window, rows].flatten(0, 1).float()
-        given = self.conditions[self.pool.prompt[rows]].flatten(0, 1)
+        given = self.conditions.values[self.pool.prompt[rows]].flatten(0, 1)
         velocity: Tensor = self.dit(x, self._times, given)
         losses = (velocity - target).square().mean(dim=(1, 2, 3)).view(rows.shape).mean(dim=1)
         loss = losses.mean()

@@ -2,39 +2,69 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-Exchange = tuple[int, int, int]
-"""Numbers (i, j, k) of texts: what i becomes when its word is exchanged that differs between k and j."""
+Words = tuple[str, ...]
+Rectangle = tuple[int, int, int]
+"""Numbers (i, j, k) of texts. A new text is the fourth corner, and its condition is about y_i + y_j - y_k."""
+
+_TRIES = 1000  # draws without a new text, after which there are none
 
 
-def exchanges(texts: Sequence[str], count: int, seed: int) -> list[Exchange]:
-    """`count` random exchanges, or none if no texts allow one; the new text's condition is about y_i + y_j - y_k.
+def exchanges(texts: Sequence[str], seed: int) -> Iterator[tuple[Rectangle, Rectangle]]:
+    """Two rectangles of a random new text, again and again; ends where the texts make no new one, or no two rectangles of it.
 
-    The four texts are corners of a rectangle. Texts j and k differ in one word, and texts i and k in one other word:
-    "a red cat", "a blue dog" and "a blue cat" make "a red dog". So the exchanged word has the same role in all of them.
+    Three corners of a rectangle are given. Texts j and k differ in one word, and texts i and k in one other word: "a red cat", "a
+    blue dog" and "a blue cat" make "a red dog". So the exchanged word has the same role in all of them. The fourth corner is none of
+    the given texts. A second rectangle makes the same text from other texts, so one can see whether conditions add up there. Texts
+    may repeat; those that do are exchanged more often.
     """
     words = [tuple(re.findall(r"\w+|[^\w\s]", text)) for text in texts]
-    alike: dict[tuple[int, tuple[str, ...]], list[int]] = defaultdict(list)  # texts that differ in one place only
-    for number, own in enumerate(words):
+    number = {own: n for n, own in enumerate(words)}
+    alike: dict[tuple[int, Words], list[int]] = defaultdict(list)  # texts that differ in one place only
+    for own, n in number.items():
         for place in range(len(own)):
-            alike[place, own[:place] + own[place + 1 :]].append(number)
+            alike[place, own[:place] + own[place + 1 :]].append(n)
 
-    def others(k: int, place: int) -> list[int]:
-        """The texts that differ from text k in that place only."""
-        own = words[k]
-        return [j for j in alike[place, own[:place] + own[place + 1 :]] if words[j] != own]
+    def others(own: Words, place: int) -> list[int]:
+        """The texts that differ from these words in that place only."""
+        return [n for n in alike.get((place, own[:place] + own[place + 1 :]), ()) if words[n] != own]
 
-    # For each text, its places where another text has another word.
-    free = {k: [place for place in range(len(own)) if others(k, place)] for k, own in enumerate(words)}
-    able = [k for k, places in free.items() if len(places) > 1]
+    def exchanged(own: Words, place: int, other: int) -> Words:
+        """These words with the word that another text has in that place."""
+        return (*own[:place], words[other][place], *own[place + 1 :])
+
+    def rectangles(new: Words) -> list[Rectangle]:
+        """All rectangles whose fourth corner is a text."""
+        near = {place: found for place in range(len(new)) if (found := others(new, place))}
+        return [
+            (i, j, k)
+            for one, another in itertools.combinations(near, 2)
+            for i in near[one]
+            for j in near[another]
+            if (k := number.get(exchanged(exchanged(new, one, i), another, j))) is not None
+        ]
+
     draw = random.Random(seed)
-    found: list[Exchange] = []
-    while able and len(found) < count:
-        k = draw.choice(able)
-        one, another = draw.sample(free[k], 2)
-        found.append((draw.choice(others(k, one)), draw.choice(others(k, another)), k))
-    return found
+    known: dict[Words, list[Rectangle]] = {}
+    tries = 0
+    while words and tries < _TRIES:
+        tries += 1
+        own = draw.choice(words)
+        places = [place for place in range(len(own)) if others(own, place)]
+        if len(places) < 2:
+            continue
+        new = own
+        for place in draw.sample(places, 2):
+            new = exchanged(new, place, draw.choice(others(own, place)))
+        if new in number:
+            continue
+        found = known[new] if new in known else known.setdefault(new, rectangles(new))
+        if len(found) > 1:
+            one, another = draw.sample(found, 2)
+            yield one, another
+            tries = 0

@@ -6,6 +6,7 @@ The folder has config.json (the base model's, with the field "student") and the 
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from scale_rae.toolchain import can_compile, check_compile
 from scale_rae.training.cache import TensorCache, key_of, stored_dtype
 from scale_rae.training.checkpoints import Checkpoints, write_record
 from scale_rae.training.distill_settings import DistillOptions
-from scale_rae.training.distillation import Distiller, Plan, guided_velocity, windows
+from scale_rae.training.distillation import Conditions, Distiller, Plan, guided_velocity, windows
 from scale_rae.training.exchange import exchanges
 from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
@@ -42,18 +43,21 @@ from scale_rae.wording import as_request
 
 _OWN_PROMPTS = 2000  # of each kind, in the bundled model's world
 _FULL = "model.safetensors"
+_AGREE = 0.1  # of the norm: the most by which two estimates of an exchanged condition differ
+_MOST_TRIED = 10  # exchanges per condition that is wanted
+_EXCHANGED_AT_ONCE = 256
 
 
 def prompts_of(options: DistillOptions) -> list[str]:
-    """The requests to draw, each once: those of --prompts, or of the bundled model's world without what is held out there.
+    """The requests to draw: those of --prompts, or of the bundled model's world without what is held out there.
+
+    Those that repeat are drawn more often; in the bundled model's world, so each kind of prompt is drawn equally often.
 
     Raises:
         InputError: when there are none. PromptFileError: naming file and line, for one that cannot be used.
     """
     if options.prompts is not None:
-        return list(
-            dict.fromkeys(as_request(line.prompt, options.prompt_prefix) for line in read_prompts(options.prompts))
-        )
+        return [as_request(line.prompt, options.prompt_prefix) for line in read_prompts(options.prompts)]
     if options.model not in BUNDLED:
         raise InputError("--prompts: give a file of prompts, like those that the student will be asked to draw")
     from scale_rae.shapes import world
@@ -62,7 +66,7 @@ def prompts_of(options: DistillOptions) -> list[str]:
     usual = f"{PROMPT_PREFIX}{{prompt}}"  # a third of all
     wordings = [*world.REQUEST_WORDINGS, *[usual] * (len(world.REQUEST_WORDINGS) // 2)]
     found = world.prompts(_OWN_PROMPTS, "exclude", options.seed)
-    return list(dict.fromkeys(world.request(draw.choice(wordings), p["prompt"]) for p in found))
+    return [world.request(draw.choice(wordings), p["prompt"]) for p in found]
 
 
 def distill(options: DistillOptions, source: Source, requests: Sequence[str], watcher: Watcher) -> Path:
@@ -112,8 +116,8 @@ def _check_out(options: DistillOptions) -> None:
 
 def conditions_of(
     requests: Sequence[str], options: DistillOptions, model: Model, report: Report
-) -> tuple[Tensor, list[str]]:
-    """(conditions [Q, L, Z] on the device, notes for the user): those of the requests that the model draws, and exchanged ones.
+) -> tuple[Conditions, list[str]]:
+    """(conditions on the device, notes for the user): those of the requests that the model draws, and exchanged ones.
 
     The former are cached on disk.
 
@@ -122,31 +126,59 @@ def conditions_of(
     """
     folder = (options.cache_dir or options.out / "cache") / "conditions"
     cache, stored = TensorCache(folder), stored_dtype(model.dtype)
-    key = key_of(model.identity, "distillation", list(requests))
+    texts = list(dict.fromkeys(requests))
+    key = key_of(model.identity, "distillation", texts)
     if not cache.has(f"{key}-drawn"):
         language = load_language(model.source, model.config, model.place, model.adapters)
         found: dict[int, Tensor] = {}
-        for start in range(0, len(requests), REPLY_AT_ONCE):
-            report("asking the model", start, len(requests))
-            replies = own_replies(model, language, requests[start : start + REPLY_AT_ONCE])
+        for start in range(0, len(texts), REPLY_AT_ONCE):
+            report("asking the model", start, len(texts))
+            replies = own_replies(model, language, texts[start : start + REPLY_AT_ONCE])
             for number, reply in enumerate(replies, start=start):
                 if reply.condition is not None:
                     found[number] = reply.condition.to("cpu", stored)
-        report("asking the model", len(requests), len(requests))
+        report("asking the model", len(texts), len(texts))
         if not found:
             raise InputError("--prompts: the model draws none of these prompts; give prompts that it draws")
         cache.put(key, torch.stack(list(found.values())))
         cache.put(f"{key}-drawn", torch.tensor(list(found)))
-    conditions, drawn = cache.get(key).to(model.device, model.dtype), cache.get(f"{key}-drawn").tolist()
-    left = len(requests) - len(drawn)
-    notes = [f"{left} of {len(requests)} prompts are left out: the model does not draw them"] if left else []
+    values, drawn = cache.get(key).to(model.device, model.dtype), cache.get(f"{key}-drawn").tolist()
+    left = len(texts) - len(drawn)
+    notes = [f"{left} of {len(texts)} prompts are left out: the model does not draw them"] if left else []
+    row = {texts[number]: i for i, number in enumerate(drawn)}
+    lines = [text for text in requests if text in row]
+    numbers = torch.tensor([row[text] for text in lines])
     if options.exchanged:
-        triples = torch.tensor(exchanges([requests[i] for i in drawn], options.exchanged, options.seed))
-        if not len(triples):
-            raise InputError("--exchanged: no prompts differ in one word; leave it out")
-        i, j, k = (conditions[part].float() for part in triples.to(model.device).unbind(dim=1))
-        conditions = torch.cat([conditions, (i + j - k).to(model.dtype)])
-    return conditions, notes
+        new = exchanged_conditions(lines, values, numbers, options.exchanged, options.seed)
+        if len(new) < options.exchanged:
+            notes.append(
+                f"--exchanged {options.exchanged}: only {len(new)} conditions were made, since too few prompts differ in one word, or their "
+                "conditions do not add up"
+            )
+        numbers = torch.cat([numbers, torch.arange(len(values), len(values) + len(new))])
+        values = torch.cat([values, new])
+    return Conditions(values, numbers), notes
+
+
+def exchanged_conditions(lines: Sequence[str], values: Tensor, numbers: Tensor, count: int, seed: int) -> Tensor:
+    """At most `count` conditions [X, L, Z] of new texts (`exchanges`), from the conditions `values[numbers]` of given texts.
+
+    Each is the mean of two estimates, which must agree.
+    """
+    found: list[Tensor] = [values[:0]]
+    pairs = exchanges(lines, seed)
+    tried = made = 0
+    while made < count and tried < _MOST_TRIED * count and (part := list(itertools.islice(pairs, _EXCHANGED_AT_ONCE))):
+        i, j, k = (
+            values[rows] for rows in numbers[torch.tensor(part)].to(values.device).unbind(dim=2)
+        )  # each [P, 2, L, Z]
+        estimates = i.float() + j.float() - k.float()
+        one, another = estimates.unbind(dim=1)
+        mean = estimates.mean(dim=1)
+        agree = (one - another).flatten(1).norm(dim=1) < _AGREE * mean.flatten(1).norm(dim=1)
+        found.append(mean[agree].to(values.dtype))
+        tried, made = tried + len(part), made + len(found[-1])
+    return torch.cat(found)[:count]
 
 
 class Distillation:
@@ -156,7 +188,7 @@ class Distillation:
     """
 
     def __init__(
-        self, options: DistillOptions, model: Model, conditions: Tensor, records: str, watcher: Watcher
+        self, options: DistillOptions, model: Model, conditions: Conditions, records: str, watcher: Watcher
     ) -> None:
         """`records` is a key for the prompts that the conditions are of."""
         self.options, self.model = options, model

@@ -32,7 +32,7 @@ from scale_rae.training.distill_settings import DistillOptions
 from scale_rae.training.distillation import follow, small_steps, windows
 from scale_rae.training.exchange import exchanges
 from scale_rae.training.run import Watcher, open_model
-from scale_rae.training.students import conditions_of, distill, prompts_of
+from scale_rae.training.students import conditions_of, distill, exchanged_conditions, prompts_of
 from scale_rae.training.trainer import Progress
 
 
@@ -294,26 +294,52 @@ def test_odd_students_are_refused(teacher: Path, tmp_path: Path, field: str, val
         load_config(tmp_path)
 
 
+def corners(texts: list[str], count: int = 50) -> set[str]:
+    """The new texts of `exchanges`, each checked to be the fourth corner of both of its rectangles."""
+    made = set()
+    for pair in itertools.islice(exchanges(texts, seed=0), count):
+        new = set()
+        for i, j, k in pair:
+            columns = zip(*(texts[n].split() for n in (i, j, k)), strict=True)
+            new.add(" ".join(a if b == c else b for a, b, c in columns))
+        assert len(new) == len(set(pair)) - 1 == 1
+        made |= new
+    return made
+
+
 def test_words_are_exchanged_where_they_have_the_same_role() -> None:
-    texts = ["a red cat", "a red dog", "a blue cat", "draw a red cat", "two", ""]
-    assert set(exchanges(texts, 50, seed=0)) == {(1, 2, 0), (2, 1, 0)}  # a blue dog
-    assert exchanges(["a cat", "the moon"], 5, seed=0) == []
+    texts = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in ("cat", "dog")]
+    assert corners([*texts[1:], "draw a red cat", "two", ""]) == {"a red cat"}
+    assert corners(texts) == set()  # all are there
+    assert corners(texts[1:4]) == set()  # a red cat has but one rectangle
+    assert corners(["a cat", "the moon"]) == corners([]) == set()
 
 
-def test_exchanged_conditions_are_added(usual: DistillOptions, tmp_path: Path) -> None:
+def test_exchanged_conditions_are_means_of_estimates_that_agree() -> None:
+    texts = [f"a {color} {thing}" for color in ("red", "blue", "green") for thing in ("cat", "dog", "owl")]
+    color, thing = torch.randn(2, 3, 1, 4, 5, generator=torch.Generator().manual_seed(0))
+    conditions = (color[:, None] + thing[None]).view(9, 4, 5)
+    values = conditions[1:].flip(0)
+    numbers = torch.arange(7, -1, -1)
+    found = exchanged_conditions(texts[1:], values, numbers, 5, seed=0)
+    assert found.shape == (5, 4, 5)
+    assert torch.allclose(found, conditions[0].expand_as(found), atol=1e-5)
+    apart = values + torch.randn(8, 4, 5, generator=torch.Generator().manual_seed(1))
+    assert len(exchanged_conditions(texts[1:], apart, numbers, 5, seed=0)) == 0
+
+
+def test_prompts_that_repeat_are_drawn_more_often(usual: DistillOptions, tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
-    file.write_text("a red cat\na red dog\na blue cat\n")
+    file.write_text("a red cat\na red dog\na red cat\na blue cat\n")
     options = replace(usual, prompts=file, cache_dir=tmp_path / "cache", exchanged=2, out=tmp_path)
     device = torch.device("cpu")
     model = open_model(options.training(), find(options.model, "model"), device, torch.float32)
     conditions, notes = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
-    cat, dog, blue, *added = conditions.unbind()
-    assert not notes
-    assert len(added) == 2
-    for condition in added:
-        assert torch.allclose(condition, dog + blue - cat, atol=1e-5)
+    assert conditions.numbers.tolist() == [0, 1, 0, 2]
+    assert len(conditions.values) == 3
+    assert "--exchanged 2: only 0 conditions were made" in notes[0]
     again, _ = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
-    assert torch.equal(again, conditions)
+    assert torch.equal(again.values, conditions.values)
 
 
 def test_a_model_in_the_folder_is_not_replaced(usual: DistillOptions, tmp_path: Path) -> None:
