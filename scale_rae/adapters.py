@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader, writing
+from scale_rae.checkpoint import TensorReader, save_tensors, writing
 from scale_rae.errors import CheckpointError
 from scale_rae.files import replacing
 from scale_rae.hub import ADAPTER_FILES, Source, find, weight_files
@@ -133,8 +133,6 @@ def write_adapter(
     Raises:
         OutputError: naming the folder, when it cannot be written.
     """
-    from safetensors.torch import save_file
-
     tensors: dict[str, Tensor] = {}
     for module, (a, b) in changes.items():
         tensors[f"{_PREFIX}{module}.lora_A.weight"] = a.detach().float().cpu().contiguous()
@@ -163,7 +161,7 @@ def write_adapter(
         described, weights = (folder / name for name in FILES)
         with replacing(weights) as fresh_weights, replacing(described) as fresh:
             fresh.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-            save_file(tensors, fresh_weights, metadata={"format": "pt"})
+            save_tensors(tensors, fresh_weights, metadata={"format": "pt"})
 
 
 class MergedReader(TensorReader):

@@ -60,6 +60,16 @@ def writing(target: Path) -> Iterator[None]:
         raise OutputError(f"{target}: cannot be written ({first_line(e)})") from e
 
 
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes tensors, contiguous and on the CPU, as a safetensors file that other users may read as they may read new files."""
+    from safetensors.torch import save_file
+
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(dict(tensors), file, metadata=None if metadata is None else dict(metadata))
+    file.chmod(mode)  # safetensors makes files that only their owner may read
+
+
 class TensorReader:
     """Reads tensors piece by piece from safetensors files or files that torch.save wrote.
 

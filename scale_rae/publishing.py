@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader, writing
+from scale_rae.checkpoint import TensorReader, save_tensors, writing
 from scale_rae.config import load_config
 from scale_rae.errors import OutputError
 from scale_rae.files import replacing_folder
@@ -73,8 +73,6 @@ def _write_weights(
     replaced: Mapping[str, Tensor],
     progress: Callable[[int, int], None],
 ) -> None:
-    from safetensors.torch import save_file
-
     names = sorted({*reader.tensors, *replaced})
 
     def written(name: str) -> torch.dtype:
@@ -97,7 +95,7 @@ def _write_weights(
                 reader.read_into(name, tensors[name])
             done += 1
             progress(done, len(names))
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        save_tensors(tensors, folder / file, metadata={"format": "pt"})
     if len(parts) > 1:
         write_index(folder, dict(zip(files, parts, strict=True)), sum(sizes.values()))
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scale_rae.checkpoint import writing
+from scale_rae.checkpoint import save_tensors, writing
 from scale_rae.errors import CheckpointError, first_line
 from scale_rae.files import replacing
 
@@ -48,13 +48,11 @@ class TensorCache:
         Raises:
             OutputError: naming the file, when it cannot be written.
         """
-        from safetensors.torch import save_file
-
         path = self._path(key)
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as fresh:
-                save_file({_NAME: value.detach().cpu().contiguous()}, fresh)
+                save_tensors({_NAME: value.detach().cpu().contiguous()}, fresh)
 
     def missing(self, keys: Iterable[str]) -> list[str]:
         """The keys, each once and in order, that have no tensor."""

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from scale_rae import flow
 from scale_rae.adapters import CONFIG, WEIGHTS, write_adapter
-from scale_rae.checkpoint import writing
+from scale_rae.checkpoint import save_tensors, writing
 from scale_rae.errors import InputError, TrainingError
 from scale_rae.fast_weights import crop_swiglu
 from scale_rae.files import replacing
 from scale_rae.hub import BUNDLED, Source
 from scale_rae.jsonio import read_json
+from scale_rae.layout import keeps_float32
 from scale_rae.loading import load_dit, load_language
 from scale_rae.memory import pick_device
 from scale_rae.options import PROMPT_PREFIX
@@ -252,15 +253,16 @@ class Distillation:
 
     def write(self, folder: Path) -> None:
         """Writes the student so far: config.json and the moving average of its weights."""
-        from safetensors.torch import save_file
-
         source, tensors = self.model.source, self.learner.flat.tensors()
         raw = read_json(source.config_folder / "config.json")
         with writing(folder):
             if self.options.full:
-                kept = {n: t.to(self.model.dtype).cpu().contiguous() for n, t in crop_swiglu(tensors).items()}
+                kept = {
+                    n: t.to(torch.float32 if keeps_float32(n) else self.model.dtype).cpu().contiguous()
+                    for n, t in crop_swiglu(tensors).items()
+                }
                 with replacing(folder / _FULL) as fresh:
-                    save_file(kept, fresh, metadata={"format": "pt"})
+                    save_tensors(kept, fresh, metadata={"format": "pt"})
             else:
                 write_adapter(folder, adapter_changes(tensors), self.options.rank, self.learner.alpha, source.address)
             config = json.dumps(raw | {FIELD: self.student.record()}, indent=1) + "\n"
