@@ -31,6 +31,7 @@ from scale_rae.training.log import Log
 from scale_rae.training.optim import FlatModel
 from scale_rae.training.trainer import Progress
 
+_SMALL_ERROR = 0.1  # root mean square of a velocity's error, below which the loss is quadratic
 _WARMUP_STEPS = 3  # ordinary steps before one is captured: they compile kernels and make the libraries' workspaces
 
 
@@ -74,6 +75,14 @@ def guided_velocity(dit: DiT, conditions: Tensor, guidance: float) -> flow.Veloc
         return v_null + guidance * (v - v_null)  # type: ignore[no-any-return]
 
     return velocity
+
+
+def pseudo_huber(squares: Tensor) -> Tensor:
+    """Losses [B] of states with these mean squared errors [B]: quadratic where errors are small, linear where they are large.
+
+    So few states with large errors do not dominate. Source: Song and Dhariwal 2023 (arXiv 2310.14189), for consistency models.
+    """
+    return (squares + _SMALL_ERROR**2).sqrt() - _SMALL_ERROR
 
 
 class Conditions(NamedTuple):
@@ -191,7 +200,7 @@ class Distiller:
         self._place = torch.zeros(1, dtype=torch.long, device=device)
         self._window = torch.arange(plan.windows, device=device)[:, None]
         self._times = torch.tensor(plan.times[:-1], device=device).repeat_interleave(shape[2])
-        self._sums = torch.zeros(plan.windows + 2, device=device)  # losses by window, loss, gradient norm
+        self._sums = torch.zeros(plan.windows + 2, device=device)  # squared errors by window, loss, gradient norm
         self._graph: torch.cuda.CUDAGraph | None = None
         self._warm = 0
 
@@ -298,11 +307,12 @@ class Distiller:
         target = self.pool.targets[self._window, rows].flatten(0, 1).float()
         given = self.conditions.values[self.pool.prompt[rows]].flatten(0, 1)
         velocity: Tensor = self.dit(x, self._times, given)
-        losses = (velocity - target).square().mean(dim=(1, 2, 3)).view(rows.shape).mean(dim=1)
-        loss = losses.mean()
+        squares = (velocity - target).square().mean(dim=(1, 2, 3))
+        loss = pseudo_huber(squares).mean()
         gradients = torch.autograd.grad(loss, self.flat.parameters, allow_unused=True, materialize_grads=True)
         norm = self.flat.update(gradients)
-        self._sums.add_(torch.cat([losses.detach(), loss.detach()[None], norm[None]]))
+        by_window = squares.detach().view(rows.shape).mean(dim=1)
+        self._sums.add_(torch.cat([by_window, loss.detach()[None], norm[None]]))
         self._place.add_(1)
 
     def _check(self, values: Sequence[float], logged: int) -> None:

@@ -29,7 +29,7 @@ from scale_rae.sampling import Trajectory, sampler_times
 from scale_rae.serve.schema import ImageRequest
 from scale_rae.student import Student
 from scale_rae.training.distill_settings import DistillOptions
-from scale_rae.training.distillation import follow, small_steps, windows
+from scale_rae.training.distillation import follow, pseudo_huber, small_steps, windows
 from scale_rae.training.exchange import exchanges
 from scale_rae.training.run import Watcher, open_model
 from scale_rae.training.students import conditions_of, distill, exchanged_conditions, prompts_of
@@ -113,6 +113,12 @@ def test_a_window_is_followed_in_second_order() -> None:
         for n in (4, 8)
     ]
     assert errors[1] < errors[0] / 3.5
+
+
+def test_the_loss_is_linear_in_large_errors() -> None:
+    small, large = pseudo_huber(torch.tensor([[0.001, 0.002], [10.0, 1000.0]]).square()).tolist()
+    assert small[1] / small[0] == pytest.approx(4, rel=1e-2)
+    assert large[1] / large[0] == pytest.approx(100, rel=2e-2)
 
 
 # --- a run -----------------------------------------------------------------------------------------------------------
