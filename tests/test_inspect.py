@@ -358,7 +358,7 @@ def test_the_bundled_model(cli: Cli) -> None:  # noqa: F811
     result = cli("inspect", "shapes", "--json", "--device", "cpu")
     assert result.code == 0
     found = result.manifests[0]
-    assert found["parameters"] == 15_371_840
+    assert found["parameters"] == 15_514_432
     student = cli("inspect", "--model", "shapes-4", "--json", "--device", "cpu", "--memory", "8G").manifests[0]
     rates = [model["device"]["products_per_second"] for model in (found, student)]
     work = [model["memory"][0]["seconds_alone"] * rate for model, rate in zip((found, student), rates, strict=True)]

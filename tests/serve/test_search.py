@@ -135,13 +135,18 @@ def test_a_violation_names_the_field(running: Running, body: dict[str, Any], fie
         assert answer["error"]["message"] == 'best_of: must be an integer from 1 to 64, or "auto"'
 
 
-def test_a_prompt_too_long_to_ask_about_is_refused_before_it_is_drawn(running: Running, shapes: ScaleRAE) -> None:
+def test_a_prompt_too_long_to_ask_about_is_refused_before_it_is_drawn(
+    running: Running, shapes: ScaleRAE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = shapes.reply([CIRCLE])  # the bundled model draws no prompt of this length
+    monkeypatch.setattr(ScaleRAE, "converse", lambda *conversations: replies)
     drawn = running.metric("scale_rae_evaluations_total")
     room = shapes.config.max_length - shapes.config.tokens
     fits = next(n for n in range(room, 0, -1) if len(shapes.tokenizer.chat(CIRCLE + " circle" * n)) < room - 2)
     prompt = CIRCLE + " circle" * fits
     status, answer, _ = post(running.url + IMAGES, {"prompt": prompt, "steps": 4, **AUTO})
     assert (status, answer["error"]["param"]) == (400, "prompt")
+    assert "too long" in answer["error"]["message"]
     assert "circle" not in answer["error"]["message"]
     assert running.metric("scale_rae_evaluations_total") == drawn
 
