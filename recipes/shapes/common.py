@@ -19,6 +19,7 @@ from recipes.shapes.data import WordEncoder
 from recipes.shapes.loop import LoopOptions, add_loop_arguments
 from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import SPECIAL, words, write_tokenizer
+from scale_rae.checkpoint import save_tensors
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.training.optim import OptimizerOptions
 
@@ -113,15 +114,13 @@ def vocabulary_of(folder: Path) -> Vocabulary:
 
 def save_weights(path: Path, tensors: Mapping[str, Tensor], keep_float32: tuple[str, ...] = ()) -> None:
     """Writes a safetensors file in bfloat16 (float32 for the names in `keep_float32`)."""
-    from safetensors.torch import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
     ready = {
         name: tensor.detach().to("cpu", torch.float32 if name in keep_float32 else torch.bfloat16).contiguous().clone()
         for name, tensor in tensors.items()
     }
     temporary = path.with_suffix(".tmp")
-    save_file(ready, temporary, metadata={"format": "pt"})
+    save_tensors(ready, temporary, metadata={"format": "pt"})
     temporary.replace(path)
 
 

@@ -168,7 +168,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     prepared = Prepared([*map(made, kept), *keeping], validation, latents, conditions, notes)
     _draw_classes(prepared, keeping, options, model, report)
     if not options.trains_language:
-        _conditions(prepared, model, language, report)
+        _conditions([*prepared.records, *prepared.validation], latents, conditions, model, language, report)
     return prepared
 
 
@@ -201,15 +201,22 @@ def drawable(
     said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
     messages = [as_request(line.prompt, options.prompt_prefix) for line in lines]
     if options.reply is not None:
-        keys = _after_reply(messages, options.reply, model, language, conditions, report)
-        return (
-            [
-                Drawable(f"{file}, line {line.line}", line.prompt, keys[message])
-                for line, message in zip(lines, messages, strict=True)
-            ],
-            conditions,
-            [],
-        )
+        talks = [
+            (Message("user", clean_message(text)), Message("assistant", options.reply + PICTURE)) for text in messages
+        ]
+        records = [
+            PreparedRecord(
+                f"{file}, line {line.line}",
+                lay_out(model.tokenizer, talk),
+                (),
+                (),
+                key_of(model.identity, "after a reply", options.reply, text),
+            )
+            for line, text, talk in zip(lines, messages, talks, strict=True)
+        ]
+        _conditions(records, TensorCache(folder / "latents"), conditions, model, language, report)
+        found = [Drawable(r.where, line.prompt, r.condition) for line, r in zip(lines, records, strict=True)]
+        return found, conditions, []
     replies = said.own(messages, report)
     found = [
         Drawable(f"{file}, line {line.line}", line.prompt, _own_key(model, message))
@@ -224,30 +231,6 @@ def drawable(
         conditions,
         [f"{file}: {others} of {len(lines)} prompts are left out: the model does not draw them"] * bool(others),
     )
-
-
-def _after_reply(
-    messages: Sequence[str],
-    reply: str,
-    model: Model,
-    language: Callable[[], LanguageModel],
-    conditions: TensorCache,
-    report: Report,
-) -> dict[str, str]:
-    """The keys of messages' conditions after a reply, once all are in the cache."""
-    keys = {message: key_of(model.identity, "after a reply", reply, message) for message in messages}
-    todo = [message for message, key in keys.items() if not conditions.has(key)]
-    for start in range(0, len(todo), CONDITIONS_AT_ONCE):
-        report("computing conditions", start, len(todo))
-        part = todo[start : start + CONDITIONS_AT_ONCE]
-        talks = [(Message("user", clean_message(message)), Message("assistant", reply + PICTURE)) for message in part]
-        with torch.no_grad():
-            found = forced_conditions(language(), [lay_out(model.tokenizer, talk) for talk in talks], [])
-        for message, value in zip(part, found, strict=True):
-            conditions.put(keys[message], value[None].to(stored_dtype(model.dtype)))
-    if todo:
-        report("computing conditions", len(todo), len(todo))
-    return keys
 
 
 def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:
@@ -380,21 +363,28 @@ def own_replies(model: Model, language: LanguageModel, messages: Sequence[str]) 
 
 
 @torch.no_grad()
-def _conditions(prepared: Prepared, model: Model, language: _Lazy, report: Report) -> None:
-    """Conditions [pictures, L, Z] of all sequences, by one pass through each."""
-    by_key = {record.condition: record for record in [*prepared.records, *prepared.validation]}
-    todo = sorted(prepared.conditions.missing(by_key), key=lambda key: len(by_key[key].layout.ids))
+def _conditions(
+    records: Sequence[PreparedRecord],
+    latents: TensorCache,
+    conditions: TensorCache,
+    model: Model,
+    language: Callable[[], LanguageModel],
+    report: Report,
+) -> None:
+    """Puts the conditions [pictures, L, Z] of all sequences into the cache, by one pass through each."""
+    by_key = {record.condition: record for record in records}
+    todo = sorted(conditions.missing(by_key), key=lambda key: len(by_key[key].layout.ids))
     for start in range(0, len(todo), CONDITIONS_AT_ONCE):
         report("computing conditions", start, len(todo))
         part = [by_key[key] for key in todo[start : start + CONDITIONS_AT_ONCE]]
-        shown = [prepared.latents.get(key) for record in part for key in record.shown]
+        shown = [latents.get(key) for record in part for key in record.shown]
         found = forced_conditions(language(), [record.layout for record in part], shown)
         taken = 0
         for record in part:
             pictures = record.layout.ids.count(QUERIES)
             value = found[taken : taken + pictures]
             taken += pictures
-            prepared.conditions.put(record.condition, value.to(stored_dtype(model.dtype)))
+            conditions.put(record.condition, value.to(stored_dtype(model.dtype)))
     if todo:
         report("computing conditions", len(todo), len(todo))
 
