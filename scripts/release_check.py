@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import venv
 import zipfile
 from pathlib import Path
@@ -58,20 +59,20 @@ def drawn(program: Path, folder: Path) -> bytes:
 
 
 def main() -> None:
-    for folder in ("dist", "release"):
-        shutil.rmtree(BUILD / folder, ignore_errors=True)
+    shutil.rmtree(BUILD / "dist", ignore_errors=True)
     run(sys.executable, "-m", "build", "--outdir", BUILD / "dist")
     (wheel,), (sdist,) = (BUILD / "dist").glob("*.whl"), (BUILD / "dist").glob("*.tar.gz")
     check_contents(wheel, sdist)
 
-    empty = BUILD / "release" / "environment"
-    venv.create(empty, with_pip=True)
-    programs = empty / ("Scripts" if sys.platform == "win32" else "bin")
-    run(programs / "python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
-    if drawn(programs / "scale-rae", BUILD / "release" / "installed") != drawn(
-        Path(sys.executable).with_name("scale-rae"), BUILD / "release" / "checkout"
-    ):
-        sys.exit("the installed wheel draws another picture than the checkout")
+    with tempfile.TemporaryDirectory() as folder:  # an environment is 1.4 GB
+        empty = Path(folder) / "environment"
+        venv.create(empty, with_pip=True)
+        programs = empty / ("Scripts" if sys.platform == "win32" else "bin")
+        run(programs / "python", "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", wheel)
+        if drawn(programs / "scale-rae", Path(folder) / "installed") != drawn(
+            Path(sys.executable).with_name("scale-rae"), Path(folder) / "checkout"
+        ):
+            sys.exit("the installed wheel draws another picture than the checkout")
     print(f"{wheel.name} and {sdist.name} are complete, and the wheel draws in an empty environment")
 
 
