@@ -5,7 +5,7 @@
 | a folder with metadata.jsonl | {"file_name": …, "text": …} a line |
 | a folder without | pictures in it and in folders below, each with a .txt beside it; hidden files are left out |
 | a .jsonl file | lines as above, or {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]} |
-| a .tar file, or a folder of them | WebDataset samples: .json with "conversations" or a .txt, and the picture, under one name |
+| a .tar file, or a folder of them | WebDataset samples: .json with "conversations" or else a .txt, and the picture, under one name |
 | a .json file | the manifest of tars: {"dataset_name": …, "tars": […]} |
 
 Names of files are relative to the file that has them, or to `image_folder`.
@@ -143,6 +143,7 @@ class _Reader:
         elif path.suffix.lower() in (".jsonl", ".ndjson"):
             yield from self._lines(path)
         elif path.suffix.lower() == ".tar":
+            check_file(path, "tar")
             yield from self._tar(path)
         elif path.suffix.lower() == ".json":
             yield from self._manifest(path)
@@ -181,8 +182,8 @@ class _Reader:
                 yield first_line(e)
 
     def _is_data(self, file: Path, folder: Path) -> bool:
-        """False for hidden files, such as copies that file managers make, and for files of the folder that is no data."""
-        if any(part.startswith(".") for part in file.relative_to(folder).parts):
+        """False for hidden files and for files of the folder that is no data."""
+        if _is_hidden(file.relative_to(folder).parts):
             return False
         without = self.without.resolve() if self.without is not None else None
         return without is None or folder.resolve() not in without.parents or without not in file.resolve().parents
@@ -223,7 +224,7 @@ class _Reader:
         return PictureFile(file)
 
     def _captioned(self, where: str, text: str, picture: PictureFile) -> Record:
-        text = text.strip()
+        text = _unicode(text.strip(), where)
         if not text:
             raise InputError(f"{where}: its text is empty")
         if PICTURE in text:
@@ -250,7 +251,7 @@ class _Reader:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
-                    if member.isreg():
+                    if member.isreg() and not _is_hidden(member.name.split("/")):
                         folder, _, name = member.name.rpartition("/")
                         key, _, suffix = name.partition(".")
                         parts = samples.setdefault(f"{folder}/{key}" if folder else key, {})
@@ -266,16 +267,18 @@ class _Reader:
 
     def _sample(self, parts: dict[str, PictureFile], where: str) -> Record:
         pictures = [part for suffix, part in sorted(parts.items()) if f".{suffix}" in PICTURE_SUFFIXES]
-        text = parts.get("json") or parts.get("txt")
-        if text is None:
+        texts = {suffix: parts[suffix] for suffix in ("json", "txt") if suffix in parts}
+        if not texts:
             raise InputError(f"{where}: has no .json and no .txt")
-        if (text.size or 0) > _MOST_TEXT_BYTES:
+        if any((part.size or 0) > _MOST_TEXT_BYTES for part in texts.values()):
             raise InputError(f"{where}: its text is longer than {_MOST_TEXT_BYTES} bytes")
-        if "json" in parts:
-            return _conversation(_object(text.read(), where), where, pictures)
+        if "json" in texts:
+            fields = _object(texts["json"].read(), where)
+            if "conversations" in fields or "txt" not in texts:  # img2dataset's .json describes the file of the .txt
+                return _conversation(fields, where, pictures)
         if len(pictures) != 1:
             raise InputError(f"{where}: has {len(pictures)} pictures; a .txt describes one")
-        return self._captioned(where, _utf8(text.read(), where), pictures[0])
+        return self._captioned(where, _utf8(texts["txt"].read(), where), pictures[0])
 
 
 def _conversation(fields: dict[str, Any], where: str, pictures: Sequence[PictureFile]) -> Record:
@@ -291,7 +294,7 @@ def _conversation(fields: dict[str, Any], where: str, pictures: Sequence[Picture
             raise InputError(f'{where}: turn {number} must be {{"from": "human" or "gpt", "value": text}}')
         if role != ("user", "assistant")[(number - 1) % 2]:
             raise InputError(f"{where}: turn {number} is by {speaker!r}; human and gpt take turns, human first")
-        messages.append(Message(role, text))
+        messages.append(Message(role, _unicode(text, where)))
     if messages[-1].role != "assistant":
         raise InputError(f"{where}: ends without a reply of gpt, so there is nothing to learn")
     places = sum(message.text.count(PICTURE) for message in messages)
@@ -315,6 +318,20 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
 
 def _text_of(file: Path) -> str:
     return _utf8(read_bytes(file, _MOST_TEXT_BYTES, "text"), str(file))
+
+
+def _unicode(text: str, where: str) -> str:
+    """The text, unless JSON's escapes spelt half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise InputError(f"{where}: its text is not valid Unicode (character {e.start + 1})") from e
+    return text
+
+
+def _is_hidden(parts: Sequence[str]) -> bool:
+    """Whether a file or a folder around it is hidden, as the copies that file managers make."""
+    return any(part.startswith(".") and part != "." for part in parts)
 
 
 def _utf8(data: bytes, where: str) -> str:

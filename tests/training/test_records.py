@@ -119,6 +119,21 @@ def test_tars_and_their_manifest(tmp_path: Path) -> None:
     assert len(read(tmp_path).records) == 2
 
 
+def test_a_tar_of_img2dataset(tmp_path: Path) -> None:
+    about = json.dumps({"caption": "a cat", "url": "x", "status": "success"}).encode()
+    one = tar(tmp_path / "one.tar", a_jpg=png(), a_json=about, a_txt=b"a cat", b_jpg=png(), b_json=about)
+    data = read(one)
+    captioned(data.records[0], "a cat")
+    assert data.problems == [f'{one}, b: "conversations" must be a list of turns']
+
+
+def test_hidden_members_of_a_tar_are_no_data(tmp_path: Path) -> None:
+    members = {"./._a.png": b"x", "./a.png": png(), "./._a.txt": b"x", "./a.txt": b"a cat", ".DS_Store": b"x"}
+    data = read(tar(tmp_path / "one.tar", **members))
+    assert not data.problems
+    captioned(data.records[0], "a cat")
+
+
 BAD: dict[str, Any] = {
     "{": "not valid JSON",
     "[1]": "must be a JSON object",
@@ -134,6 +149,8 @@ BAD: dict[str, Any] = {
     json.dumps({"image": "a.png", "conversations": DRAWN[::-1]}): "take turns, human first",
     json.dumps({"image": "a.png", "conversations": [{"from": "me", "value": "x"}]}): "turn 1 must be",
     json.dumps({"image": 1, "conversations": DRAWN}): '"image" must be the name',
+    json.dumps({"file_name": "a.png", "text": "a \ud800"}): "not valid Unicode (character 3)",
+    json.dumps({"image": "a.png", "conversations": [DRAWN[0] | {"value": "\ud800"}, DRAWN[1]]}): "not valid Unicode",
 }
 
 
@@ -159,6 +176,7 @@ def test_what_holds_no_training_data_is_refused(tmp_path: Path) -> None:
         (tmp_path, "holds no training data"),
         (tmp_path / "a.xyz", "not training data"),
         (tmp_path / "none.xyz", "no such data file"),
+        (tmp_path / "none.tar", "no such tar"),
         (tmp_path / "b.json", '"tars" must be a list'),
     ):
         with pytest.raises(InputError, match=problem):
