@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -42,21 +41,19 @@ class TensorCache:
                 f"{self._path(key)}: cannot be read ({first_line(e)}); remove it and run again"
             ) from e
 
-    def put(self, key: str, value: Tensor) -> None:
-        """Writes a tensor.
+    def add(self, key: str, value: Tensor) -> None:
+        """Writes a tensor, unless there is one.
 
         Raises:
             OutputError: naming the file, when it cannot be written.
         """
         path = self._path(key)
+        if self.has(key):
+            return
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as fresh:
                 save_tensors({_NAME: value.detach().cpu().contiguous()}, fresh)
-
-    def missing(self, keys: Iterable[str]) -> list[str]:
-        """The keys, each once and in order, that have no tensor."""
-        return [key for key in dict.fromkeys(keys) if not self.has(key)]
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -37,6 +37,7 @@ from scale_rae.training.sequences import PICTURE, QUERIES, Layout, Message, lay_
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.wording import as_request
 
+T = TypeVar("T")
 Report = Callable[[str, int, int], None]
 """Called as `report(what, done, total)` while something is prepared."""
 
@@ -158,7 +159,12 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
 
     end = len(records) + len(asked)
     validation = [made(i) for i in range(len(records), end)]
-    keeping = [_kept(worded[i], layouts[i], options, model) for i in range(end, len(worded)) if i in by_itself]
+    classed = [i for i in range(end, len(worded)) if i in by_itself]
+    place = {
+        worded[i].messages: number for number, i in enumerate(classed)
+    }  # a prompt that is repeated has one drawing
+    seeds = [image_seed(options.seed, place[worded[i].messages], 0) for i in classed]
+    keeping = [_kept(worded[i], layouts[i], seed, options, model) for i, seed in zip(classed, seeds, strict=True)]
     if len(keeping) < len(classes):
         notes.append(
             f"{len(classes) - len(keeping)} of {len(classes)} --class-prompts are left out: the model does not draw them"
@@ -166,7 +172,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     if classes and not keeping:
         raise InputError(f"{options.class_prompts}: the model draws none of these prompts; give prompts that it draws")
     prepared = Prepared([*map(made, kept), *keeping], validation, latents, conditions, notes)
-    _draw_classes(prepared, keeping, options, model, report)
+    _draw_classes(prepared, keeping, seeds, options, model, report)
     if not options.trains_language:
         _conditions([*prepared.records, *prepared.validation], latents, conditions, model, language, report)
     return prepared
@@ -249,31 +255,52 @@ def _class_records(options: TrainingOptions) -> list[Record]:
     ]
 
 
-def _kept(record: Record, layout: Layout, options: TrainingOptions, model: Model) -> PreparedRecord:
+def _kept(record: Record, layout: Layout, seed: int, options: TrainingOptions, model: Model) -> PreparedRecord:
     message = record.messages[0].text
-    how = options.seed, options.num_inference_steps, options.validation_guidance
+    how = seed, options.num_inference_steps, options.validation_guidance
     picture = key_of(model.identity, "drawn", message, *how)
     return PreparedRecord(record.where, layout, (picture,), (), _own_key(model, message), kept=True)
 
 
 def _draw_classes(
-    prepared: Prepared, keeping: list[PreparedRecord], options: TrainingOptions, model: Model, report: Report
+    prepared: Prepared,
+    keeping: list[PreparedRecord],
+    seeds: list[int],
+    options: TrainingOptions,
+    model: Model,
+    report: Report,
 ) -> None:
-    """Draws the pictures of records that are kept, with the model as it is."""
-    todo = [record for record in keeping if not prepared.latents.has(record.drawn[0])]
+    """Draws the pictures of records that are kept, one seed each, with the model as it is."""
+    todo = _unfinished(range(len(keeping)), DRAW_AT_ONCE, lambda i: prepared.latents.has(keeping[i].drawn[0]))
     if not todo:
         return
     dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters)
-    for start in range(0, len(todo), DRAW_AT_ONCE):
-        report("drawing class prompts", start, len(todo))
-        part = todo[start : start + DRAW_AT_ONCE]
-        conditions = torch.cat([prepared.conditions.get(record.condition) for record in part])
-        seeds = [image_seed(options.seed, start + i, 0) for i in range(len(part))]
-        how = seeds, options.validation_guidance, options.num_inference_steps
+    for part in _reported(todo, "drawing class prompts", report):
+        conditions = torch.cat([prepared.conditions.get(keeping[i].condition) for i in part])
+        how = [seeds[i] for i in part], options.validation_guidance, options.num_inference_steps
         drawn = draw_latents(dit, model.config, norm_stats, conditions, *how)
-        for record, latent in zip(part, drawn, strict=True):
-            prepared.latents.put(record.drawn[0], latent.to(stored_dtype(model.dtype)).clone())
-    report("drawing class prompts", len(todo), len(todo))
+        for i, latent in zip(part, drawn, strict=True):
+            prepared.latents.add(keeping[i].drawn[0], latent.to(stored_dtype(model.dtype)).clone())
+
+
+def _unfinished(items: Sequence[T], at_once: int, done: Callable[[T], bool]) -> list[Sequence[T]]:
+    """The groups of `at_once` items of which one is not done.
+
+    They do not depend on what a run that was ended had done, since a group's size may decide the last bits.
+    """
+    groups = [items[start : start + at_once] for start in range(0, len(items), at_once)]
+    return [group for group in groups if not all(map(done, group))]
+
+
+def _reported(groups: Sequence[Sequence[T]], what: str, report: Report) -> Iterator[Sequence[T]]:
+    """The groups; the progress is reported before each, and after the last."""
+    done, total = 0, sum(map(len, groups))
+    for group in groups:
+        report(what, done, total)
+        yield group
+        done += len(group)
+    if groups:
+        report(what, total, total)
 
 
 class _Lazy:
@@ -319,38 +346,38 @@ class _Said:
         if not own:
             return list(records), set()
         given = self.options.reply
-        said: dict[str, str | None] = dict.fromkeys(own.values())
-        said |= self.own([message for i, message in own.items() if given is None or i >= asked_from], report)
-        by_itself = {i for i, message in own.items() if said[message] is not None}
+        asked = {i: message for i, message in own.items() if given is None or i >= asked_from}
+        replies = self.own(list(asked.values()), report)
+        said = {i: reply for i, message in asked.items() if (reply := replies[message]) is not None}
         if given is None:
-            found = [said[own[i]] for i in sorted(by_itself)]
+            found = list(said.values())
             texts = [text for r in records if not r.own_reply for _, text in r.messages]
             usual = Counter(found or [text.partition(PICTURE)[0] for text in texts if PICTURE in text]).most_common(1)
             if not usual:
                 raise InputError(
                     f"the model draws none of the {len(own)} texts by itself; give the reply before each picture with --reply"
                 )
-            given = str(usual[0][0])
-            if others := len(own) - len(by_itself):
+            given = usual[0][0]
+            if others := len(own) - len(said):
                 notes.append(
                     f"{others} of {len(own)} texts get the reply {given!r}: the model does not draw them by itself"
                 )
-        return [r.with_reply(said[own[i]] or given) if i in own else r for i, r in enumerate(records)], by_itself
+        return [r.with_reply(said.get(i, given)) if i in own else r for i, r in enumerate(records)], set(said)
 
     def own(self, messages: list[str], report: Report) -> dict[str, str | None]:
         """What the model says by message, None where it does not draw; the conditions of the others are kept."""
         model = self.model
         keys = {message: _own_key(model, message) for message in messages}
-        todo = [message for message, key in keys.items() if not self.replies.has(key)]
-        for start in range(0, len(todo), REPLY_AT_ONCE):
-            part = todo[start : start + REPLY_AT_ONCE]
-            report("asking the model", start, len(todo))
+
+        def known(message: str) -> bool:
+            key = keys[message]
+            return self.replies.has(key) and (self.conditions.has(key) or not self.replies.get(key)[0])
+
+        for part in _reported(_unfinished(list(keys), REPLY_AT_ONCE, known), "asking the model", report):
             for message, answer in zip(part, own_replies(model, self.language(), part), strict=True):
                 if answer.condition is not None:
-                    self.conditions.put(keys[message], answer.condition[None].to(stored_dtype(model.dtype)))
-                self.replies.put(keys[message], torch.tensor([answer.condition is not None, *answer.ids]))
-        if todo:
-            report("asking the model", len(todo), len(todo))
+                    self.conditions.add(keys[message], answer.condition[None].to(stored_dtype(model.dtype)))
+                self.replies.add(keys[message], torch.tensor([answer.condition is not None, *answer.ids]))
         stored = {message: self.replies.get(key).tolist() for message, key in keys.items()}
         return {message: model.tokenizer.decode(ids) if draws else None for message, (draws, *ids) in stored.items()}
 
@@ -373,10 +400,9 @@ def _conditions(
 ) -> None:
     """Puts the conditions [pictures, L, Z] of all sequences into the cache, by one pass through each."""
     by_key = {record.condition: record for record in records}
-    todo = sorted(conditions.missing(by_key), key=lambda key: len(by_key[key].layout.ids))
-    for start in range(0, len(todo), CONDITIONS_AT_ONCE):
-        report("computing conditions", start, len(todo))
-        part = [by_key[key] for key in todo[start : start + CONDITIONS_AT_ONCE]]
+    keys = sorted(by_key, key=lambda key: len(by_key[key].layout.ids))
+    for group in _reported(_unfinished(keys, CONDITIONS_AT_ONCE, conditions.has), "computing conditions", report):
+        part = [by_key[key] for key in group]
         shown = [latents.get(key) for record in part for key in record.shown]
         found = forced_conditions(language(), [record.layout for record in part], shown)
         taken = 0
@@ -384,9 +410,7 @@ def _conditions(
             pictures = record.layout.ids.count(QUERIES)
             value = found[taken : taken + pictures]
             taken += pictures
-            conditions.put(record.condition, value.to(stored_dtype(model.dtype)))
-    if todo:
-        report("computing conditions", len(todo), len(todo))
+            conditions.add(record.condition, value.to(stored_dtype(model.dtype)))
 
 
 def forced_conditions(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Tensor:
@@ -417,7 +441,8 @@ def _encode(
 
     with ThreadPoolExecutor(_THREADS) as pool:
         keys = dict(zip(files, pool.map(key, files), strict=True))
-        todo = list({key: picture for picture, key in keys.items() if not latents.has(key)}.items())
+        by_key = {key: picture for picture, key in keys.items()}
+        todo = _unfinished(list(by_key), ENCODE_AT_ONCE, latents.has)
         if not todo:
             return keys
         network = load_encoder(source, model.config, model.dtype, model.device)
@@ -426,14 +451,11 @@ def _encode(
             image = decode_image(picture.read(), where[picture])
             return _square(image) if options.center_crop else image
 
-        for start in range(0, len(todo), ENCODE_AT_ONCE):
-            report("encoding pictures", start, len(todo))
-            part = todo[start : start + ENCODE_AT_ONCE]
-            images = list(pool.map(load, [picture for _, picture in part]))
+        for part in _reported(todo, "encoding pictures", report):
+            images = list(pool.map(load, [by_key[key] for key in part]))
             encoded = network.encode(network.preprocess(images)).to(stored_dtype(model.dtype)).cpu()
-            for (name, _), latent in zip(part, encoded, strict=True):
-                latents.put(name, latent.clone())
-    report("encoding pictures", len(todo), len(todo))
+            for name, latent in zip(part, encoded, strict=True):
+                latents.add(name, latent.clone())
     return keys
 
 

@@ -129,7 +129,7 @@ def conditions_of(
     cache, stored = TensorCache(folder), stored_dtype(model.dtype)
     texts = list(dict.fromkeys(requests))
     key = key_of(model.identity, "distillation", texts)
-    if not cache.has(f"{key}-drawn"):
+    if not (cache.has(key) and cache.has(f"{key}-drawn")):
         language = load_language(model.source, model.config, model.place, model.adapters)
         found: dict[int, Tensor] = {}
         for start in range(0, len(texts), REPLY_AT_ONCE):
@@ -141,8 +141,8 @@ def conditions_of(
         report("asking the model", len(texts), len(texts))
         if not found:
             raise InputError("--prompts: the model draws none of these prompts; give prompts that it draws")
-        cache.put(key, torch.stack(list(found.values())))
-        cache.put(f"{key}-drawn", torch.tensor(list(found)))
+        cache.add(key, torch.stack(list(found.values())))
+        cache.add(f"{key}-drawn", torch.tensor(list(found)))
     values, drawn = cache.get(key).to(model.device, model.dtype), cache.get(f"{key}-drawn").tolist()
     left = len(texts) - len(drawn)
     notes = [f"{left} of {len(texts)} prompts are left out: the model does not draw them"] if left else []

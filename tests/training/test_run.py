@@ -118,6 +118,31 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
     assert files(other.out) == files(options.out)
 
 
+def test_preparing_goes_on_to_the_bit(options: TrainingOptions, tmp_path: Path) -> None:
+    """Whatever of the cache a run that was ended had written, and whatever a user removed."""
+    prompts = tmp_path / "known.txt"
+    prompts.write_text("".join(f"Can you generate a photo of a cat on {n} windowsills?\n" for n in (1, 2, 3, 4)))
+    chosen = replace(
+        options,
+        reply=None,
+        class_prompts=prompts,
+        max_train_steps=1,
+        num_inference_steps=2,
+        cache_dir=tmp_path / "cache",
+    )
+
+    def prepared(out: str) -> dict[Path, bytes]:
+        go(replace(chosen, out=tmp_path / out))
+        return {path: path.read_bytes() for path in (tmp_path / "cache").rglob("*.safetensors")}
+
+    whole = prepared("one")
+    assert len(whole) == 3 + 2 * 4 + 3 + 7  # pictures, drawings and their conditions, conditions of texts, replies
+    for kind in ("latents", "replies", "conditions"):
+        for path in sorted(path for path in whole if kind in path.parts)[::2]:
+            path.unlink()
+    assert prepared("two") == whole
+
+
 def test_the_networks_learn_and_the_result_is_used(options: TrainingOptions, data: Path) -> None:
     chosen = replace(
         options,
