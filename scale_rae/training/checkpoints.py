@@ -47,8 +47,10 @@ class Checkpoints:
         names = [path.name for path in self.folder.glob("checkpoint-*") if (path / STATE).is_file()]
         return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"checkpoint-(\d+)", name)))
 
-    def write(self, step: int, state: Mapping[str, Tensor], result: Callable[[Path], None]) -> Path:
+    def write(self, step: int, state: Mapping[str, Tensor], result: Callable[[Path], None], trim: bool = True) -> Path:
         """Writes the checkpoint of a step and returns its folder; `result(folder)` adds the adapter so far.
+
+        With `trim`, only as many of the newest as are to be kept remain.
 
         Raises:
             OutputError: naming the folder, when it cannot be written.
@@ -61,7 +63,7 @@ class Checkpoints:
                 torch.save({"step": step, "identity": self._identity, "state": tensors}, fresh / STATE)
             except RuntimeError as e:  # torch's own writer, for example on a full disk
                 raise OutputError(f"{target}: cannot be written; is the disk full? ({first_line(e)})") from e
-        for old in self.steps()[: -self._keep] if self._keep else []:
+        for old in self.steps()[: -self._keep] if self._keep and trim else []:
             shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
         return target
 

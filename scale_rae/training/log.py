@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.checkpoint import writing
+from scale_rae.files import replacing
 from scale_rae.jsonio import dump_json, parse_json
 from scale_rae.training.objective import BINS
 
@@ -26,7 +27,8 @@ class Log:
         self._file = folder / "log.jsonl"
         with writing(self._file):
             lines = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
-            self._file.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
+            with replacing(self._file) as fresh:
+                fresh.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
         self._board: Any = None
         self._run: Any = None
         if report_to == "wandb":

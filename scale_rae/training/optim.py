@@ -68,7 +68,7 @@ class OptimizerOptions:
     weight_decay: float = 0.01  # hidden matrices only
     warmup: int = 300
     decay: float = 0.4
-    clip: float = 1.0  # gradient norm of the parameters that AdamW moves
+    clip: float = 1.0  # gradient norm of the parameters that AdamW moves; 0 does not clip
     ema: float = 0.9995
 
 
@@ -340,7 +340,7 @@ class FlatModel:
     def _adamw(self, lr: Tensor, norm: Tensor) -> None:
         o = self.options
         beta1, beta2 = o.betas
-        clip = (o.clip / (norm + 1e-6)).clamp(max=1)
+        clip = (o.clip / (norm + 1e-6)).clamp(max=1) if o.clip else torch.ones_like(norm)
         if self._moments is not None:
             step, factor, clipping = torch.stack([self.step, lr, clip]).tolist()  # waits for the device
             self._moments.update(self.master, self.gradient, int(step), factor * o.lr, clipping, o.betas)

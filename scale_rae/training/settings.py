@@ -222,9 +222,13 @@ LrWarmupSteps = Annotated[int | None, Knob("Steps of linear warm-up. Default: 3 
 Optimizer = Annotated[
     str, Knob("adamw, adamw8bit (its state in 8 bits), or muon (with --full).", LEARNING, choices=OPTIMIZERS)
 ]
-AdamBeta1 = Annotated[float, Knob("AdamW's first beta.", LEARNING, least=0, most=1, must="must be 0 to 1")]
-AdamBeta2 = Annotated[float, Knob("AdamW's second beta.", LEARNING, least=0, most=1, must="must be 0 to 1")]
-MaxGradNorm = Annotated[float, Knob("Gradients are clipped to this norm.", LEARNING, least=0)]
+AdamBeta1 = Annotated[
+    float, Knob("AdamW's first beta.", LEARNING, least=0, most=0.999999, must="must be 0 to 0.999999")
+]
+AdamBeta2 = Annotated[
+    float, Knob("AdamW's second beta.", LEARNING, least=0, most=0.999999, must="must be 0 to 0.999999")
+]
+MaxGradNorm = Annotated[float, Knob("Gradients are clipped to this norm; 0: they are not clipped.", LEARNING, least=0)]
 EmaDecay = Annotated[
     float,
     Knob(
@@ -417,11 +421,12 @@ class TrainingOptions:
         return self.train != "dit"
 
     def steps(self, records: int, processes: int) -> int:
-        """The number of steps, given the records of the data."""
+        """The number of steps, given the records of the data, which are half of a batch beside --class-prompts."""
         if self.num_train_epochs is None:
             return self.max_train_steps
         batch = self.train_batch_size * self.gradient_accumulation_steps * processes
-        return max(1, -(-self.num_train_epochs * records // batch))
+        places = self.num_train_epochs * records * (2 if self.class_prompts else 1)
+        return max(1, -(-places // batch))
 
     def warmup(self, steps: int) -> int:
         """The steps of the learning rate's warm-up."""

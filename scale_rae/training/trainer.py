@@ -25,6 +25,7 @@ from scale_rae.training.optim import FlatModel
 from scale_rae.training.parallel import Group
 
 B = TypeVar("B")
+_LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to log since then
 
 
 class Batches(Protocol[B]):
@@ -92,6 +93,7 @@ class Trainer(Generic[B]):
         self._checkpoints, self._write_result = checkpoints, write_result
         self._validate, self._watch, self._log = validate, watch, log
         self.done = 0  # steps
+        self._logged, self._sums = 0, [0.0] * len(objective.names)  # the last step in the log, and sums since then
 
     def resume(self) -> int:
         """Takes the newest checkpoint's state, if there is one; returns its step.
@@ -104,6 +106,8 @@ class Trainer(Generic[B]):
             self.done, state = found
             self.model.load_state(state)
             self.batches.load_state(state)
+            logged, *self._sums = state[_LOGGED].tolist() if _LOGGED in state else (self.done, *self._sums)
+            self._logged = int(logged)
         return self.done
 
     def run(self, folder: Path) -> None:
@@ -111,13 +115,12 @@ class Trainer(Generic[B]):
 
         Raises:
             TrainingError: naming step and records, when a loss or gradient is not finite. The weights of the step before are
-                in a checkpoint then.
+                in a checkpoint then, if they are finite.
         """
         plan, first = self.plan, self.group.is_first
         log = self._log(folder, self.done) if first else None
         parts = self.batches.parts(self.done * plan.parts, plan.steps * plan.parts)
-        none = [0.0] * len(self.objective.names)
-        sums, logged = none, self.done
+        timed = self.done
         if self._validate and self.done == 0:
             self._validate(0)
         since = time.perf_counter()
@@ -126,22 +129,25 @@ class Trainer(Generic[B]):
             while self.done < plan.steps:
                 step = self.done + 1
                 batch = [next(parts) for _ in range(plan.parts)]
-                totals = self.objective.totals(self.batches.counts(step))
+                counts = self.batches.counts(step)
+                totals = self.objective.totals(counts)
                 values, norm = self._gradients(batch, totals)
                 *numbers, size = torch.cat([values, norm[None]]).tolist()  # waits for the device
                 if not all(map(math.isfinite, (*numbers, size))):
                     self._stop(step, batch, numbers, size)
                 self.model.apply(norm)
                 self.done = step
-                sums = [a + b for a, b in zip(sums, numbers, strict=True)]
-                pictures += totals.pictures
+                self._sums = [a + b for a, b in zip(self._sums, numbers, strict=True)]
+                drawn = sum(count for count, _, _ in counts)
+                pictures += drawn
                 if step % plan.log_every == 0 or step == plan.steps:
                     seconds = time.perf_counter() - since
-                    pace = seconds / (step - logged)
+                    pace = seconds / (step - timed)
                     if log is not None:
-                        log.write(self._record(sums, step - logged, size, pictures / seconds, pace))
-                    sums, logged, pictures, since = none, step, 0, time.perf_counter()
-                rate = totals.pictures / pace if pace == pace else math.nan
+                        log.write(self._record(size, pictures / seconds, pace))
+                    self._logged, self._sums = step, [0.0] * len(numbers)
+                    timed, pictures, since = step, 0, time.perf_counter()
+                rate = drawn / pace if pace == pace else math.nan
                 self._watch(Progress(step, plan.steps, numbers[0], rate, pace * (plan.steps - step)))
                 paused = time.perf_counter()
                 if self._validate and (step % plan.validate_every == 0 or step == plan.steps):
@@ -154,11 +160,12 @@ class Trainer(Generic[B]):
             if log is not None:
                 log.close()
 
-    def save(self) -> None:
-        """Writes the checkpoint of the steps that are done."""
-        state = {**self.model.state(), **self.batches.state()}  # in all processes, which may share it
+    def save(self, trim: bool = True) -> None:
+        """Writes the checkpoint of the steps that are done. With `trim`, removes old ones of which there are too many."""
+        logged = torch.tensor([self._logged, *self._sums], dtype=torch.float64)
+        state = {**self.model.state(), **self.batches.state(), _LOGGED: logged}  # in all processes, which may share it
         if self.group.is_first:
-            self._checkpoints.write(self.done, state, self._write_result)
+            self._checkpoints.write(self.done, state, self._write_result, trim)
         self.group.wait()
 
     # --- a step --------------------------------------------------------------------------------------------------------
@@ -177,21 +184,31 @@ class Trainer(Generic[B]):
         return values, self.model.gradient_norm()
 
     def _stop(self, step: int, batch: list[B], numbers: list[float], norm: float) -> None:
-        if self.done:
-            self.save()
+        kept = "nothing was learnt yet"
+        if self.done and self._is_finite():
+            self.save(trim=False)
+            kept = f"the weights of step {self.done} are kept in checkpoint-{self.done}"
+        elif self.done:
+            kept = f"those of step {self.done} are not finite, either, and not kept"
         records = "; ".join(where for part in batch for where in self.batches.where(part))
         losses = {name: x for name, x in self.objective.record(numbers, 1).items() if isinstance(x, float)}
         what = ", ".join(f"{name} {x:g}" for name, x in {**losses, "gradient norm": norm}.items())
-        kept = f"the weights of step {self.done} are kept" if self.done else "nothing was learnt yet"
         raise TrainingError(
             f"step {step}: not finite ({what}) for the records {records}; {kept}; try a lower --learning-rate, or "
             "--mixed-precision no"
         )
 
-    def _record(self, sums: list[float], steps: int, norm: float, pictures: float, pace: float) -> dict[str, Any]:
+    def _is_finite(self) -> bool:
+        """Whether the state of the model is, in all processes."""
+        own = all(bool(value.isfinite().all()) for value in self.model.state().values())
+        broken = torch.tensor(float(not own), device=self.model.device)
+        self.group.sum(broken)
+        return not broken
+
+    def _record(self, norm: float, pictures: float, pace: float) -> dict[str, Any]:
         return {
             "step": self.done,
-            **self.objective.record(sums, steps),
+            **self.objective.record(self._sums, self.done - self._logged),
             **self.batches.numbers(),
             "gradient_norm": round(norm, 6),
             "learning_rate": float(self.model.learning_rate()) * self.model.options.lr,

@@ -1,4 +1,4 @@
-"""The optimizer's state, shared by several processes."""
+"""The optimizer: its state, shared by several processes, and clipping."""
 
 from __future__ import annotations
 
@@ -31,3 +31,12 @@ def test_each_process_keeps_its_part_of_the_state_and_moves_it(monkeypatch: pyte
     assert torch.equal(weights[1][:6], weights[0][:6])  # the first process's part
     with pytest.raises(ValueError, match="only the state of AdamW"):
         FlatModel({"": networks[0]}, torch.device("cpu"), torch.float32, OptimizerOptions(), 4, group=Group(0, 2))
+
+
+@pytest.mark.parametrize(("clip", "moved"), [(0.0, 6.0), (1.0, 2.0), (4.0, 6.0)])
+def test_gradients_are_clipped_unless_the_norm_is_zero(clip: float, moved: float) -> None:
+    network = nn.Linear(4, 1, bias=False)
+    options = OptimizerOptions(kind="adamw", betas=(0.5, 0.5), weight_decay=0.0, warmup=1, clip=clip)
+    model = FlatModel({"": network}, torch.device("cpu"), torch.float32, options, 4)
+    model.update([torch.full((1, 4), 1.5)])  # of norm 3
+    assert model.mean.sum() == pytest.approx(moved / 2, rel=1e-5)

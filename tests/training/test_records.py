@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,19 @@ def test_what_holds_no_training_data_is_refused(tmp_path: Path) -> None:
         ({"self_reward": SelfRewardOptions(condition_noise=0.2)}, "^--condition-noise: has no meaning without"),
         ({"self_reward": SelfRewardOptions(prompts=Path("p.txt")), "data": ()}, "^--prompts: has no meaning without"),
         ({"data": ()}, "^--data: give at least one"),
+        ({"adam_beta2": 1.0}, "^--adam-beta2 1.0: must be 0 to 0.999999"),  # would divide by zero
         ({"language_learning_rate": 1e-4}, "^--language-learning-rate: the language model does not learn"),
     ],
 )
-def test_options_that_would_change_nothing_are_refused(given: dict[str, Any], problem: str) -> None:
+def test_options_that_no_training_can_use_are_refused(given: dict[str, Any], problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
         TrainingOptions(**{"data": (Path("d"),), **given}).check()
+
+
+def test_epochs_are_passes_through_the_data() -> None:
+    options = TrainingOptions(train_batch_size=4, num_train_epochs=3)
+    assert options.steps(records=8, processes=1) == 6
+    assert replace(options, class_prompts=Path("known.txt")).steps(records=8, processes=1) == 12  # half of each batch
 
 
 def test_a_board_that_is_asked_for_must_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -88,8 +88,9 @@ class Killed(BaseException):
 def test_a_run_that_was_ended_goes_on_to_the_bit(
     options: TrainingOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    options = replace(options, logging_steps=3)  # the log's line of step 3 has steps from before and after the end
     whole = go(options)
-    assert [record["step"] for record in whole] == [1, 2, 3, 4]
+    assert [record["step"] for record in whole] == [3, 4]
     assert sorted(path.name for path in options.out.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     with pytest.raises(TrainingError, match="holds checkpoints of a training; go on with --resume"):
         go(options)
@@ -166,22 +167,26 @@ def test_the_networks_learn_and_the_result_is_used(options: TrainingOptions, dat
 
 
 def test_accumulated_parts_are_one_batch(options: TrainingOptions, tmp_path: Path) -> None:
-    one = go(replace(options, max_train_steps=2))
-    parts = go(
-        replace(options, max_train_steps=2, out=tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=2)
-    )
+    options = replace(options, max_train_steps=2, timesteps_per_sample=2)
+    one = go(options)
+    parts = go(replace(options, out=tmp_path / "parts", train_batch_size=1, gradient_accumulation_steps=2))
     for a, b in zip(one, parts, strict=True):
+        assert a["images_per_second"] * a["seconds_per_step"] == pytest.approx(2, rel=0.01)  # not one per time
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
         assert a["gradient_norm"] == pytest.approx(b["gradient_norm"], rel=1e-4)
 
 
-def test_a_loss_that_is_not_finite_stops_with_its_step_and_records(options: TrainingOptions, data: Path) -> None:
-    broken = replace(options, learning_rate=1e38, lr_warmup_steps=0, lr_scheduler="constant")
-    with pytest.raises(
-        TrainingError, match=r"^step 2: not finite .*metadata.jsonl, line \d.* the weights of step 1 are kept"
-    ):
+@pytest.mark.parametrize(
+    ("rate", "kept"),
+    [(1e30, "the weights of step 1 are kept in checkpoint-1;"), (1e39, "those of step 1 are not finite, either")],
+)
+def test_a_loss_that_is_not_finite_stops_with_its_step_and_records(
+    options: TrainingOptions, rate: float, kept: str
+) -> None:
+    broken = replace(options, learning_rate=rate, lr_warmup_steps=0, lr_scheduler="constant")
+    with pytest.raises(TrainingError, match=rf"^step 2: not finite .*metadata.jsonl, line \d.* {kept}"):
         go(broken)
-    assert [path.name for path in broken.out.glob("checkpoint-*")] == ["checkpoint-1"]
+    assert len(list(broken.out.glob("checkpoint-*"))) == (rate == 1e30)
 
 
 def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> None:
@@ -296,6 +301,13 @@ def test_a_checkpoint_that_cannot_be_written_is_named(tmp_path: Path, monkeypatc
     with pytest.raises(OutputError, match="checkpoint-2: cannot be written; is the disk full"):
         Checkpoints(tmp_path, {}).write(2, {}, lambda folder: (folder / "adapter").touch())
     assert not list(tmp_path.iterdir())  # what was written takes no place
+
+
+def test_what_a_broken_run_leaves_replaces_no_older_checkpoint(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path, {}, keep=1)
+    for step in (2, 4, 5):
+        checkpoints.write(step, {}, lambda folder: None, trim=step < 5)
+    assert checkpoints.steps() == [4, 5]
 
 
 def test_other_data_are_named(tmp_path: Path) -> None:
