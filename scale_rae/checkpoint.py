@@ -30,9 +30,8 @@ from scale_rae.torch_file import (
 )
 
 _MOST_SHARED = 4  # tensors of a torch file may together be this many times its size, since tied weights share values
-_CHUNK_BYTES = (
-    64 << 20
-)  # a file is opened anew after this many bytes, because mapped pages stay resident until it is closed
+# A file is opened anew after this many bytes, because mapped pages stay resident until it is closed.
+_CHUNK_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)

@@ -62,9 +62,8 @@ class CompilePolicy:
         """Whether compiled code is to draw a batch; `is_compiled` says that there is code for its size already."""
         if self.choice != "auto":
             return self.choice == "on"
-        expected = max(
-            self.expected, self.drawn[images, prompts]
-        )  # a program that has drawn many images will draw more
+        # A program that has drawn many images will draw more.
+        expected = max(self.expected, self.drawn[images, prompts])
         return self.possible and (is_compiled or expected * evaluations * self.operations >= COMPILE_PAYS)
 
 
@@ -75,4 +74,4 @@ def attention_kernels(device: torch.device) -> AbstractContextManager[None]:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     kernels = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-    return sdpa_kernel(kernels)  # type: ignore[no-any-return]
+    return sdpa_kernel(kernels)

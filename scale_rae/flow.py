@@ -28,9 +28,8 @@ from scale_rae.options import TRAINING_STEPS
 Velocity = Callable[[Tensor, float], Tensor]
 StepCallback = Callable[[int, int, float, Tensor, Tensor], None]
 Times = Sequence[tuple[float, float]]  # (from, to) of each step
-Memory = (
-    tuple[Tensor, float] | None
-)  # of a multistep solver: values like x of the step before, and a number that all images share
+# Of a multistep solver: values like x of the step before, and a number that all images share.
+Memory = tuple[Tensor, float] | None
 Solver = Callable[[Velocity, Tensor, float, float, Memory], tuple[Tensor, Memory]]
 
 USUAL_LOOK = 0.65  # u

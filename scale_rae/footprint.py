@@ -280,9 +280,8 @@ class Footprint:
         inner = -(-int(2 / 3 * 4 * width) // PAD_TO) * PAD_TO
         rows = dit.tokens * way.batch
         state = 4 * 4 * dit.channels  # x, noise, velocity and a copy, float32
-        hidden = (
-            e * (4 * width + 3 * width + width + 3 * inner) + 2 * 4 * width
-        )  # residuals, qkv, attention, SwiGLU; norms
+        # Residuals, qkv, attention, SwiGLU; norms.
+        hidden = e * (4 * width + 3 * width + width + 3 * inner) + 2 * 4 * width
         groups = self.device == "cuda" and way.offload != "stream" and way.quantize not in CONVERTED
         grouped = max(rows, GROUP_ROWS) if groups else rows
         return PASSES * rows * (state + hidden) + 2 * grouped * 6 * width * e

@@ -128,9 +128,8 @@ class KVCache:
         """The next tokens [B] after hidden states [B, H], and [3, B]: each token, its logit, its self-certainty."""
         logits = self.network.lm_head(hidden).float()  # [B, V]
         best, token = logits.max(dim=-1)
-        return token, torch.stack(
-            [token.float(), best, self_certainty(logits)]
-        )  # exact for 2^24 tokens; MPS has no float64
+        # float32 is exact for 2^24 tokens; MPS has no float64.
+        return token, torch.stack([token.float(), best, self_certainty(logits)])
 
     def forward(self, embeds: Tensor, positions: Tensor, reach: int, step: bool = False) -> Tensor:
         """Final-normed hidden states [B, T, H] of embeddings at positions [B, T].
@@ -239,4 +238,4 @@ class Transfer:
         """The values; waits for the copy."""
         if self._event is not None:
             self._event.synchronize()
-        return self._values.tolist()  # type: ignore[no-any-return]
+        return self._values.tolist()

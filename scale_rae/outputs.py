@@ -36,17 +36,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PICTURE_FORMS = ("png", "jpeg", "webp")
-
-
 FORMATS = {".png": "png", ".jpg": "jpeg", ".jpeg": "jpeg", ".webp": "webp"}  # PICTURE_FORMS by the ends of files' names
-FIELDS = {
-    "index": 0,
-    "prompt": "a",
-    "seed": 0,
-    "number": 0,
-    "time": "a",
-    "model": "a",
-}  # of name templates, with examples
+# The fields of name templates, with examples.
+FIELDS = {"index": 0, "prompt": "a", "seed": 0, "number": 0, "time": "a", "model": "a"}
 MOST_SLUG = 80  # characters of a prompt in a file's name; in UTF-8 they may take twice as many bytes
 MOST_EXIF = 60_000  # bytes; a JPEG's EXIF has room for 65,533
 

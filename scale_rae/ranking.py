@@ -10,8 +10,6 @@ from typing import Any
 from scale_rae.errors import InputError, OptionError
 
 ANSWERS = ("yes", "uncertain", "no")  # in the order of preference
-
-
 REWARD_WEIGHT = 0.5  # of the reward in a mix, where nothing else is chosen
 
 

@@ -262,7 +262,7 @@ def _image_scores(
         at_image += parts
         counts.append(sum(map(len, parts)))
     confidence, _ = language.confidence_and_loss(torch.cat(at_image))
-    return torch.cat([part.mean(dim=1) for part in _in_rows(confidence, counts)]).tolist()  # type: ignore[no-any-return]
+    return torch.cat([part.mean(dim=1) for part in _in_rows(confidence, counts)]).tolist()
 
 
 def _embeddings(language: LanguageModel, rows: Sequence[list[int]]) -> Sequence[Tensor]:

@@ -38,9 +38,8 @@ class Limits:
     directory: int
 
 
-WEIGHTS = Limits(
-    file=1 << 62, pickle=4 << 20, directory=8 << 20
-)  # enough for 20,000 tensors; the largest checkpoint has 2,000
+# Enough for 20,000 tensors; the largest checkpoint has 2,000.
+WEIGHTS = Limits(file=1 << 62, pickle=4 << 20, directory=8 << 20)
 LATENT = Limits(file=64 << 20, pickle=1 << 20, directory=64 << 10)
 
 
@@ -250,6 +249,7 @@ _DTYPES = {
     "ComplexFloatStorage": torch.complex64,
     "ComplexDoubleStorage": torch.complex128,
 }
+_UNTYPED = "torch.storage.UntypedStorage"
 _NAMED_DTYPES = {
     f"torch.{name}": getattr(torch, name)
     for name in ("float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64", *("float32", "float16", "bfloat16"))
@@ -333,12 +333,7 @@ class _Pickle:
         if full in _UNUSABLE:
             raise UnusableError(_UNUSABLE[full])
         is_storage = module == "torch" and name in _DTYPES
-        if (
-            not is_storage
-            and full not in _NAMED_DTYPES
-            and full not in _FUNCTIONS
-            and full != "torch.storage.UntypedStorage"
-        ):
+        if not (is_storage or full in _NAMED_DTYPES or full in _FUNCTIONS or full == _UNTYPED):
             raise ForbiddenError(full)
         self._push(_Global(name if is_storage else full))
 
@@ -356,7 +351,7 @@ class _Pickle:
 
     def _storage(self) -> None:
         kind, type_, key, _, count, *view = self._stack.pop()
-        dtype = torch.uint8 if type_.name == "torch.storage.UntypedStorage" else _DTYPES[type_.name]
+        dtype = torch.uint8 if type_.name == _UNTYPED else _DTYPES[type_.name]
         if kind != "storage" or not isinstance(key, str) or type(count) is not int or any(v is not None for v in view):
             raise DamagedError("a storage in its pickle")
         storage = self.storages.setdefault(key, _Storage(dtype, key, count))

@@ -22,7 +22,7 @@ from scale_rae.language import projector
 from scale_rae.prompt import IMAGE
 
 
-class ReadingConfig(Qwen2Config):  # type: ignore[misc]
+class ReadingConfig(Qwen2Config):
     """The config.json of a checkpoint: a Qwen2 config, and the fields of the other parts."""
 
     model_type = MODEL_TYPE
@@ -32,7 +32,7 @@ class ReadingConfig(Qwen2Config):  # type: ignore[misc]
         super().__post_init__(**fields)
 
 
-class ReadingModel(Qwen2ForCausalLM):  # type: ignore[misc]
+class ReadingModel(Qwen2ForCausalLM):
     """transformers' Qwen2 with the projector of latents, `model.mm_projector`."""
 
     config_class = ReadingConfig

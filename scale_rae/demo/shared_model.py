@@ -197,9 +197,8 @@ class SharedModel:
     ) -> SavedImage:
         alone = dataclasses.replace(sampling, num_images=1, seed=seed)
         described = self._opened.record()
-        manifest = drawing_manifest(
-            mode, request, {}, described, alone, [seed], 1, 1, text, self._opened.seconds
-        )  # of one image, which does not depend on the images drawn with it
+        # Of one image, which does not depend on the images drawn with it.
+        manifest = drawing_manifest(mode, request, {}, described, alone, [seed], 1, 1, text, self._opened.seconds)
         saved = save_run(self.folder, manifest, [Sample(image, latent, png_text(manifest, seed))], timestamp())
         png, latent_file = Path(saved["output_images"][0]), Path(saved["latent_path"])
         source = Path(mode["input_latents"][0]) if "input_latents" in mode else None

@@ -26,9 +26,8 @@ def settle(folder: Path | None = None) -> None:
         folder = _private()
     if folder is not None:
         _ours["GRADIO_TEMP_DIR"] = str(folder)
-        _ours["GRADIO_EXAMPLES_CACHE"] = str(
-            folder / "examples"
-        )  # by default a folder below the working folder, which gradio serves too
+        # By default a folder below the working folder, which gradio serves too.
+        _ours["GRADIO_EXAMPLES_CACHE"] = str(folder / "examples")
     for name in [name for name in os.environ if name.upper().startswith("GRADIO_")]:
         del os.environ[name]
     os.environ.update(_ours)

@@ -58,9 +58,8 @@ def color_columns(network: Any, token_ids: Tensor) -> Tensor:
     `network` is transformers' CLIPModel. Every caption ends with the tokenizer's highest id; what follows it does not matter.
     """
     colors, templates, _ = token_ids.shape
-    features = network.get_text_features(
-        input_ids=token_ids.flatten(0, 1)
-    ).pooler_output.float()  # [colours · templates, D]
+    output = network.get_text_features(input_ids=token_ids.flatten(0, 1))
+    features = output.pooler_output.float()  # [colours · templates, D]
     embeddings = F.normalize(features, dim=-1).view(colors, templates, -1)
     return F.normalize(embeddings.mean(dim=1), dim=-1).T
 

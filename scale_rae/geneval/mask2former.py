@@ -26,12 +26,7 @@ from scale_rae.hub import find, import_hub, weight_files
 from scale_rae.jsonio import Fields, dump_json, read_json
 from scale_rae.layout import Layout, compare
 
-HEADS, LEVELS, POINTS, GROUPS = (
-    8,
-    3,
-    4,
-    32,
-)  # of attention, of deformable attention, of group norms: the same in every size
+HEADS, LEVELS, POINTS = 8, 3, 4  # of attention, of deformable attention: the same in every size
 _MLP_RATIO = 4
 _WHAT = "detector"
 _COMPUTED = ("relative_position_index", "criterion.empty_weight")  # stored, and not read

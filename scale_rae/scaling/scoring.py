@@ -42,12 +42,8 @@ if TYPE_CHECKING:
     from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
 
-_FIELDS = (
-    "reward",
-    "all_ir_scores",
-    "top_ir_scores",
-    "top_ir_indices",
-)  # of metadata.jsonl, which come from the reward
+# Of metadata.jsonl: what comes from the reward.
+_FIELDS = ("reward", "all_ir_scores", "top_ir_scores", "top_ir_indices")
 
 
 @dataclass(frozen=True)

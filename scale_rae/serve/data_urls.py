@@ -39,7 +39,6 @@ def read_data_url(url: str, name: str, max_pixels: int) -> Image.Image:
         return decode_image(data, name, max_pixels, IMAGE_FORMATS)
     except InputError as e:
         if e.__cause__ is not None and "damaged" in str(e):
-            raise InputError(
-                f"{name}: the image is damaged or cannot be read"
-            ) from e  # without Pillow's words, which may quote the file
+            # Without Pillow's words, which may quote the file.
+            raise InputError(f"{name}: the image is damaged or cannot be read") from e
         raise

@@ -45,8 +45,8 @@ def _match(rng: random.Random, scene: Scene) -> Question | None:
         return None
     prompt = rng.choice(prompts)
     true = rng.random() < 0.5
-    told = prompt if true else world.changed(rng, prompt, "any")
-    return Question("match", {"prompt": told.text}, _yes(true))
+    asked = prompt if true else world.changed(rng, prompt, "any")
+    return Question("match", {"prompt": asked.text}, _yes(true))
 
 
 def _there(rng: random.Random, scene: Scene) -> Question:
@@ -246,8 +246,6 @@ _MAKERS: Mapping[str, Callable[[random.Random, Scene], Question | None]] = {
 }
 KINDS = tuple(_MAKERS)
 """Kinds of question."""
-YES_NO = ("match", "there", "any", "number", "it_color", "it_shape", "color_is", "is_beside")
-"""Those that are answered by yes or no."""
 
 
 def question(rng: random.Random, scene: Scene, kind: str) -> Question | None:
@@ -448,12 +446,12 @@ _FORMS = {
 
 @functools.cache
 def _held_out() -> re.Pattern[str]:
-    told = {
+    forms = {
         _letters(wording.format(**{name: f"0{name}0" for name in _FORMS}))
         for texts in WORDINGS.values()
         for wording in texts
     }
-    return re.compile("|".join(re.sub(r"0(\w+?)0", lambda match: _FORMS[match[1]], text) for text in sorted(told)))
+    return re.compile("|".join(re.sub(r"0(\w+?)0", lambda match: _FORMS[match[1]], text) for text in sorted(forms)))
 
 
 def _letters(text: str) -> str:
@@ -510,8 +508,10 @@ REQUESTS = (
 
 
 def is_held_out_request(wording: str) -> bool:
-    """Whether a request, with {prompt} or {things} in it, is worded as one of `REQUESTS` or begins as one of `world.HELD_OUT_WORDINGS`,
-    in any case of letters and with any marks."""
+    """Whether a request, with {prompt} or {things} in it, is held out: in any case of letters and with any marks.
+
+    It is worded as one of `REQUESTS`, or contains the beginning of one of `world.HELD_OUT_WORDINGS`.
+    """
     begins = [_letters(held.partition("{")[0]) for held in world.HELD_OUT_WORDINGS]
     letters = _letters(re.sub(r"{\w*}", "0", wording))
     return letters in _held_out_requests() or any(text in letters for text in begins)
