@@ -13,6 +13,7 @@ from benchmarks.bench import Bench
 from benchmarks.made_up import made_config
 from scale_rae.cuda_graphs import graph_memory
 from scale_rae.float8 import quantize
+from scale_rae.layout import swiglu_inner
 from scale_rae.quantization import product, quantize_weight
 
 
@@ -59,7 +60,7 @@ def gemm_stage(b: Bench, size: str) -> None:
     if b.device.type != "cuda":
         return
     c = made_config(size).dit
-    inner = -(-int(2 / 3 * 4 * c.width) // 64) * 64
+    inner = -(-swiglu_inner(c.width) // 64) * 64
     shapes = {"qkv": (3 * c.width, c.width), "proj": (c.width, c.width), "w12": (2 * inner, c.width)}
     shapes |= {
         "w3": (c.width, inner),

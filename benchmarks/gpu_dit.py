@@ -10,7 +10,7 @@ from benchmarks.bench import Bench
 from benchmarks.gpu_kernels import profile_stage
 from benchmarks.made_up import DIT_NAME, made_config, made_dit
 from scale_rae import flow
-from scale_rae.dit import flops as dit_flops
+from scale_rae.footprint import flops as dit_flops
 from scale_rae.options import DEFAULT_STEPS, SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.sampling import LatentSampler

@@ -15,9 +15,9 @@ from scale_rae.compiling import attention_kernels
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.cuda_graphs import Captured
 from scale_rae.dit import DiT, rope_table
-from scale_rae.dit import flops as dit_flops
 from scale_rae.fast_blocks import Attend, attend_rotating
 from scale_rae.fast_dit import FastDiT
+from scale_rae.footprint import flops as dit_flops
 from scale_rae.options import Speed
 
 

@@ -31,8 +31,8 @@ from benchmarks.bench import Bench
 from benchmarks.gpu_ceilings import ceilings
 from benchmarks.made_up import DIT_NAME, made_config, made_dit, made_language
 from scale_rae.compiling import attention_kernels
-from scale_rae.dit import flops as dit_flops
 from scale_rae.fast_weights import quantize_blocks
+from scale_rae.footprint import flops as dit_flops
 from scale_rae.prompt import IMAGE
 from scale_rae.quantization import Place
 from scale_rae.training.batches import Sample

@@ -19,9 +19,9 @@ from torch import Tensor
 from scale_rae import acceptance
 from scale_rae.acceptance import Candidate, Look, Rules
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.dit import flops
 from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.flow import SAMPLERS, StepCallback, Times, steps_until, time_shift, usual_look
+from scale_rae.footprint import flops
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION

@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.config import DiTConfig
-from scale_rae.footprint import flops as flops  # re-exported: the network's operations
-from scale_rae.layout import TIME_FREQUENCIES
+from scale_rae.layout import TIME_FREQUENCIES, swiglu_inner
 
 NORM_EPS = 1e-6
 TIME_SEED = 114514  # the published networks' frequencies are not in their files: they are drawn from this seed
@@ -85,7 +84,7 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        inner = int(2 / 3 * 4 * width)
+        inner = swiglu_inner(width)
         self.w12 = nn.Linear(width, 2 * inner)
         self.w3 = nn.Linear(inner, width)
 

@@ -13,6 +13,7 @@ from scale_rae.checkpoint import RowSink
 from scale_rae.codes import PAD_TO, attention_kind, mlp_kind
 from scale_rae.dit import Block, DiT, SwiGLU, TimeEmbedder
 from scale_rae.float8 import Quantized
+from scale_rae.layout import swiglu_inner
 from scale_rae.options import Speed
 from scale_rae.quantization import (
     Place,
@@ -45,11 +46,6 @@ def pad_swiglu(dit: nn.Module, multiple: int) -> None:
         w12.bias = nn.Parameter(F.pad(w12.bias.detach().view(2, inner), (0, extra)).flatten(), w12.bias.requires_grad)
         w3.weight = nn.Parameter(F.pad(w3.weight.detach(), (0, extra)), w3.weight.requires_grad)
         w12.out_features, w3.in_features = 2 * (inner + extra), inner + extra
-
-
-def swiglu_inner(width: int) -> int:
-    """The inner width of a published SwiGLU."""
-    return int(2 / 3 * 4 * width)
 
 
 def crop_swiglu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

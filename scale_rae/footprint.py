@@ -13,7 +13,7 @@ from math import prod
 
 from scale_rae.codes import BLOCK, GROUP_ROWS, PAD_TO, PLAIN_AT_ONCE, attention_kind, decoder_kind, mlp_kind
 from scale_rae.config import DecoderConfig, DiTConfig, ScaleRAEConfig
-from scale_rae.layout import DIT_PREFIX, decoder_layout, dit_layout, keeps_float32, language_layout
+from scale_rae.layout import DIT_PREFIX, decoder_layout, dit_layout, keeps_float32, language_layout, swiglu_inner
 from scale_rae.options import DEFAULT_STEPS, LANGUAGE_KINDS
 
 # --- figures behind the estimates ------------------------------------------------------------------------------------
@@ -45,11 +45,12 @@ GAIN = {"fp8": 1.6, "int8-products": 1.35}
 CONVERSION = (
     3.2  # bytes that the device's memory moves per converted weight: one read, one written, at 3.5 of 4.2 TB/s (H200)
 )
+# Seconds per pass of the language model that no product explains.
 LAUNCH = {
     "cuda": 0.0025,
     "cpu": 0.0005,
     "mps": 0.004,
-}  # seconds per pass of the language model that no product explains
+}
 
 
 # --- operations ------------------------------------------------------------------------------------------------------
@@ -60,7 +61,7 @@ def flops(config: DiTConfig) -> float:
 
     def block(width: int, condition_width: int) -> int:
         attention = 4 * width**2 + 2 * config.tokens * width
-        return attention + 3 * width * int(2 / 3 * 4 * width) + 6 * width * condition_width
+        return attention + 3 * width * swiglu_inner(width) + 6 * width * condition_width
 
     depth = config.depth if config.encoder_depth is None else config.encoder_depth
     width = config.decoder_width or config.width
@@ -277,7 +278,7 @@ class Footprint:
         """Bytes of activations while a batch of images of as many prompts is drawn, both branches of guidance included."""
         dit, e = self.config.dit, DTYPE_BYTES[self.dtype]
         width = max(dit.width, dit.decoder_width or 0)
-        inner = -(-int(2 / 3 * 4 * width) // PAD_TO) * PAD_TO
+        inner = _up(swiglu_inner(width))
         rows = dit.tokens * way.batch
         state = 4 * 4 * dit.channels  # x, noise, velocity and a copy, float32
         # Residuals, qkv, attention, SwiGLU; norms.

@@ -123,6 +123,11 @@ def decoder_layout(config: DecoderConfig) -> Layout:
     return layout
 
 
+def swiglu_inner(width: int) -> int:
+    """The inner width of a DiT block's SwiGLU, as published."""
+    return int(2 / 3 * 4 * width)
+
+
 def keeps_float32(name: str) -> bool:
     """Whether a tensor stays float32: those of the time embedding, and the DiT's norm gains."""
     return name.startswith(DIT_PREFIX) and (".t_embedder." in name or ".norm" in name)
@@ -164,7 +169,7 @@ def _embedder(name: str, channels: int, width: int) -> Layout:
 
 
 def _block(name: str, width: int, condition_width: int) -> Layout:
-    inner = int(2 / 3 * 4 * width)
+    inner = swiglu_inner(width)
     return {
         f"{name}norm1.weight": (width,),
         f"{name}norm2.weight": (width,),

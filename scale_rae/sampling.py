@@ -13,9 +13,10 @@ from torch import Tensor
 from scale_rae import flow
 from scale_rae.compiling import CompilePolicy
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.dit import DiT, flops
+from scale_rae.dit import DiT
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.fast_dit import FastDiT
+from scale_rae.footprint import flops
 from scale_rae.noise import check_noise, draw_noise
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.residency import Residency

@@ -21,12 +21,13 @@ from scale_rae.codes import PAD_TO
 from scale_rae.compiling import CompilePolicy, compiled
 from scale_rae.config import DiTConfig
 from scale_rae.cuda_graphs import Captures, graph_memory
-from scale_rae.dit import DiT, SwiGLU, attend, flops
+from scale_rae.dit import DiT, SwiGLU, attend
 from scale_rae.errors import DeviceError, InputError
 from scale_rae.fast_blocks import deferred_block, summed_block
 from scale_rae.fast_dit import FastDiT
 from scale_rae.fast_weights import pad_swiglu
 from scale_rae.float8 import check_device, quantize
+from scale_rae.footprint import flops
 from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantization import Place, QuantizedLinear, product, quantize_weight

@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scale_rae.dit import DiT
-from scale_rae.fast_weights import swiglu_inner
 from scale_rae.language import LanguageModel
-from scale_rae.layout import DIT_PREFIX
+from scale_rae.layout import DIT_PREFIX, swiglu_inner
 from scale_rae.quantization import QuantizedLinear, QuantizedWeight
 
 # The linears that are trained: all of the blocks', and those that join the networks.
