@@ -329,8 +329,7 @@ def look_cost(model: ScaleRAE, reward: Reward | None, sampling: SamplingOptions,
     depend on the machine, so neither do the numbers in metadata.jsonl. docs/scaling.md says how it compares with seconds.
     """
     config, language = model.config, model.language
-    weights = sum(p.numel() for p in language.model.layers.parameters() if p.dim() > 1)
-    operations = 2.0 * weights * (config.tokens + TEXT_TOKENS)
+    operations = 2.0 * _weights(language.model.layers) * (config.tokens + TEXT_TOKENS)
     if reward is not None or encodes:
         operations += 2.0 * _weights(model.decoder) * config.tokens
     if reward is not None:

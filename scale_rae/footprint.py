@@ -42,15 +42,10 @@ HALFWAY = 4  # images with which a GPU is halfway between the two
 # Speed of the DiT's products against those in bfloat16. fp8: docs/figures/gpu.md; int8-products: of its matrices at 2,048 rows, less
 # what is not products (H200).
 GAIN = {"fp8": 1.6, "int8-products": 1.35}
-CONVERSION = (
-    3.2  # bytes that the device's memory moves per converted weight: one read, one written, at 3.5 of 4.2 TB/s (H200)
-)
+# Bytes that the device's memory moves per converted weight: one read, one written, at 3.5 of 4.2 TB/s (H200).
+CONVERSION = 3.2
 # Seconds per pass of the language model that no product explains.
-LAUNCH = {
-    "cuda": 0.0025,
-    "cpu": 0.0005,
-    "mps": 0.004,
-}
+LAUNCH = {"cuda": 0.0025, "cpu": 0.0005, "mps": 0.004}
 
 
 # --- operations ------------------------------------------------------------------------------------------------------

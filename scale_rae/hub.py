@@ -77,10 +77,15 @@ def find(
     """
     if source := find_folder(name, what, model_folder, files):
         return with_base(source)
+    check_hub_id(name, what)
+    return with_base(_download(name, what, revision, files))
+
+
+def check_hub_id(name: str, what: str) -> None:
+    """Raises CheckpointError for a name of a `what` that is no folder here and cannot be a hub id either."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         bundled = '; the bundled model is "shapes"' if what == "model" else ""
         raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
-    return with_base(_download(name, what, revision, files))
 
 
 def with_base(source: Source) -> Source:

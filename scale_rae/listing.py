@@ -10,7 +10,7 @@ from typing import Any
 
 from scale_rae.errors import CheckpointError, ConfigError, HubError, ScaleRAEError
 from scale_rae.files import check_file, is_lfs_pointer, lfs_error
-from scale_rae.hub import HUB_TIMEOUT, Source, ask_hub, cached, find_folder, hub_name, hub_problem
+from scale_rae.hub import HUB_TIMEOUT, Source, ask_hub, cached, check_hub_id, find_folder, hub_name, hub_problem
 from scale_rae.jsonio import MOST_BYTES, parse_object
 
 _MOST_CARD = 64 << 10  # bytes of a model card that are searched for its licence
@@ -98,9 +98,7 @@ def list_files(
     """
     if source := find_folder(name, what, model_folder, files):
         return list_folder(source)
-    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
-        bundled = '; the bundled model is "shapes"' if what == "model" else ""
-        raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
+    check_hub_id(name, what)
     return _list_hub(name, what, revision, files)
 
 

@@ -20,7 +20,7 @@ from scale_rae.dit import DiT
 from scale_rae.encoder import Encoder
 from scale_rae.errors import CheckpointError, ConfigError
 from scale_rae.fast_weights import mean_read, quantize_blocks, stack_modulations, stacks_modulations
-from scale_rae.hub import Source, find, own_folders, vae_folder
+from scale_rae.hub import DECODER_WEIGHTS, Source, find, own_folders, vae_folder
 from scale_rae.language import LanguageModel
 from scale_rae.layout import DIT_PREFIX, NORM_STATS, is_not_read, keeps_float32
 from scale_rae.memory import MemoryErrors, savings
@@ -250,14 +250,15 @@ def load_decoder(
         from scale_rae.vae import load_vae
 
         return load_vae(folder, config.channels, place.dtype, place.storage)
-    if not (folder / "model.pt").is_file():
-        raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and model.pt")
-    reader = TensorReader([folder / "model.pt"])
+    weights = folder / DECODER_WEIGHTS
+    if not weights.is_file():
+        raise CheckpointError(f"{folder}: not a pixel decoder, which is config.json and {DECODER_WEIGHTS}")
+    reader = TensorReader([weights])
     embed = reader.tensors.get("decoder_embed.weight")
     channels = embed.shape[-1] if embed and embed.shape else config.channels
     if channels != config.channels:
         raise CheckpointError(
-            f"{folder / 'model.pt'}: this decoder is for another encoder: it takes latents of {channels} "
+            f"{weights}: this decoder is for another encoder: it takes latents of {channels} "
             f"channels (decoder_embed.weight), the model's have {config.channels}"
         )
     decoder_config = load_decoder_config(folder, channels)
@@ -270,9 +271,7 @@ def load_decoder(
     return decoder
 
 
-def _read_norm_stats(
-    reader: TensorReader, config: ScaleRAEConfig, device: torch.device
-) -> tuple[Tensor, Tensor] | None:
+def _read_norm_stats(reader: TensorReader, config: ScaleRAEConfig, device: torch.device) -> NormStats | None:
     """diff_head.data_mean and data_std, or None if the checkpoint has neither."""
     names = NORM_STATS
     present = [name in reader.tensors for name in names]

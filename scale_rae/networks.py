@@ -47,6 +47,7 @@ from scale_rae.toolchain import check_compile
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
 
+_MOST_GRAPHS = 8  # captured passes of the decoder, one per batch size
 _log = logging.getLogger("scale_rae")
 T = TypeVar("T")
 
@@ -146,7 +147,7 @@ class Networks:
         self.sampler = LatentSampler(config, dit, norm_stats, self.speed, self.residency)
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the memory of weights from before they were padded, stacked and fused
-        self._decodes = Captures(self.speed.graph and device.type == "cuda", most=8)
+        self._decodes = Captures(self.speed.graph and device.type == "cuda", _MOST_GRAPHS)
         self.split_batches, self.memory_plan, self.adapters = split_batches, memory_plan, tuple(adapters)
         self.batch_size = memory_plan.way.batch if memory_plan else default_batch_size(device.type)
         self._decoder_name = decoder_name
@@ -177,7 +178,7 @@ class Networks:
         other.language = self.language.with_speed(speed)
         other.sampler = self.sampler.with_speed(speed)
         if not speed.same_network(self.speed):
-            other._decodes = Captures(speed.graph and self.device.type == "cuda", most=8)
+            other._decodes = Captures(speed.graph and self.device.type == "cuda", _MOST_GRAPHS)
         return other
 
     # --- pixels --------------------------------------------------------------------------------------------------

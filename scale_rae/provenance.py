@@ -6,7 +6,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.files import sha256
-from scale_rae.hub import needed
+from scale_rae.hub import DECODER_WEIGHTS, needed
 
 if TYPE_CHECKING:
     from scale_rae.hub import Source
@@ -95,7 +95,7 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if old["revision"] != new["revision"]:
                 found.append(f"{part}: revision {new['revision']} here, {old['revision']} then")
         elif isinstance(old.get("files"), dict) and "files" in new:
-            what = "VAE" if part == "decoder" and "model.pt" not in new["files"] else part
+            what = "VAE" if part == "decoder" and DECODER_WEIGHTS not in new["files"] else part
             if names := changed_files(old["files"], new["files"], what):
                 found.append(f"{part}: {', '.join(names)} in {new['name']}")
         else:

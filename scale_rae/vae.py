@@ -50,7 +50,7 @@ def load_vae(folder: Path, channels: int, dtype: torch.dtype, device: torch.devi
     """The decoder of the VAE in `folder`, in diffusers' layout, for latents of C = `channels`.
 
     Raises:
-        ScaleRAEError: naming the extra, when diffusers is not installed.
+        MissingExtraError: when diffusers is not installed.
         ConfigError, CheckpointError: naming the file and what is wrong with it.
     """
     need("vae", f"{folder}: the VAE that makes this checkpoint's pixels", "diffusers")
