@@ -17,39 +17,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from scale_rae.checkpoint import TensorReader, fill
-from scale_rae.config import library_fields
-from scale_rae.errors import CheckpointError, ConfigError, InputError
+from scale_rae.errors import InputError
 from scale_rae.geneval.published import CLIP
 from scale_rae.geneval.verdicts import COLORS
-from scale_rae.hub import find, import_hub, weight_files
-from scale_rae.jsonio import read_json
+from scale_rae.hub import find
 from scale_rae.memory import MemoryErrors, exact_convolutions, in_batches, pick_device
-from scale_rae.rewards.parts import build, check_depth, read_tokenizer
+from scale_rae.rewards.parts import clip_pixels, clip_tokenizer, load_clip
 
 TEMPLATES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 BATCH = 16  # crops
 _WHAT = "colour classifier"
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
-
-
-def clip_pixels(image: Image.Image, side: int) -> NDArray[np.float32]:
-    """CLIP's input [3, side, side] for a picture: resized, centre cropped, normalised.
-
-    Raises:
-        InputError: the picture has no pixels.
-    """
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    if not short:
-        raise InputError(f"a crop of {width} x {height} pixels has no colour")
-    longer = int(side * long / short)
-    size = (side, longer) if width <= height else (longer, side)
-    resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((length - side) / 2) for length in size)  # half to even
-    values = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)  # [side, side, 3]
-    return (values.transpose(2, 0, 1) / np.float32(255) - _MEAN) / _STD
 
 
 def color_columns(network: Any, token_ids: Tensor) -> Tensor:
@@ -78,32 +55,11 @@ class ColorClassifier:
         Raises:
             ConfigError, CheckpointError, HubError: files are missing or damaged, or are not those of a CLIP.
         """
-        import_hub()
-        from transformers import CLIPConfig, CLIPModel
-
         self.source = find(path, _WHAT)
         self.device = pick_device(device)
-        config = self.source.folder / "config.json"
-        raw = read_json(config)
-        if raw.get("model_type") != "clip":
-            raise ConfigError(
-                f"{config}: model_type {raw.get('model_type')!r} is not clip; colours need CLIP, as {CLIP}"
-            )
-        reader = TensorReader(weight_files(self.source.folder))
-        fields = library_fields(raw, config)
-        for part in (fields.get("text_config"), fields.get("vision_config")):
-            check_depth(reader, part, config)
-        network = build(lambda: CLIPModel(CLIPConfig(**fields)), config)
-        fill({"": network}, reader, torch.float32, self.device, ignore=lambda name: name.endswith("position_ids"))
-        self.network: Any = network
-        self.tokenizer: Any = read_tokenizer(self.source.folder, "clip")
-        text = self.network.config.text_config
-        if self.tokenizer.get_vocab_size() != text.vocab_size:
-            raise CheckpointError(
-                f"{self.source.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the text tower "
-                f"{text.vocab_size}"
-            )
-        self.tokenizer.enable_truncation(text.max_position_embeddings)
+        problem = f"; colours need CLIP, as {CLIP}"
+        self.network = load_clip(self.source.folder, problem, torch.float32, self.device)
+        self.tokenizer = clip_tokenizer(self.source.folder, self.network)
         self._columns: dict[str, Tensor] = {}
 
     def classify_colors(self, images: Sequence[Image.Image], class_name: str) -> list[str]:
@@ -126,7 +82,13 @@ class ColorClassifier:
 
     @torch.inference_mode()
     def logits(self, images: Sequence[Image.Image], class_names: Sequence[str]) -> list[NDArray[np.float32]]:
-        """The logits [10] of each crop's colours: 100 · cosine of its embedding and the columns of its class."""
+        """The logits [10] of each crop's colours: 100 · cosine of its embedding and the columns of its class.
+
+        Raises:
+            InputError: a crop has no pixels.
+        """
+        if empty := next((image for image in images if not min(image.size)), None):
+            raise InputError(f"a crop of {empty.width} x {empty.height} pixels has no colour")
         side = self.network.config.vision_config.image_size
 
         def run(start: int, stop: int) -> list[NDArray[np.float32]]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
@@ -34,8 +33,6 @@ TEXT_TOKENS = 35
 SIDE, PATCH = 224, 16
 HEAD_WIDTH = 64  # of ViT-L
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the MLP's output over the training set
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 _UNUSED = ("blip.vision_proj.", "blip.text_proj.", "blip.text_encoder.embeddings.position_ids")
 """Stored parts that take no part in the score: BLIP's contrastive projections, and a counter."""
 
@@ -96,24 +93,10 @@ class ImageReward:
         ids, mask = (torch.tensor([row], device=self._device) for row in (text.ids, text.attention_mask))  # [1, 35]
         scores: list[float] = []
         for batch in parts.batches(images):
-            pixels = torch.stack([preprocess(image) for image in batch]).to(self._device)
+            pixels = torch.from_numpy(np.stack([parts.clip_pixels(image, SIDE) for image in batch])).to(self._device)
             with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use(self._part):
                 scores += self.network(pixels, ids.expand(len(batch), -1), mask.expand(len(batch), -1)).tolist()
         return parts.checked(scores, self.name)
-
-
-def preprocess(image: Image.Image) -> Tensor:
-    """Normalised pixels [3, 224, 224] float32 of an RGB image, as torchvision's Resize and CenterCrop make them."""
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    longer = int(SIDE * long / short)
-    size = (SIDE, longer) if width <= height else (longer, SIDE)
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (round((edge - SIDE) / 2.0) for edge in size)
-    pixels = np.asarray(image.crop((left, top, left + SIDE, top + SIDE)), dtype=np.float32) / 255  # [224, 224, 3]
-    pixels = (pixels - np.array(PIXEL_MEAN, dtype=np.float32)) / np.array(PIXEL_STD, dtype=np.float32)
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
 
 
 class Network(nn.Module):

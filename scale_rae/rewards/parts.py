@@ -1,4 +1,4 @@
-"""What the rewards share: finding files, building transformers' networks without weights, tokenizers, batches."""
+"""What rewards and GenEval's colours share: finding files, transformers' networks, CLIP, tokenizers, batches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from scale_rae.checkpoint import TensorReader
+from scale_rae.checkpoint import TensorReader, fill
+from scale_rae.config import library_fields
 from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, last_line
 from scale_rae.files import check_file
-from scale_rae.hub import Source, find, import_hub
+from scale_rae.hub import Source, find, import_hub, weight_files
 from scale_rae.images import Picture, as_rgb
 from scale_rae.jsonio import read_json
 from scale_rae.provenance import file_record
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 BATCH = 32  # pictures scored at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)[:, None, None]
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)[:, None, None]
 INSTEAD = "or choose --reward siglip or --reward none"
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -107,6 +112,67 @@ def check_depth(reader: TensorReader, config: Any, path: Path) -> None:
     layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
     if isinstance(layers, int):
         reader.check_depth(layers, "num_hidden_layers", path)
+
+
+def load_clip(folder: Path, problem: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """transformers' CLIPModel with a folder's weights, in `dtype` but for logit_scale, which is float32.
+
+    `problem` is what the error says of a model that is no CLIP.
+
+    Raises:
+        ConfigError, CheckpointError: naming the file and what is wrong with it.
+    """
+    import_hub()
+    from transformers import CLIPConfig, CLIPModel
+
+    path = folder / "config.json"
+    raw = read_json(path)
+    if raw.get("model_type") != "clip":
+        raise ConfigError(f"{path}: model_type {raw.get('model_type')!r} is not clip{problem}")
+    reader = TensorReader(weight_files(folder))
+    fields = library_fields(raw, path)
+    for part in (fields.get("text_config"), fields.get("vision_config")):
+        check_depth(reader, part, path)
+    network = build(lambda: CLIPModel(CLIPConfig(**fields)), path)
+    fill(
+        {"": network},
+        reader,
+        dtype,
+        device,
+        keep_float32=lambda name: name == "logit_scale",
+        ignore=lambda name: name.endswith("position_ids"),
+    )
+    return network
+
+
+def clip_tokenizer(folder: Path, network: Any) -> Tokenizer:
+    """The tokenizer in a folder for the text tower of a CLIPModel, which cuts texts to what the tower reads.
+
+    Raises:
+        CheckpointError: as `read_tokenizer`, or when it has another number of tokens than the tower.
+    """
+    text = network.config.text_config
+    tokenizer = read_tokenizer(folder, "clip")
+    if tokenizer.get_vocab_size() != text.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {tokenizer.get_vocab_size()} tokens, the text tower {text.vocab_size}"
+        )
+    tokenizer.enable_truncation(text.max_position_embeddings)
+    return tokenizer
+
+
+def clip_pixels(image: Image.Image, side: int) -> NDArray[np.float32]:
+    """CLIP's input [3, side, side] for a picture that has pixels: resized, centre cropped, normalised.
+
+    The picture's shorter edge becomes `side`, as torchvision's Resize and CenterCrop do it on Pillow.
+    """
+    width, height = image.size
+    longer = int(side * max(width, height) / min(width, height))
+    size = (side, longer) if width <= height else (longer, side)
+    resized = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+    left, top = (round((length - side) / 2) for length in size)  # half to even
+    values = np.asarray(resized.crop((left, top, left + side, top + side)), np.float32)  # [side, side, 3]
+    return (values.transpose(2, 0, 1) / np.float32(255) - CLIP_MEAN) / CLIP_STD
 
 
 def read_tokenizer(folder: Path, kind: str) -> Tokenizer:

@@ -14,11 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from PIL import Image
 
-from scale_rae.checkpoint import TensorReader, fill
-from scale_rae.config import check_numbers, library_fields
+from scale_rae.config import check_numbers
 from scale_rae.encoder import LARGEST_IMAGE
-from scale_rae.errors import CheckpointError, ConfigError, last_line
-from scale_rae.hub import Source, import_hub, weight_files
+from scale_rae.errors import ConfigError, last_line
+from scale_rae.hub import Source
 from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
@@ -41,44 +40,16 @@ class PickScore:
         Raises:
             ConfigError, CheckpointError, HubError: as `load_reward` says.
         """
-        import_hub()
-        from transformers import CLIPConfig, CLIPModel
-
         self.source = parts.locate(model, self.name, REPO, "config.json and weights", path)
         folder = self.source.folder
         parts.require(folder, ("config.json",), self.name, REPO)
-        raw = read_json(folder / "config.json")
-        if raw.get("model_type") != "clip":
-            raise ConfigError(
-                f"{folder / 'config.json'}: model_type {raw.get('model_type')!r} is not clip: not PickScore"
-            )
-        reader = TensorReader(weight_files(folder))
-        fields = library_fields(raw, folder / "config.json")
-        for part in (fields.get("text_config"), fields.get("vision_config")):
-            parts.check_depth(reader, part, folder / "config.json")
-        network = parts.build(lambda: CLIPModel(CLIPConfig(**fields)), folder / "config.json")
-        fill(
-            {"": network},
-            reader,
-            model.dtype,
-            model.residency.home,
-            keep_float32=lambda name: name == "logit_scale",
-            ignore=lambda name: name.endswith("position_ids"),
-        )
-        self.network: Any = network
         self._residency = model.residency
+        self.network = network = parts.load_clip(folder, ": not PickScore", model.dtype, self._residency.home)
         self._part = self._residency.keep(self.name, network, [network.text_model, network.vision_model])
         self.processor_source = _find_processor(model, folder)
-        side = self.network.config.vision_config.image_size
+        side = network.config.vision_config.image_size
         self._processor = _load_processor(self.processor_source.folder / PROCESSOR, side)
-        text = self.network.config.text_config
-        self.tokenizer: Any = parts.read_tokenizer(self.processor_source.folder, "clip")
-        if self.tokenizer.get_vocab_size() != text.vocab_size:
-            raise CheckpointError(
-                f"{self.processor_source.folder}: the tokenizer has {self.tokenizer.get_vocab_size()} tokens, the text "
-                f"tower {text.vocab_size}"
-            )
-        self.tokenizer.enable_truncation(text.max_position_embeddings)
+        self.tokenizer = parts.clip_tokenizer(self.processor_source.folder, network)
         self._device, self._dtype = model.device, model.dtype
         self._memory_errors = model.memory_errors
 

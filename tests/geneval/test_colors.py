@@ -12,7 +12,8 @@ from PIL import Image
 
 from scale_rae.errors import CheckpointError, ConfigError, InputError
 from scale_rae.geneval import COLORS, ColorClassifier, crop
-from scale_rae.geneval.colors import TEMPLATES, clip_pixels, color_columns, embeddings
+from scale_rae.geneval.colors import TEMPLATES, color_columns, embeddings
+from scale_rae.rewards.parts import clip_pixels
 from tests.geneval.test_crops import ARRAYS as CROPS
 from tests.geneval.test_crops import RECORD, mask, picture
 from tests.helpers.made_geneval import FOLDER, record, write_clip

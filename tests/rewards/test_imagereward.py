@@ -15,7 +15,8 @@ from PIL import Image
 from scale_rae.errors import CheckpointError, ConfigError, InputError
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.rewards import imagereward, load_reward
-from scale_rae.rewards.imagereward import load_network, preprocess
+from scale_rae.rewards.imagereward import load_network
+from scale_rae.rewards.parts import clip_pixels
 from tests.helpers.made_checkpoints import GOLDENS, golden_case, made
 
 WORDS = ["[PAD]", "[unused0]", "a", "photo", "of", "cat", "##s", "red", ".", "e"]
@@ -172,9 +173,9 @@ def test_preprocesses_as_the_original(size: tuple[int, int], resized: tuple[int,
     left, top = corner
     crop = both[top : top + 224, left : left + 224].astype(np.float64) / 255
     expected = (crop - [0.48145466, 0.4578275, 0.40821073]) / [0.26862954, 0.26130258, 0.27577711]
-    pixels = preprocess(image)
-    assert pixels.dtype == torch.float32
-    np.testing.assert_allclose(pixels.numpy(), expected.transpose(2, 0, 1), rtol=0, atol=1e-3)
+    pixels = clip_pixels(image, 224)
+    assert pixels.dtype == np.float32
+    np.testing.assert_allclose(pixels, expected.transpose(2, 0, 1), rtol=0, atol=1e-3)
 
 
 # Errors -----------------------------------------------------------------------------------------------------------------------
