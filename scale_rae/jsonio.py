@@ -23,6 +23,14 @@ def dump_json(value: Any, indent: int | None = None, ascii_only: bool = False) -
     return json.dumps(value, indent=indent, ensure_ascii=ascii_only, allow_nan=False)
 
 
+def json_bytes(value: Any, indent: int | None = None) -> bytes:
+    """`dump_json` in UTF-8 or, where a text holds half a surrogate pair, which only JSON's escapes can carry, in ASCII."""
+    try:
+        return dump_json(value, indent).encode()
+    except UnicodeEncodeError:
+        return dump_json(value, indent, ascii_only=True).encode()
+
+
 def parse_json(data: bytes | str, constants: bool = False) -> Any:
     """The value of JSON text; bytes are UTF-8, with or without a byte order mark.
 

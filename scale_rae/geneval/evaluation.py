@@ -155,13 +155,10 @@ def judged_here(judge: Judge, batches: Iterable[Batch]) -> Iterator[list[Judged]
 
 def _judge(judge: Judge, batch: Batch, opened: Sequence[Future[Image.Image | str]]) -> list[Judged]:
     pictures = [future.result() for future in opened]
-    good = [i for i, picture in enumerate(pictures) if not isinstance(picture, str)]
-    found: list[Judged | None] = [None] * len(batch)
-    if good:
-        verdicts = judge.judge([pictures[i] for i in good], [batch[i].metadata for i in good])  # type: ignore[misc]
-        for i, verdict in zip(good, verdicts, strict=True):
-            found[i] = verdict
-    return [Judged(problem=str(pictures[i])) if verdict is None else verdict for i, verdict in enumerate(found)]
+    good = {i: picture for i, picture in enumerate(pictures) if not isinstance(picture, str)}
+    verdicts = judge.judge(list(good.values()), [batch[i].metadata for i in good]) if good else []
+    found = dict(zip(good, verdicts, strict=True))
+    return [found[i] if i in found else Judged(problem=str(picture)) for i, picture in enumerate(pictures)]
 
 
 def _open(path: str) -> Image.Image | str:

@@ -52,9 +52,9 @@ def policies(
         except InputError as e:
             unusable[metric] = str(e)
             continue
-        found.append(_policy(metric, f"{number} kept", prompts, results, lambda p, o=orders: o[p.name][: kept[p.name]]))  # type: ignore[misc]
+        found.append(_policy(metric, f"{number} kept", prompts, results, _first_of(orders, kept)))
         if counts[-1] > 1:
-            found.append(_policy(metric, "ranked first", prompts, results, lambda p, o=orders: o[p.name][:1]))  # type: ignore[misc]
+            found.append(_policy(metric, "ranked first", prompts, results, _first_of(orders, dict.fromkeys(kept, 1))))
     return found, unusable
 
 
@@ -95,6 +95,11 @@ def _policy(
     name: str, pictures: str, prompts: Sequence[PromptFolder], results: Mapping[str, Result], choice: Choice
 ) -> Policy:
     return Policy(name, pictures, summarise(chosen(prompts, results, choice)))
+
+
+def _first_of(orders: Mapping[str, Numbers], counts: Mapping[str, int]) -> Choice:
+    """Of each prompt, the first pictures of its order, as many as its count."""
+    return lambda prompt: orders[prompt.name][: counts[prompt.name]]
 
 
 def _keep(prompt: PromptFolder, keep: int | None) -> int:

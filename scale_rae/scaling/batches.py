@@ -131,8 +131,6 @@ class BatchMaker:
         if self._reward is not None:
             with self.clock.timed("reward"):
                 rewards = [float(value) for value in self._reward.score(images, prompt)]
-            if len(rewards) != len(images):
-                raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(images)} images")
         with self.clock.timed("judging"):
             scores = model.score(
                 model.encode(images, batch_size=len(images)) if settings.post_qa_mode == "image" else latents,

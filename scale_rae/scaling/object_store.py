@@ -118,9 +118,9 @@ class ObjectFiles:
         """See `get`."""
         return get(path, most)
 
-    def time_written(self, path: Path) -> int:
+    def time_written(self, path: Any) -> int:
         """When an object was written, ns."""
-        return int(cast(Any, path).fs.modified(path.path).timestamp() * 1e9)  # type: ignore[attr-defined]
+        return int(path.fs.modified(path.path).timestamp() * 1e9)
 
     def write(self, path: Path, data: bytes, durable: bool = True) -> None:
         """See `put`."""

@@ -49,7 +49,7 @@ class Batch:
     @property
     def revives(self) -> bool:
         """Whether its candidates had been dropped in earlier waves."""
-        return bool(self.candidates) and self.candidates[0]["dropped_for"] is not None  # type: ignore[index]
+        return bool(self.candidates and self.candidates[0]["dropped_for"] is not None)
 
     def record(self) -> dict[str, Any]:
         """Its fields as they are stored."""

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.errors import InputError, OutputError
 from scale_rae.files import read_bytes, sha256
-from scale_rae.jsonio import MOST_BYTES, dump_json
+from scale_rae.jsonio import MOST_BYTES, dump_json, json_bytes
 from scale_rae.opening import find_model, silence_libraries
 from scale_rae.options import ModelChoice, from_record
 from scale_rae.promptfile import PromptRecord
@@ -258,11 +258,7 @@ class _Bare:
         """Writes a prompt's scores into its metadata.jsonl; the other fields stay."""
         prompt = self._prompts[images.index]
         value = {**prompt.metadata, **_reward_fields(prompt, self._options.reward, rewards)}
-        try:
-            data = dump_json(value).encode()
-        except UnicodeEncodeError:  # half a surrogate pair, which only JSON's own escapes can carry
-            data = dump_json(value, ascii_only=True).encode()
-        self._store.write(prompt.file, data + b"\n")
+        self._store.write(prompt.file, json_bytes(value) + b"\n")
 
     def finish(self, identity: dict[str, Any]) -> None:
         """Does nothing: there is no experiment.json."""
@@ -430,14 +426,12 @@ def _scorer(
 
     def some(paths: Sequence[Path], text: str) -> list[float]:
         rewards = [float(value) for value in reward.score([load_image(path) for path in paths], text)]
-        if len(rewards) != len(paths):
-            raise ScaleRAEError(f"the reward gave {len(rewards)} scores for {len(paths)} images")
         check_finite([], rewards)
         return rewards
 
     on_threads = worker.draws_on_threads(cast("ScaleRAE", host))
     with contextlib.ExitStack() as stack:
-        each = map
+        pool = None
         if on_threads:
             import torch
 
@@ -445,7 +439,7 @@ def _scorer(
 
             threads = stack.enter_context(one_thread())
             pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-            each = stack.enter_context(pool).map  # type: ignore[assignment]
+            stack.enter_context(pool)
 
         def run(images: _Images, listen: Listener) -> list[float]:
             parts = []
@@ -453,6 +447,7 @@ def _scorer(
                 size = batch_size or (1 if on_threads else len(batch))
                 parts += [batch[i : i + size] for i in range(0, len(batch), size)]
             rewards: list[float] = []
+            each = map if pool is None else pool.map
             for found in each(lambda paths: some(paths, images.text), parts):
                 rewards += found
                 listen(ImagesDrawn(len(found)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.errors import InputError, OutputError
-from scale_rae.jsonio import dump_json
+from scale_rae.jsonio import json_bytes
 from scale_rae.ranking import REWARD_WEIGHT, TABLE, Ranking, formula, metric_as_given, metric_named, rank
 from scale_rae.scaling.reader import Experiment, Prompt, read_experiment, read_object
 from scale_rae.scaling.replacing import replaced
@@ -208,14 +207,6 @@ def _build(
         samples.mkdir(parents=True)
         for i, image in enumerate(chosen):
             shutil.copyfile(prompt.images[image], samples / f"{i:05}.png")
-        _write_json(folder / prompt.name / "metadata.jsonl", renumbered(prompt.metadata, chosen), None)
-    _write_json(folder / _SELECTION, record, 1)
-
-
-def _write_json(path: Path, value: Mapping[str, Any], indent: int | None) -> None:
-    text = dump_json(value, indent=indent)
-    try:
-        data = text.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, which only JSON's own escapes can carry
-        data = json.dumps(value, indent=indent, allow_nan=False).encode()
-    path.write_bytes(data + b"\n")
+        metadata = renumbered(prompt.metadata, chosen)
+        (folder / prompt.name / "metadata.jsonl").write_bytes(json_bytes(metadata) + b"\n")
+    (folder / _SELECTION).write_bytes(json_bytes(record, indent=1) + b"\n")
