@@ -13,9 +13,12 @@ import secrets
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from scale_rae.errors import OptionError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DEFAULT_MODEL = "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B"
 PUBLISHED_DECODERS = {"siglip": "nyu-visionx/siglip2_decoder", "dinov2": "nyu-visionx/webssl300m_decoder"}
@@ -127,20 +130,21 @@ class Option:
         return self.knob.label or self.name.replace("_", " ")
 
 
-T = TypeVar("T")
+T = TypeVar("T", bound="DataclassInstance")
 
 
-def options_of(kind: type, defaults: object | None = None) -> list[Option]:
+def options_of(kind: type[DataclassInstance], defaults: DataclassInstance | None = None) -> list[Option]:
     """The options of a dataclass in order, those of contained options dataclasses in their place.
 
     `defaults`, an instance, has the defaults instead of the class. Fields without a Knob are no options.
     """
     found: list[Option] = []
     hints = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         default = getattr(defaults, field.name) if defaults is not None else _default(field)
-        if is_dataclass(inner := hints[field.name]):
-            contained = options_of(inner, None if default is MISSING else default)  # type: ignore[arg-type]
+        inner = hints[field.name]
+        if isinstance(inner, type) and is_dataclass(inner):
+            contained = options_of(inner, None if default is MISSING else default)
             found += [replace(option, path=(field.name, *option.path)) for option in contained]
         elif knob := knob_of(inner):
             found.append(Option((field.name,), get_args(inner)[0], default, knob))
@@ -154,7 +158,7 @@ def knob_of(annotation: Any) -> Knob | None:
     return None
 
 
-def check_options(options: object, flags: bool = False) -> None:
+def check_options(options: DataclassInstance, flags: bool = False) -> None:
     """Raises OptionError, naming the option, for a value that one of a dataclass's own options does not take.
 
     Contained dataclasses check themselves. With `flags`, messages name options as the command line does.
@@ -177,16 +181,16 @@ def with_values(defaults: T, values: Mapping[str, Any]) -> T:
     return _replaced(defaults, changes)
 
 
-def to_record(options: object, complete: bool = False) -> dict[str, Any]:
+def to_record(options: DataclassInstance, complete: bool = False) -> dict[str, Any]:
     """All fields of an options dataclass as JSON values under the options' names; contained dataclasses are flattened.
 
     Defaults of options that are `only_if_set` are left out, unless the record is to be `complete`.
     """
     record: dict[str, Any] = {}
     hints = get_type_hints(type(options), include_extras=True)
-    for field in fields(options):  # type: ignore[arg-type]
+    for field in fields(options):
         value, knob = getattr(options, field.name), knob_of(hints[field.name])
-        if is_dataclass(value):
+        if is_dataclass(value) and not isinstance(value, type):
             record |= to_record(value, complete)
         elif complete or knob is None or not knob.only_if_set or value != _default(field):
             name = (knob.name if knob else "") or field.name
@@ -202,10 +206,10 @@ def from_record(kind: type[T], record: Mapping[str, Any]) -> T:
     """
     values: dict[str, Any] = {}
     hints = get_type_hints(kind, include_extras=True)
-    for field in fields(kind):  # type: ignore[arg-type]
+    for field in fields(kind):
         hint = hints[field.name]
-        if is_dataclass(hint):
-            values[field.name] = from_record(hint, record)  # type: ignore[arg-type]
+        if isinstance(hint, type) and is_dataclass(hint):
+            values[field.name] = from_record(hint, record)
             continue
         knob = knob_of(hint)
         name = (knob.name if knob else "") or field.name
@@ -224,7 +228,7 @@ def _replaced(options: T, changes: Mapping[str, Any]) -> T:
         name: _replaced(getattr(options, name), value) if isinstance(value, dict) else value
         for name, value in changes.items()
     }
-    return replace(options, **made)  # type: ignore[type-var]
+    return replace(options, **made)
 
 
 def _typed(name: str, value: Any, kind: Any) -> Any:

@@ -10,12 +10,15 @@ import functools
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, get_args, get_origin
 
 from comfy_api.latest import io
 
 from scale_rae.errors import OptionError, ScaleRAEError
 from scale_rae.options import Option, options_of, with_values
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 DEFAULT = "default"
 _TOOLTIPS = {  # where the help text speaks of what only a flag can do, or does not say how an input is filled in
@@ -31,15 +34,16 @@ _TOOLTIPS = {  # where the help text speaks of what only a flag can do, or does 
 }
 _NOTHING = ("none",)  # choices that mean None
 T = TypeVar("T")
+Options = TypeVar("Options", bound="DataclassInstance")
 P = ParamSpec("P")
 
 
-def inputs_of(kind: type, without: Sequence[str] = ()) -> list[Any]:
+def inputs_of(kind: type[DataclassInstance], without: Sequence[str] = ()) -> list[Any]:
     """One input per option of an options dataclass, in order, but for the options named in `without`."""
     return [_input(option) for option in options_of(kind) if option.name not in without]
 
 
-def options_from(defaults: T, values: Mapping[str, Any]) -> T:
+def options_from(defaults: Options, values: Mapping[str, Any]) -> Options:
     """The options dataclass with the values of its inputs; values of other inputs are passed over.
 
     Raises:
