@@ -374,9 +374,7 @@ def _look_at_decoder(model: Listing, found: Inspection, name: str | None, kind: 
 
 
 def _decoder_files(model: Listing, config: ScaleRAEConfig, name: str | None, kind: str) -> Listing:
-    """The files of the decoder called `name`, or of the one that belongs to a model whose encoder is of a `kind`; of the VAE, if
-    the model has one.
-    """
+    """The files of the decoder called `name`, or of the model's own: a VAE, or the one that goes with a `kind` of encoder."""
     what, folder = ("decoder", "decoder") if config.vae is None else ("VAE", "vae")
     if name is None:
         if (inside := model.inside(folder)) is not None:

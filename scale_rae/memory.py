@@ -83,8 +83,8 @@ def missing_operation(error: BaseException) -> str | None:
 class MemoryErrors:
     """For a `with`: if memory runs out, raises a DeviceError that names `what` was being done, and remedies.
 
-    It also says which operation is missing, if the device (MPS) lacks one. `savings` are flags with which the model itself takes
-    less memory (`savings`).
+    It also says which operation is missing, if the device (MPS) lacks one. `savings` are the flags that the function of that
+    name lists.
     """
 
     def __init__(

@@ -77,8 +77,9 @@ def choose(
 ) -> Plan:
     """The first of WAYS whose peak is at most `limit` bytes, with as many images at once as fit.
 
-    `quantize` and `offload` other than the defaults narrow the choice; quantize "none" is no default. `rates` measures the device, and is called only if the weights
-    are streamed: as many images are then drawn at once as compute while their weights are copied.
+    `quantize` and `offload` other than the defaults narrow the choice; quantize "none" is no default. `rates` measures the
+    device, and is called only if the weights are streamed: as many images are then drawn at once as compute while their
+    weights are copied.
 
     Raises:
         DeviceError: when nothing fits, with the least that is possible.

@@ -616,8 +616,8 @@ class ScaleRAE:
     def exact_batch(self, most: int, options: Sequence[SamplingOptions], one_prompt: bool) -> int:
         """The largest of `most` and its halves whose batches draw, to the bit, what drawing one at a time draws.
 
-        Each of `options` is tried in two steps (a student's in its own), for images of one prompt or of as many prompts as images. Call this with
-        one thread of arithmetic, as images will be drawn (`cpu.one_thread`).
+        Each of `options` is tried in two steps (a student's in its own), for images of one prompt or of as many prompts as
+        images. Call this with one thread of arithmetic, as images will be drawn (`cpu.one_thread`).
         """
         generator = torch.Generator().manual_seed(0)
         shape = (self.config.tokens, self.config.dit.condition_width)

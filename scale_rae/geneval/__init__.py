@@ -1,6 +1,7 @@
 """GenEval: does a picture show the objects, numbers, colours and places that its prompt names?
 
-Source: Ghosh et al. 2023, arXiv:2310.11513. A detector finds objects, a classifier names their colours, and rules compare both with the prompt's metadata:
+Source: Ghosh et al. 2023, arXiv:2310.11513. A detector finds objects, a classifier names their colours, and rules compare both
+with the prompt's metadata:
 
     detector, classifier = Detector("mask2former.pth"), ColorClassifier()
     judge([image], [metadata], detector, classifier)[0].verdict

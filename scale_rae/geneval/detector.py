@@ -38,16 +38,10 @@ _SAFE = 1 - 1e-4  # mask scores are at most 1, up to rounding
 
 
 class PackedMasks(Sequence[Mask]):
-    """The masks of some detections, each [H, W] bool; stored as one bit per pixel.
-
-    They are unpacked when they are asked for.
-    """
+    """The masks [H, W] bool of some detections, stored as one bit per pixel and unpacked on access."""
 
     def __init__(self, bits: NDArray[np.uint8], rows: Sequence[int], size: tuple[int, int]) -> None:
-        """`bits` [K, ceil(H · W / 8)] are as numpy.packbits gives them, `size` is (W, H).
-
-        `rows` names the row of each mask.
-        """
+        """`bits` [K, ceil(H · W / 8)] of numpy.packbits, the row of each mask in them, and `size` (W, H)."""
         self._bits, self._rows, self._size = bits, list(rows), size
 
     def __len__(self) -> int:
@@ -96,10 +90,9 @@ def padded_size(width: int, height: int) -> tuple[int, int]:
 
 
 def resize(picture: Tensor, width: int, height: int) -> Tensor:
-    """A picture [H, W, 3] uint8 resized to [height, width, 3] uint8.
+    """A picture [H, W, 3] uint8 resized to [height, width, 3] uint8 as OpenCV does bilinearly, to the bit.
 
-    It is OpenCV's bilinear resizing of 8-bit pictures, to the bit. OpenCV computes in whole numbers: weights have 11
-    bits, and what is below a result's last bits is cut off in between.
+    OpenCV computes in whole numbers: weights have 11 bits, and what is below a result's last bits is cut off in between.
     """
     above, below, of_above, of_below = _taps(picture.shape[0], height, picture.device, clamp_weights=False)
     left, right, of_left, of_right = _taps(picture.shape[1], width, picture.device, clamp_weights=True)
@@ -127,10 +120,7 @@ def _taps(old: int, new: int, device: torch.device, clamp_weights: bool) -> tupl
 
 
 def network_input(pictures: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
-    """The network's input [B, 3, H, W] float32 of resized pictures [h, w, 3] uint8.
-
-    `size` is the padded (W, H).
-    """
+    """The network's input [B, 3, H, W] float32, of a padded `size` (W, H), of pictures [h, w, 3] uint8."""
     device = pictures[0].device
     batch = torch.full((len(pictures), 3, size[1], size[0]), PAD, dtype=torch.uint8, device=device)
     for padded, picture in zip(batch, pictures, strict=True):
@@ -174,10 +164,7 @@ def detections(
 
 
 def _masks(logits: Tensor, size: tuple[int, int], resized: tuple[int, int]) -> tuple[Tensor, Tensor, NDArray[np.uint8]]:
-    """Boxes [K, 4] float32, mask scores [K] and packed masks [K, bytes] of mask logits [K, h, w].
-
-    They are computed some at a time.
-    """
+    """Boxes [K, 4] float32, scores [K] and packed masks [K, bytes] of mask logits, some at a time."""
     if not len(logits):
         return logits.new_zeros(0, 4), logits.new_zeros(0), np.zeros((0, 0), np.uint8)
     width, height = size
@@ -198,10 +185,7 @@ def _masks(logits: Tensor, size: tuple[int, int], resized: tuple[int, int]) -> t
 
 
 def _boxes(masks: Tensor) -> Tensor:
-    """The boxes [K, 4] float32 of masks [K, H, W]; 0 for empty masks.
-
-    A box is first column, first row, last column plus 1, last row plus 1.
-    """
+    """Boxes [K, 4] float32 of masks [K, H, W]: first column and row, last ones plus 1; 0 where empty."""
     ends = []
     for lines in (masks.any(1), masks.any(2)):  # [K, W], [K, H]
         some = lines.any(1)
@@ -234,9 +218,9 @@ class Detector:
         architecture: Architecture = PUBLISHED,
         scale: tuple[int, int] = SCALE,
     ) -> None:
-        """Loads MMDetection's .pth file, a folder of `convert`, or a transformers Mask2Former.
+        """Loads MMDetection's .pth file, a folder of `convert`, or a Mask2Former in transformers' layout.
 
-        The latter is a folder or a hub id. With another `dtype` than float32, the network runs under autocast of it.
+        With another `dtype` than float32, the network runs under autocast of it.
         `architecture` and `scale` are for tests and for networks of other sizes.
 
         Raises:
@@ -292,10 +276,7 @@ class Detector:
 
     @torch.inference_mode()
     def outputs(self, images: Sequence[Image.Image]) -> tuple[Tensor, Tensor]:
-        """Class logits [B, Q, 81] and mask logits [B, Q, h, w], float32.
-
-        The pictures have the same padded size.
-        """
+        """Class logits [B, Q, 81] and mask logits [B, Q, h, w], float32, of pictures of one padded size."""
         resized = []
         for image in images:
             picture = torch.from_numpy(np.array(image.convert("RGB"))).to(self.device)

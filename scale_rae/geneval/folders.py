@@ -81,7 +81,7 @@ class Missing:
         return f"{self.where}: {self.reason}"
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """What is missing, as JSON values."""
         return {"where": self.where, "reason": self.reason, "images": self.images}
 
 
@@ -100,9 +100,7 @@ class GenEvalFolder:
 
 
 def read_folder(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> GenEvalFolder:
-    """The prompts of a folder in GenEval's layout.
-
-    `check` raises InputError for metadata that cannot be evaluated.
+    """The prompts of a folder in GenEval's layout; `check` raises InputError for unusable metadata.
 
     Raises:
         InputError: when the folder has no numbered folders, or none of them can be evaluated.

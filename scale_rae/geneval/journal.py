@@ -25,9 +25,9 @@ _HEAD = b'{"judge": '  # how a journal begins
 
 @dataclass(frozen=True)
 class Mark:
-    """An object that a judge found: its class, box [x0, y0, x1, y1] in pixels, score, colour.
+    """An object that a judge found: class, box [x0, y0, x1, y1] in pixels, score, colour if asked for.
 
-    There is a colour only if it was asked for. `mask` is a PNG of its pixels in base64, black and white and at most 160
+    `mask` is a PNG of its pixels in base64, black and white and at most 160
     pixels a side; None where there is no mask.
     """
 
@@ -42,9 +42,8 @@ class Mark:
 class Judged:
     """A judge's verdict on one picture; `size` is the picture's width and height.
 
-    `problem` says why the picture could not be judged.
-
-    `details` has the boxes of each class as GenEval's results do; `marks` are the same objects, for the page.
+    `details` has the boxes of each class as GenEval's results do; `marks` are the same objects, for the page. `problem` says
+    why the picture could not be judged.
     """
 
     correct: bool = False
@@ -55,7 +54,7 @@ class Judged:
     problem: str | None = None
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """The verdict as JSON values."""
         return asdict(self)
 
     @classmethod
@@ -66,10 +65,7 @@ class Judged:
 
 @dataclass(frozen=True)
 class Key:
-    """Which picture a verdict is about: its name, and hashes of its bytes and of the metadata.
-
-    The name is the one below the evaluated folder.
-    """
+    """Which picture a verdict is about: its name below the folder, hashes of its bytes and metadata."""
 
     name: str
     picture: str

@@ -94,10 +94,7 @@ _DEFAULTS = {option.name: option.default for option in options_of(JudgeChoice)}
 
 
 def metadata_check(choice: JudgeChoice) -> Callable[[Mapping[str, Any]], None]:
-    """A function that raises InputError for metadata that the judge cannot compare a picture with.
-
-    The error names the field.
-    """
+    """A function that raises InputError, naming the field, for metadata that the judge cannot use."""
     if choice.judge == "shapes":
         need("shapes", "--judge shapes", "skimage", "scipy")
         from scale_rae.shapes import world
@@ -112,9 +109,9 @@ def metadata_check(choice: JudgeChoice) -> Callable[[Mapping[str, Any]], None]:
 
 
 def identity_of(choice: JudgeChoice) -> dict[str, Any]:
-    """What the chosen judge's verdicts depend on besides picture and metadata.
+    """What the judge's verdicts depend on besides picture and metadata: options, and hashes of models.
 
-    These are its options, and its models by their hashes. Loads nothing.
+    Loads nothing.
 
     Raises:
         ScaleRAEError: when a model is missing.
@@ -173,10 +170,7 @@ class GenEvalJudge:
         self._detector, self._classifier, self._options = detector, classifier, options
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
-        """See `Judge`. Masks are kept of wrong pictures, for the page.
-
-        Pictures far longer than wide get a problem.
-        """
+        """See `Judge`. Wrong pictures keep their masks, for the page. Too narrow ones get a problem."""
         from scale_rae.geneval.detector import size_problem
         from scale_rae.geneval.judging import judge
 
@@ -202,10 +196,7 @@ def _judged(found: Judgement, size: tuple[int, int]) -> Judged:
 
 
 class ShapesJudge:
-    """The judge of the bundled model's world (`shapes.judge`), which reads objects from pixels.
-
-    A picture with anything else in it is wrong.
-    """
+    """The bundled model's judge (`shapes.judge`): a picture with anything that was not asked for is wrong."""
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Mapping[str, Any]]) -> list[Judged]:
         """See `Judge`. Pictures that are not square or too small get a problem."""
@@ -241,10 +232,7 @@ def png_of(mask: NDArray[np.bool_]) -> str:
 
 
 def _box(mask: NDArray[np.bool_], width: int) -> list[float]:
-    """The box [x0, y0, x1, y1] of a mask [S, S], in pixels of a square picture of that width.
-
-    x1 and y1 are just outside.
-    """
+    """The box [x0, y0, x1, y1] of a mask [S, S], in pixels of a square picture; x1, y1 are just outside."""
     import numpy as np
 
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))

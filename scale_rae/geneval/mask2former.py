@@ -1,8 +1,7 @@
-"""Mask2Former with a Swin backbone (Cheng et al.
+"""Mask2Former with Swin (Cheng et al. 2022, arXiv:2112.01527): sizes, names of tensors, loading.
 
-2022, arXiv:2112.01527): sizes, names of tensors, loading. The network is transformers'. Its weights come from the file
-that MMDetection published, whose tensors are renamed here, or from a folder with transformers' names. Only that file
-gives published scores.
+The network is transformers'. Its weights come from the file that MMDetection published, whose tensors are renamed here, or
+from a folder with transformers' names. Only the published file gives published scores.
 """
 
 from __future__ import annotations
@@ -63,10 +62,7 @@ _FIELDS = {
 
 
 class Network(nn.Module):
-    """Transformers' Mask2Former and the class head.
-
-    Its parameters have the names of transformers' own checkpoints.
-    """
+    """transformers' Mask2Former and the class head, with the names of transformers' own checkpoints."""
 
     def __init__(self, architecture: Architecture = PUBLISHED) -> None:
         """Builds the network on the CPU, with random weights; see `load`."""
@@ -79,10 +75,7 @@ class Network(nn.Module):
         self.class_predictor = nn.Linear(architecture.channels, len(CLASSES) + 1)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [B, Q, 81] and mask logits [B, Q, H/4, W/4] of pictures [B, 3, H, W].
-
-        The last class is "none".
-        """
+        """Class logits [B, Q, 81] ("none" last) and mask logits [B, Q, H/4, W/4] of pictures [B, 3, H, W]."""
         output = self.model(pixels, output_hidden_states=True)
         queries = output.transformer_decoder_intermediate_states[-1].transpose(0, 1)  # [B, Q, C], after the last norm
         return self.class_predictor(queries), output.masks_queries_logits[-1]
@@ -124,9 +117,9 @@ def library_config(architecture: Architecture) -> dict[str, Any]:
 
 
 def load(path: str, architecture: Architecture = PUBLISHED) -> Loaded:
-    """The detector of MMDetection's .pth file, of a folder with config.json, or of a hub id.
+    """The detector of MMDetection's .pth file, of a folder with config.json, or of a hub id, on the CPU.
 
-    It is on the CPU. `architecture` is that of a .pth file; a folder's config.json says its own.
+    `architecture` is that of a .pth file; a folder's config.json says its own.
 
     Raises:
         ConfigError, CheckpointError, HubError: files are missing or damaged, or hold another kind of network; the message
@@ -151,10 +144,9 @@ def load(path: str, architecture: Architecture = PUBLISHED) -> Loaded:
 
 
 def convert(path: str | Path, out: str | Path, architecture: Architecture = PUBLISHED) -> None:
-    """Writes the detector in MMDetection's .pth file into the new folder `out`.
+    """Writes the detector of MMDetection's .pth file into a new folder: config.json, model.safetensors.
 
-    The folder gets config.json and model.safetensors. The folder loads faster and needs no trust in a pickle. It
-    remembers the file's name and SHA-256.
+    The folder loads faster and needs no trust in a pickle. Its config.json has the file's name and SHA-256.
 
     Raises:
         CheckpointError: as `load`.
@@ -323,10 +315,7 @@ _OLD_NAMES = {
 
 
 def renamed(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """MMDetection's tensors under transformers' names.
-
-    Some are split in three; some have their columns in another order.
-    """
+    """MMDetection's tensors under transformers' names; some are split in three, some reordered."""
     for name, tensor in tensors:
         for pattern, target in _THIRDS.items():
             if match := re.fullmatch(pattern, name):
@@ -376,10 +365,7 @@ def _load_file(file: Path, architecture: Architecture) -> Loaded:
 
 
 def _check_digest(file: Path, digest: str) -> None:
-    """Raises CheckpointError if a file's name ends with digits of a SHA-256 that is not the file's.
-
-    Names of MMDetection's files end so.
-    """
+    """Raises CheckpointError if the digits that end a file's name do not begin its SHA-256."""
     match = re.fullmatch(r".*-([0-9a-f]{8})\.pth", file.name)
     if match and not digest.startswith(match[1]):
         raise CheckpointError(
@@ -388,10 +374,7 @@ def _check_digest(file: Path, digest: str) -> None:
 
 
 def _read_architecture(raw: dict[str, Any], config: Path, reader: TensorReader) -> Architecture:
-    """The sizes that a folder's config.json names.
-
-    Sizes that it does not name are transformers' defaults, as published.
-    """
+    """The sizes that a folder's config.json names; the others are transformers' defaults, as published."""
     top = Fields(raw, config)
     top.choice("model_type", ("mask2former",))
     backbone = Fields(top.get("backbone_config", dict, {}), f"{config}: backbone_config")

@@ -18,10 +18,7 @@ from scale_rae.scaling.replacing import write_file
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came out of an evaluation; `policies` is empty where the folder is no experiment.
-
-    `files` are written.
-    """
+    """What came out of an evaluation; `policies` is empty for folders that are no experiments."""
 
     summary: Summary
     policies: list[Policy]

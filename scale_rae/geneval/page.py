@@ -1,7 +1,6 @@
-"""One HTML page of an evaluation: its summary, and every wrong picture.
+"""One HTML page of an evaluation: its summary, and every wrong picture with the reason.
 
-Each picture stands with the reason and with what the judge found in it. The page contains everything it shows; its few
-lines of JavaScript only filter.
+The page contains everything it shows; its few lines of JavaScript only filter.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from scale_rae.geneval.evaluation import FORMATS, Evaluation
 from scale_rae.geneval.journal import Mark
 from scale_rae.geneval.judges import NOT_COMPARABLE
 from scale_rae.geneval.policies import Policy
-from scale_rae.geneval.results import REASON_KINDS, Result
+from scale_rae.geneval.results import REASON_KINDS, THUMBNAIL, Result
 from scale_rae.geneval.summary import Summary
 from scale_rae.scaling.report import thumbnail_of
 from scale_rae.shares import Share
@@ -43,10 +42,7 @@ class MarkView:
 
 @dataclass(frozen=True)
 class PictureView:
-    """A wrong picture as the page shows it; `source` and `masks` are data URLs.
-
-    `size` is the picture's own width and height.
-    """
+    """A wrong picture on the page; `source` and `masks` are data URLs, `size` is its width and height."""
 
     name: str
     prompt: str
@@ -65,10 +61,10 @@ def render(
     evaluation: Evaluation,
     summary: Summary,
     policies: Sequence[Policy],
-    thumbnail: int = 224,
+    thumbnail: int = THUMBNAIL,
     most: int = MOST_PICTURES,
 ) -> str:
-    """The page. Of more than `most` wrong pictures it shows as many, spread evenly.
+    """The page. If more than `most` pictures are wrong, it shows `most` of them, spread evenly.
 
     `thumbnail` is the longest side of a picture on the page, in pixels.
     """
@@ -137,7 +133,7 @@ def percents(interval: tuple[float, float]) -> str:
 
 
 def _view(evaluation: Evaluation, result: Result, thumbnail: int) -> PictureView | None:
-    """None for a picture that has been removed since it was judged."""
+    """What the page shows of a wrong picture; None for one that has been removed since it was judged."""
     judged = evaluation.judged[result.filename]
     try:
         source, width, height = thumbnail_of(evaluation.folder.folder / result.filename, thumbnail, FORMATS)
@@ -168,10 +164,7 @@ def _mark(mark: Mark, color: str) -> MarkView:
 
 
 def _masks(marks: Sequence[Mark], colors: Sequence[str]) -> str | None:
-    """The masks in the colours of their boxes, over nothing, as a data URL; the best object's on top.
-
-    None without masks.
-    """
+    """The masks in their boxes' colours, the best object's on top, as a data URL; None without masks."""
     from PIL import Image, ImageColor
 
     over: Image.Image | None = None

@@ -25,7 +25,7 @@ class Policy:
     summary: Summary
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """The policy and its summary as JSON values."""
         return {"policy": self.name, "pictures": self.pictures, **self.summary.record()}
 
 
@@ -61,9 +61,7 @@ def policies(
 def ranked(
     prompt: PromptFolder, metric: str, at_least: int = 1, first: int | None = None, reward_weight: float = REWARD_WEIGHT
 ) -> list[int]:
-    """The numbers of a prompt's pictures, best first by a metric.
-
-    With `first`, they are those of its first pictures only, as if no others were drawn.
+    """The numbers of a prompt's pictures, best first by a metric; `first`: as if only so many were drawn.
 
     Raises:
         InputError: naming the field, when fewer than `at_least` pictures have what the metric needs.
@@ -77,10 +75,7 @@ def ranked(
 
 
 def chosen(prompts: Sequence[PromptFolder], results: Mapping[str, Result], choice: Choice) -> list[Result]:
-    """The results of the pictures that `choice` takes of each prompt.
-
-    Pictures without a result are left out.
-    """
+    """The results of the pictures that `choice` takes of each prompt, as far as there are any."""
     found = []
     for prompt in prompts:
         by_number = {sample.number: sample for sample in prompt.samples}

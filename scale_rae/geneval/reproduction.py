@@ -48,10 +48,7 @@ _DETECTOR_OPERATIONS, _DETECTOR_SECONDS = 626e9, 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table.
-
-    `paper` is the paper's score in %, where it has one; `summary` None: not drawn or not ranked.
-    """
+    """A line of the table; `paper` is the paper's score in %. `summary` None: not drawn or not ranked."""
 
     name: str
     pictures: str
@@ -61,17 +58,14 @@ class Row:
     why_none: str = ""
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """The line as JSON values."""
         found = {"policy": self.name, "pictures": self.pictures, "metric": self.metric or None, "paper": self.paper}
         return found | (self.summary.record() if self.summary is not None else {"missing": self.why_none})
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a reproduction takes: images, seconds, and bytes on disk.
-
-    `download` are bytes of models to be fetched.
-    """
+    """What a reproduction takes: images, seconds, bytes of results on disk, bytes to `download`."""
 
     prompts: int
     images: int
@@ -82,7 +76,7 @@ class Estimate:
     download: int
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """The estimate as JSON values."""
         return {name: round(value) for name, value in vars(self).items()}
 
 
@@ -96,10 +90,7 @@ def check_prompts(prompts: Sequence[PromptRecord], path: Path, check: Callable[[
 
 
 def both(settings: Settings, rounds: int = ROUNDS[-1]) -> tuple[Settings, Settings]:
-    """The settings of the two experiments: best of 4 x `rounds`, and adaptive search.
-
-    Both have the same sampler, seed and question.
-    """
+    """The settings of both experiments, best of 4 x `rounds` and adaptive search, alike in all else."""
     return (
         replace(settings, n_samples=KEEP, scaling_rounds=rounds, search="best-of-n"),
         replace(settings, n_samples=KEEP, scaling_rounds=Settings("", "").scaling_rounds, search="adaptive"),
@@ -109,9 +100,7 @@ def both(settings: Settings, rounds: int = ROUNDS[-1]) -> tuple[Settings, Settin
 def estimate(
     found: Inspection, choice: ModelChoice, options: SamplingOptions, judge: str, prompts: int, rounds: int = ROUNDS[-1]
 ) -> Estimate:
-    """What a reproduction takes with an inspected model on the chosen device.
-
-    The device's speed is measured in about a second.
+    """What a reproduction takes on the chosen device, whose speed is measured in about a second.
 
     Raises:
         DeviceError: when the device is not there.
@@ -176,9 +165,9 @@ def _best(best_of: Evaluation, results: Mapping[str, Result], metric: str, round
 def write_reproduction(
     folder: Path, model: str, settings: Settings, best_of: Evaluation, adaptive: Evaluation | None, prompts: int
 ) -> tuple[list[Row], list[Path]]:
-    """The table, and the paths of the reproduction.html and reproduction.json that are written.
+    """The table, and the paths of reproduction.html and reproduction.json, once they are written.
 
-    `adaptive` None: that experiment is not there yet.
+    `adaptive` is None while that experiment is not there.
 
     Raises:
         OutputError: when one cannot be written.

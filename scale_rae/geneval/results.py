@@ -25,10 +25,7 @@ _MOST_BYTES = 4 << 30  # a line has about 1 KB; the largest evaluations have som
 
 @dataclass(frozen=True)
 class Result:
-    """One picture's verdict.
-
-    `filename` is its name below the evaluated folder; `metadata` and `details` are JSON texts.
-    """
+    """One picture's verdict; `filename` is below the folder, `metadata` and `details` are JSON texts."""
 
     filename: str
     tag: str
@@ -66,10 +63,7 @@ REASON_KINDS = (*(name for name, _ in _KINDS), "other")
 
 
 def reason_kinds(reason: str) -> list[str]:
-    """The kinds of the lines of a reason, in the order of REASON_KINDS, each once.
-
-    A picture that is right has none.
-    """
+    """The kinds of the lines of a reason, in the order of REASON_KINDS; none for a right picture."""
     found = {
         next((name for name, form in _KINDS if form.fullmatch(line)), "other") for line in reason.split("\n") if line
     }

@@ -65,10 +65,7 @@ def summarise(results: Sequence[Result]) -> Summary:
 
 @dataclass(frozen=True)
 class Difference:
-    """A number of two sets of results, and their difference with its 95 % bootstrap interval.
-
-    The difference is the first's number minus the second's.
-    """
+    """A number of two sets of results, and the 95 % bootstrap interval of here - there."""
 
     here: float
     there: float
@@ -85,7 +82,7 @@ class Difference:
         return self.interval[0] > 0 or self.interval[1] < 0
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """The difference as JSON values."""
         interval = [round(x, 6) for x in self.interval]
         return {"here": self.here, "there": self.there, "difference": self.difference, "interval": interval}
 
@@ -103,7 +100,7 @@ class Comparison:
     only_there: int
 
     def record(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """The comparison as JSON values."""
         return {
             "prompts": self.prompts,
             "only_here": self.only_here,
@@ -159,7 +156,7 @@ def _sums(
 ) -> Sums:
     """How many pictures of each prompt of a kind are right, and how many there are: [prompts, 2].
 
-    Prompts are in the order of their first appearance. `order_of` has the results whose order of prompts counts.
+    Prompts are in the order of their first appearance, in `order_of` if given.
     """
     sums = {key(result): [0.0, 0.0] for result in order_of or results if result.tag == tag}
     for result in results:
@@ -178,10 +175,7 @@ def _resampled(sums: Sums, number: int) -> NDArray[np.float64]:
 
 @functools.lru_cache(maxsize=32)
 def _counts(number: int, prompts: int) -> NDArray[np.float64]:
-    """How often each of `prompts` is drawn in each resample, [RESAMPLES, prompts].
-
-    The number of the kind is part of the seed.
-    """
+    """How often each of `prompts` is drawn per resample [RESAMPLES, prompts]; `number` is in the seed."""
     rng = np.random.default_rng([_SEED, number])
     return rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=RESAMPLES).astype(np.float64)
 

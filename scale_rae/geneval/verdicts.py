@@ -1,9 +1,8 @@
-"""GenEval's verdict on one picture, from what a detector found in it (Ghosh et al.
+"""GenEval's verdict on a picture, from what a detector found (Ghosh et al. 2023, arXiv:2310.11513).
 
-2023, arXiv:2310.11513). The rules are those of the original evaluator, to the last bit: a class's detections are
-selected by score, then the clauses of the prompt's metadata are checked for number, colour and position. Boxes are
-float32, and so are the comparisons, since 1 in 14 verdicts or lists of boxes changes when they are computed in doubles.
-Needs numpy only.
+The rules are those of the original evaluator, to the last bit: a class's detections are selected by score, then the clauses
+of the prompt's metadata are checked for number, colour and position. Boxes are float32, and so are the comparisons, since
+1 in 14 verdicts or lists of boxes changes when they are computed in doubles. Needs numpy only.
 """
 
 from __future__ import annotations
@@ -124,9 +123,7 @@ def color_calls(
     classes: Sequence[str] = CLASSES,
     colors: Sequence[str] = COLORS,
 ) -> list[tuple[str, list[int]]]:
-    """The calls of `classify` that `verdict` will make.
-
-    With them, colours of many pictures can be found in one batch.
+    """The calls of `classify` that `verdict` will make, so that many pictures can share a batch.
 
     Raises:
         InputError: as `verdict`.
@@ -166,10 +163,7 @@ def check_metadata(record: Any, classes: Sequence[str] = CLASSES, colors: Sequen
 def _check_clause_fields(
     clause: Any, where: str, number: int, classes: Sequence[str], colors: Sequence[str] | None
 ) -> None:
-    """Raises InputError, beginning with `where`.
-
-    Without `colors`, colour and position are not checked, since nobody reads them.
-    """
+    """Raises InputError, beginning with `where`; without `colors`, colour and position go unchecked."""
     if not isinstance(clause, Mapping):
         raise InputError(f"{where} is {_short(clause)}; must be an object with class and count")
     if clause.get("class") not in classes:
@@ -206,10 +200,9 @@ def keep(
     options: VerdictOptions = PUBLISHED_OPTIONS,
     classes: Sequence[str] = CLASSES,
 ) -> dict[str, list[int]]:
-    """The numbers of each class's kept detections, best first.
+    """The numbers of each class's kept detections, best first: the objects of a verdict's `details`.
 
-    Classes are in order, without those of which none is kept. These are the objects that a verdict is about, and its
-    `details`.
+    Classes are in the detector's order, without those of which none is kept.
 
     Raises:
         InputError: detections are of an unknown class or another shape.
@@ -246,10 +239,7 @@ def _select(boxes: Boxes, threshold: float, options: VerdictOptions) -> list[int
 
 
 def _overlap(a: Boxes, b: Boxes) -> float:
-    """Intersection over union of two boxes whose last pixels belong to them.
-
-    So 1 is added to widths and heights.
-    """
+    """Intersection over union of two boxes that contain their last pixels, so sides are 1 longer."""
     shared = _area(np.maximum(a[:2], b[:2]), np.minimum(a[2:4], b[2:4]))
     union = _area(a[:2], a[2:4]) + _area(b[:2], b[2:4]) - shared
     return shared / union if union else 0.0

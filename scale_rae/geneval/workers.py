@@ -190,10 +190,7 @@ def _last_words(worker: _Worker) -> str:
 
 
 def main() -> int:
-    """Judges the batches on stdin.
-
-    Exit code: 0 done, 1 when its parent has gone, 3 after an error that it reported.
-    """
+    """Judges the batches on stdin. Exit code: 0 done, 1 the parent has gone, 3 an error was reported."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log
 

@@ -41,7 +41,8 @@ def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> di
 def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between an experiment's recorded settings and those it is resumed with, one text per difference.
 
-    A setting that the record lacks has its default there. A setting that is still open (None, AUTO_REWARD, no time of a look) is not compared.
+    A setting that the record lacks has its default there. A setting that is still open (None, AUTO_REWARD, no time of a look)
+    is not compared.
     """
     old, new = recorded.get("settings"), now["settings"]
     if not isinstance(old, dict):

@@ -20,7 +20,6 @@ at a time.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import threading
 import time
@@ -240,7 +239,7 @@ class Engine:
         config = self.model.config
         if config.student is not None:
             return [config.student.sampling(SamplingOptions())]
-        return [dataclasses.replace(options, guidance=g) for g in ((1.0, 3.0) if config.dit.null_condition else (1.0,))]
+        return [replace(options, guidance=g) for g in ((1.0, 3.0) if config.dit.null_condition else (1.0,))]
 
     def warm(self) -> None:
         """Compiles and captures for every batch size, so that no request has to wait for that."""

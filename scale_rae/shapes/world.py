@@ -250,7 +250,8 @@ def _places(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Centres [N, 4, 2] and radii [N, 4] of `count` [N] objects that keep their distance.
 
-    In scenes with `clear` [N], the two objects stand clearly beside or above one another."""
+    In scenes with `clear` [N], the two objects stand clearly beside or above one another.
+    """
     n = len(count)
     low, high = RADIUS[count].T[:, :, None]
     radius = (low + (high - low) * rng.random((n, MAX_OBJECTS), dtype=np.float32)).astype(np.float32)
