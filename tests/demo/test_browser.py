@@ -38,7 +38,7 @@ PATIENCE = 120_000  # ms, against hanging only
 sync_api.expect.set_options(timeout=PATIENCE)
 TABS = ["Draw", "Look", "Best of N", "Latent"]
 SCREENSHOTS = os.environ.get("SCALE_RAE_SCREENSHOTS")
-STEPS = 60 if SCREENSHOTS else 12
+STEPS, FEW = (60, 60) if SCREENSHOTS else (12, 3)
 Hold = Callable[[str], threading.Event]
 
 
@@ -123,7 +123,7 @@ class Visitor:
     def pictures(self, name: str) -> Any:
         return self.get(name, "button:has(img)")
 
-    def draw(self, prompt: str = "a red circle", images: int = 1, steps: int = 3, seed: int = 42) -> None:
+    def draw(self, prompt: str = "a red circle", images: int = 1, steps: int = FEW, seed: int = 42) -> None:
         self.write("draw-prompt", prompt)
         self.set("draw", images=images, steps=steps)
         self.write("draw-seed", str(seed))
