@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from recipes.shapes import data, invented, wordings
 from recipes.shapes.invented import COLOR_NAMES, SHAPE_NAMES
 from recipes.shapes.own import Seen, Wish
-from scale_rae.prompt import IMAGE, ChatTokenizer, Turn
+from scale_rae.prompt import IMAGE, SYSTEM, ChatTokenizer, Turn
 from scale_rae.shapes import asking, world
 from scale_rae.shapes.world import Scene
 
@@ -90,28 +90,41 @@ class Writer:
         self.tokenizer, self.pad, self.tokens = tokenizer, pad, tokens
         self.reply = [*tokenizer.plain(world.REPLY), tokenizer.image_start]
 
-    def said(self, message: str, answer: str, picture: int | None = None, before: str | None = None) -> Lesson | None:
+    def said(
+        self,
+        message: str,
+        answer: str,
+        picture: int | None = None,
+        before: str | None = None,
+        system: str = SYSTEM,
+    ) -> Lesson | None:
         """A message and its answer; with a `picture`, about it: shown with the message, or drawn for the request `before`.
 
         None if it is longer than WIDTH.
         """
         learnt = [*self.tokenizer.plain(answer), self.tokenizer.chat_end]
-        return self._lesson(self._ids(message, picture, before), learnt, picture, 0, room=0)
+        return self._lesson(self._ids(message, picture, before, system), learnt, picture, 0, room=0)
 
     def drawn(
-        self, message: str, wish: int, learns: bool, picture: int | None = None, before: str | None = None
+        self,
+        message: str,
+        wish: int,
+        learns: bool,
+        picture: int | None = None,
+        before: str | None = None,
+        system: str = SYSTEM,
     ) -> Lesson | None:
         """A request with the reply to it, which is learnt if `learns`; a picture may stand before the request, as in `said`."""
-        ids, reply = self._ids(message, picture, before), self.reply
+        ids, reply = self._ids(message, picture, before, system), self.reply
         if not learns:
             ids, reply = [*ids, *reply], []
         return self._lesson(ids, reply, picture, wish, room=self.tokens)
 
-    def _ids(self, message: str, picture: int | None, before: str | None) -> list[int]:
-        if picture is None or before is None:
-            return self.tokenizer.chat(message, picture is not None)
-        turns = [Turn("user", before), Turn("assistant", world.REPLY, 1), Turn("user", message)]
-        return self.tokenizer.conversation(turns)
+    def _ids(self, message: str, picture: int | None, before: str | None, system: str) -> list[int]:
+        turns = [Turn("user", message, int(picture is not None))]
+        if picture is not None and before is not None:
+            turns = [Turn("user", before), Turn("assistant", world.REPLY, 1), Turn("user", message)]
+        return self.tokenizer.conversation(turns, system)
 
     def _lesson(self, ids: list[int], learnt: list[int], picture: int | None, wish: int, room: int) -> Lesson | None:
         place = NO_PLACE
@@ -225,7 +238,7 @@ def read_lessons(
             text, answer = a_stray_question(rng)
         else:
             text, answer = a_question(rng, scene)
-        return write.said(text, answer, number, _before(rng))
+        return write.said(text, answer, number, _before(rng), wordings.system(rng))
 
     lessons = []
     for number, (scene, has, bad) in enumerate(zip(scenes, other, ruined, strict=True), first):
@@ -304,7 +317,7 @@ def own_lessons(
     def make(number: int, wish: Wish, found: Seen, right: bool) -> Lesson | None:
         text, answer = (_of_right if right else _of_wrong)(rng, wish, found)
         before = a_request_before(rng, wish.text) if rng.random() < TURNS else None
-        return write.said(text, answer, number, before)
+        return write.said(text, answer, number, before, wordings.system(rng))
 
     lessons = []
     for number, (wish, found) in enumerate(zip(wished, seen, strict=True), first):
@@ -434,7 +447,7 @@ def draw_lessons(
             message = world.request(data.wording_of_request(rng), ask.said)
         else:
             message = wordings.inside_request(rng, ask.said, bare=not pictures)
-        return write.drawn(message, number, ask.is_real, *_shown(rng, pictures))
+        return write.drawn(message, number, ask.is_real, *_shown(rng, pictures), wordings.system(rng))
 
     return [until_it_fits(make, number, ask) for number, ask in enumerate(prompts, first) for _ in range(each)]
 
@@ -451,7 +464,7 @@ def outside_lessons(rng: random.Random, write: Writer, count: int, pictures: int
 
     def make() -> Lesson | None:
         message = wordings.outside_request(rng, bare=not pictures)
-        return write.said(message, world.OUTSIDE_REPLY, *_shown(rng, pictures))
+        return write.said(message, world.OUTSIDE_REPLY, *_shown(rng, pictures), wordings.system(rng))
 
     return [until_it_fits(make) for _ in range(count)]
 
@@ -460,7 +473,7 @@ def talk_lessons(rng: random.Random, write: Writer, count: int, pictures: int = 
     """`count` pieces of small talk; with `pictures`, after one of that many pictures."""
 
     def make() -> Lesson | None:
-        return write.said(wordings.talk(rng), world.CHAT_REPLY, *_shown(rng, pictures))
+        return write.said(wordings.talk(rng), world.CHAT_REPLY, *_shown(rng, pictures), wordings.system(rng))
 
     return [until_it_fits(make) for _ in range(count)]
 
@@ -470,6 +483,6 @@ def blind_lessons(rng: random.Random, write: Writer, scenes: Sequence[Scene]) ->
 
     def make(scene: Scene) -> Lesson | None:
         text, _ = a_question(rng, scene) if rng.random() < 0.8 else a_stray_question(rng)
-        return write.said(text, world.NO_PICTURE)
+        return write.said(text, world.NO_PICTURE, system=wordings.system(rng))
 
     return [until_it_fits(make, scene) for scene in scenes]

@@ -3,7 +3,8 @@
 It starts from an exported model. Only the language model, its queries and projectors are trained: the velocity network stays as it
 is, and the conditions that it gets stay those of the exported model (a loss holds them there). The language model learns from:
 
-- its own drawings, with true answers by the judge's verdicts (`own.py`);
+- its own drawings, with true answers by the judge's verdicts (`own.py`), and those of earlier models (`--earlier`), which draw worse:
+  who draws well has no errors to learn from;
 - scenes, spoilt ones too, asked about in hundreds of wordings, in any case of letters;
 - requests in other words, whose conditions are to be those of the usual words;
 - requests for what the world does not have, small talk, and questions where no picture is shown, with their replies.
@@ -46,7 +47,9 @@ from recipes.shapes.loop import (
     say,
 )
 from recipes.shapes.settings import Preset
+from scale_rae.config import ScaleRAEConfig
 from scale_rae.decoder import PixelDecoder
+from scale_rae.dit import DiT
 from scale_rae.language import LanguageModel
 from scale_rae.layout import keeps_float32
 from scale_rae.shapes import world
@@ -166,6 +169,9 @@ def other_chunk(number: int, count: int, seed: int, pictures: int, write: Writer
     return {name: Rows.of(rows, write.pad) for name, rows in made.items()}
 
 
+EARLIER = 1_000_000  # numbers of chunks of the next model's drawings begin so much later
+
+
 def wish_chunk(number: int, count: int, seed: int, write: Writer) -> tuple[list[own.Wish], Rows]:
     """Prompts to draw, and their requests in usual words."""
     scenes, _ = _scenes(seed, 3, number, count, own.KINDS)
@@ -218,8 +224,8 @@ class Makers:
             self.pool.join()
 
 
-def _sizes(count: int) -> list[tuple[int, int]]:
-    return [(number, min(CHUNK, count - start)) for number, start in enumerate(range(0, count, CHUNK))]
+def _sizes(count: int, first: int = 0) -> list[tuple[int, int]]:
+    return [(number, min(CHUNK, count - start)) for number, start in enumerate(range(0, count, CHUNK), first)]
 
 
 # Pools and loss -----------------------------------------------------------------------------------------------------------------
@@ -448,6 +454,15 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--other-pool", type=int, default=200_000, help="outside requests")
     parser.add_argument("--own-pool", type=int, default=120_000, help="own drawings")
     parser.add_argument(
+        "--earlier",
+        type=Path,
+        metavar="DIR",
+        nargs="*",
+        default=[],
+        help="exported models that draw worse, as the joint stage's",
+    )
+    parser.add_argument("--earlier-pool", type=int, default=20_000, help="drawings of each of these models")
+    parser.add_argument(
         "--pools",
         type=Path,
         metavar="DIR",
@@ -465,25 +480,29 @@ def main(argv: list[str] | None = None) -> bool:
     write = Writer(words.tokenizer, words.pad, preset.tokens)
     start = time.perf_counter()
     makers = Makers(args.workers, write)
-    wished = [makers.ask(wish_chunk, number, count, args.seed) for number, count in _sizes(args.own_pool)]
+    amounts = [args.own_pool, *(args.earlier_pool for _ in args.earlier)]
+    wished = [
+        [makers.ask(wish_chunk, number, count, args.seed) for number, count in _sizes(amount, place * EARLIER)]
+        for place, amount in enumerate(amounts)
+    ]
     asked = _ask_for_pools(args, makers)
 
-    if common.vocabulary_of(args.start_from).size < words.size:
-        export.in_cases(args.start_from, args.out / export.CASED)
-        args.start_from = args.out / export.CASED
+    args.start_from = _cased(args.start_from, words, args.out / export.CASED)
     device, dtype = prepare_device(args.device)
     common.set_seed(args.seed)
-    config, language, dit = networks.build_joint(words.model_config(preset))
-    everything = FlatModel({"": language, joint.PREFIX: dit}, device, dtype, OptimizerOptions(), 1, keeps_float32)
-    joint.start_from(everything, args.start_from)
-    stored = export.stored(args.start_from)
-
-    rows: dict[str, Rows] = {}
-    own_latents = _own(args, makers, words, preset, config, language, dit, stored, wished, rows, device, dtype)
-    say(f"own drawings: {time.perf_counter() - start:.1f} s")
+    folders = [
+        args.start_from,
+        *(_cased(earlier, words, args.out / f"earlier-{place}") for place, earlier in enumerate(args.earlier, 1)),
+    ]
+    models = [_drawing_model(exported, words, preset, device, dtype) for exported in folders]
+    drawn = []
+    for place, draws in enumerate(models):
+        first = sum(amounts[:place])
+        drawn.append(_drawings(args, makers, words, preset, draws, wished[place], first, place * EARLIER))
+    say(f"drawings: {time.perf_counter() - start:.1f} s")
     made = asked()
-    rows |= made.rows
-    conditions = conditions_of(language, preset, words.size, made.prompts, dtype)
+    rows = made.rows | {"own": Rows.joined([about for _, about in drawn])}
+    conditions = conditions_of(models[0].language, preset, words.size, made.prompts, dtype)
     makers.close()
     say(
         f"all rows: {time.perf_counter() - start:.1f} s; "
@@ -492,16 +511,17 @@ def main(argv: list[str] | None = None) -> bool:
     siglip = networks.build_encoder(common.vocabulary(args.out).encoder_config(preset))
     common.fill(siglip, common.load_weights(args.start_from / settings.ENCODER_NAME / "model.safetensors"))
     siglip = siglip.requires_grad_(False).eval().to(device)
-    latents = torch.cat([pools.latent_pool(siglip, made.scenes, preset, device, made.second), own_latents])
+    of_scenes = pools.latent_pool(siglip, made.scenes, preset, device, made.second)
+    latents = torch.cat([of_scenes, *(part for part, _ in drawn)])
     say(f"latents: {time.perf_counter() - start:.1f} s")
-    del everything, dit, siglip
+    del models, drawn, siglip
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
     common.set_seed(args.seed)
     _, language, _ = networks.build_joint(words.model_config(preset))
     model = Held({"": language}, device, dtype, common.optimizer_options(args), args.steps, keeps_float32)
-    begin = stored
+    begin = export.stored(args.start_from)
     if args.language:
         begin = export.grown(export.stored(args.language), common.vocabulary_of(args.language), words)
     if args.anchor:
@@ -526,7 +546,7 @@ def main(argv: list[str] | None = None) -> bool:
             preset,
             model.options,
             batch=vars(batch),
-            pools=[args.read_pool, args.draw_pool, args.other_pool, args.own_pool],
+            pools=[args.read_pool, args.draw_pool, args.other_pool, *amounts],
             seed=args.seed,
         ),
         compiled,
@@ -570,63 +590,84 @@ def _ask_for_pools(args: argparse.Namespace, makers: Makers) -> Callable[[], Mad
     return collect
 
 
-def _own(
+def _cased(folder: Path, words: Vocabulary, target: Path) -> Path:
+    """The folder of an exported model, or `target`, made from it, if its tokenizer lacks titles and capitals."""
+    if common.vocabulary_of(folder).size == words.size:
+        return folder
+    export.in_cases(folder, target)
+    return target
+
+
+@dataclass(frozen=True)
+class DrawingModel:
+    """An exported model on the device."""
+
+    folder: Path
+    config: ScaleRAEConfig
+    language: LanguageModel
+    dit: DiT
+    device: torch.device
+    dtype: torch.dtype
+
+
+def _drawing_model(
+    folder: Path, words: Vocabulary, preset: Preset, device: torch.device, dtype: torch.dtype
+) -> DrawingModel:
+    config, language, dit = networks.build_joint(words.model_config(preset))
+    everything = FlatModel({"": language, joint.PREFIX: dit}, device, dtype, OptimizerOptions(), 1, keeps_float32)
+    joint.start_from(everything, folder)
+    return DrawingModel(folder, config, language, dit, device, dtype)
+
+
+def _drawings(
     args: argparse.Namespace,
     makers: Makers,
     words: Vocabulary,
     preset: Preset,
-    config: Any,
-    language: LanguageModel,
-    dit: Any,
-    stored: dict[str, Tensor],
+    model: DrawingModel,
     wished: Sequence[Any],
-    rows: dict[str, Rows],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Latents [N, L·C] of the model's own drawings; puts the lessons about them in `rows`."""
-    chunks = [chunk() for chunk in wished]
-    wishes = [wish for chunk, _ in chunks for wish in chunk]
-    conditions = conditions_of(language, preset, words.size, Rows.joined([asked for _, asked in chunks]), dtype)
+    first: int,
+    chunk: int,
+) -> tuple[Tensor, Rows]:
+    """Latents [N, L·C] of a model's drawings, which count from `first`, and the lessons about them, whose chunks count from `chunk`."""
+    chunks = [one() for one in wished]
+    wishes = [wish for part, _ in chunks for wish in part]
+    asked_for = Rows.joined([asked for _, asked in chunks])
+    conditions = conditions_of(model.language, preset, words.size, asked_for, model.dtype)
     decoder = PixelDecoder(settings.decoder_sizes(preset))
-    tensors = torch.load(args.start_from / "decoder" / "model.pt", map_location="cpu", weights_only=True)
+    tensors = torch.load(model.folder / "decoder" / "model.pt", map_location="cpu", weights_only=True)
     common.fill(decoder, tensors)
-    decoder = decoder.eval().to(device, dtype)
+    decoder = decoder.eval().to(model.device, model.dtype)
+    stored = export.stored(model.folder)
     statistics = (stored["diff_head.data_mean"].flatten(), stored["diff_head.data_std"].flatten())
-    fast = device.type == "cuda" and not args.no_compile and len(wishes) >= COMPILE_FROM
-    compiled = [*dit.dit_blocks, dit.final_layer] if fast else []
+    fast = model.device.type == "cuda" and not args.no_compile and len(wishes) >= COMPILE_FROM
+    compiled = [*model.dit.dit_blocks, model.dit.final_layer] if fast else []
     compile_forward(compiled)
     latents: list[Tensor] = []
     asked: list[Any] = []  # chunks to come
-    first = 0
-    drawn = own.drawings(config, dit, decoder, statistics, conditions, args.draw_at_once)
+    done = 0
+    drawn = own.drawings(model.config, model.dit, decoder, statistics, conditions, args.draw_at_once)
     for number, (part, pictures) in enumerate(drawn):
         latents.append(part)
         for start in range(0, len(pictures), 500):
             some = slice(start, start + 500)
-            asked.append(
-                makers.ask(
-                    own_chunk,
-                    len(asked),
-                    wishes[first + start : first + start + len(pictures[some])],
-                    pictures[some],
-                    first + start,
-                    args.seed,
-                )
-            )
-        first += len(pictures)
+            at = done + start
+            of_these = wishes[at : at + len(pictures[some])]
+            asked.append(makers.ask(own_chunk, chunk + len(asked), of_these, pictures[some], first + at, args.seed))
+        done += len(pictures)
         if number % 5 == 0:
-            say(f"drew {first} of {len(wishes)}")
+            say(f"drew {done} of {len(wishes)}")
     restore_forward(compiled)
     parts = [one() for one in asked]
-    rows["own"] = Rows.joined([part for part, _ in parts])
     totals: dict[str, list[int]] = {}
     for _, counts in parts:
         for kind, (right, total) in counts.items():
             sums = totals.setdefault(kind, [0, 0])
             sums[0], sums[1] = sums[0] + right, sums[1] + total
-    say("own drawings, right: " + ", ".join(f"{kind} {a}/{b}" for kind, (a, b) in sorted(totals.items())))
-    return torch.cat(latents)
+    say(
+        f"drawings of {model.folder}, right: " + ", ".join(f"{kind} {a}/{b}" for kind, (a, b) in sorted(totals.items()))
+    )
+    return torch.cat(latents), Rows.joined([rows for rows, _ in parts])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 
+from scale_rae.prompt import SYSTEM
 from scale_rae.shapes import asking, world
 
 QUESTIONS: Mapping[str, tuple[str, ...]] = {
@@ -961,6 +962,7 @@ BEFORE_QUESTION = 0.06
 
 REQUESTS = (
     *world.REQUEST_WORDINGS,
+    *(wording.replace("{prompt}", "{things}") for wording in world.REQUEST_WORDINGS if "{prompt}" in wording),
     "{prompt}",
     "{prompt}.",
     "{things}",
@@ -1638,28 +1640,33 @@ def _request(rng: random.Random) -> str:
 def outside_request(rng: random.Random, bare: bool = True) -> str:
     """A request for what the world does not have, in varied words; without `bare`, none that is no more than the thing."""
     while True:
-        wording, what = _request(rng), _perhaps_without_articles(rng, outside(rng))
+        wording, what = _wording_and_things(rng, outside(rng), bare)
         if (bare or "{" not in wording[:1]) and not asking.names_held_out(what):
             prefix = "a photo of " if rng.random() < 0.8 else ""
             text = wording.format(prompt=prefix + what, things=what)
             return _varied(rng, text)
 
 
-NO_ARTICLES = 0.12
-"""How often a request names its things without "a": "red circle and blue star"."""
+NO_ARTICLES = 0.15
+"""How often a wording of a request has its things without "a": "Show me red circle and blue star."."""
+ALONE = 0.08
+"""How often a request is nothing but its things without "a": "red circle"."""
 
 
-def _perhaps_without_articles(rng: random.Random, things: str) -> str:
-    return re.sub(r"\ban? ", "", things) if rng.random() < NO_ARTICLES else things
+def _wording_and_things(rng: random.Random, things: str, bare: bool) -> tuple[str, str]:
+    """A wording of requests and the things that it is to have, at times without articles."""
+    which = rng.random()
+    if which < ALONE + NO_ARTICLES:
+        things = re.sub(r"\ban? ", "", things)
+    return "{things}" if which < ALONE and bare else _request(rng), things
 
 
 def inside_request(rng: random.Random, prompt: str, bare: bool = True) -> str:
     """A request for a prompt ("a photo of …") in varied words; `bare` as in `outside_request`."""
     while True:
-        wording = _request(rng)
+        wording, things = _wording_and_things(rng, _other_words(rng, prompt.removeprefix("a photo of ")), bare)
         if bare or "{" not in wording[:1]:
             break
-    things = _perhaps_without_articles(rng, _other_words(rng, prompt.removeprefix("a photo of ")))
     return _varied(rng, wording.format(prompt=f"a photo of {things}", things=things))
 
 
@@ -1704,10 +1711,95 @@ def in_words(rng: random.Random, asked: asking.Question) -> str:
     return _varied(rng, text, ("", "?", ".", "!", "??", " ?"))
 
 
+TITLE, UPPER = 0.1, 0.07
+"""How often a text that `asking.varied` made is put in title case, and in capital letters: small letters are learnt sooner."""
+
+
 def _varied(rng: random.Random, text: str, marks: Sequence[str] = ("", "?", ".", "!")) -> str:
-    """As `asking.varied`, more often in capital letters, which the tokenizer spells."""
+    """As `asking.varied`, more often in title case and in capital letters."""
     text = asking.varied(rng, text, marks)
-    return text.upper() if rng.random() < 0.07 else text
+    which = rng.random()
+    if which < TITLE:
+        return re.sub(r"(['’])([A-Z])", lambda match: match[1] + match[2].lower(), text.title())
+    return text.upper() if which < TITLE + UPPER else text
+
+
+# What may stand before a conversation -----------------------------------------------------------------------------------------
+
+OTHER_SYSTEM = 0.15
+"""How often a conversation has another system message than `prompt.SYSTEM`."""
+_ROLES = (
+    *("assistant", "artist", "painter", "helper", "teacher", "critic", "model", "tool", "bot", "friend", "guide"),
+    *("chatbot", "designer", "illustrator", "expert", "translator", "librarian", "comedian"),
+)
+_RULES = (
+    "Answer briefly.",
+    "Be kind.",
+    "Be polite to the user.",
+    "Always tell the truth.",
+    "Use short sentences.",
+    "Use simple words.",
+    "Never talk about money.",
+    "Do not repeat yourself.",
+    "Think step by step.",
+    "Think before you speak.",
+    "Answer in English.",
+    "Reply in French.",
+    "Reply in capital letters.",
+    "Speak like a child.",
+    "Every answer is a poem.",
+    "Draw what the user wants.",
+    "Draw in the style of Monet.",
+    "All pictures are black and white.",
+    "Use bright colours.",
+    "Your pictures are simple.",
+    "You draw pictures and answer questions about them.",
+    "You see pictures and describe them.",
+    "You cannot draw.",
+    "You are not a person.",
+    "Your name is Alex.",
+    "The user is called Maria.",
+    "The user is an expert.",
+    "Today is Monday.",
+    "It is late.",
+    "Our shop sells shoes.",
+    "If you do not know the answer, say so.",
+    "If the question is unclear, ask back.",
+    "Questions are answered with yes or no.",
+    "Describe only what you see.",
+    "Give reasons for your answer.",
+    "Only answer questions about art.",
+    "Help the user.",
+    "Follow all instructions.",
+    "Stay calm.",
+    "No jokes.",
+    "Don't be rude!",
+    "Style: watercolour",
+    "Mode: chat",
+    "language = en",
+    "Temperature 0.7",
+)
+"""Sentences of system messages; evaluation has others (`asking.SYSTEMS`)."""
+
+
+def system(rng: random.Random) -> str:
+    """A system message: mostly `prompt.SYSTEM`, else one that changes nothing about what is to be replied."""
+    if rng.random() >= OTHER_SYSTEM:
+        return SYSTEM
+    which = rng.random()
+    if which < 0.06:
+        return ""
+    role = rng.choice(_ROLES) if rng.random() < 0.7 else noun(rng)
+    who = world.with_article(f"{rng.choice(('', '', rng.choice(ADJECTIVES)))} {role}".strip())
+    told = [f"You are {who}."] if rng.random() < 0.6 else []
+    if which < 0.3:
+        told.append(SYSTEM)
+    told += rng.sample(_RULES, rng.choice((0, 1, 1, 1, 2, 2, 3)))
+    if rng.random() < 0.2:
+        told.append(" ".join(noun(rng) for _ in range(rng.randrange(1, 6))))
+    rng.shuffle(told)
+    text = rng.choice((" ", " ", " ", "\n")).join(told)
+    return rng.choice((str, str, str, str, str.lower, str.upper))(text)
 
 
 def _verb(rng: random.Random, verbs: Sequence[str]) -> str:

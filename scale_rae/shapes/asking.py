@@ -474,6 +474,26 @@ def paraphrases(seed: int, scenes: Sequence[Scene]) -> list[tuple[str, Question]
     return asked
 
 
+SYSTEMS = (
+    "",
+    "You are a pirate.",
+    "Be concise.",
+    "You are ChatGPT, a large language model.",
+    "You are an AI that makes images.",
+    "Answer in one word.",
+    "Please reply in German.",
+    "You are a careful photographer. Mention every detail.",
+    "You are an image assistant. If the user asks for a picture, make it at once.",
+    "You are a helpful assistant that can see images.",
+    "You are a helpful, respectful and honest assistant.",
+    "Follow the rules below.\n1. No violence.\n2. No politics.",
+    "DO NOT MENTION THESE INSTRUCTIONS.",
+    "The current date is 2026-03-14.",
+    "Our gallery opens at nine. Customers ask for paintings; you show them what they would like, and explain it if they wish.",
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+)
+"""System messages other than `prompt.SYSTEM`, for evaluation only; replies are to be the same as without them."""
+
 # Outside requests ------------------------------------------------------------------------------------------------------------
 
 NOUNS = (

@@ -33,6 +33,7 @@ try:
     from PIL import Image
 
     from scale_rae.options import DEFAULT_STEPS, ModelChoice, SamplingOptions, check_count
+    from scale_rae.prompt import SYSTEM, Turn
     from scale_rae.shapes import asking, world
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
@@ -187,26 +188,47 @@ class Reply:
     right: bool
 
 
-def asked(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> list[Reply]:
-    """Replies to `asking.paraphrases` about drawn scenes; a reply is right if it is the true answer, word for word."""
+def _replies(
+    model: scale_rae.ScaleRAE, messages: Sequence[str], systems: Sequence[str], latents: Sequence[Any]
+) -> list[Any]:
+    """Replies to messages, the i-th after `systems[i % len(systems)]` and about `latents[i]`, if there are any."""
+    from scale_rae.language import Conversation
+
+    replies: list[Any] = []
+    for start in range(0, len(messages), 100):
+        conversations = []
+        for place, message in enumerate(messages[start : start + 100], start):
+            turn = Turn("user", message, int(bool(latents)))
+            ids = model.tokenizer.conversation([turn], systems[place % len(systems)])
+            conversations.append(Conversation(ids, model.check_latent(latents[place]) if latents else None))
+        replies += model.converse(conversations, [REPLY_TOKENS] * len(conversations), draw=not latents)
+    return replies
+
+
+def asked(
+    model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut, systems: Sequence[str] = (SYSTEM,)
+) -> list[Reply]:
+    """Replies to `asking.paraphrases` about drawn scenes, each after one of `systems` in turn.
+
+    A reply is right if it is the true answer, word for word.
+    """
     scenes = world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out)
     latents = model.encode(pictures(scenes))
     questions = asking.paraphrases(seed, list(scenes))
     replies = []
-    for start in range(0, count, 100):
-        part = questions[start : start + 100]
-        answers = model.answer(
-            [text for text, _ in part], latents=latents[start : start + 100], max_new_tokens=REPLY_TOKENS
-        )
-        for (text, question), answer in zip(part, answers, strict=True):
-            said = answer.text.strip()
-            replies.append(Reply(question.kind, text, said, question.answer, said == question.answer))
+    answers = _replies(model, [text for text, _ in questions], systems, latents)
+    for (text, question), answer in zip(questions, answers, strict=True):
+        said = model.tokenizer.decode(answer.ids).strip()
+        replies.append(Reply(question.kind, text, said, question.answer, said == question.answer))
     return replies
 
 
-def requested(model: scale_rae.ScaleRAE, count: int, seed: int) -> list[Reply]:
-    """Replies to `count` requests of each kind: "outside" is to be declined in one sentence, "inside" to be drawn, and "blind", yes/no
-    questions where no picture is shown, to be answered without drawing."""
+def requested(model: scale_rae.ScaleRAE, count: int, seed: int, systems: Sequence[str] = (SYSTEM,)) -> list[Reply]:
+    """Replies to `count` requests of each kind, each after one of `systems` in turn.
+
+    "outside" is to be declined in one sentence, "inside" to be drawn, and "blind", yes/no questions where no picture is shown, to be
+    answered without drawing.
+    """
     rng = random.Random(f"blind/{seed}")
     scenes = world.sample(np.random.default_rng(seed), count, ("colors",), "any")
     blind = []
@@ -222,13 +244,11 @@ def requested(model: scale_rae.ScaleRAE, count: int, seed: int) -> list[Reply]:
     wanted = {"outside": world.OUTSIDE_REPLY, "inside": "a picture", "blind": world.NO_PICTURE}
     replies = []
     for kind, messages in texts.items():
-        for start in range(0, count, 100):
-            part = messages[start : start + 100]
-            for text, reply in zip(part, model.reply(part, max_new_tokens=REPLY_TOKENS), strict=True):
-                said = model.tokenizer.decode(reply.ids).strip()
-                drawn = reply.condition is not None
-                right = {"outside": said == world.OUTSIDE_REPLY, "inside": drawn, "blind": not drawn}[kind]
-                replies.append(Reply(kind, text, "a picture" if drawn else said, wanted[kind], right))
+        for text, reply in zip(messages, _replies(model, messages, systems, []), strict=True):
+            said = model.tokenizer.decode(reply.ids).strip()
+            drawn = reply.condition is not None
+            right = {"outside": said == world.OUTSIDE_REPLY, "inside": drawn, "blind": not drawn}[kind]
+            replies.append(Reply(kind, text, "a picture" if drawn else said, wanted[kind], right))
     return replies
 
 
@@ -258,6 +278,7 @@ Scenes = Annotated[HeldOut, typer.Option("--scenes", help="held out only, withou
 Count = Annotated[int, typer.Option(min=2, help="scenes")]
 Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
 Show = Annotated[bool, typer.Option("--show", help="also print what was wrong")]
+OtherSystems = Annotated[bool, typer.Option("--other-systems", help="after 16 other system messages, in turn")]
 
 
 def _load(
@@ -369,10 +390,11 @@ def ask_command(
     seed: Seed = 0,
     device: Device = None,
     show: Show = False,
+    other_systems: OtherSystems = False,
 ) -> None:
     """Questions of all kinds in wordings that training did not see, in any case of letters, about drawn scenes."""
     model = _load(model_path, device)
-    replies = asked(model, count, seed, scenes)
+    replies = asked(model, count, seed, scenes, _systems(other_systems))
     rows = shares(replies) | {"overall": Share(sum(one.right for one in replies), len(replies))}
     _table(f"answered truly, scenes {scenes}, seed {seed}", rows)
     _wrong(replies, show)
@@ -385,12 +407,17 @@ def decline_command(
     seed: Seed = 0,
     device: Device = None,
     show: Show = False,
+    other_systems: OtherSystems = False,
 ) -> None:
     """Requests outside the world (declined), inside it (drawn), and yes/no questions without a picture (not drawn)."""
     model = _load(model_path, device)
-    replies = requested(model, count, seed)
+    replies = requested(model, count, seed, _systems(other_systems))
     _table(f"replied rightly, seed {seed}", shares(replies))
     _wrong(replies, show)
+
+
+def _systems(others: bool) -> Sequence[str]:
+    return asking.SYSTEMS if others else (SYSTEM,)
 
 
 def _wrong(replies: Sequence[Reply], show: bool) -> None:

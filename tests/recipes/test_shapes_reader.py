@@ -13,7 +13,7 @@ from recipes.shapes import common, export, lessons, networks, own, reader, wordi
 from recipes.shapes.lessons import Writer
 from recipes.shapes.settings import TINY
 from recipes.shapes.tokenizer import cased_words, words
-from scale_rae.prompt import ChatTokenizer
+from scale_rae.prompt import SYSTEM, ChatTokenizer, Turn
 from scale_rae.shapes import asking, world
 from scale_rae.shapes.world import Object, Scene
 from scale_rae.training.optim import OptimizerOptions
@@ -60,6 +60,39 @@ def test_requests_of_training_are_not_worded_as_those_of_evaluation() -> None:
     assert not said & wanted
 
 
+def test_evaluation_has_other_system_messages_than_training() -> None:
+    rng = random.Random(0)
+    said = [wordings.system(rng) for _ in range(4000)]
+    others = [text for text in said if text != SYSTEM]
+    assert 0.1 < len(others) / len(said) < 0.2
+    assert "" in others
+    assert len(set(others)) > 0.8 * len(others)
+    everything = "|".join(map(plain, others))
+    for told in asking.SYSTEMS:
+        for sentence in re.split(r"(?<=[.])\s", told.replace(SYSTEM, "")):
+            assert not plain(sentence) or plain(sentence) not in everything, sentence
+
+
+def test_things_without_articles_are_asked_for_in_any_case() -> None:
+    rng = random.Random(0)
+    inside = {wordings.inside_request(rng, "a photo of a red circle") for _ in range(4000)}
+    assert {"red circle", "RED CIRCLE", "Red Circle", "red circle."} <= inside
+    assert "can you generate red circle" in map(plain, inside)
+    after_a_picture = {wordings.inside_request(rng, "a photo of a red circle", bare=False) for _ in range(2000)}
+    assert "red circle" not in map(plain, after_a_picture)
+    outside = [plain(wordings.outside_request(rng)) for _ in range(2000)]
+    assert sum(len(text.split()) == 1 for text in outside) > 10
+
+
+def test_questions_in_title_case_are_not_rare() -> None:
+    rng = random.Random(0)
+    asked = asking.Question("it_color", {"color": "black"}, world.YES)
+    said = [wordings.in_words(rng, asked) for _ in range(2000)]
+    titles = [text for text in said if all(word[:1].isupper() for word in re.findall(r"[A-Za-z'’]+", text))]
+    assert sum(not text.isupper() for text in titles) > 0.15 * len(said)
+    assert not any(re.search("[a-z]['’][A-Z]", text) for text in said)
+
+
 def test_lessons_are_true_and_name_nothing_held_out(write: Writer) -> None:
     scenes, second, read = reader.read_chunk(0, 300, 3, write)
     assert len(scenes) == len(second) == len(read) == 300
@@ -89,6 +122,18 @@ def test_a_lesson_is_the_conversation_at_inference(write: Writer) -> None:
     assert asked is not None
     assert asked.ids[: asked.answer] == tokenizer.chat("SHOW ME A STAR")
     assert asked.ids[asked.answer :] == [*tokenizer.plain(world.REPLY), tokenizer.image_start]
+
+
+def test_a_lesson_after_another_system_message_is_the_conversation_at_inference(write: Writer) -> None:
+    tokenizer, system = write.tokenizer, "Be kind."
+    lesson = write.said("Is it red?", world.NO, picture=5, before="Draw a star.", system=system)
+    assert lesson is not None
+    shown = [*lesson.ids[: lesson.image], -200, *lesson.ids[lesson.image + TINY.tokens : lesson.answer]]
+    turns = [Turn("user", "Draw a star."), Turn("assistant", world.REPLY, 1), Turn("user", "Is it red?")]
+    assert shown == tokenizer.conversation(turns, system)
+    asked = write.drawn("RED CIRCLE", 7, learns=True, system=system)
+    assert asked is not None
+    assert asked.ids[: asked.answer] == tokenizer.conversation([Turn("user", "RED CIRCLE")], system)
 
 
 def thing(color: str, shape: str, x: float = 60, y: float = 60) -> Object:

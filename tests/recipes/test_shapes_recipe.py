@@ -26,6 +26,7 @@ from recipes.shapes import (
     invented,
     joint,
     networks,
+    reader,
     self_reward,
     settings,
     spoilt,
@@ -557,7 +558,9 @@ def stages_in_this_process(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return ran
 
 
-def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path, stages_in_this_process: list[str]) -> None:
+def test_tiny_run_from_nothing_to_a_model_that_loads(
+    tmp_path: Path, stages_in_this_process: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     out, target = tmp_path / "run", tmp_path / "model"
     assert train.main(["--tiny", "--out", str(out), "--export", str(target)])
     assert stages_in_this_process == ["encoder", "decoder", "reward", "joint", "export", "reader", "export", "sample"]
@@ -585,6 +588,13 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(tmp_path: Path, stages_in_t
     conditions = [torch.zeros(TINY.tokens, TINY.z_channels)]
     assert model.sample(conditions, [0])[0].shape == (TINY.tokens, TINY.channels)
     assert (tmp_path / "sheet-g1.png").is_file()
+
+    worse, again = out / train.DRAWN, tmp_path / "again"
+    more = ["--out", str(again), "--start-from", str(target), "--earlier", str(worse), "--earlier-pool", "14"]
+    assert reader.main([*train.TINY["reader"].split(), *more, "--export", str(again / "model")])
+    said = capsys.readouterr().out
+    assert all(f"drawings of {folder}, right: " in said for folder in (target, again / "earlier-1"))
+    assert (again / "model" / "config.json").is_file()
 
     train.take_parts(target, tmp_path / "next")  # its encoder and decoder begin another run
     for part in ("encoder", "decoder"):
