@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +39,7 @@ def command(
         records, problems = read_records(options)  # before a model is downloaded
         source = find(options.model, "model", revision=options.revision)
         load_config(source.config_folder)
-        for problem in problems:
-            say(f"left out: {problem}")
+        _list(f"left out: {problem}" for problem in problems)
         if not debug:
             silence_libraries()
         from scale_rae.training.run import Watcher, train
@@ -46,10 +47,21 @@ def command(
         with TrainingBar(options.out) as bar:
             folder = train(options, source, records, Watcher(bar.note, bar.prepare, bar.step))
     except DataError as e:
-        for problem in e.problems:
-            say(problem)
+        _list(e.problems)
         raise
-    show(str(folder))
+    if _is_first():
+        show(str(folder))
+
+
+def _is_first() -> bool:
+    """Whether this process is the first of those that torchrun started, or was started alone."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _list(lines: Iterable[str]) -> None:
+    """Shows lines that all processes have, once."""
+    for line in lines if _is_first() else ():
+        say(line)
 
 
 def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
@@ -68,7 +80,8 @@ def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
 
     with TrainingBar(options.out) as bar:
         folder = train_on_verdicts(options, source, prompts, Watcher(bar.note, bar.prepare, bar.step))
-    show(str(folder))
+    if _is_first():
+        show(str(folder))
 
 
 class TrainingBar:

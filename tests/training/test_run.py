@@ -324,6 +324,16 @@ def test_data_are_read_before_a_model_is_looked_for(
     assert f"{tmp_path}: holds no training data" in capsys.readouterr().err
 
 
+def test_bad_records_are_listed_by_one_of_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "bad.jsonl").write_text("{")
+    for rank, listed in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        assert app.run(["train", "--data", str(tmp_path / "bad.jsonl"), "--out", str(tmp_path / "o")]) == 1
+        assert ("bad.jsonl, line 1: not valid JSON" in capsys.readouterr().err) == listed
+
+
 def test_resuming_without_a_checkpoint_says_so(options: TrainingOptions) -> None:
     notes: list[str] = []
     go(replace(options, max_train_steps=1, resume=True), Watcher(note=notes.append))
