@@ -29,6 +29,10 @@ from scale_rae.options import lora_parts
 FILES = CONFIG, WEIGHTS = ADAPTER_FILES
 _PREFIX = "base_model.model."  # before the names of modules in PEFT's files
 _NOT_READ = {"use_dora": False, "fan_in_fan_out": False, "lora_bias": False, "bias": "none", "modules_to_save": None}
+_NOT_READ |= dict.fromkeys(("use_qalora", "use_bdlora", "layer_replication", "alora_invocation_tokens"))
+_NOT_READ |= dict.fromkeys(("arrow_config", "kasa_config", "monteclora_config"))
+# Initialisations that change the base weights, too: the adapter fits only the changed ones.
+_CHANGES_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,12 @@ def read_adapter(source: Source, weight: float = 1.0) -> Adapter:
     for name, only in _NOT_READ.items():
         if fields.raw.get(name, only) not in (only, None, False, []):
             raise fields.fail(name, f"is {fields.raw[name]!r}, which is not supported")
+    first = fields.raw.get("init_lora_weights")
+    if isinstance(first, str) and first.lower().startswith(_CHANGES_BASE):
+        remedy = "save it with PEFT's path_initial_model_for_weight_conversion"
+        raise fields.fail(
+            "init_lora_weights", f"is {first!r}: the adapter fits only the base weights that it changed; {remedy}"
+        )
     alpha = fields.number("lora_alpha")
     patterns = _patterns(fields)
     root = fields.get("use_rslora", bool, False)

@@ -144,6 +144,11 @@ def test_adapters_that_cannot_be_used_are_refused_by_file(
 
     refused("peft_type is 'IA3'; only LORA", peft_type="IA3")
     refused("use_dora is True, which is not supported", use_dora=True)
+    refused("alora_invocation_tokens is .5., which is not supported", alora_invocation_tokens=[5])
+    refused(
+        "init_lora_weights is 'pissa_niter_4': the adapter fits only the base weights",
+        init_lora_weights="pissa_niter_4",
+    )
     refused("lora_alpha is missing", lora_alpha=None)
     refused(f"{CONFIG}: alpha_pattern: qkv is 'x', not a number", alpha_pattern={"qkv": "x"})
     refused(rf"{CONFIG}: alpha_pattern: \(qkv is no pattern of names", alpha_pattern={"(qkv": 1})
