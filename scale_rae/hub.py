@@ -25,6 +25,7 @@ from scale_rae.student import parse_student
 BUNDLED = {name: Path(__file__).parent / "bundled" / name for name in ("shapes", "shapes-4")}
 HUB_TIMEOUT = 10.0  # seconds for the hub to list a repository's files
 DECODER_WEIGHTS = "model.pt"
+TRAINED = "model"  # the folder in a training's folder for the checkpoint that `train --full` writes
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")  # of a LoRA in PEFT's format
 _SMALL_FILES = (
     *("config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt"),
@@ -72,10 +73,12 @@ def find(
     From the hub, config and weights are fetched, or `files` if given; the first of `files` must exist.
 
     Raises:
-        CheckpointError: there is no such folder, and the name cannot be a hub id.
+        CheckpointError: there is no such folder, and the name cannot be a hub id; or the folder is a training's, and no model's.
         HubError: the hub cannot be reached or refuses; the message says what to do.
     """
     if source := find_folder(name, what, model_folder, files):
+        if what == "model":
+            check_is_model(source.folder)
         return with_base(source)
     check_hub_id(name, what)
     return with_base(_download(name, what, revision, files))
@@ -86,6 +89,16 @@ def check_hub_id(name: str, what: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", name):
         bundled = '; the bundled model is "shapes"' if what == "model" else ""
         raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
+
+
+def check_is_model(folder: Path) -> None:
+    """Raises CheckpointError, saying what to give instead, for a folder that a training wrote and that is no model."""
+    if (folder / "config.json").exists():
+        return
+    if (folder / ADAPTER_FILES[0]).is_file():
+        raise CheckpointError(f"{folder}: is a LoRA adapter, not a model: give its model, and this folder as --lora")
+    if (folder / TRAINED / "config.json").is_file():
+        raise CheckpointError(f"{folder}: is the folder of a training; its model is {folder / TRAINED}")
 
 
 def with_base(source: Source) -> Source:

@@ -10,7 +10,17 @@ from typing import Any
 
 from scale_rae.errors import CheckpointError, ConfigError, HubError, ScaleRAEError
 from scale_rae.files import check_file, is_lfs_pointer, lfs_error
-from scale_rae.hub import HUB_TIMEOUT, Source, ask_hub, cached, check_hub_id, find_folder, hub_name, hub_problem
+from scale_rae.hub import (
+    HUB_TIMEOUT,
+    Source,
+    ask_hub,
+    cached,
+    check_hub_id,
+    check_is_model,
+    find_folder,
+    hub_name,
+    hub_problem,
+)
 from scale_rae.jsonio import MOST_BYTES, parse_object
 
 _MOST_CARD = 64 << 10  # bytes of a model card that are searched for its licence
@@ -97,6 +107,8 @@ def list_files(
             no complete earlier download.
     """
     if source := find_folder(name, what, model_folder, files):
+        if what == "model":
+            check_is_model(source.folder)
         return list_folder(source)
     check_hub_id(name, what)
     return _list_hub(name, what, revision, files)

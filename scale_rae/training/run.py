@@ -17,7 +17,7 @@ from scale_rae.checkpoint import writing
 from scale_rae.config import load_config
 from scale_rae.errors import ConfigError, TrainingError
 from scale_rae.fast_weights import crop_swiglu
-from scale_rae.hub import Source
+from scale_rae.hub import TRAINED, Source
 from scale_rae.language import LanguageModel
 from scale_rae.loading import load_dit, load_language, load_tokenizer
 from scale_rae.memory import pick_device
@@ -38,7 +38,6 @@ from scale_rae.training.trainer import Batches, Plan, Progress, Trainer
 from scale_rae.training.validation import Validation
 
 B = TypeVar("B")
-_MODEL = "model"  # the folder in --out for the checkpoint that --full writes
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ class Result:
         if not self.is_first:
             return
         if self.options.full:
-            self._write_checkpoint(folder / _MODEL, tensors)
+            self._write_checkpoint(folder / TRAINED, tensors)
         else:
             self.write_adapter(folder)
         with writing(folder):
@@ -193,7 +192,7 @@ def _check_out(options: TrainingOptions) -> None:
         if not options.resume:
             raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
         return
-    results = (_MODEL,) if options.full else (CONFIG, WEIGHTS)
+    results = (TRAINED,) if options.full else (CONFIG, WEIGHTS)
     if found := next((out / name for name in results if (out / name).exists()), None):
         raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
 

@@ -99,6 +99,20 @@ def test_experiments_record_adapters_only_where_there_are_some() -> None:
     assert setting_differences(json.loads(json.dumps(adapted)), adapted) == []
 
 
+@pytest.mark.parametrize("command", [["t2i", "--prompt", "x", "--model-path"], ["inspect"]])
+def test_what_a_training_wrote_in_the_place_of_a_model(
+    command: list[str], adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    for folder, remedy in (
+        (adapter, "is a LoRA adapter, not a model: give its model, and this folder as --lora"),
+        (tmp_path, f"is the folder of a training; its model is {tmp_path / 'model'}"),
+    ):
+        assert run([*command, str(folder)]) == 1
+        assert f"error: {folder}: {remedy}\n" in capsys.readouterr().err
+
+
 def test_adapters_are_named_with_a_weight() -> None:
     assert lora_parts("a/b") == ("a/b", 1.0)
     assert lora_parts("a:0.5") == ("a", 0.5)
