@@ -97,7 +97,7 @@ def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord],
                     watcher.note(note)
         group.wait()
     dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
-    steps = options.max_train_steps
+    steps = options.steps(records=0, processes=1)
     learner = Learner(options, None, dit, model.device, model.dtype, steps)
     rounds = Rounds(options, model, learner, norm_stats, drawn[own.prompts], cache, Scorer(reader, own), steps, group)
     objective = SelfReward(dit, learner.flat, rounds.start, rounds.old, own.beta, own.kl_weight, own.fold_guidance)

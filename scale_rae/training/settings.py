@@ -76,6 +76,7 @@ _FREE = frozenset(
     ]
 )
 
+STEPS = 1000
 WARMUP_SHARE = 0.03  # of the steps, where no number is given: that of the official second stage
 
 MODEL, DATA, LEARNING, SCALE, RESULT, LOOKS = "Model", "Data", "Learning", "Memory and speed", "Result", "Validation"
@@ -214,6 +215,7 @@ Alpha = Annotated[
         LEARNING,
         least=1e-6,
         must="must be above 0",
+        aliases=("lora_alpha",),
     ),
 ]
 LearningRate = Annotated[float, Knob("Peak learning rate.", LEARNING, least=0)]
@@ -258,7 +260,15 @@ GradientCheckpointing = Annotated[
     bool, Knob("Recompute activations instead of storing them: less memory, a third more time.", SCALE)
 ]
 Compile = Annotated[str, Knob("Compile the networks' blocks; auto: on CUDA.", SCALE, choices=COMPILE)]
-SaveSteps = Annotated[int, Knob("Write a checkpoint every N steps; a crash loses at most N steps.", RESULT, least=1)]
+SaveSteps = Annotated[
+    int,
+    Knob(
+        "Write a checkpoint every N steps; a crash loses at most N steps.",
+        RESULT,
+        least=1,
+        aliases=("checkpointing_steps",),
+    ),
+]
 CheckpointsTotalLimit = Annotated[
     int | None, Knob("Keep only the newest N checkpoints. Default: all.", RESULT, least=1)
 ]
@@ -278,11 +288,13 @@ class TrainingOptions:
             "`conversations`, a WebDataset .tar or a folder of them, or a manifest of tars. May be given several times.",
             DATA,
             metavar="PATH",
+            aliases=("train_data_dir",),
         ),
     ] = ()
-    out: Annotated[Path, Knob("Folder for the result, its checkpoints and logs; made if missing.", RESULT)] = Path(
-        "trained"
-    )
+    out: Annotated[
+        Path,
+        Knob("Folder for the result, its checkpoints and logs; made if missing.", RESULT, aliases=("output_dir",)),
+    ] = Path("trained")
     revision: Revision = None
     lora: Lora = ()
     device: Device = None
@@ -334,7 +346,9 @@ class TrainingOptions:
     ] = None
     lr_scheduler: LrScheduler = "cosine"
     lr_warmup_steps: LrWarmupSteps = None
-    max_train_steps: Annotated[int, Knob("Optimizer steps.", LEARNING, least=1)] = 1000
+    max_train_steps: Annotated[
+        int | None, Knob(f"Optimizer steps. Default: {STEPS}, without --num-train-epochs.", LEARNING, least=1)
+    ] = None
     num_train_epochs: Annotated[
         int | None,
         Knob("Passes through the data, instead of --max-train-steps.", LEARNING, least=1),
@@ -395,7 +409,12 @@ class TrainingOptions:
     # --- validation
     validation_prompts: Annotated[
         tuple[str, ...],
-        Knob("Prompt to draw every --validation-steps. May be given several times.", LOOKS, metavar="TEXT"),
+        Knob(
+            "Prompt to draw every --validation-steps. May be given several times.",
+            LOOKS,
+            metavar="TEXT",
+            aliases=("validation_prompt",),
+        ),
     ] = ()
     validation_steps: Annotated[int, Knob("Draw the validation prompts every N steps.", LOOKS, least=1)] = 100
     num_validation_images: Annotated[int, Knob("Pictures per validation prompt.", LOOKS, least=1)] = 1
@@ -423,7 +442,7 @@ class TrainingOptions:
     def steps(self, records: int, processes: int) -> int:
         """The number of steps, given the records of the data, which are half of a batch beside --class-prompts."""
         if self.num_train_epochs is None:
-            return self.max_train_steps
+            return STEPS if self.max_train_steps is None else self.max_train_steps
         batch = self.train_batch_size * self.gradient_accumulation_steps * processes
         places = self.num_train_epochs * records * (2 if self.class_prompts else 1)
         return max(1, -(-places // batch))
@@ -468,6 +487,10 @@ class TrainingOptions:
             raise OptionError(f"{flag}: has no meaning without --objective self-reward; give both, or leave out {flag}")
         if not self.data:
             raise OptionError("--data: give at least one file or folder to train on")
+        if self.num_train_epochs is not None and self.max_train_steps is not None:
+            raise OptionError(
+                "--num-train-epochs: gives the number of steps, as --max-train-steps does; leave out one of them"
+            )
         if self.language_learning_rate is not None and not self.trains_language:
             raise OptionError(
                 "--language-learning-rate: the language model does not learn with --train dit; use --train both or language"
