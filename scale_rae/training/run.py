@@ -77,7 +77,7 @@ class Result:
     options: TrainingOptions
     model: Model
     learner: Learner
-    is_first: bool = True  # of the processes
+    group: Group
 
     def write(self, folder: Path, steps: int) -> None:
         """Writes the result of so many steps, and training.json, which says how it was made.
@@ -85,14 +85,21 @@ class Result:
         All processes must call it; the first writes.
         """
         tensors = self.learner.flat.tensors()
-        if not self.is_first:
+        if not self.group.is_first:
             return
         if self.options.full:
             self._write_checkpoint(folder / TRAINED, tensors)
         else:
             self.write_adapter(folder)
         with writing(folder):
-            write_record(folder, self.options.identity(), self.model.source.address, steps)
+            write_record(folder, self._how(), self.model.source.address, steps)
+
+    def _how(self) -> dict[str, Any]:
+        """The options that decide the result, whatever of them a resumed run may change, and the number of processes."""
+        o = self.options
+        batch = {"train_batch_size": o.train_batch_size, "gradient_accumulation_steps": o.gradient_accumulation_steps}
+        adapters = [{"name": one.source.address, "weight": one.weight} for one in self.model.adapters]
+        return {**o.identity(), **batch, "processes": self.group.size, "lora": adapters}
 
     def write_adapter(self, folder: Path) -> None:
         """Writes the moving average of the adapter in PEFT's form."""
@@ -159,7 +166,7 @@ def make_run(
     `identity` is what a resumed run must have the same of, besides the options; `validate(step)` validates.
     """
     options = learner.options
-    result = Result(options, model, learner, group.is_first)
+    result = Result(options, model, learner, group)
     everything = {**options.identity(), "model": repr(model.identity), "steps": steps, "warmup": options.warmup(steps)}
     trainer = Trainer(
         learner.flat,

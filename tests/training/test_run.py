@@ -265,6 +265,17 @@ def test_what_is_to_be_kept_is_kept(options: TrainingOptions, data: Path, tmp_pa
     assert (velocity(keeps.out) - base).square().mean() < 0.5 * (velocity(forgets.out) - base).square().mean()
 
 
+def test_the_record_of_a_training_has_its_batch_and_the_adapters_below(
+    options: TrainingOptions, tmp_path: Path
+) -> None:
+    first = replace(options, max_train_steps=1, out=tmp_path / "first")
+    second = replace(options, max_train_steps=1, lora=(f"{first.out}:0.5",))
+    for chosen, adapters in ((first, []), (second, [{"name": str(first.out), "weight": 0.5}])):
+        go(chosen)
+        made = json.loads((chosen.out / "training.json").read_text())["options"]
+        assert (made["lora"], made["train_batch_size"], made["processes"]) == (adapters, 2, 1)
+
+
 def test_all_weights_are_trained_into_a_checkpoint(options: TrainingOptions) -> None:
     chosen = replace(options, full=True, train="dit", max_train_steps=2, optimizer="muon")
     go(chosen)
