@@ -1,7 +1,8 @@
 """The rules of adaptive search: which candidates of a prompt to begin next, to drop early, to accept, to keep. No torch.
 
 A candidate is one image of a prompt, from its noise on. Candidates are begun in waves: the first has one candidate more than
-images are to be kept, so that each has another to be compared with; a later wave has as many as are still to be accepted. At
+images are to be kept, so that each has another to be compared with; a later wave has as many as are still to be accepted, as has
+the first where no look is possible (a sampler of one step has no half-formed images). At
 each look (an early check of the half-formed image) those that will not do are dropped. At the last look, no more are left than
 are still to be accepted: the best. They are drawn to the end, and accepted or rejected. When no more may be begun and too few
 images are drawn to the end, the best of the dropped candidates are revived: drawn to the end after all. What becomes of a
@@ -114,7 +115,8 @@ def next_wave(candidates: Sequence[Candidate], rules: Rules) -> list[int]:
         return []
     begun = len(candidates)
     if begun < rules.most:
-        return list(range(begun, min(begun + lacking + (0 if begun else MORE_AT_FIRST), rules.most)))
+        more = MORE_AT_FIRST if not begun and rules.options.check_at else 0
+        return list(range(begun, min(begun + lacking + more, rules.most)))
     unfinished = rules.keep - sum(c.final is not None for c in candidates)
     if unfinished <= 0:
         return []

@@ -20,7 +20,7 @@ from scale_rae import acceptance
 from scale_rae.acceptance import Candidate, Look, Rules
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.errors import OptionError, ScaleRAEError
-from scale_rae.flow import SAMPLERS, StepCallback, Times, steps_until, time_shift, usual_look
+from scale_rae.flow import SAMPLERS, StepCallback, Times, look_times, steps_until, time_shift, usual_look
 from scale_rae.footprint import flops
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
@@ -132,11 +132,11 @@ class Searcher:
     ) -> None:
         model.check_reads()
         search.check()
-        search = with_looks(search, model.config)
+        sampling = model.sampler.chosen(sampling)
+        search = with_looks(search, sampling, model.config)
         check_threshold(search, reward)
         self.model, self.reward = model, reward
         self.rules = Rules(keep, search, None if reward is None else reward.name)
-        sampling = model.sampler.chosen(sampling)
         self.search, self.sampling, self.batching = search, sampling, batching
         self._question, self._max_new_tokens = question, max_new_tokens
         self._encodes = post_qa_mode == "image"
@@ -281,15 +281,22 @@ def _rewards(reward: Reward, pictures: Sequence[Image.Image], prompts: Sequence[
     return rewards
 
 
-def with_looks(search: SearchOptions, config: ScaleRAEConfig) -> SearchOptions:
-    """The options; if they give no time of a look, with the default time for that config."""
-    return search if search.check_at else replace(search, check_at=(usual_look(_shift(config)),))
+def with_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRAEConfig) -> SearchOptions:
+    """The options; if they give no time of a look, with the default time for that config and sampler.
+
+    A sampler of few steps ends before that time; its look is before its last step. With one step there is no look.
+    """
+    sampling = own_options(config.student, sampling)
+    possible = look_times(sampling.solver, sampler_times(config, sampling))
+    if search.check_at or not possible:
+        return search
+    return replace(search, check_at=(max(usual_look(_shift(config)), possible[-1]),))
 
 
 def check_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRAEConfig) -> None:
     """Raises OptionError for looks that are not on the way of a sampler of the model with that config."""
     sampling = own_options(config.student, sampling)
-    _look_steps(with_looks(search, config), sampling, sampler_times(config, sampling))
+    _look_steps(with_looks(search, sampling, config), sampling, sampler_times(config, sampling))
 
 
 def _shift(config: ScaleRAEConfig) -> float:

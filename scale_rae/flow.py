@@ -193,15 +193,20 @@ def usual_look(shift: float) -> float:
     return round(shift * USUAL_LOOK / (1 + (shift - 1) * USUAL_LOOK), 2)
 
 
+def look_times(name: str, times: Times) -> list[float]:
+    """The times, falling, at which a half-formed image can be looked at: of the last evaluation in each step but the last."""
+    return [SAMPLERS[name].evaluated(times[:steps])[-1] for steps in range(1, len(times))]
+
+
 def steps_until(name: str, times: Times, t: float) -> int:
     """How many steps of the sampler called `name` end with the evaluation whose time is nearest to t, not the last step.
 
     Raises:
         OptionError: when there is but one step, or all but the last are over before t.
     """
-    ends = [SAMPLERS[name].evaluated(times[:steps])[-1] for steps in range(1, len(times))]
+    ends = look_times(name, times)
     if not ends:
-        raise OptionError("--check-at: a sampler of one step has nothing to look at on the way; choose more --steps")
+        raise OptionError(f"--check-at {t:g}: a sampler of one step has nothing to look at on the way; leave it out")
     if t < ends[-1]:
         raise OptionError(
             f"--check-at {t:g}: later than the last step but one, which evaluates at t = {ends[-1]:.3g}; choose a larger t"

@@ -465,8 +465,8 @@ class SearchOptions:
         if len(self.check_at) > 2:
             raise OptionError("--check-at: give one or two times")
         for t in self.check_at:
-            if not 0 < t < 1:
-                raise OptionError(f"--check-at {t:g}: must be between 0 and 1 (noise is 1)")
+            if not 0 < t <= 1:
+                raise OptionError(f"--check-at {t:g}: must be above 0 and at most 1 (noise is 1)")
         if self.check_at != tuple(sorted(set(self.check_at), reverse=True)):
             raise OptionError(f"--check-at {' '.join(f'{t:g}' for t in self.check_at)}: must fall, as t does")
 

@@ -59,6 +59,10 @@ def test_a_wave_is_as_large_as_what_lacks(fates: str, expected: list[int]) -> No
     assert next_wave(finished(fates), Rules(4, OPTIONS)) == expected
 
 
+def test_without_a_look_the_first_wave_has_none_to_drop() -> None:
+    assert next_wave([], Rules(4, SearchOptions(max_candidates=8))) == [0, 1, 2, 3]
+
+
 def test_more_are_kept_than_may_be_begun() -> None:
     """The command line refuses that; the rules draw as many as are kept."""
     assert next_wave([], Rules(9, OPTIONS)) == list(range(9))
@@ -198,9 +202,9 @@ def test_accepted_ones_are_kept_first_then_the_best_of_the_rest() -> None:
     ("options", "error"),
     [
         ({"check_at": (0.9, 0.8, 0.7)}, "--check-at: give one or two times"),
-        ({"check_at": (1.0,)}, "--check-at 1: must be between 0 and 1"),
-        ({"check_at": (0.0,)}, "--check-at 0: must be between 0 and 1"),
-        ({"check_at": (float("nan"),)}, "--check-at nan: must be between 0 and 1"),
+        ({"check_at": (1.5,)}, "--check-at 1.5: must be above 0 and at most 1"),
+        ({"check_at": (0.0,)}, "--check-at 0: must be above 0 and at most 1"),
+        ({"check_at": (float("nan"),)}, "--check-at nan: must be above 0 and at most 1"),
         ({"check_at": (0.7, 0.8)}, "--check-at 0.7 0.8: must fall"),
         ({"check_at": (0.7, 0.7)}, "--check-at 0.7 0.7: must fall"),
         ({"max_candidates": 0}, "--max-candidates 0: must be at least 1"),

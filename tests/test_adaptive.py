@@ -156,7 +156,7 @@ def test_a_reply_without_an_image(model: scale_rae.ScaleRAE) -> None:
     [
         ({"keep": 0}, "images to keep 0: must be at least 1"),
         ({"keep": 5}, "--max-candidates 4: must be at least the images to keep, which are 5"),
-        ({"search": SearchOptions(check_at=(1.0,))}, "--check-at 1: must be between 0 and 1"),
+        ({"search": SearchOptions(check_at=(1.5,))}, "--check-at 1.5: must be above 0 and at most 1"),
         ({"search": SearchOptions(accept_reward=0.5)}, "--accept-reward 0.5: there is no reward"),
         ({"search": SearchOptions(accept_reward=11), "reward": Stub()}, "the reward stub is between 0 and 10"),
         ({"options": SamplingOptions(steps=1)}, "2 to 1000"),

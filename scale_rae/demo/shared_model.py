@@ -36,7 +36,7 @@ from scale_rae.demo.limits import (
 )
 from scale_rae.demo.results import DrawResult, Preview, RankingState, SavedImage, SearchState
 from scale_rae.demo.streams import Emitter, Stopped, streamed
-from scale_rae.errors import InputError, OptionError, ScaleRAEError
+from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.flow import StepCallback
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
@@ -370,7 +370,7 @@ class SharedModel:
             with self._alone(emit):
                 reward = self.reward(reward_name)
                 options = SearchOptions(max_candidates=most, save_dropped=True)  # the page shows dropped ones too
-                options = with_looks(options, self.model.config)
+                options = with_looks(options, sampling.options, self.model.config)
                 cards = Candidates(Rules(keep, options, reward.name if reward is not None else None))
                 searcher = self._searcher(cards, reward, sampling)
                 reply = self.model.reply([request], max_new_tokens=sampling.max_new_tokens)[0]
@@ -393,14 +393,7 @@ class SharedModel:
     def _searcher(self, cards: Candidates, reward: Reward | None, sampling: Sampling) -> Searcher:
         """What takes a search further."""
         rules, batching = cards.rules, Batching(draw=self._at_once, read=self._at_once)
-        try:
-            return Searcher(
-                self.model, reward, rules.keep, rules.options, sampling.options, batching, watch=cards.update
-            )
-        except OptionError as e:
-            steps, solver = sampling.options.steps, sampling.options.solver
-            leave = "steps of {} leave" if steps > 1 else "step of {} leaves"
-            raise InputError(f"{steps} {leave.format(solver)} no half-formed picture to look at: take more.") from e
+        return Searcher(self.model, reward, rules.keep, rules.options, sampling.options, batching, watch=cards.update)
 
     def _search_round(self, searcher: Searcher, search: Search, cards: Candidates, emit: Emitter[SearchState]) -> None:
         """Takes a search's next wave to its end, a few candidates at a time, and emits the cards."""

@@ -116,7 +116,7 @@ def open_worker(
             from scale_rae.adaptive import check_looks, with_looks
 
             check_looks(settings.adaptive, settings.options, config)
-            settings = dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, config))
+            settings = dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, settings.options, config))
         opened = OpenedModel(
             choice,
             bars,

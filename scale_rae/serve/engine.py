@@ -119,7 +119,6 @@ class Engine:
         """What draws a job's candidates, at most `most`, until `keep` are accepted. `reward` is as in a Job.
 
         Raises:
-            OptionError: when there are too few steps to look at candidates on their way.
             ConfigError: for a checkpoint that cannot read the latents it draws.
         """
         batching = Batching(draw=self.sizes.most, read=self.sizes.most)

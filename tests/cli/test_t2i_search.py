@@ -160,7 +160,7 @@ def test_questions_of_a_search(until: Cli, tmp_path: Path) -> None:
     [
         (["--until-accepted", "0"], "--until-accepted 0: must be at least 1"),
         (["--until-accepted", "5"], "--max-candidates 4: must be at least --until-accepted, which is 5"),
-        (["--until-accepted", "--check-at", "1"], "--check-at 1: must be between 0 and 1"),
+        (["--until-accepted", "--check-at", "1.5"], "--check-at 1.5: must be above 0 and at most 1"),
         (["--until-accepted", "--accept-reward", "nan"], "--accept-reward nan: must be a finite number"),
         (["--until-accepted", "--accept-reward", "1", "--reward", "none"], "needs a reward, and --reward is none"),
         (["--until-accepted", "--reward-path", "x", "--reward", "none"], "--reward none has no weights"),

@@ -370,18 +370,23 @@ def test_a_search_that_accepts_too_few_says_so(shared: SharedModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "most", "steps", "says"),
+    ("keep", "most", "says"),
     [
-        (3, 2, 9, "3 cannot be kept: keep 1 to 2"),
-        (0, 2, 9, "0 cannot be kept"),
-        (1, MOST_CANDIDATES + 1, 9, "the page begins 1 to"),
-        (MOST_IMAGES + 1, MOST_CANDIDATES, 9, "keep 1 to 16"),
-        (1, 2, 1, "1 step of ab2 leaves no half-formed picture"),
+        (3, 2, "3 cannot be kept: keep 1 to 2"),
+        (0, 2, "0 cannot be kept"),
+        (1, MOST_CANDIDATES + 1, "the page begins 1 to"),
+        (MOST_IMAGES + 1, MOST_CANDIDATES, "keep 1 to 16"),
     ],
 )
-def test_what_cannot_be_searched_is_refused(shared: SharedModel, keep: int, most: int, steps: int, says: str) -> None:
+def test_what_cannot_be_searched_is_refused(shared: SharedModel, keep: int, most: int, says: str) -> None:
     with pytest.raises(InputError, match=says):
-        run(shared.search(CIRCLE, Sampling(options=SamplingOptions(steps=steps, solver="ab2")), keep, most, None))
+        run(shared.search(CIRCLE, Sampling(options=SamplingOptions(steps=9, solver="ab2")), keep, most, None))
+
+
+def test_one_step_is_searched_without_a_look(shared: SharedModel) -> None:
+    _, done = run(shared.search(CIRCLE, Sampling(options=SamplingOptions(steps=1, solver="ab2")), 1, 2, None))
+    assert len(done.saved) == 1
+    assert all(card.fate in (ACCEPTED, REJECTED) for card in done.cards)
 
 
 def test_who_leaves_ends_a_search(shared: SharedModel) -> None:

@@ -215,7 +215,7 @@ def test_nothing_is_accepted(search: Search, scale: Scale) -> None:
     ("options", "error"),
     [
         (["--check-at", 0.01], "--check-at 0.01: later than the last step but one, which evaluates at t = "),
-        (["--steps", 1], "--check-at: a sampler of one step has nothing to look at on the way"),
+        (["--steps", 1, "--check-at", 0.9], "--check-at 0.9: a sampler of one step has nothing to look at on the way"),
         (["--reward", "none", "--accept-reward", 1], "--accept-reward 1: there is no reward"),
         (["--accept-reward", 1000], "--accept-reward 1000: the reward siglip is between "),
         (["--max-candidates", 1], "--max-candidates 1: must be at least --n-samples, which is 2"),

@@ -122,7 +122,6 @@ def test_at_the_limit_the_best_that_were_drawn_make_up_the_number(serve: Serve, 
         ({"best_of": ["auto"]}, "best_of"),
         (AUTO | {"n": 17}, "n"),
         (AUTO | {"reward": "pickscore"}, "reward"),
-        (AUTO | {"steps": 2, "solver": "ab2"}, "steps"),
         (AUTO | {"prompt": "word " * 30_000}, "prompt"),
     ],
     ids=str,
@@ -133,6 +132,13 @@ def test_a_violation_names_the_field(running: Running, body: dict[str, Any], fie
     assert "--" not in answer["error"]["message"]
     if field == "best_of":
         assert answer["error"]["message"] == 'best_of: must be an integer from 1 to 64, or "auto"'
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_few_steps_are_searched_too(running: Running, steps: int) -> None:
+    status, answer, _ = post(running.url + IMAGES, {"prompt": CIRCLE, "steps": steps, "solver": "ab2", **AUTO})
+    assert (status, len(answer["data"])) == (200, 1)
+    assert (answer["search"]["dropped"] == 0) or steps == 2
 
 
 def test_a_prompt_too_long_to_ask_about_is_refused_before_it_is_drawn(

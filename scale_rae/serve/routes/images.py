@@ -8,10 +8,8 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 
-from scale_rae.adaptive import Searcher
-from scale_rae.errors import ConfigError, OptionError
+from scale_rae.errors import ConfigError
 from scale_rae.noise import new_seed
-from scale_rae.options import SamplingOptions
 from scale_rae.prompt import Turn
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.jobs import Inbox, Job
@@ -49,7 +47,7 @@ def images_router(engine: Engine, settings: ServeSettings, links: Links) -> APIR
         options, reward = body.options(limits.steps, engine.model.config.student), _reward(body, engine, best_of)
         searcher = None
         if body.best_of == AUTO:
-            searcher = _searcher(engine, body.n, limits.drawings, str(reward), options)
+            searcher = engine.searcher(body.n, limits.drawings, str(reward), options)
         inbox = Inbox(limits.deadline)
         job = Job(
             [Turn("user", as_request(body.prompt, settings.prompt_prefix))],
@@ -100,17 +98,3 @@ def _reward(body: ImageRequest, engine: Engine, best_of: int) -> str | None:
             field = "best_of" if body.best_of == AUTO else "reward"
             raise invalid(field, "this model cannot look at what it draws; give a number and a reward model") from None
     return reward
-
-
-def _searcher(engine: Engine, keep: int, most: int, reward: str, options: SamplingOptions) -> Searcher:
-    """What searches for the images of best_of "auto".
-
-    Raises:
-        Refused: when there are too few steps to look at candidates on their way.
-    """
-    try:
-        return engine.searcher(keep, most, reward, options)
-    except OptionError:  # which names a flag
-        raise invalid(
-            "steps", f'{options.steps} are too few to look at images on their way, as best_of "auto" does; take more'
-        ) from None
