@@ -24,9 +24,10 @@ from scale_rae.encoder import Encoder
 from scale_rae.errors import InputError, need, shorten
 from scale_rae.flow import State, joined, parted
 from scale_rae.memory import pick_device
-from scale_rae.options import DEFAULT_MODEL, DEFAULT_NEW_TOKENS, DEFAULT_STEPS, SamplingOptions
+from scale_rae.options import DEFAULT_MODEL, DEFAULT_NEW_TOKENS, SamplingOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.sampling import Trajectory
+from scale_rae.wording import after_no_drawing
 
 need("diffusers", "scale_rae.diffusers", "diffusers")
 from diffusers import DiffusionPipeline  # noqa: E402
@@ -203,8 +204,8 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
     def __call__(
         self,
         prompt: str | Sequence[str],
-        num_inference_steps: int = DEFAULT_STEPS,
-        guidance_scale: float = 1.0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
         num_images_per_prompt: int = 1,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -213,7 +214,7 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         *,
-        solver: str = "euler",
+        solver: str | None = None,
         guidance_interval: tuple[float, float] | None = None,
         max_new_tokens: int = DEFAULT_NEW_TOKENS,
         batch_size: int | None = None,
@@ -221,6 +222,7 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Images of prompts, those of the first prompt first.
 
         Args:
+            num_inference_steps, guidance_scale: by default 49 and 1 (none); a student has its own and refuses other values.
             generator: draws the noise: one for all images, or one each. `torch.Generator().manual_seed(s)` each means the pictures
                 that `ScaleRAE.generate` draws with `image_seeds` s. None: other pictures each time.
             latents: the noise itself, [N, C, S, S], N = prompts times `num_images_per_prompt`.
@@ -250,11 +252,8 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
             )
         if num_images_per_prompt < 1:
             raise InputError(f"num_images_per_prompt {num_images_per_prompt}: must be at least 1")
-        options = SamplingOptions(
-            guidance=guidance_scale, interval=guidance_interval, steps=num_inference_steps, solver=solver
-        )
         model = self.model
-        options = model.sampler.chosen(options)
+        options = model.sampler.called_with(guidance_scale, guidance_interval, num_inference_steps, solver)
         model.sampler.check(options)
         count = len(prompts) * num_images_per_prompt
         noise = self._noise(count, generator, latents)
@@ -265,7 +264,7 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
             if reply.condition is None:
                 raise InputError(
                     f"prompt {shorten(asked)!r}: the model answered without drawing: {shorten(text)!r}; "
-                    'word the prompt as a request, as in "Can you generate …"'
+                    f"{after_no_drawing(model.source)}"
                 )
             trajectories += [Trajectory(reply.condition, 0)] * num_images_per_prompt
         trajectories = _with_states(trajectories, State(noise))

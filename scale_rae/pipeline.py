@@ -46,13 +46,11 @@ from scale_rae.options import (
     SamplingOptions,
     Speed,
     check_count,
-    with_values,
 )
 from scale_rae.prompt import QUESTION, ChatTokenizer
 from scale_rae.results import Answer, GeneratedImage, GenerateOptions, Generation
 from scale_rae.sampling import Trajectory
 from scale_rae.scores import Asked, EarlyScore, Score, score_early, score_latents, texts_of
-from scale_rae.student import own_options
 
 if TYPE_CHECKING:
     from scale_rae.vae import VaeDecoder
@@ -251,14 +249,7 @@ class ScaleRAE:
         guidance = _either("guidance", guidance, 1.0, "guidance_scale", guidance_scale)
         steps = _either("steps", steps, DEFAULT_STEPS, "num_inference_steps", num_inference_steps)
         if options is None:
-            given = {
-                "guidance_level": guidance,
-                "guidance_interval": guidance_interval,
-                "steps": steps,
-                "solver": solver,
-            }
-            chosen = {name: value for name, value in given.items() if value is not None}
-            options = own_options(self.config.student, with_values(SamplingOptions(), chosen), chosen)
+            options = self.sampler.called_with(guidance, guidance_interval, steps, solver)
         options = self.sampler.chosen(options)
         self.sampler.check(options)
         messages = [prompts] if isinstance(prompts, str) else list(prompts)

@@ -18,7 +18,7 @@ from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.fast_dit import FastDiT
 from scale_rae.footprint import flops
 from scale_rae.noise import check_noise, draw_noise
-from scale_rae.options import SamplingOptions, Speed
+from scale_rae.options import SamplingOptions, Speed, with_values
 from scale_rae.residency import Residency
 from scale_rae.student import own_options
 from scale_rae.toolchain import can_compile, check_compile
@@ -113,6 +113,22 @@ class LatentSampler:
             OptionError: for an option that differs from its default and from what the student takes.
         """
         return own_options(self.config.student, options or SamplingOptions())
+
+    def called_with(
+        self,
+        guidance: float | None,
+        interval: tuple[float, float] | None,
+        steps: int | None,
+        solver: str | None,
+    ) -> SamplingOptions:
+        """The options of a call, in which None is an option's default; for a student, its own values.
+
+        Raises:
+            OptionError: for an option that is given, even with its default, and that the student does not take.
+        """
+        values = {"guidance_level": guidance, "guidance_interval": interval, "steps": steps, "solver": solver}
+        given = {name: value for name, value in values.items() if value is not None}
+        return own_options(self.config.student, with_values(SamplingOptions(), given), given)
 
     def whole_prompts(self, conditions: Sequence[Tensor], size: int) -> int:
         """The largest batch size, at most `size`, with which each batch has equally many images of each prompt."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 from scale_rae.errors import OptionError
 from scale_rae.jsonio import Fields
-from scale_rae.options import SamplingOptions, options_of
+from scale_rae.options import Option, SamplingOptions, options_of
 
 FIELD = "student"  # of a student's config.json
 MOST_STEPS = 8
@@ -49,20 +49,25 @@ class Student:
         Raises:
             OptionError: for an option that was chosen, or differs from its default, and is not the student's.
         """
-        # With one step, ab2 is Euler's method; the published schedule of "euler" needs two.
-        solver = "euler" if self.steps > 1 else "ab2"
-        own = replace(options, guidance=self.guidance, interval=None, steps=self.steps, solver=solver)
+        for option, why in self.refused(options, given):
+            raise OptionError(f"{option.label} {why}")
+        return self._own(options)
+
+    def refused(self, options: SamplingOptions, given: Collection[str] = ()) -> Iterator[tuple[Option, str]]:
+        """The options that `sampling` does not take, each with its value and why."""
+        own = self._own(options)
         for option in options_of(SamplingOptions):
             name = option.path[0]
             value, fixed = getattr(options, name), getattr(own, name)
             if value != fixed and (value != option.default or option.name in given):
-                must = "none" if fixed is None else f"{fixed:g}" if isinstance(fixed, float) else str(fixed)
-                shown = f"{value:g}" if isinstance(value, float) else value
                 other = f", or draw with its base model, {self.base}" if self.base else ""
-                raise OptionError(
-                    f"{option.label} {shown}: this model is a student and takes only {must}; leave it out{other}"
-                )
-        return own
+                why = f"this model is a student and takes only {_shown(fixed)}; leave it out{other}"
+                yield option, f"{_shown(value)}: {why}"
+
+    def _own(self, options: SamplingOptions) -> SamplingOptions:
+        # With one step, ab2 is Euler's method; the published schedule of "euler" needs two.
+        solver = "euler" if self.steps > 1 else "ab2"
+        return replace(options, guidance=self.guidance, interval=None, steps=self.steps, solver=solver)
 
     def record(self) -> dict[str, Any]:
         """The field of config.json."""
@@ -72,6 +77,10 @@ class Student:
         if self.base_revision is not None:
             found["base_revision"] = self.base_revision
         return found
+
+
+def _shown(value: Any) -> str:
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def own_options(student: Student | None, options: SamplingOptions, given: Collection[str] = ()) -> SamplingOptions:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scale_rae import ScaleRAE
 from scale_rae.diffusers import ScaleRAEPipeline, autoencoder_rae
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, OptionError
 from scale_rae.noise import image_seed
 from tests.helpers.made_checkpoints import golden_case, write_checkpoint
 
@@ -131,7 +131,20 @@ def test_output_types(pipe: ScaleRAEPipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"prompt": "How are you?"}, "without drawing: 'I only draw.*; word the prompt as a request"),
+        ({"num_inference_steps": 49}, "steps 49"),
+        ({"guidance_scale": 1.0}, "guidance level 1"),
+        ({"solver": "ab2"}, "solver"),
+    ],
+)
+def test_a_student_refuses_other_values_than_its_own(arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=f"{said}.*: this model is a student"):
+        ScaleRAEPipeline.from_pretrained("shapes-4", device="cpu")(PROMPTS[0], **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"prompt": "How are you?"}, r"without drawing: 'I only draw.*'; the bundled model draws one to four shapes"),
         ({"prompt": []}, r"prompt \[\]: must be a string, or a list of at least one"),
         ({"prompt": ["a", 3]}, r"prompt \['a', 3\]: must be a string"),
         ({"prompt": None}, "prompt None: must be a string"),

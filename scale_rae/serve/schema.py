@@ -8,6 +8,7 @@ errors, however long it is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import (
@@ -111,16 +112,22 @@ class _Seeded(_Strict):
         Raises:
             InputError: for values that do not go together.
         """
-        known = options_of(SamplingOptions)
-        given = {option.name: getattr(self, _field_name(option)) for option in known}
         if student is not None:
-            given["steps"] = given["steps"] or DEFAULT_STEPS
-            chosen = {option.name for option in known if self._chooses(_field_name(option))}
-            return student.sampling(with_values(SamplingOptions(), given), chosen)
-        given["steps"] = given["steps"] or min(DEFAULT_STEPS, most_steps)
-        options = with_values(SamplingOptions(), given)
+            return student.sampling(*self._given(DEFAULT_STEPS))
+        options, _ = self._given(min(DEFAULT_STEPS, most_steps))
         options.check()
         return options
+
+    def refused_by(self, student: Student) -> Iterator[tuple[str, str]]:
+        """The fields that a student does not take, each with its value and why."""
+        return ((_field_name(option), why) for option, why in student.refused(*self._given(DEFAULT_STEPS)))
+
+    def _given(self, steps: int) -> tuple[SamplingOptions, set[str]]:
+        """(the sampler's options, names of those that the request chooses); `steps` are taken where it gives none."""
+        known = options_of(SamplingOptions)
+        values = {option.name: getattr(self, _field_name(option)) for option in known}
+        chosen = {option.name for option in known if self._chooses(_field_name(option))}
+        return with_values(SamplingOptions(), values | {"steps": values["steps"] or steps}), chosen
 
     def _chooses(self, field: str) -> bool:
         """Whether the request gives a value other than null to a field."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from benchmarks.made_up import write_checkpoint
 from scale_rae import flow
-from scale_rae.adaptive import check_looks
+from scale_rae.acceptance import ACCEPTED, REJECTED
+from scale_rae.adaptive import check_looks, with_looks
 from scale_rae.cli import app
 from scale_rae.config import load_config
 from scale_rae.errors import CheckpointError, ConfigError, OptionError, TrainingError
@@ -25,6 +26,7 @@ from scale_rae.inspection import inspect
 from scale_rae.noise import draw_noise
 from scale_rae.options import SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
+from scale_rae.prompt_search import search
 from scale_rae.sampling import Trajectory, sampler_times
 from scale_rae.serve.schema import ImageRequest
 from scale_rae.student import Student
@@ -219,6 +221,33 @@ def test_looks_are_on_the_students_way(student: Path) -> None:
     assert flow.steps_until("euler", times, flow.usual_look(2.83)) == 2
 
 
+@pytest.mark.parametrize(
+    ("steps", "at"), [(1, ()), (2, (1.0,)), (3, (0.8498,)), (4, (0.84,)), (8, (0.84,))], ids="{}".format
+)
+def test_a_student_of_any_number_of_steps_can_be_searched_with(
+    student: Path, steps: int, at: tuple[float, ...]
+) -> None:
+    """The default look is before the last step; with one step, there is none."""
+    config = replace(load_config(student), student=Student(tuple(windows(steps, 2.83)), 4.0))
+    config = replace(config, channels=96, tokens=64, base_dim=768)
+    found = with_looks(SearchOptions(), SamplingOptions(), config)
+    assert found.check_at == pytest.approx(at, abs=1e-3)
+    found.check()
+    check_looks(SearchOptions(), SamplingOptions(), config)
+
+
+def test_a_student_of_one_step_draws_until_enough_are_accepted(student: Path) -> None:
+    config = json.loads((student / "config.json").read_text())
+    config["student"]["times"] = [1.0, 0.0]
+    (student / "config.json").write_text(json.dumps(config))
+    model = ScaleRAE.from_pretrained(find(str(student), "model"), device="cpu")
+    found = search(model, "Can you generate a cat", reward=None, search=SearchOptions(max_candidates=3))
+    assert {c.fate for c in found.candidates} <= {ACCEPTED, REJECTED}
+    assert found.evaluations == len(found.candidates)
+    with pytest.raises(OptionError, match=r"--check-at 0.9: a sampler of one step .* leave it out"):
+        search(model, "Can you generate a cat", reward=None, search=SearchOptions(check_at=(0.9,)))
+
+
 def test_commands_refuse_other_options(student: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     how = [
         "--model-path",
@@ -250,6 +279,17 @@ def test_requests_take_the_students_options(student: Path) -> None:
     assert ImageRequest.model_validate({"prompt": "a cat", "steps": 2, "guidance": 3.0}).options(10, own).steps == 2
     with pytest.raises(OptionError, match="guidance level 1: this model is a student"):
         ImageRequest.model_validate({"prompt": "a cat", "guidance": 1.0}).options(10, own)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("steps", 49), ("guidance", 1.0), ("guidance_interval", [0.1, 0.9]), ("solver", "ab2")]
+)
+def test_a_request_is_refused_by_its_own_field(student: Path, field: str, value: Any) -> None:
+    own = load_config(student).student
+    assert own is not None
+    ((named, why),) = ImageRequest.model_validate({"prompt": "a cat", field: value}).refused_by(own)
+    assert named == field
+    assert "this model is a student and takes only" in why
 
 
 def test_a_student_is_inspected_with_its_base(student: Path, teacher: Path) -> None:

@@ -56,10 +56,10 @@ def check_sampling(
         check_noise(body.noise)
     except DeviceError as e:
         raise invalid("noise", str(e)) from None
+    student = engine.model.config.student
+    for field, why in () if student is None else body.refused_by(student):
+        raise invalid(field, why)
     try:
-        body.options(limits.steps, engine.model.config.student)
+        body.options(limits.steps, student)
     except InputError as e:
-        field = "steps"  # the other options have been checked, but for a student
-        if engine.model.config.student is not None and str(e).startswith("guidance"):
-            field = "guidance"
-        raise invalid(field, str(e)) from None
+        raise invalid("steps", str(e)) from None  # the other options have been checked
