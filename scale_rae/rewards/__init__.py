@@ -17,7 +17,7 @@ from scale_rae.images import Picture
 from scale_rae.options import REWARDS as NAMES
 
 if TYPE_CHECKING:
-    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.rewards.parts import Host
 
 __all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "default_reward", "load_reward"]
 
@@ -46,7 +46,7 @@ class Reward(Protocol):
         """One score per picture, higher if it shows the prompt better; pictures may differ in size."""
 
 
-def default_reward(model: ScaleRAE) -> str:
+def default_reward(model: Host) -> str:
     """The reward that ranks pictures where none is chosen: the model's own, else DEFAULT_REWARD.
 
     A model brings `siglip` when the encoder in its own folder has a text tower, as the bundled model's has. An encoder from
@@ -61,7 +61,7 @@ def default_reward(model: ScaleRAE) -> str:
     return DEFAULT_REWARD if why_unusable(model) is not None else "siglip"
 
 
-def load_reward(name: str, model: ScaleRAE, path: str | None = None) -> Reward:
+def load_reward(name: str, model: Host, path: str | None = None) -> Reward:
     """The reward called `name`, on the model's device and in its dtype.
 
     `path` is a folder with the reward's weights, instead of those found by their hub id inside the model's folder,
@@ -80,13 +80,13 @@ def load_reward(name: str, model: ScaleRAE, path: str | None = None) -> Reward:
         return REWARDS[name](model, path)
 
 
-def _imagereward(model: ScaleRAE, path: str | None) -> Reward:
+def _imagereward(model: Host, path: str | None) -> Reward:
     from scale_rae.rewards.imagereward import ImageReward
 
     return ImageReward(model, path)
 
 
-def _siglip(model: ScaleRAE, path: str | None) -> Reward:
+def _siglip(model: Host, path: str | None) -> Reward:
     from scale_rae.rewards.siglip import SiglipReward
 
     if path is not None:
@@ -94,14 +94,14 @@ def _siglip(model: ScaleRAE, path: str | None) -> Reward:
     return SiglipReward(model)
 
 
-def _pickscore(model: ScaleRAE, path: str | None) -> Reward:
+def _pickscore(model: Host, path: str | None) -> Reward:
     from scale_rae.rewards.pickscore import PickScore
 
     return PickScore(model, path)
 
 
 # Functions, so that each reward's part of transformers is imported only when that reward loads.
-REWARDS: dict[str, Callable[[ScaleRAE, str | None], Reward]] = dict(
+REWARDS: dict[str, Callable[[Host, str | None], Reward]] = dict(
     zip(NAMES, (_imagereward, _siglip, _pickscore), strict=True)
 )
 """The names that `load_reward` knows, and what loads them."""

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,9 +23,6 @@ from scale_rae.hub import Source
 from scale_rae.images import Picture
 from scale_rae.jsonio import Fields, read_json
 from scale_rae.rewards import parts
-
-if TYPE_CHECKING:
-    from scale_rae.pipeline import ScaleRAE
 
 REPO, TOKENIZER_REPO = "THUDM/ImageReward", "google-bert/bert-base-uncased"
 WEIGHTS, CONFIG = "ImageReward.pt", "med_config.json"
@@ -42,7 +39,7 @@ class ImageReward:
 
     name = "imagereward"
 
-    def __init__(self, model: ScaleRAE, path: str | None = None) -> None:
+    def __init__(self, model: parts.Host, path: str | None = None) -> None:
         """Finds and loads the weights.
 
         Raises:
@@ -213,7 +210,7 @@ def _named(**children: nn.Module | nn.Parameter) -> nn.Module:
     return module
 
 
-def _find_tokenizer(model: ScaleRAE, folder: Path) -> Source:
+def _find_tokenizer(model: parts.Host, folder: Path) -> Source:
     for place in (folder, folder / "tokenizer"):
         for file in ("tokenizer.json", "vocab.txt"):
             if (place / file).is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,9 @@ from scale_rae.tokenizer_file import read_qwen2, read_tokenizer_json, reading
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.encoder import Encoder
+    from scale_rae.memory import MemoryErrors
+    from scale_rae.residency import Residency
 
 BATCH = 32  # pictures scored at once
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
@@ -37,6 +39,26 @@ INSTEAD = "or choose --reward siglip or --reward none"
 Module = TypeVar("Module", bound=nn.Module)
 
 
+class Host(Protocol):
+    """What rewards use of a `ScaleRAE`; `scaling.scoring.EncoderOnly` has it too, without loading other networks."""
+
+    source: Source
+    device: torch.device
+    dtype: torch.dtype
+    residency: Residency
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model's own encoder."""
+
+    @property
+    def encoder_source(self) -> Source | None:
+        """The encoder's files; None until it is loaded."""
+
+    def memory_errors(self, what: str, remedy: str = ...) -> MemoryErrors:
+        """As `ScaleRAE.memory_errors`."""
+
+
 def operations(network: nn.Module, config: Any) -> float:
     """Floating-point operations of a vision tower for one picture: a multiply-add per weight and patch, counted as two."""
     weights = sum(p.numel() for p in network.parameters() if p.dim() > 1)
@@ -44,7 +66,7 @@ def operations(network: nn.Module, config: Any) -> float:
 
 
 def locate(
-    model: ScaleRAE, reward: str, repo: str, needs: str, path: str | None = None, files: tuple[str, ...] = ()
+    model: Host, reward: str, repo: str, needs: str, path: str | None = None, files: tuple[str, ...] = ()
 ) -> Source:
     """A reward's weights: the folder `path`, or those that `hub.find` finds by the hub id `repo`.
 
@@ -61,7 +83,7 @@ def locate(
         ) from e
 
 
-def locate_part(model: ScaleRAE, reward: str, repo: str, what: str, first: str) -> Source:
+def locate_part(model: Host, reward: str, repo: str, what: str, first: str) -> Source:
     """A tokenizer or processor that is not beside a reward's weights, by the hub id `repo`. The file `first` must exist."""
     try:
         return find(repo, what, model.source.folder, files=(first, *(f for f in TOKENIZER_FILES if f != first)))

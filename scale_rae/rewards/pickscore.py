@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from PIL import Image
@@ -22,9 +22,6 @@ from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
 from scale_rae.rewards import parts
 
-if TYPE_CHECKING:
-    from scale_rae.pipeline import ScaleRAE
-
 REPO, PROCESSOR_REPO = "yuvalkirstain/PickScore_v1", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 PROCESSOR = "preprocessor_config.json"
 
@@ -34,7 +31,7 @@ class PickScore:
 
     name = "pickscore"
 
-    def __init__(self, model: ScaleRAE, path: str | None = None) -> None:
+    def __init__(self, model: parts.Host, path: str | None = None) -> None:
         """Finds and loads the weights.
 
         Raises:
@@ -83,7 +80,7 @@ class PickScore:
         return parts.checked(scores, self.name)
 
 
-def _find_processor(model: ScaleRAE, folder: Path) -> Source:
+def _find_processor(model: parts.Host, folder: Path) -> Source:
     for place in (folder, folder / "processor"):
         has_tokenizer = any((place / file).is_file() for file in ("tokenizer.json", "vocab.json"))
         if (place / PROCESSOR).is_file() and has_tokenizer:

@@ -6,7 +6,7 @@ The vision tower is the model's own encoder; the text tower is in the same folde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,8 @@ from scale_rae.jsonio import read_json
 from scale_rae.provenance import file_record
 from scale_rae.rewards import parts
 
-if TYPE_CHECKING:
-    from scale_rae.pipeline import ScaleRAE
 
-
-def why_unusable(model: ScaleRAE) -> ScaleRAEError | None:
+def why_unusable(model: parts.Host) -> ScaleRAEError | None:
     """Why the model's encoder cannot rank pictures; None when it is a SigLIP with its text tower."""
     encoder, source = model.encoder, model.encoder_source
     assert source is not None
@@ -46,7 +43,7 @@ class SiglipReward:
 
     name = "siglip"
 
-    def __init__(self, model: ScaleRAE) -> None:
+    def __init__(self, model: parts.Host) -> None:
         """Loads the text tower beside the model's encoder.
 
         Raises:

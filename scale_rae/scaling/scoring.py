@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     from scale_rae.encoder import Encoder
     from scale_rae.hub import Source
     from scale_rae.memory import MemoryErrors
-    from scale_rae.pipeline import ScaleRAE
     from scale_rae.rewards import Reward
 
 # Of metadata.jsonl: what comes from the reward.
@@ -84,7 +83,7 @@ class _Images:
 
 
 class EncoderOnly:
-    """What rewards use of a `ScaleRAE`: files, device, dtype and encoder. No other network is loaded."""
+    """What rewards use of a `ScaleRAE` (`rewards.parts.Host`); only the encoder is loaded."""
 
     def __init__(self, choice: ModelChoice) -> None:
         """Finds the model's files; the encoder loads when a reward first uses it.
@@ -368,7 +367,7 @@ def _load(target: _Target, options: ScoreOptions) -> tuple[EncoderOnly, Reward]:
     host = EncoderOnly(choice)
     from scale_rae.rewards import load_reward
 
-    return host, load_reward(options.reward, cast("ScaleRAE", host), options.reward_path)
+    return host, load_reward(options.reward, host, options.reward_path)
 
 
 class _Scores:
@@ -429,7 +428,7 @@ def _scorer(
         check_finite([], rewards)
         return rewards
 
-    on_threads = worker.draws_on_threads(cast("ScaleRAE", host))
+    on_threads = worker.draws_on_threads(host.device)
     with contextlib.ExitStack() as stack:
         pool = None
         if on_threads:

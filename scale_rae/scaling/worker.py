@@ -32,10 +32,10 @@ from scale_rae.scaling.waves import WaveWriter
 from scale_rae.student import own_options
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from scale_rae.opening import LoadingBar
-    from scale_rae.pipeline import ScaleRAE
 
 MOST_PER_THREAD = 4  # images that a thread of a CPU draws together; more are hardly faster
 WAIT = 0.5  # seconds between looks at prompts that other workers are drawing
@@ -157,9 +157,9 @@ def open_worker(
     return worker
 
 
-def draws_on_threads(model: ScaleRAE) -> bool:
+def draws_on_threads(device: torch.device) -> bool:
     """Whether each thread of the device draws some images by itself (a CPU), or the device draws whole batches."""
-    return model.device.type == "cpu"
+    return device.type == "cpu"
 
 
 class Worker:
@@ -183,7 +183,7 @@ class Worker:
         self._threads: ThreadPoolExecutor | None = None
         self._per_thread = 1  # images that each of them draws together
         with contextlib.ExitStack() as stack:
-            if draws_on_threads(self._model):
+            if draws_on_threads(self._model.device):
                 self._threads, self._per_thread = self._start_threads(stack)
             self._encoders = stack.enter_context(ThreadPoolExecutor(ENCODERS))
             self._open = stack.pop_all()

@@ -103,7 +103,7 @@ def forked_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def in_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has the CPU draw a batch's images at once, as other devices do, and not apart."""
-    monkeypatch.setattr("scale_rae.scaling.worker.draws_on_threads", lambda model: False)
+    monkeypatch.setattr("scale_rae.scaling.worker.draws_on_threads", lambda device: False)
 
 
 @pytest.fixture
