@@ -13,7 +13,7 @@ from pathlib import Path
 import folder_paths
 
 from scale_rae.errors import InputError
-from scale_rae.hub import BUNDLED
+from scale_rae.hub import BUNDLED, DECODER_WEIGHTS
 from scale_rae.options import DEFAULT_MODEL, PUBLISHED_DECODERS
 
 MODELS = "scale_rae"  # the folder below ComfyUI's models, and the key in extra_model_paths.yaml
@@ -37,7 +37,7 @@ def models() -> list[str]:
 
 def decoders() -> list[str]:
     """`MATCHING`, the decoders in ComfyUI's folders, and the published ones."""
-    here = _names(MODELS, lambda folder: (folder / "config.json").is_file() and (folder / "model.pt").is_file())
+    here = _names(MODELS, lambda folder: (folder / "config.json").is_file() and (folder / DECODER_WEIGHTS).is_file())
     return list(dict.fromkeys([MATCHING, *here, *PUBLISHED_DECODERS.values()]))
 
 
@@ -49,9 +49,8 @@ def adapters() -> list[str]:
 
 def latents() -> list[str]:
     """The latent files in ComfyUI's input folder, and those in its output folder with ` [output]` behind the name."""
-    found = [_below(folder_paths.get_input_directory(), "**/*.pt")]
-    found += [[name + _OUTPUT for name in _below(folder_paths.get_output_directory(), "**/*.pt")]]
-    return [name for names in found for name in names]
+    written = _latents_below(folder_paths.get_output_directory())
+    return [*_latents_below(folder_paths.get_input_directory()), *(name + _OUTPUT for name in written)]
 
 
 def model(name: str) -> str:
@@ -119,5 +118,5 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _below(root: str, pattern: str) -> list[str]:
-    return [path.relative_to(root).as_posix() for path in sorted(Path(root).glob(pattern))]
+def _latents_below(root: str) -> list[str]:
+    return [path.relative_to(root).as_posix() for path in sorted(Path(root).glob("**/*.pt"))]

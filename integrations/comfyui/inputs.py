@@ -32,7 +32,7 @@ _TOOLTIPS = {  # where the help text speaks of what only a flag can do, or does 
     "accept_reward": "Accept only images with at least this reward, which must be connected. Empty: an image that is not far "
     "below the mean of the candidates, by reward and confidence.",
 }
-_NOTHING = ("none",)  # choices that mean None
+_NOTHING = "none"  # the choice that means None
 T = TypeVar("T")
 Options = TypeVar("Options", bound="DataclassInstance")
 P = ParamSpec("P")
@@ -74,7 +74,7 @@ def _input(option: Option) -> Any:
         "tooltip": _TOOLTIPS.get(option.name) or _without_flags(knob.help),
     }
     if knob.choices:
-        nothing = next((word for word in _NOTHING if word in knob.choices), DEFAULT)
+        nothing = _NOTHING if _NOTHING in knob.choices else DEFAULT
         choices = list(dict.fromkeys([*([nothing] if default is None else []), *knob.choices]))
         return io.Combo.Input(option.name, options=choices, default=nothing if default is None else default, **about)
     if kind is bool:
@@ -92,7 +92,7 @@ def _input(option: Option) -> Any:
 def _value(option: Option, given: Any) -> Any:
     """What an input's value is to its option."""
     kind = _plain(option.kind)
-    if option.default is None and given in (*_NOTHING, DEFAULT, "", 0):
+    if option.default is None and given in (_NOTHING, DEFAULT, "", 0):
         return None
     if kind is float and isinstance(given, str):
         return _numbers(option, given)[0]
