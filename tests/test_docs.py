@@ -12,6 +12,7 @@ import pytest
 import typer.main
 
 from scale_rae.cli.app import COMMANDS, load_command
+from scale_rae.cli.signature import Spellings
 from scale_rae.shapes import evaluate
 
 ROOT = Path(__file__).parents[1]
@@ -95,7 +96,7 @@ def exists(name: str) -> bool:
 def flags_of(command: object) -> set[str]:
     """Every spelling of every flag of a click command and its subcommands."""
     found = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}  # type: ignore[attr-defined]
-    found |= {f"--{name}" for name in getattr(command, "aliases", {})}
+    found |= {f"--{name}" for name in getattr(command, "spellings", Spellings()).aliases}
     return found.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
 
 

@@ -38,7 +38,7 @@ serve.guard serve.connections serve.data_urls serve.decoding serve.streaming ser
 serve.routes.images serve.routes.conversations serve.routes.chat serve.routes.responses serve.routes.models serve.routes.health serve.routes.home serve.app serve.server
 demo demo.limits demo.results demo.streams demo.best_of demo.candidates demo.shared_model demo.listening demo.surroundings demo.words demo.fence
 demo.widgets demo.board demo.page demo.event_streams demo.gate demo.server
-cli.defaults cli.app cli.progress cli.signature cli.options cli.preview cli.runs cli.searches cli.train cli.distill cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve
+cli.signature cli.defaults cli.app cli.progress cli.options cli.preview cli.runs cli.searches cli.train cli.distill cli.merge cli.t2i cli.img cli.latent cli.inspect cli.scale cli.select cli.score cli.evaluate cli.reproduce cli.report cli.sheet cli.serve
 cli.demo cli __main__
 shapes.evaluate
 """.split()  # noqa: SIM905 - a list of a hundred quoted names is hard to read

@@ -14,7 +14,7 @@ import os
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -22,6 +22,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from scale_rae.cli.defaults import defaults, options_of
+from scale_rae.cli.signature import Spellings
 from scale_rae.errors import (
     InputError,
     OptionError,
@@ -86,13 +87,10 @@ def _all_options() -> dict[str, set[str]]:
 class _Command(TyperCommand):
     """A command that refuses an option of one value given twice; click would silently use the last one.
 
-    `bare`, `lists` and `aliases` are what `signature.expanded` says of options beyond what typer knows. Options that are not
-    given take their defaults from the environment and the configuration file.
+    Options that are not given take their defaults from the environment and the configuration file.
     """
 
-    bare: Mapping[str, str] = {}
-    lists: Set[str] = frozenset()
-    aliases: Mapping[str, str] = {}
+    spellings = Spellings()
 
     def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
         extra["token_normalize_func"] = self._spelling
@@ -101,7 +99,7 @@ class _Command(TyperCommand):
     def _spelling(self, name: str) -> str:
         """The flag's own name, without dashes before it. The official flags are known with underscores, too."""
         name = name.replace("_", "-")
-        return self.aliases.get(name, name)
+        return self.spellings.aliases.get(name, name)
 
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         ctx.default_map = defaults(self, ctx, COMMANDS, _all_options)
@@ -112,7 +110,7 @@ class _Command(TyperCommand):
         parse = parser.parse_args
 
         def parse_once(args: list[str]) -> tuple[dict[str, Any], list[str], list[Any]]:
-            values, rest, order = parse(_with_values(args, self.bare, self.lists))
+            values, rest, order = parse(_with_values(args, self.spellings))
             for option, count in Counter(order).items():
                 harmless = option.is_flag and not option.secondary_opts if option.param_type_name == "option" else True
                 if count > 1 and not option.multiple and not harmless:
@@ -137,23 +135,22 @@ def load_command(name: str) -> Any:
     loaded: Any = typer.main.get_command(app)
     for inner, function in functions.items():
         command = loaded if subcommands is None else loaded.commands[inner]
-        for name in ("bare", "lists", "aliases"):
-            setattr(command, name, getattr(function, name, getattr(command, name)))
+        command.spellings = getattr(function, "spellings", Spellings())
     return loaded
 
 
-def _with_values(args: Sequence[str], bare: Mapping[str, str], lists: Set[str]) -> list[str]:
-    """The arguments, with its value after each option that has one for when it is given without.
+def _with_values(args: Sequence[str], spellings: Spellings) -> list[str]:
+    """The arguments, with the value of each flag that is given without any, and lists in one argument each.
 
-    Of options in `lists`, a value that ends with a comma goes on in the next argument, as in --seed 42, 123, 456.
+    A list that ends with a comma goes on in the next argument, as in --seed 42, 123, 456.
     """
     complete: list[str] = []
     for i, arg in enumerate(args):
-        if len(complete) > 1 and complete[-1].endswith(",") and complete[-2] in lists:
+        if len(complete) > 1 and complete[-1].endswith(",") and complete[-2] in spellings.lists:
             complete[-1] += arg
             continue
         complete.append(arg)
-        value = bare.get(arg.replace("_", "-"))
+        value = spellings.bare.get(arg.replace("_", "-"))
         if value is not None and (i + 1 == len(args) or args[i + 1].startswith("-")):
             complete.append(value)
     return complete
@@ -245,6 +242,18 @@ def show_json(value: Any) -> None:
         ascii_only = True
     # In JSON, control characters occur only inside texts, where an escape means the same.
     _print(printable(dump_json(value, ascii_only=ascii_only), escape=lambda character: f"\\u{ord(character):04x}"))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> list[str]:
+    """The rows as lines with aligned columns; those in `right` are aligned to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def _print(text: str) -> None:

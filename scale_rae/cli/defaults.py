@@ -20,6 +20,7 @@ from typing import Any
 
 import typer
 
+from scale_rae.cli.signature import Spellings
 from scale_rae.errors import printable
 
 PREFIX = "SCALE_RAE_"
@@ -90,7 +91,7 @@ def options_of(command: Any) -> dict[str, Any]:
     for parameter in command.params:
         if parameter.param_type_name == "option" and parameter.name not in _NOT_FROM_HERE:
             found |= {o[2:].replace("-", "_"): parameter for o in parameter.opts if o.startswith("--")}
-    for alias, flag in getattr(command, "aliases", {}).items():
+    for alias, flag in getattr(command, "spellings", Spellings()).aliases.items():
         found[alias.replace("-", "_")] = found[flag.replace("-", "_")]
     return found
 

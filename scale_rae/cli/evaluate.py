@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from scale_rae.cli.app import fail, say, show, show_json
+from scale_rae.cli.app import aligned, fail, say, show, show_json
 from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import CountingDisplay
 from scale_rae.cli.signature import expanded
@@ -247,12 +247,6 @@ def _comparison_lines(comparison: Comparison) -> list[str]:
             (label, f"{row.here:.3f}", f"{row.there:.3f}", f"{row.difference:+.3f}", f"[{low:+.3f}, {high:+.3f}]")
         )
     return lines + aligned(rows)
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The rows as lines with aligned columns."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def convert_detector(

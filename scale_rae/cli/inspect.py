@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from scale_rae.cli.app import show, show_json
+from scale_rae.cli.app import aligned, show, show_json
 from scale_rae.cli.options import Debug
 from scale_rae.cli.progress import Bars
 from scale_rae.cli.signature import expanded
@@ -125,13 +125,13 @@ def _text(model: str, found: Inspection, estimates: dict[str, Any]) -> str:
         stored = _gb(part.bytes) if part.bytes else "?"
         rows.append((part.what, f"{part.parameters:,}", stored, ", ".join(part.dtypes) or "?", part.detail))
     rows.append(("all", f"{sum(part.parameters for part in found.parts):,}", "", "", ""))
-    lines += [*_aligned(rows, right=(1, 2)), ""]
+    lines += [*aligned(rows, right=(1, 2)), ""]
     rows = [("files", "here", "to download", "licence", "")]
     for files in found.files:
         where = files.name + (f" at {files.commit[:12]}" if files.commit else "")
         rows.append((files.what, _gb(files.here), _gb(files.download), files.licence or "not stated", where))
     rows.append(("all", _gb(sum(f.here for f in found.files)), _gb(sum(f.download for f in found.files)), "", ""))
-    lines += [*_aligned(rows, right=(1, 2)), ""]
+    lines += [*aligned(rows, right=(1, 2)), ""]
     lines.append(f"tokenizer: {found.tokenizer or 'none'}")
     lines += [f"note: {note}" for note in found.notes]
     lines += [f"problem: {problem}" for problem in found.problems] or [
@@ -165,18 +165,7 @@ def _memory_rows(table: list[dict[str, Any]], seconds: bool) -> list[str]:
         times = (f"{row['seconds_alone']:.2g} s", f"{row['seconds_per_image']:.2g} s") if seconds else ()
         peak = f"{row['peak_bytes'] / _GIB:.1f} GiB"
         rows.append((name, peak, str(row["batch_size"]), *times, " ".join(flags) or "none needed"))
-    return _aligned(rows, right=tuple(range(1, len(head) - 1)))
-
-
-def _aligned(rows: list[_Row], right: tuple[int, ...]) -> list[str]:
-    """The rows as lines with aligned columns, those in `right` to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return [
-        "  ".join(
-            c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned(rows, right=tuple(range(1, len(head) - 1)))
 
 
 def _gb(size: int) -> str:

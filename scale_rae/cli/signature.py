@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import MISSING, is_dataclass
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -35,15 +35,21 @@ def given_options(ctx: typer.Context) -> set[str]:
     return {name for name, source in sources.items() if source and source.name not in ("DEFAULT", "DEFAULT_MAP")}
 
 
+class Spellings(NamedTuple):
+    """How the flags of a command may be written, beyond what typer knows."""
+
+    bare: Mapping[str, str] = {}  # by flag: the value of one that is given without any
+    lists: Set[str] = frozenset()  # flags whose text goes on in the next argument if it ends with a comma
+    aliases: Mapping[str, str] = {}  # flags by their other long names, both without dashes before them
+
+
 def expanded(command: Callable[..., None]) -> Callable[..., None]:
     """The command with one flag for each option of the options dataclasses among its parameters.
 
     A parameter annotated with an options dataclass becomes the flags of `options_of`, with the defaults of the parameter's
     default if it has one; the function receives the object with the flags' values. A parameter annotated with a Knob becomes
-    one flag. All other parameters are typer's as they are. The result's `bare` has, by flag, the value of each flag that may
-    be given without one; its `lists` are the flags whose text goes on in the next argument if it ends with a comma; its
-    `aliases` have flags by their other long names, both without dashes before them. --help gives those a line of text, since
-    they would leave no room in the column of names.
+    one flag. All other parameters are typer's as they are. The result's `spellings` are those of its flags. --help names other
+    long names in a flag's text, since they would leave no room in the column of names.
     """
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, tuple[Any, list[Option]]] = {}
@@ -70,11 +76,11 @@ def expanded(command: Callable[..., None]) -> Callable[..., None]:
             built[name] = with_values(defaults, {o.name: _field_value(flags.pop(o.name), o.knob) for o in options})
         command(**flags, **built)
 
-    with_flags.bare = {flag_name(name): str(knob.bare) for name, knob in knobs if knob.bare is not None}  # type: ignore[attr-defined]
-    with_flags.lists = {flag_name(name) for name, knob in knobs if knob.parse is not None}  # type: ignore[attr-defined]
-    with_flags.aliases = {  # type: ignore[attr-defined]
-        alias.replace("_", "-"): name.replace("_", "-") for name, knob in knobs for alias in _long(knob.aliases)
-    }
+    with_flags.spellings = Spellings(  # type: ignore[attr-defined]
+        {flag_name(name): str(knob.bare) for name, knob in knobs if knob.bare is not None},
+        {flag_name(name) for name, knob in knobs if knob.parse is not None},
+        {alias.replace("_", "-"): name.replace("_", "-") for name, knob in knobs for alias in _long(knob.aliases)},
+    )
     # What typer reads: the signature's annotations with typer's options in them, and the same without.
     with_flags.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_flags.__annotations__ = {
