@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scale_rae.cli.app import aligned, fail, say, show, show_json
-from scale_rae.cli.options import Debug
+from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import CountingDisplay
 from scale_rae.cli.signature import expanded
-from scale_rae.errors import OptionError
 from scale_rae.geneval.judges import NOT_COMPARABLE, JudgeChoice
 from scale_rae.geneval.results import THUMBNAIL
-from scale_rae.options import check_count, check_device_name
+from scale_rae.options import check_count
 
 if TYPE_CHECKING:
     from scale_rae.geneval.evaluation import Evaluation
@@ -114,24 +113,6 @@ def geneval(
     problems = _report(found, other, keep, page, thumbnail, json)
     if problems:
         fail("\nerror: ".join(problems))
-
-
-def device_names(device: str | None, devices: str | None) -> list[str | None] | None:
-    """The devices that two flags name: one, several, or None for the default.
-
-    Raises:
-        OptionError: for both flags, and for names that no device has.
-    """
-    if device is not None and devices is not None:
-        raise OptionError("--device, --devices: give one of them")
-    names: list[str | None] | None = [device] if device is not None else None
-    if devices is not None:
-        names = [name.strip() for name in devices.split(",")]
-        if not all(names):
-            raise OptionError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
-    for name in names or ():
-        check_device_name(name)
-    return names
 
 
 def evaluated(

@@ -1,4 +1,4 @@
-"""Option groups of the command line only: output files, questions about drawn images, and searches (--until-accepted)."""
+"""Options of the command line only: devices, output files, questions about drawn images, and searches (--until-accepted)."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from scale_rae.options import (
     SEARCH,
     Knob,
     SearchOptions,
+    check_device_name,
     check_options,
 )
 from scale_rae.outputs import FIELDS, FORMATS, FileNames, check_folder, check_free
@@ -32,6 +33,24 @@ _TEMPLATE_HELP = (
 LANCZOS = 1  # Pillow's Resampling.LANCZOS, without importing Pillow
 
 Debug = Annotated[bool, Knob("Show tracebacks and the libraries' own messages.", OUTPUT)]
+
+
+def device_names(device: str | None, devices: str | None) -> list[str | None] | None:
+    """The devices that two flags name: one, several, or None for the default.
+
+    Raises:
+        OptionError: for both flags, and for names that no device has.
+    """
+    if device is not None and devices is not None:
+        raise OptionError("--device, --devices: give one of them")
+    names: list[str | None] | None = [device] if device is not None else None
+    if devices is not None:
+        names = [name.strip() for name in devices.split(",")]
+        if not all(names):
+            raise OptionError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
+    for name in names or ():
+        check_device_name(name)
+    return names
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scale_rae.cli.app import aligned, fail, say, show, show_json
-from scale_rae.cli.evaluate import device_names, evaluated, say_missing
-from scale_rae.cli.options import Debug
+from scale_rae.cli.evaluate import evaluated, say_missing
+from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import Bars, ScalingDisplay, duration
 from scale_rae.cli.scale import read_question
 from scale_rae.cli.signature import expanded, one_of

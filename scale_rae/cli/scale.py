@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from scale_rae.cli.app import fail, say, show
-from scale_rae.cli.options import Debug
+from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.cli.signature import expanded, flag_name, given_options, one_of
 from scale_rae.config import load_config
@@ -25,7 +25,6 @@ from scale_rae.options import (
     ModelChoice,
     SamplingOptions,
     SearchOptions,
-    check_device_name,
     options_of,
 )
 from scale_rae.outputs import check_folder
@@ -138,21 +137,8 @@ def command(
     Leaves <output-dir>/<model>/<rounds>_<template>_scale_<mode>/<index>/ with samples/*.png and metadata.jsonl. It can be
     stopped at any moment, and goes on when started again with the same settings.
     """
-    device = choice.device
-    if devices is not None and device is not None:
-        raise typer.BadParameter("give one of them", param_hint=["--device", "--devices"])
-    on_ray = launcher == "ray"
-    for given, name in ((device, "--device"), (devices, "--devices")):
-        if on_ray and given is not None:
-            raise typer.BadParameter("not with --launcher ray, which gives each worker its own", param_hint=[name])
-    for number, name in ((num_cpus_per_worker, "--num-cpus-per-worker"), (num_workers, "--num-workers")):
-        if not on_ray and number is not None:
-            raise typer.BadParameter("only with --launcher ray", param_hint=[name])
-    if on_ray and choice.memory is not None:
-        raise typer.BadParameter(
-            "not with --launcher ray, whose workers run elsewhere; give --quantize, --offload and --batch-size",
-            param_hint=["--memory"],
-        )
+    given, on_ray = given_options(ctx), launcher == "ray"
+    _check_workers(choice, devices, on_ray, num_cpus_per_worker, num_workers)
     if post_qa_prompt is not None and post_qa_template_path is not None:
         raise typer.BadParameter("give one of them", param_hint=["--post-qa-prompt", "--post-qa-template-path"])
     for number, name in (
@@ -162,11 +148,7 @@ def command(
     ):
         if number is not None and number < 1:
             raise OptionError(f"{name} {number}: must be at least 1")
-    names = None if devices is None else [name.strip() for name in devices.split(",")]
-    if names is not None and not all(names):
-        raise OptionError(f"--devices {devices!r}: must be device names with commas between, like cuda:0,cuda:1")
-    for place in names or (device,):
-        check_device_name(place)
+    names = device_names(choice.device, devices)
     question, question_name = read_question(post_qa_prompt, post_qa_template_path)
     settings = dataclasses.replace(
         settings.with_model(choice),
@@ -177,9 +159,9 @@ def command(
         reward=None if reward == "none" else reward,
         reward_path=reward_path,
     )
-    _check_search(settings, given_options(ctx))
+    _check_search(settings, given)
     settings.check()
-    settings = dataclasses.replace(settings, options=_own_sampling(settings, given_options(ctx)))
+    settings = dataclasses.replace(settings, options=_own_sampling(settings, given))
     prompts = read_prompts(metadata_file)
 
     bars = Bars()
@@ -195,7 +177,7 @@ def command(
     if not is_remote(folder):
         check_folder(folder)
     if choice.memory is not None:
-        settings = fitted(settings, choice, names or default_devices(device))
+        settings = fitted(settings, choice, names or default_devices())
     group = ProcessGroup.from_environment()
     chosen: Launcher
     if on_ray:
@@ -203,9 +185,9 @@ def command(
             raise InputError(f"--launcher ray: to be started once, not in {group.size} processes of torchrun or srun")
         chosen = RayCluster(num_cpus_per_worker, num_workers)
     elif group.size > 1:
-        chosen = Ranks(group, names or default_devices(device), bars if group.index == 0 else None)
+        chosen = Ranks(group, names or default_devices(), bars if group.index == 0 else None)
     else:
-        chosen = Local(names or default_devices(device), bars)
+        chosen = Local(names or default_devices(), bars)
     if "{prompt}" not in question:
         begins = question if len(question) <= 80 else f"{question[:77]}..."
         say(f"note: no {{prompt}} in the question {begins!r}: the prompt is put at its end")
@@ -220,6 +202,25 @@ def command(
             fail(f"rank {group.index}: {len(summary.unfinished)} prompts are unfinished")
         return
     show_summary(summary)
+
+
+def _check_workers(
+    choice: ModelChoice, devices: str | None, on_ray: bool, num_cpus_per_worker: int | None, num_workers: int | None
+) -> None:
+    """Raises BadParameter for flags of workers that do not go with the launcher."""
+    if devices is not None and choice.device is not None:
+        raise typer.BadParameter("give one of them", param_hint=["--device", "--devices"])
+    for named, flag in ((choice.device, "--device"), (devices, "--devices")):
+        if on_ray and named is not None:
+            raise typer.BadParameter("not with --launcher ray, which gives each worker its own", param_hint=[flag])
+    for number, flag in ((num_cpus_per_worker, "--num-cpus-per-worker"), (num_workers, "--num-workers")):
+        if not on_ray and number is not None:
+            raise typer.BadParameter("only with --launcher ray", param_hint=[flag])
+    if on_ray and choice.memory is not None:
+        raise typer.BadParameter(
+            "not with --launcher ray, whose workers run elsewhere; give --quantize, --offload and --batch-size",
+            param_hint=["--memory"],
+        )
 
 
 def _check_search(settings: Settings, given: set[str]) -> None:
