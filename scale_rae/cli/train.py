@@ -14,7 +14,7 @@ from scale_rae.cli.progress import duration, text_bar
 from scale_rae.cli.signature import expanded
 from scale_rae.config import load_config
 from scale_rae.errors import DataError
-from scale_rae.hub import find
+from scale_rae.hub import Source, find
 from scale_rae.opening import silence_libraries
 from scale_rae.promptfile import read_prompts
 from scale_rae.training.records import read_records
@@ -37,11 +37,8 @@ def command(
         return
     try:
         records, problems = read_records(options)  # before a model is downloaded
-        source = find(options.model, "model", revision=options.revision)
-        load_config(source.config_folder)
+        source = checked_model(options.model, options.revision, debug)
         _list(f"left out: {problem}" for problem in problems)
-        if not debug:
-            silence_libraries()
         from scale_rae.training.run import Watcher, train
 
         with TrainingBar(options.out) as bar:
@@ -71,10 +68,7 @@ def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
     prompts = read_prompts(own.prompts)  # before a model is downloaded
     if own.verify_prompts is not None:
         read_prompts(own.verify_prompts)
-    source = find(options.model, "model", revision=options.revision)
-    load_config(source.config_folder)
-    if not debug:
-        silence_libraries()
+    source = checked_model(options.model, options.revision, debug)
     from scale_rae.training.run import Watcher
     from scale_rae.training.self_reward import train_on_verdicts
 
@@ -82,6 +76,15 @@ def _on_verdicts(options: TrainingOptions, debug: bool) -> None:
         folder = train_on_verdicts(options, source, prompts, Watcher(bar.note, bar.prepare, bar.step))
     if _is_first():
         show(str(folder))
+
+
+def checked_model(model: str, revision: str | None, debug: bool) -> Source:
+    """The files of the model to train, once its configuration is known to be good; libraries are silent unless `debug`."""
+    source = find(model, "model", revision=revision)
+    load_config(source.config_folder)
+    if not debug:
+        silence_libraries()
+    return source
 
 
 class TrainingBar:
