@@ -107,7 +107,7 @@ def command(
 
 @contextlib.contextmanager
 def _signals() -> Iterator[threading.Event]:
-    """The event after which both signals are ignored, so that the page closes in order; SIGTERM ends it as Ctrl-C does."""
+    """A context in which SIGTERM interrupts as Ctrl-C does, until its event is set: then both are ignored, and the page closes in order."""
     ending = threading.Event()
 
     def end(_signal: int, _frame: FrameType | None) -> None:

@@ -38,9 +38,8 @@ def command(
     The official code loads this checkpoint, too."""
     for text in lora:
         lora_parts(text)
-    if lora:
-        source = find(model, "model", revision=revision)
-    elif (source := find(model, "model", revision=revision)).student is None:
+    source = find(model, "model", revision=revision)
+    if not lora and source.student is None:
         raise OptionError("--lora: give at least one adapter to merge")
     import torch
 

@@ -322,29 +322,23 @@ def draw_command(
     """Draw prompts, judge the pictures; ask the model about its own latents."""
     need("shapes", "python -m scale_rae.shapes.evaluate draw", "skimage", "scipy")
     check_count("prompts of each kind", per_kind)
-    for level in guidance:
-        SamplingOptions(guidance=level, interval=guidance_interval, steps=steps, solver=solver).check()
+    interval = None if guidance_interval == (0.0, 1.0) else guidance_interval
+    samplings = [SamplingOptions(guidance=level, interval=interval, steps=steps, solver=solver) for level in guidance]
+    for options in samplings:
+        options.check()
     model = _load(model_path, device, dtype, quantize, lora or ())
     prompts = world.prompts(per_kind, scenes, seed)
-    for level in guidance:
+    for given in samplings:
         start = time.perf_counter()
-        interval = None if guidance_interval == (0.0, 1.0) else guidance_interval
-        given = SamplingOptions(guidance=level, interval=interval, steps=steps, solver=solver)
         options = model.sampler.chosen(given)
-        drawn = draw_prompts(
-            model,
-            prompts,
-            seed,
-            WORDINGS[wordings],
-            options=options,
-        )
+        drawn = draw_prompts(model, prompts, seed, WORDINGS[wordings], options=options)
         seconds = time.perf_counter() - start
         name = f"guidance {options.guidance:g}, {options.solver} {options.steps} steps, wordings {wordings}, scenes {scenes}, seed {seed}"
         _table(f"{name}: correct, judged from pixels ({seconds:.0f} s)", by_kind(drawn))
         if self_judge:
             _table("  agreement of the model's yes/no about its own latents with the judge", agreement(model, drawn))
         if output_dir is not None:
-            write_results(output_dir / f"guidance_{level:g}", drawn)
+            write_results(output_dir / f"guidance_{given.guidance:g}", drawn)
 
 
 def write_results(folder: Path, drawn: Sequence[Drawn]) -> None:
