@@ -1,4 +1,4 @@
-"""What the benchmarks share: timing, figures and their table, JSON, Markdown. Imports no torch until a device is measured."""
+"""What the benchmarks share: timing, figures and their table, prompts, JSON, Markdown. Imports no torch until a device is measured."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from scale_rae.errors import InputError
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from scale_rae.shapes.world import HeldOut
 
 
 # Timing -------------------------------------------------------------------------------------------------------------------
@@ -158,6 +160,19 @@ class Bench:
             "seconds": time.perf_counter() - self.began,
         }
         write_json(self.json_file, value)
+
+
+# Prompts ------------------------------------------------------------------------------------------------------------------
+
+
+def prompts_in_turn(count: int, held_out: HeldOut = "only", seed: int = 0) -> list[dict[str, Any]]:
+    """`count` prompts of the world of shapes, kinds in turn, so that the first N, for any N, are of all kinds."""
+    from scale_rae.shapes import world
+
+    per_kind = -(-count // len(world.KINDS))
+    lines = world.prompts(per_kind, held_out, seed)
+    kinds = [lines[i : i + per_kind] for i in range(0, len(lines), per_kind)]
+    return [line for group in zip(*kinds, strict=True) for line in group][:count]
 
 
 # JSON and tables ----------------------------------------------------------------------------------------------------------

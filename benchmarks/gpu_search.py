@@ -93,9 +93,8 @@ def _prompts_per_second(b: Bench, model: ScaleRAE, size: str, settings: Settings
             before = worker.seconds()
             one_group()
 
-        if (
-            settings.is_adaptive
-        ):  # sizes of batches that the first group lacks are compiled and captured in a group of their own
+        # Sizes of batches that the first group lacks are compiled and captured in a group of their own.
+        if settings.is_adaptive:
             one_group()
         # A group of many prompts is an average by itself.
         first, seconds = b.seconds(timed_group, repeat=1 if settings.is_adaptive else None)

@@ -27,20 +27,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
 
+from benchmarks.bench import prompts_in_turn
 from scale_rae.errors import InputError
 from scale_rae.options import QUANTIZE
 from scale_rae.shapes import world
 
 PLAIN = "none"
 AT_ONCE = 500  # prompts whose pictures are in one file; they are drawn in one batch
-
-
-def prompts_of(count: int, seed: int) -> list[dict[str, Any]]:
-    """`count` prompts, equally many of each kind but for the last few, kinds in turn."""
-    per_kind = -(-count // len(world.KINDS))
-    lines = world.prompts(per_kind, "only", seed)
-    kinds = [lines[i : i + per_kind] for i in range(0, len(lines), per_kind)]
-    return [line for group in zip(*kinds, strict=True) for line in group][:count]
 
 
 def file_of(args: argparse.Namespace, form: str, first: int) -> Path:
@@ -140,7 +133,7 @@ def main() -> None:
         raise InputError(f"{about}: this folder has pictures of other settings; choose another --out")
     about.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
-    prompts = prompts_of(args.prompts, args.seed)
+    prompts = prompts_in_turn(args.prompts, seed=args.seed)
     judges = None
     if find_spec("skimage") is not None:  # new processes, since this one will use the GPU
         judges = ProcessPoolExecutor(args.judges, mp_context=multiprocessing.get_context("spawn"))

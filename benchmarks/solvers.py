@@ -36,11 +36,6 @@ STEPS = {
 EXACT_EULER = flow.Sampler(flow.euler, flow.exact_times)
 
 
-def evaluations(solver: str, steps: int) -> int:
-    """Network evaluations of `steps` steps."""
-    return 2 * steps - 1 if solver == "heun" else steps
-
-
 def measure(model_path: str, count: int, guidance: float) -> dict[str, list[tuple[int, float]]]:
     """(evaluations, relative error) of each solver, in the order of evaluations."""
     model = scale_rae.load(model_path)
@@ -61,8 +56,9 @@ def measure(model_path: str, count: int, guidance: float) -> dict[str, list[tupl
         results[solver] = []
         for steps in choices:
             error = (latents(solver, steps) - reference).square().mean().sqrt() / reference.square().mean().sqrt()
-            results[solver].append((evaluations(solver, steps), float(error)))
-            print(f"{solver:12} {results[solver][-1][0]:4} evaluations   error {float(error):.5f}", flush=True)
+            evaluations = len(flow.evaluation_times(solver, steps, 1.0))
+            results[solver].append((evaluations, float(error)))
+            print(f"{solver:12} {evaluations:4} evaluations   error {float(error):.5f}", flush=True)
     return results
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,14 @@ NEED_REWARD = tuple(name for name, metric in TABLE.items() if metric.uses_reward
 JUDGE = "the judge itself"  # no choice can do better
 RESAMPLES = 4000
 
+WORDS = {"y": "yes", "n": "no", "u": "uncertain"}  # the model's answers by the letters that records hold
+
 Floats = NDArray[np.float64]
+
+
+def letters(answers: Iterable[str]) -> str:
+    """The model's answers as one letter each."""
+    return "".join({"yes": "y", "no": "n"}.get(answer, "u") for answer in answers)
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -70,9 +77,8 @@ def choices(lines: Sequence[dict[str, Any]]) -> list[Choice]:
 def order(line: dict[str, Any], choice: Choice, count: int) -> list[int]:
     """The first `count` images of a prompt as `scale-rae select` would rank them, best first."""
     columns = line[choice.mode]
-    words = {"y": "yes", "n": "no", "u": "uncertain"}
     responses = {
-        str(i): {name: words[column[i]] if name == "answer" else column[i] for name, column in columns.items()}
+        str(i): {name: WORDS[column[i]] if name == "answer" else column[i] for name, column in columns.items()}
         for i in range(count)
     }
     rewards = line["rewards"][choice.reward][:count] if choice.reward else None
@@ -163,13 +169,13 @@ def analyse(path: Path) -> dict[str, Any]:
         "images": sum(len(line.get("correct", "")) for line in lines),
         "failed": sum("failed" in line for line in lines),
         "rounds": rounds,
-        "prompts_by_correct": alike(lines),
+        "prompts_by_correct": prompts_by_correct(lines),
         "answers": {mode: answers(lines, mode) for mode in MODES},
         "seconds": seconds(lines, study["workers"]),
     }
 
 
-def alike(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
+def prompts_by_correct(lines: Sequence[dict[str, Any]]) -> dict[str, int]:
     """How many prompts have none, up to half, most, or all of their images correct."""
     shares = [line.get("correct", "0").count("1") / len(line.get("correct", "0")) for line in lines]
     return {

@@ -14,7 +14,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study_analysis import read_lines
+from benchmarks.bench import prompts_in_turn
+from benchmarks.study_analysis import letters, read_lines
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.jsonio import dump_json
 from scale_rae.options import SamplingOptions
@@ -27,11 +28,7 @@ TEXT = ("question", "reply")  # columns left out: the same for all images, or im
 
 def write_prompts(path: Path) -> None:
     """Writes the held-out prompts, kinds in turn, so that the first N, for any N, are of all kinds."""
-    from scale_rae.shapes import world
-
-    lines = world.prompts(PER_KIND, "only", seed=0)
-    kinds = [lines[i : i + PER_KIND] for i in range(0, len(lines), PER_KIND)]
-    mixed = [line for group in zip(*kinds, strict=True) for line in group]
+    mixed = prompts_in_turn(6 * PER_KIND)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(dump_json(line | {"index": i}) + "\n" for i, line in enumerate(mixed)))
 
@@ -181,8 +178,9 @@ def _judged(place: Path, metadata: dict[str, Any]) -> list[str | None]:
 
 
 def columns(entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the model says of each image: its answers as letters, and a list of each number."""
     names = [name for name in entries[0] if name not in (*TEXT, "answer", "score")]
-    answers = "".join({"yes": "y", "no": "n"}.get(entry["answer"], "u") for entry in entries)
+    answers = letters(entry["answer"] for entry in entries)
     return {"answer": answers} | {name: _short([entry[name] for entry in entries]) for name in names}
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.study_analysis import read_lines
+from benchmarks.bench import prompts_in_turn
+from benchmarks.study_analysis import letters, read_lines
 from scale_rae.jsonio import dump_json
 from scale_rae.noise import image_seed
 
@@ -75,17 +76,14 @@ def record(args: argparse.Namespace, worker: int) -> None:
     from scale_rae.flow import evaluation_times, time_shift
     from scale_rae.options import PROMPT_PREFIX, SamplingOptions
     from scale_rae.rewards import load_reward
-    from scale_rae.shapes import world
     from scale_rae.wording import as_request
 
     start = time.perf_counter()
-    per_kind = -(-args.prompts // 6)
-    lines = world.prompts(per_kind, args.held_out, seed=args.prompts_seed)
-    kinds = [lines[i : i + per_kind] for i in range(0, len(lines), per_kind)]
-    prompts = [line | {"index": i} for i, line in enumerate(x for group in zip(*kinds, strict=True) for x in group)]
+    lines = prompts_in_turn(args.prompts, args.held_out, args.prompts_seed)
+    prompts = [line | {"index": i} for i, line in enumerate(lines)]
     path = args.out / f"part-{worker}.jsonl"
     known = {line["index"] for line in read_lines(path)}
-    todo = [p for p in prompts[: args.prompts] if p["index"] % args.workers == worker and p["index"] not in known]
+    todo = [p for p in prompts if p["index"] % args.workers == worker and p["index"] not in known]
     model = scale_rae.load(args.model_path, device=args.device, dtype=args.dtype)
     torch.set_num_threads(1)
     reward = load_reward(args.reward, model)
@@ -114,7 +112,7 @@ def record(args: argparse.Namespace, worker: int) -> None:
                 pictures = model.decode(estimates, batch_size=len(seeds))
                 scores = model.score(estimates, text, request=request, request_reply=reply)
                 stages[str(evaluation)] = {
-                    "answer": "".join({"yes": "y", "no": "n"}.get(s.answer, "u") for s in scores),
+                    "answer": letters(s.answer for s in scores),
                     "reward": _short(reward.score(pictures, text)),
                 } | {name: _short([getattr(s, name) for s in scores]) for name in FIELDS}
             line = {"index": prompt["index"], "tag": prompt["tag"], "prompt": text, "times": times, "stages": stages}

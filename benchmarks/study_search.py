@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 
 from benchmarks.bench import write_between_marks, write_json
-from benchmarks.study_analysis import JUDGE, Bootstrap, read_lines
+from benchmarks.study_analysis import JUDGE, WORDS, Bootstrap, read_lines
 from benchmarks.study_tables import search_markdown, search_plot, search_summary
 from scale_rae import acceptance
 from scale_rae.acceptance import DEFAULT_THRESHOLDS, Candidate, Look, Rules, Thresholds
@@ -44,7 +44,6 @@ METRICS = ("combined", "combined_v1", "image_reward", "prompt_conf")
 DROPS = (-0.55, -0.4, -0.25, -0.1, 0.05)  # standings tried for the tuning
 ACCEPTS = (-0.65, -0.5, -0.35, -0.2, -0.05)
 NEEDED = ("yes_conf_score", "prompt_conf_score")  # of the metrics that are replayed
-WORDS = {"y": "yes", "n": "no", "u": "uncertain"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.bench import table_head, table_row
-from benchmarks.study_analysis import JUDGE, MODES, Estimate
+from benchmarks.study_analysis import JUDGE, MODES
 
 
 def markdown(figures: dict[str, Any]) -> str:
@@ -129,8 +129,9 @@ def _rewards(figures: dict[str, Any]) -> list[str]:
 
 
 def _text(value: dict[str, Any], digits: int = 3) -> str:
-    estimate = Estimate(value["value"], value["low"], value["high"])
-    return str(estimate) if digits == 3 else "{0:.{3}f} [{1:.{3}f}, {2:.{3}f}]".format(*value.values(), digits)
+    if value["value"] is None:
+        return "–"
+    return f"{value['value']:.{digits}f} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
 
 
 def _share(part: int, whole: int) -> str:
