@@ -48,7 +48,6 @@ app = typer.Typer(
 )
 
 REPLY_TOKENS = 60  # more than any reply of the world has
-HeldOut = Literal["only", "exclude", "any"]
 Wording = Literal["default", "training", "held-out"]
 WORDINGS = {
     "default": ("Can you generate {prompt}",),  # what the scaling experiment says
@@ -147,7 +146,7 @@ def pictures(scenes: world.SceneBatch) -> list[Image.Image]:
     return [Image.fromarray(array) for array in draw(scenes).permute(0, 2, 3, 1).numpy()]
 
 
-def alignment(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> dict[str, Share]:
+def alignment(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: world.HeldOut) -> dict[str, Share]:
     """Yes/no accuracy on drawn scenes, balanced between true prompts and prompts with one thing changed, by kind."""
     rng = random.Random(seed)
     scenes = world.sample(np.random.default_rng(seed), count // 2, world.KINDS, held_out)
@@ -164,7 +163,7 @@ def alignment(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOu
     return {name: Share(sum(groups[name]), len(groups[name])) for name in order if name in groups}
 
 
-def description(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> Share:
+def description(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: world.HeldOut) -> Share:
     """How often "Describe this image." names every object of a drawn scene with its colour, in order, and nothing else."""
     scenes = world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out)
     latents = model.encode(pictures(scenes))
@@ -206,7 +205,7 @@ def _replies(
 
 
 def asked(
-    model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut, systems: Sequence[str] = (SYSTEM,)
+    model: scale_rae.ScaleRAE, count: int, seed: int, held_out: world.HeldOut, systems: Sequence[str] = (SYSTEM,)
 ) -> list[Reply]:
     """Replies to `asking.paraphrases` about drawn scenes, each after one of `systems` in turn.
 
@@ -260,7 +259,7 @@ def shares(replies: Sequence[Reply]) -> dict[str, Share]:
     return {kind: Share(sum(right), len(right)) for kind, right in groups.items()}
 
 
-def reconstruction(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: HeldOut) -> float:
+def reconstruction(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: world.HeldOut) -> float:
     """Mean PSNR, dB, of encode → decode of drawn scenes."""
     images = pictures(world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out))
     values = []
@@ -274,7 +273,7 @@ def reconstruction(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: H
 
 Model = Annotated[str, typer.Option("--model-path", help="checkpoint to evaluate")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, … (default: the best there is)")]
-Scenes = Annotated[HeldOut, typer.Option("--scenes", help="held out only, without what is held out, or any")]
+Scenes = Annotated[world.HeldOut, typer.Option("--scenes", help="held out only, without what is held out, or any")]
 Count = Annotated[int, typer.Option(min=2, help="scenes")]
 Seed = Annotated[int, typer.Option(help="seed of prompts, scenes and noise")]
 Show = Annotated[bool, typer.Option("--show", help="also print what was wrong")]

@@ -50,7 +50,7 @@ SCENE_KINDS = (*KINDS, "mixed")
 """What `sample` can make: a scene for each kind of prompt, or two to four arbitrary objects."""
 RELATIONS = ("left of", "right of", "above", "below")
 
-HeldOut = Literal["exclude", "only", "any"]
+HeldOut = Literal["only", "exclude", "any"]
 
 HELD_OUT_COLOR_SHAPES = (
     ("red", "star"),
