@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from recipes.shapes import settings
 from recipes.shapes.data import WordEncoder
-from recipes.shapes.loop import LoopOptions, add_loop_arguments
+from recipes.shapes.loop import add_loop_arguments
 from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import SPECIAL, words, write_tokenizer
 from scale_rae.checkpoint import save_tensors
@@ -139,8 +139,3 @@ def fill(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     missing = {name for name, _ in module.named_parameters()} ^ set(tensors)
     if missing:
         raise SystemExit(f"weights do not fit: {sorted(missing)[:5]}")
-
-
-def bench_steps(options: LoopOptions) -> bool:
-    """Whether this run only measures."""
-    return options.bench > 0

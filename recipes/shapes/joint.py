@@ -52,9 +52,8 @@ READING_NOISE = 0.3  # as encoder.NOISE, on half of the latents that are read: g
 TEXT_WEIGHT = 0.3
 ATTRIBUTE_WEIGHT = 0.1
 ADDITIVE_WEIGHT = 0.03
-CONDITION_NOISE = (
-    0.25  # of the conditions' deviation: conditions of new names are a little off what the network was shown
-)
+# Of the conditions' deviation: conditions of new names are a little off what the network was shown.
+CONDITION_NOISE = 0.25
 PREFIX = "diff_head.model."
 
 
@@ -395,9 +394,9 @@ def build(
     return config, language, dit, model
 
 
-def weights(model: FlatModel, preset: Preset, averaged: bool = True) -> dict[str, Tensor]:
-    """Parameters under their published names."""
-    tensors = {name: t for name, t in model.tensors(averaged).items() if not name.startswith("attribute_head.")}
+def weights(model: FlatModel) -> dict[str, Tensor]:
+    """Averaged parameters under their published names."""
+    tensors = {name: t for name, t in model.tensors().items() if not name.startswith("attribute_head.")}
     return crop_swiglu(tensors)
 
 
@@ -412,10 +411,10 @@ def start_from(model: FlatModel, folder: Path) -> None:
     )
 
 
-def finish(model: FlatModel, pools: Pools, preset: Preset, folder: Path) -> None:
+def finish(model: FlatModel, pools: Pools, folder: Path) -> None:
     """Writes model.safetensors: the averaged weights in bfloat16 and the latents' statistics in float32."""
     statistics = {"diff_head.data_mean": pools.mean[None], "diff_head.data_std": pools.std[None]}
-    common.save_weights(folder / "model.safetensors", {**weights(model, preset), **statistics}, tuple(statistics))
+    common.save_weights(folder / "model.safetensors", {**weights(model), **statistics}, tuple(statistics))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -479,13 +478,11 @@ def main(argv: list[str] | None = None) -> bool:
         seed=args.seed,
     )
     compiled = [] if args.no_compile else networks.compiled_parts(language, dit)
-    trainer = Trainer(
-        model, loss, loop_options(args), folder, settings, compiled, lambda: finish(model, made, preset, folder)
-    )
+    trainer = Trainer(model, loss, loop_options(args), folder, settings, compiled, lambda: finish(model, made, folder))
     if args.from_compact and not (folder / "state.pt").is_file():
         trainer.load_compact(args.from_compact)
     outcome = trainer.run()
-    finish(model, made, preset, folder)
+    finish(model, made, folder)
     if args.compact:
         trainer.save_compact(args.compact)
     if outcome == "finished":

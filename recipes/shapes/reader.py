@@ -59,9 +59,8 @@ from scale_rae.training.optim import FlatModel, OptimizerOptions
 
 CHUNK = 2_000
 CONDITION_WEIGHT = 1.5
-INVENTED = (
-    0.65  # of the scenes to read: what is held out is read as surely as the rest only if names mean each for itself
-)
+# Of the scenes to read: what is held out is read as surely as the rest only if names mean each for itself.
+INVENTED = 0.65
 COMPILING = 8.0  # seconds that --end-after leaves for compiling
 COMPILE_FROM = 40_000  # own drawings, from which compiling the velocity network saves time
 REQUESTS_EACH = 4  # wordings of each prompt

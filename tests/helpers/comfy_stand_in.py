@@ -94,9 +94,8 @@ class Comfy:
         self.previews = "none"
         self.interrupt_at: int | None = None  # a value of the bar
         self.unloaded = 0
-        self.released: list[
-            float
-        ] = []  # bytes asked for, each time that results of earlier workflows were to be dropped
+        # Bytes asked for, each time that results of earlier workflows were to be dropped.
+        self.released: list[float] = []
         self.device = "cpu"
         self.folders = {"loras": [str(root / "models" / "loras")]}
         for name in ("models/loras", "models/scale_rae", "input", "output"):
