@@ -110,7 +110,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
 
     Raises:
         DataError: for records that are too long, unless they are to be left out. InputError: when the model draws nothing for
-            texts without a reply. ConfigError: for a checkpoint whose latents are no encoder's.
+            texts without a reply; for prompts that are too long, or ask for nothing. ConfigError: for a checkpoint whose latents are no encoder's.
     """
     config, notes = model.config, []
     if config.vae is not None:
@@ -130,7 +130,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         if not records:
             raise DataError(f"no record has a picture to draw, which --train {options.train} learns", [])
     asked = [
-        Record(f"validation prompt {number}", _request(text, options), (), own_reply=True)
+        _asked(f"--validation-prompts, prompt {number}", text, options)
         for number, text in enumerate(options.validation_prompts, start=1)
     ]
     classes = _class_records(options)
@@ -138,11 +138,14 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
     worded, by_itself = said.worded([*records, *asked, *classes], len(records) + len(asked), report, notes)
     layouts = [lay_out(model.tokenizer, record.messages, options.text_targets) for record in worded]
-    problems = [
-        f"{record.where}: {length} tokens long; the model reads at most {config.max_length}"
-        for record, layout in zip(records, layouts, strict=False)
+    too_long = [
+        (i, f"{record.where}: {length} tokens long; the model reads at most {config.max_length}")
+        for i, (record, layout) in enumerate(zip(worded, layouts, strict=True))
         if (length := layout.length(config.tokens)) > config.max_length
     ]
+    problems = [problem for i, problem in too_long if i < len(records)]
+    if len(problems) < len(too_long):
+        raise InputError(too_long[-1][1])
     kept = [i for i, layout in enumerate(layouts[: len(records)]) if layout.length(config.tokens) <= config.max_length]
     usable([records[i] for i in kept], problems, options)
     notes += [f"left out: {problem}" for problem in problems]
@@ -239,9 +242,20 @@ def drawable(
     )
 
 
-def _request(text: str, options: TrainingOptions) -> tuple[Message, ...]:
-    """The conversation in which a picture of a text is drawn."""
-    return Message("user", as_request(text, options.prompt_prefix)), Message("assistant", PICTURE)
+def _asked(where: str, text: str, options: TrainingOptions) -> Record:
+    """The conversation in which a prompt is drawn, of which there is no picture yet.
+
+    Raises:
+        InputError: naming `where`, for a text that asks for nothing.
+    """
+    try:
+        text = clean_message(text)
+    except InputError as e:
+        raise InputError(f"{where}: {e}") from e
+    if PICTURE in text:
+        raise InputError(f"{where}: holds {PICTURE}, which stands for a picture")
+    messages = Message("user", as_request(text, options.prompt_prefix)), Message("assistant", PICTURE)
+    return Record(where, messages, (), own_reply=True)
 
 
 def _class_records(options: TrainingOptions) -> list[Record]:
@@ -249,10 +263,7 @@ def _class_records(options: TrainingOptions) -> list[Record]:
     if options.class_prompts is None:
         return []
     prompts = read_prompts(options.class_prompts)
-    return [
-        Record(f"{options.class_prompts}, line {line.line}", _request(line.prompt, options), (), own_reply=True)
-        for line in prompts
-    ]
+    return [_asked(f"{options.class_prompts}, line {line.line}", line.prompt, options) for line in prompts]
 
 
 def _kept(record: Record, layout: Layout, seed: int, options: TrainingOptions, model: Model) -> PreparedRecord:

@@ -28,6 +28,7 @@ from scale_rae.options import (
     quantisation,
     to_record,
 )
+from scale_rae.training.sequences import PICTURE
 
 OBJECTIVES = ("sft", "self-reward")
 NO_REWARD = "none"
@@ -461,6 +462,8 @@ class TrainingOptions:
             self._check_self_reward()
         else:
             self._check_sft()
+        if self.reply is not None and PICTURE in self.reply:
+            raise OptionError(f"--reply: give the words before the picture, without {PICTURE}")
         if self.full and self.class_prompts:
             raise OptionError(
                 "--class-prompts: their targets are computed without the LoRA, and --full has no LoRA; leave out one of them"

@@ -71,7 +71,8 @@ def contact_sheet(rows: Sequence[Sequence[Image.Image]], captions: Sequence[str]
     pen = ImageDraw.Draw(sheet)
     for i, (row, caption) in enumerate(zip(rows, captions, strict=True)):
         top = _GAP + i * (_FOOT + _THUMBNAIL + _GAP)
-        text = caption.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
+        line = " ".join(caption.split())
+        text = line.encode("latin-1", "replace").decode("latin-1")  # what Pillow's own font has
         while text and pen.textlength(text) > width - 2 * _GAP:
             text = text[:-1]
         pen.text((_GAP, top), text, fill="black")

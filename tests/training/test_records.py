@@ -196,6 +196,7 @@ def test_what_holds_no_training_data_is_refused(tmp_path: Path) -> None:
         ({"self_reward": SelfRewardOptions(prompts=Path("p.txt")), "data": ()}, "^--prompts: has no meaning without"),
         ({"data": ()}, "^--data: give at least one"),
         ({"num_train_epochs": 1, "max_train_steps": 1}, "^--num-train-epochs: gives the number of steps, as --max"),
+        ({"reply": "Here you go:\n<image>"}, "^--reply: give the words before the picture, without <image>"),
         ({"adam_beta2": 1.0}, "^--adam-beta2 1.0: must be 0 to 0.999999"),  # would divide by zero
         ({"language_learning_rate": 1e-4}, "^--language-learning-rate: the language model does not learn"),
     ],

@@ -17,7 +17,7 @@ from PIL import Image
 
 from scale_rae.cli import app
 from scale_rae.cli.train import TrainingBar
-from scale_rae.errors import OutputError, TrainingError
+from scale_rae.errors import InputError, OutputError, TrainingError
 from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.training import prepare, run
@@ -193,7 +193,7 @@ def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> 
     chosen = replace(
         options,
         learning_rate=0.0,
-        validation_prompts=("a red square", "a blue one"),
+        validation_prompts=("a red square", "a blue\none"),
         validation_steps=2,
         num_inference_steps=2,
         max_train_steps=2,
@@ -205,6 +205,19 @@ def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> 
     assert first.read_bytes() == last.read_bytes()
     with Image.open(first) as sheet:
         assert len(set(sheet.convert("L").tobytes())) > 20
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (" ", "the prompt is empty"),
+        ("an <image>", "holds <image>"),
+        ("long " * 3000, "tokens long; the model reads at most"),
+    ],
+)
+def test_validation_prompts_that_cannot_be_drawn_are_refused(options: TrainingOptions, text: str, problem: str) -> None:
+    with pytest.raises(InputError, match=f"^--validation-prompts, prompt 2: .*{problem}"):
+        go(replace(options, validation_prompts=("a cat", text)))
 
 
 @pytest.mark.parametrize("full", [False, True])
