@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scale_rae.adapters import Adapter
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.errors import ConfigError, DataError, InputError
+from scale_rae.errors import ConfigError, DataError, InputError, shorten
 from scale_rae.hub import Source, find
 from scale_rae.images import decode_image
 from scale_rae.language import Conversation, LanguageModel, Reply
@@ -168,10 +168,8 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     }  # a prompt that is repeated has one drawing
     seeds = [image_seed(options.seed, place[worded[i].messages], 0) for i in classed]
     keeping = [_kept(worded[i], layouts[i], seed, options, model) for i, seed in zip(classed, seeds, strict=True)]
-    if len(keeping) < len(classes):
-        notes.append(
-            f"{len(classes) - len(keeping)} of {len(classes)} --class-prompts are left out: the model does not draw them"
-        )
+    if others := [worded[i].messages[0].text for i in range(end, len(worded)) if i not in by_itself]:
+        notes.append(f"{options.class_prompts}: {left_out(others, len(classes))}")
     if classes and not keeping:
         raise InputError(f"{options.class_prompts}: the model draws none of these prompts; give prompts that it draws")
     prepared = Prepared([*map(made, kept), *keeping], validation, latents, conditions, notes)
@@ -234,12 +232,13 @@ def drawable(
     ]
     if not found:
         raise InputError(f"{file}: the model draws none of these prompts; give prompts that it draws")
-    others = len(lines) - len(found)
-    return (
-        found,
-        conditions,
-        [f"{file}: {others} of {len(lines)} prompts are left out: the model does not draw them"] * bool(others),
-    )
+    others = [line.prompt for line, message in zip(lines, messages, strict=True) if replies[message] is None]
+    return found, conditions, [f"{file}: {left_out(others, len(lines))}"] if others else []
+
+
+def left_out(prompts: Sequence[str], of: int) -> str:
+    """A note for the user on prompts, of so many, that the model answers in words."""
+    return f"{len(prompts)} of {of} prompts are left out, since the model does not draw them, such as {shorten(prompts[0])!r}"
 
 
 def _asked(where: str, text: str, options: TrainingOptions) -> Record:

@@ -139,7 +139,18 @@ def rewards_of(model: ScaleRAE, reward: Reward | None, latents: Tensor, prompts:
     return torch.tensor(found, device=latents.device)
 
 
-def spoilt(latents: Tensor) -> Tensor:
-    """Latents [N, L, C] whose second half of tokens is that of another one's: drawings that no prompt is true of."""
-    half = latents.shape[1] // 2
-    return torch.cat([latents[:, :half], latents.roll(max(1, len(latents) // 2), dims=0)[:, half:]], dim=1)
+def spoilt(latents: Tensor, prompts: Sequence[str]) -> Tensor | None:
+    """Latents [N, L, C] whose second half of tokens is another prompt's: drawings that no prompt is true of.
+
+    None if all prompts are the same: halves of two drawings of one prompt may well show it.
+    """
+    if len(set(prompts)) == 1:
+        return None
+    half, count = latents.shape[1] // 2, len(prompts)
+    others = []
+    for number, prompt in enumerate(prompts):
+        other = (number - max(1, count // 2)) % count
+        while prompts[other] == prompt:
+            other = (other - 1) % count
+        others.append(other)
+    return torch.cat([latents[:, :half], latents[others, half:]], dim=1)

@@ -9,6 +9,7 @@ A round's drawings depend on the seed, the number of the round and `old`, which 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ from scale_rae.training.parallel import Group
 from scale_rae.training.prepare import Drawable, Model, drawable
 from scale_rae.training.reading import Scorer, Scores, load_named, log_odds, optimality, rewards_of, spoilt
 from scale_rae.training.run import Run, Watcher, carry_out, make_run
-from scale_rae.training.settings import TrainingOptions
+from scale_rae.training.settings import NO_REWARD, SelfRewardOptions, TrainingOptions
 from scale_rae.training.validation import FOLDER, Validation
 
 VERIFIED = 64  # prompts that a validation draws, where no file is chosen
@@ -105,6 +106,8 @@ def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord],
     if group.is_first:
         verified = drawn[own.verify_prompts] if own.verify_prompts else drawn[own.prompts][:VERIFIED]
         verification = Verification(rounds, verified, watcher.note)
+        for note in _unguarded(own, verified):
+            watcher.note(note)
         sheet = Validation(options, model, dit, norm_stats, options.out) if options.validation_prompts else None
         shown = drawn.get(None, [])
         if len(shown) < len(options.validation_prompts):
@@ -120,6 +123,19 @@ def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord],
 
     identity = {"prompts": [(prompt.text, prompt.condition) for prompt in drawn[own.prompts]], "batch": rounds.batch}
     return make_run(learner, model, objective, rounds, steps, identity, group, validate, watcher)
+
+
+def _unguarded(own: SelfRewardOptions, verified: Sequence[Drawable]) -> list[str]:
+    """What the validation cannot check."""
+    found = []
+    if own.verify_reward == NO_REWARD:
+        found.append("no reward verifies what is learnt; --verify-reward names one that only the validation sees")
+    if len({prompt.text for prompt in verified}) == 1:
+        found.append(
+            "the validation draws one prompt only, so there are no spoilt drawings, which are halves of two prompts' drawings; give "
+            "--verify-prompts"
+        )
+    return found
 
 
 @dataclass(frozen=True)
@@ -225,7 +241,7 @@ class Rounds:
         prompts, each = [self._prompts[number] for number in numbers], own.images_per_prompt
         conditions = self._noisy(self.conditions_of(prompts), round_)
         folds = round_ < self._folding
-        seeds = [image_seed(options.seed, n, (round_ + 1) * each + j) for n in numbers for j in range(each)]
+        seeds = _seeds(options.seed, numbers, round_, each)
         rows = torch.arange(len(prompts)).repeat_interleave(each)
         start, stop = (rank * len(prompts) // group.size * each for rank in (group.rank, group.rank + 1))
         share = slice(start, stop)  # of this process
@@ -336,6 +352,15 @@ class Rounds:
         )
 
 
+def _seeds(seed: int, numbers: Sequence[int], round_: int, each: int) -> list[int]:
+    """The noise seeds of a round's drawings, `each` of each prompt; a prompt that is there again gets others."""
+    found, seen = [], Counter[int]()
+    for number in numbers:
+        found += [image_seed(image_seed(seed, number, (round_ + 1) * each + j), seen[number]) for j in range(each)]
+        seen[number] += 1
+    return found
+
+
 class Verification:
     """Looks at what was learnt with other eyes than those it was learnt with, and writes validation/log.jsonl.
 
@@ -365,14 +390,15 @@ class Verification:
         seeds = [image_seed(options.seed, number, 0) for number in range(len(texts))]
         latents = rounds.draw(conditions, seeds, options.validation_guidance)
         scores = rounds.scorer(latents, texts)
-        of_spoilt = log_odds(reader.language, reader.tokenizer, list(spoilt(latents)), texts)
+        ruined = spoilt(latents, texts)
+        of_spoilt = None if ruined is None else log_odds(reader.language, reader.tokenizer, list(ruined), texts)
         verified = rewards_of(reader, self._verifier, latents, texts)
         means = {
             "yes": scores.yes.float().mean(),
             "reading": scores.reading.mean(),
             "reward": None if scores.reward is None else scores.reward.mean(),
             "verifier": None if verified is None else verified.mean(),
-            "yes_to_spoilt": (of_spoilt > 0).float().mean(),
+            "yes_to_spoilt": None if of_spoilt is None else (of_spoilt > 0).float().mean(),
             "distance": self._distance(latents, conditions),
         }
         line = {"step": step} | {name: round(float(value), 4) for name, value in means.items() if value is not None}
@@ -411,7 +437,7 @@ def warnings(line: Mapping[str, Any], first: Mapping[str, Any], doubt: float) ->
     `doubt` is by how much the verifier's mean may fall by chance.
     """
     found = []
-    if line["yes_to_spoilt"] > TRUSTED and line["step"] == first["step"]:
+    if line["step"] == first["step"] and line.get("yes_to_spoilt", 0.0) > TRUSTED:
         found.append(
             f"the model says yes to {line['yes_to_spoilt']:.0%} of spoilt drawings, so its reading is a weak judge; add a --reward"
         )

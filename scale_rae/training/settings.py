@@ -76,6 +76,13 @@ _FREE = frozenset(
         "reward_path",
     ]
 )
+# Options of pictures and texts that are given, and of what else --objective sft learns from them.
+_ONLY_SFT = frozenset(
+    [
+        *("data", "image_folder", "class_prompts", "center_crop", "skip_bad", "language_learning_rate"),
+        *("num_train_epochs", "text_targets", "prior_loss_weight", "timesteps_per_sample"),
+    ]
+)
 
 STEPS = 1000
 WARMUP_SHARE = 0.03  # of the steps, where no number is given: that of the official second stage
@@ -190,12 +197,17 @@ class SelfRewardOptions:
             raise OptionError(
                 f"--verify-reward {self.verify_reward}: is the --reward that is learnt from; a verifier must be another"
             )
-        for flag, path, name in (
-            ("--reward-path", self.reward_path, self.reward),
-            ("--verify-reward-path", self.verify_reward_path, self.verify_reward),
+        for flag, given, name in (
+            ("--reward-path", self.reward_path is not None, self.reward),
+            ("--reward-weight", self.reward_weight != 1.0, self.reward),
+            ("--verify-reward-path", self.verify_reward_path is not None, self.verify_reward),
         ):
-            if path is not None and name == NO_REWARD:
+            if given and name == NO_REWARD:
                 raise OptionError(f"{flag}: no reward is chosen that it would belong to")
+        if self.fold_steps is not None and not self.folds:
+            raise OptionError(
+                "--fold-steps: has no meaning without --fold-guidance; give both, or leave out --fold-steps"
+            )
 
 
 # --- options that `train` and `distill` share
@@ -501,13 +513,9 @@ class TrainingOptions:
 
     def _check_self_reward(self) -> None:
         self.self_reward.check()
-        given = {
-            "--data": self.data,
-            "--class-prompts": self.class_prompts,
-            "--num-train-epochs": self.num_train_epochs,
-        }
-        for flag, value in given.items():
-            if value:
+        for option in fields(self):
+            if option.name in _ONLY_SFT and getattr(self, option.name) != option.default:
+                flag = "--" + option.name.replace("_", "-")
                 raise OptionError(
                     f"{flag}: has no meaning for --objective self-reward, which learns from its own drawings"
                 )

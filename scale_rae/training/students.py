@@ -38,7 +38,7 @@ from scale_rae.training.exchange import exchanges
 from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.losses import training_shift
-from scale_rae.training.prepare import REPLY_AT_ONCE, Model, Report, own_replies
+from scale_rae.training.prepare import REPLY_AT_ONCE, Model, Report, left_out, own_replies
 from scale_rae.training.run import Watcher, compute_dtype, open_model
 from scale_rae.wording import as_request
 
@@ -144,8 +144,8 @@ def conditions_of(
         cache.add(key, torch.stack(list(found.values())))
         cache.add(f"{key}-drawn", torch.tensor(list(found)))
     values, drawn = cache.get(key).to(model.device, model.dtype), cache.get(f"{key}-drawn").tolist()
-    left = len(texts) - len(drawn)
-    notes = [f"{left} of {len(texts)} prompts are left out: the model does not draw them"] if left else []
+    others = sorted(set(range(len(texts))) - set(drawn))
+    notes = [left_out([texts[number] for number in others], len(texts))] if others else []
     row = {texts[number]: i for i, number in enumerate(drawn)}
     lines = [text for text in requests if text in row]
     numbers = torch.tensor([row[text] for text in lines])

@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import socket
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from scale_rae.cli import app
 from scale_rae.errors import ConfigError, OptionError, TrainingError
 from scale_rae.hub import find
 from scale_rae.layout import DIT_PREFIX
+from scale_rae.noise import image_seed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION, ask_question
 from scale_rae.promptfile import read_prompts
@@ -28,7 +30,7 @@ from scale_rae.training.objective import SelfReward, Totals
 from scale_rae.training.optim import FlatModel, OptimizerOptions
 from scale_rae.training.reading import Scorer, Scores, log_odds, optimality, spoilt
 from scale_rae.training.run import Watcher
-from scale_rae.training.self_reward import train_on_verdicts, warnings
+from scale_rae.training.self_reward import Rounds, train_on_verdicts, warnings
 from scale_rae.training.settings import SelfRewardOptions, TrainingOptions
 from scale_rae.training.trainer import Progress
 
@@ -254,7 +256,46 @@ def test_drawings_are_measured_by_those_of_their_prompt() -> None:
     assert optimality(standings * 3).tolist() == pytest.approx([1, 0, 0.5, 0.5, 0.40625, 0.59375, 1, 0])
     assert scorer.accepted(scores, standings).tolist() == [True, False, True, True, True, True, False, False]
     latents = torch.arange(4.0).repeat_interleave(4).view(4, 4, 1)
-    assert spoilt(latents)[:, :, 0].tolist() == [[0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 0, 0], [3, 3, 1, 1]]
+    assert halves(spoilt(latents, ["a", "b", "c", "d"])) == [[0, 0, 2, 2], [1, 1, 3, 3], [2, 2, 0, 0], [3, 3, 1, 1]]
+    # Half of another drawing of the same prompt may well show it.
+    assert halves(spoilt(latents, ["a", "b", "a", "a"])) == [[0, 0, 1, 1], [1, 1, 3, 3], [2, 2, 1, 1], [3, 3, 1, 1]]
+    assert spoilt(latents, ["a"] * 4) is None
+
+
+def halves(latents: torch.Tensor | None) -> list[list[float]]:
+    assert latents is not None
+    rows: list[list[float]] = latents[:, :, 0].tolist()
+    return rows
+
+
+def test_a_prompt_that_is_there_again_in_a_round_is_drawn_from_other_noise(options: TrainingOptions) -> None:
+    """With few prompts, all drawings of a round are others; a prompt's first ones stay what they were."""
+    learnt: list[list[torch.Tensor]] = []
+    draw = Rounds.draw
+
+    def drawing(rounds: Rounds, conditions: torch.Tensor, seeds: Sequence[int], guidance: float) -> torch.Tensor:
+        learnt.append(list(seeds))
+        return draw(rounds, conditions, seeds, guidance)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rounds, "draw", drawing)
+        own = replace(options.self_reward, prompts_per_round=5, images_per_prompt=2)
+        go(replace(options, self_reward=own, max_train_steps=1))
+    seeds = next(some for some in learnt if len(some) == 10)
+    assert len(set(seeds)) == 10
+    assert image_seed(options.seed, 0, 2) in seeds
+
+
+def test_what_the_validation_cannot_check_is_said(options: TrainingOptions) -> None:
+    """Both prompts of the file are the same, so no drawing can be spoilt by another prompt's."""
+    notes: list[str] = []
+    go(replace(options, max_train_steps=1), Watcher(note=notes.append))
+    assert any(note.startswith("no reward verifies what is learnt") for note in notes)
+    assert any(note.startswith("the validation draws one prompt only") for note in notes)
+    assert not any("spoilt drawings, so its reading" in note for note in notes)
+    (line, *_) = (options.out / "validation" / "log.jsonl").read_text().splitlines()
+    assert {"yes", "reading", "distance"} <= set(json.loads(line))
+    assert "yes_to_spoilt" not in json.loads(line)
 
 
 def test_a_verifier_that_disagrees_warns() -> None:
@@ -275,6 +316,13 @@ def test_a_verifier_that_disagrees_warns() -> None:
         (["--prompts", "p", "--reading-weight", "0"], "nothing would score the drawings"),
         (["--prompts", "p", "--reward", "siglip", "--verify-reward", "siglip"], "a verifier must be another"),
         (["--prompts", "p", "--reward-path", "d"], "--reward-path: no reward is chosen"),
+        (["--prompts", "p", "--reward-weight", "2"], "--reward-weight: no reward is chosen"),
+        (["--prompts", "p", "--fold-steps", "3"], "--fold-steps: has no meaning without --fold-guidance"),
+        (
+            ["--prompts", "p", "--timesteps-per-sample", "2"],
+            "--timesteps-per-sample: has no meaning for --objective self-reward",
+        ),
+        (["--prompts", "p", "--center-crop"], "--center-crop: has no meaning for --objective self-reward"),
     ],
 )
 def test_options_without_sense_are_refused(flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]) -> None:
