@@ -7,7 +7,8 @@ DIR/decoder/config.json, model.pt
 python -m recipes.shapes.export --out runs/shapes --export exported/shapes
 
 With `--parts-of`, only the language model and the velocity network are those of the run (of the reader stage); all else is taken from
-an exported model. With `--dit`, the velocity network is that of another exported model.
+an exported model. With `--dit`, the velocity network is that of another exported model; the language model is then that of `--parts-of`,
+unless a run is named by `--out`. With `--along F`, the velocity network goes on along the line from that of `--parts-of`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import write_tokenizer
 from scale_rae.publishing import in_shards, write_index
 
+RUN = Path("runs/shapes")
 SHARD_BYTES = 14_500_000
 LIMIT_BYTES = 32_000_000
 DIT = "diff_head."
@@ -83,6 +85,15 @@ def joined(language: Path, dit: Path) -> dict[str, Tensor]:
     """The language model of one folder of safetensors files with the velocity network of another."""
     own = {name: tensor for name, tensor in stored(language).items() if not name.startswith(DIT)}
     return own | {name: tensor for name, tensor in stored(dit).items() if name.startswith(DIT)}
+
+
+def moved_on(tensors: Mapping[str, Tensor], start: Mapping[str, Tensor], along: float) -> dict[str, Tensor]:
+    """The tensors with the velocity network start + `along` · (own - start): 1 leaves it as it is."""
+
+    def moved(name: str, own: Tensor) -> Tensor:
+        return start[name].float().lerp(own.float(), along).to(own.dtype) if name.startswith(DIT) else own
+
+    return {name: moved(name, own) for name, own in tensors.items()}
 
 
 def stored(folder: Path) -> dict[str, Tensor]:
@@ -178,21 +189,39 @@ def main(argv: list[str] | None = None) -> None:
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/shapes"), help="folder of the whole run")
+    parser.add_argument("--out", type=Path, help="folder of the whole run (default: runs/shapes)")
     parser.add_argument(
         "--export", type=Path, required=True, metavar="DIR", help="folder to make; replaced if it is there"
     )
     parser.add_argument("--parts-of", type=Path, metavar="DIR", help="exported model to take encoder and decoder from")
     parser.add_argument("--dit", type=Path, metavar="DIR", help="exported model to take the velocity network from")
+    parser.add_argument(
+        "--along",
+        type=float,
+        metavar="F",
+        help="move on by F times the way from the velocity network of --parts-of to that of --dit (1: as it is)",
+    )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
     if args.parts_of is None:
         if args.dit is not None:
             parser.error("--dit needs --parts-of")
-        export(args.out, args.export, TINY if args.tiny else FULL)
-    else:
-        folder = args.out / "reader"
-        replaced(args.parts_of, args.export, joined(folder, args.dit or folder))
+        if args.along is not None:
+            parser.error("--along needs --parts-of and --dit")
+        out = args.out or RUN
+        export(out, args.export, TINY if args.tiny else FULL)
+        if (out / "reader" / "model.safetensors").is_file():
+            say(
+                "this is the joint stage's model; --parts-of DIR puts the reader stage's into DIR, the model that it began with"
+            )
+        return
+    if args.along is not None and args.dit is None:
+        parser.error("--along needs --dit")
+    reader = args.parts_of if args.dit is not None and args.out is None else (args.out or RUN) / "reader"
+    tensors = joined(reader, args.dit or reader)
+    if args.along is not None:
+        tensors = moved_on(tensors, stored(args.parts_of), args.along)
+    replaced(args.parts_of, args.export, tensors)
 
 
 if __name__ == "__main__":

@@ -507,6 +507,11 @@ def main(argv: list[str] | None = None) -> bool:
         f"all rows: {time.perf_counter() - start:.1f} s; "
         + ", ".join(f"{name} {len(r):,d}" for name, r in rows.items())
     )
+    if empty := [name for name, part in rows.items() if not len(part)]:
+        raise SystemExit(
+            f"{args.start_from}: gives no rows of {', '.join(empty)} to learn from; draw more (--own-pool), or begin with a model that "
+            "draws better"
+        )
     siglip = networks.build_encoder(common.vocabulary(args.out).encoder_config(preset))
     common.fill(siglip, common.load_weights(args.start_from / settings.ENCODER_NAME / "model.safetensors"))
     siglip = siglip.requires_grad_(False).eval().to(device)

@@ -280,10 +280,23 @@ def test_each_step_pulls_towards_the_anchor() -> None:
     torch.testing.assert_close(layer.weight.detach(), 0.75 * before)
 
 
-def test_joined_takes_the_velocity_network_of_the_second(tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        tensors = {"model.x": torch.full((2,), float(name == "a")), "diff_head.y": torch.full((2,), float(name == "a"))}
+@pytest.mark.parametrize(("flags", "moved"), [([], 4.0), (["--along", "1.5"], 5.5)])
+def test_a_velocity_network_is_put_into_an_exported_model(
+    tmp_path: Path, flags: list[str], moved: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No run is needed: the language model is that of the exported model."""
+    monkeypatch.chdir(tmp_path)
+    for name, value in (("a", 1.0), ("b", 4.0)):
+        tensors = {"model.x": torch.full((2,), value), "diff_head.y": torch.full((2,), value)}
         common.save_weights(tmp_path / name / "model.safetensors", tensors)
-    both = export.joined(tmp_path / "a", tmp_path / "b")
-    assert both["model.x"].sum() == 2
-    assert both["diff_head.y"].sum() == 0
+    export.main(["--parts-of", "a", "--dit", "b", "--export", "c", *flags])
+    made = export.stored(tmp_path / "c")
+    assert made["model.x"].tolist() == [1.0, 1.0]
+    assert made["diff_head.y"].tolist() == [moved, moved]
+
+
+@pytest.mark.parametrize("flags", [["--dit", "b"], ["--along", "2"], ["--parts-of", "a", "--along", "2"]])
+def test_a_velocity_network_needs_a_model_to_be_put_into(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        export.main(["--export", "c", *flags])
+    assert "needs --" in capsys.readouterr().err
