@@ -164,7 +164,7 @@ def test_the_best_of_the_dropped_are_revived_when_no_more_may_be_begun() -> None
     assert sorted(kept(candidates, rules)) == [1, 2, 4, 6]
 
 
-def test_accepting() -> None:
+def test_only_a_sure_enough_yes_is_accepted_and_the_reason_says_why_not() -> None:
     candidates = wave([look()] * 4)
     for candidate, final in zip(
         candidates,

@@ -144,7 +144,9 @@ def test_tied_embeddings(copy: Path, stored: bool) -> None:
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (768,), (256, 1), (256, 768), (1, 768)])
-def test_norm_stats(copy: Path, expected: tuple[list[int], Tensor], shape: tuple[int, ...]) -> None:
+def test_stored_statistics_scale_the_latent(
+    copy: Path, expected: tuple[list[int], Tensor], shape: tuple[int, ...]
+) -> None:
     generator = torch.Generator().manual_seed(1)
     mean, std = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator) + 0.5
     change_weights(copy, lambda w: w.update({"diff_head.data_mean": mean, "diff_head.data_std": std}))
@@ -152,7 +154,7 @@ def test_norm_stats(copy: Path, expected: tuple[list[int], Tensor], shape: tuple
 
 
 @pytest.mark.parametrize(("kind", "depth"), [("linear", 0), ("mlp1x_gelu", 1), ("mlp3x_gelu", 3)])
-def test_projectors(copy: Path, kind: str, depth: int) -> None:
+def test_projectors_have_the_depth_that_their_type_says(copy: Path, kind: str, depth: int) -> None:
     change_config(copy, mm_projector_type=kind)
     layers = [torch.from_numpy(made(f"layer{i}", [64, 768 if i == 0 else 64])) for i in range(max(depth, 1))]
 

@@ -38,7 +38,7 @@ def test_golden_configs() -> None:
     assert wide.dit.condition_width == wide.hidden_size
 
 
-def test_defaults() -> None:
+def test_optional_fields_have_the_official_defaults() -> None:
     optional = ["diffusion_model_channels", "diffusion_base_dim", "dit_cls", "vision_tower_aux_token_len_list"]
     optional += ["diffusion_class_dropout_prob", "mm_use_im_start_end", "mm_vision_select_layer", "rms_norm_eps"]
     config = parse_config({k: v for k, v in BASE["siglip"].items() if k not in optional}, PATH)
@@ -47,7 +47,7 @@ def test_defaults() -> None:
     assert not config.image_markers
 
 
-def test_rope() -> None:
+def test_rope_theta_is_found_in_both_layouts() -> None:
     assert parse(rope_theta=5e5, rope_scaling={"type": "yarn", "factor": 4.0}).language["rope_theta"] == 5e5
     moved = {k: v for k, v in BASE["siglip"].items() if k != "rope_theta"} | {"rope_parameters": {"rope_theta": 7e5}}
     assert parse_config(moved, PATH).language["rope_theta"] == 7e5
@@ -124,7 +124,7 @@ def test_a_bad_field_is_named_with_its_file(field: str, value: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_ddt_fields() -> None:
+def test_fields_of_a_ddt_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="ddt_encoder_depth is 99; must be below the depth"):
         parse("ddt", ddt_encoder_depth=99)
     with pytest.raises(ConfigError, match="diffusion_model_hidden_size is a list, which needs vision_loss 'ddt-loss'"):
@@ -183,7 +183,7 @@ def test_any_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, c
 
 
 @pytest.mark.parametrize("content", ["[" * 100_000, "1" * 10_000, "[]", "", "{", '{"a": 1} x'])
-def test_nasty_json(tmp_path: Path, content: str) -> None:
+def test_a_file_that_is_no_config_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_config(tmp_path)

@@ -438,7 +438,7 @@ def test_padding_adds_zeros_only() -> None:
     assert mlp.w12.weight is before
 
 
-def test_quantize() -> None:
+def test_float8_by_rows_keeps_each_rows_largest_value() -> None:
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(1)) * torch.tensor([1e-3, 1, 50, 1e4, 0])[:, None]
     values, scale = quantize(x)
     assert values.dtype == torch.float8_e4m3fn

@@ -174,7 +174,7 @@ def test_stopping_on_the_way_changes_nothing(name: str, stops: tuple[int, ...]) 
 
 
 @pytest.mark.parametrize("name", ["heun", "dpmpp_2m"])
-def test_one_step(name: str) -> None:
+def test_one_step_ends_at_the_mean_of_the_data(name: str) -> None:
     """One evaluation at t = 1 and straight to the data estimate, which for pure noise is the mean of the data."""
     result = solve(name, gaussian, NOISE, 1, 3.0)
     torch.testing.assert_close(result, torch.full_like(NOISE, MEAN))
@@ -182,7 +182,7 @@ def test_one_step(name: str) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(steps=st.integers(2, 1000), shift=st.floats(0.5, 20))
-def test_grids(steps: int, shift: float) -> None:
+def test_time_grids_are_monotonic_and_end_where_they_should(steps: int, shift: float) -> None:
     official, exact = official_grid(steps, shift), exact_grid(steps, shift)
     assert len(official) == len(exact) == steps + 1
     assert (official.diff() >= 0).all()  # 1000 steps want 1001 of the 1000 training times
@@ -192,7 +192,7 @@ def test_grids(steps: int, shift: float) -> None:
     assert (float(exact[0]), float(exact[-1])) == (1.0, 0.0)
 
 
-def test_shift() -> None:
+def test_the_shift_leaves_the_ends_of_time() -> None:
     assert flow.time_shift(1152, 256, 4096) == pytest.approx(math.sqrt(72))
     t = flow.shifted(torch.tensor([0.0, 0.5, 1.0]), 3.0)
     assert t.tolist() == [0.0, 0.75, 1.0]

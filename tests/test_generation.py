@@ -156,7 +156,7 @@ def test_order_changes_nothing(siglip: ScaleRAE) -> None:
         close(a, b, 1e-4)
 
 
-def test_seeds() -> None:
+def test_every_image_has_a_seed_of_its_own() -> None:
     assert image_seed(42) == 42
     seeds = {image_seed(s, i, j) for s in (0, 1, 42) for i in range(20) for j in range(20)}
     assert len(seeds) == 3 * 400

@@ -94,7 +94,7 @@ def test_guided_latent(model: ScaleRAE, golden: Golden) -> None:
     close(result.images[0].latent, golden["t2i.latent_guidance_1.5"])
 
 
-def test_decode(model: ScaleRAE, golden: Golden, latent: torch.Tensor) -> None:
+def test_decoded_pixels(model: ScaleRAE, golden: Golden, latent: torch.Tensor) -> None:
     image = np.asarray(model.decode([latent])[0]).astype(int)
     assert image.shape == golden["decode.image"].shape
     assert np.abs(image - golden["decode.image"].astype(int)).max() <= 1
@@ -120,7 +120,7 @@ def test_scores(model: ScaleRAE, golden: Golden, reply: Reply, latent: torch.Ten
     close(score.response_conf_score, golden["qa.conf"].mean())
 
 
-def test_encode(model: ScaleRAE, golden: Golden, gradient: Image.Image) -> None:
+def test_encoded_features(model: ScaleRAE, golden: Golden, gradient: Image.Image) -> None:
     close(model.encoder.preprocess([gradient])[0, :, 0], golden["vision.pixel_values_row0"])
     close(model.encode([gradient])[0], golden["vision.features"])
 

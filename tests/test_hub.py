@@ -117,7 +117,7 @@ def test_downloads_one_set_of_weights(hub: FakeHub, names: list[str], what: str,
     assert sorted(p.relative_to(source.folder).as_posix() for p in source.folder.rglob("*.*")) == sorted(expected)
 
 
-def test_revision(small: FakeHub) -> None:
+def test_a_revision_is_a_branch_tag_or_commit(small: FakeHub) -> None:
     now, old = find(MODEL, "model"), find(MODEL, "model", revision="v1")
     assert (now.folder / "config.json").read_bytes() == CONFIG
     assert (old.folder / "config.json").read_bytes() == b'{"old": 1}'
@@ -169,7 +169,7 @@ def test_private_repository_needs_its_token(small: FakeHub, monkeypatch: pytest.
     assert {r.authorization for r in small.requests[-4:]} == {"Bearer hf_secret"}
 
 
-def test_wrong_token(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_token_is_named(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     small.status = 401
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(HubError, match=r"401.*HF_TOKEN"):

@@ -48,14 +48,14 @@ def same(loaded: Image.Image, wanted: Image.Image) -> bool:
     return np.array_equal(np.asarray(loaded), np.asarray(wanted.convert("RGB")))
 
 
-def test_one_pixel(tmp_path: Path) -> None:
+def test_an_image_of_one_pixel_is_read(tmp_path: Path) -> None:
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "i.png")
     image = load_image(tmp_path / "i.png")
     assert image.size == (1, 1)
     assert pixel(image) == (1, 2, 3)
 
 
-def test_cmyk(tmp_path: Path) -> None:
+def test_cmyk_becomes_rgb(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "i.jpg", quality=100)
     red, green, blue = pixel(load_image(tmp_path / "i.jpg"))
     assert red > 200
@@ -116,7 +116,7 @@ def test_first_frame_of_an_animation(tmp_path: Path) -> None:
     assert pixel(load_image(tmp_path / "i.gif")) == (255, 0, 0)
 
 
-def test_no_images(tmp_path: Path) -> None:
+def test_what_is_no_image_is_refused_by_its_name(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.png").write_bytes(b"")
     for name in ("text.jpg", "empty.png"):
@@ -132,7 +132,7 @@ def test_no_images(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "tiff", "webp"])
 @pytest.mark.parametrize("part", [0.1, 0.5, 0.9])
-def test_cut_short(tmp_path: Path, kind: str, part: float) -> None:
+def test_an_image_that_is_cut_short_is_refused(tmp_path: Path, kind: str, part: float) -> None:
     path = tmp_path / f"i.{kind}"
     Image.effect_noise((64, 64), 80).convert("RGB").save(path)
     path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])

@@ -152,7 +152,7 @@ def test_a_hub_that_knows_no_ranges(hub: FakeHub, checkpoints: dict[str, Path]) 
 
 
 @pytest.mark.parametrize("name", ["siglip", "webssl", "ddt", "wide"])
-def test_folders(name: str, checkpoints: dict[str, Path]) -> None:
+def test_all_parameters_of_a_folder_are_counted(name: str, checkpoints: dict[str, Path]) -> None:
     folder = checkpoints[name]
     found = inspect(str(folder))
     assert found.problems == []
@@ -171,7 +171,7 @@ def copy(checkpoints: dict[str, Path], tmp_path: Path) -> Path:
     return tmp_path / "copy" / "model"
 
 
-def test_torch_files(copy: Path) -> None:
+def test_torch_files_are_inspected_as_safetensors_are(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     before = inspect(str(copy))
     (copy / "model.safetensors").unlink()

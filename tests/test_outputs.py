@@ -26,7 +26,7 @@ def left(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-def test_one_sample(tmp_path: Path) -> None:
+def test_a_sample_leaves_picture_latent_and_manifest(tmp_path: Path) -> None:
     latent = torch.arange(6.0).view(2, 3)
     manifest = save_run(tmp_path / "a" / "b", {"x": "é", "seconds": {"load": 1}}, [Sample(RED, latent)], "T")
     folder = tmp_path / "a" / "b"
@@ -46,7 +46,7 @@ def test_many_samples_sort_as_they_are_numbered(tmp_path: Path) -> None:
     assert manifest["latent_path"] is None
 
 
-def test_no_sample(tmp_path: Path) -> None:
+def test_without_a_sample_only_the_manifest_is_left(tmp_path: Path) -> None:
     assert save_run(tmp_path, {}, [], "T")["output_images"] == []
     assert left(tmp_path) == ["sample_T_manifest.json"]
 

@@ -171,7 +171,7 @@ def test_placeholders_cannot_hide_one(tokenizer: ChatTokenizer) -> None:
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t ", "<image-placeholder>", " <image-placeholder>\n"])
-def test_empty(tokenizer: ChatTokenizer, text: str) -> None:
+def test_an_empty_prompt_is_refused(tokenizer: ChatTokenizer, text: str) -> None:
     with pytest.raises(InputError, match="the prompt is empty"):
         tokenizer.chat(text)
 

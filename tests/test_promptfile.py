@@ -31,7 +31,7 @@ def write(tmp_path: Path, content: str | bytes, name: str = "p.jsonl") -> Path:
     return path
 
 
-def test_lines(tmp_path: Path) -> None:
+def test_lines_are_prompts_without_blank_ones(tmp_path: Path) -> None:
     path = write(tmp_path, "\ufeffone\r\n\r\n  two words \n\t\n# three\u2028still\n", "p.txt")
     assert read_prompts(path) == [
         PromptRecord(1, "one", 0),
@@ -40,7 +40,7 @@ def test_lines(tmp_path: Path) -> None:
     ]
 
 
-def test_records(tmp_path: Path) -> None:
+def test_records_are_prompts_with_their_index_and_what_else_they_hold(tmp_path: Path) -> None:
     path = write(
         tmp_path, '{"index": 5, "prompt": "a", "tag": {"n": 1}}\n\n{"prompt": " b "}\r\n{"prompt":"c","index":0}'
     )

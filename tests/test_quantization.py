@@ -95,7 +95,7 @@ class Watch(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", QUANTIZE)
-def test_round_trip(kind: str) -> None:
+def test_a_weight_comes_back_within_the_error_of_its_form(kind: str) -> None:
     weight = weights()
     made = quantize_weight(kind, weight)
     assert made.size == weight.shape
@@ -244,7 +244,7 @@ def test_large_weights_are_dequantised_some_rows_at_a_time(kind: str) -> None:
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-2)  # rows are up to 1000 large
 
 
-def test_embedding() -> None:
+def test_a_quantised_embedding_looks_up_dequantised_rows() -> None:
     table = quantize_weight("int8", weights(50, 64))
     embedding = QuantizedEmbedding(table, torch.bfloat16)
     for ids in (torch.tensor([3, 49, 3]), torch.tensor([[0, 1], [2, 24]])):

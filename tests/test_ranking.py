@@ -257,7 +257,7 @@ def test_a_kept_image_needs_no_excuse() -> None:
 
 
 @pytest.mark.parametrize(("answer", "said"), [("no", "the model says no"), ("uncertain", "neither yes nor no")])
-def test_the_answer(answer: str, said: str) -> None:
+def test_an_answer_that_is_not_yes_is_the_reason(answer: str, said: str) -> None:
     text = why(judged_so(["yes", answer], [1.0, 9.0], [1.0, 9.0]), 1)
     assert text is not None
     assert said in text
@@ -292,12 +292,12 @@ def test_a_loss_is_above() -> None:
     assert text == "Its prompt loss of 1.5 is above the 1 of the last image kept."
 
 
-def test_a_tie() -> None:
+def test_of_a_tie_the_image_drawn_earlier_is_kept() -> None:
     text = why(judged_so(["yes", "yes"], [1.0, 1.0]), 1)
     assert text == "Its combined score of 0 is that of the last image kept, which was drawn earlier."
 
 
-def test_no_score() -> None:
+def test_a_missing_score_is_the_reason() -> None:
     shown = dataclasses.replace(judged_so(["yes", "yes"], [1.0, 1.0]), rewards_field=[1.0, None])
     assert why(shown, 1, metric="image_reward") == "It has no reward."
 
@@ -313,5 +313,5 @@ def test_every_metric_has_words(metric: str) -> None:
             assert text is None or (text.endswith(".") and "None" not in text)
 
 
-def test_numbers() -> None:
+def test_numbers_have_three_digits_and_a_true_minus() -> None:
     assert [number(v) for v in (-1.0, 0.12345, 12345.0)] == ["−1", "0.123", "1.23e+04"]

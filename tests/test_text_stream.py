@@ -75,7 +75,7 @@ def test_control_tokens_and_ids_beyond_the_vocabulary_have_no_text(tokenizer: Ch
     assert ("".join(new), rest) == ("é 猫👍🏽", "")
 
 
-def test_any_tokens(tokenizer: ChatTokenizer) -> None:
+def test_tokens_of_any_bytes_stream_as_they_decode(tokenizer: ChatTokenizer) -> None:
     """Random ids are mostly not UTF-8 at all."""
     rng = random.Random(0)
     for _ in range(300):

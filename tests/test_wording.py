@@ -37,7 +37,7 @@ SHIPPED, OTHER = Source("shapes", BUNDLED["shapes"]), Source("other", Path("/mod
         "Make the star in this picture blue",
     ],
 )
-def test_requests(message: str) -> None:
+def test_requests_ask_to_draw(message: str) -> None:
     assert asks_to_draw(message)
 
 
@@ -74,7 +74,7 @@ def test_requests(message: str) -> None:
         "",
     ],
 )
-def test_questions(message: str) -> None:
+def test_questions_do_not_ask_to_draw(message: str) -> None:
     assert not asks_to_draw(message)
 
 

@@ -171,7 +171,9 @@ def test_a_text_too_long_for_a_jpeg(tmp_path: Path) -> None:
         assert json.loads(image.getexif()[DESCRIPTION])["prompt"] == "猫" * 2999 + "…"
 
 
-def test_a_preview(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_preview_is_shown_on_a_terminal_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With a stand-in for textual-image; on a terminal only."""
     shown: list[Path] = []
 
@@ -328,7 +330,9 @@ def test_every_command_takes_the_model_by_both_names(
 @pytest.mark.parametrize(
     ("words", "expected"), [("t2", "t2i"), ("t2i --num-im", "--num-images"), ("t2i --solver h", "heun")]
 )
-def test_completion(cli: Cli, words: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shell_completes_commands_flags_and_choices(
+    cli: Cli, words: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("_SCALE_RAE_COMPLETE", "complete_bash")
     monkeypatch.setenv("COMP_WORDS", f"scale-rae {words}")
     monkeypatch.setenv("COMP_CWORD", str(len(words.split())))

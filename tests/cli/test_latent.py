@@ -36,7 +36,7 @@ def files(latents: list[torch.Tensor], tmp_path: Path) -> list[Path]:
     return paths
 
 
-def test_decode(
+def test_decoding_saves_the_pixels_of_the_latent(
     latent: Cli, files: list[Path], latents: list[torch.Tensor], models: dict[str, ScaleRAE], out: Path
 ) -> None:
     result = latent("--latent", files[0], "--action", "decode")
@@ -91,7 +91,9 @@ def test_latents_in_other_forms(latent: Cli, latents: list[torch.Tensor], tmp_pa
     assert np.array_equal(*images)
 
 
-def test_question(latent: Cli, files: list[Path], latents: list[torch.Tensor], models: Any, out: Path) -> None:
+def test_a_question_is_answered_about_the_latent(
+    latent: Cli, files: list[Path], latents: list[torch.Tensor], models: Any, out: Path
+) -> None:
     result = latent("--latent", files[0], "--action", "qa", "--prompt", "What?", "--max-new-tokens-qa", 9)
     (answer,) = models["siglip"].answer("What?", latents=latents[0], max_new_tokens=9)
     assert result.code == 0

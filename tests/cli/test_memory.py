@@ -34,7 +34,7 @@ DRAW = ("t2i", "--model-path", "shapes", "--prompt", "Can you generate a photo o
     ("text", "size"),
     [("8G", 8 << 30), ("6.5GiB", 13 << 29), ("6000M", 6000 << 20), ("8gb", 8 << 30), ("auto", None)],
 )
-def test_sizes(text: str, size: int | None) -> None:
+def test_sizes_of_memory_are_numbers_with_units(text: str, size: int | None) -> None:
     assert memory_bytes(text) == size
 
 
@@ -116,7 +116,7 @@ def test_a_limit_frees_what_nothing_uses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert said == [(0, 0), share]
 
 
-def test_too_little(cli: Cli, out: Path) -> None:
+def test_too_little_memory_is_refused_with_the_least_that_is_needed(cli: Cli, out: Path) -> None:
     result = cli(*DRAW, "--output-dir", out, "--memory", "64M")
     assert result.code == 1
     assert result.error.startswith("--memory 64M: this model needs at least 0.")

@@ -70,7 +70,7 @@ def test_crops_of_many_classes_share_batches(classifier: ColorClassifier) -> Non
     assert classifier.classify([], []) == []
 
 
-def test_wording() -> None:
+def test_colours_and_templates_are_genevals() -> None:
     assert list(COLORS) == COLOR["colors"]
     assert [t.replace("{name}", "{class}") for t in TEMPLATES] == COLOR["templates"]
 

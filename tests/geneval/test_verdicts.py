@@ -48,7 +48,7 @@ def test_every_recorded_verdict() -> None:
     assert not wrong
 
 
-def test_names() -> None:
+def test_classes_and_colours_are_genevals() -> None:
     assert len(CLASSES) == len(set(CLASSES)) == 80
     assert len(COLORS) == 10
     assert {name for case in CASES for name in case["detections"]} == set(CLASSES)

@@ -47,7 +47,7 @@ def finish(store: Store) -> None:
     store.finish(PROMPT)
 
 
-def test_names(tmp_path: Path) -> None:
+def test_addresses_are_of_stores_and_paths_of_folders(tmp_path: Path) -> None:
     assert results_folder("a/b") == Path("a/b")
     assert results_folder(f"file://{tmp_path}") == tmp_path
     assert not is_remote(results_folder("C:/x"))
@@ -119,7 +119,7 @@ def test_what_is_gone_is_found(store: Store, folder: Path) -> None:
         store.read_experiment()
 
 
-def test_a_failure(store: Store) -> None:
+def test_a_failure_is_kept_until_the_prompt_is_done(store: Store) -> None:
     before = time.time_ns()
     store.fail(3, "no memory", 2)
     failure = store.failure(3)

@@ -303,7 +303,7 @@ def test_expected_best_is_the_mean_over_all_subsets(
 
 
 @given(st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_ticks(low: float, length: float) -> None:
+def test_ticks_of_an_axis_are_few_and_within_it(low: float, length: float) -> None:
     ticks = round_ticks(low, low + length)
     assert 1 <= len(ticks) <= 7
     assert all(low - 0.01 * length <= t <= low + 1.01 * length for t in ticks)

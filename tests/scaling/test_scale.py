@@ -204,7 +204,7 @@ def test_image_mode_reads_the_decoded_image(scale: Scale, reference: dict[str, b
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)
-def test_goldens(
+def test_the_records_scores_are_the_goldens(
     case: str,
     checkpoints: dict[str, Path],
     models: dict[str, ScaleRAE],
@@ -288,7 +288,7 @@ def test_the_guides_template_is_read_from_where_one_is(
         ("candy on a plate", "Can you generate candy on a plate"),
     ],
 )
-def test_prefix(prompt: str, request_: str) -> None:
+def test_the_request_is_the_prompt_with_its_prefix(prompt: str, request_: str) -> None:
     assert Settings("p.jsonl", "m").request(prompt) == request_
 
 
@@ -298,7 +298,7 @@ def test_prefix_of_ones_own() -> None:
     assert Settings("p.jsonl", "m", prompt_prefix="Picture:").request("picture: a cat") == "picture: a cat"
 
 
-def test_folder_name(tmp_path: Path) -> None:
+def test_the_folder_is_named_by_model_rounds_and_question(tmp_path: Path) -> None:
     settings = Settings("p.jsonl", "nyu-visionx/Scale-RAE-Qwen1.5B_DiT2.4B")
     assert settings.folder(tmp_path) == tmp_path / "Scale-RAE-Qwen1-5B_DiT2-4B" / "2_qa_prompt_template_scale_latent"
 

@@ -86,7 +86,7 @@ def test_what_is_written(experiment: Path, tmp_path: Path) -> None:
     assert written["prompts"][1]["kept"] == selections[1].kept
 
 
-def test_ratios(tmp_path: Path) -> None:
+def test_the_shares_of_yes_are_of_kept_first_and_all_images(tmp_path: Path) -> None:
     rng = random.Random(0)
     write_prompt(tmp_path / "e" / "00000", 0, "a", ["no", "yes", "yes", "no"], [0.0, 1, 2, 3], rng, n_samples=2)
     write_prompt(tmp_path / "e" / "00001", 1, "b", ["no", "no", "uncertain", "yes"], [0.0, 1, 2, 3], rng, n_samples=2)
@@ -107,7 +107,7 @@ def test_a_selection_is_an_experiment_itself(experiment: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("keep", [1, 3, 8, 20])
-def test_keep(experiment: Path, tmp_path: Path, keep: int) -> None:
+def test_no_more_images_are_kept_than_there_are(experiment: Path, tmp_path: Path, keep: int) -> None:
     select(experiment, "loss", keep)
     assert len(names(tmp_path / "2_scale_loss_verified" / "00001" / "samples")) == min(keep, 8)
     assert len(names(tmp_path / "2_scale_ref" / "00001" / "samples")) == min(keep, 8)
@@ -126,7 +126,7 @@ def test_the_folder_is_named_as_the_metric_was_given(
     assert (record["metric"], record["verified"]) == ("prompt_loss", str(tmp_path / f"2_scale_{folder}_verified"))
 
 
-def test_renumbered() -> None:
+def test_kept_images_are_renumbered_in_every_field() -> None:
     old = {
         "tag": "x",
         "image_seeds": [10, 11, 12],

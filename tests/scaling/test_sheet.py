@@ -53,7 +53,9 @@ def test_the_order_is_the_metrics(tmp_path: Path) -> None:
     assert len(set(sheets.values())) == 3
 
 
-def test_too_large(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sheet_that_is_too_large_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("scale_rae.scaling.sheet.LARGEST", 100_000)
     assert main(["sheet", str(write_experiment(tmp_path / "e", 2))]) == 1
     assert "choose a smaller --thumbnail than 128, or --limit N" in capsys.readouterr().err

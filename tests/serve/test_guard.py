@@ -27,7 +27,7 @@ from scale_rae.serve.guard import known_host
         ("", False),
     ],
 )
-def test_hosts(host: str, known: bool) -> None:
+def test_only_names_of_this_machine_are_known_hosts(host: str, known: bool) -> None:
     scope: Any = {"type": "http", "headers": [(b"host", host.encode())]}
     assert known_host(scope) is known
 

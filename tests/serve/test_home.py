@@ -83,7 +83,7 @@ def test_with_a_key_the_page_and_linked_pictures_stay_open(serve: Serve) -> None
         assert fetch(f"{running.url}/v1/images/files/guessed.png")[0] == 404
 
 
-def test_forms(running: Running) -> None:
+def test_pictures_come_in_the_format_that_is_asked_for(running: Running) -> None:
     files = {}
     for form, quality in (("png", None), ("webp", None), ("jpeg", 50)):
         more = {} if quality is None else {"output_compression": quality}

@@ -32,7 +32,7 @@ def look(text: str, *urls: str) -> list[Any]:
     return [{"role": "user", "content": [{"type": "text", "text": text}, *parts]}]
 
 
-def test_models(running: Running) -> None:
+def test_the_model_is_listed_and_no_other_is_found(running: Running) -> None:
     client = running.client()
     assert [m.id for m in client.models.list()] == ["shapes"]
     assert client.models.retrieve("shapes").object == "model"
@@ -81,7 +81,7 @@ def test_without_a_seed_every_drawing_is_another(running: Running) -> None:
 
 
 @pytest.mark.parametrize("reward", ["answer", "siglip", None])
-def test_best_of(running: Running, shapes: ScaleRAE, reward: str | None) -> None:
+def test_best_of_returns_the_best_by_the_reward(running: Running, shapes: ScaleRAE, reward: str | None) -> None:
     body = {"seed": 5, "steps": 6, "best_of": 4} | ({"reward": reward} if reward else {})
     answer = running.client().images.generate(prompt=CIRCLE, n=2, extra_body=body)
     data: list[Any] = list(answer.data or ())

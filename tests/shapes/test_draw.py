@@ -55,7 +55,7 @@ def test_same_scene_same_picture_in_any_batch_and_size() -> None:
     assert draw.draw(scenes[:0]).shape == (0, 3, 128, 128)
 
 
-def test_to_pil() -> None:
+def test_to_pil_has_the_pixels_of_draw() -> None:
     scenes = world.sample(np.random.default_rng(3), 3)
     for image, picture in zip(draw.to_pil(scenes), draw.draw(scenes), strict=True):
         assert np.array_equal(np.asarray(image), picture.permute(1, 2, 0).numpy())

@@ -105,7 +105,7 @@ def reason(picture: Pixels, metadata: dict[str, Any] = CIRCLE) -> str:
     return verdict.reason
 
 
-def test_a_file(tmp_path: Path) -> None:
+def test_objects_in_a_file_are_those_of_its_pixels(tmp_path: Path) -> None:
     picture = drawn(world.sample(np.random.default_rng(5), 1))[0]
     Image.fromarray(picture).save(tmp_path / "a.png")
     assert find_objects(tmp_path / "a.png") == find_objects(str(tmp_path / "a.png")) == find_objects(picture) != ()

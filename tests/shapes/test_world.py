@@ -303,7 +303,7 @@ def test_reasons_name_the_mistake() -> None:
     assert world.mismatches(Prompt("single_object", ("star",)).metadata(), [star, star]) == ["expected star<2, found 2"]
 
 
-def test_requests() -> None:
+def test_every_wording_of_a_request_holds_the_prompt() -> None:
     wordings = (*world.REQUEST_WORDINGS, *world.HELD_OUT_WORDINGS)
     assert len(set(wordings)) == len(wordings)
     assert world.request("Can you generate {prompt}", "a photo of a star") == "Can you generate a photo of a star"
