@@ -32,6 +32,7 @@ from scale_rae.options import SamplingOptions, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantization import Place, QuantizedLinear, product, quantize_weight
 from scale_rae.sampling import LatentSampler, Trajectory
+from tests.helpers.made_networks import made_dit
 from tests.test_goldens import DRAW
 
 CONFIG = DiTConfig(channels=24, tokens=16, condition_width=32, width=80, depth=4, heads=2)
@@ -44,13 +45,8 @@ TIMES = [0.9, 0.35, 0.35]
 
 
 def made(kind: str = "plain") -> DiT:
-    """A network of random weights, the same each time."""
-    generator = torch.Generator().manual_seed(3)
-    dit = DiT(KINDS[kind])
-    for parameter in dit.parameters():
-        std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.15
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return dit.requires_grad_(False).eval()
+    """A network of one of KINDS."""
+    return made_dit(KINDS[kind])
 
 
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor]:

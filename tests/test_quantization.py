@@ -19,7 +19,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from scale_rae import float8, quantization
 from scale_rae.config import DiTConfig, load_config
 from scale_rae.decoder import PixelDecoder, denormalise
-from scale_rae.dit import DiT
 from scale_rae.errors import CheckpointError, DeviceError, InputError
 from scale_rae.fast_dit import FastDiT
 from scale_rae.fast_weights import mean_read, quantize_blocks
@@ -45,6 +44,7 @@ from scale_rae.quantization import (
     room,
     store,
 )
+from tests.helpers.made_networks import made_dit
 
 CPU = torch.device("cpu")
 HERE = Place(CPU, CPU, torch.float32)
@@ -270,20 +270,11 @@ KINDS = {
 }
 
 
-def made_dit(network: str) -> DiT:
-    generator = torch.Generator().manual_seed(3)
-    dit = DiT(KINDS[network])
-    for parameter in dit.parameters():
-        std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.15
-        torch.nn.init.normal_(parameter, std=std, generator=generator)
-    return dit.requires_grad_(False).eval()
-
-
 @pytest.mark.parametrize("network", KINDS)
 @pytest.mark.parametrize("kind", [k for k in QUANTIZE if k != "fp8"])
 def test_dit(network: str, kind: str) -> None:
     """A quantised network equals the plain one with its dequantised weights, padding apart, and is near the exact one."""
-    exact, same, dit = (made_dit(network) for _ in range(3))
+    exact, same, dit = (made_dit(KINDS[network]) for _ in range(3))
     fast = FastDiT(dit, Speed("off", kind))
     inner = same.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
     padded = dit.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -59,6 +60,26 @@ class Forked:
             if pid:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
+
+
+def in_two_processes(run: Callable[[], object]) -> None:
+    """Runs `run` in two forks that are a group, as torchrun's processes are; both must succeed."""
+    with socket.socket() as port:
+        port.bind(("127.0.0.1", 0))
+        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
+    pids = []
+    for rank in range(2):
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                os.environ.update(names | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+                run()
+                code = 0
+            finally:
+                os._exit(code)
+        pids.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
 
 
 def _start_worker(command: list[str], *, stderr: Any, env: dict[str, str], **_: Any) -> Forked:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +24,7 @@ from scale_rae.training.records import read_records
 from scale_rae.training.run import Watcher, train
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.training.trainer import Progress
+from tests.helpers.forked import in_two_processes
 
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A plain square."}]
 
@@ -225,22 +224,7 @@ def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path:
     options = replace(options, full=full, validation_prompts=("a red square",) * full, num_inference_steps=2)
     one = go(replace(options, out=tmp_path / "one"))
     two = replace(options, out=tmp_path / "two", train_batch_size=1)
-    with socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
-    pids = []
-    for rank in range(2):  # forks, as torchrun's processes would take seconds to import torch
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ.update(names | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                go(two)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    in_two_processes(lambda: go(two))
     found = [json.loads(line) for line in (two.out / "log.jsonl").read_text().splitlines()]
     for a, b in zip(one, found, strict=True):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import socket
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +31,7 @@ from scale_rae.training.run import Watcher
 from scale_rae.training.self_reward import Rounds, train_on_verdicts, warnings
 from scale_rae.training.settings import SelfRewardOptions, TrainingOptions
 from scale_rae.training.trainer import Progress
+from tests.helpers.forked import in_two_processes
 
 DRAWS = ("Can you generate a photo of a cat on a windowsill?", "Can you generate a photo of a cat on a windowsill?")
 
@@ -163,22 +162,7 @@ def test_prompts_that_the_model_answers_in_words_are_drawn_after_a_reply(
 def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
     one = go(replace(options, out=tmp_path / "one", max_train_steps=3))
     two = replace(options, out=tmp_path / "two", train_batch_size=1, max_train_steps=3)
-    with socket.socket() as port:
-        port.bind(("127.0.0.1", 0))
-        names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port.getsockname()[1]), "WORLD_SIZE": "2"}
-    pids = []
-    for rank in range(2):  # forks, as torchrun's processes would take seconds to import torch
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.environ.update(names | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-                go(two)
-                code = 0
-            finally:
-                os._exit(code)
-        pids.append(pid)
-    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0, 0]
+    in_two_processes(lambda: go(two))
     found = [json.loads(line) for line in (two.out / "log.jsonl").read_text().splitlines()]
     for a, b in zip(one, found, strict=True):
         for name in ("loss", "reading", "gradient_norm"):
