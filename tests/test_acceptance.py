@@ -213,5 +213,5 @@ def test_accepted_ones_are_kept_first_then_the_best_of_the_rest() -> None:
 )
 def test_bad_options(options: dict[str, object], error: str) -> None:
     with pytest.raises(OptionError) as found:
-        SearchOptions(**options).check()  # type: ignore[arg-type]
+        SearchOptions(**options).check()
     assert str(found.value).startswith(error)

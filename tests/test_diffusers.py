@@ -185,7 +185,7 @@ def test_where_it_runs_is_chosen_before_it_loads(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TypeError, match="no argument memory_format"):
         pipe.to("cpu", memory_format=torch.channels_last)
     with pytest.raises(InputError, match=r"no argument use_safetensors, variant; a Scale-RAE model takes torch_dtype"):
-        ScaleRAEPipeline.from_pretrained("owner/model", use_safetensors=True, variant="fp16")  # type: ignore[call-arg]
+        ScaleRAEPipeline.from_pretrained("owner/model", use_safetensors=True, variant="fp16")
 
 
 def test_loras_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ def exists(name: str) -> bool:
 
 def flags_of(command: object) -> set[str]:
     """Every spelling of every flag of a click command and its subcommands."""
-    found = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}  # type: ignore[attr-defined]
+    found = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
     found |= {f"--{name}" for name in getattr(command, "spellings", Spellings()).aliases}
     return found.union(*(flags_of(inner) for inner in getattr(command, "commands", {}).values()))
 

@@ -98,7 +98,7 @@ def test_precomputed_parts(kind: str) -> None:
 @pytest.mark.parametrize("off", ["before", "null", "together"])
 def test_switched_off(kind: str, off: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same velocities without each of what `test_precomputed_parts` has."""
-    fast = FastDiT(made(kind), Speed("off", **{off: False}))  # type: ignore[arg-type]
+    fast = FastDiT(made(kind), Speed("off", **{off: False}))
     check(fast, made(kind), 1e-5)
     calls: list[tuple[int, int]] = []
     evaluate = fast.evaluate
@@ -107,7 +107,7 @@ def test_switched_off(kind: str, off: str, monkeypatch: pytest.MonkeyPatch) -> N
         calls.append((len(inputs[0]), len(inputs) + len(options)))
         return evaluate(parts, *inputs, **options)
 
-    fast.evaluate = counted  # type: ignore[method-assign]
+    fast.evaluate = counted
     x, y = inputs()
     with torch.inference_mode():
         _, _, both = fast.velocities(y, TIMES, guided=True, compile=False)
@@ -187,7 +187,7 @@ def test_float8_is_near(kind: str, as_if_on_cuda: None) -> None:
         if "t_embedder" not in name and ".norm" not in name:
             parameter.data = parameter.data.bfloat16()
     check(FastDiT(dit, Speed("off", "fp8")), made(kind), 0.08)
-    assert {m.kind for m in (dit.dit_blocks[0].attn.qkv, dit.dit_blocks[0].mlp.w3)} == {"fp8"}  # type: ignore[union-attr]
+    assert {m.kind for m in (dit.dit_blocks[0].attn.qkv, dit.dit_blocks[0].mlp.w3)} == {"fp8"}
     assert dit.final_layer.linear.weight.dtype == torch.bfloat16
 
 
@@ -650,7 +650,7 @@ def test_operations_of_the_published_network() -> None:
         named = [(n, m) for n, m in made(kind).named_modules() if isinstance(m, torch.nn.Linear)]
         products = sum(m.weight.numel() for n, m in named if "t_embedder" not in n and n != "s_projector")
         embedders = sum(m.weight.numel() for m in made(kind).modules() if isinstance(m, torch.nn.Conv2d))
-        attention = sum(2 * config.tokens * b.attn.proj.in_features for b in made(kind).dit_blocks)  # type: ignore[union-attr, operator]
+        attention = sum(2 * config.tokens * b.attn.proj.in_features for b in made(kind).dit_blocks)
         assert flops(config) == 2 * config.tokens * (products + embedders + attention)
 
 

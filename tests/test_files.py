@@ -28,7 +28,7 @@ def test_a_file_is_read_whole(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_read_is_named(tmp_path: Path, make: object, said: str) -> None:
     path = tmp_path / "a"
-    make(path)  # type: ignore[operator]
+    make(path)
     with pytest.raises(InputError, match=rf"a: .*{said}"):
         read_bytes(path, 10, "thing")
 

@@ -29,7 +29,7 @@ GIB = 2**30
 def published(size: str, **more: object) -> Footprint:
     config = parse_config(config_json(size), Path("config.json"))
     decoder = parse_decoder_config(decoder_json(size), Path("config.json"), config.channels)
-    return replace(Footprint(config, decoder), **more)  # type: ignore[arg-type]
+    return replace(Footprint(config, decoder), **more)
 
 
 def bytes_of(*networks: nn.Module) -> int:
@@ -55,7 +55,7 @@ def test_bytes_are_those_of_the_loaded_weights(name: str, quantize: str | None, 
     weights = footprint.weights(quantize)
     assert weights.language == bytes_of(model.language)
     assert weights.dit == bytes_of(model.dit)
-    assert weights.decoder == bytes_of(model.decoder)  # type: ignore[arg-type]
+    assert weights.decoder == bytes_of(model.decoder)
 
 
 def test_parameters_of_the_published_sizes() -> None:

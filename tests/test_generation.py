@@ -473,7 +473,7 @@ def test_pictures_are_images_or_paths(models: dict[str, ScaleRAE], tmp_path: Pat
     with pytest.raises(InputError, match=r"none\.png: no such image"):
         model.answer("What is it?", images=tmp_path / "none.png")
     with pytest.raises(InputError, match="a picture must be a PIL image or a path, not int"):
-        model.answer("What is it?", images=[3])  # type: ignore[list-item]
+        model.answer("What is it?", images=[3])
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -39,7 +39,7 @@ def latents(
     condition = model.reply([DRAW])[0].condition if condition is None else condition
     assert condition is not None
     seeds = [image_seed(42, 0, i) for i in range(count)]
-    return torch.stack(model.sample([condition] * count, seeds, SamplingOptions(**options)))  # type: ignore[arg-type]
+    return torch.stack(model.sample([condition] * count, seeds, SamplingOptions(**options)))
 
 
 @pytest.fixture(scope="module", params=["webssl", "wide"])
@@ -218,7 +218,7 @@ def test_kernel_of_sum_norm_and_modulation(guided: bool, each: int) -> None:
         1e-6,
     )
     state = Deferred(x, update, before, null_before if guided else None)
-    summed_ = summed(Deferred(*(None if t is None else t.float() for t in state)))  # type: ignore[arg-type]
+    summed_ = summed(Deferred(*(None if t is None else t.float() for t in state)))
     torch.testing.assert_close(got.float(), summed_, rtol=1 / 128, atol=1e-6)
     shift, factor, *_ = spread(modulation.float(), null.float() if guided else None, images).chunk(6, dim=-1)
     normed = torch.nn.functional.rms_norm(got.float(), (width,), weight, 1e-6)
@@ -299,7 +299,7 @@ def test_images_that_stop_on_their_way(checkpoints: dict[str, Path], guidance: f
     model = ScaleRAE.from_pretrained(str(checkpoints["webssl"]), device="cuda", dtype="float32", compile="off")
     conditions = [model.reply([text])[0].condition for text in (DRAW, f"{DRAW} again")]
     options = SamplingOptions(solver="ab2", steps=6, guidance=guidance)
-    begun = [Trajectory(conditions[i // 3], seed) for i, seed in enumerate(range(5)) if conditions[i // 3] is not None]  # type: ignore[arg-type]
+    begun = [Trajectory(conditions[i // 3], seed) for i, seed in enumerate(range(5)) if conditions[i // 3] is not None]
     early = model.advance(begun, 2, options)
     assert len(begun) == len(early) == 5
     late = [*model.advance(early[:1], 6, options), *model.advance(early[1:], 6, options)]

@@ -86,7 +86,7 @@ def test_kernels_quantise_to_int8(width: int) -> None:
 # --- few images ------------------------------------------------------------------------------------------------------
 
 
-def few_images():  # type: ignore[no-untyped-def]
+def few_images():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("the kernels for few images are for Hopper")
     from scale_rae import few_images

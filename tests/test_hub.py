@@ -81,7 +81,7 @@ def test_draws_with_everything_from_the_hub(hub: FakeHub, checkpoints: dict[str,
 
     assert torch.equal(drawn.images[0].latent, local.images[0].latent)
     assert drawn.images[0].image is not None
-    assert drawn.images[0].image.tobytes() == local.images[0].image.tobytes()  # type: ignore[union-attr]
+    assert drawn.images[0].image.tobytes() == local.images[0].image.tobytes()
     assert file_record(model.source) == {"name": MODEL, "revision": hub.repos[MODEL].commit("main")}
     assert model.encoder_source is not None
     assert model.encoder_source.name == ENCODER

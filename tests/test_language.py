@@ -364,7 +364,7 @@ def test_values_are_awaited_on_their_own_device(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: f"stream of {device}")
 
     class OnCuda(Tensor):
-        device = torch.device("cuda:1")  # type: ignore[assignment]
+        device = torch.device("cuda:1")
 
     Transfer(torch.zeros(3, 2).as_subclass(OnCuda))
     assert recorded == ["stream of cuda:1"]

@@ -11,7 +11,7 @@ from tests.test_footprint import GIB, H100, SMALL, published
 
 
 def chosen(size: str, memory: str, **narrowed: str) -> Way:
-    return choose(memory, int(float(memory[:-1]) * GIB), published(size), lambda: SMALL, **narrowed).way  # type: ignore[arg-type]
+    return choose(memory, int(float(memory[:-1]) * GIB), published(size), lambda: SMALL, **narrowed).way
 
 
 @pytest.mark.parametrize(
@@ -92,7 +92,7 @@ def test_the_line_says_what_and_why() -> None:
 def test_streaming_draws_as_many_images_as_hide() -> None:
     footprint = published("1.5b")
     for rates in (SMALL, H100):
-        plan = choose("3G", 3 * GIB, footprint, lambda rates=rates: rates, offload="stream")  # type: ignore[misc]
+        plan = choose("3G", 3 * GIB, footprint, lambda rates=rates: rates, offload="stream")
         assert plan.way.batch == min(footprint.hidden_images(plan.way, rates), 64) or plan.way.batch in (16, 32)
         assert plan.way.batch > 1
 

@@ -109,7 +109,7 @@ def test_processes_in_one_folder_do_not_collide(tmp_path: Path) -> None:
     assert len(manifests) == 100
     assert len(left(tmp_path)) == 200
     for manifest in manifests:
-        assert Image.open(manifest["output_images"][0]).text == {"by": manifest["by"]}  # type: ignore[attr-defined]
+        assert Image.open(manifest["output_images"][0]).text == {"by": manifest["by"]}
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -168,7 +168,7 @@ def test_one_image_made_a_png_of_by_many_threads() -> None:
     image = Image.new("RGB", (64, 64), "red")
     with ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda i: png_bytes(image, {"n": str(i)}), range(300)))
-    texts = [Image.open(io.BytesIO(png)).text for png in [*made, png_bytes(image, {})]]  # type: ignore[attr-defined]
+    texts = [Image.open(io.BytesIO(png)).text for png in [*made, png_bytes(image, {})]]
     assert texts == [*({"n": str(i)} for i in range(300)), {}]
 
 
@@ -177,7 +177,7 @@ def test_text_in_a_png(tmp_path: Path) -> None:
     # One of its own: Pillow keeps what it writes with an image, and threads of other tests may still be writing RED.
     (tmp_path / "i.png").write_bytes(png_bytes(RED.copy(), text))
     image = Image.open(tmp_path / "i.png")
-    assert image.text == text  # type: ignore[attr-defined]
+    assert image.text == text
     assert np.array_equal(np.asarray(image), np.asarray(RED))
 
 

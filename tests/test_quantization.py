@@ -276,8 +276,8 @@ def test_dit(network: str, kind: str) -> None:
     """A quantised network equals the plain one with its dequantised weights, padding apart, and is near the exact one."""
     exact, same, dit = (made_dit(KINDS[network]) for _ in range(3))
     fast = FastDiT(dit, Speed("off", kind))
-    inner = same.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
-    padded = dit.dit_blocks[0].mlp.w3.in_features  # type: ignore[union-attr]
+    inner = same.dit_blocks[0].mlp.w3.in_features
+    padded = dit.dit_blocks[0].mlp.w3.in_features
     assert (inner, padded) == ((512, 512) if network == "unpadded" else (170, 192))
     for mine, theirs in zip(dit.dit_blocks, same.dit_blocks, strict=True):
         for name, plain in theirs.named_modules():

@@ -104,7 +104,7 @@ REWARDS, YES_CONF, PROMPT = [0.0, 2.0, 1.0, 9.0], [8.0, 6.0, 7.0, 0.0], [3.0, 5.
 def by_hand(rewards: list[float] | None) -> Verdicts:
     answers = ["yes", "yes", "yes", "no"]
     judged = [said(a, s or 9.0, prompt_conf_score=p) for a, s, p in zip(answers, YES_CONF, PROMPT, strict=True)]
-    return verdicts(judged, rewards)  # type: ignore[arg-type]
+    return verdicts(judged, rewards)
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.25, 0.5, 1.0])
@@ -205,7 +205,7 @@ def test_images_that_were_not_asked_about_come_last() -> None:
         (verdicts([said("yes")], [True]), "image_reward", r"all_ir_scores\[0\] is True"),
         (verdicts([said("yes")], [None]), "image_reward", r"all_ir_scores\[0\] is missing"),
         (verdicts([said("yes")], [None]), "combined", r"all_ir_scores\[0\] is null; --metric combined"),
-        (verdicts([said("yes")], 3), "image_reward", "all_ir_scores is not a list"),  # type: ignore[arg-type]
+        (verdicts([said("yes")], 3), "image_reward", "all_ir_scores is not a list"),
         (verdicts([None]), "answer_conf", "text_responses is missing"),
         (verdicts([said("yes", prompt_loss=None)]), "loss", r'text_responses\["0"\].prompt_loss is missing'),
         (verdicts([said("yes", prompt_loss="low")]), "loss", r"prompt_loss is 'low', not a number"),

@@ -214,10 +214,10 @@ def test_a_reward_has_its_turn_too(load: Load, mode: str) -> None:
 
     def scores(offload: str) -> tuple[tuple[float, float], list[float]]:
         reward = load_reward("siglip", model := load("shapes", offload))
-        found = reward.score(pictures, "a red circle")  # type: ignore[arg-type]
-        model.encode(pictures)  # type: ignore[arg-type]
+        found = reward.score(pictures, "a red circle")
+        model.encode(pictures)
         again = load_reward("siglip", model)  # a second one does not take the place of the first
-        assert reward.score(pictures, "a red circle") == again.score(pictures, "a red circle") == found  # type: ignore[arg-type]
+        assert reward.score(pictures, "a red circle") == again.score(pictures, "a red circle") == found
         return reward.range, found
 
     assert scores(mode) == scores("none")

@@ -206,5 +206,5 @@ def test_every_latent_needs_its_prompt(shapes: ScaleRAE, latents: list[Tensor], 
         with pytest.raises(InputError, match="the prompt is empty"):
             score(latents[:1], [Asked("", "a cat", Reply([65]))])
         with pytest.raises(InputError, match="a latent must be a tensor"):
-            score([[1.0]], asked[:1])  # type: ignore[list-item]
+            score([[1.0]], asked[:1])
         assert score([], []) == []

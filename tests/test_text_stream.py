@@ -96,7 +96,7 @@ def test_each_token_is_decoded_a_few_times_at_most(tokenizer: ChatTokenizer, byt
 
     for text in ("a red circle " * 100, "猫"):
         ids = bytes_of(text) if len(text) > 1 else bytes_of(text)[:2] * 600
-        decoded, stream = 0, TextStream(Counting())  # type: ignore[arg-type]
+        decoded, stream = 0, TextStream(Counting())
         for token in ids:
             stream.add(token)
         stream.rest()

@@ -434,7 +434,7 @@ def test_who_leaves_in_the_middle_gives_up_the_turn(shown: Page, monkeypatch: py
     assert any("progressbar" in str(m) and m["msg"] == "process_generating" for m in messages)
     assert began.wait(240)  # the bar is there before
     assert shown.model.busy
-    messages.close()  # type: ignore[attr-defined]
+    messages.close()
     message = shown.do("draw-go", "click", shown.draw())  # waits for its turn
     assert message["success"]
     assert len(set(shown.output.iterdir()) - before) <= 4  # of the second alone

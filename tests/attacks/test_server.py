@@ -267,7 +267,7 @@ def test_garbage_in_the_middle_of_an_answer(running: Running, caplog: pytest.Log
 
 
 def test_what_clients_send_does_not_fill_the_log() -> None:
-    keep = server.without_texts(Engine(lambda: (None, {})))  # type: ignore[arg-type, return-value]
+    keep = server.without_texts(Engine(lambda: (None, {})))
     warning = logging.LogRecord("uvicorn.error", logging.WARNING, "", 0, "Invalid HTTP request received.", (), None)
     assert not keep(warning)
     warning.levelno = logging.ERROR

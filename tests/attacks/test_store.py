@@ -450,7 +450,7 @@ def test_workers_are_started_so(store: Store, monkeypatch: pytest.MonkeyPatch) -
     with store.lock_run():
         pass
     job = Job(store, SETTINGS, {}, [], [], {}, FileLocks(), False)
-    local.start_worker(job, Assignment(0, "cpu", [], [], {}), 1).stdin.close()  # type: ignore[union-attr]
+    local.start_worker(job, Assignment(0, "cpu", [], [], {}), 1).stdin.close()
     ((command, environment),) = started
     assert command[:3] == [sys.executable, "-P", "-c"]
     assert command[-1] == "scale_rae.scaling.worker_process"

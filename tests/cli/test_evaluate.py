@@ -19,7 +19,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(made, tmp_path / "made")  # type: ignore[no-any-return]
+    return shutil.copytree(made, tmp_path / "made")
 
 
 def test_says_how_many_are_right_and_writes_results_summary_and_page(cli: Cli, folder: Path) -> None:

@@ -46,7 +46,7 @@ def test_decoding_saves_the_pixels_of_the_latent(
     assert result.out == path + "\n"
     expected = np.asarray(models["siglip"].decode([latents[0]])[0])
     assert np.array_equal(np.asarray(Image.open(path)), expected)
-    assert Image.open(path).text["latent"] == str(files[0])  # type: ignore[attr-defined]
+    assert Image.open(path).text["latent"] == str(files[0])
     assert manifest["mode"] == "latent"
     assert manifest["action"] == "decode"
     assert manifest["input_latents"] == [str(files[0])]

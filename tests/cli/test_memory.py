@@ -186,4 +186,4 @@ def test_an_experiments_model_is_chosen_for_good() -> None:
 def test_a_number_is_no_size() -> None:
     """As from a script: `scale_rae.load(..., memory=8)`, which has no unit."""
     with pytest.raises(OptionError, match=r"^memory 8: must be a size like 8G or 6000M, or auto$"):
-        memory_bytes(8)  # type: ignore[arg-type]
+        memory_bytes(8)

@@ -103,11 +103,11 @@ def test_a_manifest_draws_it_again(
     options = ["--prompt", DRAW, "--device", "cpu", "--save-latent"]
     assert t2i(*options, "--output-dir", tmp_path / "cpu").code == 0
     usual = only_manifest(tmp_path / "cpu")
-    assert {"noise", "noise_gpu"}.isdisjoint({*usual, *Image.open(usual["output_images"][0]).text})  # type: ignore[attr-defined]
+    assert {"noise", "noise_gpu"}.isdisjoint({*usual, *Image.open(usual["output_images"][0]).text})
     assert t2i(*options, "--noise", "cuda").code == 0
     first = only_manifest(out)
     assert (first["noise"], first["noise_gpu"]) == ("cuda", "GPU cuda:0")
-    assert Image.open(first["output_images"][0]).text["noise"] == "cuda"  # type: ignore[attr-defined]
+    assert Image.open(first["output_images"][0]).text["noise"] == "cuda"
     (path,) = out.glob("*_manifest.json")
     again = cli("t2i", "--from-manifest", path, "--output-dir", tmp_path / "again", "--save-latent")
     assert (again.code, again.err) == (0, "")
@@ -125,7 +125,7 @@ def test_an_experiments_settings_and_pictures_name_it(tmp_path: Path) -> None:
     scale = Scale(tmp_path)
     assert scale("--limit", 1, "--noise", "cuda").code == 0
     assert json.loads((scale.folder / "experiment.json").read_text())["settings"]["noise"] == "cuda"
-    assert Image.open(scale.folder / "00000" / "samples" / "00000.png").text["noise"] == "cuda"  # type: ignore[attr-defined]
+    assert Image.open(scale.folder / "00000" / "samples" / "00000.png").text["noise"] == "cuda"
 
 
 @pytest.mark.usefixtures("no_loading")

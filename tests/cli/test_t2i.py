@@ -153,7 +153,7 @@ def test_png_says_how_it_was_drawn(t2i: Cli, out: Path) -> None:
     prompt = "Show me 猫, a naïve façade"
     t2i("--prompt", prompt, "--num-images", 2, "--seed", 5)
     for j, path in enumerate(only_manifest(out)["output_images"]):
-        text = Image.open(path).text  # type: ignore[attr-defined]
+        text = Image.open(path).text
         assert text["prompt"] == prompt
         assert text["seed"] == "5"
         assert text["image_seed"] == str(image_seed(5, 0, j))

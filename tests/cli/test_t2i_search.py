@@ -39,7 +39,7 @@ def test_an_accepted_image_can_be_drawn_again(until: Cli, cli: Cli, out: Path, t
         ]
     )
     assert result.out.endswith(f"{path}\n{manifest['latent_path']}\n")
-    text = Image.open(path).text  # type: ignore[attr-defined]
+    text = Image.open(path).text
     assert (text["prompt"], text["seed"], text["image_seed"]) == (CROSS, "10", str(seed))
 
     search = manifest["search"]

@@ -35,7 +35,7 @@ def drawing(shared: SharedModel) -> SavedImage:
         try:
             next(work)
         except StopIteration as stop:
-            return stop.value.images[0]  # type: ignore[no-any-return]
+            return stop.value.images[0]
 
 
 def test_fields_become_a_sampling() -> None:
@@ -180,7 +180,7 @@ def test_a_taken_port() -> None:
 
 def test_the_page_offers_no_interface_but_itself(shared: SharedModel, tmp_path: Path) -> None:
     built = page.build(shared, tmp_path)
-    assert not built.get_api_info()["named_endpoints"]  # type: ignore[typeddict-item]
+    assert not built.get_api_info()["named_endpoints"]
     limits = {f.concurrency_id: f.concurrency_limit for f in built.fns.values() if f.queue}
     assert limits["model"] == 1
     assert not built.analytics_enabled

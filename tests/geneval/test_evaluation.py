@@ -39,7 +39,7 @@ class ByColour:
 
     def judge(self, images: Sequence[Image.Image], metadata: Sequence[Any]) -> list[Judged]:
         self.batches.append(len(images))
-        return [Judged(correct=image.getpixel((0, 0))[0] > 100, reason="dark") for image in images]  # type: ignore[index]
+        return [Judged(correct=image.getpixel((0, 0))[0] > 100, reason="dark") for image in images]
 
 
 def run(folder: Path, judge: ByColour, out: Path | None = None, most: int | None = None, size: int = 3) -> Evaluation:
@@ -100,7 +100,7 @@ def test_what_cannot_be_evaluated_is_listed_and_the_rest_is_evaluated(folder: Pa
     (samples / "notes.txt").write_text("not a picture")
     metadata = {"tag": "colors", "prompt": "a cat"}
     (folder / "00001" / "metadata.jsonl").write_text(json.dumps(metadata))
-    metadata["include"] = [{"class": "cat", "count": 1}]  # type: ignore[assignment]
+    metadata["include"] = [{"class": "cat", "count": 1}]
     (folder / "00002" / "metadata.jsonl").write_text(json.dumps(metadata))
     Image.new("RGB", (64, 32)).save(folder / "00003" / "samples" / "00000.png")
     choice, judge = SHAPES, ShapesJudge()
@@ -247,7 +247,7 @@ def test_an_interruption_leaves_no_thread_behind(monkeypatch: pytest.MonkeyPatch
     answers = judging_on(SHAPES, ["cpu", "cpu"])([[Task("a.png", {"prompt": "p"})]] * 40)
     assert isinstance(answers, Iterator)
     assert next(answers) == (0, [])
-    answers.close()  # type: ignore[attr-defined]
+    answers.close()
     assert threading.active_count() == before
     assert problems == []
 

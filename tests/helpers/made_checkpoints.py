@@ -38,7 +38,7 @@ def made(name: str, shape: list[int]) -> NDArray[np.float32]:
 
 def golden_case(name: str) -> dict[str, Any]:
     """Configs and tensor shapes of a golden checkpoint."""
-    return json.loads((GOLDENS / f"{name}.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((GOLDENS / f"{name}.json").read_text())
 
 
 def write_checkpoint(case: dict[str, Any], folder: Path) -> Path:

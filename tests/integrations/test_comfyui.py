@@ -62,7 +62,7 @@ def nodes(package: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def model(nodes: dict[str, Any]) -> ScaleRAE:
-    return nodes["ScaleRAELoadModel"].execute(**defaults(nodes["ScaleRAELoadModel"])).args[0]  # type: ignore[no-any-return]
+    return nodes["ScaleRAELoadModel"].execute(**defaults(nodes["ScaleRAELoadModel"])).args[0]
 
 
 def defaults(node: Any) -> dict[str, Any]:
@@ -75,7 +75,7 @@ def defaults(node: Any) -> dict[str, Any]:
 
 
 def workflow(name: str, form: str = "") -> dict[str, Any]:
-    return json.loads((NODES / "example_workflows" / form / f"{name}.json").read_text())  # type: ignore[no-any-return]
+    return json.loads((NODES / "example_workflows" / form / f"{name}.json").read_text())
 
 
 @pytest.fixture(scope="module")

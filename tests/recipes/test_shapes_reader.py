@@ -207,7 +207,7 @@ def test_varied_words_stay_the_same_words() -> None:
 
 def test_queries_and_pictures_stand_where_inference_has_them(write: Writer) -> None:
     torch.manual_seed(0)
-    words = common.Vocabulary(write.tokenizer, None, write.pad + 5, write.pad, 0, write.tokenizer.chat_end)  # type: ignore[arg-type]
+    words = common.Vocabulary(write.tokenizer, None, write.pad + 5, write.pad, 0, write.tokenizer.chat_end)
     _, language, _ = networks.build_joint(words.model_config(TINY))
     reading = reader.Reading(language, TINY, words.size, lessons.WIDTH, torch.float32)
     asked = write.drawn("Show me a star.", 0, learns=True)

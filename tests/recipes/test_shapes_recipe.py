@@ -74,7 +74,7 @@ def small_pools(vocabulary: Vocabulary, device: torch.device = CPU) -> joint.Poo
 def small_trainer(vocabulary: Vocabulary, folder: Path, kind: str = "muon", steps: int = 8, **options: int) -> Trainer:
     common.set_seed(0)
     made = small_pools(vocabulary)
-    optimizer = OptimizerOptions(kind=kind, warmup=2)  # type: ignore[arg-type]
+    optimizer = OptimizerOptions(kind=kind, warmup=2)
     config, language, dit, model = joint.build(vocabulary, TINY, CPU, torch.float32, optimizer, steps)
     loss = joint.Loss(
         config,
@@ -137,7 +137,7 @@ def test_training_never_shows_or_says_what_is_held_out(vocabulary: Vocabulary) -
         ("read", world.SCENE_KINDS),
         ("name", data.DRAW_KINDS),
     ):
-        chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)  # type: ignore[arg-type]
+        chunk = data.make(stream, 3000, 5, vocabulary.encoder, kinds, workers=1)
         for scene in (*invented.named(chunk.scenes), *invented.named(chunk.second)):
             shapes = [thing.shape for thing in scene.objects]
             assert color_shapes.isdisjoint((thing.color, thing.shape) for thing in scene.objects)
@@ -249,7 +249,7 @@ def test_no_text_is_true_of_a_spoilt_picture(vocabulary: Vocabulary) -> None:
     ]
     assert np.mean(accepted) < 0.02
     for name, chunk in (("draw", data.DRAW_KINDS), ("encode", world.SCENE_KINDS)):
-        other = data.make(name, 200, 0, vocabulary.encoder, chunk, workers=1)  # type: ignore[arg-type]
+        other = data.make(name, 200, 0, vocabulary.encoder, chunk, workers=1)
         assert not spoilt.which(other.scenes, other.second).any()
 
 
@@ -392,7 +392,7 @@ def test_padded_swiglu_computes_the_same_and_stays_zero_outside(vocabulary: Voca
     bare = type(dit)(dit.config)
     bare.load_state_dict(cropped)
     networks.pad_swiglu(bare, 8)
-    assert bare.dit_blocks[0].mlp.w3.in_features == 112 != inner  # type: ignore[union-attr, index]
+    assert bare.dit_blocks[0].mlp.w3.in_features == 112 != inner
     x, t, y = torch.randn(2, 32, 4, 4), torch.rand(2), torch.randn(2, 16, 32)
     plain = type(dit)(dit.config)
     plain.load_state_dict(cropped)
@@ -402,8 +402,8 @@ def test_padded_swiglu_computes_the_same_and_stays_zero_outside(vocabulary: Voca
     for _ in range(3):
         model.update(torch.autograd.grad(bare(x, t, y + bare.null_condition).square().mean(), model.parameters))
     mlp = bare.dit_blocks[0].mlp
-    assert not mlp.w3.weight[:, inner:].any()  # type: ignore[union-attr, index]
-    assert not mlp.w12.weight.view(2, 112, 40)[:, inner:].any()  # type: ignore[union-attr, operator]
+    assert not mlp.w3.weight[:, inner:].any()
+    assert not mlp.w12.weight.view(2, 112, 40)[:, inner:].any()
 
 
 # Optimizer --------------------------------------------------------------------------------------------------------------------
@@ -494,7 +494,7 @@ class OnlyDevice(TorchDispatchMode):
         super().__init__()
         self.bad: list[str] = []
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         name = str(func)
         results = out if isinstance(out, (tuple, list)) else [out]
@@ -508,7 +508,7 @@ class OnlyDevice(TorchDispatchMode):
 def test_a_step_never_leaves_the_device(vocabulary: Vocabulary, tmp_path: Path, kind: str) -> None:
     """On the meta device at full size in bfloat16: no value, no CPU tensor, no dtype that does not fit."""
     meta = torch.device("meta")
-    optimizer = OptimizerOptions(kind=kind)  # type: ignore[arg-type]
+    optimizer = OptimizerOptions(kind=kind)
     config, language, dit, model = joint.build(vocabulary, FULL, meta, torch.bfloat16, optimizer, 100)
     made = joint.Pools.__new__(joint.Pools)
     made.__dict__.update(small_pools(vocabulary).__dict__)
@@ -604,7 +604,7 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(
         assert all(torch.equal(taken[name], made[name]) for name in made)
 
 
-def world_picture():  # type: ignore[no-untyped-def]
+def world_picture():
     from scale_rae.shapes import draw
 
     return draw.to_pil(world.sample(np.random.default_rng(0), 1), TINY.image)[0]

@@ -65,7 +65,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 def record(folder: Path, index: int = 0) -> dict[str, Any]:
     (line,) = (folder / f"{index:05}" / "metadata.jsonl").read_text().splitlines()
-    return json.loads(line)  # type: ignore[no-any-return]
+    return json.loads(line)
 
 
 @pytest.fixture

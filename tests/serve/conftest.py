@@ -106,8 +106,8 @@ def paused(model: ScaleRAE) -> tuple[ScaleRAE, threading.Event]:
         assert go.wait(HANGS)
         return latents
 
-    drawn.sample = sample  # type: ignore[method-assign]
-    drawn.exact_batch = model.exact_batch  # type: ignore[method-assign]
+    drawn.sample = sample
+    drawn.exact_batch = model.exact_batch
     return drawn, go
 
 

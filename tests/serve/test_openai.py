@@ -45,7 +45,7 @@ def test_images_are_those_of_t2i(running: Running, shapes: ScaleRAE) -> None:
         model="shapes",
         prompt=CIRCLE,
         n=2,
-        size="128x128",  # type: ignore[arg-type]
+        size="128x128",
         response_format="b64_json",
         extra_body={"seed": 7, "steps": 6, "guidance": 2.0, "solver": "heun", "guidance_interval": [0.1, 0.9]},
     )
@@ -76,7 +76,7 @@ def test_what_the_model_does_not_draw_is_answered_by_what_it_draws(running: Runn
 
 def test_without_a_seed_every_drawing_is_another(running: Running) -> None:
     answers = [running.client().images.generate(prompt=CIRCLE, extra_body={"steps": 2}).data for _ in range(2)]
-    seeds = {image.seed for data in answers for image in data or ()}  # type: ignore[attr-defined]
+    seeds = {image.seed for data in answers for image in data or ()}
     assert len(seeds) == 2
 
 

@@ -22,7 +22,7 @@ def test_it_draws_answers_and_goes_on(running: Running, shapes: ScaleRAE) -> Non
     assert drawn.output_text == "Sure, here it is:"
     words, image = drawn.output
     assert (words.type, image.type) == ("message", "image_generation_call")
-    assert np.array_equal(picture(image.result), alone(shapes, CIRCLE, 7, steps=4))  # type: ignore[union-attr,arg-type]
+    assert np.array_equal(picture(image.result), alone(shapes, CIRCLE, 7, steps=4))
     assert drawn.usage is not None
     assert drawn.usage.total_tokens == drawn.usage.input_tokens + drawn.usage.output_tokens
 
@@ -37,7 +37,7 @@ def test_it_draws_answers_and_goes_on(running: Running, shapes: ScaleRAE) -> Non
             {
                 "role": "assistant",
                 "content": "Sure, here it is:",
-                "images": [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image.result}"}}],  # type: ignore[union-attr,typeddict-unknown-key]
+                "images": [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{image.result}"}}],
             },
             {"role": "user", "content": "Describe this image."},
         ],
@@ -46,7 +46,7 @@ def test_it_draws_answers_and_goes_on(running: Running, shapes: ScaleRAE) -> Non
 
 
 def test_an_image_that_is_sent(running: Running) -> None:
-    image = running.client().images.generate(prompt=CIRCLE, extra_body={"seed": 7, "steps": 8}).data[0].b64_json  # type: ignore[index]
+    image = running.client().images.generate(prompt=CIRCLE, extra_body={"seed": 7, "steps": 8}).data[0].b64_json
     parts: list[Any] = [
         {"type": "input_image", "image_url": f"data:image/png;base64,{image}"},
         {"type": "input_text", "text": "Describe this image."},
@@ -64,20 +64,20 @@ def test_streamed_it_is_the_same(running: Running) -> None:
     assert [event.sequence_number for event in events] == sorted(event.sequence_number for event in events)
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == plain.output_text
     assert whole.output_text == plain.output_text
-    assert whole.output[1].result == plain.output[1].result  # type: ignore[union-attr]
-    assert base64.b64decode(whole.output[1].result)[:4] == b"\x89PNG"  # type: ignore[union-attr,arg-type]
+    assert whole.output[1].result == plain.output[1].result
+    assert base64.b64decode(whole.output[1].result)[:4] == b"\x89PNG"
 
 
 def test_without_the_tool_nothing_is_drawn(running: Running) -> None:
     for more in ({"tools": []}, {"tool_choice": "none"}):
-        answer = running.client().responses.create(model="shapes", input=CIRCLE, **more, **STEPS)  # type: ignore[call-overload]
+        answer = running.client().responses.create(model="shapes", input=CIRCLE, **more, **STEPS)
         assert [item.type for item in answer.output] == ["message"]
 
 
 def test_cut_off_and_refused(running: Running) -> None:
     client = running.client()
     short = client.responses.create(model="shapes", input="Hello", max_output_tokens=1)
-    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")  # type: ignore[union-attr]
+    assert (short.status, short.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     with pytest.raises(openai.BadRequestError, match="previous_response_id"):
         client.responses.create(model="shapes", input="Hello", previous_response_id="resp_1")
     with pytest.raises(openai.BadRequestError, match="input: the last one must be a user's"):

@@ -313,12 +313,12 @@ def test_a_clients_own_images_and_searches_take_turns() -> None:
 
     def task(searches: bool) -> Task:
         job = Job([], None, SamplingOptions(steps=2), 0, print, 0.0, client="one")
-        added = Task(job, stream=None)  # type: ignore[arg-type]
+        added = Task(job, stream=None)
         schedule.tasks[job] = added
         return added
 
     search, plain = task(True), [task(False) for _ in range(4)]
-    candidate: Any = adaptive.Drawn(None, acceptance.Candidate(0, 0), None)  # type: ignore[arg-type]
+    candidate: Any = adaptive.Drawn(None, acceptance.Candidate(0, 0), None)
     schedule.add_stage(search, adaptive.Stage([candidate], stop=1))
     for one in plain:
         schedule.add_images(one)

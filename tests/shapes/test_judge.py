@@ -163,6 +163,6 @@ def test_bad_pictures_are_refused() -> None:
     with pytest.raises(ValueError, match="64"):
         find_objects(Image.new("RGB", (32, 32)))
     with pytest.raises(ValueError, match="uint8"):
-        find_objects(np.zeros((128, 128, 3)))  # type: ignore[arg-type]
+        find_objects(np.zeros((128, 128, 3)))
     with pytest.raises(ValueError, match="uint8"):
         find_objects(np.zeros((128, 128), dtype=np.uint8))

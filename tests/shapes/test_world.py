@@ -225,14 +225,14 @@ def test_unknown_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="kinds"):
         world.sample(rng, 1, ())
     with pytest.raises(ValueError, match="held_out"):
-        world.sample(rng, 1, KINDS, "some")  # type: ignore[arg-type]
+        world.sample(rng, 1, KINDS, "some")
     with pytest.raises(ValueError, match="held_out"):
-        world.prompts(1, "some")  # type: ignore[arg-type]
+        world.prompts(1, "some")
 
 
 def test_evaluation_prompts() -> None:
     for held_out in ("exclude", "only", "any"):
-        lines = world.prompts(100, held_out, 0)  # type: ignore[arg-type]
+        lines = world.prompts(100, held_out, 0)
         assert [line["index"] for line in lines] == list(range(600))
         assert Counter(line["tag"] for line in lines) == dict.fromkeys(KINDS, 100)
         for line in lines:

@@ -20,7 +20,7 @@ def trained(kind: str, steps: int, first: FlatModel | None = None) -> FlatModel:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(20, 30), nn.ReLU(), nn.Linear(30, 10), nn.Linear(10, 1))
     nn.init.zeros_(network[3].weight)  # so the others' first gradients are 0, as those of a LoRA's A are
-    options = OptimizerOptions(kind=kind, lr=1e-2, weight_decay=0.0, ema=0.9)  # type: ignore[arg-type]
+    options = OptimizerOptions(kind=kind, lr=1e-2, weight_decay=0.0, ema=0.9)
     rate = lambda name: 2.0 if name.startswith("2") else 1.0  # noqa: E731
     model = FlatModel({"": network}, CPU, torch.float32, options, 12, rate=rate, schedule=lambda step, total: 1 / step)
     if first is not None:

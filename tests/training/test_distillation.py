@@ -203,7 +203,7 @@ def test_a_student_takes_its_own_steps(student: Path) -> None:
     assert torch.allclose(latent, model.sampler.latents(x)[0], atol=1e-5)
     assert torch.equal(model.sample([condition], [7], SamplingOptions(guidance=3.0, steps=2))[0], latent)
     half = model.advance([Trajectory(condition, 7)], 1, SamplingOptions())
-    assert torch.equal(model.advance(half, 2, SamplingOptions())[0].latent, latent)  # type: ignore[arg-type]
+    assert torch.equal(model.advance(half, 2, SamplingOptions())[0].latent, latent)
     for other in (SamplingOptions(steps=20), SamplingOptions(guidance=2.0), SamplingOptions(solver="ab2")):
         with pytest.raises(OptionError, match=r"this model is a student.*base model"):
             model.sample([condition], [7], other)
@@ -309,7 +309,7 @@ def test_a_merged_student_needs_no_base(student: Path, tmp_path: Path) -> None:
     assert app.run(["merge", "--model", str(student), "--out", str(merged), "--dtype", "float32"]) == 0
     whole, parts = (ScaleRAE.from_pretrained(str(folder), device="cpu") for folder in (merged, student))
     assert whole.source.student is None
-    assert whole.config.student == replace(parts.config.student, base=None)  # type: ignore[type-var]
+    assert whole.config.student == replace(parts.config.student, base=None)
     condition = torch.ones(whole.config.tokens, whole.config.dit.condition_width)
     assert torch.allclose(whole.sample([condition], [1])[0], parts.sample([condition], [1])[0], atol=1e-5)
 
@@ -411,4 +411,4 @@ def test_odd_options_are_refused() -> None:
         ({"lora": ("mine",)}, "--lora: a student's folder names its base model only"),
     ):
         with pytest.raises(OptionError, match=flag):
-            replace(good, **change).check()  # type: ignore[arg-type]
+            replace(good, **change).check()

@@ -49,7 +49,7 @@ def velocity(dit: nn.Module, seed: int = 0) -> torch.Tensor:
     x = torch.randn(2, config.channels, config.side, config.side, generator=generator)
     y = torch.randn(2, config.tokens, config.condition_width, generator=generator)
     with torch.no_grad():
-        return dit(x, torch.tensor([0.9, 0.3]), y)  # type: ignore[no-any-return]
+        return dit(x, torch.tensor([0.9, 0.3]), y)
 
 
 @pytest.fixture

@@ -29,8 +29,8 @@ def adapter(models: dict[str, ScaleRAE], tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("adapter")
     generator = torch.Generator().manual_seed(0)
     model = models["siglip"]
-    shapes = {QKV: model.dit.dit_blocks[0].attn.qkv.weight.shape}  # type: ignore[union-attr]
-    shapes[HEAD] = model.language.model.layers[0].mlp.up_proj.weight.shape  # type: ignore[union-attr]
+    shapes = {QKV: model.dit.dit_blocks[0].attn.qkv.weight.shape}
+    shapes[HEAD] = model.language.model.layers[0].mlp.up_proj.weight.shape
     changes = {
         name: (torch.randn(2, k, generator=generator) * 0.2, torch.randn(n, 2, generator=generator) * 0.2)
         for name, (n, k) in shapes.items()
@@ -71,10 +71,10 @@ def test_a_drawing_records_its_adapters_and_is_drawn_again_with_them(
 
     def drawn(*arguments: str, out: str) -> dict[str, Any]:
         assert run(["t2i", *arguments, "--output-dir", str(tmp_path / out)]) == 0
-        return json.loads(capsys.readouterr().out)  # type: ignore[no-any-return]
+        return json.loads(capsys.readouterr().out)
 
     def latent(manifest: dict[str, Any]) -> torch.Tensor:
-        return torch.load(manifest["latent_paths"][0], weights_only=True)  # type: ignore[no-any-return]
+        return torch.load(manifest["latent_paths"][0], weights_only=True)
 
     plain = drawn(*model, *prompt, out="plain")
     changed = drawn(*model, *prompt, "--lora", f"{adapter}:0.25", out="changed")

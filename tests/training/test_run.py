@@ -256,7 +256,7 @@ def test_what_is_to_be_kept_is_kept(options: TrainingOptions, data: Path, tmp_pa
     def velocity(lora: Path | None) -> torch.Tensor:
         changed = ScaleRAE.from_pretrained(options.model, device="cpu", lora=[str(lora)] if lora else [])
         with torch.no_grad():
-            return changed.dit(x, torch.tensor([0.7]), condition[None])  # type: ignore[no-any-return]
+            return changed.dit(x, torch.tensor([0.7]), condition[None])
 
     base = velocity(None)
     assert (velocity(keeps.out) - base).square().mean() < 0.5 * (velocity(forgets.out) - base).square().mean()
