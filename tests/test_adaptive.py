@@ -61,9 +61,8 @@ def test_importing_the_package_loads_no_torch() -> None:
 
 def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> None:
     """The first two candidates are dropped, the third is accepted; drawn alone, it has the same bits, as it was alone in its wave."""
-    options = SearchOptions(
-        check_at=(0.9,), max_candidates=4, accept_reward=-30
-    )  # any image that the model says yes to
+    # Any image that the model says yes to.
+    options = SearchOptions(check_at=(0.9,), max_candidates=4, accept_reward=-30)
     result = search(model, CROSS, search=options, seed=13)
     (image,) = result.images
     assert image.accepted

@@ -209,9 +209,8 @@ def test_compiled_whole_and_once_for_each_shape(monkeypatch: pytest.MonkeyPatch,
         expected = reference(made(), x, 0.9, y)
     for value, wanted in zip(values, (expected[0], *expected), strict=True):
         assert float((value - wanted).norm() / wanted.norm()) <= 1e-5
-    assert (
-        torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
-    )  # one reading; block and final layer, guided or not
+    # One reading; block and final layer, guided or not.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 5
     assert fast.is_compiled(2, guided=True, prompts=2)
     assert not fast.is_compiled(3, guided=True, prompts=3)
 

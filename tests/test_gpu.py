@@ -106,9 +106,8 @@ def test_quantised_latents_are_those_of_the_cpu(checkpoints: dict[str, Path], ki
     exact = ScaleRAE.from_pretrained(folder, device="cpu", dtype="float32", quantize=kind)
     condition = exact.reply([DRAW])[0].condition
     model = ScaleRAE.from_pretrained(folder, device="cuda", quantize=kind, compile=compile)
-    tolerance = (
-        6e-2 if kind == "int8-products" else 2e-2
-    )  # another rounding of activations moves some to the next integer
+    # Another rounding of activations moves some to the next integer.
+    tolerance = 6e-2 if kind == "int8-products" else 2e-2
     if kind == "nf4":  # that checkpoint's latents depend more on the rounding of activations to bfloat16
         whole = [ScaleRAE.from_pretrained(folder, device=where) for where in ("cpu", "cuda")]
         rounded, whole_latents = (latents(m, condition=condition, steps=8) for m in reversed(whole))

@@ -46,9 +46,8 @@ def test_less_memory_takes_turns_and_draws_the_same() -> None:
     folder = BUNDLED["shapes"]
     config = load_config(folder)
     footprint = Footprint(config, load_decoder_config(folder / "decoder", config.channels))
-    limit = footprint.peak(Way(offload="model")) + (
-        256 << 20
-    )  # the allocator's smallest pieces are as large as this model
+    # The allocator's smallest pieces are as large as this model.
+    limit = footprint.peak(Way(offload="model")) + (256 << 20)
     plain = ScaleRAE.from_pretrained("shapes", device="cuda").generate(PROMPT, steps=4)
     gc.collect()
     torch.cuda.empty_cache()

@@ -128,9 +128,8 @@ def test_what_cannot_go_together(cli: Cli, out: Path) -> None:
     again = cli("t2i", "--from-manifest", manifest, "--memory", "8G", "--output-dir", out)
     assert again.code == 2
     assert "the manifest says --quantize and --offload already" in " ".join(again.err.replace("│", "").split())
-    assert (
-        cli(*DRAW, "--memory", "8G", "--offload", "model", "--output-dir", out).code == 2
-    )  # the CPU has nowhere to offload to
+    # The CPU has nowhere to offload to.
+    assert cli(*DRAW, "--memory", "8G", "--offload", "model", "--output-dir", out).code == 2
 
 
 def test_less_memory_takes_smaller_weights(

@@ -33,14 +33,14 @@ from tests.scaling.conftest import NAME, QUICK, Scale, snapshot
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the ray extra")
 ROOT = Path(__file__).parents[2]
 ON_RAY = ["--launcher", "ray", "--num-cpus-per-worker", "1"]
-SETTINGS = Settings(
+SETTINGS = Settings(  # QUICK's
     "prompts.jsonl",
     "shapes",
     n_samples=2,
     options=SamplingOptions(steps=2, solver="dpmpp_2m"),
     reward=None,
     batch_size=2,
-)  # QUICK's
+)
 
 
 class Nodes:

@@ -153,9 +153,8 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
         for name in ("adapter_model.safetensors", "config.json"):
             assert (other.out / name).read_bytes() == (usual.out / name).read_bytes()
         modes = {file.name: file.stat().st_mode for file in other.out.glob("*.json") if file.is_file()}
-        assert set(modes.values()) == {
-            (other.out / "adapter_model.safetensors").stat().st_mode
-        }  # others may read the weights
+        weights_mode = (other.out / "adapter_model.safetensors").stat().st_mode
+        assert set(modes.values()) == {weights_mode}  # others may read the weights, too
 
 
 def test_the_student_comes_nearer_to_the_teacher(usual: DistillOptions, teacher: Path, tmp_path: Path) -> None:
