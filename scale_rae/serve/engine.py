@@ -274,6 +274,8 @@ class Engine:
             stage, batch = work
             try:
                 stages[stage](batch)
+            except _Deserted:
+                pass  # `_take` drops its tasks
             except BaseException as e:  # a defect; the stages handle the errors that they expect
                 self.report(e)
                 for item in batch:
@@ -455,10 +457,6 @@ class Engine:
                 latents = self.model.sample(conditions, seeds, tiles[0].task.job.options, size, self._step(tiles))
             with self.metrics.stage("decode"):
                 images = self.model.decode(latents, batch_size=1 if self._on_cpu else size)[:count]
-        except _Deserted:
-            with self._wake:
-                self._drop_dead()
-            return
         except Exception as e:
             self._one_by_one(self._draw, tiles, e)
             return
@@ -544,10 +542,6 @@ class Engine:
                 advanced = self.model.advance(
                     trajectories, stops[0], tiles[0].task.job.options, len(padded), self._step(tiles)
                 )
-        except _Deserted:
-            with self._wake:
-                self._drop_dead()
-            return
         except Exception as e:
             self._one_by_one(self._advance, tiles, e)
             return
@@ -671,7 +665,7 @@ class Engine:
         self._finish(task, error)
 
 
-class _Deserted(Exception):
+class _Deserted(BaseException):  # no Exception, which would have each item tried by itself
     """Nobody waits for this batch any more."""
 
 
