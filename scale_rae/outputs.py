@@ -207,38 +207,27 @@ def save_run(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _reserved(folder, first, all_names, names) as (more, staging):
-            placed: list[Path] = []
-            try:
-                images: list[str] = []
-                latents: list[str] = []
-                marked: list[str] = []
-                for i, (sample, data) in enumerate(zip(samples, _pictures(samples, names.suffix), strict=True)):
-                    if data is not None:
-                        (marked if sample.mark else images).append(picture(i, more))
-                        write_new(staging / picture(i, more), data)
-                    if sample.latent is not None:
-                        latents.append(latent(i, more))
-                        write_new(staging / latents[-1], latent_bytes(sample.latent))
-                paths = [str(folder / name) for name in latents]
-                complete = manifest | {
-                    "output_images": [str(folder / name) for name in images],
-                    "latent_path": paths[0] if paths else None,
-                    "latent_paths": paths,
-                    **({"dropped_images": [str(folder / name) for name in marked]} if marked else {}),
-                    "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
-                }
-                last = f"{first}{more}_manifest.json"
-                write_new(staging / last, (dump_json(complete, indent=2) + "\n").encode())
-                for name in (*images, *latents, *marked, last):
-                    placed.append(folder / name)
-                    if names.overwrite:
-                        replace(staging / name, folder / name)
-                    else:
-                        (staging / name).rename(folder / name)
-            except BaseException:  # Ctrl-C too
-                for path in placed:
-                    path.unlink(missing_ok=True)
-                raise
+            images: list[str] = []
+            latents: list[str] = []
+            marked: list[str] = []
+            for i, (sample, data) in enumerate(zip(samples, _pictures(samples, names.suffix), strict=True)):
+                if data is not None:
+                    (marked if sample.mark else images).append(picture(i, more))
+                    write_new(staging / picture(i, more), data)
+                if sample.latent is not None:
+                    latents.append(latent(i, more))
+                    write_new(staging / latents[-1], latent_bytes(sample.latent))
+            paths = [str(folder / name) for name in latents]
+            complete = manifest | {
+                "output_images": [str(folder / name) for name in images],
+                "latent_path": paths[0] if paths else None,
+                "latent_paths": paths,
+                **({"dropped_images": [str(folder / name) for name in marked]} if marked else {}),
+                "seconds": manifest.get("seconds", {}) | {"writing": round(time.perf_counter() - start, 3)},
+            }
+            last = f"{first}{more}_manifest.json"
+            write_new(staging / last, (dump_json(complete, indent=2) + "\n").encode())
+            _move(staging, folder, (*images, *latents, *marked, last), names.overwrite)
     except OSError as e:
         raise OutputError(
             f"{folder}: the results cannot be written ({e.strerror or e}); "
@@ -260,6 +249,22 @@ def _pictures(samples: Sequence[Sample], suffix: str) -> Iterator[bytes | None]:
         return
     with ThreadPoolExecutor(min(len(samples), 4)) as pool:
         yield from pool.map(encoded, samples)
+
+
+def _move(staging: Path, folder: Path, names: Sequence[str], overwrite: bool) -> None:
+    """Moves a run's files from one folder to another, in order; if one cannot be moved, none is left there."""
+    placed: list[Path] = []
+    try:
+        for name in names:
+            placed.append(folder / name)
+            if overwrite:
+                replace(staging / name, folder / name)
+            else:
+                (staging / name).rename(folder / name)
+    except BaseException:  # Ctrl-C too
+        for path in placed:
+            path.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
