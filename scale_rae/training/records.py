@@ -160,6 +160,8 @@ class _Reader:
             yield from self._lines(folder / "metadata.jsonl")
             return
         files = sorted(file for file in folder.rglob("*") if file.is_file() and self._is_data(file, folder))
+        if lists := [file for file in files if file.name == "metadata.jsonl"]:
+            raise InputError(f"{folder}: has no metadata.jsonl, but {lists[0].parent} has one; give that folder")
         pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
         tars = [file for file in files if file.suffix.lower() == ".tar"]
         if not pictures and not tars:

@@ -184,6 +184,10 @@ def test_what_holds_no_training_data_is_refused(tmp_path: Path) -> None:
             read(path)
     with pytest.raises(DataError, match="no record of the data can be used"):
         read_records(TrainingOptions(data=(tmp_path / "c.jsonl",)))
+    write(tmp_path / "set", a_png=png())
+    write(tmp_path / "set" / "train", b_png=png(), metadata_jsonl="")
+    with pytest.raises(InputError, match=f"set: has no metadata.jsonl, but {tmp_path / 'set' / 'train'} has one"):
+        read(tmp_path / "set")
     broken = tar(tmp_path / "d.tar", a_txt=b"a cat", a_png=png())
     broken.write_bytes(broken.read_bytes()[:700])
     assert "not a readable tar" in read(broken).problems[0]
