@@ -36,7 +36,9 @@ def command(
         _on_verdicts(options, debug)
         return
     try:
-        records, problems = read_records(options)  # before a model is downloaded
+        with TrainingBar(options.out) as bar:
+            report = bar.prepare if _is_first() else lambda what, done, total: None
+            records, problems = read_records(options, report)  # before a model is downloaded
         source = checked_model(options.model, options.revision, debug)
         _list(f"left out: {problem}" for problem in problems)
         from scale_rae.training.run import Watcher, train

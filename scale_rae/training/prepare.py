@@ -32,14 +32,12 @@ from scale_rae.training.batches import Sample, embed, learnt_tokens
 from scale_rae.training.cache import TensorCache, key_of, stored_dtype
 from scale_rae.training.drawing import draw_latents
 from scale_rae.training.passes import hidden_states, positions
-from scale_rae.training.records import PictureFile, Record, usable
+from scale_rae.training.records import PictureFile, Record, Report, usable
 from scale_rae.training.sequences import PICTURE, QUERIES, Layout, Message, lay_out
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.wording import as_request
 
 T = TypeVar("T")
-Report = Callable[[str, int, int], None]
-"""Called as `report(what, done, total)` while something is prepared."""
 
 ENCODE_AT_ONCE, REPLY_AT_ONCE, CONDITIONS_AT_ONCE = 32, 64, 16
 DRAW_AT_ONCE = 16

@@ -32,7 +32,11 @@ from scale_rae.wording import as_request
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
 MOST_LIST_BYTES = 4 << 30  # per JSONL file
 _MOST_TEXT_BYTES = 1 << 20
+_REPORT_EVERY = 256  # records
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+Report = Callable[[str, int, int], None]
+"""Called as `report(what, done, total)` while something is read or prepared."""
 
 
 @dataclass(frozen=True)
@@ -100,10 +104,12 @@ def read_data(
     image_folder: Path | None = None,
     workers: int = 8,
     without: Path | None = None,
+    report: Report = lambda what, done, total: None,
 ) -> Data:
     """All records of the files and folders, in order. Every picture is decoded once, to see whether it can be.
 
-    `without` is a folder whose files are no data, where it lies within a folder of data.
+    `without` is a folder whose files are no data, where it lies within a folder of data. Progress is reported where there are
+    many records.
 
     Raises:
         InputError: for a path that holds no training data, or cannot be read.
@@ -113,8 +119,12 @@ def read_data(
     for path in paths:
         for item in _Reader(request, image_folder, without).read(path):
             (records if isinstance(item, Record) else problems).append(item)  # type: ignore[arg-type]
+    seen: list[str | None] = []
     with ThreadPoolExecutor(workers) as pool:
-        seen = list(pool.map(_problem, records))
+        for problem in pool.map(_problem, records):
+            seen.append(problem)
+            if len(seen) % _REPORT_EVERY == 0:
+                report("checking pictures", len(seen), len(records))
     problems += [problem for problem in seen if problem]
     return Data([record for record, problem in zip(records, seen, strict=True) if not problem], problems)
 
@@ -343,7 +353,9 @@ def _utf8(data: bytes, where: str) -> str:
         raise InputError(f"{where}: not valid UTF-8 (byte {e.start + 1})") from e
 
 
-def read_records(options: TrainingOptions) -> tuple[list[Record], list[str]]:
+def read_records(
+    options: TrainingOptions, report: Report = lambda what, done, total: None
+) -> tuple[list[Record], list[str]]:
     """The records of the data that the options name, and the bad ones' problems.
 
     Raises:
@@ -354,7 +366,7 @@ def read_records(options: TrainingOptions) -> tuple[list[Record], list[str]]:
         return as_request(text, options.prompt_prefix)
 
     # A resumed run must not read its own validation pictures.
-    data = read_data(options.data, request, options.image_folder, without=options.out)
+    data = read_data(options.data, request, options.image_folder, without=options.out, report=report)
     return usable(data.records, data.problems, options), data.problems
 
 

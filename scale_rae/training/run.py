@@ -31,8 +31,8 @@ from scale_rae.training.log import Log
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.objective import FineTune, Objective
 from scale_rae.training.parallel import Group, join, local_device
-from scale_rae.training.prepare import Model, Prepared, Report, forced_conditions, prepare
-from scale_rae.training.records import Record
+from scale_rae.training.prepare import Model, Prepared, forced_conditions, prepare
+from scale_rae.training.records import Record, Report
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.training.trainer import Batches, Plan, Progress, Trainer
 from scale_rae.training.validation import Validation

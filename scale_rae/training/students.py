@@ -38,7 +38,8 @@ from scale_rae.training.exchange import exchanges
 from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.losses import training_shift
-from scale_rae.training.prepare import REPLY_AT_ONCE, Model, Report, left_out, own_replies
+from scale_rae.training.prepare import REPLY_AT_ONCE, Model, left_out, own_replies
+from scale_rae.training.records import Report
 from scale_rae.training.run import Watcher, compute_dtype, open_model
 from scale_rae.wording import as_request
 

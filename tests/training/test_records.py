@@ -135,6 +135,13 @@ def test_hidden_members_of_a_tar_are_no_data(tmp_path: Path) -> None:
     captioned(data.records[0], "a cat")
 
 
+def test_checking_many_pictures_is_reported(tmp_path: Path) -> None:
+    write(tmp_path, a_png=png(), metadata_jsonl=lines(*[{"file_name": "a.png", "text": "a cat"}] * 600))
+    said: list[tuple[str, int, int]] = []
+    read_records(TrainingOptions(data=(tmp_path,)), lambda *report: said.append(report))
+    assert said == [("checking pictures", 256, 600), ("checking pictures", 512, 600)]
+
+
 BAD: dict[str, Any] = {
     "{": "not valid JSON",
     "[1]": "must be a JSON object",
