@@ -73,15 +73,17 @@ def find(
     From the hub, config and weights are fetched, or `files` if given; the first of `files` must exist.
 
     Raises:
-        CheckpointError: there is no such folder, and the name cannot be a hub id; or the folder is a training's, and no model's.
+        CheckpointError: there is no such folder, and the name cannot be a hub id; or it has what a training wrote, but no model.
         HubError: the hub cannot be reached or refuses; the message says what to do.
     """
-    if source := find_folder(name, what, model_folder, files):
-        if what == "model":
-            check_is_model(source.folder)
-        return with_base(source)
-    check_hub_id(name, what)
-    return with_base(_download(name, what, revision, files))
+    source = find_folder(name, what, model_folder, files)
+    address = str(source.folder) if source else name
+    if source is None:
+        check_hub_id(name, what)
+        source = _download(name, what, revision, files)
+    if what == "model":
+        check_is_model(address, lambda file: (source.folder / file).is_file())
+    return with_base(source)
 
 
 def check_hub_id(name: str, what: str) -> None:
@@ -91,14 +93,17 @@ def check_hub_id(name: str, what: str) -> None:
         raise CheckpointError(f"{name}: no such {what} folder, and not a hub id like owner/name{bundled}")
 
 
-def check_is_model(folder: Path) -> None:
-    """Raises CheckpointError, saying what to give instead, for a folder that a training wrote and that is no model."""
-    if (folder / "config.json").exists():
+def check_is_model(address: str, has: Callable[[str], bool]) -> None:
+    """Raises CheckpointError, saying what to give instead, for what a training wrote and is no model.
+
+    `address` is a folder or a hub id; `has(file)` says whether it has a file.
+    """
+    if has("config.json"):
         return
-    if (folder / ADAPTER_FILES[0]).is_file():
-        raise CheckpointError(f"{folder}: is a LoRA adapter, not a model: give its model, and this folder as --lora")
-    if (folder / TRAINED / "config.json").is_file():
-        raise CheckpointError(f"{folder}: is the folder of a training; its model is {folder / TRAINED}")
+    if has(ADAPTER_FILES[0]):
+        raise CheckpointError(f"{address}: is a LoRA adapter, not a model: give its model, and this adapter as --lora")
+    if has(f"{TRAINED}/config.json"):
+        raise CheckpointError(f"{address}: is the folder of a training; its model is {address}/{TRAINED}")
 
 
 def with_base(source: Source) -> Source:

@@ -108,10 +108,13 @@ def list_files(
     """
     if source := find_folder(name, what, model_folder, files):
         if what == "model":
-            check_is_model(source.folder)
+            check_is_model(str(source.folder), lambda file: (source.folder / file).is_file())
         return list_folder(source)
     check_hub_id(name, what)
-    return _list_hub(name, what, revision, files)
+    listing = _list_hub(name, what, revision, files)
+    if what == "model":
+        check_is_model(name, listing.sizes.__contains__)
+    return listing
 
 
 def list_folder(source: Source) -> Listing:

@@ -130,6 +130,15 @@ def test_unknown_revision(small: FakeHub) -> None:
         find(MODEL, "model", revision="v9")
 
 
+def test_an_adapter_in_the_place_of_a_model(hub: FakeHub, capsys: pytest.CaptureFixture[str]) -> None:
+    hub.repos["me/lora"] = Repo({"main": {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}})
+    problem = "me/lora: is a LoRA adapter, not a model"
+    with pytest.raises(CheckpointError, match=f"^{problem}"):
+        find("me/lora", "model")
+    assert main(["inspect", "me/lora"]) == 1
+    assert problem in capsys.readouterr().err
+
+
 def test_one_cut_connection_is_taken_up_where_it_broke(small: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1024)  # what is short of a chunk is not kept
     small.cut["model.safetensors"] = 1

@@ -106,7 +106,7 @@ def test_what_a_training_wrote_in_the_place_of_a_model(
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
     for folder, remedy in (
-        (adapter, "is a LoRA adapter, not a model: give its model, and this folder as --lora"),
+        (adapter, "is a LoRA adapter, not a model: give its model, and this adapter as --lora"),
         (tmp_path, f"is the folder of a training; its model is {tmp_path / 'model'}"),
     ):
         assert run([*command, str(folder)]) == 1
