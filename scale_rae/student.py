@@ -41,25 +41,27 @@ class Student:
         evaluations = "1 evaluation" if self.steps == 1 else f"{self.steps} evaluations"
         return f"a student of {self.base or 'another model'}: {evaluations} per image, guidance {self.guidance:g} folded in"
 
-    def sampling(self, options: SamplingOptions, given: Collection[str] = ()) -> SamplingOptions:
+    def sampling(self, options: SamplingOptions, given: Collection[str] | None = None) -> SamplingOptions:
         """The options with the student's own steps, guidance and solver.
 
-        `given` are the names of options that the user chose, even if these have their default values.
+        `given` are the names of the options that the user chose; None where this is not known, and those that differ from their
+        defaults count as chosen.
 
         Raises:
-            OptionError: for an option that was chosen, or differs from its default, and is not the student's.
+            OptionError: for an option that was chosen and is not the student's.
         """
         for option, why in self.refused(options, given):
             raise OptionError(f"{option.label} {why}")
         return self._own(options)
 
-    def refused(self, options: SamplingOptions, given: Collection[str] = ()) -> Iterator[tuple[Option, str]]:
+    def refused(self, options: SamplingOptions, given: Collection[str] | None = None) -> Iterator[tuple[Option, str]]:
         """The options that `sampling` does not take, each with its value and why."""
         own = self._own(options)
         for option in options_of(SamplingOptions):
             name = option.path[0]
             value, fixed = getattr(options, name), getattr(own, name)
-            if value != fixed and (value != option.default or option.name in given):
+            is_chosen = value != option.default if given is None else option.name in given
+            if is_chosen and value != fixed:
                 other = f", or draw with its base model, {self.base}" if self.base else ""
                 why = f"this model is a student and takes only {_shown(fixed)}; leave it out{other}"
                 yield option, f"{_shown(value)}: {why}"
@@ -83,7 +85,9 @@ def _shown(value: Any) -> str:
     return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def own_options(student: Student | None, options: SamplingOptions, given: Collection[str] = ()) -> SamplingOptions:
+def own_options(
+    student: Student | None, options: SamplingOptions, given: Collection[str] | None = None
+) -> SamplingOptions:
     """The options as a model takes them: unchanged, or a student's own (`Student.sampling`).
 
     Raises:

@@ -61,7 +61,8 @@ def command(
     assert image is not None
     assert prompt is not None
     sampling.check()
-    output.check(given_options(ctx))
+    given = given_options(ctx)
+    output.check(given)
     clean_message(prompt)
     from scale_rae.images import decode_image, read_image
 
@@ -71,7 +72,7 @@ def command(
     output.check_place()
     bars = Bars(output.quiet)
     note_seed(ctx, sampling, bars)
-    source, sampling = prepare(choice, sampling, bars)
+    source, sampling = prepare(choice, sampling, bars, given)
     opened = OpenedModel(choice, bars, source=source, encoder=True, debug=output.debug)
     asked = ModelInput(prompt, opened.model.encode([picture])[0])
     mode = {"mode": "img", "image": str(image), "image_sha256": digest}

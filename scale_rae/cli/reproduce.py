@@ -17,7 +17,7 @@ from scale_rae.cli.evaluate import evaluated, say_missing
 from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import Bars, ScalingDisplay, duration
 from scale_rae.cli.scale import read_question
-from scale_rae.cli.signature import expanded, one_of
+from scale_rae.cli.signature import expanded, given_options, one_of
 from scale_rae.errors import InputError, OptionError
 from scale_rae.geneval.judges import JudgeChoice, identity_of, metadata_check
 from scale_rae.jsonio import read_json
@@ -34,6 +34,7 @@ from scale_rae.options import (
 from scale_rae.outputs import check_folder
 from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.scaling.settings import Settings
+from scale_rae.student import own_options
 
 if TYPE_CHECKING:
     from scale_rae.geneval.evaluation import Evaluation
@@ -50,6 +51,7 @@ _GB = 10**9
 
 @expanded
 def command(
+    ctx: typer.Context,
     *,
     model: Annotated[
         str | None,
@@ -139,8 +141,7 @@ def command(
         reward=None if reward == "none" else reward,
         reward_path=reward_path,
     )
-    best_settings, search_settings = both(settings, rounds)
-    for each in (best_settings, search_settings):
+    for each in both(settings, rounds):
         each.check()
     check_folder(output_dir)
     identity_of(judge)  # finds a missing detector now, not after hours of drawing
@@ -149,7 +150,9 @@ def command(
         from scale_rae.inspection import inspect
 
         found = inspect(choice.model_path, choice.decoder_repo, choice.revision)
+        options = own_options(found.config.student, options, given_options(ctx))
         takes = estimated(found, choice, options, judge.judge, len(records), rounds)
+    settings = dataclasses.replace(settings, options=options)
     if estimate:
         show_json(takes.record()) if json else show("\n".join(_estimate_lines(takes, output_dir)))
         return
@@ -161,7 +164,7 @@ def command(
     rows: list[Row] = []
     written: list[Path] = []
     left = 0
-    for which in (best_settings, search_settings):
+    for which in both(settings, rounds):
         summary = _draw(which, records, output_dir, names, bars, debug)
         left += len(summary.failed) + len(summary.unfinished)
         evaluations.append(evaluated(summary.folder, judge, names, None))

@@ -60,9 +60,7 @@ class Outcome(NamedTuple):
     withheld: bool  # the reply asks for an image, which was not to be drawn
 
 
-def prepare(
-    choice: ModelChoice, sampling: Sampling, bars: Bars, given: Collection[str] = ()
-) -> tuple[Source, Sampling]:
+def prepare(choice: ModelChoice, sampling: Sampling, bars: Bars, given: Collection[str]) -> tuple[Source, Sampling]:
     """Finds the model's files. Checks that need no torch come first; at the end torch is imported, which is slow.
 
     The sampling that is returned has a student's own options; `given` are the names of those that the user chose.

@@ -19,7 +19,7 @@ from scale_rae.errors import InputError, OptionError
 from scale_rae.jsonio import Fields
 from scale_rae.manifest import noise_gpu, recorded_sampling
 from scale_rae.opening import OpenedModel
-from scale_rae.options import ModelChoice, Sampling, options_of
+from scale_rae.options import ModelChoice, Sampling, SamplingOptions, options_of
 from scale_rae.outputs import read_manifest
 from scale_rae.prompt import clean_message
 from scale_rae.promptfile import MOST_BYTES, parse_prompts, read_prompts, read_template
@@ -99,7 +99,8 @@ def command(
     output.check_place()
     bars = Bars(output.quiet)
     note_seed(ctx, sampling, bars)
-    source, sampling = prepare(choice, sampling, bars, given)
+    chosen = given if recorded is None else {option.name for option in options_of(SamplingOptions)}
+    source, sampling = prepare(choice, sampling, bars, chosen)
     if until.keep is not None:
         check_search(source, sampling, until)
     opened = OpenedModel(choice, bars, source=source, decoder=not output.skip_decoder, debug=output.debug)

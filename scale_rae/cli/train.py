@@ -128,8 +128,8 @@ class TrainingBar:
     def step(self, progress: Any) -> None:
         """Shows a step (`trainer.Progress`)."""
         text = f"step {progress.step}/{progress.steps}, loss {progress.loss:.4f}"
-        if progress.pictures > 0:  # not before the first line of the log, nor where nothing is drawn
-            text += f", {progress.pictures:.1f} images/s"
+        if progress.pace > 0:  # not before the first line of the log, nor where nothing is drawn
+            text += f", {progress.pace:.1f} {progress.unit}/s"
         if progress.left == progress.left:
             text += f", {duration(progress.left)} left"
         self._update(text, progress.step, progress.steps)

@@ -244,7 +244,7 @@ class Distiller:
                     self._check(values, logged)
                     log.write(self._record(values, pace))
                     left = pace * (plan.steps - self.done)
-                    self._watch(Progress(self.done, plan.steps, values[-2], plan.batch / pace, left))
+                    self._watch(Progress(self.done, plan.steps, values[-2], plan.batch / pace, left, "states"))
                     logged, since = self.done, time.perf_counter()
                 if self.done % plan.save_every == 0 or self.done == plan.steps:
                     paused = time.perf_counter()

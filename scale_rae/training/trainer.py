@@ -63,13 +63,14 @@ class Plan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is. `left` are seconds; `pictures` are those per second."""
+    """How far a training is. `left` are seconds; `pace` are pictures per second, or what else `unit` names."""
 
     step: int
     steps: int
     loss: float
-    pictures: float
+    pace: float
     left: float
+    unit: str = "images"
 
 
 class Trainer(Generic[B]):

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from benchmarks.made_up import write_checkpoint
@@ -261,6 +262,36 @@ def test_commands_refuse_other_options(student: Path, capsys: pytest.CaptureFixt
     for flags, said in ((["--steps", "49"], "steps 49"), (["--guidance-level", "1"], "guidance level 1")):
         assert app.run(["t2i", *how, *flags]) == 2
         assert f"error: {said}: this model is a student and takes only" in capsys.readouterr().err
+    picture = tmp_path / "a.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    assert app.run(["img", *how, "--image", str(picture), "--steps", "49"]) == 2
+    assert "error: steps 49: this model is a student and takes only 2" in capsys.readouterr().err
+
+
+def test_defaults_of_the_users_own_give_way_to_a_student(
+    student: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A default never clashes: one of another model's steps would else forbid all students."""
+    monkeypatch.setenv("SCALE_RAE_GUIDANCE_LEVEL", "2")
+    monkeypatch.setenv("SCALE_RAE_STEPS", "20")
+    how = ["--model-path", str(student), "--device", "cpu", "--prompt", "Can you generate a cat"]
+    assert app.run(["t2i", *how, "--output-dir", str(tmp_path), "--quiet"]) == 0
+    (file,) = tmp_path.glob("*_manifest.json")
+    manifest = json.loads(file.read_text())
+    assert (manifest["steps"], manifest["guidance_level"]) == (2, 3.0)
+    assert app.run(["t2i", *how, "--steps", "20"]) == 2
+    assert "error: steps 20: this model is a student" in capsys.readouterr().err
+
+
+def test_a_manifest_of_another_model_is_not_drawn_by_a_student(
+    student: Path, teacher: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """Its steps are chosen, even if they are the default ones."""
+    how = ["--model-path", str(teacher), "--device", "cpu", "--prompt", "Can you generate a cat"]
+    assert app.run(["t2i", *how, "--output-dir", str(tmp_path), "--quiet"]) == 0
+    (file,) = tmp_path.glob("*_manifest.json")
+    assert app.run(["t2i", "--from-manifest", str(file), "--model-path", str(student)]) == 2
+    assert "guidance level 1: this model is a student" in capsys.readouterr().err
 
 
 def test_an_experiment_refuses_other_options(student: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

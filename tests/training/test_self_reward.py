@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from scale_rae.cli import app
@@ -280,6 +281,45 @@ def test_what_the_validation_cannot_check_is_said(options: TrainingOptions) -> N
     (line, *_) = (options.out / "validation" / "log.jsonl").read_text().splitlines()
     assert {"yes", "reading", "distance"} <= set(json.loads(line))
     assert "yes_to_spoilt" not in json.loads(line)
+
+
+def test_only_the_validation_sees_the_verifier(options: TrainingOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at both drawings of a validation, and at no drawing of a round."""
+    seen: list[int] = []
+
+    class Falling:
+        def score(self, images: Sequence[Image.Image], prompt: str) -> list[float]:
+            seen.append(len(images))
+            return [-10.0 * len(seen)] * len(images)
+
+    monkeypatch.setattr(self_reward, "load_named", lambda *_: Falling())
+    notes: list[str] = []
+    own = replace(options.self_reward, verify_reward="siglip")
+    go(replace(options, self_reward=own, max_train_steps=2, validation_steps=1), Watcher(note=notes.append))
+    lines = [json.loads(line) for line in (options.out / "validation" / "log.jsonl").read_text().splitlines()]
+    assert [line["verifier"] for line in lines] == [-10.0, -20.0, -30.0]
+    assert seen == [2, 2, 2]
+    assert not any("no reward verifies" in note for note in notes)
+
+
+def test_the_kl_weight_counts_the_distance_to_the_start(models: dict[str, ScaleRAE]) -> None:
+    model = models["ddt"]
+    dit, config = copy.deepcopy(model.dit).requires_grad_(), model.config
+    flat = FlatModel({DIT_PREFIX: dit}, torch.device("cpu"), torch.float32, OptimizerOptions(), 1)
+    generator = torch.Generator().manual_seed(0)
+    x, noise = (torch.randn(2, config.channels, config.dit.side, config.dit.side, generator=generator) for _ in "ab")
+    conditions = torch.randn(2, config.tokens, config.dit.condition_width, generator=generator)
+    none = torch.zeros(2, dtype=torch.bool)
+    batch = Scored(["a", "b"], x, conditions, torch.full((2,), 0.7), torch.tensor([0.8, 0.4]), noise, none, False)
+
+    def losses(kl_weight: float) -> tuple[Tensor, Tensor]:
+        start = flat.master + 0.01
+        loss, numbers = SelfReward(dit, flat, start, flat.master.clone(), 1.0, kl_weight, 1.0)(batch, Totals(2, 0, 0))
+        return loss, numbers[3]
+
+    (without, distance), (weighted, _) = losses(0.0), losses(2.0)
+    assert distance > 0
+    torch.testing.assert_close(weighted - without, 2 * distance)
 
 
 def test_a_verifier_that_disagrees_warns() -> None:
