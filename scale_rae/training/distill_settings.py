@@ -52,6 +52,7 @@ from scale_rae.training.settings import (
 )
 
 STUDENT = "Student"
+BATCH = 64  # states per step, at least, where no number is given
 # Options that a resumed run may change.
 _FREE = frozenset(
     [
@@ -115,8 +116,13 @@ class DistillOptions:
     lr_warmup_steps: LrWarmupSteps = None
     max_train_steps: Annotated[int, Knob("Optimizer steps.", LEARNING, least=1)] = 1000
     train_batch_size: Annotated[
-        int, Knob("States per step, equally many of each of the student's steps.", LEARNING, least=1)
-    ] = 64
+        int | None,
+        Knob(
+            f"States per step, equally many of each of the student's steps. Default: {BATCH}, or the next multiple of --steps.",
+            LEARNING,
+            least=1,
+        ),
+    ] = None
     optimizer: Optimizer = "adamw"
     adam_beta1: AdamBeta1 = 0.9
     adam_beta2: AdamBeta2 = 0.95
@@ -144,6 +150,11 @@ class DistillOptions:
         """The teacher's steps in each of the student's."""
         return -(-self.teacher_steps // self.steps)
 
+    @property
+    def batch(self) -> int:
+        """The states of a step, a multiple of `steps`."""
+        return self.train_batch_size or -(-BATCH // self.steps) * self.steps
+
     def check(self) -> None:
         """Raises OptionError, naming the flag, for values that no distillation can use."""
         check_device_name(self.device)
@@ -153,7 +164,7 @@ class DistillOptions:
                 "--lora: a student's folder names its base model only; write one with the adapters first "
                 "(scale-rae merge --model … --lora … --out DIR), then distil DIR"
             )
-        if self.train_batch_size % self.steps:
+        if self.batch % self.steps:
             raise OptionError(
                 f"--train-batch-size {self.train_batch_size}: must be a multiple of --steps {self.steps}, since each step of the "
                 "student has equally many states"
@@ -168,20 +179,14 @@ class DistillOptions:
         """The options of the networks, adapters and optimizer, as a training has them."""
         names = (
             *("model", "out", "revision", "lora", "device", "cache_dir", "full", "rank", "alpha", "learning_rate"),
-            *("lr_scheduler", "lr_warmup_steps", "max_train_steps", "train_batch_size", "optimizer", "adam_beta1"),
-            *(
-                "adam_beta2",
-                "max_grad_norm",
-                "ema_decay",
-                "seed",
-                "mixed_precision",
-                "quantize",
-                "gradient_checkpointing",
-            ),
+            *("lr_scheduler", "lr_warmup_steps", "max_train_steps", "optimizer", "adam_beta1", "adam_beta2"),
+            *("max_grad_norm", "ema_decay", "seed", "mixed_precision", "quantize", "gradient_checkpointing"),
             *("compile", "resume", "prompt_prefix"),
         )
-        return replace(TrainingOptions(), train="dit", **{name: getattr(self, name) for name in names})
+        same = {name: getattr(self, name) for name in names}
+        return replace(TrainingOptions(), train="dit", train_batch_size=self.batch, **same)
 
     def identity(self) -> dict[str, Any]:
         """The options that a resumed run must not change, since they affect every step."""
-        return {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}
+        record = {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}
+        return record | {"train_batch_size": self.batch}

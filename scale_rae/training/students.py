@@ -209,7 +209,7 @@ class Distillation:
             trajectories=options.trajectories,
             rounds=options.rounds,
             steps=options.max_train_steps,
-            batch=options.train_batch_size,
+            batch=options.batch,
             seed=options.seed,
             log_every=options.logging_steps,
             save_every=options.save_steps,

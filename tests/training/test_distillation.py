@@ -429,6 +429,14 @@ def test_a_model_in_the_folder_is_not_replaced(usual: DistillOptions, tmp_path: 
     assert (tmp_path / "config.json").read_text() == "{}"
 
 
+@pytest.mark.parametrize(("steps", "batch"), [(1, 64), (3, 66), (4, 64), (5, 65), (7, 70), (8, 64)])
+def test_any_number_of_steps_has_a_batch(steps: int, batch: int) -> None:
+    options = DistillOptions(steps=steps)
+    options.check()
+    assert options.batch == batch
+    assert options.identity()["train_batch_size"] == options.training().train_batch_size == batch
+
+
 def test_odd_options_are_refused() -> None:
     good = DistillOptions(model="shapes", prompts=Path("p.txt"))
     good.check()
