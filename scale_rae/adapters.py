@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from scale_rae.checkpoint import TensorReader, save_tensors, writing
-from scale_rae.errors import CheckpointError
+from scale_rae.errors import CheckpointError, OptionError
 from scale_rae.files import replacing
 from scale_rae.hub import ADAPTER_FILES, Source, find, weight_files
 from scale_rae.jsonio import Fields, read_json
 from scale_rae.options import lora_parts
+from scale_rae.student import FIELD
 
 FILES = CONFIG, WEIGHTS = ADAPTER_FILES
 _PREFIX = "base_model.model."  # before the names of modules in PEFT's files
@@ -59,11 +60,18 @@ def find_adapters(chosen: Sequence[str | os.PathLike[str]] | os.PathLike[str]) -
     A single one needs no list.
 
     Raises:
-        OptionError: for a weight that is no number. CheckpointError, HubError: see `hub.find`.
+        OptionError: for a weight that is no number, or a student. CheckpointError, HubError: see `hub.find`.
     """
     several = [chosen] if isinstance(chosen, str | os.PathLike) else chosen
     parts = [lora_parts(os.fspath(one)) for one in several]
-    return [(find(name, "adapter", files=FILES), weight) for name, weight in parts]
+    found = [(find(name, "adapter", files=FILES), weight) for name, weight in parts]
+    for source, _ in found:
+        path = source.folder / "config.json"
+        if path.is_file() and FIELD in read_json(path):
+            raise OptionError(
+                f"--lora {source.name}: is a student, whose adapter predicts mean velocities; give its folder as --model-path"
+            )
+    return found
 
 
 def read_adapter(source: Source, weight: float = 1.0) -> Adapter:

@@ -334,6 +334,16 @@ def test_a_student_is_not_distilled_again(student: Path, usual: DistillOptions, 
         go(replace(usual, model=str(student), out=tmp_path / "again"))
 
 
+def test_a_student_is_no_lora(student: Path, teacher: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its adapter fits the base model, but solvers would take its mean velocities for velocities."""
+    how = ["--model-path", str(teacher), "--device", "cpu", "--prompt", "Can you generate a cat"]
+    assert app.run(["t2i", *how, "--lora", f"{student}:0.5"]) == 2
+    assert (
+        f"error: --lora {student}: is a student, whose adapter predicts mean velocities; give its folder"
+        in capsys.readouterr().err
+    )
+
+
 def test_a_merged_student_needs_no_base(student: Path, tmp_path: Path) -> None:
     merged = tmp_path / "merged"
     assert app.run(["merge", "--model", str(student), "--out", str(merged), "--dtype", "float32"]) == 0
