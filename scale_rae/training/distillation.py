@@ -224,7 +224,7 @@ class Distiller:
         """Takes all steps that are left. `folder` gets log.jsonl.
 
         Raises:
-            TrainingError: naming the steps, when a loss or gradient is not finite.
+            TrainingError: naming the steps, when a loss, gradient or weight is not finite. Checkpoints have finite ones only.
         """
         plan = self.plan
         log = Log(folder, self.done)
@@ -248,7 +248,7 @@ class Distiller:
                     logged, since = self.done, time.perf_counter()
                 if self.done % plan.save_every == 0 or self.done == plan.steps:
                     paused = time.perf_counter()
-                    self._check(self._sums.tolist(), logged)
+                    self._check([*self._sums.tolist(), float(self.flat.master.abs().max())], logged)
                     state = self.flat.state() | {"drew": self._drew}
                     self._checkpoints.write(self.done, state, self._write_result)
                     since += time.perf_counter() - paused
@@ -317,8 +317,10 @@ class Distiller:
 
     def _check(self, values: Sequence[float], logged: int) -> None:
         if not all(map(math.isfinite, values)):
+            first = min(logged + 1, self.done)
+            which = f"step {first}" if first == self.done else f"steps {first} to {self.done}"
             raise TrainingError(
-                f"steps {logged + 1} to {self.done}: a loss or gradient is not finite; go on from the last checkpoint with a lower "
+                f"{which}: a loss, gradient or weight is not finite; begin again, in another --out, with a lower "
                 "--learning-rate, or with --mixed-precision no"
             )
 

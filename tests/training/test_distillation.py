@@ -158,6 +158,17 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
         assert set(modes.values()) == {weights_mode}  # others may read the weights, too
 
 
+@pytest.mark.parametrize("rate", [1e30, 1e39])
+def test_what_is_not_finite_stops_and_leaves_no_checkpoint(usual: DistillOptions, tmp_path: Path, rate: float) -> None:
+    """The second rate makes the weights infinite before a loss is: in the step that a checkpoint would keep."""
+    options = replace(usual, out=tmp_path / "out", learning_rate=rate, lr_warmup_steps=0, save_steps=1, rounds=1)
+    with pytest.raises(TrainingError, match=r"^step \d: .* not finite; begin again, in another --out, with a lower"):
+        go(options)
+    for file in options.out.glob("checkpoint-*/training_state.pt"):
+        state = torch.load(file, weights_only=True)["state"]
+        assert all(value.isfinite().all() for value in state.values() if value.is_floating_point())
+
+
 def test_the_student_comes_nearer_to_the_teacher(usual: DistillOptions, teacher: Path, tmp_path: Path) -> None:
     chosen = replace(
         usual,
