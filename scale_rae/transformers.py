@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from scale_rae.config import MODEL_TYPE, parse_config
-from scale_rae.errors import InputError
+from scale_rae.errors import ConfigError, InputError
 from scale_rae.language import projector
 from scale_rae.prompt import IMAGE
 
@@ -39,9 +39,14 @@ class ReadingModel(Qwen2ForCausalLM):
     _keys_to_ignore_on_load_unexpected = (r"^diff_head", r"^model\.latent_queries$", r"rotary_emb\.inv_freq$")
 
     def __init__(self, config: ReadingConfig) -> None:
-        """Raises ConfigError for a config that is no Scale-RAE checkpoint's."""
+        """Raises ConfigError for a config that is no Scale-RAE checkpoint's, or a student's, whose base model has the weights."""
         super().__init__(config)
-        sizes = parse_config(config.to_dict(), Path(config._name_or_path or ".") / "config.json")
+        path = Path(config._name_or_path or ".") / "config.json"
+        sizes = parse_config(config.to_dict(), path)
+        if sizes.student is not None and sizes.student.base is not None:
+            raise ConfigError(
+                f"{path}: is a student, which has no language model of its own; load {sizes.student.base}"
+            )
         self._latent_shape = sizes.tokens, sizes.channels
         self.model.mm_projector = projector(sizes.channels, sizes.hidden_size, sizes.projector_depth)
         self.post_init()

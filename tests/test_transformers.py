@@ -10,7 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from scale_rae import ScaleRAE
-from scale_rae.errors import InputError
+from scale_rae.errors import ConfigError, InputError
 from scale_rae.hub import BUNDLED
 from scale_rae.transformers import ReadingConfig, ReadingModel
 
@@ -35,6 +35,12 @@ def test_answers_are_the_models() -> None:
         loaded.inputs(chat, [latent, latent])
     with pytest.raises(InputError, match=r"latent \[64, 3\]: this model reads \[64, 96\]"):
         loaded.inputs(chat, [latent[:, :3]])
+
+
+def test_a_student_has_no_language_model_of_its_own() -> None:
+    """transformers would fill in what is missing by chance."""
+    with pytest.raises(ConfigError, match=r"shapes-4.config.json: is a student, .*; load shapes$"):
+        AutoModelForCausalLM.from_pretrained(BUNDLED["shapes-4"])
 
 
 def test_scaled_rotation_is_passed_over(tmp_path: Path) -> None:
