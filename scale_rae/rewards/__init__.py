@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from scale_rae.errors import InputError
 from scale_rae.images import Picture
-from scale_rae.options import REWARDS as NAMES
 
 if TYPE_CHECKING:
     from scale_rae.rewards.parts import Host
@@ -101,7 +100,9 @@ def _pickscore(model: Host, path: str | None) -> Reward:
 
 
 # Functions, so that each reward's part of transformers is imported only when that reward loads.
-REWARDS: dict[str, Callable[[Host, str | None], Reward]] = dict(
-    zip(NAMES, (_imagereward, _siglip, _pickscore), strict=True)
-)
-"""The names that `load_reward` knows, and what loads them."""
+REWARDS: dict[str, Callable[[Host, str | None], Reward]] = {
+    "imagereward": _imagereward,
+    "siglip": _siglip,
+    "pickscore": _pickscore,
+}
+"""The names that `load_reward` knows, as in `options.REWARDS`, and what loads them."""

@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from scale_rae import options
 from scale_rae.errors import CheckpointError, ConfigError, InputError
 from scale_rae.pipeline import ScaleRAE
-from scale_rae.rewards import imagereward, load_reward
+from scale_rae.rewards import REWARDS, imagereward, load_reward
 from scale_rae.rewards.imagereward import load_network
 from scale_rae.rewards.parts import clip_pixels
 from tests.helpers.made_checkpoints import GOLDENS, golden_case, made
@@ -225,6 +226,7 @@ def test_bad_files_are_named(folder: Path, model: ScaleRAE, tmp_path: Path) -> N
 
 
 def test_unknown_names_list_the_choices(model: ScaleRAE) -> None:
+    assert tuple(REWARDS) == options.REWARDS
     with pytest.raises(InputError, match="'clip': no such reward; use one of imagereward, siglip, pickscore, or none"):
         load_reward("clip", model)
     with pytest.raises(InputError, match="'none': stands for no reward"):
