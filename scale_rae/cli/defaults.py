@@ -14,7 +14,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +49,9 @@ def defaults(
     file, content = _content(ctx)
     names = _names(ctx)
     tops = {key: value for key, value in content.items() if not isinstance(value, dict)}
-    tables = [content]
-    for name in names:
-        inner = tables[-1].get(name, {})
-        tables.append(inner if isinstance(inner, dict) else {})
-    for top in (name for name, value in content.items() if isinstance(value, dict)):
-        if top not in commands:
-            raise _error(ctx, f"{file}: [{top}] is no command{_similar(top, commands)}")
-    for depth, table in enumerate(tables[1:], start=1):
-        inner = ctx.parent.command.commands if depth < len(names) else None  # of a command with commands of its own
-        for key, value in table.items():
-            path = ".".join([*names[:depth], key])
-            if isinstance(value, dict) and (inner is None or key not in inner):
-                raise _error(ctx, f"{file}: [{path}] is no command{_similar(key, inner or ())}")
-            if inner is not None and not isinstance(value, dict):
-                raise _error(ctx, f"{file}: {path}: put it into the table of one command, as [{names[0]}.{names[-1]}]")
     given: dict[str, Default] = {}
     options = options_of(command)
-    for table, where in ((tops, "top"), (tables[-1], "table")):
+    for table, where in ((tops, "top"), (_own_table(ctx, file, content, names, commands), "table")):
         for key, value in table.items():
             name = key.replace("-", "_")
             if isinstance(value, dict):
@@ -83,6 +68,28 @@ def defaults(
             many = option.nargs != 1 or option.multiple
             given[option.name] = value.split() if many else value, PREFIX + name.upper()
     return {name: _checked(value, where, options[name], ctx) for name, (value, where) in given.items()}
+
+
+def _own_table(
+    ctx: Any, file: Path, content: dict[str, Any], names: Sequence[str], commands: Collection[str]
+) -> dict[str, Any]:
+    """The table of the command in the file's content, after a check that no table on the way there names what is no command."""
+    tables = [content]
+    for name in names:
+        inner = tables[-1].get(name, {})
+        tables.append(inner if isinstance(inner, dict) else {})
+    for top in (name for name, value in content.items() if isinstance(value, dict)):
+        if top not in commands:
+            raise _error(ctx, f"{file}: [{top}] is no command{_similar(top, commands)}")
+    for depth, table in enumerate(tables[1:], start=1):
+        inner = ctx.parent.command.commands if depth < len(names) else None  # of a command with commands of its own
+        for key, value in table.items():
+            path = ".".join([*names[:depth], key])
+            if isinstance(value, dict) and (inner is None or key not in inner):
+                raise _error(ctx, f"{file}: [{path}] is no command{_similar(key, inner or ())}")
+            if inner is not None and not isinstance(value, dict):
+                raise _error(ctx, f"{file}: {path}: put it into the table of one command, as [{names[0]}.{names[-1]}]")
+    return tables[-1]
 
 
 def options_of(command: Any) -> dict[str, Any]:
