@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from scale_rae.acceptance import ACCEPTED, DROPPED
 from scale_rae.cli.app import say
@@ -43,8 +43,7 @@ class Bars:
         self._quiet, self._shown = quiet, sys.stderr.isatty() and not quiet
         if quiet:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's library is imported
-        self._progress: Progress | None = None
-        self._task: Any = None
+        self._progress: tuple[Progress, TaskID] | None = None
         self._drawn_before = 0  # evaluations so far, times their images
         self._images = 0
         self._wanted = 0
@@ -107,16 +106,49 @@ class Bars:
             from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
             columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._task = self._progress.add_task(text, total=total)
-            self._progress.start()
-        self._progress.update(self._task, description=text, completed=done, total=total)
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._progress = bar, bar.add_task(text, total=total)
+            bar.start()
+        bar, task = self._progress
+        bar.update(task, description=text, completed=done, total=total)
 
     def stop(self) -> None:
         """Removes the bar, if there is one."""
         if self._progress is not None:
-            self._progress.stop()
+            self._progress[0].stop()
             self._progress = None
+
+
+class TextBar:
+    """A bar on stderr with a text beside it, from the first `update` to `stop`."""
+
+    def __init__(self) -> None:
+        self._shown: tuple[Progress, TaskID] | None = None
+
+    def update(self, text: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` things are done."""
+        if self._shown is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+
+            bar = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+            self._shown = bar, bar.add_task("", total=total)
+            bar.start()
+        bar, task = self._shown
+        bar.update(task, completed=done, total=total, description=text)
+
+    def print(self, text: str) -> bool:
+        """Prints a line above the bar; False if no bar is shown."""
+        if self._shown is None:
+            return False
+        self._shown[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return True
+
+    def stop(self) -> None:
+        """Removes the bar, if there is one."""
+        if self._shown is not None:
+            self._shown[0].stop()
+            self._shown = None
 
 
 class ScalingDisplay:
@@ -127,8 +159,7 @@ class ScalingDisplay:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet, self._shown = quiet, sys.stderr.isatty()
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar = TextBar()
         self._start: float | None = None
         self._todo = self._finished = self._images = self._total = 0
 
@@ -178,23 +209,16 @@ class ScalingDisplay:
         return min(self._total, max(self._images, self._finished * (self._total // self._todo)))
 
     def _update(self) -> None:
-        if not self._shown or not self._todo:
-            return
-        if self._bar is None:
-            self._bar, self._task = text_bar(self._total)
-        self._bar.update(self._task, completed=self._completed(), description=self._state())
+        if self._shown and self._todo:
+            self._bar.update(self._state(), self._completed(), self._total)
 
     def _line(self, text: str) -> None:
-        if self._bar is not None:
-            text = printable(" ".join(text.split("\n")))
-            self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+        if not self._bar.print(printable(" ".join(text.split("\n")))):
             say(text)
 
     def stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        """Removes the bar, if there is one."""
+        self._bar.stop()
 
 
 class CountingDisplay:
@@ -202,8 +226,7 @@ class CountingDisplay:
 
     def __init__(self, what: str) -> None:
         self._what, self._shown = what, sys.stderr.isatty()
-        self._bar: Any = None
-        self._task: Any = None
+        self._bar = TextBar()
         self._start = self._line_at = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
@@ -218,34 +241,16 @@ class CountingDisplay:
             rate = done / max(now - self._start, 1e-9)
             text += f", {rate:.3g} {self._what}/s, {duration((total - done) / rate)} left"
         if self._shown:
-            self._update(text, done, total)
+            self._bar.update(text, done, total)
+            if done == total:
+                self._bar.stop()
         elif done == total or now - self._line_at >= LINE_EVERY:
             self._line_at = now
             say(text)
 
-    def _update(self, text: str, done: int, total: int) -> None:
-        if self._bar is None:
-            self._bar, self._task = text_bar(total)
-        self._bar.update(self._task, completed=done, total=total, description=text)
-        if done == total:
-            self.stop()
-
     def stop(self) -> None:
         """Removes the bar, if there is one."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
-def text_bar(total: int) -> tuple[Progress, TaskID]:
-    """A bar on stderr with the task's description beside it, started, and its task of `total` steps."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn
-
-    bar = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
-    task = bar.add_task("", total=total)
-    bar.start()
-    return bar, task
+        self._bar.stop()
 
 
 def duration(seconds: float) -> str:

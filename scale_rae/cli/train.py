@@ -6,11 +6,11 @@ import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from scale_rae.cli.app import say, show
 from scale_rae.cli.options import Debug
-from scale_rae.cli.progress import duration, text_bar
+from scale_rae.cli.progress import TextBar, duration
 from scale_rae.cli.signature import expanded
 from scale_rae.config import load_config
 from scale_rae.errors import DataError
@@ -19,6 +19,9 @@ from scale_rae.opening import silence_libraries
 from scale_rae.promptfile import read_prompts
 from scale_rae.training.records import read_records
 from scale_rae.training.settings import TrainingOptions
+
+if TYPE_CHECKING:
+    from scale_rae.training.trainer import Progress
 
 
 @expanded
@@ -98,16 +101,14 @@ class TrainingBar:
     def __init__(self, out: Path) -> None:
         self._out = out
         self._shown = sys.stderr.isatty()
-        self._progress: Any = None
-        self._task: Any = None
+        self._bar = TextBar()
         self._said = 0
 
     def __enter__(self) -> TrainingBar:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._bar.stop()
         if error[0] is KeyboardInterrupt:
             if any(self._out.glob("checkpoint-*")):
                 say(f"{self._out}: to go on from the newest checkpoint, run the same command with --resume")
@@ -116,17 +117,15 @@ class TrainingBar:
 
     def note(self, text: str) -> None:
         """Shows a note."""
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
+        if not self._bar.print(text):
             say(f"note: {text}")
 
     def prepare(self, what: str, done: int, total: int) -> None:
         """Shows how much is prepared."""
         self._update(what, done, total)
 
-    def step(self, progress: Any) -> None:
-        """Shows a step (`trainer.Progress`)."""
+    def step(self, progress: Progress) -> None:
+        """Shows a step."""
         text = f"step {progress.step}/{progress.steps}, loss {progress.loss:.4f}"
         if progress.pace > 0:  # not before the first line of the log, nor where nothing is drawn
             text += f", {progress.pace:.1f} {progress.unit}/s"
@@ -141,6 +140,4 @@ class TrainingBar:
                 self._said = tenth
                 say(text if text.startswith("step") else f"{text}: {done} of {total}")
             return
-        if self._progress is None:
-            self._progress, self._task = text_bar(total)
-        self._progress.update(self._task, completed=done, total=total, description=text)
+        self._bar.update(text, done, total)

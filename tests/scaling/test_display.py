@@ -63,9 +63,9 @@ def test_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     states: list[str] = []
     update = Progress.update
 
-    def recorded(bar: Progress, task: TaskID, *, completed: float, description: str) -> None:
+    def recorded(bar: Progress, task: TaskID, *, completed: float, total: float, description: str) -> None:
         states.append(description)
-        update(bar, task, completed=completed, description=description)
+        update(bar, task, completed=completed, total=total, description=description)
 
     monkeypatch.setattr(Progress, "update", recorded)
     show(ScalingDisplay(), monkeypatch)
