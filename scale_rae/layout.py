@@ -80,7 +80,7 @@ def language_layout(config: ScaleRAEConfig) -> Layout:
     return layout
 
 
-def dit_layout(config: DiTConfig, prefix: str = DIT_PREFIX) -> Layout:
+def dit_layout(config: DiTConfig) -> Layout:
     """The velocity network's tensors."""
     width, z = config.width, config.condition_width
     late_width = config.decoder_width or width
@@ -100,7 +100,7 @@ def dit_layout(config: DiTConfig, prefix: str = DIT_PREFIX) -> Layout:
     layout["final_layer.norm_final.weight"] = (late_width,)
     layout |= _linear("final_layer.linear", late_width, config.channels)
     layout |= _linear("final_layer.adaLN_modulation.1", late_width if is_ddt else z, 2 * late_width)
-    return {prefix + name: shape for name, shape in layout.items()}
+    return {DIT_PREFIX + name: shape for name, shape in layout.items()}
 
 
 def decoder_layout(config: DecoderConfig) -> Layout:

@@ -97,21 +97,19 @@ class Listing:
         return sum(self.sizes[name] for name in files) - there, there
 
 
-def list_files(
-    name: str, what: str, model_folder: Path | None = None, revision: str | None = None, files: tuple[str, ...] = ()
-) -> Listing:
+def list_files(name: str, what: str, model_folder: Path | None = None, revision: str | None = None) -> Listing:
     """The files of the `what` called `name`, found as `hub.find` finds them, but not downloaded.
 
     Raises:
         CheckpointError: there is no such folder, and the name cannot be a hub id. HubError: the hub cannot be asked, and there is
             no complete earlier download.
     """
-    if source := find_folder(name, what, model_folder, files):
+    if source := find_folder(name, what, model_folder):
         if what == "model":
             check_is_model(str(source.folder), lambda file: (source.folder / file).is_file())
         return list_folder(source)
     check_hub_id(name, what)
-    listing = _list_hub(name, what, revision, files)
+    listing = _list_hub(name, what, revision)
     if what == "model":
         check_is_model(name, listing.sizes.__contains__)
     return listing
@@ -161,13 +159,13 @@ def _licence_of_card(card: Path | None) -> str | None:
     return found[1].strip().strip("'\"")[:100] or None if found else None
 
 
-def _list_hub(name: str, what: str, revision: str | None, files: tuple[str, ...]) -> Listing:
+def _list_hub(name: str, what: str, revision: str | None) -> Listing:
     try:
         info = ask_hub(name, what, revision, sizes=True)
     except ScaleRAEError:
         raise
     except Exception as e:  # as in `hub.find`: what was downloaded before is used
-        return list_folder(cached(name, what, revision, files, e))
+        return list_folder(cached(name, what, revision, (), e))
     from huggingface_hub import try_to_load_from_cache
 
     where = hub_name(name, what, revision)

@@ -158,23 +158,21 @@ def _said(
 QUAD_KINDS = tuple(kind for kind in DRAW_KINDS if kind != "single_object")
 
 
-def quad(
-    rng: random.Random, kinds: Sequence[str] = QUAD_KINDS, made_up: float = INVENTED
-) -> list[tuple[str, tuple[int, ...]]]:
+def quad(rng: random.Random) -> list[tuple[str, tuple[int, ...]]]:
     """Four prompts p, q, r, s with their class numbers, made of two prompts p and q of one form by exchanging some of their names: the
     conditions of p and q together should be those of r and s together.
 
-    A share `made_up` of the names is made up (`NAMES`): nothing is drawn for these prompts. What a name means is learnt from
+    A share `INVENTED` of the names is made up (`NAMES`): nothing is drawn for these prompts. What a name means is learnt from
     pictures, of 25 pairs of shapes and 58 coloured shapes; that each name counts for itself is learnt here, of some 700 of either.
     Without it the language model learns which of the few go together, and that the held-out ones never do.
     """
-    kind = rng.choice(kinds)
+    kind = rng.choice(QUAD_KINDS)
     count = {"colors": 1, "counting": 1, "mixed": rng.randrange(2, world.MAX_OBJECTS + 1)}.get(kind, 2)
     relation = rng.choice(world.RELATIONS) if kind == "position" else ""
     colored = [
         kind in ("colors", "color_attr") or (kind == "mixed" and rng.random() < NAMED_COLOR) for _ in range(count)
     ]
-    made_up = 0 if kind == "counting" else made_up  # made-up names have no plural
+    made_up = 0 if kind == "counting" else INVENTED  # made-up names have no plural
     while True:
         # Shapes, then colours, of p and of q.
         names = [

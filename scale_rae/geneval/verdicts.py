@@ -120,16 +120,14 @@ def color_calls(
     metadata: Mapping[str, Any],
     detections: Mapping[str, Boxes],
     options: VerdictOptions = PUBLISHED_OPTIONS,
-    classes: Sequence[str] = CLASSES,
-    colors: Sequence[str] = COLORS,
 ) -> list[tuple[str, list[int]]]:
     """The calls of `classify` that `verdict` will make, so that many pictures can share a batch.
 
     Raises:
         InputError: as `verdict`.
     """
-    check_metadata(metadata, classes, colors)
-    kept = keep(metadata, detections, options, classes)
+    check_metadata(metadata)
+    kept = keep(metadata, detections, options)
     wanted = [clause for clause in metadata.get("include", ()) if clause.get("color") is not None]
     return [
         (clause["class"], kept[clause["class"]][: clause["count"]])

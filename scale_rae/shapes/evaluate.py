@@ -18,7 +18,7 @@ import random
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +47,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+DRAWN_AT_ONCE, ASKED_AT_ONCE = 50, 100
 REPLY_TOKENS = 60  # more than any reply of the world has
 Wording = Literal["default", "training", "held-out"]
 WORDINGS = {
@@ -72,26 +73,24 @@ def draw_prompts(
     prompts: Sequence[dict[str, Any]],
     seed: int = 0,
     wordings: Sequence[str] = WORDINGS["default"],
-    batch: int = 50,
-    progress: Callable[[int], None] = lambda done: None,
     **options: Any,
 ) -> list[Drawn]:
     """One judged drawing of each prompt (GenEval metadata). `options` go to `ScaleRAE.generate`.
 
-    The noise of prompt i is seeded by `image_seed(seed, i)`, whatever the batch. A reply without a drawing counts as wrong, with
+    The noise of prompt i is seeded by `image_seed(seed, i)`, however many are drawn at once. A reply without a drawing counts as wrong, with
     a white picture.
     """
     from scale_rae.noise import image_seed
     from scale_rae.shapes.judge import judge
 
     results: list[Drawn] = []
-    for start in range(0, len(prompts), batch):
-        part = prompts[start : start + batch]
+    for start in range(0, len(prompts), DRAWN_AT_ONCE):
+        part = prompts[start : start + DRAWN_AT_ONCE]
         indices = range(start, start + len(part))
         requests = [world.request(wordings[i % len(wordings)], p["prompt"]) for i, p in zip(indices, part, strict=True)]
         seeds = [[image_seed(seed, i)] for i in indices]
         for metadata, generation in zip(
-            part, model.generate(requests, image_seeds=seeds, batch_size=batch, **options), strict=True
+            part, model.generate(requests, image_seeds=seeds, batch_size=DRAWN_AT_ONCE, **options), strict=True
         ):
             if not generation.images:
                 blank = Image.new("RGB", (world.SIZE, world.SIZE), "white")
@@ -101,7 +100,6 @@ def draw_prompts(
             assert image is not None
             verdict = judge(image, metadata)
             results.append(Drawn(metadata, generation.images[0].latent, image, verdict.correct, verdict.reason))
-        progress(len(results))
     return results
 
 
@@ -129,12 +127,13 @@ def agreement(model: scale_rae.ScaleRAE, drawn: Sequence[Drawn]) -> dict[str, Sh
     }
 
 
-def align(model: scale_rae.ScaleRAE, latents: Sequence[Any], prompts: Sequence[str], batch: int = 100) -> list[bool]:
+def align(model: scale_rae.ScaleRAE, latents: Sequence[Any], prompts: Sequence[str]) -> list[bool]:
     """Whether the model says yes to "Does this image align with the prompt: …?"; anything but yes is no."""
     answers: list[bool] = []
-    for start in range(0, len(latents), batch):
-        asked = [world.ALIGN.format(prompt=prompt) for prompt in prompts[start : start + batch]]
-        replies = model.answer(asked, latents=latents[start : start + batch], max_new_tokens=8)
+    for start in range(0, len(latents), ASKED_AT_ONCE):
+        part = slice(start, start + ASKED_AT_ONCE)
+        asked = [world.ALIGN.format(prompt=prompt) for prompt in prompts[part]]
+        replies = model.answer(asked, latents=latents[part], max_new_tokens=8)
         answers += [answer.text.strip().lower().startswith("yes") for answer in replies]
     return answers
 
@@ -168,9 +167,10 @@ def description(model: scale_rae.ScaleRAE, count: int, seed: int, held_out: worl
     scenes = world.sample(np.random.default_rng(seed), count, world.SCENE_KINDS, held_out)
     latents = model.encode(pictures(scenes))
     right = 0
-    for start in range(0, count, 100):
-        answers = model.answer(world.DESCRIBE, latents=latents[start : start + 100], max_new_tokens=48)
-        for answer, scene in zip(answers, scenes[slice(start, start + 100)], strict=True):
+    for start in range(0, count, ASKED_AT_ONCE):
+        part = slice(start, start + ASKED_AT_ONCE)
+        answers = model.answer(world.DESCRIBE, latents=latents[part], max_new_tokens=48)
+        for answer, scene in zip(answers, scenes[part], strict=True):
             said = world.parse_description(answer.text)
             right += said is not None and said == world.parse_description(world.describe(scene))
     return Share(right, count)
@@ -194,9 +194,9 @@ def _replies(
     from scale_rae.language import Conversation
 
     replies: list[Any] = []
-    for start in range(0, len(messages), 100):
+    for start in range(0, len(messages), ASKED_AT_ONCE):
         conversations = []
-        for place, message in enumerate(messages[start : start + 100], start):
+        for place, message in enumerate(messages[start : start + ASKED_AT_ONCE], start):
             turn = Turn("user", message, int(bool(latents)))
             ids = model.tokenizer.conversation([turn], systems[place % len(systems)])
             conversations.append(Conversation(ids, model.check_latent(latents[place]) if latents else None))
