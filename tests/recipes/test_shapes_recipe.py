@@ -574,7 +574,7 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(
     ):
         log = [json.loads(line) for line in (out / stage / "log.jsonl").read_text().splitlines()]
         assert log[-1][name] < log[0][name], (stage, name)
-    assert curves.plot(out, tmp_path / "curves.png") == ["encoder", "decoder", "reward", "joint"]
+    assert curves.plot(out, tmp_path / "curves.png") == ["encoder", "decoder", "reward", "joint", "reader"]
     assert (tmp_path / "curves.png").stat().st_size > 10_000
     model = ScaleRAE.from_pretrained(str(target), device="cpu")
     assert isinstance(model.tokenizer, ChatTokenizer)
