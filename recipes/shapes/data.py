@@ -2,7 +2,7 @@
 
 Worker processes make it in chunks. A chunk depends on (seed, stream, chunk number) alone, so the data is the same for any
 number of workers. Nothing that training may not see is ever sampled: every scene comes from `world.sample(..., "exclude")`.
-Nothing here imports torch, and workers are forked: make data before CUDA starts.
+Workers are forked: make data before CUDA starts.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _outlines() -> list[Corners]:
 @functools.cache
 def atlas() -> NDArray[np.float32]:
     """`draw.distance_atlas`, then a page for each made-up shape that has a form."""
-    from scale_rae.shapes import draw  # imports torch, which the makers of data do without
+    from scale_rae.shapes import draw  # imports torch, which the names alone do not need
 
     return np.concatenate((draw.distance_atlas(), draw.polygon_pages(_outlines())))
 

@@ -1,6 +1,6 @@
 """Rows of text that the last stage trains on: conversations as token ids, with the places of picture, answer and queries.
 
-Nothing here imports torch, and nothing that training may not see is ever said: a text that names something held out is made again.
+Nothing that training may not see is ever said: a text that names something held out is made again.
 """
 
 from __future__ import annotations
