@@ -187,11 +187,16 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Raises InputError: the files are already there."""
-        raise InputError(f"save_pretrained: the pipeline has no files of its own; copy {self.model.source.folder}")
+        raise InputError(f"save_pretrained: the pipeline has no files of its own; copy {self._folders()}")
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> None:
         """Raises InputError before a repository is made on the hub: the pipeline has no files to put there."""
-        raise InputError(f"push_to_hub: the pipeline has no files of its own; upload {self.model.source.folder}")
+        raise InputError(f"push_to_hub: the pipeline has no files of its own; upload {self._folders()}")
+
+    def _folders(self) -> str:
+        """The model's folder; a student's and its base model's."""
+        source = self.model.source
+        return " and ".join(dict.fromkeys([str(source.config_folder), str(source.folder)]))
 
     # --- drawing -------------------------------------------------------------------------------------------------
 

@@ -137,8 +137,11 @@ def test_output_types(pipe: ScaleRAEPipeline) -> None:
     ],
 )
 def test_a_student_refuses_other_values_than_its_own(arguments: dict[str, Any], said: str) -> None:
+    student = ScaleRAEPipeline.from_pretrained("shapes-4", device="cpu")
     with pytest.raises(OptionError, match=f"{said}.*: this model is a student"):
-        ScaleRAEPipeline.from_pretrained("shapes-4", device="cpu")(PROMPTS[0], **arguments)
+        student(PROMPTS[0], **arguments)
+    with pytest.raises(InputError, match=r"copy \S+shapes-4 and \S+shapes$"):
+        student.save_pretrained("x")
 
 
 @pytest.mark.parametrize(
