@@ -6,6 +6,9 @@ DIR/decoder/config.json, model.pt
 
 python -m recipes.shapes.export --out runs/shapes --export exported/shapes
 
+With `--read-alike DIR`, `--export` is the exported model DIR with an embedding in which names mean the same wherever they stand
+(`read_alike`).
+
 With `--parts-of`, only the language model and the velocity network are those of the run (of the reader stage); all else is taken from
 an exported model. With `--dit`, the velocity network is that of another exported model; the language model is then that of `--parts-of`,
 unless a run is named by `--out`. With `--along F`, the velocity network goes on along the line from that of `--parts-of`.
@@ -28,6 +31,7 @@ from recipes.shapes.loop import say
 from recipes.shapes.settings import FULL, TINY, Preset
 from recipes.shapes.tokenizer import write_tokenizer
 from scale_rae.publishing import in_shards, write_index
+from scale_rae.shapes import world
 
 RUN = Path("runs/shapes")
 SHARD_BYTES = 14_500_000
@@ -136,13 +140,43 @@ def grown(tensors: Mapping[str, Tensor], before: Vocabulary, after: Vocabulary) 
     return {**tensors, EMBEDDING: torch.stack(rows)}
 
 
+_SHARE = 0.4  # of a name's row, added to that of the same name at the beginning of an answer
+
+
+def read_alike(tensors: Mapping[str, Tensor], words: Vocabulary) -> dict[str, Tensor]:
+    """The tensors with other rows of the embedding for names that the joint stage never reads: near those in small letters.
+
+    A name after a space is another token than at the beginning of a text. The joint stage reads names in small letters after a space
+    only; it writes "Red" and "Two", with which answers begin, but it reads no " Red", no " A" and no text that begins with "red". What
+    it writes gets a share of the row only, since input and output embedding are one.
+    """
+    old = tensors[EMBEDDING].float()
+    table = old.clone()
+
+    def row(text: str) -> int:
+        (number,) = words.tokenizer.plain(text)
+        return number
+
+    answers = (*world.COLORS, *world.NUMBERS[2:])
+    for name in (*answers, "a", "an"):
+        table[row(f" {name.capitalize()}")] = _NEAR * old[row(f" {name}")]
+    for name in (*answers, *world.SHAPES, *map(world.plural, world.SHAPES)):
+        table[row(name)] = _NEAR * old[row(f" {name}")]
+        table[row(name.upper())] = old[row(f" {name.upper()}")]
+        title = row(name.capitalize())
+        table[title] = (
+            old[title] + _SHARE * old[row(f" {name}")] if name in answers else old[row(f" {name.capitalize()}")]
+        )
+    return {**tensors, EMBEDDING: table.to(tensors[EMBEDDING].dtype)}
+
+
 def in_cases(source: Path, target: Path) -> None:
-    """Makes `target`: the exported model `source`, whose tokenizer has every word in three cases (`grown`)."""
+    """Makes `target`: the exported model `source`, whose tokenizer has every word in three cases (`grown`, `read_alike`)."""
     fresh = target.with_name(target.name + ".tokenizer")
     shutil.rmtree(fresh, ignore_errors=True)
     write_tokenizer(fresh, cased=True)
     words = common.vocabulary_of(fresh)
-    tensors = grown(stored(source), common.vocabulary_of(source), words)
+    tensors = read_alike(grown(stored(source), common.vocabulary_of(source), words), words)
     replaced(source, target, tensors)
     for name in TOKENIZER_FILES:
         shutil.copyfile(fresh / name, target / name)
@@ -194,6 +228,9 @@ def main(argv: list[str] | None = None) -> None:
         "--export", type=Path, required=True, metavar="DIR", help="folder to make; replaced if it is there"
     )
     parser.add_argument("--parts-of", type=Path, metavar="DIR", help="exported model to take encoder and decoder from")
+    parser.add_argument(
+        "--read-alike", type=Path, metavar="DIR", help="exported model with titles and capitals to change"
+    )
     parser.add_argument("--dit", type=Path, metavar="DIR", help="exported model to take the velocity network from")
     parser.add_argument(
         "--along",
@@ -203,6 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--tiny", action="store_true")
     args = parser.parse_args(argv)
+    if args.read_alike is not None:
+        source = args.read_alike
+        replaced(source, args.export, read_alike(stored(source), common.vocabulary_of(source)))
+        return
     if args.parts_of is None:
         if args.dit is not None:
             parser.error("--dit needs --parts-of")

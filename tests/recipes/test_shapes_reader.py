@@ -256,6 +256,32 @@ def test_a_grown_model_says_what_it_said(tmp_path: Path) -> None:
     assert torch.equal(export.grown(grown, after, after)[export.EMBEDDING], bigger)
 
 
+def test_names_are_read_alike_wherever_they_stand(tmp_path: Path) -> None:
+    words = common.vocabulary_of(SHIPPED)
+    table = torch.randn(words.size, 64, generator=torch.Generator().manual_seed(0))
+    alike = export.read_alike({export.EMBEDDING: table}, words)[export.EMBEDDING]
+
+    def near(one: str, other: str) -> float:
+        (a,), (b,) = words.tokenizer.plain(one), words.tokenizer.plain(other)
+        return float(torch.nn.functional.cosine_similarity(alike[a], table[b], dim=0))
+
+    for one, other in (
+        (" Red", " red"),
+        (" A", " a"),
+        ("red", " red"),
+        ("circles", " circles"),
+        ("STAR", " STAR"),
+        (" Two", " two"),
+    ):
+        assert near(one, other) > 0.999, one
+    for answer in ("Red", "Two"):  # an answer's word stays itself
+        assert near(answer, answer) > 0.85
+        assert near(answer, f" {answer.lower()}") > 0.2
+    usual = words.tokenizer.chat("Can you generate a photo of a red circle and two stars?")
+    assert torch.equal(alike[usual], table[usual])
+    assert torch.equal(alike[words.tokenizer.chat_end], table[words.tokenizer.chat_end])
+
+
 def test_pools_are_what_was_saved(write: Writer, tmp_path: Path) -> None:
     scenes, second, read = reader.read_chunk(0, 20, 1, write)
     made = reader.Made(scenes, second, read, {"read": read})
