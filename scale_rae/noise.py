@@ -41,9 +41,9 @@ def image_seeds(prompts: int, images: int, seed: int) -> list[list[int]]:
     return [[image_seed(seed, i, j) for j in range(images)] for i in range(prompts)]
 
 
-def new_seed(bits: int = 63) -> int:
-    """A random seed of at most `bits` bits, for runs where none is chosen."""
-    return secrets.randbits(bits)
+def new_seed() -> int:
+    """A random seed, for runs where none is chosen: of 31 bits, which every client's and browser's integers hold."""
+    return secrets.randbits(31)
 
 
 @functools.cache

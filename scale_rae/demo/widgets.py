@@ -26,7 +26,6 @@ from scale_rae.prompt import DESCRIBE, QUESTION
 from scale_rae.student import own_options
 
 REMEMBERED = 24  # images that a visitor can pick from
-SEED_BITS = 31  # of new seeds, which every browser's numbers hold
 # What the bundled model was trained to be asked.
 QUESTIONS = [
     DESCRIBE,
@@ -106,7 +105,7 @@ def sampling(images: float, guidance: float, steps: float, solver: str, seed: st
     """
     return Sampling(
         num_images=whole_number(images, "The number of images"),
-        seed=new_seed(SEED_BITS) if not str(seed or "").strip() else whole_number(seed, "The seed"),
+        seed=new_seed() if not str(seed or "").strip() else whole_number(seed, "The seed"),
         options=SamplingOptions(
             guidance=float(guidance) if guidance is not None else _DEFAULTS.guidance,
             steps=whole_number(steps, "The number of steps"),
@@ -169,9 +168,7 @@ def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> Sampl
             max_length=20,
         )
         again = gr.Button("Fix one", min_width=110, scale=1, elem_id=f"{prefix}-new-seed")
-    again.click(
-        lambda: str(new_seed(SEED_BITS)), outputs=seed, queue=False, api_visibility="private", show_progress="hidden"
-    )
+    again.click(lambda: str(new_seed()), outputs=seed, queue=False, api_visibility="private", show_progress="hidden")
     return SamplingFields(count, guidance, steps, solver, seed)
 
 

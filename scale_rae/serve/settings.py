@@ -13,7 +13,6 @@ HEALTH, READY, METRICS = "/health", "/ready", "/metrics"  # paths that are not l
 HOME, PICTURE_FILES = "/", "/v1/images/files"
 DOCS, OPENAPI = "/docs", "/openapi.json"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")  # hosts that are this machine itself
-SEED_BITS = 31  # of seeds that requests leave to the server, which every client's integers hold
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF")
 LIMITS = "Limits"  # heading in --help
 KIB, MIB = 2**10, 2**20

@@ -429,6 +429,6 @@ def test_errors_of_the_work_are_raised_where_it_is_waited_for() -> None:
 
 
 def test_seeds_fit_and_differ() -> None:
-    seeds = {new_seed(31) for _ in range(5)}
+    seeds = {new_seed() for _ in range(5)}
     assert all(0 <= seed < 2**31 for seed in seeds)
     assert len(seeds) > 1

@@ -17,7 +17,7 @@ from scale_rae.serve.jobs import Inbox, Job
 from scale_rae.serve.refusals import invalid
 from scale_rae.serve.routes.checks import check_text, client_name
 from scale_rae.serve.schema import ChatRequest, ResponsesRequest
-from scale_rae.serve.settings import SEED_BITS, Limits
+from scale_rae.serve.settings import Limits
 from scale_rae.serve.streaming import attended
 from scale_rae.wording import asks_to_draw
 
@@ -95,7 +95,7 @@ async def job_of(
         asked.turns,
         pixels,
         body.options(limits.steps, engine.model.config.student),
-        new_seed(SEED_BITS) if body.seed is None else body.seed,
+        new_seed() if body.seed is None else body.seed,
         inbox.put,
         inbox.deadline,
         count=count,

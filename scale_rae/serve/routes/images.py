@@ -18,7 +18,7 @@ from scale_rae.serve.refusals import invalid
 from scale_rae.serve.routes.body import json_router
 from scale_rae.serve.routes.checks import check_model, check_sampling, check_text, client_name
 from scale_rae.serve.schema import AUTO, ImageData, ImageRequest, ImagesResponse, SearchSummary
-from scale_rae.serve.settings import OWN_JUDGEMENT, SEED_BITS, ServeSettings
+from scale_rae.serve.settings import OWN_JUDGEMENT, ServeSettings
 from scale_rae.serve.streaming import result_of
 from scale_rae.wording import as_request
 
@@ -53,7 +53,7 @@ def images_router(engine: Engine, settings: ServeSettings, links: Links) -> APIR
             [Turn("user", as_request(body.prompt, settings.prompt_prefix))],
             None,
             options,
-            new_seed(SEED_BITS) if body.seed is None else body.seed,
+            new_seed() if body.seed is None else body.seed,
             inbox.put,
             inbox.deadline,
             count=body.n,
