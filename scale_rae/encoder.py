@@ -146,12 +146,17 @@ _PLAIN_FIELDS = _PLAIN | {
 }
 
 
+def _published_processor(kind: str) -> str:
+    """The class of published preprocessors of this kind of encoder."""
+    return "BitImageProcessor" if kind == "dinov2" else "SiglipImageProcessor"
+
+
 def _plain_side(raw: dict[str, Any], kind: str) -> int | None:
     """The side of the images that a preprocessor of the published form makes; None for one of another form.
 
     Drawing needs only this number, and importing transformers' image processors takes a second.
     """
-    published = "BitImageProcessor" if kind == "dinov2" else "SiglipImageProcessor"
+    published = _published_processor(kind)
     name = raw.get("image_processor_type", published)
     if not isinstance(name, str) or name.removesuffix("Fast") != published or not raw.keys() <= _PLAIN_FIELDS:
         return None
@@ -181,8 +186,7 @@ def _load_processor(raw: dict[str, Any], path: Path, kind: str) -> tuple[Any, in
         "SiglipImageProcessor": SiglipImageProcessorPil,
         "BitImageProcessor": BitImageProcessorPil,
     }
-    default = "BitImageProcessor" if kind == "dinov2" else "SiglipImageProcessor"
-    name = raw.pop("image_processor_type", None) or default
+    name = raw.pop("image_processor_type", None) or _published_processor(kind)
     cls = classes.get(name.removesuffix("Fast")) if isinstance(name, str) else None
     if cls is None:
         raise ConfigError(f"{path}: image_processor_type {name!r} is not supported (supported: {', '.join(classes)})")
