@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +28,7 @@ from scale_rae.student import own_options
 from scale_rae.wording import is_refusal, what_it_can
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
 
     from scale_rae.hub import Source
@@ -143,12 +144,12 @@ def send(
                     manifest["post_qa"] = post_qa.record(answers[j])
                 samples = [
                     Sample(
-                        None if images[j][k] is None else output.enlarged(images[j][k]),
+                        None if image is None else output.enlarged(image),
                         drawing.latent if output.save_latent or output.skip_decoder else None,
                         png_text(manifest, drawing.seed),
                         seed=drawing.seed,
                     )
-                    for k, drawing in enumerate(result.images)
+                    for drawing, image in zip(result.images, images[j], strict=True)
                 ]
                 writer.save(manifest, samples, item.label)
                 outcomes.append(outcome_of(model, result, sampling))
@@ -260,7 +261,7 @@ def _draw(
     batch_size: int,
     bars: Bars,
     draw: bool,
-) -> tuple[list[Generation], list[list[Any]], dict[str, float]]:
+) -> tuple[list[Generation], list[list[Image.Image | None]], dict[str, float]]:
     """A batch's replies, the pixels of each reply's images (None when decoding is skipped), and seconds."""
     shown = [item.latent for item in batch if item.latent is not None]
     results = model.generate(
@@ -278,7 +279,7 @@ def _draw(
     start = time.perf_counter()
     latents = [drawing.latent for result in results for drawing in result.images]
     skip = output.skip_decoder or not latents
-    pixels = iter([None] * len(latents) if skip else model.decode(latents, batch_size))
+    pixels: Iterator[Image.Image | None] = iter([None] * len(latents) if skip else model.decode(latents, batch_size))
     images = [[next(pixels) for _ in result.images] for result in results]
     seconds["decoding"] = round(time.perf_counter() - start, 3)
     return results, images, seconds
@@ -288,14 +289,14 @@ def ask_about(
     model: ScaleRAE,
     prompts: Sequence[str],
     results: Sequence[Generation | SearchResult],
-    images: Sequence[Sequence[Any]],
+    images: Sequence[Sequence[Image.Image | None]],
     post_qa: PostQA,
     batch_size: int,
 ) -> list[list[dict[str, str]]]:
     """Question and answer per image, a list per result."""
     questions = [post_qa.question(p) for p, result in zip(prompts, results, strict=True) for _ in result.images]
     if post_qa.mode == "image":
-        latents = model.encode([image for row in images for image in row])
+        latents = model.encode([image for row in images for image in row if image is not None])
     else:
         latents = [drawing.latent for result in results for drawing in result.images]
     answers: list[dict[str, str]] = []
