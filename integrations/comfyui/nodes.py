@@ -599,7 +599,7 @@ def draw(model: scale_rae.ScaleRAE, prompt: str, sampling: Sampling, latent: Ten
     return drawn
 
 
-def check_drawn(model: scale_rae.ScaleRAE, images: list[Any], text: str) -> None:
+def check_drawn(model: scale_rae.ScaleRAE, images: Sequence[object], text: str) -> None:
     """Raises InputError when there are no images, with what the model said instead."""
     if not images:
         raise InputError(

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import scale_rae
 from scale_rae.errors import OptionError, missing_package, need, printable
@@ -39,6 +39,11 @@ except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
     raise SystemExit(f"error: {missing_package(e)}") from None
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from scale_rae.language import Reply as LanguageReply
 
 app = typer.Typer(
     add_completion=False,
@@ -62,7 +67,7 @@ class Drawn:
     """One judged drawing."""
 
     metadata: dict[str, Any]
-    latent: Any  # Tensor [L, C]
+    latent: Tensor | None  # [L, C]; None of a reply without a drawing
     image: Image.Image
     correct: bool
     reason: str
@@ -116,7 +121,8 @@ def by_kind(drawn: Sequence[Drawn]) -> dict[str, Share]:
 def agreement(model: scale_rae.ScaleRAE, drawn: Sequence[Drawn]) -> dict[str, Share]:
     """How often the model's yes or no about its own latents equals the judge's verdict, separately for right and wrong drawings."""
     shown = [item for item in drawn if item.latent is not None]
-    said_yes = align(model, [item.latent for item in shown], [item.metadata["prompt"] for item in shown])
+    latents = [item.latent for item in shown if item.latent is not None]
+    said_yes = align(model, latents, [item.metadata["prompt"] for item in shown])
     agreed = [yes == item.correct for yes, item in zip(said_yes, shown, strict=True)]
     right = [a for a, item in zip(agreed, shown, strict=True) if item.correct]
     wrong = [a for a, item in zip(agreed, shown, strict=True) if not item.correct]
@@ -127,7 +133,7 @@ def agreement(model: scale_rae.ScaleRAE, drawn: Sequence[Drawn]) -> dict[str, Sh
     }
 
 
-def align(model: scale_rae.ScaleRAE, latents: Sequence[Any], prompts: Sequence[str]) -> list[bool]:
+def align(model: scale_rae.ScaleRAE, latents: Sequence[Tensor], prompts: Sequence[str]) -> list[bool]:
     """Whether the model says yes to "Does this image align with the prompt: …?"; anything but yes is no."""
     answers: list[bool] = []
     for start in range(0, len(latents), ASKED_AT_ONCE):
@@ -188,12 +194,12 @@ class Reply:
 
 
 def _replies(
-    model: scale_rae.ScaleRAE, messages: Sequence[str], systems: Sequence[str], latents: Sequence[Any]
-) -> list[Any]:
+    model: scale_rae.ScaleRAE, messages: Sequence[str], systems: Sequence[str], latents: Sequence[Tensor]
+) -> list[LanguageReply]:
     """Replies to messages, the i-th after `systems[i % len(systems)]` and about `latents[i]`, if there are any."""
     from scale_rae.language import Conversation
 
-    replies: list[Any] = []
+    replies: list[LanguageReply] = []
     for start in range(0, len(messages), ASKED_AT_ONCE):
         conversations = []
         for place, message in enumerate(messages[start : start + ASKED_AT_ONCE], start):
