@@ -26,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks.bench import prompts_in_turn
 from scale_rae.errors import InputError
@@ -77,7 +78,7 @@ def draw(args: argparse.Namespace, form: str, prompts: Sequence[dict[str, Any]])
         torch.cuda.empty_cache()
 
 
-def is_right(picture: Any, metadata: dict[str, Any]) -> bool:
+def is_right(picture: NDArray[np.uint8], metadata: dict[str, Any]) -> bool:
     """Whether the judge finds that a picture [S, S, 3] shows its prompt."""
     from PIL import Image
 

@@ -29,11 +29,17 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.bench import median_seconds, show, write_json
+
+if TYPE_CHECKING:
+    import torch
+
+    from scale_rae.pipeline import ScaleRAE
+    from scale_rae.serve.engine import Engine
 
 COLORS = ("red", "green", "blue", "yellow", "orange", "purple", "pink", "white")
 SHAPES = ("circle", "square", "triangle", "cross", "star", "ring")
@@ -104,7 +110,7 @@ def ask(url: str, count: int, seconds: float, cases: list[Case], options: dict[s
 # Server and offline ------------------------------------------------------------------------------------------------------------
 
 
-def made_up(size: str, device: Any) -> Any:
+def made_up(size: str, device: torch.device) -> ScaleRAE:
     """A model of a published size with random weights; every reply asks for an image."""
     from benchmarks.made_up import made_model, reply_with_images
     from scale_rae.memory import pick_dtype
@@ -118,7 +124,7 @@ def made_up(size: str, device: Any) -> Any:
 class Offline:
     """The same work without a server."""
 
-    def __init__(self, model: Any, options: dict[str, Any], threads: int) -> None:
+    def __init__(self, model: ScaleRAE, options: dict[str, Any], threads: int) -> None:
         self.model, self.options, self.threads = model, options, threads
         self.cpu_seconds: list[float] = []  # per image, of each `rate_in_threads`
 
@@ -311,7 +317,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     )
 
 
-def counts(engine: Any) -> tuple[float, float]:
+def counts(engine: Engine) -> tuple[float, float]:
     """(batches, images) that the engine has drawn so far."""
     value = engine.metrics.registry.get_sample_value
     return value("scale_rae_batch_size_count", {"stage": "draw"}) or 0, value("scale_rae_images_total") or 0
