@@ -140,15 +140,14 @@ def grown(tensors: Mapping[str, Tensor], before: Vocabulary, after: Vocabulary) 
     return {**tensors, EMBEDDING: torch.stack(rows)}
 
 
-_SHARE = 0.4  # of a name's row, added to that of the same name at the beginning of an answer
+_PART = "red"  # also the end of "colored" and other words
 
 
 def read_alike(tensors: Mapping[str, Tensor], words: Vocabulary) -> dict[str, Tensor]:
-    """The tensors with other rows of the embedding for names that the joint stage never reads: near those in small letters.
+    """The tensors with other rows of the embedding for names that the joint stage never reads: near those that it reads.
 
     A name after a space is another token than at the beginning of a text. The joint stage reads names in small letters after a space
-    only; it writes "Red" and "Two", with which answers begin, but it reads no " Red", no " A" and no text that begins with "red". What
-    it writes gets a share of the row only, since input and output embedding are one.
+    only; it writes "Red" and "Two", with which answers begin, but it reads no " Red", no " A" and no text that begins with "ring".
     """
     old = tensors[EMBEDDING].float()
     table = old.clone()
@@ -157,16 +156,15 @@ def read_alike(tensors: Mapping[str, Tensor], words: Vocabulary) -> dict[str, Te
         (number,) = words.tokenizer.plain(text)
         return number
 
-    answers = (*world.COLORS, *world.NUMBERS[2:])
+    answers, shapes = (*world.COLORS, *world.NUMBERS[2:]), (*world.SHAPES, *map(world.plural, world.SHAPES))
     for name in (*answers, "a", "an"):
         table[row(f" {name.capitalize()}")] = _NEAR * old[row(f" {name}")]
-    for name in (*answers, *world.SHAPES, *map(world.plural, world.SHAPES)):
-        table[row(name)] = _NEAR * old[row(f" {name}")]
-        table[row(name.upper())] = old[row(f" {name.upper()}")]
-        title = row(name.capitalize())
-        table[title] = (
-            old[title] + _SHARE * old[row(f" {name}")] if name in answers else old[row(f" {name.capitalize()}")]
-        )
+    for name in (*answers, *shapes):
+        if name != _PART:
+            table[row(name)] = _NEAR * old[row(f" {name}")]
+            table[row(name.upper())] = old[row(f" {name.upper()}")]
+    for name in map(str.capitalize, shapes):
+        table[row(name)] = old[row(f" {name}")]
     return {**tensors, EMBEDDING: table.to(tensors[EMBEDDING].dtype)}
 
 
