@@ -91,8 +91,8 @@ def what_it_can(source: Source) -> str | None:
 
     return (
         f"the bundled model draws one to four shapes ({_listed(SHAPES)}) in {_listed(COLORS)}, asked for as in "
-        '"a photo of a blue cross and a pink square", "Show me three stars." or "a ring left of a heart" (places only without '
-        "colours), and answers questions about such pictures; "
+        '"a photo of a blue cross and a pink square", "Show me three stars." or "a photo of a ring left of a heart" (places only '
+        "without colours), and answers questions about such pictures; "
         f"see {GUIDE}"
     )
 

@@ -18,6 +18,7 @@ from scale_rae.hub import BUNDLED
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.shapes import evaluate, world
 from scale_rae.shapes.judge import judge
+from scale_rae.wording import subject, what_it_can
 
 FOLDER = BUNDLED["shapes"]
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,16 @@ def test_a_question_without_a_picture_is_not_answered_by_a_drawing(model: ScaleR
     for reply in model.reply(list(GUIDE_QUESTIONS), max_new_tokens=40):
         assert reply.condition is None
         assert model.tokenizer.decode(reply.ids).strip() == world.NO_PICTURE
+
+
+def test_says_yes_to_its_drawings_of_the_examples_that_it_is_shown_with(model: ScaleRAE) -> None:
+    examples = re.findall('"(.+?)"', str(what_it_can(model.source)))
+    assert len(examples) == 3
+    drawn = model.generate(examples, num_images=2, solver="ab2", steps=12)
+    for example, generation in zip(examples, drawn, strict=True):
+        question = f"Does this image align with the prompt: {subject(example).rstrip('.')}?"
+        answers = model.answer(question, latents=[image.latent for image in generation.images])
+        assert [answer.text for answer in answers] == ["Yes."] * 2, example
 
 
 def test_declines_what_its_world_does_not_have(model: ScaleRAE) -> None:
