@@ -19,12 +19,13 @@ from torch import Tensor
 from scale_rae import acceptance
 from scale_rae.acceptance import Candidate, Look, Rules
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.errors import OptionError, ScaleRAEError
+from scale_rae.errors import OptionError
 from scale_rae.flow import SAMPLERS, StepCallback, Times, look_times, steps_until, time_shift, usual_look
 from scale_rae.footprint import flops
 from scale_rae.options import DEFAULT_ANSWER_TOKENS, SamplingOptions, SearchOptions
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION
+from scale_rae.rewards import scores_of_each
 from scale_rae.sampling import Trajectory, branches, sampler_times
 from scale_rae.scores import Asked, EarlyScore, Score
 from scale_rae.student import own_options
@@ -249,7 +250,9 @@ class Searcher:
             if self.reward is not None:
                 prompts = [a.prompt for a in asked]
                 parts = [slice(i, i + size) for i in range(0, len(some), size)]
-                rewards = [value for part in parts for value in _rewards(self.reward, decoded[part], prompts[part])]
+                rewards = [
+                    value for part in parts for value in scores_of_each(self.reward, decoded[part], prompts[part])
+                ]
             if self._encodes:
                 latents = self.model.encode(decoded, batch_size=size)
         score: Any = self.model.score_each if t is None else self.model.score_early
@@ -266,19 +269,6 @@ class Searcher:
         batches = [list(going[i : i + size]) for i in range(0, len(going), size)]
         results = self.batching.map(function, batches)
         return [pair for some, found in zip(batches, results, strict=True) for pair in zip(some, found, strict=True)]
-
-
-def _rewards(reward: Reward, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> list[float]:
-    """The reward of each picture for its own prompt; consecutive pictures of one prompt are scored at once."""
-    rewards: list[float] = []
-    while len(rewards) < len(pictures):
-        start = len(rewards)
-        stop = next((i for i in range(start, len(prompts)) if prompts[i] != prompts[start]), len(prompts))
-        found = [float(value) for value in reward.score(pictures[start:stop], prompts[start])]
-        if len(found) != stop - start:
-            raise ScaleRAEError(f"the reward gave {len(found)} scores for {stop - start} images")
-        rewards += found
-    return rewards
 
 
 def with_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRAEConfig) -> SearchOptions:

@@ -10,15 +10,16 @@ Higher is better. Scores of one reward compare pictures of one prompt; each rewa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.images import Picture
 
 if TYPE_CHECKING:
     from scale_rae.rewards.parts import Host
 
-__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "default_reward", "load_reward"]
+__all__ = ["DEFAULT_REWARD", "REWARDS", "Reward", "default_reward", "load_reward", "scores_of", "scores_of_each"]
 
 DEFAULT_REWARD = "imagereward"
 
@@ -43,6 +44,31 @@ class Reward(Protocol):
 
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:
         """One score per picture, higher if it shows the prompt better; pictures may differ in size."""
+
+
+def scores_of(reward: Reward, pictures: Sequence[Picture], prompt: str) -> list[float]:
+    """The scores of pictures for one prompt.
+
+    Raises:
+        ScaleRAEError: when the reward gives another number of scores.
+    """
+    scores = [float(value) for value in reward.score(pictures, prompt)]
+    if len(scores) != len(pictures):
+        raise ScaleRAEError(f"the reward gave {len(scores)} scores for {len(pictures)} images")
+    return scores
+
+
+def scores_of_each(reward: Reward, pictures: Sequence[Picture], prompts: Sequence[str]) -> list[float]:
+    """The score of each picture for its own prompt; consecutive pictures of one prompt are scored at once.
+
+    Raises:
+        ScaleRAEError: as `scores_of`.
+    """
+    scores: list[float] = []
+    for prompt, run in groupby(prompts):
+        stop = len(scores) + sum(1 for _ in run)
+        scores += scores_of(reward, pictures[len(scores) : stop], prompt)
+    return scores
 
 
 def default_reward(model: Host) -> str:

@@ -14,6 +14,7 @@ from scale_rae.clock import StageClock
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.options import SamplingOptions
 from scale_rae.promptfile import PromptRecord
+from scale_rae.rewards import scores_of
 from scale_rae.scaling.settings import Settings
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class BatchMaker:
         rewards: list[float] = []
         if self._reward is not None:
             with self.clock.timed("reward"):
-                rewards = [float(value) for value in self._reward.score(images, prompt)]
+                rewards = scores_of(self._reward, images, prompt)
         with self.clock.timed("judging"):
             scores = model.score(
                 model.encode(images, batch_size=len(images)) if settings.post_qa_mode == "image" else latents,

@@ -422,9 +422,10 @@ def _scorer(
 ) -> Iterator[Callable[[_Images, Listener], list[float]]]:
     """For a `with`: a function that scores a prompt's images, in the batches that drawing scores them in."""
     from scale_rae.images import load_image
+    from scale_rae.rewards import scores_of
 
     def some(paths: Sequence[Path], text: str) -> list[float]:
-        rewards = [float(value) for value in reward.score([load_image(path) for path in paths], text)]
+        rewards = scores_of(reward, [load_image(path) for path in paths], text)
         check_finite([], rewards)
         return rewards
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from scale_rae.errors import ConfigError
 from scale_rae.language import LanguageModel
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION, ChatTokenizer, ask_question
-from scale_rae.rewards import Reward, load_reward
+from scale_rae.rewards import Reward, load_reward, scores_of_each
 from scale_rae.scores import answer_tokens
 from scale_rae.training.batches import embed
 from scale_rae.training.passes import hidden_states, positions
@@ -133,10 +132,7 @@ def rewards_of(model: ScaleRAE, reward: Reward | None, latents: Tensor, prompts:
     if reward is None:
         return None
     images = model.decode(list(latents))
-    found: list[float] = []
-    for prompt, run in groupby(prompts):
-        found += reward.score(images[len(found) : len(found) + len(list(run))], prompt)
-    return torch.tensor(found, device=latents.device)
+    return torch.tensor(scores_of_each(reward, images, prompts), device=latents.device)
 
 
 def spoilt(latents: Tensor, prompts: Sequence[str]) -> Tensor | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,13 @@ def test_reward_ranks(scale: Scale, reward: object) -> None:
     assert latent.dim() == 2
     described = json.loads((scale.folder / "experiment.json").read_text())
     assert described["reward"] == {"name": "imagereward", "revision": "stub"}
+
+
+def test_a_reward_with_too_few_scores_is_named(scale: Scale, reward: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reward, "score", lambda self, images, prompt: [0.0] * (len(images) - 1))
+    result = scale("--reward", "imagereward", "--limit", 1)
+    assert result.code == 1
+    assert re.search(r"the reward gave \d scores for \d images", result.err)
 
 
 def test_image_mode_reads_the_decoded_image(scale: Scale, reference: dict[str, bytes]) -> None:

@@ -141,6 +141,15 @@ def test_a_torn_run_goes_on_with_the_same_reward_alone(
     assert snapshot(finished.folder) == snapshot(with_reward)
 
 
+def test_a_reward_with_too_few_scores_is_named(finished: Scale, score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = snapshot(finished.folder)
+    monkeypatch.setattr(SiglipReward, "score", lambda self, images, prompt: [0.0] * (len(images) - 1))
+    result = score(finished.folder)
+    assert result.code == 1
+    assert re.search(r"the reward gave \d scores for \d images", result.err)
+    assert snapshot(finished.folder) == before
+
+
 def test_in_the_batches_they_were_drawn_in(finished: Scale, score: Score, in_batches: None) -> None:
     """As on a device that scores a batch at once."""
     scored: list[int] = []
