@@ -36,6 +36,43 @@ if TYPE_CHECKING:
 LINE_EVERY = 30.0  # seconds, in a pipe
 
 
+class TextBar:
+    """A bar on stderr with a text beside it, from the first `update` to `stop`; if `timed`, with the time that is left."""
+
+    def __init__(self, timed: bool = False) -> None:
+        self._timed = timed
+        self._shown: tuple[Progress, TaskID] | None = None
+
+    def update(self, text: str, done: int, total: int) -> None:
+        """Shows that `done` of `total` things are done."""
+        if self._shown is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+            what = TextColumn("{task.description}")
+            columns = (
+                (what, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) if self._timed else (BarColumn(), what)
+            )
+            bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._shown = bar, bar.add_task(text, total=total)
+            bar.start()
+        bar, task = self._shown
+        bar.update(task, completed=done, total=total, description=text)
+
+    def print(self, text: str) -> bool:
+        """Prints a line above the bar; False if no bar is shown."""
+        if self._shown is None:
+            return False
+        self._shown[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
+        return True
+
+    def stop(self) -> None:
+        """Removes the bar, if there is one."""
+        if self._shown is not None:
+            self._shown[0].stop()
+            self._shown = None
+
+
 class Bars:
     """One progress bar, moved by callbacks of loading and sampling; and notes. With `quiet`, neither is shown."""
 
@@ -43,7 +80,7 @@ class Bars:
         self._quiet, self._shown = quiet, sys.stderr.isatty() and not quiet
         if quiet:
             os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # read when the hub's library is imported
-        self._progress: tuple[Progress, TaskID] | None = None
+        self._bar = TextBar(timed=True)
         self._drawn_before = 0  # evaluations so far, times their images
         self._images = 0
         self._wanted = 0
@@ -68,7 +105,7 @@ class Bars:
     def load(self, what: str, done: int, total: int) -> None:
         """Shows bytes of weights read: `progress` of `ScaleRAE.from_pretrained`."""
         if self._shown:
-            self._update(f"loading {what}", done, total)
+            self._bar.update(f"loading {what}", done, total)
             if done >= total:
                 self.stop()
 
@@ -82,7 +119,7 @@ class Bars:
             total = max(self._images, len(x)) * evaluations
             images = f"{self._images} images" if self._images > 1 else "1 image"
             self._drawn_before += len(x)
-            self._update(f"drawing {images}", self._drawn_before, total)
+            self._bar.update(f"drawing {images}", self._drawn_before, total)
             if self._drawn_before >= total:
                 self.stop()
 
@@ -98,57 +135,11 @@ class Bars:
         if self._shown:
             begun, dropped, accepted = (self._candidates[name] for name in ("begun", DROPPED, ACCEPTED))
             text = f"{begun} candidates begun, {dropped} dropped, {accepted} accepted"
-            self._update(text, min(accepted, self._wanted), self._wanted)
-
-    def _update(self, text: str, done: int, total: int) -> None:
-        if self._progress is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-            bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._progress = bar, bar.add_task(text, total=total)
-            bar.start()
-        bar, task = self._progress
-        bar.update(task, description=text, completed=done, total=total)
+            self._bar.update(text, min(accepted, self._wanted), self._wanted)
 
     def stop(self) -> None:
         """Removes the bar, if there is one."""
-        if self._progress is not None:
-            self._progress[0].stop()
-            self._progress = None
-
-
-class TextBar:
-    """A bar on stderr with a text beside it, from the first `update` to `stop`."""
-
-    def __init__(self) -> None:
-        self._shown: tuple[Progress, TaskID] | None = None
-
-    def update(self, text: str, done: int, total: int) -> None:
-        """Shows that `done` of `total` things are done."""
-        if self._shown is None:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn
-
-            bar = Progress(BarColumn(), TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
-            self._shown = bar, bar.add_task("", total=total)
-            bar.start()
-        bar, task = self._shown
-        bar.update(task, completed=done, total=total, description=text)
-
-    def print(self, text: str) -> bool:
-        """Prints a line above the bar; False if no bar is shown."""
-        if self._shown is None:
-            return False
-        self._shown[0].console.print(text, markup=False, highlight=False, soft_wrap=True)
-        return True
-
-    def stop(self) -> None:
-        """Removes the bar, if there is one."""
-        if self._shown is not None:
-            self._shown[0].stop()
-            self._shown = None
+        self._bar.stop()
 
 
 class ScalingDisplay:
