@@ -17,7 +17,7 @@ from scale_rae.errors import DataError
 from scale_rae.hub import Source, find
 from scale_rae.opening import silence_libraries
 from scale_rae.promptfile import read_prompts
-from scale_rae.training.records import read_records
+from scale_rae.training.records import no_report, read_records
 from scale_rae.training.settings import TrainingOptions
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def command(
         return
     try:
         with TrainingBar(options.out) as bar:
-            report = bar.prepare if _is_first() else lambda what, done, total: None
+            report = bar.prepare if _is_first() else no_report
             records, problems = read_records(options, report)  # before a model is downloaded
         source = checked_model(options.model, options.revision, debug)
         _list(f"left out: {problem}" for problem in problems)

@@ -29,6 +29,7 @@ from scale_rae.noise import image_seed
 from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.log import Log
 from scale_rae.training.optim import FlatModel
+from scale_rae.training.records import Report, no_report
 from scale_rae.training.trainer import Progress
 
 _SMALL_ERROR = 0.1  # root mean square of a velocity's error, below which the loss is quadratic
@@ -182,7 +183,7 @@ class Distiller:
         write_result: Callable[[Path], None],
         graph: bool = True,
         watch: Callable[[Progress], None] = lambda progress: None,
-        report: Callable[[str, int, int], None] = lambda what, done, total: None,
+        report: Report = no_report,
     ) -> None:
         """`dit` is the student, whose parameters `flat` has."""
         self.plan, self.flat, self.dit, self.shift, self.conditions = plan, flat, dit, shift, conditions

@@ -39,6 +39,10 @@ Report = Callable[[str, int, int], None]
 """Called as `report(what, done, total)` while something is read or prepared."""
 
 
+def no_report(what: str, done: int, total: int) -> None:
+    """A `Report` that shows nothing."""
+
+
 @dataclass(frozen=True)
 class PictureFile:
     """A picture's bytes: a file, or `size` bytes of it from `offset` on."""
@@ -104,7 +108,7 @@ def read_data(
     image_folder: Path | None = None,
     workers: int = 8,
     without: Path | None = None,
-    report: Report = lambda what, done, total: None,
+    report: Report = no_report,
 ) -> Data:
     """All records of the files and folders, in order. Every picture is decoded once, to see whether it can be.
 
@@ -353,9 +357,7 @@ def _utf8(data: bytes, where: str) -> str:
         raise InputError(f"{where}: not valid UTF-8 (byte {e.start + 1})") from e
 
 
-def read_records(
-    options: TrainingOptions, report: Report = lambda what, done, total: None
-) -> tuple[list[Record], list[str]]:
+def read_records(options: TrainingOptions, report: Report = no_report) -> tuple[list[Record], list[str]]:
     """The records of the data that the options name, and the bad ones' problems.
 
     Raises:

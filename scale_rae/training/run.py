@@ -32,7 +32,7 @@ from scale_rae.training.lora import adapter_changes
 from scale_rae.training.objective import FineTune, Objective
 from scale_rae.training.parallel import Group, join, local_device
 from scale_rae.training.prepare import Model, Prepared, forced_conditions, prepare
-from scale_rae.training.records import Record, Report
+from scale_rae.training.records import Record, Report, no_report
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.training.trainer import Batches, Plan, Progress, Trainer
 from scale_rae.training.validation import Validation
@@ -45,7 +45,7 @@ class Watcher:
     """Callbacks of a training: notes for the user, progress of the preparation, each step."""
 
     note: Callable[[str], None] = lambda text: None
-    report: Report = lambda what, done, total: None
+    report: Report = no_report
     step: Callable[[Progress], None] = lambda progress: None
 
 
