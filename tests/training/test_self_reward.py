@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae.cli import app
+from scale_rae.dit import DiT
 from scale_rae.errors import ConfigError, OptionError, TrainingError
 from scale_rae.hub import find
 from scale_rae.layout import DIT_PREFIX
@@ -178,13 +179,18 @@ def test_a_loss_that_is_not_finite_names_its_prompts(options: TrainingOptions) -
         go(broken)
 
 
-def test_the_loss_pushes_from_worse_to_better(models: dict[str, ScaleRAE]) -> None:
-    model = models["ddt"]
+def two_drawings(model: ScaleRAE) -> tuple[DiT, FlatModel, Tensor, Tensor, Tensor]:
+    """A velocity network and its parameters; two drawings x and noises [2, C, S, S], and conditions [2, L, Z]."""
     dit, config = copy.deepcopy(model.dit).requires_grad_(), model.config
     flat = FlatModel({DIT_PREFIX: dit}, torch.device("cpu"), torch.float32, OptimizerOptions(), 1)
     generator = torch.Generator().manual_seed(0)
     x, noise = (torch.randn(2, config.channels, config.dit.side, config.dit.side, generator=generator) for _ in "ab")
     conditions = torch.randn(2, config.tokens, config.dit.condition_width, generator=generator)
+    return dit, flat, x, noise, conditions
+
+
+def test_the_loss_pushes_from_worse_to_better(models: dict[str, ScaleRAE]) -> None:
+    dit, flat, x, noise, conditions = two_drawings(models["ddt"])
     t, none = torch.tensor([0.8, 0.4]), torch.zeros(2, dtype=torch.bool)
 
     def losses(r: float, dropped: Tensor, beta: float, start: Tensor, folds: bool) -> Tensor:
@@ -303,12 +309,7 @@ def test_only_the_validation_sees_the_verifier(options: TrainingOptions, monkeyp
 
 
 def test_the_kl_weight_counts_the_distance_to_the_start(models: dict[str, ScaleRAE]) -> None:
-    model = models["ddt"]
-    dit, config = copy.deepcopy(model.dit).requires_grad_(), model.config
-    flat = FlatModel({DIT_PREFIX: dit}, torch.device("cpu"), torch.float32, OptimizerOptions(), 1)
-    generator = torch.Generator().manual_seed(0)
-    x, noise = (torch.randn(2, config.channels, config.dit.side, config.dit.side, generator=generator) for _ in "ab")
-    conditions = torch.randn(2, config.tokens, config.dit.condition_width, generator=generator)
+    dit, flat, x, noise, conditions = two_drawings(models["ddt"])
     none = torch.zeros(2, dtype=torch.bool)
     batch = Scored(["a", "b"], x, conditions, torch.full((2,), 0.7), torch.tensor([0.8, 0.4]), noise, none, False)
 
