@@ -276,9 +276,11 @@ def with_looks(search: SearchOptions, sampling: SamplingOptions, config: ScaleRA
 
     A sampler of few steps ends before that time; its look is before its last step. With one step there is no look.
     """
+    if search.check_at:
+        return search
     sampling = own_options(config.student, sampling)
     possible = look_times(sampling.solver, sampler_times(config, sampling))
-    if search.check_at or not possible:
+    if not possible:
         return search
     return replace(search, check_at=(max(usual_look(_shift(config)), possible[-1]),))
 

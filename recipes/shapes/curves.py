@@ -18,14 +18,8 @@ PANELS: dict[str, tuple[str, ...]] = {
     "joint": ("flow", "answer", "attributes", "additive", "yes_no"),
     "reader": ("text", "condition", "read_yes_no", "own_yes_no"),
 }
-PLAIN = (
-    "psnr",
-    "right",
-    "true_first",
-    "yes_no",
-    "read_yes_no",
-    "own_yes_no",
-)  # dB, and shares of what was right; losses have a logarithmic axis
+# dB, and shares of what was right; losses have a logarithmic axis.
+PLAIN = ("psnr", "right", "true_first", "yes_no", "read_yes_no", "own_yes_no")
 
 
 def read_log(file: Path) -> dict[str, list[float]]:

@@ -161,9 +161,8 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     end = len(records) + len(asked)
     validation = [made(i) for i in range(len(records), end)]
     classed = [i for i in range(end, len(worded)) if i in by_itself]
-    place = {
-        worded[i].messages: number for number, i in enumerate(classed)
-    }  # a prompt that is repeated has one drawing
+    # A prompt that is repeated has one drawing.
+    place = {worded[i].messages: number for number, i in enumerate(classed)}
     seeds = [image_seed(options.seed, place[worded[i].messages], 0) for i in classed]
     keeping = [_kept(worded[i], layouts[i], seed, options, model) for i, seed in zip(classed, seeds, strict=True)]
     if others := [worded[i].messages[0].text for i in range(end, len(worded)) if i not in by_itself]:
