@@ -23,7 +23,7 @@ import multiprocessing.pool
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -289,23 +289,32 @@ class Reading:
 
     def condition(self, hidden: Tensor, length: Tensor) -> Tensor:
         """Conditions [B, L, Z] of hidden states whose queries begin at `length` [B]."""
-        places = length[:, None] + torch.arange(self.tokens, device=hidden.device)
-        return self.language.condition(self.at(hidden, places))
+        return self.language.condition(self.states(hidden, length))
+
+    def states(self, hidden: Tensor, length: Tensor) -> Tensor:
+        """Hidden states [B, L, H] at the queries, which begin at `length` [B]."""
+        return self.at(hidden, length[:, None] + torch.arange(self.tokens, device=hidden.device))
+
+
+@torch.no_grad()
+def states_of(
+    language: LanguageModel, preset: Preset, vocabulary: int, rows: Rows, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    """Hidden states [N, L, H] at the queries of requests in rows, part by part; the projector makes the conditions of them."""
+    width = -(-(int(rows.length.max()) + preset.tokens) // 8) * 8
+    reading = Reading(language, preset, vocabulary, width, dtype)
+    for start in range(0, len(rows), 4096):
+        part = slice(start, start + 4096)
+        ids = torch.from_numpy(rows.ids[part, :width]).to(language.device).long()
+        length = torch.from_numpy(rows.length[part]).to(language.device).long()
+        yield reading.states(reading.hidden(reading.embed(reading.with_queries(ids, length))), length)
 
 
 @torch.no_grad()
 def conditions_of(language: LanguageModel, preset: Preset, vocabulary: int, rows: Rows, dtype: torch.dtype) -> Tensor:
     """Conditions [N, L, Z] of requests in rows, in `dtype`."""
-    width = -(-(int(rows.length.max()) + preset.tokens) // 8) * 8
-    reading = Reading(language, preset, vocabulary, width, dtype)
-    parts = []
-    for start in range(0, len(rows), 4096):
-        part = slice(start, start + 4096)
-        ids = torch.from_numpy(rows.ids[part, :width]).to(language.device).long()
-        length = torch.from_numpy(rows.length[part]).to(language.device).long()
-        hidden = reading.hidden(reading.embed(reading.with_queries(ids, length)))
-        parts.append(reading.condition(hidden, length).to(dtype))
-    return torch.cat(parts)
+    states = states_of(language, preset, vocabulary, rows, dtype)
+    return torch.cat([language.condition(part).to(dtype) for part in states])
 
 
 class Loss:
@@ -493,7 +502,7 @@ def main(argv: list[str] | None = None) -> bool:
         args.start_from,
         *(_cased(earlier, words, args.out / f"earlier-{place}") for place, earlier in enumerate(args.earlier, 1)),
     ]
-    models = [_drawing_model(exported, words, preset, device, dtype) for exported in folders]
+    models = [drawing_model(exported, words, preset, device, dtype) for exported in folders]
     drawn = []
     for place, draws in enumerate(models):
         first = sum(amounts[:place])
@@ -614,9 +623,10 @@ class DrawingModel:
     dtype: torch.dtype
 
 
-def _drawing_model(
+def drawing_model(
     folder: Path, words: Vocabulary, preset: Preset, device: torch.device, dtype: torch.dtype
 ) -> DrawingModel:
+    """The exported model in `folder`, whose tokenizer has the vocabulary `words`."""
     config, language, dit = networks.build_joint(words.model_config(preset))
     everything = FlatModel({"": language, joint.PREFIX: dit}, device, dtype, OptimizerOptions(), 1, keeps_float32)
     joint.start_from(everything, folder)
