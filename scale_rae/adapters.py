@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,9 @@ def find_adapters(chosen: Sequence[str | os.PathLike[str]] | os.PathLike[str]) -
     """
     several = [chosen] if isinstance(chosen, str | os.PathLike) else chosen
     parts = [lora_parts(os.fspath(one)) for one in several]
-    found = [(find(name, "adapter", files=FILES), weight) for name, weight in parts]
+    # config.json, which only a student has, is fetched too, but is no file of the adapter.
+    fetched = [(find(name, "adapter", files=(*FILES, "config.json")), weight) for name, weight in parts]
+    found = [(replace(source, files=FILES), weight) for source, weight in fetched]
     for source, _ in found:
         path = source.folder / "config.json"
         if path.is_file() and FIELD in read_json(path):

@@ -14,9 +14,9 @@ from scale_rae.cli.app import fail, say, show
 from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.cli.signature import expanded, flag_name, given_options, one_of
-from scale_rae.config import load_config
+from scale_rae.config import load_config, parse_config
 from scale_rae.errors import InputError, OptionError, ScaleRAEError
-from scale_rae.hub import find_folder
+from scale_rae.listing import list_files
 from scale_rae.options import (
     AUTO_REWARD,
     DEFAULT_MODEL,
@@ -234,17 +234,17 @@ def _check_search(settings: Settings, given: set[str]) -> None:
 
 
 def _own_sampling(settings: Settings, given: set[str]) -> SamplingOptions:
-    """The sampler's options, or those of a student in a folder; workers know those of a student on the hub.
+    """The sampler's options, or those of a student. Of a model on the hub, only config.json is read.
 
     Raises:
         OptionError: for an option that the student does not take.
     """
     try:
-        source = find_folder(settings.model_path, "model")
-        student = None if source is None else load_config(source.folder).student
+        files = list_files(settings.model_path, "model", revision=settings.revision)
+        config = parse_config(files.read_json("config.json"), Path(files.where("config.json")))
     except ScaleRAEError:  # which workers report
         return settings.options
-    return own_options(student, settings.options, given)
+    return own_options(config.student, settings.options, given)
 
 
 def fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None]) -> Settings:

@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from scale_rae.acceptance import ACCEPTED, REJECTED
 from scale_rae.adaptive import check_looks, with_looks
 from scale_rae.cli import app
 from scale_rae.config import load_config
-from scale_rae.errors import CheckpointError, ConfigError, OptionError, TrainingError
+from scale_rae.errors import CheckpointError, ConfigError, HubError, OptionError, TrainingError
 from scale_rae.hub import find
 from scale_rae.inspection import inspect
 from scale_rae.noise import draw_noise
@@ -37,6 +38,9 @@ from scale_rae.training.exchange import exchanges
 from scale_rae.training.run import Watcher, open_model
 from scale_rae.training.students import conditions_of, distill, exchanged_conditions, prompts_of
 from scale_rae.training.trainer import Progress
+from tests.helpers.fake_hub import FakeHub, own_hub
+
+STUDENT = "some-lab/student"
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +89,14 @@ def student(usual: DistillOptions, log: list[dict[str, Any]], tmp_path: Path) ->
     for name in ("config.json", "adapter_config.json", "adapter_model.safetensors"):
         shutil.copyfile(usual.out / name, folder / name)
     return folder
+
+
+@pytest.fixture
+def hub_student(student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
+    """A hub that has the usual student as STUDENT."""
+    with own_hub(tmp_path / "cache", monkeypatch) as hub:
+        hub.add(STUDENT, student)
+        yield hub
 
 
 def go(options: DistillOptions, watcher: Watcher | None = None) -> list[dict[str, Any]]:
@@ -313,6 +325,34 @@ def test_an_experiment_refuses_other_options(student: Path, tmp_path: Path, caps
     assert "steps 49: this model is a student and takes only 2" in capsys.readouterr().err
 
 
+def test_an_experiment_with_a_student_on_the_hub_has_its_options(
+    hub_student: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The user's own defaults give way to it, flags do not."""
+    monkeypatch.setenv("SCALE_RAE_STEPS", "20")
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "Can you generate a cat"}\n')
+    how = ["--metadata-file", str(file), "--output-dir", str(tmp_path / "o"), "--model-path", STUDENT]
+    how += ["--device", "cpu", "--n-samples", "1", "--scaling-rounds", "1", "--reward", "none"]
+    assert app.run(["scale", "t2i", *how, "--steps", "49"]) == 2
+    assert "steps 49: this model is a student and takes only 2" in capsys.readouterr().err
+    assert not any("safetensors" in name for name in hub_student.downloaded())
+    assert app.run(["scale", "t2i", *how]) == 0
+    record = tmp_path / "o" / "student" / "1_qa_prompt_template_scale_latent" / "experiment.json"
+    settings = json.loads(record.read_text())["settings"]
+    assert (settings["steps"], settings["guidance_level"]) == (2, 3.0)
+
+
+def test_a_student_of_the_hub_is_found_without_the_hub(hub_student: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    online = find(STUDENT, "model")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert find(STUDENT, "model") == online
+    assert online.student is not None
+    (online.student / "adapter_model.safetensors").unlink()
+    with pytest.raises(HubError, match=r"only part of it was downloaded \(.*adapter_model.safetensors: no such file\)"):
+        find(STUDENT, "model")
+
+
 def test_requests_take_the_students_options(student: Path) -> None:
     own = load_config(student).student
     assert own is not None
@@ -353,6 +393,14 @@ def test_a_student_is_no_lora(student: Path, teacher: Path, capsys: pytest.Captu
         f"error: --lora {student}: is a student, whose adapter predicts mean velocities; give its folder"
         in capsys.readouterr().err
     )
+
+
+def test_a_student_on_the_hub_is_no_lora(
+    hub_student: FakeHub, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = ["--model-path", str(teacher), "--device", "cpu", "--prompt", "a cat", "--output-dir", str(tmp_path)]
+    assert app.run(["t2i", *how, "--lora", STUDENT]) == 2
+    assert f"error: --lora {STUDENT}: is a student, whose adapter predicts" in capsys.readouterr().err
 
 
 def test_a_merged_student_needs_no_base(student: Path, tmp_path: Path) -> None:
