@@ -269,10 +269,8 @@ def cached(name: str, what: str, revision: str | None, wanted: tuple[str, ...], 
     try:
         if wanted or what == "decoder":
             _existing(folder / (wanted[0] if wanted else DECODER_WEIGHTS))
-        elif (
-            what == "model" and (folder / ADAPTER_FILES[0]).is_file()
-        ):  # a student, whose base model has the other weights
-            _existing(folder / ADAPTER_FILES[1])
+        elif what == "model" and (folder / ADAPTER_FILES[0]).is_file():
+            _existing(folder / ADAPTER_FILES[1])  # of a student, whose base model has the other weights
         else:
             weight_files(vae_folder(folder) if what == "VAE" else folder)
     except CheckpointError as incomplete:

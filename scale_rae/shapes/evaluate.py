@@ -32,9 +32,13 @@ try:
     import typer
     from PIL import Image
 
+    from scale_rae.cli.signature import given_options
+    from scale_rae.config import load_config
+    from scale_rae.opening import find_model
     from scale_rae.options import DEFAULT_STEPS, ModelChoice, SamplingOptions, check_count
     from scale_rae.prompt import SYSTEM, Turn
     from scale_rae.shapes import asking, world
+    from scale_rae.student import own_options
 except ModuleNotFoundError as e:
     if __name__ != "__main__":
         raise
@@ -286,18 +290,9 @@ Show = Annotated[bool, typer.Option("--show", help="also print what was wrong")]
 OtherSystems = Annotated[bool, typer.Option("--other-systems", help="after 16 other system messages, in turn")]
 
 
-def _load(
-    model_path: str,
-    device: str | None = None,
-    dtype: str | None = None,
-    quantize: str | None = None,
-    lora: Sequence[str] = (),
-) -> scale_rae.ScaleRAE:
+def _load(model_path: str, device: str | None) -> scale_rae.ScaleRAE:
     """The model, after the checks that need no torch."""
-    from scale_rae.opening import find_model
-
-    source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize, lora=tuple(lora)))
-    return scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize, lora=lora)
+    return scale_rae.ScaleRAE.from_pretrained(find_model(ModelChoice(model_path, device=device)), device=device)
 
 
 def _table(title: str, rows: dict[str, Share]) -> None:
@@ -308,6 +303,7 @@ def _table(title: str, rows: dict[str, Share]) -> None:
 
 @app.command("draw")
 def draw_command(
+    ctx: typer.Context,
     guidance: Annotated[list[float], typer.Option(help="guidance levels, each evaluated")] = [1.0],  # noqa: B006
     model_path: Model = "shapes",
     per_kind: Annotated[int, typer.Option(help="prompts of each kind")] = 100,
@@ -331,11 +327,15 @@ def draw_command(
     samplings = [SamplingOptions(guidance=level, interval=interval, steps=steps, solver=solver) for level in guidance]
     for options in samplings:
         options.check()
-    model = _load(model_path, device, dtype, quantize, lora or ())
+    adapters = tuple(lora or ())
+    source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize, lora=adapters))
+    given = {"guidance_level" if name == "guidance" else name for name in given_options(ctx)}
+    student = load_config(source.config_folder).student
+    samplings = [own_options(student, options, given) for options in samplings]
+    model = scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize, lora=adapters)
     prompts = world.prompts(per_kind, scenes, seed)
-    for given in samplings:
+    for level, options in zip(guidance, samplings, strict=True):
         start = time.perf_counter()
-        options = model.sampler.chosen(given)
         drawn = draw_prompts(model, prompts, seed, WORDINGS[wordings], options=options)
         seconds = time.perf_counter() - start
         name = f"guidance {options.guidance:g}, {options.solver} {options.steps} steps, wordings {wordings}, scenes {scenes}, seed {seed}"
@@ -343,7 +343,7 @@ def draw_command(
         if self_judge:
             _table("  agreement of the model's yes/no about its own latents with the judge", agreement(model, drawn))
         if output_dir is not None:
-            write_results(output_dir / f"guidance_{given.guidance:g}", drawn)
+            write_results(output_dir / f"guidance_{level:g}", drawn)
 
 
 def write_results(folder: Path, drawn: Sequence[Drawn]) -> None:

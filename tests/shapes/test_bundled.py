@@ -189,6 +189,21 @@ def test_evaluate_prints_help() -> None:
     assert all(name in shown for name in ("draw", "read", "ask", "decline", "reconstruct"))
 
 
+@pytest.mark.parametrize(
+    ("given", "said"), [(["--steps", "49"], "steps 49"), (["--guidance", "1"], "guidance level 1")]
+)
+def test_evaluate_refuses_what_a_student_does_not_take(
+    given: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also the defaults, if they are given."""
+    monkeypatch.setattr(sys, "argv", ["evaluate", "draw", "--model-path", "shapes-4", *given])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {said}: this model is a student and takes only ")
+    assert error.endswith("; leave it out, or draw with its base model, shapes\n")
+
+
 def test_pictures_are_the_drawn_scenes() -> None:
     rng = random.Random(0)
     scenes = world.sample(np.random.default_rng(0), 12, world.KINDS, held_out="any")
