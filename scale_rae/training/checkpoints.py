@@ -18,6 +18,7 @@ from torch import Tensor
 from scale_rae.checkpoint import writing
 from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_line
 from scale_rae.files import replacing, replacing_folder
+from scale_rae.hub import ADAPTER_FILES
 from scale_rae.jsonio import dump_json, parse_json
 
 STATE = "training_state.pt"
@@ -66,6 +67,13 @@ class Checkpoints:
         for old in self.steps()[: -self._keep] if self._keep and trim else []:
             shutil.rmtree(self.folder / f"checkpoint-{old}", ignore_errors=True)
         return target
+
+    def use(self, step: int) -> str:
+        """What the checkpoint of a step is good for, in words: its adapter, if it has one, else going on."""
+        folder = self.folder / f"checkpoint-{step}"
+        if (folder / ADAPTER_FILES[0]).is_file():
+            return f"the weights of step {step} are kept: draw with them, or train on from them, by --lora {folder}"
+        return f"the state of step {step} is kept in {folder}, from which --resume comes to step {step + 1} again"
 
     def newest(self) -> tuple[int, dict[str, Tensor]] | None:
         """The newest checkpoint's step and state, None if there is none.

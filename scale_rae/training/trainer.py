@@ -188,15 +188,16 @@ class Trainer(Generic[B]):
         kept = "nothing was learnt yet"
         if self.done and self._is_finite():
             self.save(trim=False)
-            kept = f"the weights of step {self.done} are kept in checkpoint-{self.done}"
+            kept = self._checkpoints.use(self.done)
         elif self.done:
             kept = f"those of step {self.done} are not finite, either, and not kept"
         records = "; ".join(where for part in batch for where in self.batches.where(part))
         losses = {name: x for name, x in self.objective.record(numbers, 1).items() if isinstance(x, float)}
         what = ", ".join(f"{name} {x:g}" for name, x in {**losses, "gradient norm": norm}.items())
+        where = " in another --out" if self._checkpoints.steps() else ""
         raise TrainingError(
-            f"step {step}: not finite ({what}) for the records {records}; {kept}; try a lower --learning-rate, or "
-            "--mixed-precision no"
+            f"step {step}: not finite ({what}) for the records {records}; {kept}; begin again{where} with a lower "
+            "--learning-rate, or with --mixed-precision no"
         )
 
     def _is_finite(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -176,13 +177,18 @@ def test_accumulated_parts_are_one_batch(options: TrainingOptions, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("rate", "kept"),
-    [(1e30, "the weights of step 1 are kept in checkpoint-1;"), (1e39, "those of step 1 are not finite, either")],
+    ("rate", "full", "kept"),
+    [
+        (1e30, False, "the weights of step 1 are kept: .* by --lora {out}/checkpoint-1; begin again in another --out"),
+        (1e30, True, "the state of step 1 is kept in {out}/checkpoint-1, .* --resume .*; begin again in another --out"),
+        (1e39, False, "those of step 1 are not finite, either, and not kept; begin again with a lower"),
+    ],
 )
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_records(
-    options: TrainingOptions, rate: float, kept: str
+    options: TrainingOptions, rate: float, full: bool, kept: str
 ) -> None:
-    broken = replace(options, learning_rate=rate, lr_warmup_steps=0, lr_scheduler="constant")
+    broken = replace(options, learning_rate=rate, full=full, lr_warmup_steps=0, lr_scheduler="constant")
+    kept = kept.format(out=re.escape(str(options.out)))
     with pytest.raises(TrainingError, match=rf"^step 2: not finite .*metadata.jsonl, line \d.* {kept}"):
         go(broken)
     assert len(list(broken.out.glob("checkpoint-*"))) == (rate == 1e30)
