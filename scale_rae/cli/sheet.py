@@ -10,6 +10,7 @@ import typer
 from scale_rae.cli.app import say, show
 from scale_rae.cli.report import Folder
 from scale_rae.cli.select import Debug, Keep, RewardWeight, check_metric
+from scale_rae.errors import shorten
 from scale_rae.ranking import METRICS_HELP, REWARD_WEIGHT
 
 
@@ -29,9 +30,14 @@ def command(
     """Make a PNG with each prompt's images, best first: the kept ones framed, answer and score below each."""
     from scale_rae.scaling.sheet import write_sheet
 
-    path, experiment, shown = write_sheet(folder, output, metric, keep, reward_weight, thumbnail, columns, limit)
-    for p in experiment.incomplete:
+    sheet = write_sheet(folder, output, metric, keep, reward_weight, thumbnail, columns, limit)
+    for p in sheet.experiment.incomplete:
         say(f"incomplete {p.folder.name}: {p.reason}")
-    if shown < len(experiment.prompts):
-        say(f"the first {shown} of {len(experiment.prompts)} prompts")
-    show(str(path))
+    if sheet.prompts < len(sheet.experiment.prompts):
+        say(f"the first {sheet.prompts} of {len(sheet.experiment.prompts)} prompts")
+    if sheet.missing:
+        say(
+            f"note: boxes stand for characters of prompts that no known font here has ({shorten(sheet.missing, 20)}); install one "
+            "that has them, such as Noto Sans CJK for Chinese, Japanese and Korean"
+        )
+    show(str(sheet.path))

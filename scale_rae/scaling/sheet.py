@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from scale_rae.errors import InputError
 from scale_rae.scaling.reader import Experiment, read_experiment
@@ -20,7 +20,24 @@ if TYPE_CHECKING:
 GROUND, INK, SOFT, EDGE, KEPT = "#ffffff", "#1c1e21", "#5d636b", "#dcdcd6", "#1f5fbf"
 ANSWER = {"yes": "#17703f", "no": "#b3400b", "uncertain": "#666c75"}
 LARGEST = 200_000_000  # pixels; the sheet takes three bytes per pixel while it is drawn
+# Files of fonts on Linux, macOS and Windows, in the order in which they are tried. DejaVu Sans has the scripts of Europe, most others have
+# Chinese, Japanese or Korean. Pillow's own font has hardly more than ASCII.
+FONTS = (
+    "DejaVuSans.ttf",
+    *("NotoSansCJK-Regular.ttc", "wqy-microhei.ttc", "wqy-zenhei.ttc", "DroidSansFallbackFull.ttf"),
+    *("Hiragino Sans GB.ttc", "PingFang.ttc", "AppleSDGothicNeo.ttc", "Arial Unicode.ttf"),
+    *("segoeui.ttf", "msyh.ttc", "YuGothM.ttc", "malgun.ttf"),
+)
 _GAP, _LINE, _MARGIN = 10, 17, 20
+
+
+class Sheet(NamedTuple):
+    """A written contact sheet, how many prompts are on it, and which of their characters no font of FONTS here has."""
+
+    path: Path
+    experiment: Experiment
+    prompts: int
+    missing: str
 
 
 def write_sheet(
@@ -32,8 +49,8 @@ def write_sheet(
     thumbnail: int,
     columns: int | None,
     limit: int | None,
-) -> tuple[Path, Experiment, int]:
-    """The path of the sheet, once it is written, the experiment, and how many prompts are on the sheet.
+) -> Sheet:
+    """The sheet, once it is written.
 
     By default the path is `<folder>_sheet.png`. `thumbnail` is the longest side of an image, in pixels.
 
@@ -48,7 +65,8 @@ def write_sheet(
     buffer = io.BytesIO()
     draw_sheet(selections, heading, thumbnail, columns).save(buffer, "PNG")
     write_file(target, buffer.getvalue(), experiment.folder)
-    return target, experiment, len(selections)
+    missing = set().union(*(_lacking(_font(s.prompt.text, 14), s.prompt.text) for s in selections))
+    return Sheet(target, experiment, len(selections), "".join(sorted(missing)))
 
 
 def draw_sheet(selections: Sequence[Selection], heading: str, thumbnail: int, columns: int | None) -> Image.Image:
@@ -57,9 +75,9 @@ def draw_sheet(selections: Sequence[Selection], heading: str, thumbnail: int, co
 
     most = max(len(s.prompt.images) for s in selections)
     cell_width = most * (thumbnail + _GAP) + 2 * _GAP
-    texts = [_wrapped(f"{s.prompt.name}  {s.prompt.text}", cell_width - _GAP) for s in selections]
+    texts = [_wrapped(f"{s.prompt.name}  {s.prompt.text}", cell_width - _GAP, 14) for s in selections]
     # The answer and the score have a line each.
-    heights = [len(lines) * _LINE + 6 + thumbnail + 8 + 2 * _LINE + 14 for lines in texts]
+    heights = [len(lines) * _LINE + 6 + thumbnail + 8 + 2 * _LINE + 14 for lines, _ in texts]
     if columns is None:  # about as high as wide
         columns = max(1, min(len(selections), round(math.sqrt(sum(heights) / cell_width))))
     per_column = math.ceil(len(selections) / columns)
@@ -73,20 +91,27 @@ def draw_sheet(selections: Sequence[Selection], heading: str, thumbnail: int, co
         )
     sheet = Image.new("RGB", (width, height), GROUND)
     pen = ImageDraw.Draw(sheet)
-    pen.text((_MARGIN, _MARGIN - 4), _fitted(heading, width - 2 * _MARGIN, 18), fill=INK, font=_font(18))
+    _write(pen, (_MARGIN, _MARGIN - 4), heading, width - 2 * _MARGIN, INK, 18)
     for column, stack in enumerate(stacks):
         x, y = _MARGIN + column * (cell_width + _MARGIN), top
         for i in stack:
-            _draw_prompt(sheet, pen, selections[i], texts[i], x, y, thumbnail)
+            _draw_prompt(sheet, pen, selections[i], *texts[i], x, y, thumbnail)
             y += heights[i]
     return sheet
 
 
 def _draw_prompt(
-    sheet: Image.Image, pen: ImageDraw.ImageDraw, selection: Selection, lines: list[str], x: int, y: int, size: int
+    sheet: Image.Image,
+    pen: ImageDraw.ImageDraw,
+    selection: Selection,
+    lines: list[str],
+    font: Any,
+    x: int,
+    y: int,
+    size: int,
 ) -> None:
     for line in lines:
-        pen.text((x, y), line, fill=INK, font=_font(14))
+        pen.text((x, y), line, fill=INK, font=font)
         y += _LINE
     y += 6
     answers, scores = selection.answers(), selection.ranking.scores
@@ -100,13 +125,13 @@ def _draw_prompt(
         )
         score, answer = scores[i], answers[i]
         value = "–" if score is None else f"{score:.2f}"
-        pen.text(
-            (left, y + size + 6),
-            _fitted(f"#{i}  {answer or '–'}", size, 13),
-            fill=ANSWER.get(answer or "", SOFT),
-            font=_font(13),
-        )
-        pen.text((left, y + size + 6 + _LINE), _fitted(value, size, 13), fill=SOFT, font=_font(13))
+        _write(pen, (left, y + size + 6), f"#{i}  {answer or '–'}", size, ANSWER.get(answer or "", SOFT), 13)
+        _write(pen, (left, y + size + 6 + _LINE), value, size, SOFT, 13)
+
+
+def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: int, colour: str, size: int) -> None:
+    font = _font(text, size)
+    pen.text(place, _fitted(text, width, font), fill=colour, font=font)
 
 
 def _tile(path: Path, size: int) -> Image.Image:
@@ -121,32 +146,66 @@ def _tile(path: Path, size: int) -> Image.Image:
     return flat.resize(shape, Image.Resampling.LANCZOS)
 
 
+def _font(text: str, size: int) -> Any:
+    """The first font of FONTS that is installed and has all characters of the text, else the usual one.
+
+    The usual one is the first of FONTS, or Pillow's own if that is not installed.
+    """
+    usual = _installed(FONTS[0], size) or _default(size)
+    if not _lacking(usual, text):
+        return usual
+    others = (_installed(name, size) for name in FONTS[1:])
+    return next((font for font in others if font is not None and not _lacking(font, text)), usual)
+
+
 @lru_cache
-def _font(size: int) -> Any:
-    """DejaVu Sans if it is installed, since it has more scripts than Pillow's own font."""
+def _installed(name: str, size: int) -> Any:
+    """The font in a file of that name, which Pillow looks for where the system keeps its fonts; None if there is none."""
     from PIL import ImageFont
 
     try:
-        return ImageFont.truetype("DejaVuSans.ttf", size)
+        return ImageFont.truetype(name, size)
     except OSError:
-        return ImageFont.load_default(size)
+        return None
 
 
-def _fitted(text: str, width: int, size: int) -> str:
+@lru_cache
+def _default(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
+
+
+def _lacking(font: Any, text: str) -> set[str]:
+    """The characters of a text that the font has no drawing of."""
+    return {c for c in _shown(text) if c != " " and _drawing(font, c) == _drawing(font, "\uffff")}
+
+
+@lru_cache(None)
+def _drawing(font: Any, character: str) -> bytes:
+    """What a font draws; for U+FFFF, which is no character, what it draws for those that it lacks."""
+    return bytes(font.getmask(character))
+
+
+def _shown(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _fitted(text: str, width: int, font: Any) -> str:
     """The text, cut and ended with … if it is too wide."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    if _font(size).getlength(text) <= width:
+    text = _shown(text)
+    if font.getlength(text) <= width:
         return text
-    while text and _font(size).getlength(text + "…") > width:
+    while text and font.getlength(text + "…") > width:
         text = text[: -max(1, len(text) // 20)]
     return text + "…"
 
 
-def _wrapped(text: str, width: int) -> list[str]:
-    """The text in at most two lines; the second is cut if the text is longer."""
-    first, rest = "", text.split()
-    while rest and _font(14).getlength(f"{first} {rest[0]}") <= width:
+def _wrapped(text: str, width: int, size: int) -> tuple[list[str], Any]:
+    """The text in at most two lines, and its font; the second line is cut if the text is longer."""
+    first, rest, font = "", text.split(), _font(text, size)
+    while rest and font.getlength(f"{first} {rest[0]}") <= width:
         first = f"{first} {rest.pop(0)}".strip()
     if not first:
-        return [_fitted(text, width, 14)]
-    return [_fitted(first, width, 14)] + ([_fitted(" ".join(rest), width, 14)] if rest else [])
+        return [_fitted(text, width, font)], font
+    return [_fitted(line, width, font) for line in (first, " ".join(rest)) if line], font

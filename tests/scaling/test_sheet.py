@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,31 @@ def test_the_order_is_the_metrics(tmp_path: Path) -> None:
         assert main(["sheet", str(folder), "-o", str(target), *options]) == 0
         sheets[" ".join(options)] = target.read_bytes()
     assert len(set(sheets.values())) == 3
+
+
+def test_captions_have_a_font_that_has_their_characters(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Cyrillic stands for Chinese, since matplotlib brings fonts with it and without it."""
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec is not None
+    assert spec.origin is not None
+    brought = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
+    latin, more = str(brought / "cmr10.ttf"), str(brought / "DejaVuSans.ttf")
+    sheets = {}
+    for text in ("a cat", "кошка"):
+        folder = write_experiment(tmp_path / text, 1, texts=(text,))
+        for fonts in ((latin,), (latin, "no such font.ttf", more)):
+            monkeypatch.setattr("scale_rae.scaling.sheet.FONTS", fonts)
+            target = tmp_path / "x.png"
+            assert main(["sheet", str(folder), "-o", str(target)]) == 0
+            sheets[text, fonts[-1]] = target.read_bytes(), capsys.readouterr().err
+    assert sheets["a cat", latin] == sheets["a cat", more]
+    assert sheets["кошка", latin][0] != sheets["кошка", more][0]
+    assert (
+        "note: boxes stand for characters of prompts that no known font here has (акош);" in sheets["кошка", latin][1]
+    )
+    assert not sheets["кошка", more][1]
 
 
 def test_a_sheet_that_is_too_large_is_refused(
