@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from scale_rae.decoder import PixelDecoder
 from scale_rae.encoder import Encoder
-from scale_rae.errors import InputError, need, shorten
+from scale_rae.errors import InputError, counted, need, shorten
 from scale_rae.flow import State, joined, parted
 from scale_rae.memory import pick_device
 from scale_rae.options import DEFAULT_MODEL, DEFAULT_NEW_TOKENS, SamplingOptions
@@ -291,10 +291,12 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
         shape = (count, config.channels, config.dit.side, config.dit.side)
         if latents is not None:
             if not isinstance(latents, Tensor) or tuple(latents.shape) != shape:
-                raise InputError(f"latents: {_shape(latents)}; the noise of {count} images is {list(shape)}")
+                raise InputError(f"latents: {_shape(latents)}; the noise of {counted(count, 'image')} is {list(shape)}")
             return latents.to(self.model.device, torch.float32)
         if isinstance(generator, Sequence) and len(generator) != count:
-            raise InputError(f"generator: {len(generator)} generators for {count} images; give one each, or one")
+            raise InputError(
+                f"generator: {counted(len(generator), 'generator')} for {counted(count, 'image')}; give one each, or one"
+            )
         many = list(generator) if isinstance(generator, Sequence) else generator
         for one in many if isinstance(many, list) else [many]:
             if not isinstance(one, torch.Generator | None):

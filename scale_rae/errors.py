@@ -105,6 +105,11 @@ def shorten(text: str, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def counted(number: float, noun: str, form: str = "") -> str:
+    """A number with its noun: "1 image", "3 images". `form` is the format of the number."""
+    return f"{number:{form}} {noun}{'' if number == 1 else 's'}"
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text that is not empty, or the name of its class."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from scale_rae.checkpoint import RowSink
 from scale_rae.codes import attention_kind
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, counted
 from scale_rae.kv_cache import CachePool, KVCache, Transfer
 from scale_rae.options import LANGUAGE_KINDS, Speed
 from scale_rae.prompt import IMAGE, ChatTokenizer, TextStream
@@ -61,7 +61,7 @@ class Conversation:
     latents: Sequence[Tensor] = ()
 
     def __repr__(self) -> str:
-        return f"Conversation({len(self.ids)} tokens, {len(self.shown)} latents)"
+        return f"Conversation({counted(len(self.ids), 'token')}, {counted(len(self.shown), 'latent')})"
 
     @property
     def shown(self) -> list[Tensor]:
@@ -84,7 +84,7 @@ class Reply:
 
     def __repr__(self) -> str:
         asked = "" if self.condition is None else f", condition {list(self.condition.shape)}"
-        return f"Reply({len(self.ids)} tokens{asked})"
+        return f"Reply({counted(len(self.ids), 'token')}{asked})"
 
 
 class LanguageModel(nn.Module):

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import torch
 
-from scale_rae.errors import DeviceError, OptionError, ScaleRAEError
+from scale_rae.errors import DeviceError, OptionError, ScaleRAEError, counted
 from scale_rae.options import check_device_name, check_dtype_name
 
 T = TypeVar("T")
@@ -132,21 +132,24 @@ def in_batches(
     size: int,
     run: Callable[[int, int], list[T]],
     errors: Callable[[str, str], MemoryErrors],
-    what: str,
+    doing: str,
+    noun: str,
     remedy: str = "fewer at once",
     release: Callable[[], None] | None = None,
 ) -> list[T]:
     """The results of `run(start, stop)` for 0 … `count`, in batches of `size`, which is halved whenever memory runs out.
 
-    `what` describes a batch in messages, with {} for its size; `errors(what, remedy)` makes the MemoryErrors. `release` frees
-    memory before a smaller batch is tried; without `release`, the error is raised. A warning is logged for each halving.
+    `doing` and `noun` describe a batch in messages ("drawing 3 images at once"); `errors(what, remedy)` makes the MemoryErrors.
+    `release` frees memory before a smaller batch is tried; without `release`, the error is raised. A warning is logged for each
+    halving.
     """
     done: list[T] = []
     while len(done) < count:
         start, stop = len(done), min(len(done) + size, count)
+        what = f"{doing} {counted(stop - start, noun)} at once"
         halve = False
         try:
-            with errors(what.format(stop - start), remedy if stop - start > 1 else ""):
+            with errors(what, remedy if stop - start > 1 else ""):
                 done += run(start, stop)
         except DeviceError as e:
             if release is None or stop - start == 1 or not out_of_memory(e):
@@ -154,7 +157,7 @@ def in_batches(
             halve = True
         if halve and release is not None:  # outside the handler, where the error no longer holds tensors
             size = (stop - start) // 2
-            _log.warning("out of memory %s; going on with %d", what.format(stop - start), size)
+            _log.warning("out of memory %s; going on with %d", what, size)
             release()
     return done
 

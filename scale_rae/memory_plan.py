@@ -23,7 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scale_rae.errors import DeviceError
+from scale_rae.errors import DeviceError, counted
 from scale_rae.footprint import Footprint, Rates, Way
 from scale_rae.options import OFFLOAD, default_batch_size, quantisation
 
@@ -51,8 +51,7 @@ class Plan:
     def __str__(self) -> str:
         """One line: what was chosen, and why."""
         asked = f"memory {self.request}" + (f" ({self.limit / _GIB:.1f} GiB)" if self.request == "auto" else "")
-        images = "1 image" if self.way.batch == 1 else f"{self.way.batch} images"
-        return f"{asked}: {flags(self.way)}, {images} at once, about {self.peak / _GIB:.1f} GiB at the peak; {self.because}"
+        return f"{asked}: {flags(self.way)}, {counted(self.way.batch, 'image')} at once, about {self.peak / _GIB:.1f} GiB at the peak; {self.because}"
 
     def record(self) -> dict[str, Any]:
         """What manifests record of it; the quantisation and the residency have fields of their own there."""

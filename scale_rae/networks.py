@@ -253,7 +253,8 @@ class Networks:
         count: int,
         size: int,
         run: Callable[[int, int], list[T]],
-        what: str,
+        doing: str,
+        noun: str,
         remedy: str = "fewer at once",
     ) -> list[T]:
         """`memory.in_batches` while `part` has its turn on the device. Every network runs through this method."""
@@ -261,7 +262,7 @@ class Networks:
             return []
         release = self.release_memory if self.split_batches else None
         with self.residency.use(part):
-            return in_batches(count, size, run, self.memory_errors, what, remedy, release)
+            return in_batches(count, size, run, self.memory_errors, doing, noun, remedy, release)
 
     def release_memory(self) -> None:
         """Frees what is kept between calls: captured graphs and KV caches."""

@@ -19,7 +19,7 @@ from scale_rae.checkpoint import check_latent
 from scale_rae.cpu import exact_batch
 from scale_rae.decoder import PixelDecoder
 from scale_rae.encoder import Encoder
-from scale_rae.errors import ConfigError, InputError
+from scale_rae.errors import ConfigError, InputError, counted
 from scale_rae.hub import Source
 from scale_rae.images import Picture, as_rgb
 from scale_rae.language import (
@@ -256,7 +256,9 @@ class ScaleRAE:
         if image_seeds is None:
             image_seeds = seeds_of(len(messages), num_images, seed)
         elif len(image_seeds) != len(messages):
-            raise InputError(f"{len(messages)} messages but {len(image_seeds)} lists of image seeds: give one each")
+            raise InputError(
+                f"{counted(len(messages), 'message')}, but image seeds for {len(image_seeds)}: give one each"
+            )
         start = time.perf_counter()
         replies = self.reply(messages, latents=latents, max_new_tokens=max_new_tokens, draw=draw)
         results = [
@@ -308,7 +310,9 @@ class ScaleRAE:
         else:
             self.check_reads()
             if len(latents) != len(messages):
-                raise InputError(f"{len(messages)} messages but {len(latents)} latents: give one each")
+                raise InputError(
+                    f"{counted(len(messages), 'message')} but {counted(len(latents), 'latent')}: give one each"
+                )
             conversations = [
                 Conversation(self.tokenizer.chat(m, image=True), self.check_latent(latent))
                 for m, latent in zip(messages, latents, strict=True)
@@ -338,9 +342,7 @@ class ScaleRAE:
             hear = None if listening is None else listening.attempt(start)
             return self.language.reply(conversations[start:stop], limits[start:stop], end, image_start, hear, draw)
 
-        return self._networks.in_batches(
-            "language", len(conversations), READ_AT_ONCE, answer, "answering {} messages at once"
-        )
+        return self._networks.in_batches("language", len(conversations), READ_AT_ONCE, answer, "answering", "message")
 
     def asks_for_image(self, reply: Reply) -> bool:
         """Whether a reply ends where an image begins, drawn or not."""
@@ -381,9 +383,7 @@ class ScaleRAE:
         def draw(start: int, stop: int) -> list[Tensor]:
             return self.sampler.draw(conditions[start:stop], seeds[start:stop], options, callback, compile)
 
-        return self._networks.in_batches(
-            "dit", len(seeds), size, draw, "drawing {} images at once", "a smaller --batch-size"
-        )
+        return self._networks.in_batches("dit", len(seeds), size, draw, "drawing", "image", "a smaller --batch-size")
 
     @torch.inference_mode()
     def advance(
@@ -412,7 +412,7 @@ class ScaleRAE:
             return self.sampler.advance(trajectories[start:end], stop, options, callback, compile)
 
         return self._networks.in_batches(
-            "dit", len(trajectories), size, go_on, "drawing {} images at once", "a smaller --batch-size"
+            "dit", len(trajectories), size, go_on, "drawing", "image", "a smaller --batch-size"
         )
 
     def estimate(self, t: float, x: Tensor, v: Tensor) -> list[Tensor]:
@@ -440,7 +440,7 @@ class ScaleRAE:
         def draw(start: int, stop: int) -> list[Image.Image]:
             return decode(checked[start:stop])
 
-        return self._networks.in_batches("decoder", len(checked), batch_size, draw, "decoding {} latents at once")
+        return self._networks.in_batches("decoder", len(checked), batch_size, draw, "decoding", "latent")
 
     # --- reading -------------------------------------------------------------------------------------------------
 
@@ -467,7 +467,7 @@ class ScaleRAE:
             shown = [as_rgb(picture) for picture in pictures[start:stop]]
             return self._networks.encode(self.encoder.preprocess(shown))
 
-        return self._networks.in_batches("encoder", len(pictures), batch_size, encode, "encoding {} images at once")
+        return self._networks.in_batches("encoder", len(pictures), batch_size, encode, "encoding", "image")
 
     def encode_pixels(self, pixels: Tensor, batch_size: int = 32) -> list[Tensor]:
         """Latents [L, C] of normalised pixels [N, 3, H, W], as `encoder.preprocess` makes them."""
@@ -475,7 +475,7 @@ class ScaleRAE:
         def encode(start: int, stop: int) -> list[Tensor]:
             return self._networks.encode(pixels[start:stop])
 
-        return self._networks.in_batches("encoder", len(pixels), batch_size, encode, "encoding {} images at once")
+        return self._networks.in_batches("encoder", len(pixels), batch_size, encode, "encoding", "image")
 
     def answer(
         self,
@@ -585,7 +585,7 @@ class ScaleRAE:
             some, about = checked[start:stop], asked[start:stop]
             return score(self.language, self.tokenizer, some, about, question, max_new_tokens)
 
-        return self._networks.in_batches("language", len(checked), READ_AT_ONCE, run, "scoring {} latents at once")
+        return self._networks.in_batches("language", len(checked), READ_AT_ONCE, run, "scoring", "latent")
 
     def check_question(self, prompt: str, question: str = QUESTION) -> None:
         """Raises an error if `score` cannot ask this question about a prompt.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import InputError, first_line
+from scale_rae.errors import InputError, counted, first_line
 from scale_rae.files import read_bytes, size_text
 from scale_rae.jsonio import parse_json
 from scale_rae.prompt import clean_message
@@ -77,7 +77,8 @@ def parse_prompts(content: bytes, name: str, as_records: bool | None = None) -> 
                 more += 1
         ordinal += 1
     if problems:
-        raise InputError(f"{name}: {'; '.join(problems)}{f'; and {more} more lines' if more else ''}")
+        others = f"; and {counted(more, 'more line')}" if more else ""
+        raise InputError(f"{name}: {'; '.join(problems)}{others}")
     if not records:
         raise InputError(f"{name}: holds no prompts")
     return records

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from scale_rae.errors import InputError, OptionError
+from scale_rae.errors import InputError, OptionError, counted
 
 ANSWERS = ("yes", "uncertain", "no")  # in the order of preference
 REWARD_WEIGHT = 0.5  # of the reward in a mix, where nothing else is chosen
@@ -185,7 +185,7 @@ class Verdicts:
         if not isinstance(values, list):
             raise self._error("all_ir_scores is not a list")
         if len(values) != self.count:
-            raise self._error(f"all_ir_scores has {len(values)} values for {self.count} images")
+            raise self._error(f"all_ir_scores has {counted(len(values), 'value')} for {counted(self.count, 'image')}")
         return [self._number(value, f"all_ir_scores[{i}]") for i, value in enumerate(values)]
 
     def response(self, image: int) -> Mapping[str, Any]:
@@ -388,9 +388,8 @@ def _lacking(
             if entry.fewer_fields and missing not in [part.field for part in TABLE[entry.fewer_fields].mix]:
                 instead = f"; --metric {entry.fewer_fields.replace('_', '-')} does without"
         name = f'text_responses["{image}"].{missing}'
-    images = "1 image" if at_least == 1 else f"{at_least} images"
     return InputError(
-        f"{verdicts.where}{name} is missing; --metric {metric} needs it of at least {images} ({have} have it){instead}"
+        f"{verdicts.where}{name} is missing; --metric {metric} needs it of at least {counted(at_least, 'image')} ({have} have it){instead}"
     )
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae.acceptance import Candidate
-from scale_rae.errors import shorten
+from scale_rae.errors import counted, shorten
 from scale_rae.flow import StepCallback
 from scale_rae.language import Reply
 from scale_rae.loading import LoadProgress
@@ -63,7 +63,7 @@ class Generation:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Generation({shorten(self.prompt)!r} -> {shorten(self.text)!r}, {len(self.images)} images)"
+        return f"Generation({shorten(self.prompt)!r} -> {shorten(self.text)!r}, {counted(len(self.images), 'image')})"
 
 
 @dataclass
@@ -110,10 +110,10 @@ class SearchResult:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        candidates = f"{len(self.candidates)} candidate{'' if len(self.candidates) == 1 else 's'}"
+        candidates = counted(len(self.candidates), "candidate")
         return (
-            f"SearchResult({shorten(self.prompt)!r}: {self.accepted} of {len(self.images)} images accepted, {candidates}, "
-            f"{self.evaluations:g} evaluations)"
+            f"SearchResult({shorten(self.prompt)!r}: {self.accepted} of {counted(len(self.images), 'image')} accepted, {candidates}, "
+            f"{counted(self.evaluations, 'evaluation', 'g')})"
         )
 
 
@@ -125,4 +125,4 @@ class Answer:
     reply: Reply
 
     def __repr__(self) -> str:
-        return f"Answer({shorten(self.text)!r}, {len(self.reply.ids)} tokens)"
+        return f"Answer({shorten(self.text)!r}, {counted(len(self.reply.ids), 'token')})"

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from scale_rae.errors import OptionError
+from scale_rae.errors import OptionError, counted
 from scale_rae.jsonio import Fields
 from scale_rae.options import Option, SamplingOptions, options_of
 
@@ -38,7 +38,7 @@ class Student:
         return list(itertools.pairwise(self.times))
 
     def __str__(self) -> str:
-        evaluations = "1 evaluation" if self.steps == 1 else f"{self.steps} evaluations"
+        evaluations = counted(self.steps, "evaluation")
         return f"a student of {self.base or 'another model'}: {evaluations} per image, guidance {self.guidance:g} folded in"
 
     def sampling(self, options: SamplingOptions, given: Collection[str] | None = None) -> SamplingOptions:

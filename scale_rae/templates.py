@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib.resources import files
 from typing import Any
 
+from scale_rae.errors import counted
+
 
 def fill_template(name: str, **values: Any) -> str:
     """A page: the template of that name in the package's assets, with values; it also gets the styles that pages share."""
@@ -13,6 +15,7 @@ def fill_template(name: str, **values: Any) -> str:
     assets = files("scale_rae").joinpath("assets")
     style, tables = (assets.joinpath(f"{css}.css").read_text(encoding="utf-8") for css in ("page", "tables"))
     env = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    env.filters["counted"] = counted
     return env.from_string(assets.joinpath(name).read_text(encoding="utf-8")).render(
         style=style, tables=tables, **values
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from scale_rae.config import MODEL_TYPE, parse_config
-from scale_rae.errors import ConfigError, InputError
+from scale_rae.errors import ConfigError, InputError, counted
 from scale_rae.language import projector
 from scale_rae.prompt import IMAGE
 
@@ -62,7 +62,9 @@ class ReadingModel(Qwen2ForCausalLM):
         """
         latents = [latents] if isinstance(latents, Tensor) and latents.dim() == 2 else list(latents)
         if list(ids).count(IMAGE) != len(latents):
-            raise InputError(f"{list(ids).count(IMAGE)} places for images, but {len(latents)} latents: give one each")
+            raise InputError(
+                f"{counted(list(ids).count(IMAGE), 'place')} for images, but {counted(len(latents), 'latent')}: give one each"
+            )
         for latent in latents:
             if tuple(latent.shape) != self._latent_shape:
                 raise InputError(f"latent {list(latent.shape)}: this model reads {list(self._latent_shape)}")

@@ -79,7 +79,7 @@ def test_an_accepted_image_is_the_one_of_its_seed(model: scale_rae.ScaleRAE) -> 
     assert same_bits(drawn.latent, image.latent)
     assert drawn.image is not None
     assert drawn.image.tobytes() == image.image.tobytes()
-    assert repr(result).startswith(f"SearchResult('{CROSS}': 1 of 1 images accepted, ")
+    assert repr(result).startswith(f"SearchResult('{CROSS}': 1 of 1 image accepted, ")
     assert repr(image).startswith("FoundImage(accepted, yes, reward ")
 
 

@@ -99,7 +99,7 @@ def test_a_missing_operation_is_named(models: dict[str, ScaleRAE], monkeypatch: 
     with pytest.raises(DeviceError) as error:
         model.generate(DRAW, steps=2)
     assert str(error.value) == (
-        f"cpu: PyTorch {torch.__version__} has no operation aten::_some.out for MPS, needed for drawing 1 images at once; set "
+        f"cpu: PyTorch {torch.__version__} has no operation aten::_some.out for MPS, needed for drawing 1 image at once; set "
         "PYTORCH_ENABLE_MPS_FALLBACK=1 to have that operation computed on the CPU, or use --device cpu"
     )
     assert "PYTORCH_ENABLE_MPS_FALLBACK" not in os.environ

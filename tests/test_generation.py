@@ -323,19 +323,19 @@ def test_out_of_memory_says_what_would_fit(siglip: ScaleRAE, monkeypatch: pytest
     monkeypatch.setattr(siglip.sampler.fast_dit, "evaluate", full)
     with pytest.raises(
         DeviceError,
-        match=r"^cpu: out of memory while drawing 1 images at once; try --dtype bfloat16, which takes half of it$",
+        match=r"^cpu: out of memory while drawing 1 image at once; try --dtype bfloat16, which takes half of it$",
     ):
         latents(siglip, num_images=3)
     monkeypatch.setattr(KVCache, "forward", full)
-    with pytest.raises(DeviceError, match=r"out of memory while answering 1 messages at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while answering 1 message at once"):
         siglip.reply([DRAW])
     monkeypatch.setattr(siglip.encoder, "encode", full)
-    with pytest.raises(DeviceError, match=r"out of memory while encoding 1 images at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while encoding 1 image at once"):
         siglip.encode([Image.new("RGB", (9, 9))])
     monkeypatch.setattr(siglip.decoder, "forward", full)
-    with pytest.raises(DeviceError, match=r"out of memory while decoding 1 latents at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while decoding 1 latent at once"):
         siglip.decode([torch.zeros(256, 768)])
-    with pytest.raises(DeviceError, match=r"out of memory while scoring 1 latents at once"):
+    with pytest.raises(DeviceError, match=r"out of memory while scoring 1 latent at once"):
         siglip.score([torch.zeros(256, 768)], "a cat", request_reply=Reply([65]))
 
 

@@ -31,7 +31,7 @@ def test_answers_are_the_models() -> None:
     made = loaded.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=end, pad_token_id=end)
     ids = [number for number in made[0].tolist() if number != end]
     assert ids == model.answer("Describe this image.", latents=latent, max_new_tokens=8)[0].reply.ids
-    with pytest.raises(InputError, match="1 places for images, but 2 latents"):
+    with pytest.raises(InputError, match="1 place for images, but 2 latents"):
         loaded.inputs(chat, [latent, latent])
     with pytest.raises(InputError, match=r"latent \[64, 3\]: this model reads \[64, 96\]"):
         loaded.inputs(chat, [latent[:, :3]])

@@ -12,6 +12,7 @@ from scale_rae.cli.app import aligned, fail, say, show, show_json
 from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import CountingDisplay
 from scale_rae.cli.signature import expanded
+from scale_rae.errors import counted
 from scale_rae.geneval.judges import NOT_COMPARABLE, JudgeChoice
 from scale_rae.geneval.results import THUMBNAIL
 from scale_rae.options import check_count
@@ -166,7 +167,7 @@ def _report(
         show("\n".join(_text(outcome.summary, outcome.policies, comparison)))
         for path in (found.out, *outcome.files):
             show(str(path))
-        say(f"{found.new} images judged in {found.seconds:.0f} s")
+        say(f"{counted(found.new, 'image')} judged in {found.seconds:.0f} s")
     problems = []
     if comparison is not None and not comparison.prompts:
         problems.append(
@@ -175,9 +176,8 @@ def _report(
         )
     if found.missing:
         images = f" (images: {found.missing_images})" if found.missing_images else ""
-        count = len(found.missing)
         problems.append(
-            f"{count} thing{'' if count == 1 else 's'} could not be evaluated, listed above{images}; the scores are those of the rest"
+            f"{counted(len(found.missing), 'thing')} could not be evaluated, listed above{images}; the scores are those of the rest"
         )
     return problems
 
@@ -219,7 +219,9 @@ def _comparison_lines(comparison: Comparison) -> list[str]:
         for count, where in ((comparison.only_here, "here"), (comparison.only_there, "in the other"))
         if count
     ]
-    lines = [f"compared on {comparison.prompts} prompts that both have{f' ({chr(44).join(only)})' if only else ''}:"]
+    lines = [
+        f"compared on {counted(comparison.prompts, 'prompt')} that both have{f' ({chr(44).join(only)})' if only else ''}:"
+    ]
     rows: list[tuple[str, ...]] = [("", "here", "other", "difference", "95 %")]
     for name, row in comparison.rows.items():
         low, high = row.interval

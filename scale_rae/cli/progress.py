@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from scale_rae.acceptance import ACCEPTED, DROPPED
 from scale_rae.cli.app import say
-from scale_rae.errors import printable
+from scale_rae.errors import counted, printable
 from scale_rae.scaling.events import (
     Event,
     ImagesDrawn,
@@ -117,9 +117,8 @@ class Bars:
         """Shows one more evaluation of a batch x [B, C, S, S]: the sampler's callback."""
         if self._shown:
             total = max(self._images, len(x)) * evaluations
-            images = f"{self._images} images" if self._images > 1 else "1 image"
             self._drawn_before += len(x)
-            self._bar.update(f"drawing {images}", self._drawn_before, total)
+            self._bar.update(f"drawing {counted(self._images, 'image')}", self._drawn_before, total)
             if self._drawn_before >= total:
                 self.stop()
 
@@ -134,7 +133,7 @@ class Bars:
         self._candidates[state] += 1
         if self._shown:
             begun, dropped, accepted = (self._candidates[name] for name in ("begun", DROPPED, ACCEPTED))
-            text = f"{begun} candidates begun, {dropped} dropped, {accepted} accepted"
+            text = f"{counted(begun, 'candidate')} begun, {dropped} dropped, {accepted} accepted"
             self._bar.update(text, min(accepted, self._wanted), self._wanted)
 
     def stop(self) -> None:
@@ -163,7 +162,7 @@ class ScalingDisplay:
             case Planned():
                 self._todo, self._total = event.todo, event.todo * event.images_per_prompt
                 if event.finished:
-                    self._line(f"{event.finished} prompts are done already, {self._todo} to do")
+                    self._line(f"{counted(event.finished, 'prompt')} done already, {self._todo} to do")
                 if event.workers > 1:  # a single worker shows how its loading goes
                     self._update()
             case WorkerLoaded():
@@ -186,7 +185,7 @@ class ScalingDisplay:
                     self._line(f"{text} [{self._state()}]")
 
     def _state(self) -> str:
-        text = f"{self._finished}/{self._todo} prompts"
+        text = f"{self._finished}/{counted(self._todo, 'prompt')}"
         if self._start is None:
             return f"{text}, loading"
         seconds = time.monotonic() - self._start

@@ -18,7 +18,7 @@ from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import Bars, ScalingDisplay, duration
 from scale_rae.cli.scale import read_question
 from scale_rae.cli.signature import expanded, given_options, one_of
-from scale_rae.errors import InputError, OptionError
+from scale_rae.errors import InputError, OptionError, counted
 from scale_rae.geneval.judges import JudgeChoice, identity_of, metadata_check
 from scale_rae.jsonio import read_json
 from scale_rae.options import (
@@ -235,7 +235,7 @@ def _estimate_lines(takes: Estimate, folder: Path) -> list[str]:
     free = shutil.disk_usage(place).free
     size = takes.results + takes.download
     lines = [
-        f"{takes.prompts} prompt{'' if takes.prompts == 1 else 's'}: {takes.images:,} images of best-of-n, about {takes.adaptive_images:,} of adaptive search",
+        f"{counted(takes.prompts, 'prompt')}: {counted(takes.images, 'image', ',')} of best-of-n, about {takes.adaptive_images:,} of adaptive search",
         f"estimated: drawing {duration(takes.drawing)}, evaluating {duration(takes.evaluating)}; "
         f"{takes.results / _GB:.2f} GB of results, {takes.download / _GB:.1f} GB of models to download; {free / _GB:.1f} GB are free",
     ]

@@ -15,7 +15,7 @@ from scale_rae.cli.options import Debug, device_names
 from scale_rae.cli.progress import Bars, ScalingDisplay
 from scale_rae.cli.signature import expanded, flag_name, given_options, one_of
 from scale_rae.config import load_config, parse_config
-from scale_rae.errors import InputError, OptionError, ScaleRAEError
+from scale_rae.errors import InputError, OptionError, ScaleRAEError, counted
 from scale_rae.listing import list_files
 from scale_rae.options import (
     AUTO_REWARD,
@@ -199,7 +199,7 @@ def command(
         display.stop()
     if group.index > 0:  # process 0 reports for all
         if summary.unfinished:
-            fail(f"rank {group.index}: {len(summary.unfinished)} prompts are unfinished")
+            fail(f"rank {group.index}: {counted(len(summary.unfinished), 'prompt')} unfinished")
         return
     show_summary(summary)
 
@@ -282,16 +282,17 @@ def show_summary(summary: RunSummary) -> None:
     show(str(summary.folder))
     done = summary.prompts - len(summary.failed) - len(summary.unfinished)
     rate = f" ({summary.drawn / summary.working:.2f} images/s once loaded)" if summary.drawn else ""
-    say(f"{done} of {summary.prompts} prompts done; {summary.drawn} images drawn in {summary.seconds:.0f} s{rate}")
+    prompts = counted(summary.prompts, "prompt")
+    say(f"{done} of {prompts} done; {counted(summary.drawn, 'image')} drawn in {summary.seconds:.0f} s{rate}")
     if found := summary.search:
         mean = found["evaluations"] / found["prompts"]
         filled = (
-            f"; {found['filled_up']} of {found['prompts']} prompts have fewer and are filled up"
+            f"; {found['filled_up']} of {counted(found['prompts'], 'prompt')} with fewer, filled up"
             if found["filled_up"]
             else ""
         )
         say(
-            f"{mean:.1f} evaluations per prompt for {found['accepted']} accepted of {found['candidates']} candidates{filled}"
+            f"{mean:.1f} evaluations per prompt for {found['accepted']} accepted of {counted(found['candidates'], 'candidate')}{filled}"
         )
     if summary.failed:
         width = max(len(f"{index:05}") for index in summary.failed)
@@ -300,8 +301,8 @@ def show_summary(summary: RunSummary) -> None:
             say(f"{index:05}  {' '.join(error.split())}")
     if summary.failed or summary.unfinished:
         parts = [
-            f"{len(which)} of {summary.prompts} prompts {how}"
-            for which, how in ((summary.failed, "failed"), (summary.unfinished, "are unfinished"))
+            f"{len(which)} of {prompts} {how}"
+            for which, how in ((summary.failed, "failed"), (summary.unfinished, "unfinished"))
             if which
         ]
         fail(f"{' and '.join(parts)}; the same command tries only those again")

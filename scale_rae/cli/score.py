@@ -12,7 +12,7 @@ from scale_rae.cli.app import say, show, show_json
 from scale_rae.cli.progress import ScalingDisplay
 from scale_rae.cli.select import Debug
 from scale_rae.cli.signature import one_of
-from scale_rae.errors import OptionError
+from scale_rae.errors import OptionError, counted
 from scale_rae.options import DTYPES, REWARDS, check_device_name
 
 
@@ -64,5 +64,7 @@ def command(
         show_json({**dataclasses.asdict(summary), "folder": str(summary.folder), "seconds": round(summary.seconds, 3)})
         return
     show(str(summary.folder))
-    prompts = "1 prompt has" if summary.prompts == 1 else f"{summary.prompts} prompts have"
-    say(f"{prompts} the scores of {reward}; {summary.scored} images scored in {summary.seconds:.0f} s")
+    prompts, have = counted(summary.prompts, "prompt"), "has" if summary.prompts == 1 else "have"
+    say(
+        f"{prompts} {have} the scores of {reward}; {counted(summary.scored, 'image')} scored in {summary.seconds:.0f} s"
+    )

@@ -12,7 +12,7 @@ from scale_rae.cli.app import say
 from scale_rae.cli.options import OutputOptions, PostQA, UntilAccepted
 from scale_rae.cli.progress import Bars
 from scale_rae.cli.runs import ModelInput, Outcome, RunWriter, ask_about, check_lengths, outcome_of
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, counted
 from scale_rae.manifest import drawing_manifest, png_text
 from scale_rae.options import Sampling, to_record
 from scale_rae.outputs import Sample
@@ -180,8 +180,8 @@ def _say_what_became(result: SearchResult, keep: int, bars: Bars, alone: bool) -
     counts = ", ".join(
         f"{fates[fate]} {fate}{_reasons(result.candidates, fate)}" for fate in (ACCEPTED, DROPPED, REJECTED)
     )
-    begun = f"{len(result.candidates)} candidate{'s' if len(result.candidates) > 1 else ''} begun"
-    bars.note(f"{result.prompt}: {begun}, {counts}; {result.evaluations:g} evaluations")
+    begun, evaluations = counted(len(result.candidates), "candidate"), counted(result.evaluations, "evaluation", "g")
+    bars.note(f"{result.prompt}: {begun} begun, {counts}; {evaluations}")
     if alone:
         for candidate in result.candidates:
             if candidate.reason is not None:
@@ -190,10 +190,11 @@ def _say_what_became(result: SearchResult, keep: int, bars: Bars, alone: bool) -
                 )
     if result.accepted < keep:
         finished = sum(c.final is not None for c in result.candidates)
-        accepted = "no candidate was" if not result.accepted else f"only {result.accepted} of {keep} images were"
+        only = f"only {result.accepted} of {counted(keep, 'image')}"
+        accepted = f"{only} accepted" if result.accepted else "no candidate was accepted"
         others = "the best image is" if keep == 1 else f"the best {keep - result.accepted} of the rest are"
         say(
-            f"warning: {result.prompt}: {accepted} accepted; {others} kept, of {finished} that were drawn to the end; "
+            f"warning: {result.prompt}: {accepted}; {others} kept, of {finished} that were drawn to the end; "
             "a larger --max-candidates or a lower --accept-reward may find more"
         )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from scale_rae.cli.app import say, show, show_json
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, counted
 from scale_rae.ranking import METRICS_HELP, REWARD_WEIGHT, formula, metric_as_given, metric_named
 
 if TYPE_CHECKING:
@@ -83,14 +83,14 @@ def command(
         show(f"note: {whose} no reward; chosen by confidence alone")
     if partly := sum(None in s.ranking.scores for s in selections):
         show(
-            f"note: in {_count(partly, 'prompt')} only some images have what {record['metric']} needs; the rest come last"
+            f"note: in {counted(partly, 'prompt')} only some images have what {record['metric']} needs; the rest come last"
         )
     if record["keep"] is not None and (few := sum(len(s.kept) < record["keep"] for s in selections)):
-        show(f"note: {_count(few, 'prompt')} with fewer than {record['keep']} images, all of them kept")
+        show(f"note: {counted(few, 'prompt')} with fewer than {counted(record['keep'], 'image')}, all of them kept")
     if experiment.incomplete:
-        show(f"skipped {_count(len(experiment.incomplete), 'incomplete prompt')}, listed above")
+        show(f"skipped {counted(len(experiment.incomplete), 'incomplete prompt')}, listed above")
     if experiment.not_begun:
-        show(f"note: {_count(experiment.not_begun, 'prompt')} of the experiment not begun")
+        show(f"note: {counted(experiment.not_begun, 'prompt')} of the experiment not begun")
     ratios = record["yes_ratios"]
     show(f"best images kept: {_yes(ratios['kept'])}; {record['verified']}")
     show(f"first images drawn, to compare: {_yes(ratios['ref'])}; {record['ref']}")
@@ -101,17 +101,15 @@ def _line(selection: Selection) -> str:
     answers, kept = selection.answers(), selection.kept
     text = " ".join("".join(c if c.isprintable() else " " for c in selection.prompt.text).split())
     numbers = ", ".join(str(i) for i in kept)
-    line = f"{selection.prompt.name} {text}: kept {len(kept)} of {_count(len(answers), 'image')}, best first: {numbers}"
+    line = (
+        f"{selection.prompt.name} {text}: kept {len(kept)} of {counted(len(answers), 'image')}, best first: {numbers}"
+    )
     asked = sum(a is not None for a in answers)
     if not asked:
         return line
     yes = sum(answers[i] == "yes" for i in kept)
     all_asked = f"all {asked}" if asked == len(answers) else f"the {asked} it was asked about"
     return f"{line}; the model says yes to {yes} of the kept and to {answers.count('yes')} of {all_asked}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
 def _yes(ratio: dict[str, Any]) -> str:

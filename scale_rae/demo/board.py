@@ -11,6 +11,7 @@ from PIL import Image
 from scale_rae.acceptance import ACCEPTED
 from scale_rae.demo.results import CandidateCard, RankedImage, RankingState, SearchState
 from scale_rae.demo.words import sentence
+from scale_rae.errors import counted
 from scale_rae.ranking import METRICS, number
 
 SCORE_NAMES = {
@@ -60,7 +61,7 @@ def _candidate(card: CandidateCard, command: str | None) -> str:
     filled_up = kept and card.fate != ACCEPTED  # too few were accepted
     label = f"kept, though {shown}" if filled_up else shown
     answer = "" if card.answer is None else _answer(card.answer, card.t)
-    evaluations = f", {card.evaluations:.4g} evaluations" if card.evaluations else ""
+    evaluations = f", {counted(card.evaluations, 'evaluation', '.4g')}" if card.evaluations else ""
     return (
         f'<li class="{state}">{picture}<div><p class="head">{place}<span class="state">{label}</span> {answer}</p>'
         f"{_why(card.why)}<dl>{_rows(card.scores)}</dl>"

@@ -12,7 +12,7 @@ from scale_rae import acceptance
 from scale_rae.acceptance import ACCEPTED, DROPPED, REJECTED, Candidate, Rules
 from scale_rae.adaptive import Drawn
 from scale_rae.demo.results import CandidateCard, SearchState
-from scale_rae.errors import ScaleRAEError
+from scale_rae.errors import ScaleRAEError, counted
 from scale_rae.flow import StepCallback
 from scale_rae.pipeline import ScaleRAE
 
@@ -87,8 +87,8 @@ class Candidates:
         begun, accepted = len(self._candidates), self._count(ACCEPTED)
         evaluations = sum(c.evaluations for c in self._candidates.values())
         said = (
-            f"{begun} candidate{'s' if begun > 1 else ''} begun, {self._count(DROPPED)} dropped, "
-            f"{self._count(REJECTED)} rejected, {accepted} accepted; {evaluations:.0f} evaluations of the network, looks included."
+            f"{counted(begun, 'candidate')} begun, {self._count(DROPPED)} dropped, "
+            f"{self._count(REJECTED)} rejected, {accepted} accepted; {counted(round(evaluations), 'evaluation')} of the network, looks included."
         )
         if accepted >= self._keep:
             return said

@@ -102,9 +102,7 @@ class ColorClassifier:
             return MemoryErrors(self.device, None, what, remedy)
 
         release = torch.cuda.empty_cache if self.device.type == "cuda" else None
-        return in_batches(
-            len(images), BATCH, run, errors, "classifying the colours of {} crops at once", release=release
-        )
+        return in_batches(len(images), BATCH, run, errors, "classifying the colours of", "crop", release=release)
 
     @torch.inference_mode()
     def columns(self, class_name: str) -> Tensor:

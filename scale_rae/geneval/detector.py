@@ -268,7 +268,7 @@ class Detector:
                 return self._detect([images[i] for i in numbers[start:stop]], padded, least_score)
 
             results = in_batches(
-                len(numbers), size, run, self._errors, "detecting objects in {} images at once", release=release
+                len(numbers), size, run, self._errors, "detecting objects in", "image", release=release
             )
             for number, result in zip(numbers, results, strict=True):
                 found[number] = result

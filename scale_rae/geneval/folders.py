@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, counted
 from scale_rae.jsonio import dump_json
 from scale_rae.scaling.reader import (
     expected_images,
@@ -124,7 +124,9 @@ def read_folder(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> Gen
         missing.append(Missing("experiment.json", str(e).removeprefix(f"{folder / 'experiment.json'}: ")))
     if expected > len(names):
         not_begun = expected - len(names)
-        missing.append(Missing("experiment.json", f"names {expected} prompts, of which {not_begun} were not begun"))
+        missing.append(
+            Missing("experiment.json", f"names {counted(expected, 'prompt')}, of which {not_begun} not begun")
+        )
     if not prompts:
         raise InputError(f"{folder}: no prompt can be evaluated; {missing[0]}" + _more(len(missing) - 1))
     return GenEvalFolder(folder, prompts, missing)
@@ -168,11 +170,12 @@ def _read_prompt(folder: Path, check: Callable[[Mapping[str, Any]], None]) -> tu
         raise ValueError("has no pictures samples/00000.png, …")
     expected = expected_images(record)
     numbers = {sample.number for sample in prompt.samples}
-    lacking = [] if expected is None else sorted(set(range(expected)) - numbers)
     found: list[Missing] = []
-    if lacking:
+    if expected is not None and (lacking := sorted(set(range(expected)) - numbers)):
         names = listed([f"{number:05}.png" for number in lacking])
-        found.append(Missing(f"{folder.name}/samples", f"lacks {names} of {expected} pictures", len(lacking)))
+        found.append(
+            Missing(f"{folder.name}/samples", f"lacks {names} of {counted(expected, 'picture')}", len(lacking))
+        )
     return prompt, found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, counted
 from scale_rae.geneval.evaluation import Evaluation
 from scale_rae.geneval.page import judge_words, note_on, percent, percents
 from scale_rae.geneval.policies import chosen, ranked, searched
@@ -224,7 +224,7 @@ def notes_on(best_of: Evaluation, adaptive: Evaluation | None, prompts: int) -> 
     notes = []
     if prompts != GENEVAL_PROMPTS:
         notes.append(
-            f"{prompts} prompt{'' if prompts == 1 else 's'}, not GenEval's {GENEVAL_PROMPTS}: the scores cannot be compared with published ones."
+            f"{counted(prompts, 'prompt')}, not GenEval's {GENEVAL_PROMPTS}: the scores cannot be compared with published ones."
         )
     if note := note_on(best_of.judge):
         notes.append(note)

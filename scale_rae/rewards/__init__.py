@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any, Protocol
 
-from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.errors import InputError, ScaleRAEError, counted
 from scale_rae.images import Picture
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def scores_of(reward: Reward, pictures: Sequence[Picture], prompt: str) -> list[
     """
     scores = [float(value) for value in reward.score(pictures, prompt)]
     if len(scores) != len(pictures):
-        raise ScaleRAEError(f"the reward gave {len(scores)} scores for {len(pictures)} images")
+        raise ScaleRAEError(f"the reward gave {counted(len(scores), 'score')} for {counted(len(pictures), 'image')}")
     return scores
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.config import LARGEST_NUMBER, library_fields
-from scale_rae.errors import CheckpointError
+from scale_rae.errors import CheckpointError, counted
 from scale_rae.hub import Source
 from scale_rae.images import Picture
 from scale_rae.jsonio import Fields, read_json
@@ -91,7 +91,10 @@ class ImageReward:
         scores: list[float] = []
         for batch in parts.batches(images):
             pixels = torch.from_numpy(np.stack([parts.clip_pixels(image, SIDE) for image in batch])).to(self._device)
-            with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use(self._part):
+            with (
+                self._memory_errors(f"scoring {counted(len(batch), 'image')} at once"),
+                self._residency.use(self._part),
+            ):
                 scores += self.network(pixels, ids.expand(len(batch), -1), mask.expand(len(batch), -1)).tolist()
         return parts.checked(scores, self.name)
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from scale_rae.config import check_numbers
 from scale_rae.encoder import LARGEST_IMAGE
-from scale_rae.errors import ConfigError, last_line
+from scale_rae.errors import ConfigError, counted, last_line
 from scale_rae.hub import Source
 from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
@@ -74,7 +74,10 @@ class PickScore:
         scores: list[float] = []
         for batch in parts.batches(images):
             pixels = self._processor(images=batch, return_tensors="pt")["pixel_values"].to(self._device, self._dtype)
-            with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use(self._part):
+            with (
+                self._memory_errors(f"scoring {counted(len(batch), 'image')} at once"),
+                self._residency.use(self._part),
+            ):
                 pictures = self.network.get_image_features(pixel_values=pixels).pooler_output  # [N, D]
             scores += (parts.similarity(pictures, text) * self.network.logit_scale.exp()).tolist()
         return parts.checked(scores, self.name)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scale_rae.checkpoint import TensorReader, fill
 from scale_rae.config import library_fields
-from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError
+from scale_rae.errors import CheckpointError, ConfigError, ScaleRAEError, counted
 from scale_rae.hub import weight_files
 from scale_rae.images import Picture
 from scale_rae.jsonio import read_json
@@ -118,7 +118,7 @@ class SiglipReward:
         scores: list[float] = []
         for batch in parts.batches(images):
             pixels = encoder.preprocess(batch).to(encoder.device, encoder.dtype)
-            with self._memory_errors(f"scoring {len(batch)} images at once"), self._residency.use("encoder"):
+            with self._memory_errors(f"scoring {counted(len(batch), 'image')} at once"), self._residency.use("encoder"):
                 pictures = encoder.model(pixels).pooler_output  # [N, D]
             logits = parts.similarity(pictures, text) * self._logit.logit_scale.exp() + self._logit.logit_bias
             scores += logits.tolist()

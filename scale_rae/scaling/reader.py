@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from scale_rae.acceptance import ACCEPTED, DROPPED, REJECTED
-from scale_rae.errors import InputError, first_line
+from scale_rae.errors import InputError, counted, first_line
 from scale_rae.files import check_file, check_name, read_bytes
 from scale_rae.jsonio import MOST_BYTES, parse_json
 from scale_rae.ranking import Verdicts
@@ -279,7 +279,7 @@ def _read_prompt(folder: Path) -> Prompt | Incomplete:
     if missing:
         return Incomplete(folder, f"samples lacks {listed(missing)}", text)
     if len(found) > count:
-        return Incomplete(folder, f"samples holds {len(found)} images, metadata.jsonl has {count}", text)
+        return Incomplete(folder, f"samples holds {counted(len(found), 'image')}, metadata.jsonl has {count}", text)
     images = [found[i] for i in range(count)]
     for image in images:
         if reason := _unreadable(image):
@@ -311,7 +311,7 @@ def _searched(folder: Path, metadata: dict[str, Any], images: Sequence[Path]) ->
         if type(number) is not int or number != place:
             raise ValueError(f"{where}.candidate is {number!r:.40}, not {place}")
         if image is not None and (type(image) is not int or not 0 <= image < len(images)):
-            raise ValueError(f"{where}.image is {image!r:.40}, not one of {len(images)} images")
+            raise ValueError(f"{where}.image is {image!r:.40}, not one of {counted(len(images), 'image')}")
         if fate not in FATES:
             raise ValueError(f"{where}.fate is {fate!r:.40}, not one of {', '.join(FATES)}")
         dropped_at = None if record.get("dropped_at") is None else _number(record, "dropped_at", f"{where}.")

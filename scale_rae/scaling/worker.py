@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from scale_rae.clock import StageClock
 from scale_rae.config import load_config
-from scale_rae.errors import InputError, OutputError, ScaleRAEError
+from scale_rae.errors import InputError, OutputError, ScaleRAEError, counted
 from scale_rae.options import memory_bytes
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
@@ -73,7 +73,7 @@ def work(
     with open_worker(store, settings, assignment, listen, bars) as worker:
         left = [group for group in (*assignment.own, *reversed(assignment.rest)) if not worker.attempt(group)]
         if left:
-            worker.log(f"waiting for {sum(map(len, left))} prompts that other workers are drawing")
+            worker.log(f"waiting for {counted(sum(map(len, left)), 'prompt')} that other workers are drawing")
         while left := [group for group in left if not worker.attempt(group)]:
             time.sleep(WAIT)  # the lock of a worker that dies is free
         worker.log("done")

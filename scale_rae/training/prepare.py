@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scale_rae.adapters import Adapter
 from scale_rae.config import ScaleRAEConfig
-from scale_rae.errors import ConfigError, DataError, InputError, shorten
+from scale_rae.errors import ConfigError, DataError, InputError, counted, shorten
 from scale_rae.hub import Source, find
 from scale_rae.images import decode_image
 from scale_rae.language import Conversation, LanguageModel, Reply
@@ -122,7 +122,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         drawing = [record for record in records if record.draws]
         if len(drawing) < len(records):
             notes.append(
-                f"{len(records) - len(drawing)} records draw nothing and are left out (--train {options.train})"
+                f"left out: {counted(len(records) - len(drawing), 'record')} without a picture to draw (--train {options.train})"
             )
         records = drawing
         if not records:
@@ -235,7 +235,7 @@ def drawable(
 
 def left_out(prompts: Sequence[str], of: int) -> str:
     """A note for the user on prompts, of so many, that the model answers in words."""
-    return f"{len(prompts)} of {of} prompts are left out, since the model does not draw them, such as {shorten(prompts[0])!r}"
+    return f"{len(prompts)} of {counted(of, 'prompt')} left out: the model does not draw, for example, {shorten(prompts[0])!r}"
 
 
 def _asked(where: str, text: str, options: TrainingOptions) -> Record:
@@ -362,12 +362,13 @@ class _Said:
             usual = Counter(found or [text.partition(PICTURE)[0] for text in texts if PICTURE in text]).most_common(1)
             if not usual:
                 raise InputError(
-                    f"the model draws none of the {len(own)} texts by itself; give the reply before each picture with --reply"
+                    f"of {counted(len(own), 'text')} without a reply, the model draws none by itself; give the reply before each picture with --reply"
                 )
             given = usual[0][0]
             if others := len(own) - len(said):
                 notes.append(
-                    f"{others} of {len(own)} texts get the reply {given!r}: the model does not draw them by itself"
+                    f"the reply {given!r} stands before the picture for {others} of {counted(len(own), 'text')}, where the model does not "
+                    "draw by itself"
                 )
         return [r.with_reply(said.get(i, given)) if i in own else r for i, r in enumerate(records)], set(said)
 

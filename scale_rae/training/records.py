@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scale_rae.errors import DataError, InputError, first_line
+from scale_rae.errors import DataError, InputError, counted, first_line
 from scale_rae.files import check_file, read_bytes
 from scale_rae.images import MAX_BYTES, decode_image
 from scale_rae.jsonio import parse_json, read_json
@@ -315,7 +315,9 @@ def _conversation(fields: dict[str, Any], where: str, pictures: Sequence[Picture
         raise InputError(f"{where}: ends without a reply of gpt, so there is nothing to learn")
     places = sum(message.text.count(PICTURE) for message in messages)
     if places != len(pictures):
-        raise InputError(f"{where}: has {len(pictures)} pictures, but {places} places for them ({PICTURE})")
+        raise InputError(
+            f"{where}: has {counted(len(pictures), 'picture')}, but {counted(places, 'place')} for pictures ({PICTURE})"
+        )
     return Record(where, tuple(messages), tuple(pictures))
 
 
@@ -381,7 +383,7 @@ def usable(records: list[Record], problems: list[str], options: TrainingOptions)
     if problems and not options.skip_bad:
         total = len(records) + len(problems)
         raise DataError(
-            f"{len(problems)} of {total} records cannot be used (listed above); correct them, or leave them out with --skip-bad",
+            f"{len(problems)} of {counted(total, 'record')} cannot be used (listed above); correct them, or leave them out with --skip-bad",
             problems,
         )
     if not records:

@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_rae import flow
 from scale_rae.adapters import CONFIG, WEIGHTS, write_adapter
 from scale_rae.checkpoint import save_tensors, writing
-from scale_rae.errors import InputError, TrainingError
+from scale_rae.errors import InputError, TrainingError, counted
 from scale_rae.fast_weights import crop_swiglu
 from scale_rae.files import replacing
 from scale_rae.hub import BUNDLED, Source
@@ -154,7 +154,7 @@ def conditions_of(
         new = exchanged_conditions(lines, values, numbers, options.exchanged, options.seed)
         if len(new) < options.exchanged:
             notes.append(
-                f"--exchanged {options.exchanged}: only {len(new)} conditions were made, since too few prompts differ in one word, or their "
+                f"--exchanged {options.exchanged}: only {counted(len(new), 'condition')} made, since too few prompts differ in one word, or their "
                 "conditions do not add up"
             )
         numbers = torch.cat([numbers, torch.arange(len(values), len(values) + len(new))])

@@ -62,7 +62,7 @@ def test_draws_evaluates_and_makes_a_table_and_goes_on(cli: Cli, tmp_path: Path)
     again = cli(*arguments, "--output-dir", out, "--device", "cpu", "--json")
     assert again.code == 0, again.err
     assert json.dumps(json.loads(again.out), ensure_ascii=False) == again.out.strip()  # one line, as everywhere
-    assert "1 prompts are done already" in again.err
+    assert "1 prompt done already" in again.err
     assert json.loads(again.out) == record
 
 

@@ -46,7 +46,7 @@ def show(display: ScalingDisplay, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_lines_in_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     show(ScalingDisplay(), monkeypatch)
     assert capsys.readouterr().err.splitlines() == [
-        "1 prompts are done already, 3 to do",
+        "1 prompt done already, 3 to do",
         "00004 a cat: 5 yes of 8 [1/3 prompts, 2.00 images/s, 8 s left]",
         "00005 failed: no image",
         "prompt 6: out of memory",

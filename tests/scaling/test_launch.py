@@ -141,7 +141,7 @@ def test_a_worker_waits_for_what_others_draw(scale: Scale, reference: dict[str, 
     log = store.log_file(0)
 
     def release() -> None:  # as if its worker died
-        while not (log.exists() and "waiting for 1 prompts that other workers are drawing" in log.read_text()):
+        while not (log.exists() and "waiting for 1 prompt that other workers are drawing" in log.read_text()):
             time.sleep(0.02)
         lock.close()
 

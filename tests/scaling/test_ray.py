@@ -149,7 +149,7 @@ def test_results_in_a_store(
     (folder / "00000" / "samples" / "00003.png").unlink()
     result = scale(*ON_RAY, "--output-dir", f"local://{tmp_path}/store", "--num-workers", 1, device=False)
     assert result.code == 0
-    assert "1 prompts are done already, 2 to do" in result.err
+    assert "1 prompt done already, 2 to do" in result.err
     assert "00003.png: missing; made again" in result.err
     assert "6 images drawn" in result.err
     assert snapshot(folder) == snapshot(reference_folder)

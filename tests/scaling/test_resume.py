@@ -122,7 +122,7 @@ def test_a_second_run_does_nothing(finished: Scale, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ScaleRAE, "from_pretrained", None)
     result = scale()
     assert result.code == 0
-    assert "3 prompts are done already, 0 to do" in result.err
+    assert "3 prompts done already, 0 to do" in result.err
     assert before == {p: p.stat().st_mtime_ns for p in scale.folder.glob("*/**/*.*")}
 
 
@@ -156,7 +156,7 @@ def test_records_of_version_0_1_0_get_the_fields_that_came_later(
     monkeypatch.setattr(ScaleRAE, "from_pretrained", None)
     result = scale()
     assert result.code == 0
-    assert "3 prompts are done already, 0 to do" in result.err
+    assert "3 prompts done already, 0 to do" in result.err
     assert snapshot(scale.folder) == reference
 
 
@@ -173,7 +173,7 @@ def test_a_damaged_description_is_restored(finished: Scale, reference: dict[str,
         assert result.code == 0
         assert "experiment.json: " in result.err
         assert f"restored from {scale.folder}/.work/experiment.json" in result.err
-        assert "3 prompts are done already, 0 to do" in result.err
+        assert "3 prompts done already, 0 to do" in result.err
         restored = json.loads(path.read_text())
         assert {**restored, "seconds": good["seconds"]} == good
     assert snapshot(scale.folder) == reference
@@ -200,7 +200,7 @@ def test_killed_at_the_very_end(scale: Scale, reference: dict[str, bytes], monke
 
     result = scale()
     assert result.code == 0
-    assert "3 prompts are done already, 0 to do" in result.err
+    assert "3 prompts done already, 0 to do" in result.err
     assert not (scale.folder / "00002" / "error.json").exists()
     ended = json.loads(path.read_text())
     assert (ended["failed"], ended["unfinished"]) == ([], [])

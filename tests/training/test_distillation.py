@@ -486,7 +486,7 @@ def test_prompts_that_repeat_are_drawn_more_often(usual: DistillOptions, tmp_pat
     conditions, notes = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
     assert conditions.numbers.tolist() == [0, 1, 0, 2]
     assert len(conditions.values) == 3
-    assert "--exchanged 2: only 0 conditions were made" in notes[0]
+    assert "--exchanged 2: only 0 conditions made" in notes[0]
     again, _ = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
     assert torch.equal(again.values, conditions.values)
 

@@ -152,7 +152,7 @@ BAD: dict[str, Any] = {
     '{"file_name": "none.png", "text": "a cat"}': "no such picture",
     '{"file_name": "bad.png", "text": "a cat"}': "cannot be read",
     json.dumps({"image": "a.png", "conversations": []}): "must be a list of turns",
-    json.dumps({"image": ["a.png", "a.png"], "conversations": DRAWN}): "has 2 pictures, but 1 places",
+    json.dumps({"image": ["a.png", "a.png"], "conversations": DRAWN}): "has 2 pictures, but 1 place for pictures",
     json.dumps({"image": "a.png", "conversations": DRAWN[:1]}): "ends without a reply",
     json.dumps({"image": "a.png", "conversations": DRAWN[::-1]}): "take turns, human first",
     json.dumps({"image": "a.png", "conversations": [{"from": "me", "value": "x"}]}): "turn 1 must be",

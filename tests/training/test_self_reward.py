@@ -155,7 +155,7 @@ def test_prompts_that_the_model_answers_in_words_are_drawn_after_a_reply(
     options.self_reward.prompts.write_text(f"{DRAWS[0]}\n{other}\n")
     notes: list[str] = []
     go(replace(options, max_train_steps=1), Watcher(note=notes.append))
-    assert any("1 of 2 prompts are left out" in note for note in notes)
+    assert any("1 of 2 prompts left out" in note for note in notes)
     notes.clear()
     go(replace(options, max_train_steps=1, reply="Here it is:", out=tmp_path / "after"), Watcher(note=notes.append))
     assert not any("left out" in note for note in notes)
