@@ -42,7 +42,7 @@ from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
 from scale_rae.noise import image_seed
 from scale_rae.opening import OpenedModel
-from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling, SearchOptions
+from scale_rae.options import PROMPT_PREFIX, ModelChoice, Sampling, SamplingOptions, SearchOptions
 from scale_rae.outputs import Sample, save_run, timestamp
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION, clean_message
@@ -106,6 +106,13 @@ class SharedModel:
         """Whether the model is the bundled one."""
         return is_bundled(self.model.source)
 
+    def _checked(self, sampling: Sampling) -> Sampling:
+        """The sampling, checked; for a student, with its own options, whatever the page's fixed fields send."""
+        if (student := self.model.config.student) is not None:
+            sampling = dataclasses.replace(sampling, options=student.sampling(SamplingOptions()))
+        check_sampling(sampling)
+        return sampling
+
     # --- drawing -------------------------------------------------------------------------------------------------
 
     def draw(
@@ -120,7 +127,7 @@ class SharedModel:
         shown = self.latent(latent_file) if latent_file is not None else None
         request = prompt.strip() if shown is not None else self.request(prompt)
         check_length(request, "message")
-        check_sampling(sampling)
+        sampling = self._checked(sampling)
 
         def work(emit: Emitter[Preview]) -> DrawResult:
             with self._alone(emit):
@@ -168,9 +175,7 @@ class SharedModel:
             "--prompt": request,
             "--num-images": sampling.num_images if sampling.num_images > 1 else None,
             "--seed": sampling.seeds[0],
-            "--guidance-level": f"{sampling.options.guidance:g}",
-            "--steps": sampling.options.steps,
-            "--solver": sampling.options.solver,
+            **({} if self.model.config.student else _flags(sampling.options)),
             "--decoder-repo": choice.decoder_repo,
             "--revision": choice.revision,
             "--device": choice.device,
@@ -303,7 +308,7 @@ class SharedModel:
         """
         metric = metric_named(metric)
         request = self.request(prompt)
-        check_sampling(sampling)
+        sampling = self._checked(sampling)
         total = sampling.num_images
         if not 1 <= keep <= total:
             raise InputError(f"Of {total} images, {keep} cannot be kept: keep 1 to {total}.")
@@ -359,8 +364,7 @@ class SharedModel:
             ScaleRAEError: for settings that cannot be used, or a reward that cannot be loaded.
         """
         request = self.request(prompt)
-        sampling = dataclasses.replace(sampling, num_images=1)
-        check_sampling(sampling)
+        sampling = self._checked(dataclasses.replace(sampling, num_images=1))
         check_search(keep, most)
         about = subject(clean_message(prompt.strip()))
         self.model.check_reads()
@@ -438,6 +442,11 @@ class SharedModel:
         if name not in self._rewards:
             self._rewards[name] = load_reward(name, self.model)
         return self._rewards[name]
+
+
+def _flags(options: SamplingOptions) -> dict[str, Any]:
+    """The flags of the options that the page's fields set."""
+    return {"--guidance-level": f"{options.guidance:g}", "--steps": options.steps, "--solver": options.solver}
 
 
 class _Previews:

@@ -123,10 +123,8 @@ def sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFie
 def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> SamplingFields:
     bundled, student = model.bundled, model.model.config.student
     usual = own_options(student, _DEFAULTS)
-    if student is not None:
-        about = "fixed: this model is a student"
-    else:
-        about = "1 is none" if model.guides else "this checkpoint has none"
+    fixed = None if student is None else "fixed: this model is a student"
+    about = fixed or ("1 is none" if model.guides else "this checkpoint has none")
     with gr.Row():
         count = gr.Slider(1, MOST_IMAGES, images, step=1, label="Images", min_width=140, elem_id=f"{prefix}-images")
         guidance = gr.Slider(
@@ -145,6 +143,7 @@ def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> Sampl
             usual.steps,
             step=1,
             label="Steps",
+            info=fixed,
             interactive=student is None,
             min_width=140,
             elem_id=f"{prefix}-steps",
@@ -153,6 +152,7 @@ def _open_sampling_fields(model: SharedModel, images: int, prefix: str) -> Sampl
             list(SOLVERS),
             value=usual.solver,
             label="Solver",
+            info=fixed,
             interactive=student is None,
             min_width=140,
             elem_id=f"{prefix}-solver",

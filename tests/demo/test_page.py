@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,8 @@ from scale_rae.demo.listening import bind
 from scale_rae.demo.results import RankedImage, RankingState, SavedImage
 from scale_rae.demo.shared_model import SharedModel
 from scale_rae.errors import InputError, ScaleRAEError
-from scale_rae.options import PROMPT_PREFIX
+from scale_rae.opening import OpenedModel
+from scale_rae.options import PROMPT_PREFIX, ModelChoice
 from scale_rae.shapes.judge import find_objects
 from scale_rae.wording import as_request
 
@@ -195,3 +198,26 @@ def test_the_page_says_what_the_bundled_model_draws_and_answers(
     monkeypatch.setattr(shared.model.tokenizer, "image_start", shared.model.tokenizer.chat_end)
     with pytest.raises(InputError, match=r"answered without drawing.*one to four shapes"):
         list(shared.draw("a red circle", widgets.sampling(1, 1.0, 2, "euler", "5")))
+
+
+def test_a_students_fields_are_fixed_and_have_no_effect(tmp_path: Path) -> None:
+    choice = ModelChoice("shapes-4", device="cpu")
+    student = SharedModel(OpenedModel(choice, decoder=True), choice, tmp_path / "drawn")
+    own = student.model.config.student
+    assert own is not None
+    components = page.build(student, tmp_path).config["components"]
+    fields = {c["props"]["elem_id"]: c["props"] for c in components if c["props"].get("elem_id")}
+    for tab in ("draw", "best", "latent"):
+        for name, value in (("guidance", own.guidance), ("steps", own.steps), ("solver", "euler")):
+            field = fields[f"{tab}-{name}"]
+            assert (field["value"], field["interactive"]) == (value, False)
+            assert field["info"] == "fixed: this model is a student"
+    others = widgets.sampling(1, 3.0, 49, "heun", "5")  # from no page
+    *_, last = widgets.draw_updates(student.draw("a red circle", others), [])
+    (image,) = last[2]
+    manifest = json.loads(image.manifest.read_text())
+    assert (manifest["guidance_level"], manifest["steps"], manifest["solver"]) == (own.guidance, own.steps, "euler")
+    assert not {"--guidance-level", "--steps", "--solver"} & set(shlex.split(image.command))
+    *_, ranked = student.best_of("a red circle", others, 1, "loss", None)
+    *_, searched = student.search("a red circle", others, 1, 1, None)
+    assert len(ranked.images) == len(searched.cards) == 1
