@@ -80,16 +80,22 @@ class Listing:
         return parse_object(self.read(file, 0, self.sizes[file]), where, error)
 
     def inside(self, folder: str) -> Listing | None:
-        """The files of a folder beside these, by their names there; None if there are none."""
+        """The files of a folder beside these, by their names there; None if there are none.
+
+        Without a model card of its own, the folder has the licence of the whole.
+        """
         if self.folder is not None:
             path = self.folder / folder
-            return list_folder(Source(folder, path)) if path.is_dir() else None
+            if not path.is_dir():
+                return None
+            inner = list_folder(Source(folder, path))
+            return replace(inner, licence=inner.licence or self.licence)
         prefix = f"{folder}/"
         sizes = {name.removeprefix(prefix): size for name, size in self.sizes.items() if name.startswith(prefix)}
         here = {name.removeprefix(prefix): path for name, path in self.here.items() if name.startswith(prefix)}
         fetch = self.fetch
-        inner = None if fetch is None else lambda file, start, stop: fetch(prefix + file, start, stop)
-        return replace(self, name=f"{self.name}/{folder}", sizes=sizes, here=here, fetch=inner) if sizes else None
+        part = None if fetch is None else lambda file, start, stop: fetch(prefix + file, start, stop)
+        return replace(self, name=f"{self.name}/{folder}", sizes=sizes, here=here, fetch=part) if sizes else None
 
     def bytes_of(self, files: list[str]) -> tuple[int, int]:
         """(bytes on this machine, bytes that would be downloaded) of files."""

@@ -217,6 +217,12 @@ def test_licence_of_a_folder(copy: Path) -> None:
     assert inspect(str(copy)).files[0].licence is None
 
 
+@pytest.mark.parametrize("name", ["shapes", "shapes-4"])
+def test_the_bundled_models_have_the_projects_licence(name: str) -> None:
+    assert {files.licence for files in inspect(name).files} == {"mit"}
+    assert (Path(__file__).parents[1] / "LICENSE").read_text().startswith("MIT License")
+
+
 def test_parts_that_do_not_fit_are_problems(copy: Path) -> None:
     shutil.rmtree(copy.parent / "google")
     (copy.parent / "decoder" / "model.pt").unlink()
