@@ -226,8 +226,11 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> ScaleRAEPipelineOutput | tuple[Any, ...]:
         """Images of prompts, those of the first prompt first.
 
+        What is not described here is as in `ScaleRAE.generate`.
+
         Args:
-            num_inference_steps, guidance_scale: by default 49 and 1 (none); a student has its own and refuses other values.
+            num_inference_steps: by default 49; a student has its own number and refuses others.
+            guidance_scale: by default 1, none; a student has its own and refuses others.
             generator: draws the noise: one for all images, or one each. `torch.Generator().manual_seed(s)` each means the pictures
                 that `ScaleRAE.generate` draws with `image_seeds` s. None: other pictures each time.
             latents: the noise itself, [N, C, S, S], N = prompts times `num_images_per_prompt`.
@@ -237,7 +240,6 @@ class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
                 time t (1 is noise) that the step went to. A dict that it returns may have another state under "latents", also
                 the same tensor with other values; the last step's is the image.
                 `pipe._interrupt = True` ends the drawing, and the images are what they were going to be.
-            solver, guidance_interval, max_new_tokens, batch_size: as in `ScaleRAE.generate`.
 
         Raises:
             InputError: for an option out of range or of a wrong kind, or a prompt that the model answers without drawing.

@@ -224,13 +224,18 @@ class ScaleRAE:
     ) -> Generation | list[Generation]:
         """Replies to messages and draws what the replies ask for.
 
+        Of `guidance`, `guidance_interval`, `steps` and `solver`, None is the default of `SamplingOptions`. A student has values of its
+        own and refuses others.
+
         Args:
             prompts: one message or several; the result is one Generation, or a list in the same order.
             num_images: images per prompt. Image j of prompt i is made from noise seeded by
                 `image_seed(seed, i, j)`, so it does not depend on the batch it is drawn in.
-            guidance: classifier-free guidance scale, 1 for none; `guidance_interval` (lo, hi) limits it in t.
-            steps, solver: of the sampler. Options that are None have the defaults of `SamplingOptions`; for a student they have the
-                student's own values, and other values are refused.
+            seed: what the seeds of the noise are made from.
+            guidance: classifier-free guidance scale, 1 for none.
+            guidance_interval: (lo, hi): guidance acts only where t is in between.
+            steps: of the sampler, from noise to latent.
+            solver: one of "euler" (the published schedule), "heun", "dpmpp_2m", "ab2".
             options: the sampler's options as one object, in place of `guidance`, `guidance_interval`, `steps`, `solver`.
             latents: one latent [L, C] per prompt, shown to the model before the message.
             image_seeds: the noise seeds themselves, a list per prompt, instead of `num_images` and `seed`.
@@ -240,7 +245,8 @@ class ScaleRAE:
             callback: `callback(evaluation, evaluations, t, x, v)` after each network evaluation of a batch.
             progress: `progress("images", done, total)` after each evaluation of a batch, where an evaluation of n images
                 counts n, and `total` is that of all batches.
-            guidance_scale, num_inference_steps: `guidance` and `steps`, as diffusers calls them.
+            guidance_scale: `guidance`, as diffusers calls it.
+            num_inference_steps: `steps`, as diffusers calls it.
 
         Raises:
             InputError: for an empty prompt or an option out of range. ScaleRAEError: when a latent is not finite.

@@ -176,3 +176,21 @@ def test_first_lines_of_docstrings_are_short(package: str) -> None:
         first_lines = [(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes]
         long += [f"{file.name}: {line}" for line in first_lines if len(line) > 100]
     assert long == []
+
+
+def test_arguments_that_docstrings_describe_exist() -> None:
+    """Each on a line of its own, as the API reference needs it."""
+    wrong: list[str] = []
+    for file in PACKAGE.rglob("*.py"):
+        if "Args:\n" not in (text := file.read_text()):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                described = (ast.get_docstring(node) or "").partition("Args:\n")[2].partition("\n\n")[0]
+                names = {arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+                wrong += [
+                    f"{node.name}: {name}"
+                    for name in re.findall(r"^    (\S[^:]*):", described, re.M)
+                    if name not in names
+                ]
+    assert wrong == []
