@@ -36,27 +36,38 @@ from scale_rae.files import check_name
 from scale_rae.jsonio import dump_json
 from scale_rae.version import __version__
 
-# name -> (module, its line in `scale-rae --help`); the module is imported when its command is run
+_DRAW, _SCALE, _TRAIN = "Draw and ask", "Scale and measure", "Train"
+
+# name -> (module, heading and line in `scale-rae --help`); the module is imported when its command is run
 COMMANDS = {
-    "t2i": ("scale_rae.cli.t2i", "Draw images from a prompt, or from every prompt of a file."),
-    "img": ("scale_rae.cli.img", "Ask about an image, or have it changed."),
-    "latent": ("scale_rae.cli.latent", "Decode saved latents, ask about them, or continue from them."),
-    "inspect": ("scale_rae.cli.inspect", "Say what a model is and what it needs, before it is downloaded."),
-    "scale": ("scale_rae.cli.scale", "Draw many images of each prompt, and judge and rank them (test-time scaling)."),
-    "train": ("scale_rae.cli.train", "Fine-tune a model on pictures and texts: a LoRA, or all weights."),
-    "distill": ("scale_rae.cli.distill", "Distil a model: a student that draws in 1 to 8 evaluations."),
-    "merge": ("scale_rae.cli.merge", "Write a model with LoRA adapters merged in, as a checkpoint of its own."),
-    "score": ("scale_rae.cli.score", "Add a reward's scores to an experiment that was drawn without a reward."),
-    "select": ("scale_rae.cli.select", "Keep the best images of each prompt of an experiment."),
-    "evaluate": ("scale_rae.cli.evaluate", "Score images by GenEval's rules: do they show what their prompts name?"),
+    "t2i": ("scale_rae.cli.t2i", _DRAW, "Draw images from a prompt, or from every prompt of a file."),
+    "img": ("scale_rae.cli.img", _DRAW, "Ask about an image, or have it changed."),
+    "latent": ("scale_rae.cli.latent", _DRAW, "Decode saved latents, ask about them, or continue from them."),
+    "demo": ("scale_rae.cli.demo", _DRAW, "Show a page to draw with, in the browser."),
+    "serve": ("scale_rae.cli.serve", _DRAW, "Serve a model to OpenAI's clients over HTTP."),
+    "inspect": ("scale_rae.cli.inspect", _DRAW, "Say what a model is and what it needs, before it is downloaded."),
+    "scale": (
+        "scale_rae.cli.scale",
+        _SCALE,
+        "Draw many images of each prompt, and judge and rank them (test-time scaling).",
+    ),
+    "score": ("scale_rae.cli.score", _SCALE, "Add a reward's scores to an experiment that was drawn without a reward."),
+    "select": ("scale_rae.cli.select", _SCALE, "Keep the best images of each prompt of an experiment."),
+    "report": ("scale_rae.cli.report", _SCALE, "Make a web page of an experiment: images, scores, plots."),
+    "sheet": ("scale_rae.cli.sheet", _SCALE, "Make a contact sheet of an experiment: one picture of its images."),
+    "evaluate": (
+        "scale_rae.cli.evaluate",
+        _SCALE,
+        "Score images by GenEval's rules: do they show what their prompts name?",
+    ),
     "reproduce": (
         "scale_rae.cli.reproduce",
+        _SCALE,
         "Measure a model as the paper does: draw GenEval's prompts, choose, evaluate.",
     ),
-    "report": ("scale_rae.cli.report", "Make a web page of an experiment: images, scores, plots."),
-    "serve": ("scale_rae.cli.serve", "Serve a model to OpenAI's clients over HTTP."),
-    "sheet": ("scale_rae.cli.sheet", "Make a contact sheet of an experiment: one picture of its images."),
-    "demo": ("scale_rae.cli.demo", "Show a page to draw with, in the browser."),
+    "train": ("scale_rae.cli.train", _TRAIN, "Fine-tune a model on pictures and texts: a LoRA, or all weights."),
+    "distill": ("scale_rae.cli.distill", _TRAIN, "Distil a model: a student that draws in 1 to 8 evaluations."),
+    "merge": ("scale_rae.cli.merge", _TRAIN, "Write a model with LoRA adapters merged in, as a checkpoint of its own."),
 }
 
 
@@ -67,7 +78,10 @@ class _LazyGroup(TyperGroup):
         return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        return TyperCommand(cmd_name, help=COMMANDS[cmd_name][1]) if cmd_name in COMMANDS else None
+        if cmd_name not in COMMANDS:
+            return None
+        _, heading, line = COMMANDS[cmd_name]
+        return TyperCommand(cmd_name, help=line, rich_help_panel=heading)
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         name, _, rest = super().resolve_command(ctx, args)
@@ -123,7 +137,7 @@ class _Command(TyperCommand):
 
 def load_command(name: str) -> Any:
     """The click command of that name, or its group of subcommands; imports its module."""
-    module_name, help_line = COMMANDS[name]
+    module_name, _, help_line = COMMANDS[name]
     module = importlib.import_module(module_name)
     subcommands = getattr(module, "commands", None)
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=subcommands is not None)
@@ -167,7 +181,12 @@ def _group(
         bool, typer.Option("--version", "-V", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Scale-RAE: draw, look, and work on latents with one model."""
+    """Scale-RAE: draw, look, and work on latents with one model.
+
+    To try it without a download: scale-rae t2i "Show me a red star." --model-path shapes
+
+    What a command does, and its options: scale-rae t2i --help
+    """
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -187,6 +206,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     )
     app.callback()(_group)
     program = Path(sys.argv[0]).name if argv is None else "scale-rae"
+    if program == "__main__.py":
+        program = "python -m scale_rae"
     try:
         typer.main.get_command(app).main(args=None if argv is None else list(argv), prog_name=program)
     except SystemExit as e:

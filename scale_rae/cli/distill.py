@@ -17,6 +17,8 @@ def command(
 ) -> None:
     """Distil a model: a student draws in 1 to 8 evaluations, guidance folded in. Needs prompts, no pictures.
 
+    As in: scale-rae distill --prompts my-prompts.txt --out my-student, and then scale-rae t2i "…" --model-path my-student
+
     The student is a LoRA, or with --full all weights of the velocity network. Its folder is a model of its own: give it as --model-path.
     """
     options.check()

@@ -30,9 +30,13 @@ def command(
     options: TrainingOptions,
     debug: Debug = False,
 ) -> None:
-    """Fine-tune a model: a LoRA, or with --full all weights of its networks.
+    """Fine-tune a model: a LoRA, or with --full all weights of its networks. Needs pictures with texts.
 
-    The LoRA is in PEFT's format; use it with --lora in every command, or with `scale-rae merge`. For several GPUs, start with torchrun.
+    As in: scale-rae train --data my-pictures --out my-lora, and then scale-rae t2i "…" --lora my-lora
+
+    The LoRA is in PEFT's format; every command takes its folder as --lora. With --objective self-reward, prompts do without pictures.
+
+    For several GPUs, start with torchrun.
     """
     options.check()
     if options.rewards_itself:

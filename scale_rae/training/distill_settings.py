@@ -67,9 +67,6 @@ class DistillOptions:
     """Options of a distillation. Only the velocity network learns; prompts are all the data."""
 
     model: Model = DEFAULT_MODEL
-    out: Annotated[Path, Knob("Folder for the student, its checkpoints and logs; made if missing.", RESULT)] = Path(
-        "student"
-    )
     revision: Revision = None
     lora: Lora = ()
     device: Device = None
@@ -107,6 +104,16 @@ class DistillOptions:
     ] = 4
     cache_dir: CacheDir = None
 
+    # --- result
+    out: Annotated[
+        Path,
+        Knob("Folder for the student, its checkpoints and logs; made if missing.", RESULT, aliases=("output_dir",)),
+    ] = Path("student")
+    save_steps: SaveSteps = 500
+    checkpoints_total_limit: CheckpointsTotalLimit = None
+    resume: Resume = False
+    logging_steps: LoggingSteps = 10
+
     # --- learning
     full: Full = False
     rank: Rank = 64
@@ -135,12 +142,6 @@ class DistillOptions:
     quantize: Quantize = None
     gradient_checkpointing: GradientCheckpointing = False
     compile: Compile = "auto"
-
-    # --- result
-    save_steps: SaveSteps = 500
-    checkpoints_total_limit: CheckpointsTotalLimit = None
-    resume: Resume = False
-    logging_steps: LoggingSteps = 10
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "quantize", quantisation(self.quantize))

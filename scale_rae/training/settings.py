@@ -215,11 +215,12 @@ class SelfRewardOptions:
 Model = Annotated[str, Knob(MODEL_HELP, MODEL, aliases=("model_path",))]
 Revision = Annotated[str | None, Knob("Branch, tag or commit of a model on the hub.", MODEL)]
 Device = Annotated[str | None, Knob("cpu, cuda, cuda:N or mps. Default: the best there is.", MODEL)]
-PromptPrefix = Annotated[str, Knob("Put before a picture's text, unless that is worded as a request.", DATA)]
+PromptPrefix = Annotated[str, Knob("Put before a prompt, or a picture's text, that is not worded as a request.", DATA)]
 CacheDir = Annotated[
-    Path | None, Knob("Folder for latents and conditions. Default: `cache` in the folder of --out.", DATA)
+    Path | None,
+    Knob("Folder for what is computed before the first step. Default: `cache` in the folder of --out.", DATA),
 ]
-Full = Annotated[bool, Knob("Train all weights of these networks instead of a LoRA.", LEARNING)]
+Full = Annotated[bool, Knob("Train all weights of what learns, instead of a LoRA.", LEARNING)]
 Rank = Annotated[int, Knob("Rank of the LoRA.", LEARNING, least=1)]
 Alpha = Annotated[
     float | None,

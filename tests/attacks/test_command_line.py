@@ -168,7 +168,7 @@ def as_command(body: str) -> list[str]:
         "import sys, types\nfrom scale_rae.cli import app, main\n"
         f"def command(debug: bool = False) -> None:\n    {body}\n"
         "sys.modules['made_up'] = types.SimpleNamespace(command=command)\n"
-        "app.COMMANDS['x'] = ('made_up', 'x')\nsys.exit(main(['x']))",
+        "app.COMMANDS['x'] = ('made_up', 'Draw', 'x')\nsys.exit(main(['x']))",
     ]
 
 

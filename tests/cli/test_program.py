@@ -17,6 +17,8 @@ from PIL import Image
 
 from scale_rae import __version__, errors, options
 from scale_rae.cli import app
+from scale_rae.training.distill_settings import DistillOptions
+from scale_rae.training.settings import TrainingOptions
 from tests.cli.conftest import DRAW, Cli, left
 
 ROOT = Path(__file__).parents[2]
@@ -172,10 +174,28 @@ def test_two_names_of_one_program() -> None:
     assert texts[0].replace("cli.py t2i", "scale-rae t2i").split() == texts[1].split()
 
 
+def test_the_module_names_itself_as_it_is_called(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "scale_rae" / "__main__.py"), "--help"])
+    assert app.run() == 0
+    assert "Usage: python -m scale_rae [OPTIONS] COMMAND" in capsys.readouterr().out
+
+
+def test_commands_of_a_kind_stand_together() -> None:
+    headings = [heading for _, heading, _ in app.COMMANDS.values()]
+    assert headings == sorted(headings, key=list(dict.fromkeys(headings)).index)
+    train, distill = (
+        list(dict.fromkeys(option.knob.panel for option in options.options_of(kind)))
+        for kind in (TrainingOptions, DistillOptions)
+    )
+    assert [panel for panel in train if panel in distill] == [panel for panel in distill if panel in train]
+
+
 def test_every_command_and_flag_is_listed(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     listing = cli("--help")
     assert listing.code == 0
-    for name, (_, summary) in app.COMMANDS.items():
+    for name, (_, _, summary) in app.COMMANDS.items():
         assert name in listing.out
         assert summary in " ".join(listing.out.replace("│", " ").split())
     flags = "prompt prompts from-manifest model-path decoder-repo output-dir guidance-level seed save-latent num-images"
