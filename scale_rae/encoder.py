@@ -86,6 +86,11 @@ class Encoder:
         """transformers' image processor."""
         return self._processor_and_side[0]
 
+    @property
+    def stretches(self) -> bool:
+        """Whether pictures that are not square are stretched, and not cropped."""
+        return not getattr(self.processor, "do_center_crop", False)
+
     @cached_property
     def model(self) -> Any:
         """transformers' vision model.

@@ -42,6 +42,7 @@ T = TypeVar("T")
 ENCODE_AT_ONCE, REPLY_AT_ONCE, CONDITIONS_AT_ONCE = 32, 64, 16
 DRAW_AT_ONCE = 16
 LONGEST_OWN_REPLY = 64  # tokens
+_SQUARE = 1.1  # longer by shorter edge, up to which a picture counts as square
 _THREADS = 8
 
 
@@ -147,7 +148,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     kept = [i for i, layout in enumerate(layouts[: len(records)]) if layout.length(config.tokens) <= config.max_length]
     usable([records[i] for i in kept], problems, options)
     notes += [f"left out: {problem}" for problem in problems]
-    pictures = _encode([records[i] for i in kept], options, model, latents, report)
+    pictures = _encode([records[i] for i in kept], options, model, latents, report, notes)
 
     def made(i: int) -> PreparedRecord:
         record, layout = worded[i], layouts[i]
@@ -434,9 +435,14 @@ def forced_conditions(language: LanguageModel, layouts: Sequence[Layout], shown:
 
 
 def _encode(
-    records: Sequence[Record], options: TrainingOptions, model: Model, latents: TensorCache, report: Report
+    records: Sequence[Record],
+    options: TrainingOptions,
+    model: Model,
+    latents: TensorCache,
+    report: Report,
+    notes: list[str],
 ) -> dict[PictureFile, str]:
-    """The keys of all pictures' latents, once all latents are there."""
+    """The keys of all pictures' latents, once all latents are there; adds a note on pictures that were stretched."""
     from scale_rae.provenance import file_record
 
     source = find(model.config.encoder_name, "encoder", model.source.folder)
@@ -454,6 +460,7 @@ def _encode(
         if not todo:
             return keys
         network = load_encoder(source, model.config, model.dtype, model.device)
+        stretched = 0
 
         def load(picture: PictureFile) -> Image.Image:
             image = decode_image(picture.read(), where[picture])
@@ -461,9 +468,15 @@ def _encode(
 
         for part in _reported(todo, "encoding pictures", report):
             images = list(pool.map(load, [by_key[key] for key in part]))
+            stretched += sum(network.stretches and max(i.size) > _SQUARE * min(i.size) for i in images)
             encoded = network.encode(network.preprocess(images)).to(stored_dtype(model.dtype)).cpu()
             for name, latent in zip(part, encoded, strict=True):
                 latents.add(name, latent.clone())
+    if stretched:
+        notes.append(
+            f"stretched to squares, as the encoder does: {stretched} of {counted(len(by_key), 'picture')}; --center-crop cuts out their "
+            "middle instead"
+        )
     return keys
 
 

@@ -3,8 +3,9 @@
 | form | what is read |
 | --- | --- |
 | a folder with metadata.jsonl | {"file_name": …, "text": …} a line |
+| a folder with metadata.csv | a table with the columns file_name and text |
 | a folder without | pictures in it and in folders below, each with a .txt beside it; hidden files are left out |
-| a .jsonl file | lines as above, or {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]} |
+| a .jsonl or .csv file | as above; in .jsonl also {"image": …, "conversations": [{"from": "human", "value": …}, {"from": "gpt", "value": …}]} |
 | a .tar file, or a folder of them | WebDataset samples: .json with "conversations" or else a .txt, and the picture, under one name |
 | a .json file | the manifest of tars: {"dataset_name": …, "tars": […]} |
 
@@ -13,6 +14,8 @@ Names of files are relative to the file that has them, or to `image_folder`.
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +33,8 @@ from scale_rae.training.settings import TrainingOptions
 from scale_rae.wording import as_request
 
 PICTURE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jp2")
+NOT_READ = (".heic", ".heif")  # pictures of phones, which Pillow cannot read
+LISTS = ("metadata.jsonl", "metadata.csv")  # of the pictures in a folder
 MOST_LIST_BYTES = 4 << 30  # per JSONL file
 _MOST_TEXT_BYTES = 1 << 20
 _REPORT_EVERY = 256  # records
@@ -156,6 +161,8 @@ class _Reader:
             yield from self._folder(path)
         elif path.suffix.lower() in (".jsonl", ".ndjson"):
             yield from self._lines(path)
+        elif path.suffix.lower() == ".csv":
+            yield from self._table(path)
         elif path.suffix.lower() == ".tar":
             check_file(path, "tar")
             yield from self._tar(path)
@@ -164,38 +171,45 @@ class _Reader:
         else:
             check_file(path, "data file")
             raise InputError(
-                f"{path}: not training data: give a folder, a .jsonl file, a .tar file or a manifest of tars (.json)"
+                f"{path}: not training data: give a folder, a .jsonl, .csv or .tar file, or a manifest of tars (.json)"
             )
 
     # --- folders ---------------------------------------------------------------------------------------------------
 
     def _folder(self, folder: Path) -> Iterator[Record | str]:
-        if (folder / "metadata.jsonl").is_file():
-            yield from self._lines(folder / "metadata.jsonl")
+        if lists := [folder / name for name in LISTS if (folder / name).is_file()]:
+            yield from self.read(lists[0])
             return
         files = sorted(file for file in folder.rglob("*") if file.is_file() and self._is_data(file, folder))
-        if lists := [file for file in files if file.name == "metadata.jsonl"]:
-            raise InputError(f"{folder}: has no metadata.jsonl, but {lists[0].parent} has one; give that folder")
-        pictures = [file for file in files if file.suffix.lower() in PICTURE_SUFFIXES]
+        if lists := [file for file in files if file.name in LISTS]:
+            raise InputError(f"{folder}: has no {lists[0].name}, but {lists[0].parent} has one; give that folder")
+        pictures = [file for file in files if file.suffix.lower() in (*PICTURE_SUFFIXES, *NOT_READ)]
         tars = [file for file in files if file.suffix.lower() == ".tar"]
+        texts = {file.with_suffix(""): file for file in files if file.suffix.lower() == ".txt"}
         if not pictures and not tars:
-            raise InputError(f"{folder}: holds no training data: no metadata.jsonl, no pictures, no .tar files")
+            raise InputError(f"{folder}: holds no training data: no {' or '.join(LISTS)}, no pictures, no .tar files")
+        if not texts and not tars:
+            raise InputError(
+                f"{folder}: holds {counted(len(pictures), 'picture')} and no texts; put a .txt beside each, or write a "
+                f"{' or '.join(LISTS)} with file_name and text"
+            )
         for tar in tars:
             yield from self._tar(tar)
-        if pictures:
-            beside = {file.with_suffix("") for file in pictures}
-            for file in files:
-                if file.suffix.lower() == ".txt" and file.with_suffix("") not in beside:
-                    yield f"{file}: no picture beside it ({', '.join(PICTURE_SUFFIXES)})"
+        beside = {file.with_suffix("") for file in pictures}
+        for name, text_file in texts.items() if pictures else ():
+            if name not in beside:
+                yield f"{text_file}: no picture beside it ({', '.join(PICTURE_SUFFIXES)})"
         for file in pictures:
-            text_file = file.with_suffix(".txt")
-            if not text_file.is_file():
-                yield f"{file}: no text beside it ({text_file.name})"
-                continue
-            try:
-                yield self._captioned(str(file), _text_of(text_file), PictureFile(file))
-            except InputError as e:
-                yield first_line(e)
+            found = texts.get(file.with_suffix(""))
+            if file.suffix.lower() in NOT_READ:
+                yield f"{file}: pictures in this format are not read; save it as JPEG or PNG"
+            elif found is None:
+                yield f"{file}: no text beside it ({file.with_suffix('.txt').name})"
+            else:
+                try:
+                    yield self._captioned(str(file), _one_line(_text_of(found)), PictureFile(file))
+                except InputError as e:
+                    yield first_line(e)
 
     def _is_data(self, file: Path, folder: Path) -> bool:
         """False for hidden files and for files of the folder that is no data."""
@@ -216,6 +230,27 @@ class _Reader:
                 yield self._from_object(_object(raw, where), where, path.parent)
             except InputError as e:
                 yield first_line(e)
+
+    def _table(self, path: Path) -> Iterator[Record | str]:
+        content = _utf8(read_bytes(path, MOST_LIST_BYTES, "data file"), str(path))
+        head = content.partition("\n")[0]
+        # Spreadsheet programs separate columns by what their country does not use in numbers.
+        table = csv.DictReader(io.StringIO(content, newline=""), delimiter=max(",;\t", key=head.count), strict=True)
+        try:
+            if missing := {"file_name", "text"} - set(table.fieldnames or ()):
+                raise InputError(f"{path}: its first line names no column {' and no column '.join(sorted(missing))}")
+            for row in table:
+                where = f"{path}, line {table.line_num}"
+                if None in row:
+                    yield f"{where}: has more columns than the first line; put a text with commas into quotes"
+                    continue
+                fields = {name: row[name] for name in ("file_name", "text")}
+                try:
+                    yield self._from_object(fields, where, path.parent)
+                except InputError as e:
+                    yield first_line(e)
+        except csv.Error as e:
+            raise InputError(f"{path}, after line {table.line_num}: not a table of comma-separated values ({e})") from e
 
     def _from_object(self, fields: dict[str, Any], where: str, folder: Path) -> Record:
         if "conversations" in fields:
@@ -294,7 +329,7 @@ class _Reader:
                 return _conversation(fields, where, pictures)
         if len(pictures) != 1:
             raise InputError(f"{where}: has {len(pictures)} pictures; a .txt describes one")
-        return self._captioned(where, _utf8(texts["txt"].read(), where), pictures[0])
+        return self._captioned(where, _one_line(_utf8(texts["txt"].read(), where)), pictures[0])
 
 
 def _conversation(fields: dict[str, Any], where: str, pictures: Sequence[PictureFile]) -> Record:
@@ -334,6 +369,11 @@ def _object(data: bytes, where: str) -> dict[str, Any]:
     return value
 
 
+def _one_line(text: str) -> str:
+    """The lines of a text file as one: where they break says nothing about the picture."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
+
+
 def _text_of(file: Path) -> str:
     return _utf8(read_bytes(file, _MOST_TEXT_BYTES, "text"), str(file))
 
@@ -356,7 +396,7 @@ def _utf8(data: bytes, where: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        raise InputError(f"{where}: not valid UTF-8 (byte {e.start + 1})") from e
+        raise InputError(f"{where}: not valid UTF-8 (byte {e.start + 1}); save it as UTF-8") from e
 
 
 def read_records(options: TrainingOptions, report: Report = no_report) -> tuple[list[Record], list[str]]:

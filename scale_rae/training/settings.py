@@ -298,7 +298,7 @@ class TrainingOptions:
     data: Annotated[
         tuple[Path, ...],
         Knob(
-            "Training data: a folder of pictures with metadata.jsonl or with a .txt beside each, a .jsonl file with "
+            "Training data: a folder of pictures with metadata.jsonl, metadata.csv or a .txt beside each, a .jsonl file with "
             "`conversations`, a WebDataset .tar or a folder of them, or a manifest of tars. May be given several times.",
             DATA,
             metavar="PATH",
@@ -335,7 +335,7 @@ class TrainingOptions:
         ),
     ] = None
     center_crop: Annotated[
-        bool, Knob("Crop pictures to squares. Default: the encoder's preprocessing, which stretches them.", DATA)
+        bool, Knob("Crop pictures to squares. Default: the encoder's preprocessing; SigLIP's stretches them.", DATA)
     ] = False
     skip_bad: Annotated[bool, Knob("Leave out records that cannot be used, instead of stopping.", DATA)] = False
     cache_dir: CacheDir = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import tarfile
@@ -76,6 +77,60 @@ def test_a_folder_with_texts_beside_the_pictures(tmp_path: Path) -> None:
         f"{tmp_path / 'c.txt'}: no picture beside it (.png, .jpg, .jpeg, .webp, .bmp, .gif, .tif, .tiff, .avif, .jp2)",
         f"{tmp_path / 'b.png'}: no text beside it (b.txt)",
     ]
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_a_folder_with_a_table(tmp_path: Path, separator: str) -> None:
+    rows = [
+        ("file_name", "index", "text"),
+        ("a.png", "1", ' a "good", old; cat '),
+        ("a.png", "2", "a cat\r\non a mat"),
+        ("b.png", "3", "a dog"),
+        ("a.png", "4"),
+        ("a.png", "5", "a dog", "a cat"),
+    ]
+    with (tmp_path / "metadata.csv").open("w", encoding="utf-8-sig", newline="") as file:
+        csv.writer(file, delimiter=separator).writerows(rows)
+    data = read(write(tmp_path, a_png=png()))
+    captioned(data.records[0], 'a "good", old; cat')
+    captioned(data.records[1], "a cat\r\non a mat")
+    table = tmp_path / "metadata.csv"
+    assert data.problems == [
+        f"{table}, line 5: {tmp_path / 'b.png'}: no such picture",
+        f'{table}, line 6: has no "text"',
+        f"{table}, line 7: has more columns than the first line; put a text with commas into quotes",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"name,text\na.png,a cat\n", "its first line names no column file_name"),
+        (b"", "its first line names no column file_name and no column text"),
+        (b"file_name,text\na.png,sch\xf6n\n", r"not valid UTF-8 \(byte 25\); save it as UTF-8"),
+        (
+            b'file_name,text\na.png,"a cat\n',
+            r"after line 1: not a table of comma-separated values \(unexpected end of data\)",
+        ),
+    ],
+)
+def test_a_table_that_cannot_be_used_is_named(tmp_path: Path, content: bytes, said: str) -> None:
+    with pytest.raises(InputError, match=rf"metadata\.csv.*{said}"):
+        read(write(tmp_path, a_png=png(), metadata_csv=content))
+
+
+def test_pictures_of_a_phone(tmp_path: Path) -> None:
+    """Suffixes in capitals, texts of several lines, and a format that is not read."""
+    (tmp_path / "schöner Tag.PNG").write_bytes(png())
+    (tmp_path / "schöner Tag.TXT").write_text("a cat\r\n\r\n  on a  mat\r\n", newline="")
+    data = read(write(tmp_path, b_HEIC=b"x", b_txt="a dog"))
+    captioned(data.records[0], "a cat on a  mat")
+    assert data.problems == [f"{tmp_path / 'b.HEIC'}: pictures in this format are not read; save it as JPEG or PNG"]
+
+
+def test_pictures_without_texts(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds 2 pictures and no texts; put a \.txt beside each, or"):
+        read(write(tmp_path, a_png=png(), b_png=png()))
 
 
 def test_hidden_files_and_the_result_are_no_data(tmp_path: Path) -> None:

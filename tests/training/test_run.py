@@ -21,7 +21,7 @@ from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.training import prepare, run
 from scale_rae.training.checkpoints import Checkpoints
-from scale_rae.training.records import read_records
+from scale_rae.training.records import no_report, read_records
 from scale_rae.training.run import Watcher, train
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.training.trainer import Progress
@@ -192,6 +192,20 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_records(
     with pytest.raises(TrainingError, match=rf"^step 2: not finite .*metadata.jsonl, line \d.* {kept}"):
         go(broken)
     assert len(list(broken.out.glob("checkpoint-*"))) == (rate == 1e30)
+
+
+@pytest.mark.parametrize(
+    ("case", "crop", "told"), [("siglip", False, True), ("siglip", True, False), ("ddt", False, False)]
+)
+def test_stretched_pictures_are_noted(
+    options: TrainingOptions, checkpoints: dict[str, Path], tmp_path: Path, case: str, crop: bool, told: bool
+) -> None:
+    """SigLIP's preprocessing stretches, DINOv2's crops."""
+    chosen = replace(options, model=str(checkpoints[case]), center_crop=crop, cache_dir=tmp_path / "cache")
+    model = run.open_model(chosen, find(chosen.model, "model"), torch.device("cpu"), torch.float32)
+    notes = prepare.prepare(read_records(chosen)[0], chosen, model, no_report).notes
+    note = "stretched to squares, as the encoder does: 3 of 3 pictures; --center-crop cuts out their middle instead"
+    assert (note in notes) == told
 
 
 def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> None:
