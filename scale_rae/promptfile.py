@@ -13,6 +13,7 @@ from scale_rae.jsonio import parse_json
 from scale_rae.prompt import clean_message
 
 RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json")
+TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".ods", ".parquet")  # whose lines would be drawn, columns and all
 MOST_BYTES = 256 << 20  # per prompt file: two million long prompts
 MOST_TEMPLATE_BYTES = 1 << 20
 MOST_PROBLEMS = 10  # bad lines that an error names at most
@@ -35,10 +36,12 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     A record is a JSON object with "prompt" and optionally "index", a whole number (default: the number of prompts before).
 
     Raises:
-        InputError: for a file that cannot be read or holds no prompt; naming lines that are not UTF-8, are no record, have
+        InputError: for a file that is a table, cannot be read or holds no prompt; naming lines that are not UTF-8, are no record, have
             no text, or repeat an index.
     """
     path = Path(path)
+    if path.suffix.lower() in TABLE_SUFFIXES:
+        raise InputError(f"{path}: is a table; write its prompts to a .txt file, one a line, or to .jsonl")
     content = read_bytes(path, MOST_BYTES, "prompt file", pipes=True)
     return parse_prompts(content, str(path), path.suffix.lower() in RECORD_SUFFIXES)
 

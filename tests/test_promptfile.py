@@ -250,3 +250,10 @@ def test_other_encodings_that_are_valid_utf8_are_not_drawn(tmp_path: Path, text:
     path.write_bytes(text.encode(encoding))
     with pytest.raises(InputError, match="UTF-16"):
         read_prompts(path)
+
+
+def test_a_table_is_no_list_of_prompts(tmp_path: Path) -> None:
+    file = tmp_path / "prompts.CSV"
+    file.write_text("index,prompt\n0,a cat\n")
+    with pytest.raises(InputError, match=r"prompts\.CSV: is a table; write its prompts to a \.txt file, one a line"):
+        read_prompts(file)

@@ -69,11 +69,16 @@ class Checkpoints:
         return target
 
     def use(self, step: int) -> str:
-        """What the checkpoint of a step is good for, in words: its adapter, if it has one, else going on."""
+        """What the checkpoint of a step is good for, in words: an adapter to use, or a state to go on from."""
         folder = self.folder / f"checkpoint-{step}"
-        if (folder / ADAPTER_FILES[0]).is_file():
+        if self._is_adapter(step):
             return f"the weights of step {step} are kept: draw with them, or train on from them, by --lora {folder}"
         return f"the state of step {step} is kept in {folder}, from which --resume comes to step {step + 1} again"
+
+    def _is_adapter(self, step: int) -> bool:
+        """Whether the checkpoint of a step can be given as --lora: a student's, which has a config.json, cannot."""
+        folder = self.folder / f"checkpoint-{step}"
+        return (folder / ADAPTER_FILES[0]).is_file() and not (folder / "config.json").is_file()
 
     def newest(self) -> tuple[int, dict[str, Tensor]] | None:
         """The newest checkpoint's step and state, None if there is none.
@@ -95,5 +100,8 @@ class Checkpoints:
         mine = parse_json(self._identity)
         if changed := sorted(name for name in {*made, *mine} if made.get(name) != mine.get(name)):
             was = ", ".join(_CONTENTS.get(name) or f"{name} was {made.get(name)}" for name in changed)
-            raise TrainingError(f"{path}: made otherwise: {was}; use the same options and files, or give another --out")
+            again = f"; by --lora {path.parent}, it begins with these weights" if self._is_adapter(steps[-1]) else ""
+            raise TrainingError(
+                f"{path}: made otherwise: {was}; use the same options and files, or begin in another --out{again}"
+            )
         return int(stored["step"]), dict(stored["state"])

@@ -109,7 +109,9 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
 
     with pytest.raises(Killed):
         go(other, Watcher(step=kill))
-    with pytest.raises(TrainingError, match=r"made otherwise: seed was 42; use the same"):
+    with pytest.raises(
+        TrainingError, match=rf"made otherwise: seed was 42; use the same .*; by --lora {other.out}/checkpoint-2,"
+    ):
         go(replace(other, resume=True, seed=1))
     notes: list[str] = []
     again = go(replace(other, resume=True), Watcher(note=notes.append))
@@ -340,7 +342,9 @@ def test_what_a_broken_run_leaves_replaces_no_older_checkpoint(tmp_path: Path) -
 
 def test_other_data_are_named(tmp_path: Path) -> None:
     Checkpoints(tmp_path, {"records": "3f", "seed": 1}).write(2, {}, lambda folder: None)
-    with pytest.raises(TrainingError, match="made otherwise: the training data or their order differ; use the same"):
+    with pytest.raises(
+        TrainingError, match=r"made otherwise: the training data or their order differ; use the same .* another --out$"
+    ):
         Checkpoints(tmp_path, {"records": "4a", "seed": 1}).newest()
 
 
