@@ -33,6 +33,7 @@ from scale_rae.training.records import Report, no_report
 from scale_rae.training.trainer import Progress
 
 _SMALL_ERROR = 0.1  # root mean square of a velocity's error, below which the loss is quadratic
+_LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to log since then
 _WARMUP_STEPS = 3  # ordinary steps before one is captured: they compile kernels and make the libraries' workspaces
 
 
@@ -193,6 +194,7 @@ class Distiller:
         config, device = dit.config, flat.device
         self.pool = Pool(plan, (config.channels, config.side, config.side), flat.dtype, device)
         self.done = 0
+        self._logged = 0  # the last step in the log
         self._round = -1
         self._drew = flat.ema.clone()
         longest = max(plan.first_step(r + 1) - plan.first_step(r) for r in range(plan.rounds))
@@ -214,8 +216,11 @@ class Distiller:
         found = self._checkpoints.newest()
         if found is not None:
             self.done, state = found
-            self._drew.copy_(state.pop("drew"))
+            self._drew.copy_(state["drew"])
             self.flat.load_state(state)
+            logged, *sums = state[_LOGGED].tolist() if _LOGGED in state else (self.done, *self._sums.tolist())
+            self._logged = int(logged)
+            self._sums.copy_(torch.tensor(sums))
             number = self.plan.round_of(self.done - 1)
             if self.done < self.plan.steps and number == self.plan.round_of(self.done):  # within a round
                 self._begin(number, self._drew)
@@ -229,7 +234,7 @@ class Distiller:
         """
         plan = self.plan
         log = Log(folder, self.done)
-        logged, since, pace = self.done, time.perf_counter(), math.nan
+        timed, since, pace = self.done, time.perf_counter(), math.nan
         with attention_kernels(self.flat.device), contextlib.closing(log):
             while self.done < plan.steps:
                 if (number := plan.round_of(self.done)) != self._round:
@@ -239,18 +244,20 @@ class Distiller:
                 self._one()
                 self.done += 1
                 if self.done % plan.log_every == 0 or self.done == plan.steps:
-                    values = (self._sums / (self.done - logged)).tolist()
+                    values = (self._sums / (self.done - self._logged)).tolist()
                     self._sums.zero_()
-                    pace = (time.perf_counter() - since) / (self.done - logged)
-                    self._check(values, logged)
+                    pace = (time.perf_counter() - since) / (self.done - timed)
+                    self._check(values)
                     log.write(self._record(values, pace))
                     left = pace * (plan.steps - self.done)
                     self._watch(Progress(self.done, plan.steps, values[-2], plan.batch / pace, left, "states"))
-                    logged, since = self.done, time.perf_counter()
+                    self._logged, timed, since = self.done, self.done, time.perf_counter()
                 if self.done % plan.save_every == 0 or self.done == plan.steps:
                     paused = time.perf_counter()
-                    self._check([*self._sums.tolist(), float(self.flat.master.abs().max())], logged)
-                    state = self.flat.state() | {"drew": self._drew}
+                    sums = self._sums.tolist()
+                    self._check([*sums, float(self.flat.master.abs().max())])
+                    logged = torch.tensor([self._logged, *sums], dtype=torch.float64)
+                    state = self.flat.state() | {"drew": self._drew, _LOGGED: logged}
                     self._checkpoints.write(self.done, state, self._write_result)
                     since += time.perf_counter() - paused
 
@@ -316,9 +323,9 @@ class Distiller:
         self._sums.add_(torch.cat([by_window, loss.detach()[None], norm[None]]))
         self._place.add_(1)
 
-    def _check(self, values: Sequence[float], logged: int) -> None:
+    def _check(self, values: Sequence[float]) -> None:
         if not all(map(math.isfinite, values)):
-            first = min(logged + 1, self.done)
+            first = min(self._logged + 1, self.done)
             which = f"step {first}" if first == self.done else f"steps {first} to {self.done}"
             raise TrainingError(
                 f"{which}: a loss, gradient or weight is not finite; begin again, in another --out, with a lower "
