@@ -123,28 +123,29 @@ def read_data(
     Raises:
         InputError: for a path that holds no training data, or cannot be read.
     """
-    records: list[Record] = []
-    problems: list[str] = []
-    for path in paths:
-        for item in _Reader(request, image_folder, without).read(path):
-            (records if isinstance(item, Record) else problems).append(item)  # type: ignore[arg-type]
-    seen: list[str | None] = []
+    items = [item for path in paths for item in _Reader(request, image_folder, without).read(path)]
+    data = Data([], [])
     with ThreadPoolExecutor(workers) as pool:
-        for problem in pool.map(_problem, records):
-            seen.append(problem)
-            if len(seen) % _REPORT_EVERY == 0:
-                report("checking pictures", len(seen), len(records))
-    problems += [problem for problem in seen if problem]
-    return Data([record for record, problem in zip(records, seen, strict=True) if not problem], problems)
+        for number, (item, problem) in enumerate(zip(items, pool.map(_problem, items), strict=True), start=1):
+            if isinstance(item, Record) and problem is None:
+                data.records.append(item)
+            elif problem is not None:
+                data.problems.append(problem)
+            if number % _REPORT_EVERY == 0:
+                report("checking pictures", number, len(items))
+    return data
 
 
-def _problem(record: Record) -> str | None:
-    for picture in record.pictures:
+def _problem(item: Record | str) -> str | None:
+    """What a reader said of a bad record, or what is wrong with a record's pictures."""
+    if isinstance(item, str):
+        return item
+    for picture in item.pictures:
         try:
-            decode_image(picture.read(), record.where)
+            decode_image(picture.read(), item.where)
         except InputError as e:
             text = first_line(e)
-            return text if text.startswith(record.where) else f"{record.where}: {text}"
+            return text if text.startswith(item.where) else f"{item.where}: {text}"
     return None
 
 
