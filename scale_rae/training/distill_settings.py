@@ -191,3 +191,8 @@ class DistillOptions:
         """The options that a resumed run must not change, since they affect every step."""
         record = {name: value for name, value in to_record(self, complete=True).items() if name not in _FREE}
         return record | {"train_batch_size": self.batch}
+
+    def decisive(self) -> dict[str, Any]:
+        """The options that decide the result, those that a resumed run may change included; the steps are recorded apart."""
+        warmup = self.training().warmup(self.max_train_steps)
+        return {**self.identity(), "revision": self.revision, "prompts": self.prompts, "lr_warmup_steps": warmup}

@@ -92,14 +92,12 @@ class Result:
         else:
             self.write_adapter(folder)
         with writing(folder):
-            write_record(folder, self._how(), self.model.source.address, steps)
+            write_record(folder, self._how(steps), self.model.source.address, steps)
 
-    def _how(self) -> dict[str, Any]:
-        """The options that decide the result, whatever of them a resumed run may change, and the number of processes."""
-        o = self.options
-        batch = {"train_batch_size": o.train_batch_size, "gradient_accumulation_steps": o.gradient_accumulation_steps}
+    def _how(self, steps: int) -> dict[str, Any]:
+        """The options that decide the result, and the number of processes."""
         adapters = [{"name": one.source.address, "weight": one.weight} for one in self.model.adapters]
-        return {**o.identity(), **batch, "processes": self.group.size, "lora": adapters}
+        return {**self.options.decisive(steps), "processes": self.group.size, "lora": adapters}
 
     def write_adapter(self, folder: Path) -> None:
         """Writes the moving average of the adapter in PEFT's form."""

@@ -76,6 +76,10 @@ _FREE = frozenset(
         "reward_path",
     ]
 )
+# Those of them that decide the result, too; the steps are recorded apart.
+_RECORDED = ("revision", "train_batch_size", "gradient_accumulation_steps")
+_RECORDED_SFT = ("data", "image_folder", "class_prompts", "num_inference_steps", "validation_guidance")
+_RECORDED_SELF_REWARD = ("prompts", "reward_path")
 # Options of pictures and texts that are given, and of what else --objective sft learns from them.
 _ONLY_SFT = frozenset(
     [
@@ -533,3 +537,9 @@ class TrainingOptions:
             unused = {"objective", *to_record(self.self_reward, complete=True)}
             record = {name: value for name, value in record.items() if name not in unused}
         return record
+
+    def decisive(self, steps: int) -> dict[str, Any]:
+        """The options that decide the result of so many steps, those that a resumed run may change included."""
+        names = (*_RECORDED, *(_RECORDED_SELF_REWARD if self.rewards_itself else _RECORDED_SFT))
+        given = to_record(self, complete=True)
+        return {**self.identity(), **{name: given[name] for name in names}, "lr_warmup_steps": self.warmup(steps)}

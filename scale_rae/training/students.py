@@ -269,4 +269,4 @@ class Distillation:
             config = json.dumps(raw | {FIELD: self.student.record()}, indent=1) + "\n"
             with replacing(folder / "config.json") as fresh:
                 fresh.write_text(config, encoding="utf-8")
-            write_record(folder, self.options.identity(), source.address, self.distiller.done)
+            write_record(folder, self.options.decisive(), source.address, self.distiller.done)

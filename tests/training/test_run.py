@@ -284,7 +284,7 @@ def test_what_is_to_be_kept_is_kept(options: TrainingOptions, data: Path, tmp_pa
     assert (velocity(keeps.out) - base).square().mean() < 0.5 * (velocity(forgets.out) - base).square().mean()
 
 
-def test_the_record_of_a_training_has_its_batch_and_the_adapters_below(
+def test_the_record_of_a_training_has_all_options_that_decide_and_the_adapters_below(
     options: TrainingOptions, tmp_path: Path
 ) -> None:
     first = replace(options, max_train_steps=1, out=tmp_path / "first")
@@ -293,6 +293,7 @@ def test_the_record_of_a_training_has_its_batch_and_the_adapters_below(
         go(chosen)
         made = json.loads((chosen.out / "training.json").read_text())["options"]
         assert (made["lora"], made["train_batch_size"], made["processes"]) == (adapters, 2, 1)
+        assert (made["data"], made["lr_warmup_steps"], made["class_prompts"]) == ([str(chosen.data[0])], 1, None)
 
 
 def test_all_weights_are_trained_into_a_checkpoint(options: TrainingOptions) -> None:
