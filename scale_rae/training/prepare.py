@@ -133,21 +133,23 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         for number, text in enumerate(options.validation_prompts, start=1)
     ]
     classes = _class_records(options)
+    for record in (*asked, *classes):  # lengths without replies, before the model is asked for those
+        if problem := too_long(record, model):
+            raise InputError(problem)
+    lengths = [too_long(record, model) for record in records]
+    problems = [problem for problem in lengths if problem]
+    records = usable([r for r, problem in zip(records, lengths, strict=True) if not problem], problems, options)
     language = _Lazy(model)
     said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
     worded, by_itself = said.worded([*records, *asked, *classes], len(records) + len(asked), report, notes)
     layouts = [lay_out(model.tokenizer, record.messages, options.text_targets) for record in worded]
-    too_long = [
-        (i, f"{record.where}: {length} tokens long; the model reads at most {config.max_length}")
-        for i, (record, layout) in enumerate(zip(worded, layouts, strict=True))
-        if (length := layout.length(config.tokens)) > config.max_length
-    ]
-    problems = [problem for i, problem in too_long if i < len(records)]
-    if len(problems) < len(too_long):
-        raise InputError(too_long[-1][1])
-    kept = [i for i, layout in enumerate(layouts[: len(records)]) if layout.length(config.tokens) <= config.max_length]
-    usable([records[i] for i in kept], problems, options)
-    notes += [f"left out: {problem}" for problem in problems]
+    pairs = zip(worded, layouts, strict=True)
+    beyond = {i: problem for i, pair in enumerate(pairs) if (problem := too_long(pair[0], model, pair[1]))}
+    if others := [problem for i, problem in beyond.items() if i >= len(records)]:
+        raise InputError(others[0])
+    kept = [i for i in range(len(records)) if i not in beyond]
+    usable([records[i] for i in kept], [*beyond.values()], options)
+    notes += [f"left out: {problem}" for problem in (*problems, *beyond.values())]
     pictures = _encode([records[i] for i in kept], options, model, latents, report, notes)
 
     def made(i: int) -> PreparedRecord:
@@ -175,6 +177,17 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     if not options.trains_language:
         _conditions([*prepared.records, *prepared.validation], latents, conditions, model, language, report)
     return prepared
+
+
+def too_long(record: Record, model: Model, layout: Layout | None = None) -> str | None:
+    """What is wrong with a conversation that is longer than the model reads; None for a shorter one.
+
+    `layout` is the conversation's, if it is known. A reply that is not given does not count.
+    """
+    if layout is None:
+        layout = lay_out(model.tokenizer, (record.with_reply("") if record.own_reply else record).messages)
+    length, most = layout.length(model.config.tokens), model.config.max_length
+    return None if length <= most else f"{record.where}: {length} tokens long; the model reads at most {most}"
 
 
 @dataclass(frozen=True)

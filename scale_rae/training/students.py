@@ -18,7 +18,7 @@ from torch import Tensor
 from scale_rae import flow
 from scale_rae.adapters import CONFIG, WEIGHTS, write_adapter
 from scale_rae.checkpoint import save_tensors, writing
-from scale_rae.errors import InputError, TrainingError, counted
+from scale_rae.errors import InputError, TrainingError, counted, shorten
 from scale_rae.fast_weights import crop_swiglu
 from scale_rae.files import replacing
 from scale_rae.hub import BUNDLED, Source
@@ -38,9 +38,10 @@ from scale_rae.training.exchange import exchanges
 from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.losses import training_shift
-from scale_rae.training.prepare import REPLY_AT_ONCE, Model, left_out, own_replies
-from scale_rae.training.records import Report
+from scale_rae.training.prepare import REPLY_AT_ONCE, Model, left_out, own_replies, too_long
+from scale_rae.training.records import Record, Report
 from scale_rae.training.run import Watcher, compute_dtype, open_model
+from scale_rae.training.sequences import PICTURE, Message
 from scale_rae.wording import as_request
 
 _OWN_PROMPTS = 2000  # of each kind, in the bundled model's world
@@ -124,11 +125,15 @@ def conditions_of(
     The former are cached on disk.
 
     Raises:
-        InputError: when the model draws none of them.
+        InputError: when the model draws none of them; naming the prompt, for one that is too long.
     """
+    texts = list(dict.fromkeys(requests))
+    for text in texts:
+        conversation = Message("user", text), Message("assistant", PICTURE)
+        if problem := too_long(Record(f"prompt {shorten(text)!r}", conversation, ()), model):
+            raise InputError(problem)
     folder = (options.cache_dir or options.out / "cache") / "conditions"
     cache, stored = TensorCache(folder), stored_dtype(model.dtype)
-    texts = list(dict.fromkeys(requests))
     key = key_of(model.identity, "distillation", texts)
     if not (cache.has(key) and cache.has(f"{key}-drawn")):
         language = load_language(model.source, model.config, model.place, model.adapters)

@@ -22,7 +22,7 @@ from scale_rae.acceptance import ACCEPTED, REJECTED
 from scale_rae.adaptive import check_looks, with_looks
 from scale_rae.cli import app
 from scale_rae.config import load_config
-from scale_rae.errors import CheckpointError, ConfigError, HubError, OptionError, TrainingError
+from scale_rae.errors import CheckpointError, ConfigError, HubError, InputError, OptionError, TrainingError
 from scale_rae.hub import find
 from scale_rae.inspection import inspect
 from scale_rae.noise import draw_noise
@@ -495,6 +495,12 @@ def test_prompts_that_repeat_are_drawn_more_often(usual: DistillOptions, tmp_pat
     assert "--exchanged 2: only 0 conditions made" in notes[0]
     again, _ = conditions_of(prompts_of(options), options, model, lambda what, done, total: None)
     assert torch.equal(again.values, conditions.values)
+
+
+def test_a_prompt_that_is_too_long_is_named(usual: DistillOptions, tmp_path: Path) -> None:
+    (tmp_path / "long.txt").write_text("a cat\n" + "long " * 1000)
+    with pytest.raises(InputError, match=r"^prompt 'Can you generate long long .*tokens long; the model reads at most"):
+        go(replace(usual, prompts=tmp_path / "long.txt", out=tmp_path / "out", cache_dir=None))
 
 
 def test_a_model_in_the_folder_is_not_replaced(usual: DistillOptions, tmp_path: Path) -> None:

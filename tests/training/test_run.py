@@ -16,7 +16,7 @@ from PIL import Image
 
 from scale_rae.cli import app
 from scale_rae.cli.train import TrainingBar
-from scale_rae.errors import InputError, OutputError, TrainingError
+from scale_rae.errors import DataError, InputError, OutputError, TrainingError
 from scale_rae.hub import find
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.training import prepare, run
@@ -239,6 +239,30 @@ def test_validation_draws_the_same_noise_each_time(options: TrainingOptions) -> 
 def test_validation_prompts_that_cannot_be_drawn_are_refused(options: TrainingOptions, text: str, problem: str) -> None:
     with pytest.raises(InputError, match=f"^--validation-prompts, prompt 2: .*{problem}"):
         go(replace(options, validation_prompts=("a cat", text)))
+
+
+def test_the_model_is_asked_nothing_that_is_too_long_for_it(
+    options: TrainingOptions, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [{"file_name": str(data / "red.png"), "text": text} for text in ("a red square", "long " * 300)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked: list[str] = []
+    ask = prepare.own_replies
+
+    def watched(model: Any, language: Any, messages: list[str]) -> Any:
+        asked.extend(messages)
+        return ask(model, language, messages)
+
+    monkeypatch.setattr(prepare, "own_replies", watched)
+    chosen = replace(options, data=(tmp_path / "data.jsonl",), reply=None, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError) as error:
+        go(chosen)
+    assert error.value.problems[0].startswith(f"{tmp_path / 'data.jsonl'}, line 2: 1")
+    assert "tokens long; the model reads at most 1024" in error.value.problems[0]
+    assert not asked
+    with pytest.raises(InputError, match="the model draws none of the 1 texts"):
+        go(replace(chosen, skip_bad=True))
+    assert asked == ["Can you generate a red square"]
 
 
 @pytest.mark.parametrize("full", [False, True])
