@@ -31,11 +31,16 @@ class Log:
                 fresh.write_text("".join(f"{line}\n" for line in lines if _step(line) <= done), encoding="utf-8")
         self._board: Any = None
         self._run: Any = None
+        self._prefix = ""  # of names in wandb
         if report_to == "wandb":
             import wandb
 
+            # The log of a validation belongs to the run of its training.
+            self._prefix = f"{folder.name}/" if wandb.run is not None else ""
             # A run of wandb cannot go back to the step of a checkpoint, so a resumed training is another run of its group.
-            self._run = wandb.init(project=PROJECT, group=folder.name, dir=str(folder), config=dict(config or {}))
+            self._run = wandb.run or wandb.init(
+                project=PROJECT, group=folder.name, dir=str(folder), config=dict(config or {})
+            )
         elif importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -49,7 +54,7 @@ class Log:
         by_t = enumerate(record.get("flow_by_t", ()))
         values |= {f"flow_by_t/{i / BINS:.1f}": value for i, value in by_t if value is not None}
         if self._run is not None:
-            self._run.log(values, step=record["step"])
+            self._run.log({self._prefix + name: value for name, value in values.items()}, step=record["step"])
         if self._board is not None:
             for name, value in values.items():
                 self._board.add_scalar(name, value, record["step"])

@@ -425,7 +425,8 @@ class Verification:
         if self._log is None:
             with writing(self._folder):
                 self._folder.mkdir(parents=True, exist_ok=True)
-            self._log = Log(self._folder, int(line["step"]) - 1)  # of a resumed run, too
+            done = int(line["step"]) - 1  # of a resumed run, too
+            self._log = Log(self._folder, done, self._rounds.options.report_to)
         self._log.write(line)
         with (self._folder / "log.jsonl").open(encoding="utf-8") as file:
             return dict(parse_json(file.readline()))

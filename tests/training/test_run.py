@@ -411,7 +411,7 @@ def test_wandb_gets_what_the_log_has(options: TrainingOptions, monkeypatch: pyte
         calls.append(given)
         return Run()
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, __spec__=object()))
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, run=None, __spec__=object()))
     log = go(replace(options, max_train_steps=2, report_to="wandb"))
     begun, *logged, end = calls
     assert (begun["group"], begun["config"]["rank"], end) == ("out", 2, "finished")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -306,6 +308,28 @@ def test_only_the_validation_sees_the_verifier(options: TrainingOptions, monkeyp
     assert [line["verifier"] for line in lines] == [-10.0, -20.0, -30.0]
     assert seen == [2, 2, 2]
     assert not any("no reward verifies" in note for note in notes)
+
+
+def test_wandb_gets_the_validation_in_the_run_of_its_training(
+    options: TrainingOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+    run = SimpleNamespace(log=lambda values, step: logged.append((step, values)), finish=lambda: None)
+    wandb = SimpleNamespace(run=None, __spec__=object())
+
+    def init(**given: Any) -> Any:
+        assert wandb.run is None  # one run only
+        wandb.run = run
+        return run
+
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    go(replace(options, max_train_steps=1, report_to="wandb"))
+    assert [step for step, _ in logged] == [0, 1, 1]
+    before, step, after = (values for _, values in logged)
+    assert before.keys() == after.keys() == {"validation/yes", "validation/reading", "validation/distance"}
+    assert {"loss", "reading"} <= step.keys()
+    assert not (options.out / "validation" / "tensorboard").exists()
 
 
 def test_the_kl_weight_counts_the_distance_to_the_start(models: dict[str, ScaleRAE]) -> None:
