@@ -50,9 +50,14 @@ def local_device(device: str | None) -> str | None:
     return device
 
 
+def started_processes() -> int:
+    """How many processes torchrun started, this one included; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def join(device: torch.device) -> Group:
     """The group of the processes that torchrun started with this one, or of this process alone."""
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = started_processes()
     if size == 1:
         return Group()
     if device.type == "cuda":

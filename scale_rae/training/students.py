@@ -38,6 +38,7 @@ from scale_rae.training.exchange import exchanges
 from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.losses import training_shift
+from scale_rae.training.parallel import started_processes
 from scale_rae.training.prepare import REPLY_AT_ONCE, Model, left_out, own_replies, too_long
 from scale_rae.training.records import Record, Report
 from scale_rae.training.run import Watcher, compute_dtype, open_model
@@ -76,9 +77,11 @@ def distill(options: DistillOptions, source: Source, requests: Sequence[str], wa
     """Distils, and returns the folder of the student: `options.out`.
 
     Raises:
-        TrainingError: when --out holds another training or result, or a loss is not finite. ScaleRAEError: for a model, prompts or
-            options that cannot be used, saying what to do.
+        TrainingError: when --out holds another training or result, a loss is not finite, or torchrun started several processes.
+            ScaleRAEError: for a model, prompts or options that cannot be used, saying what to do.
     """
+    if (processes := started_processes()) > 1:
+        raise TrainingError(f"{processes} processes were started, and distill runs in one; start it without torchrun")
     device = pick_device(options.device)
     check_compile(options.compile, device)
     training = options.training()

@@ -503,6 +503,12 @@ def test_a_prompt_that_is_too_long_is_named(usual: DistillOptions, tmp_path: Pat
         go(replace(usual, prompts=tmp_path / "long.txt", out=tmp_path / "out", cache_dir=None))
 
 
+def test_several_processes_are_refused(usual: DistillOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 processes were started, and distill runs in one; start it without"):
+        go(replace(usual, out=tmp_path / "out"))
+
+
 def test_a_model_in_the_folder_is_not_replaced(usual: DistillOptions, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(TrainingError, match=r"config\.json: exists already"):
