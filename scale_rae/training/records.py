@@ -181,6 +181,8 @@ class _Reader:
         if lists := [folder / name for name in LISTS if (folder / name).is_file()]:
             yield from self.read(lists[0])
             return
+        if self.without is not None and folder.resolve() == self.without.resolve():
+            raise InputError(f"{folder}: is the folder of --out, too, which gets pictures; give another --out")
         files = sorted(file for file in folder.rglob("*") if file.is_file() and self._is_data(file, folder))
         if lists := [file for file in files if file.name in LISTS]:
             raise InputError(f"{folder}: has no {lists[0].name}, but {lists[0].parent} has one; give that folder")

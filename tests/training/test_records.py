@@ -141,9 +141,12 @@ def test_hidden_files_and_the_result_are_no_data(tmp_path: Path) -> None:
     where = [str(pictures / "a.png"), str(out.parent / "c.png")]
     records, problems = read_records(TrainingOptions(data=(pictures,), out=out))
     assert ([record.where for record in records], problems) == (where, [])
-    for around in (pictures, tmp_path):  # the data lies within the result
-        _, problems = read_records(TrainingOptions(data=(pictures,), out=around, skip_bad=True))
-        assert problems == [f"{out / 'd.png'}: no text beside it (d.txt)"]
+    _, problems = read_records(TrainingOptions(data=(pictures,), out=tmp_path, skip_bad=True))  # data within the result
+    assert problems == [f"{out / 'd.png'}: no text beside it (d.txt)"]
+    with pytest.raises(
+        InputError, match=f"^{pictures}: is the folder of --out, too"
+    ):  # a resumed run would read its sheets
+        read_records(TrainingOptions(data=(pictures,), out=pictures))
 
 
 def test_the_official_form(tmp_path: Path) -> None:
