@@ -6,6 +6,7 @@ import ctypes
 import errno
 import hashlib
 import os
+import re
 import select
 import shutil
 import stat
@@ -152,6 +153,13 @@ def replacing(target: Path) -> Iterator[Path]:
     except BaseException:
         fresh.unlink(missing_ok=True)
         raise
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes what `replacing` had begun to write into a folder when its process was killed; nothing may be writing there."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+-\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from scale_rae.checkpoint import writing
 from scale_rae.errors import CheckpointError, OutputError, TrainingError, first_line
-from scale_rae.files import replacing, replacing_folder
+from scale_rae.files import remove_unfinished, replacing, replacing_folder
 from scale_rae.hub import ADAPTER_FILES
 from scale_rae.jsonio import dump_json, parse_json
 
@@ -30,10 +30,14 @@ _CONTENTS = {
 
 
 def write_record(folder: Path, identity: Mapping[str, Any], model: str, steps: int) -> None:
-    """Writes training.json: how the result in `folder` was trained, from which model, and in how many steps."""
+    """Writes training.json: how the result in `folder` was trained, from which model, and in how many steps.
+
+    The result is complete then, so what killed runs had begun to write there is removed.
+    """
     record = {"options": identity, "model": model, "steps": steps}
     with replacing(folder / "training.json") as fresh:
         fresh.write_text(json.dumps(record, indent=1, default=str) + "\n", encoding="utf-8")
+    remove_unfinished(folder)
 
 
 class Checkpoints:

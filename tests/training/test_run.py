@@ -365,6 +365,15 @@ def test_what_a_broken_run_leaves_replaces_no_older_checkpoint(tmp_path: Path) -
     assert checkpoints.steps() == [4, 5]
 
 
+def test_what_a_killed_run_had_begun_to_write_is_removed(options: TrainingOptions) -> None:
+    other = options.out / ".hidden.a-b.tmp"
+    options.out.mkdir()
+    for path in (options.out / ".adapter_model.safetensors.71-140532669905792.tmp", other):
+        path.write_bytes(b"a part")
+    go(replace(options, max_train_steps=1))
+    assert [path for path in options.out.iterdir() if path.name.startswith(".")] == [other]
+
+
 def test_other_data_are_named(tmp_path: Path) -> None:
     Checkpoints(tmp_path, {"records": "3f", "seed": 1}).write(2, {}, lambda folder: None)
     with pytest.raises(
