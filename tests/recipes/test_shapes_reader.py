@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.shapes import common, export, lessons, networks, own, reader, wordings
+from recipes.shapes import common, export, lessons, networks, own, reader, refit, wordings
 from recipes.shapes.lessons import Writer
 from recipes.shapes.settings import TINY
 from recipes.shapes.tokenizer import cased_words, words
@@ -282,6 +282,18 @@ def test_names_are_read_alike_wherever_they_stand(tmp_path: Path) -> None:
     ):
         usual = words.tokenizer.plain(text)
         assert torch.equal(alike[usual], table[usual]), text
+
+
+def test_the_projector_that_was_changed_is_solved_for() -> None:
+    torch.manual_seed(0)
+    wanted, present = torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)
+    fit = refit.LeastSquares(6, 3)
+    with torch.no_grad():
+        for states in torch.randn(4, 50, 2, 6):
+            fit.add(states, wanted(states) - present(states))
+        weight, bias = fit.solve()
+        torch.testing.assert_close(present.weight + weight, wanted.weight, atol=1e-3, rtol=0, check_dtype=False)
+        torch.testing.assert_close(present.bias + bias, wanted.bias, atol=1e-3, rtol=0, check_dtype=False)
 
 
 def test_pools_are_what_was_saved(write: Writer, tmp_path: Path) -> None:

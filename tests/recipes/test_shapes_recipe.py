@@ -23,10 +23,12 @@ from recipes.shapes import (
     curves,
     data,
     encoder,
+    export,
     invented,
     joint,
     networks,
     reader,
+    refit,
     self_reward,
     settings,
     spoilt,
@@ -595,6 +597,15 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(
     said = capsys.readouterr().out
     assert all(f"drawings of {folder}, right: " in said for folder in (target, again / "earlier-1"))
     assert (again / "model" / "config.json").is_file()
+
+    refitted = again / "refitted"
+    refit.main(
+        [str(again / "model"), "--conditions-of", str(target), "--export", str(refitted), "--tiny", "--prompts", "16"]
+    )
+    assert "after solving the projector: " in capsys.readouterr().out
+    before, after = export.stored(again / "model"), export.stored(refitted)
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"diff_head_projector.weight", "diff_head_projector.bias"}
 
     train.take_parts(target, tmp_path / "next")  # its encoder and decoder begin another run
     for part in ("encoder", "decoder"):
