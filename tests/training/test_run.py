@@ -260,7 +260,7 @@ def test_the_model_is_asked_nothing_that_is_too_long_for_it(
     assert error.value.problems[0].startswith(f"{tmp_path / 'data.jsonl'}, line 2: 1")
     assert "tokens long; the model reads at most 1024" in error.value.problems[0]
     assert not asked
-    with pytest.raises(InputError, match="the model draws none of the 1 texts"):
+    with pytest.raises(InputError, match="of 1 text without a reply, the model draws none"):
         go(replace(chosen, skip_bad=True))
     assert asked == ["Can you generate a red square"]
 
