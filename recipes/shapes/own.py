@@ -27,7 +27,7 @@ from scale_rae.shapes.world import Object, Prompt, Scene
 from scale_rae.training.losses import training_shift
 
 KINDS = (
-    *("single_object",) * 7,
+    *("single_object",) * 12,
     *("colors",) * 2,
     *("counting",) * 4,
     *("two_object",) * 4,
