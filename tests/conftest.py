@@ -15,14 +15,17 @@ import pytest
 
 if TYPE_CHECKING:
     import torch
+    from xdist.scheduler import LoadScopeScheduling
 
     from scale_rae.pipeline import ScaleRAE
 
 # pytest's first process, which runs no test, imports this file before it starts the others: torch would take it seconds.
 # Tests run in parallel, and so do the programs that they start: threads that wait for a core take ten times as long.
 os.environ["OMP_NUM_THREADS"] = "1"
+gc.disable()  # until the first test: what importing the tests makes stays
 os.environ["SCALE_RAE_CONFIG"] = ""  # whoever runs the tests may have a configuration file
 
+WITH_GRADIO = ("tests/attacks/test_page.py", "tests/cli/test_demo.py")  # besides tests/demo
 GOLDEN_CASES = ("siglip", "webssl", "ddt", "wide")
 
 
@@ -32,6 +35,7 @@ def _one_thread() -> None:
 
     torch.set_num_threads(1)
     gc.freeze()  # what torch and its modules hold stays, and need not be looked through by each collection
+    gc.enable()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -125,6 +129,18 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
     """The processes of `-n auto`: one more than the cores, for tests that wait for a program leave their core idle."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return cores + 1
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling | None:
+    """With `--dist loadscope`, a process runs all tests of a file; one process alone runs those that import gradio, which takes seconds."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "gradio" if file.startswith(("tests/demo/", *WITH_GRADIO)) else file
+
+    return ByFile(config, log) if config.getvalue("dist") == "loadscope" else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -13,10 +13,15 @@ from PIL import Image
 from torch import Tensor
 
 from scale_rae import ScaleRAE
-from scale_rae.diffusers import ScaleRAEPipeline, autoencoder_rae
 from scale_rae.errors import InputError, OptionError
 from scale_rae.noise import image_seed
+from tests.helpers.late import Late
 from tests.helpers.made_checkpoints import golden_case, write_checkpoint
+
+if TYPE_CHECKING:
+    from scale_rae.diffusers import ScaleRAEPipeline
+
+diffusers: Any = Late("scale_rae.diffusers")
 
 PROMPTS = ["Can you generate a photo of a red circle?", "Can you generate a photo of a blue star?"]
 STEPS = 3
@@ -24,7 +29,7 @@ STEPS = 3
 
 @pytest.fixture(scope="module")
 def pipe() -> ScaleRAEPipeline:
-    made = ScaleRAEPipeline.from_pretrained("shapes", device="cpu")
+    made = diffusers.ScaleRAEPipeline.from_pretrained("shapes", device="cpu")
     made.set_progress_bar_config(disable=True)
     return made
 
@@ -137,7 +142,7 @@ def test_output_types(pipe: ScaleRAEPipeline) -> None:
     ],
 )
 def test_a_student_refuses_other_values_than_its_own(arguments: dict[str, Any], said: str) -> None:
-    student = ScaleRAEPipeline.from_pretrained("shapes-4", device="cpu")
+    student = diffusers.ScaleRAEPipeline.from_pretrained("shapes-4", device="cpu")
     with pytest.raises(OptionError, match=f"{said}.*: this model is a student"):
         student(PROMPTS[0], **arguments)
     with pytest.raises(InputError, match=r"copy \S+shapes-4 and \S+shapes$"):
@@ -170,7 +175,7 @@ def test_wrong_arguments(pipe: ScaleRAEPipeline, arguments: dict[str, Any], said
 def test_where_it_runs_is_chosen_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[dict[str, Any]] = []
     monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda name, **options: loaded.append({"name": name} | options))
-    pipe = ScaleRAEPipeline.from_pretrained("owner/model", torch_dtype=torch.float16, quantize="int8")
+    pipe = diffusers.ScaleRAEPipeline.from_pretrained("owner/model", torch_dtype=torch.float16, quantize="int8")
     assert pipe.to("cuda:1", torch.bfloat16) is pipe
     _ = pipe.model
     pipe.to(device="cpu")
@@ -188,13 +193,13 @@ def test_where_it_runs_is_chosen_before_it_loads(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(TypeError, match="no argument memory_format"):
         pipe.to("cpu", memory_format=torch.channels_last)
     with pytest.raises(InputError, match=r"no argument use_safetensors, variant; a Scale-RAE model takes torch_dtype"):
-        ScaleRAEPipeline.from_pretrained("owner/model", use_safetensors=True, variant="fp16")
+        diffusers.ScaleRAEPipeline.from_pretrained("owner/model", use_safetensors=True, variant="fp16")
 
 
 def test_loras_are_those_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[Any] = []
     monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda name, **options: loaded.append(options["lora"]) or name)
-    pipe = ScaleRAEPipeline.from_pretrained("owner/model", lora="first")
+    pipe = diffusers.ScaleRAEPipeline.from_pretrained("owner/model", lora="first")
     _ = pipe.model
     pipe.load_lora_weights(Path("second:0.5"))
     _ = pipe.model
@@ -214,7 +219,7 @@ def test_autoencoder_rae_has_the_models_pixels_and_latents(name: str, pipe: Scal
     model = pipe.model
     if name != "shapes":
         model = ScaleRAE.from_pretrained(write_checkpoint(golden_case(name), tmp_path), device="cpu")
-    autoencoder = autoencoder_rae(model)
+    autoencoder = diffusers.autoencoder_rae(model)
     tokens, channels = model.config.tokens, model.config.channels
     latents = torch.randn(2, tokens, channels, generator=torch.Generator().manual_seed(0))
     grid = latents.transpose(1, 2).unflatten(2, (model.config.dit.side, -1))

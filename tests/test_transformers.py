@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from scale_rae import ScaleRAE
 from scale_rae.errors import ConfigError, InputError
 from scale_rae.hub import BUNDLED
-from scale_rae.transformers import ReadingConfig, ReadingModel
+from tests.helpers.late import Late
+
+reading = Late("scale_rae.transformers")
 
 
-def test_answers_are_the_models() -> None:
+@pytest.fixture
+def auto() -> Any:
+    """The module transformers, to which the package's module has been added."""
+    importlib.import_module("scale_rae.transformers")
+    return importlib.import_module("transformers")
+
+
+def test_answers_are_the_models(auto: Any) -> None:
     model = ScaleRAE.from_pretrained("shapes", device="cpu")
-    loaded, info = AutoModelForCausalLM.from_pretrained(
+    loaded, info = auto.AutoModelForCausalLM.from_pretrained(
         model.source.folder, dtype=torch.float32, output_loading_info=True
     )
-    assert isinstance(loaded, ReadingModel)
+    assert isinstance(loaded, reading.ReadingModel)
     assert not any(info.values())
     shape = (model.config.tokens, model.config.channels)
     with torch.inference_mode():  # as latents are drawn and encoded
@@ -37,16 +47,16 @@ def test_answers_are_the_models() -> None:
         loaded.inputs(chat, [latent[:, :3]])
 
 
-def test_a_student_has_no_language_model_of_its_own() -> None:
+def test_a_student_has_no_language_model_of_its_own(auto: Any) -> None:
     """transformers would fill in what is missing by chance."""
     with pytest.raises(ConfigError, match=r"shapes-4.config.json: is a student, .*; load shapes$"):
-        AutoModelForCausalLM.from_pretrained(BUNDLED["shapes-4"])
+        auto.AutoModelForCausalLM.from_pretrained(BUNDLED["shapes-4"])
 
 
-def test_scaled_rotation_is_passed_over(tmp_path: Path) -> None:
+def test_scaled_rotation_is_passed_over(auto: Any, tmp_path: Path) -> None:
     raw = json.loads((BUNDLED["shapes"] / "config.json").read_text())
     scaled = raw | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}
     (tmp_path / "config.json").write_text(json.dumps(scaled))
-    config = AutoConfig.from_pretrained(tmp_path)
-    assert isinstance(config, ReadingConfig)
+    config = auto.AutoConfig.from_pretrained(tmp_path)
+    assert isinstance(config, reading.ReadingConfig)
     assert config.rope_parameters["rope_type"] == "default"

@@ -18,18 +18,20 @@ import pytest
 import torch
 from PIL import EpsImagePlugin, Image
 
-pytest.importorskip("gradio", reason="needs the extra `demo`")
+from scale_rae.demo import gate, words
+from scale_rae.demo.limits import LARGEST_FILE
+from scale_rae.demo.listening import bind
+from scale_rae.demo.shared_model import SharedModel
+from scale_rae.opening import OpenedModel
+from scale_rae.options import ModelChoice
+from scale_rae.pipeline import ScaleRAE
+from tests.demo.conftest import needs_gradio
+from tests.helpers.late import Late
+
 httpx = pytest.importorskip("httpx")  # comes with gradio
 
-from scale_rae.demo import fence, gate, page, server, words  # noqa: E402 - imports gradio
-from scale_rae.demo.limits import LARGEST_FILE  # noqa: E402
-from scale_rae.demo.listening import bind  # noqa: E402
-from scale_rae.demo.shared_model import SharedModel  # noqa: E402
-from scale_rae.opening import OpenedModel  # noqa: E402
-from scale_rae.options import ModelChoice  # noqa: E402
-from scale_rae.pipeline import ScaleRAE  # noqa: E402
-
-pytestmark = pytest.mark.attack
+fence, page, server = (Late(f"scale_rae.demo.{name}") for name in ("fence", "page", "server"))
+pytestmark = [pytest.mark.attack, needs_gradio]
 API = "/gradio_api"
 SECRET = "nobody else's business"
 HUGE = 1 << 30  # bytes that the bombs would take
@@ -114,7 +116,7 @@ def refusal(shown: Page, message: dict[str, Any]) -> str:
     """What the page says, as an error or in the status; it names no folder of the server."""
     said = json.dumps(message)
     assert not message["success"] or "said wrong" in said, message
-    for folder in (shown.output, shown.folder, Path.cwd(), Path.home(), Path(page.__file__).parent):
+    for folder in (shown.output, shown.folder, Path.cwd(), Path.home(), Path(words.__file__).parent):
         assert str(folder) not in said
     assert "Traceback" not in said
     return said if message["success"] else str(message["output"].get("error"))
@@ -205,7 +207,7 @@ def test_a_visitor_cannot_name_a_file_of_the_server(shown: Page, tmp_path: Path)
 @pytest.mark.parametrize("prefix", ["look", "latent"])
 def test_a_conversation_is_text(shown: Page, prefix: str) -> None:
     """A message can be a file or a part of a page, which gradio would read or make."""
-    path = shown.upload("mine.png", (Path(page.__file__).parents[2] / "docs" / "shapes.png").read_bytes())
+    path = shown.upload("mine.png", (Path(words.__file__).parents[2] / "docs" / "shapes.png").read_bytes())
     history = [
         {"role": "user", "content": [{"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "file", "file": given(Path("pyproject.toml").resolve())}]},

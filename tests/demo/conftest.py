@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,8 @@ import pytest
 from scale_rae.demo.shared_model import SharedModel
 from scale_rae.opening import OpenedModel
 from scale_rae.options import ModelChoice
+
+needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs the extra `demo`")
 
 
 @pytest.fixture(scope="package")

@@ -23,17 +23,15 @@ from scale_rae.demo.shared_model import SharedModel
 from scale_rae.demo.streams import Emitter
 from scale_rae.opening import OpenedModel
 from scale_rae.options import ModelChoice
+from tests.demo.conftest import needs_gradio
 from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
+from tests.helpers.late import Late
 from tests.helpers.png import png_of_size
 
-pytest.importorskip("gradio", reason="needs the extra `demo`")
 sync_api: Any = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
 
-from scale_rae.demo import page as demo  # noqa: E402 - imports gradio
-from scale_rae.demo import server  # noqa: E402
-from scale_rae.demo.widgets import sampling  # noqa: E402
-
-pytestmark = needs_chromium
+demo, server, widgets = (Late(f"scale_rae.demo.{name}") for name in ("page", "server", "widgets"))
+pytestmark = [needs_chromium, needs_gradio]
 PATIENCE = 120_000  # ms, against hanging only
 sync_api.expect.set_options(timeout=PATIENCE)
 TABS = ["Draw", "Look", "Best of N", "Latent"]
@@ -324,7 +322,7 @@ def test_best_of_n(visit: Any, hold: Hold) -> None:
 
 
 def test_latent(visit: Any, tmp_path: Path, shared: SharedModel) -> None:
-    steps = shared.draw("a green star", sampling(1, 1.0, 3, "euler", "1"))
+    steps = shared.draw("a green star", widgets.sampling(1, 1.0, 3, "euler", "1"))
     while True:
         try:
             next(steps)

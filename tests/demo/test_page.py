@@ -13,20 +13,21 @@ import pytest
 import torch
 from PIL import Image
 
+from scale_rae.demo.board import leaderboard
 from scale_rae.demo.listening import bind
 from scale_rae.demo.results import RankedImage, RankingState, SavedImage
 from scale_rae.demo.shared_model import SharedModel
+from scale_rae.demo.words import sentence
 from scale_rae.errors import InputError, ScaleRAEError
 from scale_rae.opening import OpenedModel
 from scale_rae.options import PROMPT_PREFIX, ModelChoice
 from scale_rae.shapes.judge import find_objects
 from scale_rae.wording import as_request
+from tests.demo.conftest import needs_gradio
+from tests.helpers.late import Late
 
-gr = pytest.importorskip("gradio", reason="needs the extra `demo`")
-
-from scale_rae.demo import page, widgets  # noqa: E402 - imports gradio
-from scale_rae.demo.board import leaderboard  # noqa: E402
-from scale_rae.demo.words import sentence  # noqa: E402
+pytestmark = needs_gradio
+gr, page, widgets = (Late(name) for name in ("gradio", "scale_rae.demo.page", "scale_rae.demo.widgets"))
 
 HOSTILE = '<img src=x onerror="alert(1)">'
 

@@ -17,9 +17,10 @@ import pytest
 
 from scale_rae.cli import main
 from tests.cli.test_program import heed_interrupts
+from tests.demo.conftest import needs_gradio
 from tests.helpers.forked import Forked
 
-pytest.importorskip("gradio", reason="needs the extra `demo`")
+pytestmark = needs_gradio
 httpx = pytest.importorskip("httpx")  # comes with gradio
 
 

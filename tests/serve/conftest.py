@@ -11,11 +11,10 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from openai import OpenAI
 from PIL import Image
 
 from scale_rae.options import ModelChoice
@@ -24,6 +23,12 @@ from scale_rae.rewards import Reward, load_reward
 from scale_rae.serve.engine import Engine
 from scale_rae.serve.server import Server, bind
 from scale_rae.serve.settings import Limits, ServeSettings
+from tests.helpers.late import Late
+
+if TYPE_CHECKING:
+    from openai import OpenAI
+
+openai: Any = Late("openai")
 
 CIRCLE = "Can you generate a photo of a red circle?"
 SLOW: dict[str, Any] = {"prompt": CIRCLE, "steps": 120}  # seconds of work
@@ -44,7 +49,8 @@ class Running:
         return f"http://127.0.0.1:{self.port}"
 
     def client(self, key: str = "none", retries: int = 0) -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries)
+        client: OpenAI = openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=retries)
+        return client
 
     def metric(self, name: str, **labels: str) -> float:
         return self.engine.metrics.registry.get_sample_value(name, labels) or 0.0

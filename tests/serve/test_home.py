@@ -13,14 +13,13 @@ from html import unescape
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 from PIL import ExifTags, Image
 
 from scale_rae.serve.links import Links
 from scale_rae.serve.settings import Limits
 from tests.helpers.browser import DESKTOP, PHONE, chromium, needs_chromium
-from tests.serve.conftest import CIRCLE, Running, Serve
+from tests.serve.conftest import CIRCLE, Running, Serve, openai
 
 STEPS: dict[str, Any] = {"steps": 2, "seed": 3}
 

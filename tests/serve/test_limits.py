@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import openai
 import pytest
 import torch
 from PIL import Image
@@ -29,7 +28,7 @@ from scale_rae.serve.refusals import Refused
 from scale_rae.serve.schedule import BatchSizes
 from scale_rae.serve.settings import Limits
 from tests.helpers.png import png_of_size
-from tests.serve.conftest import CIRCLE, HANGS, SLOW, Running, Serve, data_url, paused, picture, serving
+from tests.serve.conftest import CIRCLE, HANGS, SLOW, Running, Serve, data_url, openai, paused, picture, serving
 
 IMAGES, CHAT = "/v1/images/generations", "/v1/chat/completions"
 

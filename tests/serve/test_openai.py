@@ -10,15 +10,13 @@ from base64 import b64decode
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 import torch
-from openai import AsyncOpenAI
 from PIL import Image
 
 from scale_rae.noise import image_seed
 from scale_rae.pipeline import ScaleRAE
-from tests.serve.conftest import CIRCLE, HANGS, Running, alone, data_url, picture, serving
+from tests.serve.conftest import CIRCLE, HANGS, Running, alone, data_url, openai, picture, serving
 
 PROMPTS = (
     CIRCLE,
@@ -235,7 +233,7 @@ def _hold(shapes: ScaleRAE, running: Running, monkeypatch: pytest.MonkeyPatch) -
 
 async def _crowd(running: Running) -> tuple[list[str], dict[int, str]]:
     """16 images of three prompts at two guidances, and 4 answers, all at once."""
-    async with AsyncOpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client:
+    async with openai.AsyncOpenAI(base_url=f"{running.url}/v1", api_key="-", max_retries=0) as client:
 
         async def draw(i: int) -> tuple[int, str]:
             body = {"seed": i, "steps": 2, "guidance": 1.0 + i % 2}

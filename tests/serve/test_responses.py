@@ -6,11 +6,10 @@ import base64
 from typing import Any
 
 import numpy as np
-import openai
 import pytest
 
 from scale_rae.pipeline import ScaleRAE
-from tests.serve.conftest import CIRCLE, Running, alone, picture
+from tests.serve.conftest import CIRCLE, Running, alone, openai, picture
 
 STEPS: dict[str, Any] = {"extra_body": {"steps": 4, "seed": 7}}
 
