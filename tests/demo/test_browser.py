@@ -76,18 +76,20 @@ def hold(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hold]:
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with chromium(sync_api) as browser:
-        yield browser
+def windows() -> Iterator[Any]:
+    """Where windows are opened. They share what they keep of the page's scripts, which take seconds to fetch and compile."""
+    with chromium(sync_api) as browser, browser.new_context() as context:
+        context.set_default_timeout(PATIENCE)
+        yield context
 
 
 class Visitor:
     """One browser window on the page; `asked` are the addresses of other hosts it asked for, `errors` what went wrong."""
 
-    def __init__(self, browser: Any, url: str, size: dict[str, int], scheme: str = "light") -> None:
-        self.context = browser.new_context(viewport=size, color_scheme=scheme)
-        self.context.set_default_timeout(PATIENCE)
-        self.page = self.context.new_page()
+    def __init__(self, windows: Any, url: str, size: dict[str, int], scheme: str = "light") -> None:
+        self.page = windows.new_page()
+        self.page.set_viewport_size(size)
+        self.page.emulate_media(color_scheme=scheme)
         self.asked: list[str] = []
         self.errors: list[str] = []
         self.page.on(
@@ -166,16 +168,17 @@ class Visitor:
 
 
 @pytest.fixture
-def visit(browser: Any, url: str) -> Iterator[Any]:
+def visit(windows: Any, url: str) -> Iterator[Any]:
     visitors: list[Visitor] = []
 
     def visit(size: dict[str, int] = DESKTOP, scheme: str = "light") -> Visitor:
-        visitors.append(Visitor(browser, url, size, scheme))
+        visitors.append(Visitor(windows, url, size, scheme))
         return visitors[-1]
 
     yield visit
     for visitor in visitors:
-        visitor.context.close()
+        visitor.page.evaluate("localStorage.clear()")  # nothing but scripts is kept for others
+        visitor.page.close()
         assert visitor.asked == []  # nothing from other hosts
         assert visitor.errors == []
 

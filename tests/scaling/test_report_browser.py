@@ -37,15 +37,21 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory, experiment: Path) -> Path:
+    path = tmp_path_factory.mktemp("report") / "report.html"
+    write_report(experiment, path, None, None, 0.5, 192)
+    return path
+
+
 @pytest.fixture(params=[PHONE, DESKTOP], ids=["phone", "desktop"])
-def page(request: pytest.FixtureRequest, browser: Any, experiment: Path, tmp_path: Path) -> Iterator[Any]:
-    write_report(experiment, tmp_path / "report.html", None, None, 0.5, 192)
+def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
     context = browser.new_context(viewport=request.param)
     context.set_default_timeout(240_000)  # against hanging only
     page = context.new_page()
     asked: list[str] = []
     errors: list[str] = []
-    address = (tmp_path / "report.html").as_uri()
+    address = report.as_uri()
     page.on("request", lambda r: None if r.url == address or r.url.startswith("data:") else asked.append(r.url))
     page.on("pageerror", lambda e: errors.append(str(e)))
     page.on("console", lambda m: errors.append(m.text) if m.type in ("error", "warning") else None)
