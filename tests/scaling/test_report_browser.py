@@ -44,8 +44,8 @@ def report(tmp_path_factory: pytest.TempPathFactory, experiment: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=[PHONE, DESKTOP], ids=["phone", "desktop"])
-def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
+@pytest.fixture(params=[PHONE, DESKTOP], ids=["phone", "desktop"], scope="module")
+def opened(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator[Any]:
     context = browser.new_context(viewport=request.param)
     context.set_default_timeout(240_000)  # against hanging only
     page = context.new_page()
@@ -62,6 +62,17 @@ def page(request: pytest.FixtureRequest, browser: Any, report: Path) -> Iterator
     context.close()
     assert asked == []
     assert errors == []
+
+
+@pytest.fixture
+def page(opened: Any) -> Iterator[Any]:
+    """The report as it is when it is opened; opening it takes a second."""
+    yield opened
+    opened.evaluate("document.activeElement.blur()")
+    opened.locator("#metric").select_option("combined")
+    opened.locator("#show").select_option("all")
+    opened.locator("#words").fill("")
+    opened.evaluate("scrollTo(0, 0)")
 
 
 def shown(page: Any) -> list[str]:
