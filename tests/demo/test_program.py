@@ -110,7 +110,7 @@ def test_the_environment_neither_stops_nor_opens_it_and_sigterm_ends_it_while_it
         assert listening == {"127.0.0.1"}
         (go,) = [c["id"] for c in config["components"] if c["props"].get("elem_id") == "draw-go"]
         function = next(d["id"] for d in config["dependencies"] if [go, "click"] in [list(t) for t in d["targets"]])
-        data = ["a red circle", 16, 1.0, 250, "euler", "1", None]
+        data = ["a red circle", 2, 1.0, 250, "euler", "1", None]
         body = {"data": data, "fn_index": function, "session_hash": "s"}
         assert http.post("/gradio_api/queue/join", json=body).status_code == 200
         with http.stream("GET", "/gradio_api/queue/data?session_hash=s") as stream:

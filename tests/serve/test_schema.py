@@ -44,7 +44,7 @@ OPERATIONS = [
 @pytest.fixture(scope="module")
 def document(checkpoints: dict[str, Path]) -> Iterator[Any]:
     model = ScaleRAE.from_pretrained(str(checkpoints["siglip"]), device="cpu")  # small, and so fast
-    limits = Limits(steps=8, drawings=4, new_tokens=16, body=100_000)
+    limits = Limits(steps=4, drawings=4, new_tokens=8, body=100_000)
     with serving(model, limits=limits) as running:
         yield schemathesis.openapi.from_url(f"{running.url}/openapi.json")
 
