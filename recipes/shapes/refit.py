@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
         for parameter, change in zip((layer.weight, layer.bias), fit.solve(), strict=True):
             parameter.copy_((parameter.double().cpu() + change).bfloat16())  # as it is stored
     say(f"after solving the projector: {error():.5f}")
-    new = {f"{PROJECTOR}.{name}": value.detach() for name, value in layer.named_parameters()}
+    new = {f"{PROJECTOR}.{name}": value.detach().bfloat16() for name, value in layer.named_parameters()}
     export.replaced(args.model, args.export, export.stored(args.model) | new)
 
 

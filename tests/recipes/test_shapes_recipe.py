@@ -606,6 +606,9 @@ def test_tiny_run_from_nothing_to_a_model_that_loads(
     before, after = export.stored(again / "model"), export.stored(refitted)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {"diff_head_projector.weight", "diff_head_projector.bias"}
+    assert {name: tensor.dtype for name, tensor in before.items()} == {
+        name: tensor.dtype for name, tensor in after.items()
+    }
 
     train.take_parts(target, tmp_path / "next")  # its encoder and decoder begin another run
     for part in ("encoder", "decoder"):
