@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -54,18 +53,16 @@ class Adapter:
     changes: Mapping[str, Change]
 
 
-def find_adapters(chosen: Sequence[str | os.PathLike[str]] | os.PathLike[str]) -> list[tuple[Source, float]]:
+def find_adapters(chosen: Sequence[str]) -> list[tuple[Source, float]]:
     """The files and the weight of each DIR[:WEIGHT] (`options.lora_parts`); DIR may be a hub id.
-
-    A single one needs no list.
 
     Raises:
         OptionError: for a weight that is no number, or a student. CheckpointError, HubError: see `hub.find`.
     """
-    several = [chosen] if isinstance(chosen, str | os.PathLike) else chosen
-    parts = [lora_parts(os.fspath(one)) for one in several]
     # config.json, which only a student has, is fetched too, but is no file of the adapter.
-    fetched = [(find(name, "adapter", files=(*FILES, "config.json")), weight) for name, weight in parts]
+    fetched = [
+        (find(name, "adapter", files=(*FILES, "config.json")), weight) for name, weight in map(lora_parts, chosen)
+    ]
     found = [(replace(source, files=FILES), weight) for source, weight in fetched]
     for source, _ in found:
         path = source.folder / "config.json"

@@ -21,7 +21,7 @@ from scale_rae.footprint import CONTEXT, Footprint, Rates, published_decoder
 from scale_rae.hub import Source, find_folder, own_folders
 from scale_rae.memory import cuda_index
 from scale_rae.memory_plan import Plan, choose
-from scale_rae.options import memory_bytes
+from scale_rae.options import ModelChoice, memory_bytes
 from scale_rae.quantization import own_kernels
 
 _log = logging.getLogger("scale_rae")
@@ -86,29 +86,21 @@ def measure(device: torch.device, dtype: torch.dtype) -> Rates:
     return Rates(products, memory, bus)
 
 
-def plan(
-    request: str,
-    source: Source,
-    decoder: str | None,
-    config: ScaleRAEConfig,
-    device: torch.device,
-    dtype: torch.dtype,
-    quantize: str | None,
-    offload: str,
-) -> Plan:
-    """What `--memory` chooses on a device for a model in `source`'s folder; `decoder` is the decoder's name, if one is given.
+def plan(choice: ModelChoice, source: Source, config: ScaleRAEConfig, device: torch.device, dtype: torch.dtype) -> Plan:
+    """What `choice.memory` chooses on a device for the model in `source`'s folder.
 
     A decoder that is not on this machine yet counts as one of the published size.
 
     Raises:
-        OptionError: for a request that is no size. DeviceError: when nothing fits, or the free memory is not known.
+        OptionError: for a memory that is no size. DeviceError: when nothing fits, or the free memory is not known.
     """
+    assert choice.memory is not None
     machine = describe(device, dtype)
-    size = memory_bytes(request)
+    size = memory_bytes(choice.memory)
     limit = machine.usable if size is None else size
     name = str(dtype).removeprefix("torch.")
-    footprint = Footprint(config, _decoder(decoder, source, config), machine.kind, name, machine.kernels)
-    return choose(request, limit, footprint, lambda: measure(device, dtype), quantize, offload)
+    footprint = Footprint(config, _decoder(choice.decoder_repo, source, config), machine.kind, name, machine.kernels)
+    return choose(choice.memory, limit, footprint, lambda: measure(device, dtype), choice.quantize, choice.offload)
 
 
 def _decoder(name: str | None, model: Source, config: ScaleRAEConfig) -> DecoderConfig | None:

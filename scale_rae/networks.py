@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
@@ -37,7 +36,7 @@ from scale_rae.loading import (
 from scale_rae.machine import limit_process, plan
 from scale_rae.memory import MemoryErrors, in_batches, pick_device, pick_dtype, savings
 from scale_rae.memory_plan import Plan
-from scale_rae.options import LANGUAGE_KINDS, Speed, check_offload, default_batch_size, memory_bytes
+from scale_rae.options import LANGUAGE_KINDS, ModelChoice, Speed, check_offload, default_batch_size, memory_bytes
 from scale_rae.prompt import ChatTokenizer
 from scale_rae.quantization import Place, check_quantize
 from scale_rae.residency import Residency
@@ -53,56 +52,48 @@ T = TypeVar("T")
 
 
 def load(
-    name: str | os.PathLike[str] | Source,
-    decoder: str | None,
-    device: str | None,
-    dtype: str | None,
-    revision: str | None,
-    progress: LoadProgress | None,
-    compile: str,
-    quantize: str | None,
-    split_batches: bool,
-    offload: str,
-    memory: str | None,
-    lora: Sequence[str],
+    choice: ModelChoice,
+    source: Source | None = None,
+    progress: LoadProgress | None = None,
+    split_batches: bool = True,
 ) -> Networks:
-    """The networks of the model `name`, prepared for their device: what `ScaleRAE.from_pretrained` documents.
+    """The networks of the chosen model, prepared for their device.
+
+    `source` are the model's files, where they have been found already. `ScaleRAE.from_pretrained` documents the rest.
 
     Raises:
         ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
     """
-    speed = Speed(compile, quantize)
-    torch_device = pick_device(device)
-    torch_dtype = pick_dtype(dtype, torch_device)
-    check_offload(offload, torch_device.type)
+    speed, offload = Speed(choice.compile, choice.quantize), choice.offload
+    device = pick_device(choice.device)
+    dtype = pick_dtype(choice.dtype, device)
+    check_offload(offload, device.type)
     speed.check()
-    check_quantize(speed.quantize, torch_device, torch_dtype)
-    check_compile(speed.compile, torch_device)
-    if memory is not None:
-        memory_bytes(memory)  # an invalid size raises an error before anything is downloaded
-    if torch_device.type == "cpu":
+    check_quantize(speed.quantize, device, dtype)
+    check_compile(speed.compile, device)
+    if choice.memory is not None:
+        memory_bytes(choice.memory)  # an invalid size raises an error before anything is downloaded
+    if device.type == "cpu":
         keep_freed_memory()
-    source = name if isinstance(name, Source) else find(os.fspath(name), "model", revision=revision)
+    source = source or find(choice.model_path, "model", revision=choice.revision)
     config = load_config(source.config_folder)
-    found = find_adapters(lora)
+    found = find_adapters(choice.lora)
     adapters = [read_adapter(files, weight) for files, weight in found]
     memory_plan = None
-    if memory is not None:
+    if choice.memory is not None:
         check_headers(source)  # the choice is for files that can be loaded
-        memory_plan = plan(memory, source, decoder, config, torch_device, torch_dtype, quantize, offload)
+        memory_plan = plan(choice, source, config, device, dtype)
         speed, offload = replace(speed, quantize=memory_plan.way.quantize), memory_plan.way.offload
-        limit_process(torch_device, memory_plan.limit)
+        limit_process(device, memory_plan.limit)
         _log.warning("%s", memory_plan)
-    residency = Residency(offload, torch_device)
+    residency = Residency(offload, device)
     speed = residency.speed(speed)
     tokenizer = load_tokenizer(source, config)
-    language, dit, norm_stats = load_networks(
-        source, config, torch_dtype, torch_device, speed, progress, residency.home, adapters
-    )
-    flags = savings(torch_device, speed.quantize, offload)
-    with MemoryErrors(torch_device, torch_dtype, "preparing the weights", "a smaller checkpoint", flags):
+    language, dit, norm_stats = load_networks(source, config, dtype, device, speed, progress, residency.home, adapters)
+    flags = savings(device, speed.quantize, offload)
+    with MemoryErrors(device, dtype, "preparing the weights", "a smaller checkpoint", flags):
         return Networks(
-            *(config, tokenizer, language, dit, norm_stats, source, decoder, torch_dtype, torch_device),
+            *(config, tokenizer, language, dit, norm_stats, source, choice.decoder_repo, dtype, device),
             speed=speed,
             split_batches=split_batches,
             residency=residency,

@@ -71,24 +71,14 @@ class OpenedModel:
         source = source or find_model(choice)
         if not debug:
             silence_libraries()
+        from scale_rae.networks import load
         from scale_rae.pipeline import ScaleRAE
 
         self._files = PartRecords()
         self._files.add("model", source)  # hashed while it loads
         try:
-            self.model: ScaleRAE = ScaleRAE.from_pretrained(
-                source,
-                decoder=choice.decoder_repo,
-                device=choice.device,
-                dtype=choice.dtype,
-                progress=bars.load if bars is not None else None,
-                compile=choice.compile,
-                quantize=choice.quantize,
-                split_batches=split_batches,
-                offload=choice.offload,
-                memory=choice.memory,
-                lora=choice.lora,
-            )
+            progress = bars.load if bars is not None else None
+            self.model: ScaleRAE = ScaleRAE(load(choice, source, progress, split_batches))
         finally:
             if bars is not None:
                 bars.stop()

@@ -43,6 +43,7 @@ from scale_rae.options import (
     DEFAULT_NEW_TOKENS,
     DEFAULT_SEED,
     DEFAULT_STEPS,
+    ModelChoice,
     SamplingOptions,
     Speed,
     check_count,
@@ -162,10 +163,21 @@ class ScaleRAE:
         Raises:
             ConfigError, CheckpointError, HubError, DeviceError, InputError: each says what is wrong and what to do.
         """
-        device = None if device is None else str(device)
-        dtype = None if dtype is None else str(dtype).removeprefix("torch.")
-        how = compile, quantize, split_batches, offload, memory, lora
-        return cls(load(name, decoder, device, dtype, revision, progress, *how))
+        source = name if isinstance(name, Source) else None
+        adapters = [lora] if isinstance(lora, str | os.PathLike) else lora
+        choice = ModelChoice(
+            name.name if isinstance(name, Source) else os.fspath(name),
+            decoder_repo=decoder,
+            revision=revision,
+            device=None if device is None else str(device),
+            dtype=None if dtype is None else str(dtype).removeprefix("torch."),
+            compile=compile,
+            quantize=quantize,
+            offload=offload,
+            memory=memory,
+            lora=tuple(os.fspath(adapter) for adapter in adapters),
+        )
+        return cls(load(choice, source, progress, split_batches))
 
     # --- parts that load when first used -------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_overloads
 
@@ -32,6 +32,7 @@ from scale_rae.options import (
     QUANTIZE,
     CompileMode,
     Dtype,
+    ModelChoice,
     OffloadMode,
     QuantizeKind,
     SamplingOptions,
@@ -505,13 +506,14 @@ def test_tensors_that_are_no_latents(models: dict[str, ScaleRAE]) -> None:
 
 def test_options_have_names_that_a_type_checker_knows() -> None:
     """So that `load(devcie="cpu")` and `generate(prompt, step=3)` are found before they run."""
-    options, of_load = (inspect.signature(f).parameters for f in (ScaleRAE.from_pretrained, scale_rae.load))
-    assert {n: p.default for n, p in of_load.items() if n != "name"} == {
-        n: p.default for n, p in options.items() if n != "name"
-    }
+    loads = [inspect.signature(f).parameters for f in (ScaleRAE.from_pretrained, scale_rae.load)]
+    options, of_load = ({n: p.default for n, p in parameters.items() if n != "name"} for parameters in loads)
+    assert of_load == options
+    choice = {"decoder" if f.name == "decoder_repo" else f.name: f.default for f in fields(ModelChoice)[1:]}
+    assert options == choice | {"progress": None, "split_batches": True}
     for kind, values in ((Dtype, DTYPES), (CompileMode, COMPILE), (QuantizeKind, QUANTIZE), (OffloadMode, OFFLOAD)):
         assert get_args(kind) == values  # so that misspelt values are found, too
-    assert not any(p.kind is p.VAR_KEYWORD for p in of_load.values())
+    assert not any(p.kind is p.VAR_KEYWORD for p in loads[1].values())
     generate = inspect.signature(ScaleRAE.generate).parameters
     keywords = [n for n, p in generate.items() if p.kind is p.KEYWORD_ONLY]
     assert keywords == list(GenerateOptions.__annotations__)

@@ -10,6 +10,7 @@ from comfy_api.latest import ComfyExtension, io
 from torch import Tensor
 
 import scale_rae
+from scale_rae import networks
 from scale_rae.checkpoint import load_latent
 from scale_rae.errors import InputError, shorten
 from scale_rae.files import write_new
@@ -119,18 +120,7 @@ class LoadModel(io.ComfyNode):
         )
         choice.check()
         running.make_room(choice.device or "cpu")
-        loaded = scale_rae.ScaleRAE.from_pretrained(
-            choice.model_path,
-            decoder=choice.decoder_repo,
-            device=choice.device,
-            dtype=choice.dtype,
-            progress=running.loading_progress(),
-            compile=choice.compile,
-            quantize=choice.quantize,
-            offload=choice.offload,
-            memory=choice.memory,
-            lora=choice.lora,
-        )
+        loaded = scale_rae.ScaleRAE(networks.load(choice, progress=running.loading_progress()))
         return io.NodeOutput(loaded)
 
 

@@ -257,15 +257,12 @@ def fitted(settings: Settings, choice: ModelChoice, devices: Sequence[str | None
     from scale_rae.memory import pick_device, pick_dtype
     from scale_rae.opening import find_model
 
-    assert choice.memory is not None
     source = find_model(choice)
     config = load_config(source.config_folder)
     plans = []
     for name in devices:
         place = pick_device(name)
-        dtype = pick_dtype(choice.dtype, place)
-        given = (choice.quantize, choice.offload)
-        plans.append(plan(choice.memory, source, choice.decoder_repo, config, place, dtype, *given))
+        plans.append(plan(choice, source, config, place, pick_dtype(choice.dtype, place)))
     least = min(plans, key=lambda found: found.limit)
     say(str(least))
     return dataclasses.replace(

@@ -34,7 +34,7 @@ try:
 
     from scale_rae.cli.signature import given_options
     from scale_rae.config import load_config
-    from scale_rae.opening import find_model
+    from scale_rae.opening import OpenedModel, find_model
     from scale_rae.options import DEFAULT_STEPS, ModelChoice, SamplingOptions, check_count
     from scale_rae.prompt import SYSTEM, Turn
     from scale_rae.shapes import asking, world
@@ -292,7 +292,7 @@ OtherSystems = Annotated[bool, typer.Option("--other-systems", help="after 16 ot
 
 def _load(model_path: str, device: str | None) -> scale_rae.ScaleRAE:
     """The model, after the checks that need no torch."""
-    return scale_rae.ScaleRAE.from_pretrained(find_model(ModelChoice(model_path, device=device)), device=device)
+    return OpenedModel(ModelChoice(model_path, device=device)).model
 
 
 def _table(title: str, rows: dict[str, Share]) -> None:
@@ -327,12 +327,12 @@ def draw_command(
     samplings = [SamplingOptions(guidance=level, interval=interval, steps=steps, solver=solver) for level in guidance]
     for options in samplings:
         options.check()
-    adapters = tuple(lora or ())
-    source = find_model(ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize, lora=adapters))
+    choice = ModelChoice(model_path, device=device, dtype=dtype, quantize=quantize, lora=tuple(lora or ()))
+    source = find_model(choice)
     given = {"guidance_level" if name == "guidance" else name for name in given_options(ctx)}
     student = load_config(source.config_folder).student
     samplings = [own_options(student, options, given) for options in samplings]
-    model = scale_rae.ScaleRAE.from_pretrained(source, device=device, dtype=dtype, quantize=quantize, lora=adapters)
+    model = OpenedModel(choice, source=source).model
     prompts = world.prompts(per_kind, scenes, seed)
     for level, options in zip(guidance, samplings, strict=True):
         start = time.perf_counter()

@@ -71,11 +71,7 @@ def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord],
             "--fold-guidance"
         )
     reader = ScaleRAE.from_pretrained(
-        model.source,
-        device=str(model.device),
-        dtype=str(model.dtype).removeprefix("torch."),
-        compile="off",
-        lora=options.lora,
+        model.source, device=model.device, dtype=model.dtype, compile="off", lora=options.lora
     )
     reader.check_reads()
     files = {own.prompts: lines}

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from PIL import Image
 
 import scale_rae
-from scale_rae import provenance
+from scale_rae import networks, provenance
 from scale_rae.cli import runs
 from scale_rae.cli.options import OutputOptions
 from scale_rae.hub import Source
 from scale_rae.noise import image_seed
+from scale_rae.options import ModelChoice
 from scale_rae.outputs import Sample
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import QUESTION
@@ -349,8 +351,8 @@ def test_differences_of_revisions() -> None:
 
 def test_prompt_file(t2i: Cli, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: Any) -> None:
     loads = []
-    original = ScaleRAE.from_pretrained
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda *a, **k: loads.append(a) or original(*a, **k))
+    load = networks.load
+    monkeypatch.setattr(networks, "load", lambda *a, **k: loads.append(a) or load(*a, **k))
     batches = []
     generate = ScaleRAE.generate
     monkeypatch.setattr(ScaleRAE, "generate", lambda s, p, **k: batches.append(len(p)) or generate(s, p, **k))
@@ -639,21 +641,21 @@ def test_offload_reaches_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: p
 
 def test_compile_and_quantize_reach_the_model(cli: Cli, t2i: Cli, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """--compile changes nothing that a manifest must say; --quantize does, and is taken over from it."""
-    seen: list[dict[str, Any]] = []
-    original = ScaleRAE.from_pretrained
+    seen: list[tuple[str, str | None]] = []
+    load = networks.load
 
-    def load(*args: Any, **options: Any) -> ScaleRAE:
-        seen.append({name: options.pop(name) for name in ("compile", "quantize")})
-        return original(*args, **options)
+    def seeing(choice: ModelChoice, *args: Any) -> networks.Networks:
+        seen.append((choice.compile, choice.quantize))
+        return load(replace(choice, compile="auto", quantize=None), *args)
 
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", load)
+    monkeypatch.setattr(networks, "load", seeing)
     t2i("--prompt", DRAW, "--compile", "off", "--steps", 2)
     (file,) = out.glob("*.json")
     manifest = json.loads(file.read_text())
     assert manifest["quantize"] is None
     file.write_text(json.dumps(manifest | {"quantize": "fp8"}))
     cli("t2i", "--from-manifest", file, "--compile", "on", "--output-dir", out)
-    assert seen == [{"compile": "off", "quantize": None}, {"compile": "on", "quantize": "fp8"}]
+    assert seen == [("off", None), ("on", "fp8")]
 
 
 def test_no_such_model(cli: Cli, out: Path, tmp_path: Path) -> None:

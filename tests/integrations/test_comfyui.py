@@ -353,7 +353,8 @@ def test_comfyuis_models_and_earlier_workflows_make_room_on_a_gpu(
     nodes: dict[str, Any], comfy: Comfy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[str | None] = []
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda name, device, **_: asked.append(device))
+    monkeypatch.setattr("scale_rae.networks.load", lambda choice, **_: asked.append(choice.device))
+    monkeypatch.setattr(ScaleRAE, "__init__", lambda *_: None)
     before, comfy.device = comfy.unloaded, "cuda:0"
     nodes["ScaleRAELoadModel"].execute(**defaults(nodes["ScaleRAELoadModel"]))
     nodes["ScaleRAELoadModel"].execute(**(defaults(nodes["ScaleRAELoadModel"]) | {"device": "cpu"}))

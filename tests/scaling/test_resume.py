@@ -119,7 +119,7 @@ def test_killed_worker_and_killed_launcher(scale: Scale, reference: dict[str, by
 def test_a_second_run_does_nothing(finished: Scale, monkeypatch: pytest.MonkeyPatch) -> None:
     scale = finished
     before = {p: p.stat().st_mtime_ns for p in scale.folder.glob("*/**/*.*")}
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", None)
+    monkeypatch.setattr("scale_rae.networks.load", None)
     result = scale()
     assert result.code == 0
     assert "3 prompts done already, 0 to do" in result.err
@@ -153,7 +153,7 @@ def test_records_of_version_0_1_0_get_the_fields_that_came_later(
         old = {name: part for name, part in value.items() if name in FIRST_FIELDS | {"tag", "include"}}
         assert old.keys() < value.keys()
         path.write_text(json.dumps(old) + "\n")
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", None)
+    monkeypatch.setattr("scale_rae.networks.load", None)
     result = scale()
     assert result.code == 0
     assert "3 prompts done already, 0 to do" in result.err
@@ -231,7 +231,7 @@ def test_output_folders_that_cannot_be(
     scale: Scale, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, error: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", None)  # before any work
+    monkeypatch.setattr("scale_rae.networks.load", None)  # before any work
     result = scale("--output-dir", name)
     assert result.code in (1, 2)
     assert result.err.count("\n") == 1

@@ -316,7 +316,7 @@ def no_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*args: object, **options: object) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr(ScaleRAE, "from_pretrained", load)
+    monkeypatch.setattr("scale_rae.networks.load", load)
 
 
 @pytest.mark.usefixtures("no_loading")

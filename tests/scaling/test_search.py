@@ -238,7 +238,7 @@ def test_an_option_of_the_search_without_it_is_refused_whatever_its_value(scale:
 
 
 def test_a_wrong_look_is_refused_before_the_weights_are_read(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scale_rae.pipeline.ScaleRAE.from_pretrained", None)
+    monkeypatch.setattr("scale_rae.networks.load", None)
     assert "--check-at 0.01: later than the last step but one" in search("--check-at", 0.01).err
 
 
