@@ -151,7 +151,7 @@ def _safetensors_rows(file: Path) -> _Rows:
 
     def rows(name: str, start: int, stop: int) -> Tensor:
         part = handle.get_slice(name)
-        return part[start:stop] if part.get_shape() else handle.get_tensor(name)  # type: ignore[no-any-return]
+        return part[start:stop] if part.get_shape() else handle.get_tensor(name)
 
     return rows
 

@@ -38,7 +38,7 @@ class GraphMemory:
         """A graph of `function`, and the tensor that each replay writes; `function` is called three times."""
         with self.turn():
             if self._stream is None:
-                self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+                self._stream = torch.cuda.Stream(self.device)
             stream = self._stream
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):

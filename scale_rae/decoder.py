@@ -37,7 +37,7 @@ class _Attention(nn.Module):
         projections = (self.attention.query, self.attention.key, self.attention.value)
         q, k, v = (p(x).unflatten(2, (self.heads, -1)).transpose(1, 2) for p in projections)  # [B, heads, T, d]
         out = F.scaled_dot_product_attention(q, k, v)
-        return self.output.dense(out.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return self.output.dense(out.transpose(1, 2).flatten(2))
 
 
 class _Layer(nn.Module):
@@ -51,7 +51,7 @@ class _Layer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.layernorm_before(x))
-        return x + self.output.dense(F.gelu(self.intermediate.dense(self.layernorm_after(x))))  # type: ignore[no-any-return]
+        return x + self.output.dense(F.gelu(self.intermediate.dense(self.layernorm_after(x))))
 
 
 class PixelDecoder(nn.Module):

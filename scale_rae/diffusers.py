@@ -50,7 +50,7 @@ class LoadOptions(TypedDict, total=False):
 
 
 @dataclass
-class ScaleRAEPipelineOutput(BaseOutput):  # type: ignore[misc]
+class ScaleRAEPipelineOutput(BaseOutput):
     """Pictures, as `output_type` says; the drawn latents [N, L, C]; and the model's reply to each prompt."""
 
     images: list[Image.Image] | np.ndarray | Tensor
@@ -58,7 +58,7 @@ class ScaleRAEPipelineOutput(BaseOutput):  # type: ignore[misc]
     texts: list[str]
 
 
-class ScaleRAEPipeline(DiffusionPipeline):  # type: ignore[misc]
+class ScaleRAEPipeline(DiffusionPipeline):
     """Draws images of prompts, with the arguments that diffusers' pipelines have. `model` is the ScaleRAE.
 
     The weights are read when `model` is first used, so that `to` and the offloading methods before it cost nothing. After it they

@@ -78,7 +78,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        return self.proj(attend(self.qkv(x), self.heads, cos, sin))  # type: ignore[no-any-return]
+        return self.proj(attend(self.qkv(x), self.heads, cos, sin))
 
 
 class SwiGLU(nn.Module):
@@ -90,7 +90,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)  # type: ignore[no-any-return]
+        return self.w3(F.silu(gate) * value)
 
 
 def modulation(condition_width: int, width: int, chunks: int) -> nn.Sequential:
@@ -110,7 +110,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor, condition: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
         x = x + gate1 * self.attn(self.norm1(x) * (1 + scale1) + shift1, cos, sin)
-        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)  # type: ignore[no-any-return]
+        return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
 
 
 class FinalLayer(nn.Module):
@@ -122,7 +122,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)
-        return self.linear(self.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
 class TokenEmbedder(nn.Module):
@@ -151,7 +151,7 @@ class TimeEmbedder(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.frequencies * (2 * math.pi)
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))  # type: ignore[no-any-return]
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=-1))
 
 
 class NullCondition(nn.Module):
@@ -236,4 +236,4 @@ class DiT(nn.Module):
             for block in self.dit_blocks[self.encoder_depth :]:
                 h = block(h, c, cos, sin)
         velocity = self.final_layer(h, c)  # [B, L, C]
-        return velocity.transpose(1, 2).reshape(x.shape).to(x.dtype)  # type: ignore[no-any-return]
+        return velocity.transpose(1, 2).reshape(x.shape).to(x.dtype)

@@ -109,7 +109,7 @@ class Encoder:
 
     def preprocess(self, images: Sequence[Image.Image]) -> Tensor:
         """Normalised pixels [N, 3, H, W] float32 of RGB images."""
-        return self.processor(images=list(images), return_tensors="pt")["pixel_values"]  # type: ignore[no-any-return]
+        return self.processor(images=list(images), return_tensors="pt")["pixel_values"]
 
     @torch.inference_mode()
     def encode(self, pixels: Tensor) -> Tensor:
@@ -253,7 +253,7 @@ def _load_vision_model(folder: Path, kind: str, sizes: VisionConfig, dtype: torc
             problems.append(f"{what}: {', '.join(found)}")
     if problems:
         raise CheckpointError(f"{folder}: the encoder's weights have {'; '.join(problems)}")
-    return model.requires_grad_(False).eval()  # type: ignore[no-any-return]
+    return model.requires_grad_(False).eval()
 
 
 def _describe(entry: object) -> str:

@@ -110,7 +110,7 @@ def deferred_block(
 
 
 def _attention(attention: Attention, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
-    return attention.proj(attend(attention.qkv(x), attention.heads, cos, sin))  # type: ignore[no-any-return]
+    return attention.proj(attend(attention.qkv(x), attention.heads, cos, sin))
 
 
 def summed_block(
@@ -229,12 +229,12 @@ def with_attention(block: Callable[..., Deferred], attend: Attend) -> Callable[.
 
 
 def _is_int8(linear: Any) -> bool:
-    return linear.weight.kind == "int8-products"  # type: ignore[no-any-return]
+    return linear.weight.kind == "int8-products"
 
 
 def _product(linear: Any, x: Tensor | Quantized) -> Tensor:
     if isinstance(x, Tensor):
-        return linear(x)  # type: ignore[no-any-return]
+        return linear(x)
     return product(x, linear.weight, linear.bias)
 
 
@@ -265,4 +265,4 @@ def final_layer(final: FinalLayer, before: Deferred, modulation: Tensor, null: T
     """`FinalLayer.forward` for modulations [P, L, 2D] and, as in `deferred_block`, the null branch's [2D]."""
     x = summed(before)
     shift, scale = spread(modulation, null, len(x)).chunk(2, dim=-1)
-    return final.linear(final.norm_final(x) * (1 + scale) + shift)  # type: ignore[no-any-return]
+    return final.linear(final.norm_final(x) * (1 + scale) + shift)

@@ -230,7 +230,7 @@ class Transfer:
             return
         self._values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._values.copy_(values, non_blocking=True)
-        self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._event = torch.cuda.Event()
         # Of the values' device, which need not be the current one.
         self._event.record(torch.cuda.current_stream(values.device))
 

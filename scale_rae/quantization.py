@@ -105,7 +105,7 @@ def _own_linear(x: Tensor, weight: QuantizedWeight, bias: Tensor | None) -> Tens
         "nf4": "nf4_linear",
     }
     operator = getattr(_kernels, operators[weight.kind])
-    return operator(x, weight.values, weight.scale, bias)  # type: ignore[no-any-return]
+    return operator(x, weight.values, weight.scale, bias)
 
 
 def own_kernels(kind: str, device: torch.device, dtype: torch.dtype) -> bool:
@@ -144,7 +144,7 @@ def product(
     if weight.kind == "fp8":
         return float8.product(x, Quantized(weight.values, weight.scale), bias)
     if weight.own:
-        return _kernels.int8_product(x.values, x.scale, weight.values, weight.scale, bias, dtype)  # type: ignore[no-any-return]
+        return _kernels.int8_product(x.values, x.scale, weight.values, weight.scale, bias, dtype)
     values = x.values.flatten(0, -2)
     count = len(values)
     if count < _LEAST_TOKENS:

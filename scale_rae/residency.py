@@ -135,7 +135,7 @@ class HostMemory:
         Raises:
             DeviceError: when the system does not let this much memory be locked.
         """
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        runtime: Any = torch.cuda.cudart()
         address, size = self.bytes.data_ptr(), self.bytes.numel()
         if size and (error := int(runtime.cudaHostRegister(address, size, 0))):
             raise DeviceError(
@@ -221,9 +221,9 @@ class Ring:
         with torch.inference_mode(False):
             self.buffers = [torch.empty(self.size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         if self.device.type == "cuda":
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-            self._filled = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
-            self._used = [torch.cuda.Event() for _ in range(2)]  # type: ignore[no-untyped-call]
+            self._stream = torch.cuda.Stream(self.device)
+            self._filled = [torch.cuda.Event() for _ in range(2)]
+            self._used = [torch.cuda.Event() for _ in range(2)]
             for event in self._used:
                 assert event is not None
                 event.record(torch.cuda.current_stream(self.device))

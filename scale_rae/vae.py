@@ -32,7 +32,7 @@ class VaeDecoder(nn.Module):
 
     def forward(self, latents: Tensor) -> Tensor:
         z = unfolded(latents) / self.scaling + self.shift
-        return self.vae.decode(z.to(self.vae.dtype)).sample  # type: ignore[no-any-return]
+        return self.vae.decode(z.to(self.vae.dtype)).sample
 
     def image_size(self, tokens: int) -> int:
         """Pixels along each edge of the picture of L = `tokens`: every level of the VAE but the last doubles its latents' edge."""

@@ -42,7 +42,7 @@ def outline() -> NDArray[np.float64]:
         )
     )
     corners -= (corners.min(0) + corners.max(0)) / 2
-    return corners * (0.98 / float(np.hypot(*corners.T).max()))  # type: ignore[no-any-return]
+    return corners * (0.98 / float(np.hypot(*corners.T).max()))
 
 
 @functools.cache

@@ -182,7 +182,7 @@ class Trainer:
         if self.model.device.type != "cuda":
             self.step()
             return 1
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(count):

@@ -42,7 +42,7 @@ def build_encoder(config: Mapping[str, Any]) -> nn.Module:
     with torch.no_grad():
         model.logit_scale.fill_(math.log(10.0))
         model.logit_bias.fill_(-10.0)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def encoder_layers(siglip: Any) -> list[nn.Module]:
@@ -55,12 +55,12 @@ def image_tokens(siglip: Any, pixels: Tensor) -> Tensor:
     hidden = siglip.vision_model.embeddings(pixels)
     for layer in siglip.vision_model.encoder.layers:
         hidden = layer(hidden, attention_mask=None)
-    return hidden  # type: ignore[no-any-return]
+    return hidden
 
 
 def pooled_image(siglip: Any, hidden: Tensor) -> Tensor:
     """Image embeddings [B, C] of `image_tokens`."""
-    return siglip.vision_model.head(siglip.vision_model.post_layernorm(hidden))  # type: ignore[no-any-return]
+    return siglip.vision_model.head(siglip.vision_model.post_layernorm(hidden))
 
 
 def pooled_text(siglip: Any, ids: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def pooled_text(siglip: Any, ids: Tensor) -> Tensor:
     hidden = siglip.text_model.embeddings(ids)
     for layer in siglip.text_model.encoder.layers:
         hidden = layer(hidden, attention_mask=None)
-    return siglip.text_model.head(siglip.text_model.final_layer_norm(hidden)[:, -1])  # type: ignore[no-any-return]
+    return siglip.text_model.head(siglip.text_model.final_layer_norm(hidden)[:, -1])
 
 
 def latent_of(hidden: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _initialise_dit(dit: DiT) -> None:
     nn.init.normal_(dit.y_embedder.dropout_embedding, std=0.02)
     dit.pos_embed[0] = sin_cos_positions(dit.config.side, dit.config.width)
     for owner in (*dit.dit_blocks, dit.final_layer):
-        nn.init.zeros_(owner.adaLN_modulation[1].weight)  # type: ignore[index, union-attr]
+        nn.init.zeros_(owner.adaLN_modulation[1].weight)
     nn.init.zeros_(dit.final_layer.linear.weight)
 
 

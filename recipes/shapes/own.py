@@ -134,6 +134,6 @@ def drawings(
 def _velocity(dit: DiT, condition: Tensor) -> flow.Velocity:
     def velocity(x: Tensor, t: float) -> Tensor:
         v: Any = dit(x, torch.full((len(x),), t, device=x.device), condition)
-        return v.float()  # type: ignore[no-any-return]
+        return v.float()
 
     return velocity

@@ -52,7 +52,7 @@ def mapped(steps: Generator[T, None, R], show: Callable[[T], U]) -> Generator[U,
         try:
             value = next(steps)
         except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
+            return stop.value
         yield show(value)
 
 

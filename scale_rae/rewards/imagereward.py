@@ -136,17 +136,17 @@ class Network(nn.Module):
 
     def image_embeds(self, pixels: Tensor) -> Tensor:
         """[N, 1 + 196, width] of normalised pixels [N, 3, 224, 224]."""
-        return self.vision(pixels.to(self.vision.embeddings.patch_embedding.weight.dtype)).last_hidden_state  # type: ignore[no-any-return]
+        return self.vision(pixels.to(self.vision.embeddings.patch_embedding.weight.dtype)).last_hidden_state
 
     def text_features(self, embeds: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """The first token's hidden state [N, hidden] of prompts [N, T] that have seen the pictures."""
         output = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=embeds)
-        return output.last_hidden_state[:, 0]  # type: ignore[no-any-return]
+        return output.last_hidden_state[:, 0]
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Rewards [N] float32."""
         features = self.text_features(self.image_embeds(pixels), ids, mask)
-        return (self.mlp(features.float())[:, 0] - MEAN) / STD  # type: ignore[no-any-return]
+        return (self.mlp(features.float())[:, 0] - MEAN) / STD
 
 
 def load_network(folder: Path, dtype: torch.dtype, device: torch.device, heads: int | None = None) -> Network:

@@ -227,7 +227,7 @@ def read_tokenizer(folder: Path, kind: str) -> Tokenizer:
             raise CheckpointError(f"{folder}: no tokenizer (tokenizer.json, or {files})")
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    return tokenizer  # type: ignore[no-any-return]
+    return tokenizer
 
 
 def pad_id(folder: Path, tokenizer: Tokenizer) -> int:

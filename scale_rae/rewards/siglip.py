@@ -109,7 +109,7 @@ class SiglipReward:
         """[1, D] of a text, lower-cased as SigLIP's training texts were."""
         ids = torch.tensor([self.tokenizer.encode(text.lower()).ids], device=self._encoder.device)  # [1, T]
         with self._residency.use(self._part):
-            return self._text(input_ids=ids).pooler_output  # type: ignore[no-any-return]
+            return self._text(input_ids=ids).pooler_output
 
     @torch.inference_mode()
     def score(self, images: Sequence[Picture], prompt: str) -> list[float]:

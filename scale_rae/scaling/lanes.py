@@ -53,7 +53,7 @@ class Lanes:
 
         with self._guard:
             if stage not in self._turns:
-                self._turns[stage] = threading.Lock(), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+                self._turns[stage] = threading.Lock(), torch.cuda.Stream(self._device)
             lock, stream = self._turns[stage]
         with lock, torch.cuda.stream(stream):
             yield

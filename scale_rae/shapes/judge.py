@@ -155,7 +155,7 @@ def _background(pixels: Float) -> Float:
 
 def _length(colors: Float) -> Float:
     """Euclidean length over the last axis (numpy's norm is ten times slower over three channels)."""
-    return np.sqrt(np.einsum("...c,...c->...", colors, colors))  # type: ignore[no-any-return]
+    return np.sqrt(np.einsum("...c,...c->...", colors, colors))
 
 
 def _regions(pixels: Float, back: Float, mask: NDArray[np.bool_]) -> NDArray[np.int32]:
@@ -183,7 +183,7 @@ def _regions(pixels: Float, back: Float, mask: NDArray[np.bool_]) -> NDArray[np.
             parts, parts_count = ndimage.label(own & (colors[tuple(nearest)] == color))
             labels[parts > 0] = parts[parts > 0] + count
             count += parts_count
-    return labels  # type: ignore[no-any-return]
+    return labels
 
 
 def _cover(pixels: Float, back: Float, color: Float) -> tuple[Float, Float]:
@@ -244,7 +244,7 @@ def _recognise(
 @functools.cache
 def _palette_lab() -> NDArray[np.float64]:
     """The palette in CIELAB, [8, 3]."""
-    return rgb2lab(PALETTE)  # type: ignore[no-any-return]
+    return rgb2lab(PALETTE)
 
 
 @functools.cache

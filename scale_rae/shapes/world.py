@@ -242,7 +242,7 @@ def tints(
 def is_color_shape(color: NDArray[np.int8], shape: NDArray[np.int8]) -> NDArray[np.bool_]:
     """Which objects are held-out (colour, shape) pairs; same shape as the arguments."""
     held = [(color == COLORS.index(c)) & (shape == SHAPES.index(s)) for c, s in HELD_OUT_COLOR_SHAPES]
-    return np.any(held, axis=0)  # type: ignore[no-any-return]
+    return np.any(held, axis=0)
 
 
 def _places(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +88,9 @@ class Order:
         return image_seed(self.seed, step, place + 2)
 
 
-def ahead(load: Callable[[int], list[Sample]], first: int, stop: int, depth: int = 2) -> Iterator[list[Sample]]:
+def ahead(
+    load: Callable[[int], list[Sample]], first: int, stop: int, depth: int = 2
+) -> Generator[list[Sample], None, None]:
     """`load(i)` for i from `first` to `stop` - 1, computed on a thread up to `depth` items in advance."""
     with ThreadPoolExecutor(1, "records") as pool:
         waiting: list[Future[list[Sample]]] = []
@@ -126,7 +128,7 @@ class Records:
         """The counts of all records of a step."""
         return [self._counts[self._order.record(step, place)] for place in range(self._order.batch)]
 
-    def parts(self, first: int, stop: int) -> Iterator[list[Sample]]:
+    def parts(self, first: int, stop: int) -> Generator[list[Sample], None, None]:
         """This process's samples of each part."""
         return ahead(self._part, first, stop)
 

@@ -74,7 +74,7 @@ def guided_velocity(dit: DiT, conditions: Tensor, guidance: float) -> flow.Veloc
 
     def velocity(x: Tensor, t: float) -> Tensor:
         v, v_null = dit(torch.cat([x, x]), x.new_full((2 * len(x),), t), twice).chunk(2)
-        return v_null + guidance * (v - v_null)  # type: ignore[no-any-return]
+        return v_null + guidance * (v - v_null)
 
     return velocity
 
@@ -294,7 +294,7 @@ class Distiller:
         elif not self._captures:
             self._step()
         elif self._warm < _WARMUP_STEPS:
-            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 self._step()

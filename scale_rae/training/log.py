@@ -44,7 +44,7 @@ class Log:
         elif importlib.util.find_spec("tensorboard") is not None:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)  # type: ignore[no-untyped-call]
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """Adds a record, which has a "step"."""

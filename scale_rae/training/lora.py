@@ -51,8 +51,8 @@ class LoraLinear(nn.Module):
         else:
             out = self.base(x)
         if not self.on:
-            return out  # type: ignore[no-any-return]
-        return out + F.linear(F.linear(x, self.lora_A.weight), self.lora_B.weight) * self.scale  # type: ignore[no-any-return]
+            return out
+        return out + F.linear(F.linear(x, self.lora_A.weight), self.lora_B.weight) * self.scale
 
 
 @contextmanager

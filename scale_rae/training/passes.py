@@ -26,4 +26,4 @@ def hidden_states(language: LanguageModel, embeds: Tensor, rotary: tuple[Tensor,
     hidden = embeds
     for layer in language.model.layers:
         hidden = layer(hidden, rotary)
-    return language.model.norm(hidden)  # type: ignore[no-any-return]
+    return language.model.norm(hidden)

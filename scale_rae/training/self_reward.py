@@ -10,7 +10,7 @@ A round's drawings depend on the seed, the number of the round and `old`, which 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -188,7 +188,7 @@ class Rounds:
         """One picture per drawing of a step."""
         return [(1, 0, False)] * self.batch
 
-    def parts(self, first: int, stop: int) -> Iterator[Scored]:
+    def parts(self, first: int, stop: int) -> Generator[Scored, None, None]:
         """This process's batches; each round is drawn when its first batch is asked for."""
         for number in range(first, stop):
             round_, within = divmod(number, self._per_round * self._parts)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -34,7 +34,7 @@ class Batches(Protocol[B]):
     def counts(self, step: int) -> Sequence[tuple[int, int, bool]]:
         """(pictures, tokens that are learnt, whether it is kept) of each record of a step, over all devices."""
 
-    def parts(self, first: int, stop: int) -> Iterator[B]:
+    def parts(self, first: int, stop: int) -> Generator[B, None, None]:
         """This process's parts from number `first` to `stop` - 1; parts count from 0 over all steps."""
 
     def where(self, batch: B) -> Sequence[str]:
@@ -157,7 +157,7 @@ class Trainer(Generic[B]):
                     self.save()
                 since += time.perf_counter() - paused  # validating and saving are not part of a step's time
         finally:
-            parts.close()  # type: ignore[attr-defined]
+            parts.close()
             if log is not None:
                 log.close()
 
