@@ -38,7 +38,7 @@ from scale_rae.quantization import Place
 from scale_rae.training.batches import Sample
 from scale_rae.training.learner import Learner, make_repeatable
 from scale_rae.training.objective import FineTune, Totals
-from scale_rae.training.sequences import QUERIES, Layout
+from scale_rae.training.sequences import QUERIES, TokenSequence
 from scale_rae.training.settings import TrainingOptions
 
 TEXT = 64  # tokens of a request and its reply
@@ -70,12 +70,12 @@ def samples_of(size: str, count: int, with_text: bool) -> list[Sample]:
     generator = torch.Generator().manual_seed(0)
     ids = (*torch.randint(0, 256, (TEXT,), generator=generator).tolist(), QUERIES, 1)
     assert IMAGE not in ids
-    layout = Layout(ids, tuple(i != QUERIES for i in ids))
+    sequence = TokenSequence(ids, tuple(i != QUERIES for i in ids))
     made = []
     for number in range(count):
         latent = torch.randn(config.tokens, config.channels, generator=generator).bfloat16()
         condition = torch.randn(1, config.tokens, config.dit.condition_width, generator=generator).bfloat16()
-        made.append(Sample(f"{number}", layout, (latent,), (), None if with_text else condition, number))
+        made.append(Sample(f"{number}", sequence, (latent,), (), None if with_text else condition, number))
     return made
 
 

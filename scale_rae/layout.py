@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from scale_rae.config import DecoderConfig, DiTConfig, ScaleRAEConfig
 
-Layout = dict[str, tuple[int, ...]]  # tensor name -> shape
+TensorShapes = dict[str, tuple[int, ...]]  # tensor name -> shape
 
 DIT_PREFIX = "diff_head.model."
 NORM_STATS = ("diff_head.data_mean", "diff_head.data_std")
@@ -41,7 +41,7 @@ def few(names: Sequence[str], most: int = 20) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def model_layout(config: ScaleRAEConfig) -> Layout:
+def model_layout(config: ScaleRAEConfig) -> TensorShapes:
     """All tensors that a model's weight files must have. Tied to the embedding, `lm_head.weight` need not be there."""
     layout = language_layout(config) | dit_layout(config.dit)
     if config.tied_embeddings:
@@ -49,12 +49,12 @@ def model_layout(config: ScaleRAEConfig) -> Layout:
     return layout
 
 
-def language_layout(config: ScaleRAEConfig) -> Layout:
+def language_layout(config: ScaleRAEConfig) -> TensorShapes:
     """The language model's tensors: Qwen2, latent queries, the projector of latents and the one of conditions."""
     sizes = config.language
     hidden, inner, vocabulary = sizes["hidden_size"], sizes["intermediate_size"], sizes["vocab_size"]
     keys = hidden // sizes["num_attention_heads"] * sizes["num_key_value_heads"]
-    layout: Layout = {
+    layout: TensorShapes = {
         "model.embed_tokens.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
         "model.latent_queries": (config.tokens, hidden),
@@ -80,13 +80,13 @@ def language_layout(config: ScaleRAEConfig) -> Layout:
     return layout
 
 
-def dit_layout(config: DiTConfig) -> Layout:
+def dit_layout(config: DiTConfig) -> TensorShapes:
     """The velocity network's tensors."""
     width, z = config.width, config.condition_width
     late_width = config.decoder_width or width
     is_ddt = config.encoder_depth is not None
     early = config.depth if config.encoder_depth is None else config.encoder_depth
-    layout: Layout = {"pos_embed": (1, config.tokens, width)}
+    layout: TensorShapes = {"pos_embed": (1, config.tokens, width)}
     layout |= _embedder("x_embedder", config.channels, width)
     layout |= _linear("t_embedder.mlp.0", 2 * TIME_FREQUENCIES, z) | _linear("t_embedder.mlp.2", z, z)
     if config.null_condition:
@@ -103,10 +103,10 @@ def dit_layout(config: DiTConfig) -> Layout:
     return {DIT_PREFIX + name: shape for name, shape in layout.items()}
 
 
-def decoder_layout(config: DecoderConfig) -> Layout:
+def decoder_layout(config: DecoderConfig) -> TensorShapes:
     """The pixel decoder's tensors."""
     width = config.width
-    layout: Layout = {
+    layout: TensorShapes = {
         "trainable_cls_token": (1, 1, width),
         "decoder_pos_embed": (1, config.patches**2 + 1, width),
     }
@@ -143,7 +143,7 @@ def is_not_read(name: str, config: ScaleRAEConfig) -> bool:
     return tied or name.endswith(_COMPUTED) or (config.vae is not None and name.startswith("model.mm_projector."))
 
 
-def compare(expected: Layout, stored: Mapping[str, tuple[int, ...]]) -> Differences:
+def compare(expected: TensorShapes, stored: Mapping[str, tuple[int, ...]]) -> Differences:
     """How stored shapes differ from the expected ones."""
     return Differences(
         missing=sorted(expected.keys() - stored.keys()),
@@ -156,19 +156,19 @@ def compare(expected: Layout, stored: Mapping[str, tuple[int, ...]]) -> Differen
     )
 
 
-def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> Layout:
+def _linear(name: str, inputs: int, outputs: int, bias: bool = True) -> TensorShapes:
     return {f"{name}.weight": (outputs, inputs), **({f"{name}.bias": (outputs,)} if bias else {})}
 
 
-def _layer_norm(name: str, width: int) -> Layout:
+def _layer_norm(name: str, width: int) -> TensorShapes:
     return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
 
 
-def _embedder(name: str, channels: int, width: int) -> Layout:
+def _embedder(name: str, channels: int, width: int) -> TensorShapes:
     return {f"{name}.proj.weight": (width, channels, 1, 1), f"{name}.proj.bias": (width,)}
 
 
-def _block(name: str, width: int, condition_width: int) -> Layout:
+def _block(name: str, width: int, condition_width: int) -> TensorShapes:
     inner = swiglu_inner(width)
     return {
         f"{name}norm1.weight": (width,),

@@ -49,7 +49,7 @@ def tensors_of(thing: object) -> Iterator[Tensor]:
             yield from tensors_of(item)
 
 
-class Layout:
+class BufferLayout:
     """Where tensors' bytes lie in a buffer that holds all of them. Tensors that share memory share it there, too.
 
     `size` is the buffer's, in bytes. Layouts with equal `places` suit the same views.
@@ -145,9 +145,9 @@ class HostMemory:
         weakref.finalize(self._memory, runtime.cudaHostUnregister, address).atexit = False
 
 
-def to_host(tensors: Sequence[Tensor], lock: bool) -> tuple[Layout, Tensor]:
+def to_host(tensors: Sequence[Tensor], lock: bool) -> tuple[BufferLayout, Tensor]:
     """The layout of tensors, and host memory [bytes] that they are views of from now on; page-locked if `lock`."""
-    layout = Layout(tensors)
+    layout = BufferLayout(tensors)
     memory = HostMemory(layout.size)
     views = layout.views(memory.bytes)
     sharing: dict[int, list[int]] = {}
@@ -276,7 +276,7 @@ class Streamed(Sequence[T], Generic[T]):
 
     def __init__(self, ring: Ring, blocks: Sequence[T], number: int) -> None:
         self._ring, self._blocks, self._number = ring, blocks, number
-        self._layouts = [Layout(list(tensors_of(block))) for block in blocks]
+        self._layouts = [BufferLayout(list(tensors_of(block))) for block in blocks]
         self._sources = [
             layout.sources(list(tensors_of(block))) for layout, block in zip(self._layouts, blocks, strict=True)
         ]

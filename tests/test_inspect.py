@@ -17,7 +17,7 @@ from scale_rae.config import parse_config
 from scale_rae.errors import CheckpointError, ConfigError, HubError
 from scale_rae.hub import find
 from scale_rae.inspection import inspect
-from scale_rae.layout import Layout, model_layout
+from scale_rae.layout import TensorShapes, model_layout
 from tests.cli.conftest import Cli, cli  # noqa: F401 - a fixture
 from tests.helpers.fake_hub import FakeHub, Large, Repo, own_hub, point_at
 
@@ -32,7 +32,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         yield hub
 
 
-def header_of(layout: Layout, dtype: str = "BF16", width: int = 2) -> Large:
+def header_of(layout: TensorShapes, dtype: str = "BF16", width: int = 2) -> Large:
     """A safetensors file with these tensors, all zeros."""
     entries, end = {}, 0
     for name, shape in layout.items():
@@ -42,7 +42,7 @@ def header_of(layout: Layout, dtype: str = "BF16", width: int = 2) -> Large:
     return Large(len(text).to_bytes(8, "little") + text, 8 + len(text) + end)
 
 
-def sharded(layout: Layout, shards: int) -> dict[str, bytes | Large]:
+def sharded(layout: TensorShapes, shards: int) -> dict[str, bytes | Large]:
     """The tensors in shards, with an index."""
     names = [f"model-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
     home = {name: names[i * shards // len(layout)] for i, name in enumerate(layout)}
@@ -60,7 +60,10 @@ def published(hub: FakeHub) -> FakeHub:
     layout = model_layout(parse_config(config, Path("config.json")))
     files = {"config.json": json.dumps(config).encode(), **TOKENIZER, **sharded(layout, 2), "README.md": b"hello"}
     hub.repos[MODEL] = Repo({"main": files}, card={"license": "mit"})
-    vision: Layout = {"vision_model.embeddings.weight": (1152, 3, 14, 14), "text_model.embeddings.weight": (300, 1152)}
+    vision: TensorShapes = {
+        "vision_model.embeddings.weight": (1152, 3, 14, 14),
+        "text_model.embeddings.weight": (300, 1152),
+    }
     encoder: dict[str, bytes | Large] = {
         "config.json": json.dumps(encoder_json("1.5b")).encode(),
         "preprocessor_config.json": b"{}",

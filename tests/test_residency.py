@@ -22,7 +22,7 @@ from scale_rae.memory import MemoryErrors, savings
 from scale_rae.options import ModelChoice, SamplingOptions, SearchOptions, Speed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.quantization import QuantizedLinear, joined, room
-from scale_rae.residency import HostMemory, Layout, Residency, Ring, Streamed, tensors_of, to_host
+from scale_rae.residency import BufferLayout, HostMemory, Residency, Ring, Streamed, tensors_of, to_host
 from scale_rae.rewards import load_reward
 from scale_rae.scores import Asked
 from tests.test_goldens import DRAW
@@ -289,7 +289,7 @@ def test_tensors_that_share_memory_share_it_on_the_host() -> None:
 
 def test_a_slice_of_a_large_tensor_takes_its_own_bytes_only() -> None:
     rows = torch.arange(1000.0).view(100, 10)
-    layout = Layout([rows[10:20]])
+    layout = BufferLayout([rows[10:20]])
     assert 400 <= layout.size < 400 + 256
     (buffer,) = [torch.zeros(layout.size, dtype=torch.uint8)]
     ((source, place),) = layout.sources([rows[10:20]])

@@ -23,7 +23,7 @@ from scale_rae.geneval.published import CONVERTED_FROM, DETECTOR_FILE, DETECTOR_
 from scale_rae.geneval.verdicts import CLASSES
 from scale_rae.hub import find, import_hub, weight_files
 from scale_rae.jsonio import Fields, dump_json, read_json
-from scale_rae.layout import Layout, compare
+from scale_rae.layout import TensorShapes, compare
 
 HEADS, LEVELS, POINTS = 8, 3, 4  # of attention, of deformable attention: the same in every size
 _MLP_RATIO = 4
@@ -176,10 +176,10 @@ def convert(path: str | Path, out: str | Path, architecture: Architecture = PUBL
         raise OutputError(f"{folder}: cannot be written ({e.strerror or e})") from e
 
 
-def published_layout(architecture: Architecture = PUBLISHED) -> Layout:
+def published_layout(architecture: Architecture = PUBLISHED) -> TensorShapes:
     """The names and shapes of the tensors in MMDetection's file, without those that are computed."""
     a = architecture
-    layout: Layout = {}
+    layout: TensorShapes = {}
     c, first = a.channels, a.embed_dim
     layout |= {
         "backbone.patch_embed.projection.weight": (first, 3, 4, 4),
@@ -237,11 +237,11 @@ def published_layout(architecture: Architecture = PUBLISHED) -> Layout:
     return layout
 
 
-def _pair(name: str, *weight: int) -> Layout:
+def _pair(name: str, *weight: int) -> TensorShapes:
     return {f"{name}.weight": weight, f"{name}.bias": weight[:1]}
 
 
-def _feed_forward(name: str, width: int, inner: int) -> Layout:
+def _feed_forward(name: str, width: int, inner: int) -> TensorShapes:
     return _pair(f"{name}.layers.0.0", inner, width) | _pair(f"{name}.layers.1", width, inner)
 
 

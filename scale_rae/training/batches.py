@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,9 +13,17 @@ from torch import Tensor
 from scale_rae.language import LanguageModel
 from scale_rae.noise import image_seed
 from scale_rae.prompt import IMAGE
-from scale_rae.training.sequences import QUERIES, Layout
+from scale_rae.training.sequences import QUERIES, TokenSequence
 
 _WIDTH = 8  # sequences are padded to a multiple of this, for aligned products
+
+
+class Counts(NamedTuple):
+    """What one record adds to the totals of a step."""
+
+    pictures: int  # that it draws
+    tokens: int = 0  # that the text loss learns
+    kept: bool = False  # as in `Sample`
 
 
 @dataclass(frozen=True)
@@ -28,7 +36,7 @@ class Sample:
     """
 
     where: str
-    layout: Layout
+    sequence: TokenSequence
     drawn: tuple[Tensor, ...]
     shown: tuple[Tensor, ...]
     condition: Tensor | None
@@ -112,7 +120,7 @@ class Records:
     def __init__(
         self,
         order: Order,
-        counts: Sequence[tuple[int, int, bool]],
+        counts: Sequence[Counts],
         load: Callable[[int, int], Sample],
         batch: int,
         parts: int,
@@ -124,7 +132,7 @@ class Records:
         self._order, self._counts, self._load = order, counts, load
         self._batch, self._parts, self._rank, self._size = batch, parts, rank, size
 
-    def counts(self, step: int) -> list[tuple[int, int, bool]]:
+    def counts(self, step: int) -> list[Counts]:
         """The counts of all records of a step."""
         return [self._counts[self._order.record(step, place)] for place in range(self._order.batch)]
 
@@ -155,7 +163,7 @@ class Records:
 
 
 @dataclass(frozen=True)
-class Sequences:
+class EmbeddedSequences:
     """Embeddings [B, T, H] of sequences, and positions in them as pairs (rows, places)."""
 
     embeds: Tensor
@@ -164,12 +172,12 @@ class Sequences:
     targets: Tensor  # those tokens
 
 
-def embed(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Sequences:
+def embed(language: LanguageModel, sequences: Sequence[TokenSequence], shown: Sequence[Tensor]) -> EmbeddedSequences:
     """The language model's input for sequences, padded on the right.
 
     `shown` are the latents [L, C] of the shown pictures in order."""
     tokens, device = language.config.tokens, language.device
-    rows = [_expanded(layout, tokens) for layout in layouts]
+    rows = [_expanded(sequence, tokens) for sequence in sequences]
     width = -(-max(len(ids) for ids, _ in rows) // _WIDTH) * _WIDTH
     ids = torch.tensor([ids + [0] * (width - len(ids)) for ids, _ in rows])  # on the CPU, where places are looked up
     learnt = torch.tensor([flags + [False] * (width - len(flags)) for _, flags in rows])
@@ -187,20 +195,15 @@ def embed(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Te
         own = language.model.latent_queries.to(language.dtype)
         embeds = embeds.index_put(queries, own.repeat(len(queries[0]) // tokens, 1))
     targets = ids[row, place].to(device)
-    return Sequences(embeds, queries, (row.to(device), (place - 1).to(device)), targets)
+    return EmbeddedSequences(embeds, queries, (row.to(device), (place - 1).to(device)), targets)
 
 
-def _expanded(layout: Layout, tokens: int) -> tuple[list[int], list[bool]]:
+def _expanded(sequence: TokenSequence, tokens: int) -> tuple[list[int], list[bool]]:
     """Ids with a picture's mark at each of its places, and which are learnt."""
     ids: list[int] = []
     learnt: list[bool] = []
-    for i, flag in zip(layout.ids, layout.learnt, strict=True):
+    for i, flag in zip(sequence.ids, sequence.learnt, strict=True):
         count = tokens if i in (IMAGE, QUERIES) else 1
         ids += [i] * count
         learnt += [flag and count == 1] * count
     return ids, learnt
-
-
-def learnt_tokens(layout: Layout) -> int:
-    """How many tokens of a sequence the text loss learns."""
-    return sum(flag and i not in (IMAGE, QUERIES) for i, flag in zip(layout.ids[1:], layout.learnt[1:], strict=True))

@@ -20,10 +20,10 @@ from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import DiT
 from scale_rae.language import LanguageModel
 from scale_rae.sampling import NormStats
-from scale_rae.training.batches import Sample, Scored, embed
+from scale_rae.training.batches import Counts, Sample, Scored, embed
 from scale_rae.training.losses import FLOW_WEIGHT, between, flow_errors, sample_times, text_losses, training_shift
 from scale_rae.training.optim import FlatModel
-from scale_rae.training.passes import hidden_states, positions
+from scale_rae.training.passes import read
 
 BINS = 10  # of t, in which the flow loss is logged
 LEAST_ERROR = 1e-4  # that a squared error is divided by
@@ -52,8 +52,8 @@ class Objective(Protocol[B]):
     def record(self, sums: Sequence[float], steps: int) -> dict[str, Any]:
         """What the log has of the sums of `steps` steps."""
 
-    def totals(self, records: Sequence[tuple[int, int, bool]]) -> Totals:
-        """The totals of a step whose records have these numbers of pictures and tokens, and are kept or not."""
+    def totals(self, records: Sequence[Counts]) -> Totals:
+        """The totals of a step whose records have these counts."""
 
     def __call__(self, batch: B, totals: Totals, /) -> tuple[Tensor, Tensor]:
         """(loss [], sums to log [len(names)]) of a part of a step; both are summed over the parts."""
@@ -103,10 +103,10 @@ class FineTune:
             "flow_by_t": [round(f / n, 6) if n else None for f, n in zip(flow, count, strict=True)],
         }
 
-    def totals(self, records: Sequence[tuple[int, int, bool]]) -> Totals:
-        pictures = sum(count for count, _, _ in records) * self.timesteps
-        kept = sum(count for count, _, is_kept in records if is_kept) * self.timesteps
-        return Totals(pictures, sum(tokens for _, tokens, _ in records), kept)
+    def totals(self, records: Sequence[Counts]) -> Totals:
+        pictures = sum(record.pictures for record in records) * self.timesteps
+        kept = sum(record.pictures for record in records if record.kept) * self.timesteps
+        return Totals(pictures, sum(record.tokens for record in records), kept)
 
     def __call__(self, samples: Sequence[Sample], totals: Totals) -> tuple[Tensor, Tensor]:
         zero = torch.zeros((), device=self.device)
@@ -130,15 +130,14 @@ class FineTune:
     def _read(self, language: LanguageModel, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
         """(conditions [pictures, L, Z], sum of the text's cross-entropies)."""
         shown = [latent for sample in samples for latent in sample.shown]
-        sequences = embed(language, [sample.layout for sample in samples], shown)
-        rotary = positions(language, sequences.embeds.shape[1], language.dtype)
-        hidden = hidden_states(language, sequences.embeds, rotary)
-        at, targets = hidden[sequences.learnt], sequences.targets
+        embedded = embed(language, [sample.sequence for sample in samples], shown)
+        hidden = read(language, embedded.embeds)
+        at, targets = hidden[embedded.learnt], embedded.targets
         text = torch.zeros((), device=self.device)
         for start in range(0, len(targets), _LOGIT_ROWS):
             rows = slice(start, start + _LOGIT_ROWS)
             text = text + text_losses(language.lm_head(at[rows]), targets[rows]).sum()
-        conditions = language.condition(hidden[sequences.queries])
+        conditions = language.condition(hidden[embedded.queries])
         return conditions.view(-1, self.config.tokens, conditions.shape[-1]), text
 
     def _flow(self, samples: Sequence[Sample], conditions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -214,7 +213,7 @@ class SelfReward:
         """The means of `steps` steps' numbers."""
         return {name: round(value / steps, 6) for name, value in zip(self.names, sums, strict=True)}
 
-    def totals(self, records: Sequence[tuple[int, int, bool]]) -> Totals:
+    def totals(self, records: Sequence[Counts]) -> Totals:
         return Totals(len(records), 0, 0)
 
     def __call__(self, batch: Scored, totals: Totals) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,11 @@ def positions(language: LanguageModel, length: int, dtype: torch.dtype) -> tuple
     return cos.detach(), sin.detach()
 
 
+def read(language: LanguageModel, embeds: Tensor) -> Tensor:
+    """`hidden_states` [B, T, H] of input embeddings [B, T, H] at the places 0 … T-1."""
+    return hidden_states(language, embeds, positions(language, embeds.shape[1], language.dtype))
+
+
 def hidden_states(language: LanguageModel, embeds: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Final-normed hidden states [B, T, H] of input embeddings [B, T, H], causal.
 

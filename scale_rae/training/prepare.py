@@ -28,12 +28,12 @@ from scale_rae.noise import image_seed
 from scale_rae.prompt import ChatTokenizer, clean_message
 from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.quantization import Place
-from scale_rae.training.batches import Sample, embed, learnt_tokens
+from scale_rae.training.batches import Counts, Sample, embed
 from scale_rae.training.cache import TensorCache, key_of, stored_dtype
 from scale_rae.training.drawing import draw_latents
-from scale_rae.training.passes import hidden_states, positions
+from scale_rae.training.passes import read
 from scale_rae.training.records import PictureFile, Record, Report, usable
-from scale_rae.training.sequences import PICTURE, QUERIES, Layout, Message, lay_out
+from scale_rae.training.sequences import PICTURE, QUERIES, Message, TokenSequence, tokenized
 from scale_rae.training.settings import TrainingOptions
 from scale_rae.wording import as_request
 
@@ -69,16 +69,16 @@ class PreparedRecord:
     """A record by the keys of what was prepared; `condition` is "" where the language model learns."""
 
     where: str
-    layout: Layout
+    sequence: TokenSequence
     drawn: tuple[str, ...]
     shown: tuple[str, ...]
     condition: str
     kept: bool = False  # whether the model is to go on drawing it as it does
 
     @property
-    def counts(self) -> tuple[int, int, bool]:
-        """(pictures that are drawn, tokens that are learnt, whether it is kept)."""
-        return len(self.drawn), learnt_tokens(self.layout), self.kept
+    def counts(self) -> Counts:
+        """What it adds to the totals of a step."""
+        return Counts(len(self.drawn), self.sequence.learnt_tokens, self.kept)
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ class Prepared:
         record = self.records[number]
         drawn, shown = (tuple(self.latents.get(key) for key in keys) for keys in (record.drawn, record.shown))
         condition = self.conditions.get(record.condition) if record.condition else None
-        return Sample(record.where, record.layout, drawn, shown, condition, seed, record.kept)
+        return Sample(record.where, record.sequence, drawn, shown, condition, seed, record.kept)
 
     @property
     def identity(self) -> str:
         """A key for all that is trained on, in its order."""
-        return key_of([(record.layout, record.drawn, record.shown, record.condition) for record in self.records])
+        return key_of([(record.sequence, record.drawn, record.shown, record.condition) for record in self.records])
 
 
 def prepare(records: list[Record], options: TrainingOptions, model: Model, report: Report) -> Prepared:
@@ -142,8 +142,8 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     language = _Lazy(model)
     said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
     worded, by_itself = said.worded([*records, *asked, *classes], len(records) + len(asked), report, notes)
-    layouts = [lay_out(model.tokenizer, record.messages, options.text_targets) for record in worded]
-    pairs = zip(worded, layouts, strict=True)
+    sequences = [tokenized(model.tokenizer, record.messages, options.text_targets) for record in worded]
+    pairs = zip(worded, sequences, strict=True)
     beyond = {i: problem for i, pair in enumerate(pairs) if (problem := too_long(pair[0], model, pair[1]))}
     if others := [problem for i, problem in beyond.items() if i >= len(records)]:
         raise InputError(others[0])
@@ -153,13 +153,13 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     pictures = _encode([records[i] for i in kept], options, model, latents, report, notes)
 
     def made(i: int) -> PreparedRecord:
-        record, layout = worded[i], layouts[i]
+        record, sequence = worded[i], sequences[i]
         drawn, shown = _parted(record, pictures)
         condition = ""
         if not options.trains_language:
             own = _own_key(model, record.messages[0].text)
-            condition = own if i in by_itself else key_of(model.identity, layout.ids, shown)
-        return PreparedRecord(record.where, layout, drawn, shown, condition)
+            condition = own if i in by_itself else key_of(model.identity, sequence.ids, shown)
+        return PreparedRecord(record.where, sequence, drawn, shown, condition)
 
     end = len(records) + len(asked)
     validation = [made(i) for i in range(len(records), end)]
@@ -167,7 +167,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     # A prompt that is repeated has one drawing.
     place = {worded[i].messages: number for number, i in enumerate(classed)}
     seeds = [image_seed(options.seed, place[worded[i].messages], 0) for i in classed]
-    keeping = [_kept(worded[i], layouts[i], seed, options, model) for i, seed in zip(classed, seeds, strict=True)]
+    keeping = [_kept(worded[i], sequences[i], seed, options, model) for i, seed in zip(classed, seeds, strict=True)]
     if others := [worded[i].messages[0].text for i in range(end, len(worded)) if i not in by_itself]:
         notes.append(f"{options.class_prompts}: {left_out(others, len(classes))}")
     if classes and not keeping:
@@ -179,14 +179,14 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     return prepared
 
 
-def too_long(record: Record, model: Model, layout: Layout | None = None) -> str | None:
+def too_long(record: Record, model: Model, sequence: TokenSequence | None = None) -> str | None:
     """What is wrong with a conversation that is longer than the model reads; None for a shorter one.
 
-    `layout` is the conversation's, if it is known. A reply that is not given does not count.
+    `sequence` is the conversation's, if it is known. A reply that is not given does not count.
     """
-    if layout is None:
-        layout = lay_out(model.tokenizer, (record.with_reply("") if record.own_reply else record).messages)
-    length, most = layout.length(model.config.tokens), model.config.max_length
+    if sequence is None:
+        sequence = tokenized(model.tokenizer, (record.with_reply("") if record.own_reply else record).messages)
+    length, most = sequence.length(model.config.tokens), model.config.max_length
     return None if length <= most else f"{record.where}: {length} tokens long; the model reads at most {most}"
 
 
@@ -225,7 +225,7 @@ def drawable(
         records = [
             PreparedRecord(
                 f"{file}, line {line.line}",
-                lay_out(model.tokenizer, talk),
+                tokenized(model.tokenizer, talk),
                 (),
                 (),
                 key_of(model.identity, "after a reply", options.reply, text),
@@ -276,11 +276,11 @@ def _class_records(options: TrainingOptions) -> list[Record]:
     return [_asked(f"{options.class_prompts}, line {line.line}", line.prompt, options) for line in prompts]
 
 
-def _kept(record: Record, layout: Layout, seed: int, options: TrainingOptions, model: Model) -> PreparedRecord:
+def _kept(record: Record, sequence: TokenSequence, seed: int, options: TrainingOptions, model: Model) -> PreparedRecord:
     message = record.messages[0].text
     how = seed, options.num_inference_steps, options.validation_guidance
     picture = key_of(model.identity, "drawn", message, *how)
-    return PreparedRecord(record.where, layout, (picture,), (), _own_key(model, message), kept=True)
+    return PreparedRecord(record.where, sequence, (picture,), (), _own_key(model, message), kept=True)
 
 
 def _draw_classes(
@@ -422,25 +422,24 @@ def _conditions(
 ) -> None:
     """Puts the conditions [pictures, L, Z] of all sequences into the cache, by one pass through each."""
     by_key = {record.condition: record for record in records}
-    keys = sorted(by_key, key=lambda key: len(by_key[key].layout.ids))
+    keys = sorted(by_key, key=lambda key: len(by_key[key].sequence.ids))
     for group in _reported(_unfinished(keys, CONDITIONS_AT_ONCE, conditions.has), "computing conditions", report):
         part = [by_key[key] for key in group]
         shown = [latents.get(key) for record in part for key in record.shown]
-        found = forced_conditions(language(), [record.layout for record in part], shown)
+        found = forced_conditions(language(), [record.sequence for record in part], shown)
         taken = 0
         for record in part:
-            pictures = record.layout.ids.count(QUERIES)
+            pictures = record.sequence.ids.count(QUERIES)
             value = found[taken : taken + pictures]
             taken += pictures
             conditions.add(record.condition, value.to(stored_dtype(model.dtype)))
 
 
-def forced_conditions(language: LanguageModel, layouts: Sequence[Layout], shown: Sequence[Tensor]) -> Tensor:
+def forced_conditions(language: LanguageModel, sequences: Sequence[TokenSequence], shown: Sequence[Tensor]) -> Tensor:
     """Conditions [pictures, L, Z] of the pictures that sequences draw, with their text given."""
-    sequences = embed(language, layouts, shown)
-    rotary = positions(language, sequences.embeds.shape[1], language.dtype)
-    hidden = hidden_states(language, sequences.embeds, rotary)
-    found = language.condition(hidden[sequences.queries])
+    embedded = embed(language, sequences, shown)
+    hidden = read(language, embedded.embeds)
+    found = language.condition(hidden[embedded.queries])
     return found.view(-1, language.config.tokens, found.shape[-1])
 
 

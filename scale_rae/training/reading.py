@@ -21,8 +21,8 @@ from scale_rae.prompt import QUESTION, ChatTokenizer, ask_question
 from scale_rae.rewards import Reward, load_reward, scores_of_each
 from scale_rae.scores import answer_tokens
 from scale_rae.training.batches import embed
-from scale_rae.training.passes import hidden_states, positions
-from scale_rae.training.sequences import Layout
+from scale_rae.training.passes import read
+from scale_rae.training.sequences import TokenSequence
 from scale_rae.training.settings import NO_REWARD, SelfRewardOptions
 
 READ_AT_ONCE = 256  # latents
@@ -39,7 +39,7 @@ def log_odds(
     Raises:
         ConfigError: when the tokenizer has no single token for yes or no.
     """
-    layouts = {prompt: _question(tokenizer, prompt) for prompt in prompts}
+    questions = {prompt: _question(tokenizer, prompt) for prompt in prompts}
     tokens = [sorted(answer_tokens(tokenizer, word)) for word in ("yes", "no")]
     if not all(tokens):
         raise ConfigError(
@@ -48,19 +48,18 @@ def log_odds(
     yes, no = (torch.tensor(ids, device=language.device) for ids in tokens)
     found = []
     for start in range(0, len(prompts), READ_AT_ONCE):
-        part = [layouts[prompt] for prompt in prompts[start : start + READ_AT_ONCE]]
-        sequences = embed(language, part, latents[start : start + READ_AT_ONCE])
-        rotary = positions(language, sequences.embeds.shape[1], language.dtype)
-        hidden = hidden_states(language, sequences.embeds, rotary)
-        ends = torch.tensor([layout.length(language.config.tokens) - 1 for layout in part], device=language.device)
+        part = [questions[prompt] for prompt in prompts[start : start + READ_AT_ONCE]]
+        embedded = embed(language, part, latents[start : start + READ_AT_ONCE])
+        hidden = read(language, embedded.embeds)
+        ends = torch.tensor([question.length(language.config.tokens) - 1 for question in part], device=language.device)
         logits = language.lm_head(hidden[torch.arange(len(part), device=language.device), ends]).float()  # [B, V]
         found.append(logits[:, yes].logsumexp(dim=-1) - logits[:, no].logsumexp(dim=-1))
     return torch.cat(found)
 
 
-def _question(tokenizer: ChatTokenizer, prompt: str) -> Layout:
+def _question(tokenizer: ChatTokenizer, prompt: str) -> TokenSequence:
     ids = tokenizer.chat(ask_question(QUESTION, prompt), image=True)
-    return Layout(tuple(ids), (False,) * len(ids))
+    return TokenSequence(tuple(ids), (False,) * len(ids))
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
     def conditions() -> Sequence[Tensor]:
         if language is None:
             return [prepared.conditions.get(one.condition)[0] for one in prepared.validation]
-        return list(forced_conditions(language, [one.layout for one in prepared.validation], []).unbind())
+        return list(forced_conditions(language, [one.sequence for one in prepared.validation], []).unbind())
 
     validate = None
     if options.validation_prompts:

@@ -28,7 +28,7 @@ from scale_rae.noise import image_seed
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.promptfile import PromptRecord, read_prompts
 from scale_rae.sampling import NormStats
-from scale_rae.training.batches import Order, Scored
+from scale_rae.training.batches import Counts, Order, Scored
 from scale_rae.training.cache import TensorCache
 from scale_rae.training.drawing import draw_latents
 from scale_rae.training.learner import Learner
@@ -184,9 +184,9 @@ class Rounds:
 
     # --- what the trainer asks for -----------------------------------------------------------------------------------
 
-    def counts(self, step: int) -> list[tuple[int, int, bool]]:
+    def counts(self, step: int) -> list[Counts]:
         """One picture per drawing of a step."""
-        return [(1, 0, False)] * self.batch
+        return [Counts(pictures=1)] * self.batch
 
     def parts(self, first: int, stop: int) -> Generator[Scored, None, None]:
         """This process's batches; each round is drawn when its first batch is asked for."""

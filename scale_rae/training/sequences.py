@@ -18,23 +18,27 @@ class Message(NamedTuple):
     text: str
 
 
-class Layout(NamedTuple):
+class TokenSequence(NamedTuple):
     """Token ids, with IMAGE and QUERIES for L places each, and which of them the text loss learns."""
 
     ids: tuple[int, ...]
     learnt: tuple[bool, ...]
+
+    def __repr__(self) -> str:
+        """As checkpoints of trainings know it, which keep a hash of all sequences (`Prepared.identity`)."""
+        return f"Layout(ids={self.ids}, learnt={self.learnt})"
 
     def length(self, tokens: int) -> int:
         """The places of the sequence where a picture has `tokens` of them."""
         return len(self.ids) + (tokens - 1) * sum(i in (IMAGE, QUERIES) for i in self.ids)
 
     @property
-    def draws(self) -> bool:
-        """Whether a picture is drawn."""
-        return QUERIES in self.ids
+    def learnt_tokens(self) -> int:
+        """How many tokens the text loss learns."""
+        return sum(flag and i not in (IMAGE, QUERIES) for i, flag in zip(self.ids[1:], self.learnt[1:], strict=True))
 
 
-def lay_out(tokenizer: ChatTokenizer, messages: Sequence[Message], targets: str = "turns") -> Layout:
+def tokenized(tokenizer: ChatTokenizer, messages: Sequence[Message], targets: str = "turns") -> TokenSequence:
     """The sequence of a conversation, as inference would have it, up to the last `<|im_end|>`.
 
     Learnt are the assistant's turns, headers included, without the picture's places; and besides every newline token,
@@ -55,7 +59,7 @@ def lay_out(tokenizer: ChatTokenizer, messages: Sequence[Message], targets: str 
             learnt += [i != QUERIES and (everything or place >= header) for place, i in enumerate(turn)]
         else:
             learnt += [everything and i in everywhere for i in turn]
-    return Layout(tuple(ids), tuple(learnt))
+    return TokenSequence(tuple(ids), tuple(learnt))
 
 
 def _turn(tokenizer: ChatTokenizer, role: str, text: str) -> list[int]:

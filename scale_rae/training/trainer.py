@@ -18,6 +18,7 @@ from torch import Tensor
 
 from scale_rae.compiling import attention_kernels
 from scale_rae.errors import TrainingError
+from scale_rae.training.batches import Counts
 from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.log import Log
 from scale_rae.training.objective import Objective, Totals
@@ -31,8 +32,8 @@ _LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to
 class Batches(Protocol[B]):
     """What a trainer learns from: the batches of all steps, in parts whose gradients are added up."""
 
-    def counts(self, step: int) -> Sequence[tuple[int, int, bool]]:
-        """(pictures, tokens that are learnt, whether it is kept) of each record of a step, over all devices."""
+    def counts(self, step: int) -> Sequence[Counts]:
+        """The counts of each record of a step, over all devices."""
 
     def parts(self, first: int, stop: int) -> Generator[B, None, None]:
         """This process's parts from number `first` to `stop` - 1; parts count from 0 over all steps."""
@@ -139,7 +140,7 @@ class Trainer(Generic[B]):
                 self.model.apply(norm)
                 self.done = step
                 self._sums = [a + b for a, b in zip(self._sums, numbers, strict=True)]
-                drawn = sum(count for count, _, _ in counts)
+                drawn = sum(count.pictures for count in counts)
                 pictures += drawn
                 if step % plan.log_every == 0 or step == plan.steps:
                     seconds = time.perf_counter() - since

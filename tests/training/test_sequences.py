@@ -7,44 +7,43 @@ import torch
 from scale_rae.language import Conversation
 from scale_rae.pipeline import ScaleRAE
 from scale_rae.prompt import IMAGE
-from scale_rae.training.batches import embed, learnt_tokens
+from scale_rae.training.batches import embed
 from scale_rae.training.prepare import forced_conditions
-from scale_rae.training.sequences import QUERIES, Layout, Message, lay_out
+from scale_rae.training.sequences import QUERIES, Message, TokenSequence, tokenized
 
 DRAW = "Can you generate a photo of a cat on a windowsill?"
 
 
 def test_a_drawing_goes_on_where_the_chat_ends(models: dict[str, ScaleRAE]) -> None:
     tokenizer = models["siglip"].tokenizer
-    layout = lay_out(tokenizer, [Message("user", DRAW), Message("assistant", "Here you go:\n<image>")])
+    sequence = tokenized(tokenizer, [Message("user", DRAW), Message("assistant", "Here you go:\n<image>")])
     chat, reply = tokenizer.chat(DRAW), tokenizer.plain("Here you go:\n")
     end = [tokenizer.image_start, QUERIES, tokenizer.image_end, tokenizer.chat_end]
-    assert list(layout.ids) == [*chat, *reply, *end]
+    assert list(sequence.ids) == [*chat, *reply, *end]
     header = len(tokenizer.plain("assistant\n"))
-    learnt = [i for i, flag in zip(layout.ids, layout.learnt, strict=True) if flag]
+    learnt = [i for i, flag in zip(sequence.ids, sequence.learnt, strict=True) if flag]
     assert learnt[-len(reply) - 3 :] == [*reply, tokenizer.image_start, tokenizer.image_end, tokenizer.chat_end]
     newline = tokenizer.plain("\n")[0]
-    before = layout.ids[: len(chat) - header - 1]
+    before = sequence.ids[: len(chat) - header - 1]
     controls = (newline, tokenizer.chat_start, tokenizer.chat_end)
-    assert [flag for flag, _ in zip(layout.learnt, before, strict=False)] == [i in controls for i in before]
-    assert all(layout.learnt[len(before) : len(chat)])
-    assert layout.draws
+    assert [flag for flag, _ in zip(sequence.learnt, before, strict=False)] == [i in controls for i in before]
+    assert all(sequence.learnt[len(before) : len(chat)])
     tokens = models["siglip"].config.tokens
-    assert layout.length(tokens) == len(chat) + len(reply) + 3 + tokens
+    assert sequence.length(tokens) == len(chat) + len(reply) + 3 + tokens
 
 
 def test_only_replies_are_learnt_if_so_chosen(models: dict[str, ScaleRAE]) -> None:
     tokenizer = models["siglip"].tokenizer
     turns = [Message("user", "<image>\nWhat is it?"), Message("assistant", "A cat.\nTwo.")]
-    layout = lay_out(tokenizer, turns, "replies")
-    learnt = [i for i, flag in zip(layout.ids, layout.learnt, strict=True) if flag]
+    sequence = tokenized(tokenizer, turns, "replies")
+    learnt = [i for i, flag in zip(sequence.ids, sequence.learnt, strict=True) if flag]
     assert learnt == [*tokenizer.plain("A cat.\nTwo."), tokenizer.chat_end]
-    assert learnt_tokens(layout) == len(learnt)
+    assert sequence.learnt_tokens == len(learnt)
     assert (
-        list(layout.ids[: layout.ids.index(IMAGE) + 1])
-        == tokenizer.chat("What is it?", image=True)[: layout.ids.index(IMAGE) + 1]
+        list(sequence.ids[: sequence.ids.index(IMAGE) + 1])
+        == tokenizer.chat("What is it?", image=True)[: sequence.ids.index(IMAGE) + 1]
     )
-    assert list(layout.ids[: -len(learnt)]) == tokenizer.chat("What is it?", image=True)
+    assert list(sequence.ids[: -len(learnt)]) == tokenizer.chat("What is it?", image=True)
 
 
 @torch.no_grad()
@@ -54,19 +53,23 @@ def test_conditions_are_those_of_inference(models: dict[str, ScaleRAE]) -> None:
     assert reply.condition is not None
     shown = torch.randn(model.config.tokens, model.config.channels, generator=torch.Generator().manual_seed(0))
     said = (*model.tokenizer.chat(DRAW), *reply.ids, QUERIES)
-    (own,) = forced_conditions(model.language, [Layout(said, (False,) * len(said))], [])
+    (own,) = forced_conditions(model.language, [TokenSequence(said, (False,) * len(said))], [])
     torch.testing.assert_close(own, reply.condition, rtol=1e-4, atol=1e-5)
     text = "Here you go:\n"
-    layouts = [
-        lay_out(model.tokenizer, [Message("user", "<image>\n" + DRAW), Message("assistant", text + "<image>")]),
-        lay_out(model.tokenizer, [Message("user", DRAW), Message("assistant", text + "<image>")]),
+    sequences = [
+        tokenized(model.tokenizer, [Message("user", "<image>\n" + DRAW), Message("assistant", text + "<image>")]),
+        tokenized(model.tokenizer, [Message("user", DRAW), Message("assistant", text + "<image>")]),
     ]
-    ids = list(layouts[0].ids[: layouts[0].ids.index(QUERIES)])
+    ids = list(sequences[0].ids[: sequences[0].ids.index(QUERIES)])
     (before,) = model.language.embed([Conversation(ids, shown)])
-    sequences = embed(model.language, layouts, [shown])
-    torch.testing.assert_close(sequences.embeds[0, : len(before)], before)
+    embedded = embed(model.language, sequences, [shown])
+    torch.testing.assert_close(embedded.embeds[0, : len(before)], before)
     # The logits at a learnt place predict the token that follows it.
-    rows, places = sequences.learnt
-    first = [int(target) for row, target in zip(rows, sequences.targets, strict=True) if row == 1]
-    assert first == [i for i, flag in list(zip(layouts[1].ids, layouts[1].learnt, strict=True))[1:] if flag]
+    rows, places = embedded.learnt
+    first = [int(target) for row, target in zip(rows, embedded.targets, strict=True) if row == 1]
+    assert first == [i for i, flag in list(zip(sequences[1].ids, sequences[1].learnt, strict=True))[1:] if flag]
     assert (places >= 0).all()
+
+
+def test_checkpoints_of_earlier_trainings_know_the_sequences() -> None:
+    assert repr(TokenSequence((1, 2), (True, False))) == "Layout(ids=(1, 2), learnt=(True, False))"
