@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.log import Log
 from scale_rae.training.optim import FlatModel
 from scale_rae.training.records import Report, no_report
-from scale_rae.training.trainer import Progress
+from scale_rae.training.trainer import Pace, Progress
 
 _SMALL_ERROR = 0.1  # root mean square of a velocity's error, below which the loss is quadratic
 _LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to log since then
@@ -234,32 +233,31 @@ class Distiller:
         """
         plan = self.plan
         log = Log(folder, self.done)
-        timed, since, pace = self.done, time.perf_counter(), math.nan
+        pace = Pace()
         with attention_kernels(self.flat.device), contextlib.closing(log):
             while self.done < plan.steps:
                 if (number := plan.round_of(self.done)) != self._round:
-                    paused = time.perf_counter()
-                    self._begin(number, self.flat.ema)
-                    since += time.perf_counter() - paused
+                    with pace.paused():
+                        self._begin(number, self.flat.ema)
                 self._one()
                 self.done += 1
+                pace.add(plan.batch)
                 if self.done % plan.log_every == 0 or self.done == plan.steps:
                     values = (self._sums / (self.done - self._logged)).tolist()
                     self._sums.zero_()
-                    pace = (time.perf_counter() - since) / (self.done - timed)
                     self._check(values)
+                    pace.measure()
                     log.write(self._record(values, pace))
-                    left = pace * (plan.steps - self.done)
-                    self._watch(Progress(self.done, plan.steps, values[-2], plan.batch / pace, left, "states"))
-                    self._logged, timed, since = self.done, self.done, time.perf_counter()
+                    left = pace.seconds_per_step * (plan.steps - self.done)
+                    self._watch(Progress(self.done, plan.steps, values[-2], pace.per_second, left, "states"))
+                    self._logged = self.done
                 if self.done % plan.save_every == 0 or self.done == plan.steps:
-                    paused = time.perf_counter()
-                    sums = self._sums.tolist()
-                    self._check([*sums, float(self.flat.master.abs().max())])
-                    logged = torch.tensor([self._logged, *sums], dtype=torch.float64)
-                    state = self.flat.state() | {"drew": self._drew, _LOGGED: logged}
-                    self._checkpoints.write(self.done, state, self._write_result)
-                    since += time.perf_counter() - paused
+                    with pace.paused():
+                        sums = self._sums.tolist()
+                        self._check([*sums, float(self.flat.master.abs().max())])
+                        logged = torch.tensor([self._logged, *sums], dtype=torch.float64)
+                        state = self.flat.state() | {"drew": self._drew, _LOGGED: logged}
+                        self._checkpoints.write(self.done, state, self._write_result)
 
     # --- rounds --------------------------------------------------------------------------------------------------------
 
@@ -289,6 +287,7 @@ class Distiller:
     # --- a step --------------------------------------------------------------------------------------------------------
 
     def _one(self) -> None:
+        """Takes a step: as it is, or where steps are captured, the first few as they are and the others by the graph."""
         if self._graph is not None:
             self._graph.replay()
         elif not self._captures:
@@ -324,6 +323,7 @@ class Distiller:
         self._place.add_(1)
 
     def _check(self, values: Sequence[float]) -> None:
+        """Raises TrainingError unless all values, which are of the steps since the log's last line, are finite."""
         if not all(map(math.isfinite, values)):
             first = min(self._logged + 1, self.done)
             which = f"step {first}" if first == self.done else f"steps {first} to {self.done}"
@@ -332,7 +332,7 @@ class Distiller:
                 "--learning-rate, or with --mixed-precision no"
             )
 
-    def _record(self, values: Sequence[float], pace: float) -> dict[str, Any]:
+    def _record(self, values: Sequence[float], pace: Pace) -> dict[str, Any]:
         *windows, loss, norm = values
         return {
             "step": self.done,
@@ -341,5 +341,5 @@ class Distiller:
             "round": self._round + 1,
             "gradient_norm": round(norm, 6),
             "learning_rate": float(self.flat.learning_rate()) * self.flat.options.lr,
-            "seconds_per_step": round(pace, 5),
+            "seconds_per_step": round(pace.seconds_per_step, 5),
         }

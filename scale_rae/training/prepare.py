@@ -5,13 +5,14 @@ The cache's keys are hashes: of picture and encoder for a latent, of sequence an
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from PIL import Image
@@ -111,69 +112,40 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
         DataError: for records that are too long, unless they are to be left out. InputError: when the model draws nothing for
             texts without a reply; for prompts that are too long, or ask for nothing. ConfigError: for a checkpoint whose latents are no encoder's.
     """
-    config, notes = model.config, []
-    if config.vae is not None:
+    if model.config.vae is not None:
         raise ConfigError(
-            f"{model.source.folder / 'config.json'}: generation_alignment_tower is {config.vae!r}: training on latents of a VAE "
+            f"{model.source.folder / 'config.json'}: generation_alignment_tower is {model.config.vae!r}: training on latents of a VAE "
             "is not supported"
         )
     folder = options.cache_dir or options.out / "cache"
     latents, conditions = TensorCache(folder / "latents"), TensorCache(folder / "conditions")
+    notes: list[str] = []
     if not options.trains_language:
-        drawing = [record for record in records if record.draws]
-        if len(drawing) < len(records):
-            notes.append(
-                f"left out: {counted(len(records) - len(drawing), 'record')} without a picture to draw (--train {options.train})"
-            )
-        records = drawing
-        if not records:
-            raise DataError(f"no record has a picture to draw, which --train {options.train} learns", [])
-    asked = [
+        records = _that_draw(records, options, notes)
+    prompts = [
         _asked(f"--validation-prompts, prompt {number}", text, options)
         for number, text in enumerate(options.validation_prompts, start=1)
     ]
     classes = _class_records(options)
-    for record in (*asked, *classes):  # lengths without replies, before the model is asked for those
-        if problem := too_long(record, model):
-            raise InputError(problem)
-    lengths = [too_long(record, model) for record in records]
-    problems = [problem for problem in lengths if problem]
-    records = usable([r for r, problem in zip(records, lengths, strict=True) if not problem], problems, options)
-    language = _Lazy(model)
-    said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
-    worded, by_itself = said.worded([*records, *asked, *classes], len(records) + len(asked), report, notes)
-    sequences = [tokenized(model.tokenizer, record.messages, options.text_targets) for record in worded]
-    pairs = zip(worded, sequences, strict=True)
-    beyond = {i: problem for i, pair in enumerate(pairs) if (problem := too_long(pair[0], model, pair[1]))}
-    if others := [problem for i, problem in beyond.items() if i >= len(records)]:
-        raise InputError(others[0])
-    kept = [i for i in range(len(records)) if i not in beyond]
-    usable([records[i] for i in kept], [*beyond.values()], options)
-    notes += [f"left out: {problem}" for problem in (*problems, *beyond.values())]
-    pictures = _encode([records[i] for i in kept], options, model, latents, report, notes)
-
-    def made(i: int) -> PreparedRecord:
-        record, sequence = worded[i], sequences[i]
-        drawn, shown = _parted(record, pictures)
-        condition = ""
-        if not options.trains_language:
-            own = _own_key(model, record.messages[0].text)
-            condition = own if i in by_itself else key_of(model.identity, sequence.ids, shown)
-        return PreparedRecord(record.where, sequence, drawn, shown, condition)
-
-    end = len(records) + len(asked)
-    validation = [made(i) for i in range(len(records), end)]
-    classed = [i for i in range(end, len(worded)) if i in by_itself]
-    # A prompt that is repeated has one drawing.
-    place = {worded[i].messages: number for number, i in enumerate(classed)}
-    seeds = [image_seed(options.seed, place[worded[i].messages], 0) for i in classed]
-    keeping = [_kept(worded[i], sequences[i], seed, options, model) for i, seed in zip(classed, seeds, strict=True)]
-    if others := [worded[i].messages[0].text for i in range(end, len(worded)) if i not in by_itself]:
-        notes.append(f"{options.class_prompts}: {left_out(others, len(classes))}")
-    if classes and not keeping:
-        raise InputError(f"{options.class_prompts}: the model draws none of these prompts; give prompts that it draws")
-    prepared = Prepared([*map(made, kept), *keeping], validation, latents, conditions, notes)
-    _draw_classes(prepared, keeping, seeds, options, model, report)
+    # Lengths without replies, before the model is asked for those.
+    records, long = _that_fit(records, [*prompts, *classes], lambda record: too_long(record, model))
+    records = usable(records, long, options)
+    # Loaded when it is first asked for: a full cache needs none.
+    language = functools.cache(lambda: load_language(model.source, model.config, model.place, model.adapters))
+    replies = _OwnReplies(model, language, options, TensorCache(folder / "replies"), conditions)
+    ends = len(records), len(records) + len(prompts)
+    worded = replies.worded([*records, *prompts, *classes], ends[1], report, notes)
+    of_data, of_prompts, of_classes = worded[: ends[0]], worded[ends[0] : ends[1]], worded[ends[1] :]
+    of_data, longer = _that_fit(
+        of_data, [*of_prompts, *of_classes], lambda one: too_long(one.record, model, one.sequence)
+    )
+    usable([one.record for one in of_data], longer, options)
+    notes += [f"left out: {problem}" for problem in (*long, *longer)]
+    pictures = _encode([one.record for one in of_data], options, model, latents, report, notes)
+    learnt, validation = ([_prepared(one, pictures, options, model) for one in some] for some in (of_data, of_prompts))
+    kept, seeds = _kept(of_classes, options, model, notes)
+    prepared = Prepared([*learnt, *kept], validation, latents, conditions, notes)
+    _draw_kept(prepared, kept, seeds, options, model, report)
     if not options.trains_language:
         _conditions([*prepared.records, *prepared.validation], latents, conditions, model, language, report)
     return prepared
@@ -188,6 +160,74 @@ def too_long(record: Record, model: Model, sequence: TokenSequence | None = None
         sequence = tokenized(model.tokenizer, (record.with_reply("") if record.own_reply else record).messages)
     length, most = sequence.length(model.config.tokens), model.config.max_length
     return None if length <= most else f"{record.where}: {length} tokens long; the model reads at most {most}"
+
+
+def _that_draw(records: list[Record], options: TrainingOptions, notes: list[str]) -> list[Record]:
+    """The records that draw a picture, with a note on the others.
+
+    Raises:
+        DataError: when there are none.
+    """
+    drawing = [record for record in records if record.draws]
+    if len(drawing) < len(records):
+        notes.append(
+            f"left out: {counted(len(records) - len(drawing), 'record')} without a picture to draw (--train {options.train})"
+        )
+    if not drawing:
+        raise DataError(f"no record has a picture to draw, which --train {options.train} learns", [])
+    return drawing
+
+
+def _that_fit(
+    of_data: Sequence[T], of_prompts: Sequence[T], problem: Callable[[T], str | None]
+) -> tuple[list[T], list[str]]:
+    """The records of the data that the model can read, and the problem of each other one, of which `problem` is a function.
+
+    Raises:
+        InputError: for a prompt that the model cannot read.
+    """
+    if wrong := [found for one in of_prompts if (found := problem(one))]:
+        raise InputError(wrong[0])
+    problems = [problem(one) for one in of_data]
+    fitting = [one for one, found in zip(of_data, problems, strict=True) if not found]
+    return fitting, [found for found in problems if found]
+
+
+def _prepared(
+    one: _Worded, pictures: Mapping[PictureFile, str], options: TrainingOptions, model: Model
+) -> PreparedRecord:
+    """A record of the data or a validation prompt; `pictures` are the keys of its pictures' latents."""
+    drawn, shown = _parted(one.record, pictures)
+    condition = ""
+    if not options.trains_language:
+        own = _own_key(model, one.record.messages[0].text)
+        condition = own if one.is_own else key_of(model.identity, one.sequence.ids, shown)
+    return PreparedRecord(one.record.where, one.sequence, drawn, shown, condition)
+
+
+def _kept(
+    of_classes: Sequence[_Worded], options: TrainingOptions, model: Model, notes: list[str]
+) -> tuple[list[PreparedRecord], list[int]]:
+    """The records of the --class-prompts that the model draws, and the noise seeds of their drawings; a note on other prompts.
+
+    Raises:
+        InputError: when the model draws none of them.
+    """
+    classes = [one for one in of_classes if one.is_own]
+    # A prompt that is repeated has one drawing.
+    place = {one.record.messages: number for number, one in enumerate(classes)}
+    seeds = [image_seed(options.seed, place[one.record.messages], 0) for one in classes]
+    kept = []
+    for one, seed in zip(classes, seeds, strict=True):
+        message = one.record.messages[0].text
+        how = seed, options.num_inference_steps, options.validation_guidance
+        picture = key_of(model.identity, "drawn", message, *how)
+        kept.append(PreparedRecord(one.record.where, one.sequence, (picture,), (), _own_key(model, message), kept=True))
+    if others := [one.record.messages[0].text for one in of_classes if not one.is_own]:
+        notes.append(f"{options.class_prompts}: {left_out(others, len(of_classes))}")
+    if of_classes and not kept:
+        raise InputError(f"{options.class_prompts}: the model draws none of these prompts; give prompts that it draws")
+    return kept, seeds
 
 
 @dataclass(frozen=True)
@@ -216,35 +256,32 @@ def drawable(
     """
     folder = options.cache_dir or options.out / "cache"
     conditions = TensorCache(folder / "conditions")
-    said = _Said(model, language, options, TensorCache(folder / "replies"), conditions)
+    places = [f"{file}, line {line.line}" for line in lines]
     messages = [as_request(line.prompt, options.prompt_prefix) for line in lines]
     if options.reply is not None:
-        talks = [
-            (Message("user", clean_message(text)), Message("assistant", options.reply + PICTURE)) for text in messages
-        ]
         records = [
-            PreparedRecord(
-                f"{file}, line {line.line}",
-                tokenized(model.tokenizer, talk),
-                (),
-                (),
-                key_of(model.identity, "after a reply", options.reply, text),
-            )
-            for line, text, talk in zip(lines, messages, talks, strict=True)
+            _after_reply(place, message, options.reply, model) for place, message in zip(places, messages, strict=True)
         ]
         _conditions(records, TensorCache(folder / "latents"), conditions, model, language, report)
         found = [Drawable(r.where, line.prompt, r.condition) for line, r in zip(lines, records, strict=True)]
         return found, conditions, []
-    replies = said.own(messages, report)
+    replies = _OwnReplies(model, language, options, TensorCache(folder / "replies"), conditions).of(messages, report)
     found = [
-        Drawable(f"{file}, line {line.line}", line.prompt, _own_key(model, message))
-        for line, message in zip(lines, messages, strict=True)
+        Drawable(place, line.prompt, _own_key(model, message))
+        for place, line, message in zip(places, lines, messages, strict=True)
         if replies[message] is not None
     ]
     if not found:
         raise InputError(f"{file}: the model draws none of these prompts; give prompts that it draws")
     others = [line.prompt for line, message in zip(lines, messages, strict=True) if replies[message] is None]
     return found, conditions, [f"{file}: {left_out(others, len(lines))}"] if others else []
+
+
+def _after_reply(where: str, message: str, reply: str, model: Model) -> PreparedRecord:
+    """A record whose condition is that of the picture after a given reply to a message."""
+    talk = Message("user", clean_message(message)), Message("assistant", reply + PICTURE)
+    condition = key_of(model.identity, "after a reply", reply, message)
+    return PreparedRecord(where, tokenized(model.tokenizer, talk), (), (), condition)
 
 
 def left_out(prompts: Sequence[str], of: int) -> str:
@@ -276,32 +313,25 @@ def _class_records(options: TrainingOptions) -> list[Record]:
     return [_asked(f"{options.class_prompts}, line {line.line}", line.prompt, options) for line in prompts]
 
 
-def _kept(record: Record, sequence: TokenSequence, seed: int, options: TrainingOptions, model: Model) -> PreparedRecord:
-    message = record.messages[0].text
-    how = seed, options.num_inference_steps, options.validation_guidance
-    picture = key_of(model.identity, "drawn", message, *how)
-    return PreparedRecord(record.where, sequence, (picture,), (), _own_key(model, message), kept=True)
-
-
-def _draw_classes(
+def _draw_kept(
     prepared: Prepared,
-    keeping: list[PreparedRecord],
+    kept: list[PreparedRecord],
     seeds: list[int],
     options: TrainingOptions,
     model: Model,
     report: Report,
 ) -> None:
     """Draws the pictures of records that are kept, one seed each, with the model as it is."""
-    todo = _unfinished(range(len(keeping)), DRAW_AT_ONCE, lambda i: prepared.latents.has(keeping[i].drawn[0]))
+    todo = _unfinished(range(len(kept)), DRAW_AT_ONCE, lambda i: prepared.latents.has(kept[i].drawn[0]))
     if not todo:
         return
     dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters)
     for part in _reported(todo, "drawing class prompts", report):
-        conditions = torch.cat([prepared.conditions.get(keeping[i].condition) for i in part])
+        conditions = torch.cat([prepared.conditions.get(kept[i].condition) for i in part])
         how = [seeds[i] for i in part], options.validation_guidance, options.num_inference_steps
         drawn = draw_latents(dit, model.config, norm_stats, conditions, *how)
         for i, latent in zip(part, drawn, strict=True):
-            prepared.latents.add(keeping[i].drawn[0], latent.to(stored_dtype(model.dtype)).clone())
+            prepared.latents.add(kept[i].drawn[0], latent.to(stored_dtype(model.dtype)).clone())
 
 
 def _unfinished(items: Sequence[T], at_once: int, done: Callable[[T], bool]) -> list[Sequence[T]]:
@@ -324,20 +354,6 @@ def _reported(groups: Sequence[Sequence[T]], what: str, report: Report) -> Itera
         report(what, total, total)
 
 
-class _Lazy:
-    """The language model, loaded when it is first asked for: a full cache needs none."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self._language: LanguageModel | None = None
-
-    def __call__(self) -> LanguageModel:
-        if self._language is None:
-            model = self._model
-            self._language = load_language(model.source, model.config, model.place, model.adapters)
-        return self._language
-
-
 # --- replies and conditions ------------------------------------------------------------------------------------------
 
 
@@ -345,8 +361,16 @@ def _own_key(model: Model, message: str) -> str:
     return key_of(model.identity, "own reply", message)
 
 
+class _Worded(NamedTuple):
+    """A record with its reply, and as tokens. With `is_own`, the reply is what the model says by itself."""
+
+    record: Record
+    sequence: TokenSequence
+    is_own: bool
+
+
 @dataclass(frozen=True)
-class _Said:
+class _OwnReplies:
     """The model's own replies, for records that give none."""
 
     model: Model
@@ -355,20 +379,18 @@ class _Said:
     replies: TensorCache
     conditions: TensorCache
 
-    def worded(
-        self, records: Sequence[Record], asked_from: int, report: Report, notes: list[str]
-    ) -> tuple[list[Record], set[int]]:
-        """The records with replies, and the numbers of those whose condition is that of the model's own reply.
+    def worded(self, records: Sequence[Record], asked_from: int, report: Report, notes: list[str]) -> list[_Worded]:
+        """The records with replies.
 
         With --reply, only records from number `asked_from` on are asked for the model's own. A record whose text the model does
         not draw gets the reply of --reply, or the most common one.
         """
         own = {i: record.messages[0].text for i, record in enumerate(records) if record.own_reply}
         if not own:
-            return list(records), set()
+            return [self._worded(record) for record in records]
         given = self.options.reply
         asked = {i: message for i, message in own.items() if given is None or i >= asked_from}
-        replies = self.own(list(asked.values()), report)
+        replies = self.of(list(asked.values()), report)
         said = {i: reply for i, message in asked.items() if (reply := replies[message]) is not None}
         if given is None:
             found = list(said.values())
@@ -384,9 +406,15 @@ class _Said:
                     f"the reply {given!r} stands before the picture for {others} of {counted(len(own), 'text')}, where the model does not "
                     "draw by itself"
                 )
-        return [r.with_reply(said.get(i, given)) if i in own else r for i, r in enumerate(records)], set(said)
+        return [
+            self._worded(r.with_reply(said.get(i, given)), i in said) if i in own else self._worded(r)
+            for i, r in enumerate(records)
+        ]
 
-    def own(self, messages: list[str], report: Report) -> dict[str, str | None]:
+    def _worded(self, record: Record, is_own: bool = False) -> _Worded:
+        return _Worded(record, tokenized(self.model.tokenizer, record.messages, self.options.text_targets), is_own)
+
+    def of(self, messages: list[str], report: Report) -> dict[str, str | None]:
         """What the model says by message, None where it does not draw; the conditions of the others are kept."""
         model = self.model
         keys = {message: _own_key(model, message) for message in messages}
@@ -499,7 +527,7 @@ def _square(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def _parted(record: Record, keys: dict[PictureFile, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _parted(record: Record, keys: Mapping[PictureFile, str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The keys of the pictures that a record draws, and of those that it shows."""
     drawn: list[str] = []
     shown: list[str] = []

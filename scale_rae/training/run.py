@@ -23,6 +23,7 @@ from scale_rae.loading import load_dit, load_language, load_tokenizer
 from scale_rae.memory import pick_device
 from scale_rae.provenance import file_record
 from scale_rae.publishing import write_model
+from scale_rae.sampling import NormStats
 from scale_rae.toolchain import check_compile
 from scale_rae.training.batches import Order, Records
 from scale_rae.training.checkpoints import Checkpoints, write_record
@@ -233,7 +234,7 @@ def _identity(record: Mapping[str, Any]) -> Any:
 
 
 def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, group: Group, watcher: Watcher) -> Run:
-    """The networks and the batches of records. The language model is not loaded if it is frozen: the cache has what it says."""
+    """The run of a training on records. The language model is not loaded if it is frozen: the cache has what it says."""
     dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
     language: LanguageModel | None = None
     if options.trains_language:
@@ -253,20 +254,7 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
         learner.without_lora,
     )
 
-    def conditions() -> Sequence[Tensor]:
-        if language is None:
-            return [prepared.conditions.get(one.condition)[0] for one in prepared.validation]
-        return list(forced_conditions(language, [one.sequence for one in prepared.validation], []).unbind())
-
-    validate = None
-    if options.validation_prompts:
-        validation = Validation(options, model, dit, norm_stats, options.out) if group.is_first else None
-
-        def validate(step: int) -> None:
-            with torch.no_grad(), learner.flat.averaged():  # in all processes, which may share the weights
-                if validation is not None:
-                    validation(step, conditions())
-
+    validate = _validation(learner, model, norm_stats, prepared, group) if options.validation_prompts else None
     order = Order(records, batch, options.seed, len(prepared.records) - records)
     batches = Records(
         order,
@@ -279,3 +267,23 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
     )
     identity = {"records": prepared.identity, "batch": batch}
     return make_run(learner, model, objective, batches, steps, identity, group, validate, watcher)
+
+
+def _validation(
+    learner: Learner, model: Model, norm_stats: NormStats | None, prepared: Prepared, group: Group
+) -> Callable[[int], None]:
+    """A function that draws the validation prompts at a step. All processes must call it, since they may share the weights."""
+    language = learner.language
+    sheet = Validation(learner.options, model, learner.dit, norm_stats, learner.options.out) if group.is_first else None
+
+    def conditions() -> Sequence[Tensor]:
+        if language is None:
+            return [prepared.conditions.get(one.condition)[0] for one in prepared.validation]
+        return list(forced_conditions(language, [one.sequence for one in prepared.validation], []).unbind())
+
+    def validate(step: int) -> None:
+        with torch.no_grad(), learner.flat.averaged():
+            if sheet is not None:
+                sheet(step, conditions())
+
+    return validate

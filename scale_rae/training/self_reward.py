@@ -64,6 +64,7 @@ def train_on_verdicts(
 
 
 def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord], group: Group, watcher: Watcher) -> Run:
+    """The run of a training on drawings of the prompts in `lines`."""
     own = options.self_reward
     if own.folds and not model.config.dit.null_condition:
         raise ConfigError(
@@ -74,51 +75,89 @@ def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord],
         model.source, device=model.device, dtype=model.dtype, compile="off", lora=options.lora
     )
     reader.check_reads()
+    prompts = _prompts(options, model, lines, reader, group, watcher)
+    dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
+    steps = options.steps(records=0, processes=1)
+    learner = Learner(options, None, dit, model.device, model.dtype, steps)
+    scorer = Scorer(reader, own)
+    rounds = Rounds(options, model, learner, norm_stats, prompts.learnt, prompts.conditions, scorer, steps, group)
+    objective = SelfReward(dit, learner.flat, rounds.start, rounds.old, own.beta, own.kl_weight, own.fold_guidance)
+    validate = _validation(rounds, prompts, watcher) if group.is_first else None
+    identity = {"prompts": [(prompt.text, prompt.condition) for prompt in prompts.learnt], "batch": rounds.batch}
+    return make_run(learner, model, objective, rounds, steps, identity, group, validate, watcher)
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """The prompts that the model draws, of those that are learnt from, that verify, and that the contact sheet shows."""
+
+    learnt: list[Drawable]
+    verified: list[Drawable]
+    shown: list[Drawable]
+    conditions: TensorCache  # of them all
+
+
+def _prompts(
+    options: TrainingOptions,
+    model: Model,
+    lines: Sequence[PromptRecord],
+    reader: ScaleRAE,
+    group: Group,
+    watcher: Watcher,
+) -> _Prompts:
+    """The prompts, once their conditions are in the cache.
+
+    Raises:
+        InputError: for a prompt that the model cannot be asked about, or a file of which it draws none.
+    """
+    own, shown = options.self_reward, Path("--validation-prompts")
+    assert own.prompts is not None
     files = {own.prompts: lines}
     if own.verify_prompts is not None:
         files[own.verify_prompts] = read_prompts(own.verify_prompts)
     if options.validation_prompts:
-        files[None] = [PromptRecord(i, text, i) for i, text in enumerate(options.validation_prompts, start=1)]
+        files[shown] = [PromptRecord(i, text, i) for i, text in enumerate(options.validation_prompts, start=1)]
     for texts in files.values():
         for line in texts:
             reader.check_question(line.prompt)
-    drawn: dict[Path | None, list[Drawable]] = {}
+    drawn: dict[Path, list[Drawable]] = {}
     for is_my_turn in (group.is_first, not group.is_first):  # the first process fills the cache
         if is_my_turn:
             for file, texts in files.items():
-                label = file or Path("--validation-prompts")
-                drawn[file], cache, notes = drawable(
-                    label, texts, options, model, lambda: reader.language, watcher.report
+                drawn[file], conditions, notes = drawable(
+                    file, texts, options, model, lambda: reader.language, watcher.report
                 )
                 for note in notes:
                     watcher.note(note)
         group.wait()
-    dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
-    steps = options.steps(records=0, processes=1)
-    learner = Learner(options, None, dit, model.device, model.dtype, steps)
-    rounds = Rounds(options, model, learner, norm_stats, drawn[own.prompts], cache, Scorer(reader, own), steps, group)
-    objective = SelfReward(dit, learner.flat, rounds.start, rounds.old, own.beta, own.kl_weight, own.fold_guidance)
-    validate = None
-    if group.is_first:
-        verified = drawn[own.verify_prompts] if own.verify_prompts else drawn[own.prompts][:VERIFIED]
-        verification = Verification(rounds, verified, watcher.note)
-        for note in _unguarded(own, verified):
-            watcher.note(note)
-        sheet = Validation(options, model, dit, norm_stats, options.out) if options.validation_prompts else None
-        shown = drawn.get(None, [])
-        if len(shown) < len(options.validation_prompts):
-            raise InputError(
-                "--validation-prompts: the model does not draw all of them; leave out those that it does not"
-            )
+    verified = drawn[own.verify_prompts] if own.verify_prompts is not None else drawn[own.prompts][:VERIFIED]
+    return _Prompts(drawn[own.prompts], verified, drawn.get(shown, []), conditions)
 
-        def validate(step: int) -> None:
-            with torch.no_grad(), learner.flat.averaged():
-                if sheet is not None:
-                    sheet(step, [cache.get(prompt.condition)[0] for prompt in shown])
-                verification(step)
 
-    identity = {"prompts": [(prompt.text, prompt.condition) for prompt in drawn[own.prompts]], "batch": rounds.batch}
-    return make_run(learner, model, objective, rounds, steps, identity, group, validate, watcher)
+def _validation(rounds: Rounds, prompts: _Prompts, watcher: Watcher) -> Callable[[int], None]:
+    """A function that validates a step: it writes the contact sheet, if there is one, and the line of the verification.
+
+    Raises:
+        InputError: when the model does not draw all prompts of the sheet. ConfigError, CheckpointError, HubError: for a reward
+            or a decoder that cannot be used.
+    """
+    options, model, learner = rounds.options, rounds.model, rounds.learner
+    verification = Verification(rounds, prompts.verified, watcher.note)
+    for note in _unguarded(options.self_reward, prompts.verified):
+        watcher.note(note)
+    sheet = None
+    if options.validation_prompts:
+        sheet = Validation(options, model, learner.dit, rounds.norm_stats, options.out)
+    if len(prompts.shown) < len(options.validation_prompts):
+        raise InputError("--validation-prompts: the model does not draw all of them; leave out those that it does not")
+
+    def validate(step: int) -> None:
+        with torch.no_grad(), learner.flat.averaged():
+            if sheet is not None:
+                sheet(step, [prompts.conditions.get(prompt.condition)[0] for prompt in prompts.shown])
+            verification(step)
+
+    return validate
 
 
 def _unguarded(own: SelfRewardOptions, verified: Sequence[Drawable]) -> list[str]:
@@ -164,13 +203,8 @@ class Rounds:
         group: Group,
     ) -> None:
         """`conditions` has those of the prompts; `scorer` scores drawings."""
-        self.options, self.model, self.learner, self.norm_stats, self.scorer = (
-            options,
-            model,
-            learner,
-            norm_stats,
-            scorer,
-        )
+        self.options, self.model, self.learner = options, model, learner
+        self.norm_stats, self.scorer = norm_stats, scorer
         self._prompts, self._conditions, self._group = prompts, conditions, group
         own = options.self_reward
         self._per_round = own.steps_per_round
@@ -227,45 +261,51 @@ class Rounds:
 
     @torch.no_grad()
     def _drawn(self, round_: int) -> _Round:
-        """A round's drawings and their scores, each process having drawn its share.
+        """A round's drawings and their scores.
 
         Raises:
             TrainingError: when the model accepts none, while guidance is folded in.
         """
-        options, own, group = self.options, self.options.self_reward, self._group
+        options, own = self.options, self.options.self_reward
         numbers = [self._order.record(round_ + 1, place) for place in range(own.prompts_per_round)]
         prompts, each = [self._prompts[number] for number in numbers], own.images_per_prompt
         conditions = self._noisy(self.conditions_of(prompts), round_)
         folds = round_ < self._folding
-        seeds = _seeds(options.seed, numbers, round_, each)
         rows = torch.arange(len(prompts)).repeat_interleave(each)
-        start, stop = (rank * len(prompts) // group.size * each for rank in (group.rank, group.rank + 1))
-        share = slice(start, stop)  # of this process
-        weights, guidance = (self.start, own.fold_guidance) if folds else (self.old, 1.0)
-        with self.learner.flat.using(weights):
-            latents = self.draw(conditions[rows[share].to(conditions.device)], seeds[share], guidance)
-        found = self.scorer(latents, [prompts[row].text for row in rows[share].tolist()])
-        reading, reward = (
-            None if values is None else self._everyones(values, share, len(rows))
-            for values in (found.reading, found.reward)
-        )
-        assert reading is not None
-        latents, scores = self._everyones(latents, share, len(rows)), Scores(reading, reward)
+        seeds = _seeds(options.seed, numbers, round_, each)
+        latents, scores = self._drawn_together(prompts, conditions, rows, seeds, folds)
         standings = self.scorer.standings(scores, each)
         accepted = self.scorer.accepted(scores, standings)
         if folds and not accepted.any():
             raise TrainingError(
-                f"round {round_ + 1}: the model accepts none of its {len(rows)} drawings with guidance {guidance:g}, so it has "
-                "nothing to learn; use another --fold-guidance, other --prompts, or --reading-weight 0 with a --reward"
+                f"round {round_ + 1}: the model accepts none of its {len(rows)} drawings with guidance {own.fold_guidance:g}, so it "
+                "has nothing to learn; use another --fold-guidance, other --prompts, or --reading-weight 0 with a --reward"
             )
         useful = (standings.abs().view(-1, each).amax(dim=1) >= LEAST_STANDING).repeat_interleave(each)
         chosen = accepted if folds else useful if useful.any() else torch.ones_like(useful)
-        logged = {"yes": scores.yes.float(), "reading": reading, "reward": reward, "accepted": accepted.float()}
-        means = {name: round(float(values.mean()), 4) for name, values in logged.items() if values is not None}
         pool = chosen.nonzero()[:, 0].cpu()
+        logged = {"yes": scores.yes.float(), "reading": scores.reading, "reward": scores.reward}
+        logged["accepted"] = accepted.float()
+        means = {name: round(float(values.mean()), 4) for name, values in logged.items() if values is not None}
         x = self.normalised(latents)
-        numbers_to_log = {"round": round_ + 1, **means}
-        return _Round(prompts, conditions, x, rows, optimality(standings), pool, folds, numbers_to_log)
+        return _Round(prompts, conditions, x, rows, optimality(standings), pool, folds, {"round": round_ + 1, **means})
+
+    def _drawn_together(
+        self, prompts: Sequence[Drawable], conditions: Tensor, rows: Tensor, seeds: Sequence[int], folds: bool
+    ) -> tuple[Tensor, Scores]:
+        """Latents [N, L, C] of a round and their scores; each process draws its share of the prompts, whole ones."""
+        own, group = self.options.self_reward, self._group
+        start, stop = (
+            rank * len(prompts) // group.size * own.images_per_prompt for rank in (group.rank, group.rank + 1)
+        )
+        share = slice(start, stop)
+        weights, guidance = (self.start, own.fold_guidance) if folds else (self.old, 1.0)
+        with self.learner.flat.using(weights):
+            latents = self.draw(conditions[rows[share].to(conditions.device)], seeds[share], guidance)
+        mine = self.scorer(latents, [prompts[row].text for row in rows[share].tolist()])
+        latents, reading = (self._everyones(values, share, len(rows)) for values in (latents, mine.reading))
+        reward = None if mine.reward is None else self._everyones(mine.reward, share, len(rows))
+        return latents, Scores(reading, reward)
 
     def conditions_of(self, prompts: Sequence[Drawable]) -> Tensor:
         """Conditions [P, L, Z] of prompts, on the device."""
@@ -358,7 +398,7 @@ def _seeds(seed: int, numbers: Sequence[int], round_: int, each: int) -> list[in
 
 
 class Verification:
-    """Looks at what was learnt with other eyes than those it was learnt with, and writes validation/log.jsonl.
+    """Measures what was learnt, also by a reward and on prompts that training may not use; writes validation/log.jsonl.
 
     Prompts are drawn from the same noise each time. A line has: the share that the model says yes to, its mean log-odds; the mean
     reward; the mean of a reward that training never sees; the share of spoilt drawings that the model says yes to; and the mean

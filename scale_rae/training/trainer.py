@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -74,6 +75,32 @@ class Progress:
     unit: str = "images"
 
 
+class Pace:
+    """Seconds per step, and pictures per second or what else is counted, as last measured; NaN before the first measurement."""
+
+    def __init__(self) -> None:
+        self.seconds_per_step = self.per_second = math.nan
+        self._steps = self._counted = 0
+        self._since = time.perf_counter()
+
+    def add(self, count: int) -> None:
+        """Adds a step, which learnt from so many pictures."""
+        self._steps, self._counted = self._steps + 1, self._counted + count
+
+    def measure(self) -> None:
+        """Measures the steps since the last measurement."""
+        seconds = time.perf_counter() - self._since
+        self.seconds_per_step, self.per_second = seconds / self._steps, self._counted / seconds
+        self._steps, self._counted, self._since = 0, 0, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context whose time is not a part of the steps."""
+        start = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - start
+
+
 class Trainer(Generic[B]):
     """Trains a `FlatModel`'s parameters on an objective; `run` says how."""
 
@@ -119,48 +146,36 @@ class Trainer(Generic[B]):
             TrainingError: naming step and records, when a loss or gradient is not finite. The weights of the step before are
                 in a checkpoint then, if they are finite.
         """
-        plan, first = self.plan, self.group.is_first
-        log = self._log(folder, self.done) if first else None
+        plan = self.plan
+        log = self._log(folder, self.done) if self.group.is_first else None
         parts = self.batches.parts(self.done * plan.parts, plan.steps * plan.parts)
-        timed = self.done
         if self._validate and self.done == 0:
             self._validate(0)
-        since = time.perf_counter()
-        pictures, pace = 0, math.nan
+        pace = Pace()
         try:
             while self.done < plan.steps:
-                step = self.done + 1
-                batch = [next(parts) for _ in range(plan.parts)]
-                counts = self.batches.counts(step)
-                totals = self.objective.totals(counts)
-                values, norm = self._gradients(batch, totals)
-                *numbers, size = torch.cat([values, norm[None]]).tolist()  # waits for the device
-                if not all(map(math.isfinite, (*numbers, size))):
-                    self._stop(step, batch, numbers, size)
-                self.model.apply(norm)
-                self.done = step
-                self._sums = [a + b for a, b in zip(self._sums, numbers, strict=True)]
-                drawn = sum(count.pictures for count in counts)
-                pictures += drawn
-                if step % plan.log_every == 0 or step == plan.steps:
-                    seconds = time.perf_counter() - since
-                    pace = seconds / (step - timed)
+                numbers, norm, pictures = self._step(parts)
+                pace.add(pictures)
+                if self._is_due(plan.log_every):
+                    pace.measure()
                     if log is not None:
-                        log.write(self._record(size, pictures / seconds, pace))
-                    self._logged, self._sums = step, [0.0] * len(numbers)
-                    timed, pictures, since = step, 0, time.perf_counter()
-                rate = drawn / pace if pace == pace else math.nan
-                self._watch(Progress(step, plan.steps, numbers[0], rate, pace * (plan.steps - step)))
-                paused = time.perf_counter()
-                if self._validate and (step % plan.validate_every == 0 or step == plan.steps):
-                    self._validate(step)
-                if step % plan.save_every == 0 or step == plan.steps:
-                    self.save()
-                since += time.perf_counter() - paused  # validating and saving are not part of a step's time
+                        log.write(self._record(norm, pace))
+                    self._logged, self._sums = self.done, [0.0] * len(numbers)
+                rate, left = pictures / pace.seconds_per_step, pace.seconds_per_step * (plan.steps - self.done)
+                self._watch(Progress(self.done, plan.steps, numbers[0], rate, left))
+                with pace.paused():
+                    if self._validate and self._is_due(plan.validate_every):
+                        self._validate(self.done)
+                    if self._is_due(plan.save_every):
+                        self.save()
         finally:
             parts.close()
             if log is not None:
                 log.close()
+
+    def _is_due(self, every: int) -> bool:
+        """Whether the steps that are done are a multiple of `every`, or all."""
+        return self.done % every == 0 or self.done == self.plan.steps
 
     def save(self, trim: bool = True) -> None:
         """Writes the checkpoint of the steps that are done. With `trim`, removes old ones of which there are too many."""
@@ -171,6 +186,23 @@ class Trainer(Generic[B]):
         self.group.wait()
 
     # --- a step --------------------------------------------------------------------------------------------------------
+
+    def _step(self, parts: Iterator[B]) -> tuple[list[float], float, int]:
+        """(the objective's numbers, gradient norm, pictures) of the next step, once it is taken.
+
+        Raises:
+            TrainingError: when a number is not finite; the step is not taken then.
+        """
+        batch = [next(parts) for _ in range(self.plan.parts)]
+        counts = self.batches.counts(self.done + 1)
+        values, norm = self._gradients(batch, self.objective.totals(counts))
+        *numbers, size = torch.cat([values, norm[None]]).tolist()  # waits for the device
+        if not all(map(math.isfinite, (*numbers, size))):
+            self._stop(batch, numbers, size)
+        self.model.apply(norm)
+        self.done += 1
+        self._sums = [a + b for a, b in zip(self._sums, numbers, strict=True)]
+        return numbers, size, sum(count.pictures for count in counts)
 
     def _gradients(self, batch: list[B], totals: Totals) -> tuple[Tensor, Tensor]:
         """(numbers to log, gradient norm), once the gradients of a step are in the model's buffer."""
@@ -185,7 +217,8 @@ class Trainer(Generic[B]):
         self.group.sum(values)
         return values, self.model.gradient_norm()
 
-    def _stop(self, step: int, batch: list[B], numbers: list[float], norm: float) -> None:
+    def _stop(self, batch: list[B], numbers: list[float], norm: float) -> NoReturn:
+        """Raises the TrainingError of a step that is not finite, once the weights before it are in a checkpoint."""
         kept = "nothing was learnt yet"
         if self.done and self._is_finite():
             self.save(trim=False)
@@ -197,7 +230,7 @@ class Trainer(Generic[B]):
         what = ", ".join(f"{name} {x:g}" for name, x in {**losses, "gradient norm": norm}.items())
         where = " in another --out" if self._checkpoints.steps() else ""
         raise TrainingError(
-            f"step {step}: not finite ({what}) for the records {records}; {kept}; begin again{where} with a lower "
+            f"step {self.done + 1}: not finite ({what}) for the records {records}; {kept}; begin again{where} with a lower "
             "--learning-rate, or with --mixed-precision no"
         )
 
@@ -208,13 +241,14 @@ class Trainer(Generic[B]):
         self.group.sum(broken)
         return not broken
 
-    def _record(self, norm: float, pictures: float, pace: float) -> dict[str, Any]:
+    def _record(self, norm: float, pace: Pace) -> dict[str, Any]:
+        """The line of the log for the steps since the line before."""
         return {
             "step": self.done,
             **self.objective.record(self._sums, self.done - self._logged),
             **self.batches.numbers(),
             "gradient_norm": round(norm, 6),
             "learning_rate": float(self.model.learning_rate()) * self.model.options.lr,
-            "images_per_second": round(pictures, 3),
-            "seconds_per_step": round(pace, 5),
+            "images_per_second": round(pace.per_second, 3),
+            "seconds_per_step": round(pace.seconds_per_step, 5),
         }
