@@ -68,6 +68,25 @@ def join_experiment(
         size = size or recorded["settings"]["batch_size"]
     if size is None:
         size = measure() if measures_memory(model) else CPU_BATCH_SIZE
+    now = _with_models(description, settings, size, opened, reward)
+    recorded = recorded or store.claim(now)
+    _check_record(store, recorded)
+    if found := _differences(recorded, now):
+        raise InputError(
+            f"{store.folder}: this experiment was started differently: {'; '.join(found)}; choose another --output-dir"
+        )
+    store.keep_copy(recorded)
+    for name, version in now["versions"].items():
+        then = recorded["versions"].get(name)
+        if then not in (None, version):
+            say(f"note: {name} {version} here, {then} before: rounding may differ")
+    return int(recorded["settings"]["batch_size"])
+
+
+def _with_models(
+    description: Mapping[str, Any], settings: Settings, size: int, opened: OpenedModel, reward: Reward | None
+) -> dict[str, Any]:
+    """experiment.json: its part on settings and prompts, and what this worker's models are; as it is read back from JSON."""
     manifest = opened.record()
     now: dict[str, Any] = {
         **description,
@@ -80,12 +99,14 @@ def join_experiment(
         },
         **{part: manifest[part] for part in ("model", "encoder", "decoder", "lora") if part in manifest},
         "reward": {"name": settings.reward, **reward.identity()} if reward is not None else None,
-        "device": model.device.type,
+        "device": opened.model.device.type,
         "versions": manifest["versions"],
     }
-    now = json.loads(dump_json(now))
-    recorded = recorded or store.claim(now)
-    _check_record(store, recorded)
+    return dict(json.loads(dump_json(now)))
+
+
+def _differences(recorded: Mapping[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between the experiment's models and this worker's, one text per difference."""
     # Earlier versions recorded no hashes of adapters; `setting_differences` has compared their names.
     found = differences({"lora": now.get("lora"), **recorded}, now)
     if reward_differs(recorded.get("reward"), now["reward"]):
@@ -94,16 +115,7 @@ def join_experiment(
         found.append(f"device {now['device']} here, {recorded.get('device')} there")
     if recorded["settings"].get("dtype") != now["settings"]["dtype"]:
         found.append(f"dtype {now['settings']['dtype']} here, {recorded['settings'].get('dtype')} there")
-    if found:
-        raise InputError(
-            f"{store.folder}: this experiment was started differently: {'; '.join(found)}; choose another --output-dir"
-        )
-    store.keep_copy(recorded)
-    for name, version in now["versions"].items():
-        then = recorded["versions"].get(name)
-        if then not in (None, version):
-            say(f"note: {name} {version} here, {then} before: rounding may differ")
-    return int(recorded["settings"]["batch_size"])
+    return found
 
 
 def _check_record(store: Store, recorded: Mapping[str, Any]) -> None:

@@ -5,6 +5,7 @@ Each launcher is a module; cli/scale.py chooses.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -123,6 +124,37 @@ def run(
         ScaleRAEError: when a model or reward cannot be loaded.
     """
     settings.check()
+    _check_names(settings, output_dir)
+    Speed(settings.compile, settings.quantize).check()
+    launcher.check(settings, output_dir)
+    counter, leads = _Counter(listen), launcher.index == 0
+    store = Store(settings.folder(output_dir), settings, f"r{launcher.index}")
+    made = store.missing_folders() if launcher.size == 1 else []
+    description = experiment_record(settings, prompts)
+    with contextlib.closing(store.lock_run(launcher.index, launcher.size)) as lock:
+        try:
+            recorded = _recorded(store, description, leads, counter)
+            settings = settings.resumed(recorded)
+            store = store.with_settings(settings)
+            chosen = list(prompts[:limit])
+            untouched = store.remote and recorded is None  # nothing is there: spares the requests of looking
+            todo = chosen if untouched else _unfinished(store, chosen, leads, counter)
+            counter(Planned(len(todo), len(chosen) - len(todo), settings.usual_total, launcher.workers))
+            failures = () if untouched else _each(lambda p: store.failure(p.index), todo)
+            failed_before = {p.index: failure[0] for p, failure in failures if failure is not None}
+            job = Job(store, settings, description, chosen, todo, failed_before, lock, debug)
+            summary = _summary(job, counter, launcher.draw(job, counter) if todo else {})
+            if leads:
+                summary.search = _searched(store, chosen) if settings.is_adaptive else None
+                _note_end(store, recorded or {}, summary, {p.index for p in chosen}, bool(todo))
+        except InputError:
+            store.remove_unused(made)
+            raise
+    return summary
+
+
+def _check_names(settings: Settings, output_dir: Path) -> None:
+    """Raises InputError for a file or folder name that no file system takes."""
     for name, what in (
         (str(output_dir), "output folder"),
         (settings.metadata_file, "prompt file"),
@@ -133,54 +165,36 @@ def run(
         *((name, "adapter") for name in settings.lora),
     ):
         check_name(name or "", what)
-    Speed(settings.compile, settings.quantize).check()
-    launcher.check(settings, output_dir)
-    counter = _Counter(listen)
-    leads = launcher.index == 0
-    start = time.perf_counter()
-    store = Store(settings.folder(output_dir), settings, f"r{launcher.index}")
-    made = store.missing_folders() if launcher.size == 1 else []
-    description = experiment_record(settings, prompts)
-    lock = store.lock_run(launcher.index, launcher.size)
-    try:
-        if leads and (problem := store.restore_experiment()):
-            counter(Message(problem))
-        recorded = store.read_experiment()
-        if recorded is not None and (found := setting_differences(recorded, description)):
-            raise InputError(
-                f"{store.folder}: holds an experiment with other settings: {'; '.join(found)}; choose another "
-                "--output-dir, or give those settings to go on with it"
-            )
-        settings = settings.resumed(recorded)
-        store = store.with_settings(settings)
-        chosen = list(prompts[:limit])
-        untouched = store.remote and recorded is None  # nothing is there: spares the requests of looking
-        todo = chosen if untouched else _unfinished(store, chosen, leads, counter)
-        counter(Planned(len(todo), len(chosen) - len(todo), settings.usual_total, launcher.workers))
-        stages: dict[str, float] = {}
-        if todo:
-            failures = _each(lambda p: store.failure(p.index), todo) if not untouched else ()
-            failed_before = {p.index: failure[0] for p, failure in failures if failure is not None}
-            job = Job(store, settings, description, chosen, todo, failed_before, lock, debug)
-            stages = launcher.draw(job, counter)
-        end = time.perf_counter()
-        working = end - (counter.since or end)
-        summary = RunSummary(store.folder, len(chosen), counter.images, {}, [], end - start, working, stages)
-        for prompt, (failure, is_there) in _each(lambda p: (store.failure(p.index), store.has_record(p.index)), todo):
-            if failure is not None:
-                summary.failed[prompt.index] = failure[1]
-            elif not is_there:
-                summary.unfinished.append(prompt.index)
-        if leads and settings.is_adaptive:
-            summary.search = _searched(store, chosen)
-        if leads:
-            _note_end(store, recorded or {}, summary, {p.index for p in chosen}, bool(todo))
-        return summary
-    except InputError:
-        store.remove_unused(made)
-        raise
-    finally:
-        lock.close()
+
+
+def _recorded(store: Store, description: Mapping[str, Any], leads: bool, listen: Listener) -> dict[str, Any] | None:
+    """What experiment.json says, None for a new experiment; the process that leads mends a damaged one first.
+
+    Raises:
+        InputError: when the experiment has other settings.
+    """
+    if leads and (problem := store.restore_experiment()):
+        listen(Message(problem))
+    recorded = store.read_experiment()
+    if recorded is not None and (found := setting_differences(recorded, description)):
+        raise InputError(
+            f"{store.folder}: holds an experiment with other settings: {'; '.join(found)}; choose another "
+            "--output-dir, or give those settings to go on with it"
+        )
+    return recorded
+
+
+def _summary(job: Job, counter: _Counter, stages: dict[str, float]) -> RunSummary:
+    """How the run ended, by what it left in the folder."""
+    store, end = job.store, time.perf_counter()
+    seconds, working = end - counter.start, end - (counter.loaded or end)
+    summary = RunSummary(store.folder, len(job.chosen), counter.images, {}, [], seconds, working, stages)
+    for prompt, (failure, is_there) in _each(lambda p: (store.failure(p.index), store.has_record(p.index)), job.todo):
+        if failure is not None:
+            summary.failed[prompt.index] = failure[1]
+        elif not is_there:
+            summary.unfinished.append(prompt.index)
+    return summary
 
 
 def _unfinished(store: Store, prompts: Sequence[PromptRecord], leads: bool, listen: Listener) -> list[PromptRecord]:
@@ -248,16 +262,17 @@ def _each(look: Callable[[PromptRecord], T], prompts: Sequence[PromptRecord]) ->
 
 
 class _Counter:
-    """Passes events on, as they may be printed; counts images, and notes when the first worker had loaded."""
+    """Passes events on, as they may be printed; counts images, and notes when it was made and when the first worker had loaded."""
 
     def __init__(self, listen: Listener) -> None:
         self._listen = listen
         self.images = 0
-        self.since: float | None = None
+        self.start = time.perf_counter()
+        self.loaded: float | None = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, ImagesDrawn):
             self.images += event.count
-        elif isinstance(event, WorkerLoaded) and self.since is None:
-            self.since = time.perf_counter()
+        elif isinstance(event, WorkerLoaded) and self.loaded is None:
+            self.loaded = time.perf_counter()
         self._listen(printable_event(event))

@@ -149,14 +149,19 @@ def _follow(job: Job, assignments: Sequence[Assignment], listen: Listener) -> di
         if len(unfit) == len(workers):
             raise unfit[0]
     finally:
-        for process in workers:
-            if process.poll() is None:
-                process.kill()
-        for process in workers:
-            process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
+        _end(workers)
     return stages
+
+
+def _end(workers: Sequence[subprocess.Popen[str]]) -> None:
+    """Kills the workers that are still running."""
+    for process in workers:
+        if process.poll() is None:
+            process.kill()
+    for process in workers:
+        process.wait()
+        if process.stdin is not None:
+            process.stdin.close()
 
 
 def thread_count(device: str | None, devices: Sequence[str | None]) -> int:

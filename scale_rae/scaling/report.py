@@ -94,21 +94,6 @@ def render(
     if judge is not None:
         for name, s in chosen.items():
             shares[name]["right"] = _percent(right_share(s, lambda x: x.kept, verdicts))
-    data = {
-        "prompts": [
-            {
-                "keep": len(s.kept),
-                "answers": s.answers(),
-                **({} if judge is None else {"wrong": _wrong(s.prompt, verdicts)}),
-                "filled": s.prompt.searched is not None and s.prompt.searched.filled_up > 0,
-                "order": {name: chosen[name][i].ranking.order for name in chosen},
-                "scores": {name: [_number(v) for v in chosen[name][i].ranking.scores] for name in chosen},
-            }
-            for i, s in enumerate(first)
-        ],
-        "shares": shares,
-        "short": short,
-    }
     searches = [s.prompt.searched for s in first if s.prompt.searched is not None]
     keeps = sorted({len(s.kept) for s in first})
     return fill_template(
@@ -137,8 +122,25 @@ def render(
         # Among the images of an adaptive search there are no equal chances to be drawn.
         curves={} if searches else {name: best_of_n_plots(selections) for name, selections in chosen.items()},
         search=_search_view(searches),
-        data=data,
+        data={"prompts": _script_data(chosen, metric, judged), "shares": shares, "short": short},
     )
+
+
+def _script_data(
+    chosen: dict[str, list[Selection]], metric: str, judged: tuple[str, dict[str, Result]] | None
+) -> list[dict[str, Any]]:
+    """What the page's JavaScript knows of each prompt: the orders and scores by each metric, and the answers."""
+    return [
+        {
+            "keep": len(s.kept),
+            "answers": s.answers(),
+            **({} if judged is None else {"wrong": _wrong(s.prompt, judged[1])}),
+            "filled": s.prompt.searched is not None and s.prompt.searched.filled_up > 0,
+            "order": {name: chosen[name][i].ranking.order for name in chosen},
+            "scores": {name: [_number(v) for v in chosen[name][i].ranking.scores] for name in chosen},
+        }
+        for i, s in enumerate(chosen[metric])
+    ]
 
 
 def drawn_by(settings: Mapping[str, Any]) -> str:
@@ -187,7 +189,7 @@ def _search_view(searches: list[Searched]) -> dict[str, Any] | None:
 
 
 def _percent(count: tuple[int, int]) -> str:
-    return f"{100 * count[0] / count[1]:.0f} %" if count[1] else "–"
+    return f"{100 * count[0] / count[1]:.0f} %" if count[1] else MISSING
 
 
 def _number(value: float | None) -> str:

@@ -121,7 +121,7 @@ class EncoderOnly:
         return MemoryErrors(self.device, self.dtype, what, remedy)
 
 
-class _Drawn:
+class _Recorded:
     """An experiment with experiment.json: its images are scored in the batches they were drawn in."""
 
     def __init__(self, store: Store, recorded: dict[str, Any], options: ScoreOptions) -> None:
@@ -140,7 +140,7 @@ class _Drawn:
             raise InputError(f"{self.path}: settings cannot be used ({e})") from e
         self.reward = values.get("reward")
         self.device = recorded.get("device")
-        self._bare = store.with_settings(self.settings)
+        self._unscored = store.with_settings(self.settings)
         scored = dataclasses.replace(self.settings, reward=options.reward, reward_path=options.reward_path)
         self._scored = store.with_settings(scored)
 
@@ -157,12 +157,12 @@ class _Drawn:
         """Raises InputError when the reward is the model's own encoder, and not of the model that drew the images."""
         if identity["name"] == "siglip" and (found := differences(self.recorded, {"encoder": identity["weights"]})):
             raise InputError(
-                f"{self._bare.folder}: was drawn with another model: {'; '.join(found)}; name that model with --model-path"
+                f"{self._unscored.folder}: was drawn with another model: {'; '.join(found)}; name that model with --model-path"
             )
 
     def look(self, scored_already: Callable[[_Images], bool]) -> Iterator[tuple[str, _Images | str]]:
         """Each prompt folder's name and images, or why the prompt cannot be scored."""
-        for folder in sorted(p for p in self._bare.folder.iterdir() if p.name.isdecimal() and p.is_dir()):
+        for folder in sorted(p for p in self._unscored.folder.iterdir() if p.name.isdecimal() and p.is_dir()):
             try:
                 metadata = read_object(folder / "metadata.jsonl", "metadata.jsonl")
                 prompt = _prompt_of(metadata, int(folder.name))
@@ -181,22 +181,22 @@ class _Drawn:
                 sum(entry["answer"] == "yes" for batch in batches for entry in batch.judged),
             )
             if not scored_already(images):  # whose records may have scores, after a kill
-                finished, problems = self._bare.check(prompt)
+                finished, problems = self._unscored.check(prompt)
                 if not finished:
                     yield folder.name, "; ".join(problems) or "is not finished"
                     continue
             yield folder.name, images
 
     def _sample(self, index: int, i: int) -> Path:
-        return self._bare.prompt_folder(index) / "samples" / f"{i:05}.png"
+        return self._unscored.prompt_folder(index) / "samples" / f"{i:05}.png"
 
     def _batches(self, index: int) -> list[Batch]:
         """A prompt's batches, those whose record has scores already and those without."""
-        return sorted(self._bare.batches(index)[0] + self._scored.batches(index)[0], key=lambda batch: batch.start)
+        return sorted(self._unscored.batches(index)[0] + self._scored.batches(index)[0], key=lambda batch: batch.start)
 
     def add(self, images: _Images, rewards: list[float]) -> None:
         """Writes a prompt's scores into its batch records and its metadata.jsonl."""
-        path = self._bare.prompt_folder(images.index) / "metadata.jsonl"
+        path = self._unscored.prompt_folder(images.index) / "metadata.jsonl"
         prompt = _prompt_of(read_object(path, "metadata.jsonl"), images.index)
         if self._scored.check(prompt)[0]:
             return
@@ -218,7 +218,7 @@ class _Drawn:
         self._scored.replace_experiment(json.loads(dump_json(value)))
 
 
-class _Bare:
+class _Unrecorded:
     """A folder without experiment.json, as the official code leaves it: the scores go into metadata.jsonl."""
 
     device = None
@@ -263,7 +263,7 @@ class _Bare:
         """Does nothing: there is no experiment.json."""
 
 
-_Target: TypeAlias = _Drawn | _Bare
+_Target: TypeAlias = _Recorded | _Unrecorded
 
 
 def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lambda event: None) -> ScoringSummary:
@@ -287,16 +287,7 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
         target = _target(store, options, listen)
         scores = _Scores(store)
         begun = scores.begun()
-        if target.reward is not None and begun is None:
-            raise InputError(
-                f"{folder}: has the scores of {target.reward} already, which stay as they are; rank by them with "
-                "`scale-rae select DIR --metric image_reward`"
-            )
-        if begun is not None and begun.get("name") != options.reward:
-            raise InputError(
-                f"{folder}: a run that was stopped is adding the reward {begun.get('name')}; let it finish with --reward "
-                f"{begun.get('name')}"
-            )
+        _check_begun(target, begun, options, folder)
         host, reward = _load(target, options)
         identity = json.loads(dump_json(reward.identity()))
         target.check_reward(identity)
@@ -309,36 +300,56 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
             listen(Message(f"note: drawn on {target.device}, scored on {device}: rounding may differ"))
         scores.begin(identity)
         listen(WorkerLoaded(0, str(host.device)))
-        todo: list[_Images] = []
-        done: list[_Images] = []
-        incomplete: dict[str, str] = {}
-        for name, images in target.look(lambda images: scores.read(images) is not None):
-            if isinstance(images, str):
-                incomplete[name] = images
-            else:
-                (todo if scores.read(images) is None else done).append(images)
-        if not todo and not done:
+        done, todo, incomplete = _looked(target, scores)
+        complete = [*done, *todo]
+        if not complete:
             scores.clear()
             raise InputError(f"{folder}: no prompt is complete; {_first(incomplete)}")
-        complete = [*done, *todo]
-        summary = ScoringSummary(folder, identity, len(complete), sum(len(x.files) for x in complete))
-        summary.incomplete = incomplete
-        listen(Planned(len(todo), len(done), max(len(x.files) for x in complete), 1))
+        images = sum(len(prompt.files) for prompt in complete)
+        summary = ScoringSummary(folder, identity, len(complete), images, incomplete=incomplete)
+        listen(Planned(len(todo), len(done), max(len(prompt.files) for prompt in complete), 1))
         with _scorer(reward, host, options.batch_size) as run:
-            for images in todo:
-                scores.write(images, run(images, listen))
-                count = len(images.files)
+            for prompt in todo:
+                scores.write(prompt, run(prompt, listen))
+                count = len(prompt.files)
                 summary.scored += count
-                listen(PromptFinished(images.index, images.text, count, images.yes, count))
-        for images in complete:
-            rewards = scores.read(images)
+                listen(PromptFinished(prompt.index, prompt.text, count, prompt.yes, count))
+        for prompt in complete:
+            rewards = scores.read(prompt)
             if rewards is None:
                 raise OutputError(f"{folder}: changed while it was scored; start again: what is scored is kept")
-            target.add(images, rewards)
+            target.add(prompt, rewards)
         target.finish(identity)
         scores.clear()
     summary.seconds = time.perf_counter() - start
     return summary
+
+
+def _check_begun(target: _Target, begun: dict[str, Any] | None, options: ScoreOptions, folder: Path) -> None:
+    """Raises InputError for an experiment that has scores already, or to which a stopped run was adding another reward's."""
+    if target.reward is not None and begun is None:
+        raise InputError(
+            f"{folder}: has the scores of {target.reward} already, which stay as they are; rank by them with "
+            "`scale-rae select DIR --metric image_reward`"
+        )
+    if begun is not None and begun.get("name") != options.reward:
+        raise InputError(
+            f"{folder}: a run that was stopped is adding the reward {begun.get('name')}; let it finish with --reward "
+            f"{begun.get('name')}"
+        )
+
+
+def _looked(target: _Target, scores: _Scores) -> tuple[list[_Images], list[_Images], dict[str, str]]:
+    """The images of prompts with scores, of those without, and why prompts that are not complete cannot be scored."""
+    done: list[_Images] = []
+    todo: list[_Images] = []
+    incomplete: dict[str, str] = {}
+    for name, images in target.look(lambda images: scores.read(images) is not None):
+        if isinstance(images, str):
+            incomplete[name] = images
+        else:
+            (todo if scores.read(images) is None else done).append(images)
+    return done, todo, incomplete
 
 
 def _check_folder(store: Store) -> None:
@@ -352,13 +363,13 @@ def _check_folder(store: Store) -> None:
 
 def _target(store: Store, options: ScoreOptions, listen: Listener) -> _Target:
     if not (store.folder / "experiment.json").exists():
-        return _Bare(store, options)
+        return _Unrecorded(store, options)
     if problem := store.restore_experiment():
         listen(Message(problem))
     recorded = store.read_experiment()
     if recorded is None:
         raise InputError(f"{store.folder}: has no results yet")
-    return _Drawn(store, recorded, options)
+    return _Recorded(store, recorded, options)
 
 
 def _load(target: _Target, options: ScoreOptions) -> tuple[EncoderOnly, Reward]:

@@ -32,6 +32,19 @@ class Selection:
         """The model's answer about each image, in the order they were drawn."""
         return [self.prompt.answer(i) for i in range(len(self.prompt.images))]
 
+    def record(self) -> dict[str, Any]:
+        """Its entry in selection.json."""
+        return {
+            "folder": self.prompt.name,
+            "prompt": self.prompt.text,
+            "images": len(self.prompt.images),
+            "kept": self.kept,
+            "ref": self.ref,
+            "order": self.ranking.order,
+            "scores": self.ranking.scores,
+            "answers": self.answers(),
+        }
+
 
 def choose(experiment: Experiment, metric: str, keep: int | None, reward_weight: float) -> list[Selection]:
     """The best images of every complete prompt.
@@ -91,6 +104,7 @@ def select(
     experiment = read_experiment(folder)
     selections = choose(experiment, metric, keep, reward_weight)
     source = experiment.folder
+    verified, ref = source.with_name(f"{source.name}_{named}_verified"), source.with_name(f"{source.name}_ref")
     record: dict[str, Any] = {
         "tool": _TOOL,
         "source": str(source),
@@ -103,38 +117,21 @@ def select(
             "ref": _ratio(yes_share(selections, lambda s: s.ref)),
             "all": _ratio(yes_share(selections, lambda s: s.ranking.order)),
         },
-        "verified": str(source.with_name(f"{source.name}_{named}_verified")),
-        "ref": str(source.with_name(f"{source.name}_ref")),
-        "prompts": [
-            {
-                "folder": s.prompt.name,
-                "prompt": s.prompt.text,
-                "images": len(s.prompt.images),
-                "kept": s.kept,
-                "ref": s.ref,
-                "order": s.ranking.order,
-                "scores": s.ranking.scores,
-                "answers": s.answers(),
-            }
-            for s in selections
-        ],
+        "verified": str(verified),
+        "ref": str(ref),
+        "prompts": [selection.record() for selection in selections],
         "incomplete": [{"folder": p.folder.name, "reason": p.reason} for p in experiment.incomplete],
         "not_begun": experiment.not_begun,
     }
-    kinds: list[Callable[[Selection], list[int]]] = [lambda s: s.kept, lambda s: s.ref]
     try:
-        with replaced([Path(record["verified"]), Path(record["ref"])], _check_ours) as folders:
-            for folder, images in zip(folders, kinds, strict=True):
-                _build(folder, selections, images, record | {"holds": _holds(selections, images)})
+        with replaced([verified, ref], _check_ours) as (new_verified, new_ref):
+            _build(new_verified, selections, lambda s: s.kept, record)
+            _build(new_ref, selections, lambda s: s.ref, record)
     except OSError as e:
         raise OutputError(
             f"{source.parent}: the selection cannot be written there ({e.strerror or e}); what was there before still is"
         ) from e
     return experiment, selections, record
-
-
-def _holds(selections: Sequence[Selection], images: Callable[[Selection], list[int]]) -> dict[str, int]:
-    return {s.prompt.name: len(images(s)) for s in selections}
 
 
 def _ratio(count: tuple[int, int]) -> dict[str, Any]:
@@ -200,6 +197,7 @@ def _build(
     images: Callable[[Selection], list[int]],
     record: Mapping[str, Any],
 ) -> None:
+    """Fills a new folder with those images of each selection, and selection.json."""
     folder.mkdir()
     for selection in selections:
         prompt, chosen = selection.prompt, images(selection)
@@ -209,4 +207,5 @@ def _build(
             shutil.copyfile(prompt.images[image], samples / f"{i:05}.png")
         metadata = renumbered(prompt.metadata, chosen)
         (folder / prompt.name / "metadata.jsonl").write_bytes(json_bytes(metadata) + b"\n")
-    (folder / _SELECTION).write_bytes(json_bytes(record, indent=1) + b"\n")
+    holds = {selection.prompt.name: len(images(selection)) for selection in selections}
+    (folder / _SELECTION).write_bytes(json_bytes({**record, "holds": holds}, indent=1) + b"\n")

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from scale_rae.clock import StageClock
-from scale_rae.config import load_config
+from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.errors import InputError, OutputError, ScaleRAEError, counted
 from scale_rae.options import memory_bytes
 from scale_rae.outputs import latent_bytes, png_bytes
@@ -109,14 +109,7 @@ def open_worker(
         check_noise(settings.options.noise)  # of this node of a cluster
         source = find_model(choice)
         recorded = store.read_experiment()
-        settings = settings.resumed(recorded)
-        config = load_config(source.config_folder)
-        settings = dataclasses.replace(settings, options=own_options(config.student, settings.options))
-        if settings.is_adaptive:  # a wrong look is refused before the weights are read
-            from scale_rae.adaptive import check_looks, with_looks
-
-            check_looks(settings.adaptive, settings.options, config)
-            settings = dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, settings.options, config))
+        settings = _with_the_models_own(settings.resumed(recorded), load_config(source.config_folder))
         opened = OpenedModel(
             choice,
             bars,
@@ -139,14 +132,11 @@ def open_worker(
             from scale_rae.rewards import load_reward
 
             reward = load_reward(settings.reward, model, settings.reward_path)
-
+        trial = BatchMaker(settings, model, reward)  # whose seconds do not count
         if settings.is_adaptive:
-            BatchMaker(settings, model, reward).searcher()  # raises what would fail with every prompt
-
-        def measure() -> int:
-            prompts = [prompt for group in (*assignment.own, *assignment.rest) for prompt in group]
-            return BatchMaker(settings, model, reward).largest_batch(prompts)
-
+            trial.searcher()  # raises what would fail with every prompt
+        prompts = [prompt for group in (*assignment.own, *assignment.rest) for prompt in group]
+        measure = partial(trial.largest_batch, prompts)
         batch_size = join_experiment(store, settings, recorded, assignment.description, opened, reward, say, measure)
         # The whole experiment's, so that what is compiled does not depend on who draws how much of it.
         model.expect(assignment.description["prompts"]["count"] * settings.usual_total)
@@ -155,6 +145,21 @@ def open_worker(
     worker.log(f"loaded in {clock.seconds()['loading']:.1f} s; batches of {batch_size}")
     listen(WorkerLoaded(assignment.worker, str(model.device)))
     return worker
+
+
+def _with_the_models_own(settings: Settings, config: ScaleRAEConfig) -> Settings:
+    """The settings with a student's own sampling options, and the times of an adaptive search's looks by the model's time shift.
+
+    Raises:
+        OptionError: for options that the model does not take, before the weights are read.
+    """
+    settings = dataclasses.replace(settings, options=own_options(config.student, settings.options))
+    if not settings.is_adaptive:
+        return settings
+    from scale_rae.adaptive import check_looks, with_looks
+
+    check_looks(settings.adaptive, settings.options, config)
+    return dataclasses.replace(settings, adaptive=with_looks(settings.adaptive, settings.options, config))
 
 
 def draws_on_threads(device: torch.device) -> bool:
