@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,6 +175,7 @@ def test_wrong_arguments(pipe: ScaleRAEPipeline, arguments: dict[str, Any], said
 
 def test_where_it_runs_is_chosen_before_it_loads(monkeypatch: pytest.MonkeyPatch) -> None:
     loaded: list[dict[str, Any]] = []
+    original = ScaleRAE.from_pretrained
     monkeypatch.setattr(ScaleRAE, "from_pretrained", lambda name, **options: loaded.append({"name": name} | options))
     pipe = diffusers.ScaleRAEPipeline.from_pretrained("owner/model", torch_dtype=torch.float16, quantize="int8")
     assert pipe.to("cuda:1", torch.bfloat16) is pipe
@@ -190,6 +192,8 @@ def test_where_it_runs_is_chosen_before_it_loads(monkeypatch: pytest.MonkeyPatch
         for device, offload in (("cuda:1", "none"), ("cpu", "none"), ("cuda", "model"), ("cuda:1", "stream"))
     ]
     assert pipe.components == {}
+    elsewhere = {"name", "device", "dtype", "offload", "progress", "split_batches"}  # arguments of other methods
+    assert diffusers.LoadOptions.__annotations__.keys() == inspect.signature(original).parameters.keys() - elsewhere
     with pytest.raises(TypeError, match="no argument memory_format"):
         pipe.to("cpu", memory_format=torch.channels_last)
     with pytest.raises(InputError, match=r"no argument use_safetensors, variant; a Scale-RAE model takes torch_dtype"):

@@ -220,6 +220,7 @@ class Lease:
         )
 
     def _read(self) -> dict[str, Any]:
+        """What the lease says; empty when there is none."""
         unreadable = {"who": "a run whose name cannot be read"}
         try:
             data = get(self._path, 1 << 16)
@@ -233,6 +234,7 @@ class Lease:
         put(self._path, dump_json({"run": self._id, "who": self._who, "beat": self._beats}).encode())
 
     def _keep(self) -> None:
+        """Puts the lease anew at each beat, until another run has it."""
         while not self._ended.wait(BEAT):
             try:
                 now = self._read()

@@ -307,6 +307,7 @@ class _Driver:
         return sum(group is not None for _, group in self._underway.values())
 
     def _start_workers(self) -> None:
+        """Starts as many workers as the cluster is large enough for and prompts are left, unless one died just now."""
         import ray
 
         if time.monotonic() < self._not_before:
@@ -331,6 +332,7 @@ class _Driver:
             self._underway[loading] = (worker, None)
 
     def _hear(self, ref: Any) -> None:
+        """Takes in the reply of a worker: its events pass on, and it is idle; or it is lost."""
         import ray
         from ray.exceptions import RayError, RayTaskError
 

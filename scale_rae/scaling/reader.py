@@ -254,6 +254,7 @@ def read_object(path: Path, what: str, most: int = MOST_BYTES) -> dict[str, Any]
 
 
 def _read_prompt(folder: Path) -> Prompt | Incomplete:
+    """The prompt in a folder, every image of it decoded once; or why it is incomplete."""
     try:
         metadata = read_object(folder / "metadata.jsonl", "metadata.jsonl")
     except FileNotFoundError:

@@ -242,6 +242,7 @@ class PromptView:
 def _prompt_view(
     prompt: Prompt, by_metric: dict[str, Selection], metric: str, thumbnail: int, verdicts: Mapping[str, Result]
 ) -> PromptView:
+    """A prompt as the page shows it; `by_metric` are its selections, of which that of `metric` is shown first."""
     views = []
     rewards = prompt.rewards_or_none()
     for i, path in enumerate(prompt.images):
@@ -267,6 +268,7 @@ def _prompt_view(
 
 
 def _candidate_view(candidate: Tried) -> CandidateView:
+    """A candidate as the page shows it, with what became of it in words."""
     at = "" if candidate.dropped_at is None else f" at t = {candidate.dropped_at:.2f}"
     if candidate.dropped_for is not None:
         reason = f": {candidate.reason}" if candidate.reason else ""

@@ -362,6 +362,7 @@ def _check_folder(store: Store) -> None:
 
 
 def _target(store: Store, options: ScoreOptions, listen: Listener) -> _Target:
+    """What is scored, an experiment.json that is damaged having been restored."""
     if not (store.folder / "experiment.json").exists():
         return _Unrecorded(store, options)
     if problem := store.restore_experiment():
@@ -373,6 +374,7 @@ def _target(store: Store, options: ScoreOptions, listen: Listener) -> _Target:
 
 
 def _load(target: _Target, options: ScoreOptions) -> tuple[EncoderOnly, Reward]:
+    """The reward, and the model whose encoder it may use."""
     choice = target.choice(options)
     silence_libraries()
     host = EncoderOnly(choice)

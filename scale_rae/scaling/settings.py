@@ -135,6 +135,7 @@ class Settings:
         self.options.check()
 
     def _check_total(self) -> None:
+        """Raises OptionError for too many images, and for options of the search that is not chosen."""
         given = f"--n-samples {self.n_samples} x --scaling-rounds {self.scaling_rounds}"
         if self.is_adaptive:
             self.adaptive.check()

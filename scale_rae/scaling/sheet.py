@@ -110,6 +110,7 @@ def _draw_prompt(
     y: int,
     size: int,
 ) -> None:
+    """Draws a prompt at (x, y): the lines of its text, then its images, best first, with answer and score."""
     for line in lines:
         pen.text((x, y), line, fill=INK, font=font)
         y += _LINE
@@ -135,6 +136,7 @@ def _write(pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, width: i
 
 
 def _tile(path: Path, size: int) -> Image.Image:
+    """The image at a path, its longest side `size` pixels."""
     from PIL import Image
 
     from scale_rae.images import to_rgb

@@ -48,8 +48,8 @@ from scale_rae.scaling.records import (
     Batch,
     consecutive,
     is_record,
+    parse_object,
     read_batch,
-    read_object,
     says_the_same,
     seal,
     unseal,
@@ -98,6 +98,7 @@ class Store:
         return self._files.remote
 
     def prompt_folder(self, index: int) -> Path:
+        """The folder of a prompt's results."""
         return self.folder / f"{index:05}"
 
     def with_settings(self, settings: Settings) -> Store:
@@ -105,6 +106,7 @@ class Store:
         return Store(self.folder, settings, self._writer)
 
     def log_file(self, worker: int) -> Path:
+        """The log of a worker."""
         return self.folder / "logs" / f"worker-{worker}.log"
 
     # --- writing -------------------------------------------------------------------------------------------------
@@ -152,6 +154,7 @@ class Store:
 
     @contextlib.contextmanager
     def _disk_errors(self, path: Path) -> Iterator[None]:
+        """A context that raises errors of writing as OutputErrors that name `path`."""
         try:
             yield
         except self._files.write_errors as e:
@@ -175,7 +178,7 @@ class Store:
             InputError: when it cannot be read.
         """
         data = self._read(path)
-        return None if data is None else read_object(data)
+        return None if data is None else parse_object(data)
 
     # --- experiment.json -----------------------------------------------------------------------------------------
 
@@ -280,6 +283,7 @@ class Store:
         self.keep_copy(value)
 
     def _write_experiment(self, value: Mapping[str, Any]) -> None:
+        """Writes experiment.json, and has it outlive a loss of power."""
         path = self.folder / "experiment.json"
         self.write(path, (dump_json(value, indent=2) + "\n").encode())
         with self._disk_errors(path):
@@ -340,15 +344,7 @@ class Store:
             if not is_sealed and not self._is_vouched_for(index, batch):
                 problems.append(f"{path}: has no checksum, and metadata.jsonl does not say the same")
                 continue
-            bad = [
-                problem
-                for name, sha in batch.files.items()
-                if (
-                    problem := self._file_problem(
-                        self._sample_file(index, name), sha if stored is None else name in stored
-                    )
-                )
-            ]
+            bad = self._missing(index, batch, stored) if stored is not None else self._damaged(index, batch)
             problems += bad
             if not bad and covered.isdisjoint(batch.samples):
                 finished[0 if is_sealed else 1].append(batch)
@@ -363,17 +359,25 @@ class Store:
             return False
         return metadata is not None and says_the_same(metadata, batch)
 
-    def _file_problem(self, path: Path, sha: str | bool) -> str | None:
-        """What is wrong with a file that should have that SHA-256, or of which it is known whether it is there."""
-        if isinstance(sha, bool):
-            return None if sha else f"{path}: missing"
-        try:
-            data = self._read(path, _MOST_OF_A_SAMPLE)
-        except InputError as e:
-            return str(e)
-        if data is None:
-            return f"{path}: missing"
-        return None if hashlib.sha256(data).hexdigest() == sha else f"{path}: damaged ({len(data)} bytes)"
+    def _missing(self, index: int, batch: Batch, stored: set[str]) -> list[str]:
+        """What is missing of a batch's files, in a store that has files of these names."""
+        return [f"{self._sample_file(index, name)}: missing" for name in batch.files if name not in stored]
+
+    def _damaged(self, index: int, batch: Batch) -> list[str]:
+        """What is wrong with a batch's files: missing, unreadable, or of another SHA-256 than the record's."""
+        problems = []
+        for name, sha in batch.files.items():
+            path = self._sample_file(index, name)
+            try:
+                data = self._read(path, _MOST_OF_A_SAMPLE)
+            except InputError as e:
+                problems.append(str(e))
+                continue
+            if data is None:
+                problems.append(f"{path}: missing")
+            elif hashlib.sha256(data).hexdigest() != sha:
+                problems.append(f"{path}: damaged ({len(data)} bytes)")
+        return problems
 
     def prompt_state(self, index: int) -> PromptState:
         """How far a prompt is, from names and times alone."""
@@ -496,7 +500,7 @@ class Store:
                 for path in self._records(prompt.index):
                     if path.name not in used:
                         path.unlink(missing_ok=True)
-        return read_object(data)
+        return parse_object(data)
 
     def tidy(self, index: int) -> None:
         """Removes the error of an earlier run from beside a finished prompt's record."""

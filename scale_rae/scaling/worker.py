@@ -324,6 +324,7 @@ class Worker:
             self._lanes.run([searching(some, self._lanes.turn) for some in split(replies)])
 
     def _count(self, images: int) -> None:
+        """Counts images that were drawn, in any thread, and reports them."""
         with self._counting:
             self._drawn += images
             self._listen(ImagesDrawn(images))

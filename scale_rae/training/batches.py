@@ -71,25 +71,26 @@ class Order:
     def __init__(self, records: int, batch: int, seed: int, kept: int = 0) -> None:
         """`batch` records a step, over all devices; `records` and `kept` are how many there are of each."""
         self.records, self.batch, self.seed, self.kept = records, batch, seed, kept
-        self._rounds: dict[tuple[int, int], list[int]] = {}
+        self._epochs: dict[tuple[int, int], list[int]] = {}
 
     def record(self, step: int, place: int) -> int:
         """The number of the record at `place` of a step; the first step is 1."""
         at = (step - 1) * self.batch + place
         if not self.kept:
-            return self._of_round(at, 0, self.records)
+            return self._of_epochs(at, 0, self.records)
         if at % 2:
-            return self.records + self._of_round(at // 2, 1, self.kept)
-        return self._of_round(at // 2, 0, self.records)
+            return self.records + self._of_epochs(at // 2, 1, self.kept)
+        return self._of_epochs(at // 2, 0, self.records)
 
-    def _of_round(self, at: int, stream: int, count: int) -> int:
+    def _of_epochs(self, at: int, stream: int, count: int) -> int:
+        """The number at place `at` of a stream of epochs, each a random order of 0 … count - 1."""
         number, within = divmod(at, count)
-        if (number, stream) not in self._rounds:
-            if len(self._rounds) > 8:
-                self._rounds.clear()
+        if (number, stream) not in self._epochs:
+            if len(self._epochs) > 8:
+                self._epochs.clear()
             generator = torch.Generator().manual_seed(image_seed(self.seed, 2 * number + stream, 1))
-            self._rounds[number, stream] = torch.randperm(count, generator=generator).tolist()
-        return self._rounds[number, stream][within]
+            self._epochs[number, stream] = torch.randperm(count, generator=generator).tolist()
+        return self._epochs[number, stream][within]
 
     def sample_seed(self, step: int, place: int) -> int:
         """The seed of what is random about a place of a step, the same for any number of devices."""
@@ -124,13 +125,14 @@ class Records:
         load: Callable[[int, int], Sample],
         batch: int,
         parts: int,
-        rank: int = 0,
+        index: int = 0,
         size: int = 1,
     ) -> None:
-        """`counts` are `PreparedRecord.counts` of each record; `load(record, seed)` reads a sample. `batch` are the records of one of
-        a step's `parts` on one of `size` devices; `rank` is this one."""
+        """`counts` are those of each record; `load(record, seed)` reads a sample. `batch` are the records of one of a step's `parts`
+        in one of `size` processes; this one has the number `index`.
+        """
         self._order, self._counts, self._load = order, counts, load
-        self._batch, self._parts, self._rank, self._size = batch, parts, rank, size
+        self._batch, self._parts, self._index, self._size = batch, parts, index, size
 
     def counts(self, step: int) -> list[Counts]:
         """The counts of all records of a step."""
@@ -145,7 +147,7 @@ class Records:
         return [sample.where for sample in batch]
 
     def numbers(self) -> dict[str, Any]:
-        """None."""
+        """None: there are no further numbers."""
         return {}
 
     def state(self) -> Mapping[str, Tensor]:
@@ -156,8 +158,9 @@ class Records:
         """Nothing to do."""
 
     def _part(self, number: int) -> list[Sample]:
+        """This process's samples of part `number`, counted over all steps."""
         step, order = number // self._parts + 1, self._order
-        start = (number % self._parts * self._size + self._rank) * self._batch
+        start = (number % self._parts * self._size + self._index) * self._batch
         places = range(start, start + self._batch)
         return [self._load(order.record(step, place), order.sample_seed(step, place)) for place in places]
 
@@ -175,7 +178,8 @@ class EmbeddedSequences:
 def embed(language: LanguageModel, sequences: Sequence[TokenSequence], shown: Sequence[Tensor]) -> EmbeddedSequences:
     """The language model's input for sequences, padded on the right.
 
-    `shown` are the latents [L, C] of the shown pictures in order."""
+    `shown` are the latents [L, C] of the shown pictures in order.
+    """
     tokens, device = language.config.tokens, language.device
     rows = [_expanded(sequence, tokens) for sequence in sequences]
     width = -(-max(len(ids) for ids, _ in rows) // _WIDTH) * _WIDTH

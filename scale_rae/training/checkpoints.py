@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +109,12 @@ class Checkpoints:
                 f"{path}: made otherwise: {was}; use the same options and files, or begin in another --out{again}"
             )
         return int(stored["step"]), dict(stored["state"])
+
+
+def check_out(out: Path, resume: bool, results: Sequence[str]) -> None:
+    """Raises TrainingError where a training would replace what it did not make: other checkpoints, or one of the `results`."""
+    if Checkpoints(out, {}).steps():
+        if not resume:
+            raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
+    elif found := next((out / name for name in results if (out / name).exists()), None):
+        raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")

@@ -333,6 +333,7 @@ class Distiller:
             )
 
     def _record(self, values: Sequence[float], pace: Pace) -> dict[str, Any]:
+        """The line of the log; `values` are means over the steps since the line before."""
         *windows, loss, norm = values
         return {
             "step": self.done,

@@ -125,6 +125,7 @@ class Learner:
 
 
 def _optimizer(options: TrainingOptions, steps: int) -> OptimizerOptions:
+    """The optimizer's options for a training of so many steps."""
     return OptimizerOptions(
         kind=options.optimizer,  # type: ignore[arg-type]
         lr=options.learning_rate,

@@ -105,6 +105,8 @@ def warmed_up(kind: Literal["cosine", "linear", "constant"], warmup: int) -> Sch
 
 @dataclass(frozen=True)
 class _Slot:
+    """A parameter's place in the buffer."""
+
     name: str
     parameter: nn.Parameter
     offset: int
@@ -125,6 +127,7 @@ class _Stack:
     columns: int
 
     def view(self, buffer: Tensor) -> Tensor:
+        """The matrices [n, rows, columns] in a buffer of all elements."""
         return buffer[self.offset : self.offset + self.count * self.rows * self.columns].view(
             self.count, self.rows, self.columns
         )
@@ -172,7 +175,7 @@ class FlatModel:
         whole = torch.zeros(self.size, device=device)
         for slot in self.slots:
             slot.view(whole).copy_(slot.parameter.detach())
-        own = self._part(self._group.rank)
+        own = self._part(self._group.index)
         alone = self._group.size == 1
         self.master = whole if alone else whole[own.start : own.stop].clone()
         # What parameters in float32 are views of: the master weights themselves, unless those are shared.
@@ -216,6 +219,7 @@ class FlatModel:
         ]
 
     def _lay_out(self, named: Mapping[str, nn.Parameter], keep_float32: Callable[[str], bool]) -> None:
+        """Gives each parameter its place in the buffer, as the module's docstring draws it."""
         groups: dict[tuple[int, int], list[tuple[str, nn.Parameter, int]]] = {}
         others: list[tuple[str, nn.Parameter]] = []
         last: list[tuple[str, nn.Parameter]] = []
@@ -248,10 +252,10 @@ class FlatModel:
         self._filled = offset
         self.size = _aligned(offset, ALIGN * self._group.size)
 
-    def _part(self, rank: int) -> range:
-        """The elements whose state the process of this rank keeps."""
+    def _part(self, index: int) -> range:
+        """The elements whose state the process of this number keeps."""
         count = self.size // self._group.size
-        return range(rank * count, (rank + 1) * count)
+        return range(index * count, (index + 1) * count)
 
     def refresh(self) -> None:
         """Brings the weights that the modules compute with up to the master weights."""
@@ -259,26 +263,26 @@ class FlatModel:
             if self.compute is not None:
                 self.compute.copy_(self.master[: self.float32_start])
             return
-        for rank in range(self._group.size):
-            part = self._part(rank)
+        for index in range(self._group.size):
+            part = self._part(index)
             for buffer, first in ((self.compute, 0), (self._plain, self._plain_start)):
                 count = 0 if buffer is None else len(buffer)
                 start, stop = max(part.start, first), min(part.stop, first + count)
                 if buffer is None or start >= stop:
                     continue
                 piece = buffer[start - first : stop - first]
-                if rank == self._group.rank:
+                if index == self._group.index:
                     piece.copy_(self.master[start - part.start : stop - part.start])
-                self._group.send(piece, rank)
+                self._group.send(piece, index)
 
     def _whole(self, own: Tensor) -> Tensor:
         """A buffer of all elements from each process's part of it, in the first process, on the CPU if it is shared."""
         if self._group.size == 1:
             return own
         parts = []
-        for rank in range(self._group.size):
-            piece = own.clone() if rank == self._group.rank else torch.empty_like(own)
-            self._group.send(piece, rank)
+        for index in range(self._group.size):
+            piece = own.clone() if index == self._group.index else torch.empty_like(own)
+            self._group.send(piece, index)
             parts += [piece.cpu()] if self._group.is_first else []
         return torch.cat(parts)[: self._filled] if parts else own.new_empty(0)
 
@@ -338,6 +342,7 @@ class FlatModel:
         self.refresh()
 
     def _adamw(self, lr: Tensor, norm: Tensor) -> None:
+        """AdamW's part of `apply`; `lr` is the schedule's factor."""
         o = self.options
         beta1, beta2 = o.betas
         clip = (o.clip / (norm + 1e-6)).clamp(max=1) if o.clip else torch.ones_like(norm)

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
 _PATIENCE = timedelta(days=2)  # the first process may encode pictures for hours while the others wait
 
 
 class Group:
-    """The processes of one training; `rank` counts from 0 to `size` - 1. Alone, nothing is sent."""
+    """The processes of one training; this one is number `index` of `size`, from 0. Alone, nothing is sent."""
 
-    def __init__(self, rank: int = 0, size: int = 1) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, index: int = 0, size: int = 1) -> None:
+        self.index, self.size = index, size
 
     @property
     def is_first(self) -> bool:
         """Whether this process writes files and reports."""
-        return self.rank == 0
+        return self.index == 0
 
     def sum(self, tensor: Tensor) -> None:
         """Replaces the tensor by its sum over all processes."""
@@ -28,7 +31,7 @@ class Group:
             torch.distributed.all_reduce(tensor)
 
     def send(self, tensor: Tensor, source: int) -> None:
-        """Replaces the tensor by that of the process of rank `source`."""
+        """Replaces the tensor by that of process number `source`."""
         if self.size > 1:
             torch.distributed.broadcast(tensor, source)
 
@@ -36,6 +39,13 @@ class Group:
         """Waits until all processes are here."""
         if self.size > 1:
             torch.distributed.barrier()
+
+    def first_then_others(self, function: Callable[[], T]) -> T:
+        """What a function returns. The first process calls it before the others do, who then find what it put into a cache."""
+        if self.is_first:
+            result = function()
+        self.wait()
+        return result if self.is_first else function()
 
     def leave(self) -> None:
         """Ends the group."""

@@ -105,6 +105,19 @@ class Prepared:
         return key_of([(record.sequence, record.drawn, record.shown, record.condition) for record in self.records])
 
 
+class Caches(NamedTuple):
+    """Where a training keeps what it prepares: latents of pictures, the model's replies, conditions [pictures, L, Z]."""
+
+    latents: TensorCache
+    replies: TensorCache
+    conditions: TensorCache
+
+
+def caches(options: TrainingOptions) -> Caches:
+    """The caches in the folder that the options choose."""
+    return Caches(*(TensorCache(options.cache / name) for name in Caches._fields))
+
+
 def prepare(records: list[Record], options: TrainingOptions, model: Model, report: Report) -> Prepared:
     """The prepared records, once everything that they need is in the cache.
 
@@ -117,8 +130,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
             f"{model.source.folder / 'config.json'}: generation_alignment_tower is {model.config.vae!r}: training on latents of a VAE "
             "is not supported"
         )
-    folder = options.cache_dir or options.out / "cache"
-    latents, conditions = TensorCache(folder / "latents"), TensorCache(folder / "conditions")
+    latents, replies, conditions = caches(options)
     notes: list[str] = []
     if not options.trains_language:
         records = _that_draw(records, options, notes)
@@ -132,9 +144,9 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     records = usable(records, long, options)
     # Loaded when it is first asked for: a full cache needs none.
     language = functools.cache(lambda: load_language(model.source, model.config, model.place, model.adapters))
-    replies = _OwnReplies(model, language, options, TensorCache(folder / "replies"), conditions)
+    own = _OwnReplies(model, language, options, replies, conditions)
     ends = len(records), len(records) + len(prompts)
-    worded = replies.worded([*records, *prompts, *classes], ends[1], report, notes)
+    worded = own.worded([*records, *prompts, *classes], ends[1], report, notes)
     of_data, of_prompts, of_classes = worded[: ends[0]], worded[ends[0] : ends[1]], worded[ends[1] :]
     of_data, longer = _that_fit(
         of_data, [*of_prompts, *of_classes], lambda one: too_long(one.record, model, one.sequence)
@@ -246,35 +258,34 @@ def drawable(
     model: Model,
     language: Callable[[], LanguageModel],
     report: Report,
-) -> tuple[list[Drawable], TensorCache, list[str]]:
-    """Those prompts of a file that the model draws by itself, their conditions [1, L, Z], and notes for the user.
+) -> tuple[list[Drawable], list[str]]:
+    """Those prompts of a file that the model draws by itself, once their conditions [1, L, Z] are cached; and notes for the user.
 
     With --reply, these are all prompts: the model draws after that reply.
 
     Raises:
         InputError: naming the file, when the model draws none of them.
     """
-    folder = options.cache_dir or options.out / "cache"
-    conditions = TensorCache(folder / "conditions")
+    latents, replies, conditions = caches(options)
     places = [f"{file}, line {line.line}" for line in lines]
     messages = [as_request(line.prompt, options.prompt_prefix) for line in lines]
     if options.reply is not None:
         records = [
             _after_reply(place, message, options.reply, model) for place, message in zip(places, messages, strict=True)
         ]
-        _conditions(records, TensorCache(folder / "latents"), conditions, model, language, report)
+        _conditions(records, latents, conditions, model, language, report)
         found = [Drawable(r.where, line.prompt, r.condition) for line, r in zip(lines, records, strict=True)]
-        return found, conditions, []
-    replies = _OwnReplies(model, language, options, TensorCache(folder / "replies"), conditions).of(messages, report)
+        return found, []
+    said = _OwnReplies(model, language, options, replies, conditions).of(messages, report)
     found = [
         Drawable(place, line.prompt, _own_key(model, message))
         for place, line, message in zip(places, lines, messages, strict=True)
-        if replies[message] is not None
+        if said[message] is not None
     ]
     if not found:
         raise InputError(f"{file}: the model draws none of these prompts; give prompts that it draws")
-    others = [line.prompt for line, message in zip(lines, messages, strict=True) if replies[message] is None]
-    return found, conditions, [f"{file}: {left_out(others, len(lines))}"] if others else []
+    others = [line.prompt for line, message in zip(lines, messages, strict=True) if said[message] is None]
+    return found, [f"{file}: {left_out(others, len(lines))}"] if others else []
 
 
 def _after_reply(where: str, message: str, reply: str, model: Model) -> PreparedRecord:

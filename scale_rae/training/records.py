@@ -158,6 +158,7 @@ class _Reader:
     without: Path | None
 
     def read(self, path: Path) -> Iterator[Record | str]:
+        """The records of a file or folder, by its kind."""
         if path.is_dir():
             yield from self._folder(path)
         elif path.suffix.lower() in (".jsonl", ".ndjson"):
@@ -178,6 +179,7 @@ class _Reader:
     # --- folders ---------------------------------------------------------------------------------------------------
 
     def _folder(self, folder: Path) -> Iterator[Record | str]:
+        """The records of a folder: of its metadata.jsonl or metadata.csv, else of its tars and of pictures with a .txt beside them."""
         if lists := [folder / name for name in LISTS if (folder / name).is_file()]:
             yield from self.read(lists[0])
             return
@@ -224,6 +226,7 @@ class _Reader:
     # --- JSONL -----------------------------------------------------------------------------------------------------
 
     def _lines(self, path: Path) -> Iterator[Record | str]:
+        """The records of a JSONL file."""
         content = read_bytes(path, MOST_LIST_BYTES, "data file").removeprefix(b"\xef\xbb\xbf")
         for number, raw in enumerate(content.split(b"\n"), start=1):
             if not raw.strip():
@@ -235,6 +238,7 @@ class _Reader:
                 yield first_line(e)
 
     def _table(self, path: Path) -> Iterator[Record | str]:
+        """The records of a table's lines, of which the first names the columns."""
         content = _utf8(read_bytes(path, MOST_LIST_BYTES, "data file"), str(path))
         head = content.partition("\n")[0]
         # Spreadsheet programs separate columns by what their country does not use in numbers.
@@ -256,6 +260,7 @@ class _Reader:
             raise InputError(f"{path}, after line {table.line_num}: not a table of comma-separated values ({e})") from e
 
     def _from_object(self, fields: dict[str, Any], where: str, folder: Path) -> Record:
+        """The record of a line; names of pictures are relative to `folder`, unless an image folder is given."""
         if "conversations" in fields:
             names = fields.get("image", [])
             names = [names] if isinstance(names, str) else names
@@ -278,6 +283,7 @@ class _Reader:
         return PictureFile(file)
 
     def _captioned(self, where: str, text: str, picture: PictureFile) -> Record:
+        """The record of a picture and its text: the text is asked for, the picture drawn."""
         text = _unicode(text.strip(), where)
         if not text:
             raise InputError(f"{where}: its text is empty")
@@ -290,6 +296,7 @@ class _Reader:
     # --- tars ------------------------------------------------------------------------------------------------------
 
     def _manifest(self, path: Path) -> Iterator[Record | str]:
+        """The records of the tars that a manifest lists."""
         tars = read_json(path, "manifest", InputError).get("tars")
         if not isinstance(tars, list) or not tars or not all(isinstance(name, str) and name for name in tars):
             raise InputError(f'{path}: "tars" must be a list of file names')
@@ -301,6 +308,7 @@ class _Reader:
                 yield f"{path}: {file}: no such tar"
 
     def _tar(self, path: Path) -> Iterator[Record | str]:
+        """The records of a tar: one per sample, which is all files of one name but for the suffix."""
         samples: dict[str, dict[str, PictureFile]] = {}
         try:
             with tarfile.open(path, "r:") as tar:
@@ -320,6 +328,7 @@ class _Reader:
                 yield first_line(e)
 
     def _sample(self, parts: dict[str, PictureFile], where: str) -> Record:
+        """The record of a tar's sample, whose files are `parts` by suffix."""
         pictures = [part for suffix, part in sorted(parts.items()) if f".{suffix}" in PICTURE_SUFFIXES]
         texts = {suffix: parts[suffix] for suffix in ("json", "txt") if suffix in parts}
         if not texts:
@@ -360,6 +369,7 @@ def _conversation(fields: dict[str, Any], where: str, pictures: Sequence[Picture
 
 
 def _object(data: bytes, where: str) -> dict[str, Any]:
+    """The JSON object in bytes; an InputError names `where`."""
     text = _utf8(data, where)
     try:
         value = parse_json(text)

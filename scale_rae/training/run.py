@@ -15,7 +15,7 @@ from torch import Tensor
 from scale_rae.adapters import CONFIG, WEIGHTS, find_adapters, model_reader, read_adapter, write_adapter
 from scale_rae.checkpoint import writing
 from scale_rae.config import load_config
-from scale_rae.errors import ConfigError, TrainingError
+from scale_rae.errors import ConfigError
 from scale_rae.fast_weights import crop_swiglu
 from scale_rae.hub import TRAINED, Source
 from scale_rae.language import LanguageModel
@@ -26,7 +26,7 @@ from scale_rae.publishing import write_model
 from scale_rae.sampling import NormStats
 from scale_rae.toolchain import check_compile
 from scale_rae.training.batches import Order, Records
-from scale_rae.training.checkpoints import Checkpoints, write_record
+from scale_rae.training.checkpoints import Checkpoints, check_out, write_record
 from scale_rae.training.learner import Learner, make_repeatable
 from scale_rae.training.log import Log
 from scale_rae.training.lora import adapter_changes
@@ -57,18 +57,7 @@ def train(options: TrainingOptions, source: Source, records: list[Record], watch
         TrainingError: when --out holds another training or result, or a loss is not finite. ScaleRAEError: for a model, data or options
             that cannot be used, saying what to do.
     """
-
-    def make(model: Model, group: Group, watcher: Watcher) -> Run:
-        if group.is_first:
-            prepared = prepare(records, options, model, watcher.report)
-        group.wait()
-        if not group.is_first:
-            prepared = prepare(records, options, model, watcher.report)  # finds all of it
-        for note in prepared.notes:
-            watcher.note(note)
-        return _fine_tuning(options, model, prepared, group, watcher)
-
-    return carry_out(options, source, make, watcher)
+    return carry_out(options, source, functools.partial(_fine_tuning, options, records), watcher)
 
 
 @dataclass(frozen=True)
@@ -136,7 +125,7 @@ def carry_out(
     watcher = watcher if group.is_first else Watcher()
     try:
         make_repeatable(device)
-        _check_out(options)
+        check_out(options.out, options.resume, (TRAINED,) if options.full else (CONFIG, WEIGHTS))
         model = open_model(options, source, device, dtype)
         with writing(options.out):
             options.out.mkdir(parents=True, exist_ok=True)
@@ -191,18 +180,6 @@ def make_run(
     return Run(trainer, result)
 
 
-def _check_out(options: TrainingOptions) -> None:
-    """Raises TrainingError where the training would replace what it did not make."""
-    out = options.out
-    if Checkpoints(out, {}).steps():
-        if not options.resume:
-            raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
-        return
-    results = (TRAINED,) if options.full else (CONFIG, WEIGHTS)
-    if found := next((out / name for name in results if (out / name).exists()), None):
-        raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
-
-
 def compute_dtype(options: TrainingOptions, device: torch.device) -> torch.dtype:
     """The dtype that networks compute in (--mixed-precision)."""
     precision = options.mixed_precision or ("no" if device.type == "cpu" else "bf16")
@@ -233,8 +210,11 @@ def _identity(record: Mapping[str, Any]) -> Any:
     return record.get("revision") or sorted(record["files"].items())
 
 
-def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, group: Group, watcher: Watcher) -> Run:
+def _fine_tuning(options: TrainingOptions, data: list[Record], model: Model, group: Group, watcher: Watcher) -> Run:
     """The run of a training on records. The language model is not loaded if it is frozen: the cache has what it says."""
+    prepared = group.first_then_others(lambda: prepare(data, options, model, watcher.report))
+    for note in prepared.notes:
+        watcher.note(note)
     dit, norm_stats = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
     language: LanguageModel | None = None
     if options.trains_language:
@@ -262,7 +242,7 @@ def _fine_tuning(options: TrainingOptions, model: Model, prepared: Prepared, gro
         prepared.sample,
         options.train_batch_size,
         options.gradient_accumulation_steps,
-        group.rank,
+        group.index,
         group.size,
     )
     identity = {"records": prepared.identity, "batch": batch}

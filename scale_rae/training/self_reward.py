@@ -9,6 +9,7 @@ A round's drawings depend on the seed, the number of the round and `old`, which 
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +37,7 @@ from scale_rae.training.log import Log
 from scale_rae.training.losses import between, sample_times, training_shift
 from scale_rae.training.objective import SelfReward
 from scale_rae.training.parallel import Group
-from scale_rae.training.prepare import Drawable, Model, drawable
+from scale_rae.training.prepare import Drawable, Model, caches, drawable
 from scale_rae.training.reading import Scorer, Scores, load_named, log_odds, optimality, rewards_of, spoilt
 from scale_rae.training.run import Run, Watcher, carry_out, make_run
 from scale_rae.training.settings import NO_REWARD, SelfRewardOptions, TrainingOptions
@@ -56,14 +57,10 @@ def train_on_verdicts(
         TrainingError: as `run.train`; also when the model accepts none of its drawings. ConfigError: for a checkpoint that cannot
             read what it draws, or has no null embedding for `--fold-guidance`. InputError: for prompts that the model does not draw.
     """
-
-    def make(model: Model, group: Group, watcher: Watcher) -> Run:
-        return _make(options, model, prompts, group, watcher)
-
-    return carry_out(options, source, make, watcher)
+    return carry_out(options, source, functools.partial(_make, options, prompts), watcher)
 
 
-def _make(options: TrainingOptions, model: Model, lines: Sequence[PromptRecord], group: Group, watcher: Watcher) -> Run:
+def _make(options: TrainingOptions, lines: Sequence[PromptRecord], model: Model, group: Group, watcher: Watcher) -> Run:
     """The run of a training on drawings of the prompts in `lines`."""
     own = options.self_reward
     if own.folds and not model.config.dit.null_condition:
@@ -120,18 +117,18 @@ def _prompts(
     for texts in files.values():
         for line in texts:
             reader.check_question(line.prompt)
-    drawn: dict[Path, list[Drawable]] = {}
-    for is_my_turn in (group.is_first, not group.is_first):  # the first process fills the cache
-        if is_my_turn:
-            for file, texts in files.items():
-                drawn[file], conditions, notes = drawable(
-                    file, texts, options, model, lambda: reader.language, watcher.report
-                )
-                for note in notes:
-                    watcher.note(note)
-        group.wait()
+    found = group.first_then_others(
+        lambda: {
+            file: drawable(file, texts, options, model, lambda: reader.language, watcher.report)
+            for file, texts in files.items()
+        }
+    )
+    for _, notes in found.values():
+        for note in notes:
+            watcher.note(note)
+    drawn = {file: prompts for file, (prompts, _) in found.items()}
     verified = drawn[own.verify_prompts] if own.verify_prompts is not None else drawn[own.prompts][:VERIFIED]
-    return _Prompts(drawn[own.prompts], verified, drawn.get(shown, []), conditions)
+    return _Prompts(drawn[own.prompts], verified, drawn.get(shown, []), caches(options).conditions)
 
 
 def _validation(rounds: Rounds, prompts: _Prompts, watcher: Watcher) -> Callable[[int], None]:
@@ -296,7 +293,7 @@ class Rounds:
         """Latents [N, L, C] of a round and their scores; each process draws its share of the prompts, whole ones."""
         own, group = self.options.self_reward, self._group
         start, stop = (
-            rank * len(prompts) // group.size * own.images_per_prompt for rank in (group.rank, group.rank + 1)
+            index * len(prompts) // group.size * own.images_per_prompt for index in (group.index, group.index + 1)
         )
         share = slice(start, stop)
         weights, guidance = (self.start, own.fold_guidance) if folds else (self.old, 1.0)
@@ -364,7 +361,7 @@ class Rounds:
         """This process's drawings in a part of a step; what is random does not depend on the number of processes."""
         options, device = self.options, self.model.device
         step, part = number // self._parts + 1, number % self._parts
-        first = (part * self._group.size + self._group.rank) * options.train_batch_size
+        first = (part * self._group.size + self._group.index) * options.train_batch_size
         mine = slice(first, first + options.train_batch_size)
         places = torch.Generator().manual_seed(image_seed(options.seed, step, 1))
         chosen = drawn.pool[torch.randint(len(drawn.pool), (self.batch,), generator=places)[mine]]

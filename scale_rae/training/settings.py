@@ -448,6 +448,11 @@ class TrainingOptions:
         return self.objective == "self-reward"
 
     @property
+    def cache(self) -> Path:
+        """The folder of what is prepared: latents, replies, conditions."""
+        return self.cache_dir or self.out / "cache"
+
+    @property
     def trains_dit(self) -> bool:
         """Whether the velocity network learns."""
         return self.train != "language"
@@ -501,6 +506,7 @@ class TrainingOptions:
             need("training", f"--report-to {self.report_to}", self.report_to)
 
     def _check_sft(self) -> None:
+        """Raises OptionError for options that do not go with --objective sft."""
         own = self.self_reward
         if given := [one.name for one in fields(own) if getattr(own, one.name) != one.default]:
             flag = "--" + given[0].replace("_", "-")
@@ -517,6 +523,7 @@ class TrainingOptions:
             )
 
     def _check_self_reward(self) -> None:
+        """Raises OptionError for options that do not go with --objective self-reward."""
         self.self_reward.check()
         for option in fields(self):
             if option.name in _ONLY_SFT and getattr(self, option.name) != option.default:

@@ -18,6 +18,7 @@ from torch import Tensor
 from scale_rae import flow
 from scale_rae.adapters import CONFIG, WEIGHTS, write_adapter
 from scale_rae.checkpoint import save_tensors, writing
+from scale_rae.dit import DiT
 from scale_rae.errors import InputError, TrainingError, counted, shorten
 from scale_rae.fast_weights import crop_swiglu
 from scale_rae.files import replacing
@@ -30,8 +31,8 @@ from scale_rae.options import PROMPT_PREFIX
 from scale_rae.promptfile import read_prompts
 from scale_rae.student import FIELD, Student
 from scale_rae.toolchain import can_compile, check_compile
-from scale_rae.training.cache import TensorCache, key_of, stored_dtype
-from scale_rae.training.checkpoints import Checkpoints, write_record
+from scale_rae.training.cache import key_of, stored_dtype
+from scale_rae.training.checkpoints import Checkpoints, check_out, write_record
 from scale_rae.training.distill_settings import DistillOptions
 from scale_rae.training.distillation import Conditions, Distiller, Plan, guided_velocity, windows
 from scale_rae.training.exchange import exchanges
@@ -39,7 +40,7 @@ from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
 from scale_rae.training.losses import training_shift
 from scale_rae.training.parallel import started_processes
-from scale_rae.training.prepare import REPLY_AT_ONCE, Model, left_out, own_replies, too_long
+from scale_rae.training.prepare import REPLY_AT_ONCE, Model, caches, left_out, own_replies, too_long
 from scale_rae.training.records import Record, Report
 from scale_rae.training.run import Watcher, compute_dtype, open_model
 from scale_rae.training.sequences import PICTURE, Message
@@ -87,7 +88,7 @@ def distill(options: DistillOptions, source: Source, requests: Sequence[str], wa
     training = options.training()
     dtype = compute_dtype(training, device)
     make_repeatable(device)
-    _check_out(options)
+    check_out(options.out, options.resume, (CONFIG, WEIGHTS, _FULL, "config.json", "training.json"))
     model = open_model(training, source, device, dtype)
     if options.guidance != 1.0 and not model.config.dit.null_condition:
         raise InputError(
@@ -108,18 +109,6 @@ def distill(options: DistillOptions, source: Source, requests: Sequence[str], wa
     return options.out
 
 
-def _check_out(options: DistillOptions) -> None:
-    """Raises TrainingError where the distillation would replace what it did not make."""
-    out = options.out
-    if Checkpoints(out, {}).steps():
-        if not options.resume:
-            raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")
-        return
-    own = (CONFIG, WEIGHTS, _FULL, "config.json", "training.json")
-    if found := next((out / name for name in own if (out / name).exists()), None):
-        raise TrainingError(f"{found}: exists already, without a checkpoint of its training; give another --out")
-
-
 def conditions_of(
     requests: Sequence[str], options: DistillOptions, model: Model, report: Report
 ) -> tuple[Conditions, list[str]]:
@@ -135,8 +124,7 @@ def conditions_of(
         conversation = Message("user", text), Message("assistant", PICTURE)
         if problem := too_long(Record(f"prompt {shorten(text)!r}", conversation, ()), model):
             raise InputError(problem)
-    folder = (options.cache_dir or options.out / "cache") / "conditions"
-    cache, stored = TensorCache(folder), stored_dtype(model.dtype)
+    cache, stored = caches(options.training()).conditions, stored_dtype(model.dtype)
     key = key_of(model.identity, "distillation", texts)
     if not (cache.has(key) and cache.has(f"{key}-drawn")):
         language = load_language(model.source, model.config, model.place, model.adapters)
@@ -242,7 +230,8 @@ class Distillation:
             watcher.report,
         )
 
-    def _teacher(self, dit: torch.nn.Module) -> Callable[[Tensor], flow.Velocity]:
+    def _teacher(self, dit: DiT) -> Callable[[Tensor], flow.Velocity]:
+        """A function that makes the guided teacher's velocity of conditions [B, L, Z]; `dit` is the student."""
         guidance, model = self.options.guidance, self.model
         if self.options.full:
             teacher, _ = load_dit(model.source, model.config, model.place, model.adapters)
@@ -250,7 +239,7 @@ class Distillation:
             return lambda given: guided_velocity(teacher, given, guidance)
 
         def velocity_of(given: Tensor) -> flow.Velocity:
-            guided = guided_velocity(self.distiller.dit, given, guidance)
+            guided = guided_velocity(dit, given, guidance)
 
             def velocity(x: Tensor, t: float) -> Tensor:
                 with self.learner.without_lora():

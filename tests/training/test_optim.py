@@ -13,7 +13,7 @@ from scale_rae.training.parallel import Group
 def test_each_process_keeps_its_part_of_the_state_and_moves_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Group, "send", lambda group, tensor, source: None)
     models, networks = [], []
-    for group in (Group(), *(Group(rank, 3) for rank in range(3))):
+    for group in (Group(), *(Group(index, 3) for index in range(3))):
         torch.manual_seed(0)
         network = nn.Sequential(nn.Linear(20, 30), nn.Linear(30, 10))
         options = OptimizerOptions(kind="adamw", lr=1e-2, weight_decay=0.0, warmup=1)
