@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,6 +11,7 @@ from torch import Tensor
 from scale_rae.config import ScaleRAEConfig
 from scale_rae.dit import DiT
 from scale_rae.flow import shifted, time_shift
+from scale_rae.sampling import NormStats
 
 FLOW_WEIGHT = 2.0  # of the flow loss beside the text's cross-entropy (the official vision_coef)
 
@@ -39,6 +42,16 @@ def flow_errors(
     """
     velocity: Tensor = dit(between(x, t, noise), t, conditions)
     return (velocity - (noise - x if target is None else target)).square()
+
+
+def normalised(latents: Tensor, norm_stats: NormStats | None) -> Tensor:
+    """Latents [N, L, C] as the velocity network sees them: x [N, C, S, S] float32, by the norm stats if there are any."""
+    latents = latents.float()
+    if norm_stats is not None:
+        mean, std = norm_stats
+        latents = (latents - mean) / std
+    side = math.isqrt(latents.shape[1])
+    return latents.transpose(1, 2).reshape(len(latents), -1, side, side)
 
 
 def between(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:

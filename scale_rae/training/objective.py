@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,15 @@ from scale_rae.dit import DiT
 from scale_rae.language import LanguageModel
 from scale_rae.sampling import NormStats
 from scale_rae.training.batches import Counts, Sample, Scored, embed
-from scale_rae.training.losses import FLOW_WEIGHT, between, flow_errors, sample_times, text_losses, training_shift
+from scale_rae.training.losses import (
+    FLOW_WEIGHT,
+    between,
+    flow_errors,
+    normalised,
+    sample_times,
+    text_losses,
+    training_shift,
+)
 from scale_rae.training.optim import FlatModel
 from scale_rae.training.passes import read
 
@@ -57,6 +65,16 @@ class Objective(Protocol[B]):
 
     def __call__(self, batch: B, totals: Totals, /) -> tuple[Tensor, Tensor]:
         """(loss [], sums to log [len(names)]) of a part of a step; both are summed over the parts."""
+
+
+class _Noisy(NamedTuple):
+    """N latents, and the noise that each is mixed with."""
+
+    x: Tensor  # [N, C, S, S], normalised
+    t: Tensor  # [N]
+    noise: Tensor  # [N, C, S, S]
+    without: Tensor  # [N, 1, 1] bool: the null embedding replaces the condition
+    kept: list[bool]  # [N], on the host
 
 
 class FineTune:
@@ -142,7 +160,27 @@ class FineTune:
 
     def _flow(self, samples: Sequence[Sample], conditions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(flow losses [N], losses of kept pictures [M], times [N]) of all pictures that are drawn, `timesteps` of each."""
-        side = self.config.dit.side
+        none = torch.zeros(0, device=self.device)
+        if not any(sample.drawn for sample in samples):
+            return none, none, none
+        x, t, noise, without, kept = self._noisy(samples)
+        target = noise - x
+        if any(kept):
+            rows = torch.tensor(kept, device=self.device).nonzero()[:, 0]
+            base = torch.cat([s.condition for s in samples if s.kept and s.condition is not None]).to(self.device)
+            with torch.no_grad(), self.base():
+                given = self._dropped(base, without[rows])
+                target[rows] = self.dit(between(x[rows], t[rows], noise[rows]), t[rows], given)
+        given = self._dropped(conditions, without)
+        losses = flow_errors(self.dit, x, given, t, noise, target).mean(dim=(1, 2, 3))
+        if not any(kept):
+            return losses, none, t
+        is_kept = torch.tensor(kept, device=self.device)
+        return losses[~is_kept], losses[is_kept], t[~is_kept]
+
+    def _noisy(self, samples: Sequence[Sample]) -> _Noisy:
+        """The pictures that samples draw, `timesteps` times each, and what is random about each time."""
+        side, count = self.config.dit.side, self.timesteps
         pictures: list[Tensor] = []
         times, dropped, noise = [], [], []
         kept: list[bool] = []
@@ -150,33 +188,13 @@ class FineTune:
             generator = torch.Generator(self.device).manual_seed(sample.seed)
             for latent in sample.drawn:
                 pictures.append(latent)
-                kept += [sample.kept] * self.timesteps
-                times.append(sample_times(self.timesteps, self.shift, generator, self.device))
-                dropped.append(torch.rand(self.timesteps, generator=generator, device=self.device) < self.dropout)
-                shape = (self.timesteps, self.config.channels, side, side)
+                kept += [sample.kept] * count
+                times.append(sample_times(count, self.shift, generator, self.device))
+                dropped.append(torch.rand(count, generator=generator, device=self.device) < self.dropout)
+                shape = (count, self.config.channels, side, side)
                 noise.append(torch.randn(shape, generator=generator, device=self.device))
-        none = torch.zeros(0, device=self.device)
-        if not pictures:
-            return none, none, none
-        latents = torch.stack(pictures).to(self.device).float()  # [P, L, C]
-        if self.norm_stats is not None:
-            mean, std = self.norm_stats
-            latents = (latents - mean) / std
-        t, noises, without = torch.cat(times), torch.cat(noise), torch.cat(dropped)[:, None, None]
-        x = latents.repeat_interleave(self.timesteps, dim=0).transpose(1, 2).reshape(noises.shape)  # [N, C, S, S]
-        target = noises - x
-        if any(kept):
-            rows = torch.tensor(kept, device=self.device).nonzero()[:, 0]
-            base = torch.cat([s.condition for s in samples if s.kept and s.condition is not None]).to(self.device)
-            with torch.no_grad(), self.base():
-                given = self._dropped(base, without[rows])
-                target[rows] = self.dit(between(x[rows], t[rows], noises[rows]), t[rows], given)
-        given = self._dropped(conditions, without)
-        losses = flow_errors(self.dit, x, given, t, noises, target).mean(dim=(1, 2, 3))
-        if not any(kept):
-            return losses, none, t
-        is_kept = torch.tensor(kept, device=self.device)
-        return losses[~is_kept], losses[is_kept], t[~is_kept]
+        x = normalised(torch.stack(pictures).to(self.device), self.norm_stats).repeat_interleave(count, dim=0)
+        return _Noisy(x, torch.cat(times), torch.cat(noise), torch.cat(dropped)[:, None, None], kept)
 
     def _dropped(self, conditions: Tensor, without: Tensor) -> Tensor:
         """Conditions [N, L, Z] per noisy latent, from [P, L, Z]; the null embedding replaces those `without`."""

@@ -146,7 +146,7 @@ def prepare(records: list[Record], options: TrainingOptions, model: Model, repor
     language = functools.cache(lambda: load_language(model.source, model.config, model.place, model.adapters))
     own = _OwnReplies(model, language, options, replies, conditions)
     ends = len(records), len(records) + len(prompts)
-    worded = own.worded([*records, *prompts, *classes], ends[1], report, notes)
+    worded = own.worded([*records, *prompts], classes, report, notes)
     of_data, of_prompts, of_classes = worded[: ends[0]], worded[ends[0] : ends[1]], worded[ends[1] :]
     of_data, longer = _that_fit(
         of_data, [*of_prompts, *of_classes], lambda one: too_long(one.record, model, one.sequence)
@@ -390,22 +390,24 @@ class _OwnReplies:
     replies: TensorCache
     conditions: TensorCache
 
-    def worded(self, records: Sequence[Record], asked_from: int, report: Report, notes: list[str]) -> list[_Worded]:
-        """The records with replies.
+    def worded(
+        self, records: Sequence[Record], classes: Sequence[Record], report: Report, notes: list[str]
+    ) -> list[_Worded]:
+        """The records with replies, then those of class prompts.
 
-        With --reply, only records from number `asked_from` on are asked for the model's own. A record whose text the model does
-        not draw gets the reply of --reply, or the most common one.
+        With --reply, the model is asked about the latter only. A record whose text the model does not draw gets the reply of
+        --reply, or the most common one.
         """
-        own = {i: record.messages[0].text for i, record in enumerate(records) if record.own_reply}
+        everything, given = [*records, *classes], self.options.reply
+        own = {i: record.messages[0].text for i, record in enumerate(everything) if record.own_reply}
         if not own:
-            return [self._worded(record) for record in records]
-        given = self.options.reply
-        asked = {i: message for i, message in own.items() if given is None or i >= asked_from}
+            return [self._worded(record) for record in everything]
+        asked = {i: message for i, message in own.items() if given is None or i >= len(records)}
         replies = self.of(list(asked.values()), report)
         said = {i: reply for i, message in asked.items() if (reply := replies[message]) is not None}
         if given is None:
             found = list(said.values())
-            texts = [text for r in records if not r.own_reply for _, text in r.messages]
+            texts = [text for r in everything if not r.own_reply for _, text in r.messages]
             usual = Counter(found or [text.partition(PICTURE)[0] for text in texts if PICTURE in text]).most_common(1)
             if not usual:
                 raise InputError(
@@ -419,7 +421,7 @@ class _OwnReplies:
                 )
         return [
             self._worded(r.with_reply(said.get(i, given)), i in said) if i in own else self._worded(r)
-            for i, r in enumerate(records)
+            for i, r in enumerate(everything)
         ]
 
     def _worded(self, record: Record, is_own: bool = False) -> _Worded:

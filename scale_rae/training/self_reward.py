@@ -34,7 +34,7 @@ from scale_rae.training.cache import TensorCache
 from scale_rae.training.drawing import draw_latents
 from scale_rae.training.learner import Learner
 from scale_rae.training.log import Log
-from scale_rae.training.losses import between, sample_times, training_shift
+from scale_rae.training.losses import between, normalised, sample_times, training_shift
 from scale_rae.training.objective import SelfReward
 from scale_rae.training.parallel import Group
 from scale_rae.training.prepare import Drawable, Model, caches, drawable
@@ -284,7 +284,7 @@ class Rounds:
         logged = {"yes": scores.yes.float(), "reading": scores.reading, "reward": scores.reward}
         logged["accepted"] = accepted.float()
         means = {name: round(float(values.mean()), 4) for name, values in logged.items() if values is not None}
-        x = self.normalised(latents)
+        x = normalised(latents, self.norm_stats)
         return _Round(prompts, conditions, x, rows, optimality(standings), pool, folds, {"round": round_ + 1, **means})
 
     def _drawn_together(
@@ -328,14 +328,6 @@ class Rounds:
         starts = range(0, count, size)
         with attention_kernels(self.model.device):
             return torch.cat([function(*(v[start : start + size] for v in filled)) for start in starts])[:count]
-
-    def normalised(self, latents: Tensor) -> Tensor:
-        """Latents [N, L, C] as the velocity network sees them: [N, C, S, S]."""
-        if self.norm_stats is not None:
-            mean, std = self.norm_stats
-            latents = (latents - mean) / std
-        side = self.model.config.dit.side
-        return latents.transpose(1, 2).reshape(len(latents), -1, side, side)
 
     def _everyones(self, mine: Tensor, share: slice, count: int) -> Tensor:
         """The rows of all processes, [count, …]; this process has those of `share`."""
@@ -444,7 +436,7 @@ class Verification:
     def _distance(self, latents: Tensor, conditions: Tensor) -> Tensor:
         """The square distance of the velocities now and before training, relative to the latter's square, []."""
         rounds, device = self._rounds, latents.device
-        x, dit = rounds.normalised(latents), rounds.learner.dit
+        x, dit = normalised(latents, rounds.norm_stats), rounds.learner.dit
         generator = torch.Generator(device).manual_seed(rounds.options.seed)
         t = sample_times(len(x), training_shift(rounds.model.config), generator, device)
         x = between(x, t, torch.randn(x.shape, generator=generator, device=device))
