@@ -86,7 +86,7 @@ def join_experiment(
 def _with_models(
     description: Mapping[str, Any], settings: Settings, size: int, opened: OpenedModel, reward: Reward | None
 ) -> dict[str, Any]:
-    """experiment.json: its part on settings and prompts, and what this worker's models are; as it is read back from JSON."""
+    """experiment.json of the description and this worker's models, as it is read back from JSON."""
     manifest = opened.record()
     now: dict[str, Any] = {
         **description,

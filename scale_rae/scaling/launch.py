@@ -262,7 +262,7 @@ def _each(look: Callable[[PromptRecord], T], prompts: Sequence[PromptRecord]) ->
 
 
 class _Counter:
-    """Passes events on, as they may be printed; counts images, and notes when it was made and when the first worker had loaded."""
+    """Passes events on, as they may be printed; counts images, and notes when the run and the first worker began."""
 
     def __init__(self, listen: Listener) -> None:
         self._listen = listen

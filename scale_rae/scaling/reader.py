@@ -303,28 +303,7 @@ def _searched(folder: Path, metadata: dict[str, Any], images: Sequence[Path]) ->
     records = metadata.get("candidates")
     if not isinstance(records, list):
         raise ValueError("metadata.jsonl: candidates is not a list")
-    tried = []
-    for place, record in enumerate(records):
-        where = f"metadata.jsonl: candidates[{place}]"
-        if not isinstance(record, dict):
-            raise ValueError(f"{where} is not an object")
-        number, image, fate = (record.get(name) for name in ("candidate", "image", "fate"))
-        if type(number) is not int or number != place:
-            raise ValueError(f"{where}.candidate is {number!r:.40}, not {place}")
-        if image is not None and (type(image) is not int or not 0 <= image < len(images)):
-            raise ValueError(f"{where}.image is {image!r:.40}, not one of {counted(len(images), 'image')}")
-        if fate not in FATES:
-            raise ValueError(f"{where}.fate is {fate!r:.40}, not one of {', '.join(FATES)}")
-        dropped_at = None if record.get("dropped_at") is None else _number(record, "dropped_at", f"{where}.")
-        dropped = folder / "dropped" / f"{number:05}.png"
-        picture = images[image] if image is not None else dropped if os.path.lexists(dropped) else None
-        if picture is dropped and (problem := _unreadable(dropped)):
-            raise ValueError(f"dropped/{dropped.name} {problem}")
-        evaluations = _number(record, "evaluations", f"{where}.")
-        why, reason = (
-            text if isinstance(text := record.get(name), str) else None for name in ("dropped_for", "reason")
-        )
-        tried.append(Tried(number, fate, image, dropped_at, why, reason, evaluations, picture))
+    tried = [_tried(record, place, folder, images) for place, record in enumerate(records)]
     evaluations = _number(metadata, "evaluations", "metadata.jsonl: ")
     accepted, filled_up = metadata.get("n_accepted"), metadata.get("filled_up")
     if type(accepted) is not int or not 0 <= accepted <= len(tried):
@@ -332,6 +311,32 @@ def _searched(folder: Path, metadata: dict[str, Any], images: Sequence[Path]) ->
     if not isinstance(filled_up, list):
         raise ValueError("metadata.jsonl: filled_up is not a list")
     return Searched(tried, evaluations, accepted, len(filled_up))
+
+
+def _tried(record: Any, place: int, folder: Path, images: Sequence[Path]) -> Tried:
+    """The candidate of the record at a place in `candidates`.
+
+    Raises:
+        ValueError: as `_searched`.
+    """
+    where = f"metadata.jsonl: candidates[{place}]"
+    if not isinstance(record, dict):
+        raise ValueError(f"{where} is not an object")
+    number, image, fate = (record.get(name) for name in ("candidate", "image", "fate"))
+    if type(number) is not int or number != place:
+        raise ValueError(f"{where}.candidate is {number!r:.40}, not {place}")
+    if image is not None and (type(image) is not int or not 0 <= image < len(images)):
+        raise ValueError(f"{where}.image is {image!r:.40}, not one of {counted(len(images), 'image')}")
+    if fate not in FATES:
+        raise ValueError(f"{where}.fate is {fate!r:.40}, not one of {', '.join(FATES)}")
+    dropped_at = None if record.get("dropped_at") is None else _number(record, "dropped_at", f"{where}.")
+    dropped = folder / "dropped" / f"{number:05}.png"
+    picture = images[image] if image is not None else dropped if os.path.lexists(dropped) else None
+    if picture is dropped and (problem := _unreadable(dropped)):
+        raise ValueError(f"dropped/{dropped.name} {problem}")
+    evaluations = _number(record, "evaluations", f"{where}.")
+    why, reason = (text if isinstance(text := record.get(name), str) else None for name in ("dropped_for", "reason"))
+    return Tried(number, fate, image, dropped_at, why, reason, evaluations, picture)
 
 
 def _number(record: dict[str, Any], name: str, where: str) -> float:

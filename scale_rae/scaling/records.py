@@ -82,14 +82,14 @@ def unseal(data: bytes) -> dict[str, Any]:
     Raises:
         ValueError: when not every byte is as it was.
     """
-    value = parse_object(data)
+    value = object_in(data)
     value.pop("sha256", None)
     if not _writes(lambda: seal(value), data):
         raise ValueError("its checksum does not fit")
     return value
 
 
-def parse_object(data: bytes) -> dict[str, Any]:
+def object_in(data: bytes) -> dict[str, Any]:
     """The JSON object in bytes.
 
     Raises:
@@ -115,7 +115,7 @@ def read_batch(data: bytes, settings: Settings) -> tuple[bool, Batch]:
     Raises:
         ValueError: when it is not a record of this experiment, or not as it was written.
     """
-    value = parse_object(data)
+    value = object_in(data)
     is_sealed = "sha256" in value
     if is_sealed:
         value = unseal(data)
@@ -227,7 +227,7 @@ def is_record(found: bytes, expected: bytes) -> bool:
     if found == expected:
         return True
     try:
-        there, now = parse_object(found), parse_object(expected)
+        there, now = object_in(found), object_in(expected)
     except ValueError:
         return False
     older = {name: value for name, value in now.items() if name in there}

@@ -326,7 +326,7 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
 
 
 def _check_begun(target: _Target, begun: dict[str, Any] | None, options: ScoreOptions, folder: Path) -> None:
-    """Raises InputError for an experiment that has scores already, or to which a stopped run was adding another reward's."""
+    """Raises InputError where there are scores already, or where a stopped run was adding another reward's."""
     if target.reward is not None and begun is None:
         raise InputError(
             f"{folder}: has the scores of {target.reward} already, which stay as they are; rank by them with "

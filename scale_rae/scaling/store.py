@@ -48,7 +48,7 @@ from scale_rae.scaling.records import (
     Batch,
     consecutive,
     is_record,
-    parse_object,
+    object_in,
     read_batch,
     says_the_same,
     seal,
@@ -178,7 +178,7 @@ class Store:
             InputError: when it cannot be read.
         """
         data = self._read(path)
-        return None if data is None else parse_object(data)
+        return None if data is None else object_in(data)
 
     # --- experiment.json -----------------------------------------------------------------------------------------
 
@@ -500,7 +500,7 @@ class Store:
                 for path in self._records(prompt.index):
                     if path.name not in used:
                         path.unlink(missing_ok=True)
-        return parse_object(data)
+        return object_in(data)
 
     def tidy(self, index: int) -> None:
         """Removes the error of an earlier run from beside a finished prompt's record."""

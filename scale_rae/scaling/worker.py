@@ -148,7 +148,7 @@ def open_worker(
 
 
 def _with_the_models_own(settings: Settings, config: ScaleRAEConfig) -> Settings:
-    """The settings with a student's own sampling options, and the times of an adaptive search's looks by the model's time shift.
+    """The settings with the student's sampling options, if it is one, and the times of an adaptive search's looks.
 
     Raises:
         OptionError: for options that the model does not take, before the weights are read.
@@ -225,6 +225,7 @@ class Worker:
         self._store.log(self._assignment.worker, text)
 
     def _say(self, text: str) -> None:
+        """Adds a line to the worker's log, and shows it."""
         self.log(text)
         self._listen(Message(text))
 
@@ -242,24 +243,27 @@ class Worker:
             return False
         with lock:
             todo = [prompt for prompt in group if self._is_to_do(prompt)]
-            if not todo:
-                return True
-            size = self._batch_size
-            if len(group) > 1 and (error := self._try(group, todo, size)) is not None:
+            if todo and len(group) > 1:
+                error = self._try(group, todo, self._batch_size)
+                if error is None:
+                    return True
                 self._say(f"prompts {', '.join(str(p.index) for p in todo)}: {error}; each is tried alone")
                 todo = [prompt for prompt in todo if self._is_to_do(prompt)]
-            elif len(group) > 1:
-                return True
             for prompt in todo:
-                error = self._try([prompt], [prompt], size)
-                if error is not None:
-                    smaller = max(1, size // 2)
-                    self._say(f"prompt {prompt.index} failed ({error}); once more in batches of {smaller}")
-                    error = self._try([prompt], [prompt], smaller)
-                if error is not None:
-                    self._store.fail(prompt.index, error, 2)
-                    self._listen(PromptFailed(prompt.index, error))
+                self._try_alone(prompt)
         return True
+
+    def _try_alone(self, prompt: PromptRecord) -> None:
+        """Draws what is missing of a prompt; if that fails, once more in smaller batches, and records a second failure."""
+        size = self._batch_size
+        error = self._try([prompt], [prompt], size)
+        if error is not None:
+            smaller = max(1, size // 2)
+            self._say(f"prompt {prompt.index} failed ({error}); once more in batches of {smaller}")
+            error = self._try([prompt], [prompt], smaller)
+        if error is not None:
+            self._store.fail(prompt.index, error, 2)
+            self._listen(PromptFailed(prompt.index, error))
 
     def _is_to_do(self, prompt: PromptRecord) -> bool:
         """Whether a prompt is unfinished, and has not failed in this run."""

@@ -112,7 +112,7 @@ class Checkpoints:
 
 
 def check_out(out: Path, resume: bool, results: Sequence[str]) -> None:
-    """Raises TrainingError where a training would replace what it did not make: other checkpoints, or one of the `results`."""
+    """Raises TrainingError where a training would replace checkpoints or `results` that it did not make."""
     if Checkpoints(out, {}).steps():
         if not resume:
             raise TrainingError(f"{out}: holds checkpoints of a training; go on with --resume, or give another --out")

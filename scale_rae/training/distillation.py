@@ -93,7 +93,7 @@ class Conditions(NamedTuple):
     numbers: Tensor  # [P] of values; each is drawn equally often, and a condition may be there several times
 
 
-class Plan(NamedTuple):
+class DistillationPlan(NamedTuple):
     """The numbers of a distillation. `batch` are evaluations per step, equally many of each window."""
 
     times: Sequence[float]  # that cut the path into windows
@@ -127,7 +127,7 @@ class Pool:
     `starts` and `targets` are [windows, trajectories, C, S, S], `prompt` [trajectories] are numbers of conditions.
     """
 
-    def __init__(self, plan: Plan, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, plan: DistillationPlan, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         size = plan.windows, plan.trajectories, *shape
         self.starts, self.targets = (torch.zeros(size, dtype=dtype, device=device) for _ in range(2))
         self.prompt = torch.zeros(plan.trajectories, dtype=torch.long, device=device)
@@ -135,7 +135,7 @@ class Pool:
     @torch.no_grad()
     def fill(
         self,
-        plan: Plan,
+        plan: DistillationPlan,
         number: int,
         shift: float,
         conditions: Conditions,
@@ -173,7 +173,7 @@ class Distiller:
 
     def __init__(
         self,
-        plan: Plan,
+        plan: DistillationPlan,
         flat: FlatModel,
         dit: DiT,
         shift: float,

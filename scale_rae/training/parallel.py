@@ -41,7 +41,7 @@ class Group:
             torch.distributed.barrier()
 
     def first_then_others(self, function: Callable[[], T]) -> T:
-        """What a function returns. The first process calls it before the others do, who then find what it put into a cache."""
+        """What a function returns, which the first process calls before the others: they find what it has cached."""
         if self.is_first:
             result = function()
         self.wait()

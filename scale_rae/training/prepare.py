@@ -220,7 +220,7 @@ def _prepared(
 def _kept(
     of_classes: Sequence[_Worded], options: TrainingOptions, model: Model, notes: list[str]
 ) -> tuple[list[PreparedRecord], list[int]]:
-    """The records of the --class-prompts that the model draws, and the noise seeds of their drawings; a note on other prompts.
+    """(records of the --class-prompts that the model draws, noise seeds of their drawings), with a note on others.
 
     Raises:
         InputError: when the model draws none of them.
@@ -259,7 +259,7 @@ def drawable(
     language: Callable[[], LanguageModel],
     report: Report,
 ) -> tuple[list[Drawable], list[str]]:
-    """Those prompts of a file that the model draws by itself, once their conditions [1, L, Z] are cached; and notes for the user.
+    """(prompts of a file that the model draws by itself, notes for the user), once the conditions are cached.
 
     With --reply, these are all prompts: the model draws after that reply.
 

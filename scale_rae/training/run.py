@@ -35,7 +35,7 @@ from scale_rae.training.parallel import Group, join, local_device
 from scale_rae.training.prepare import Model, Prepared, forced_conditions, prepare
 from scale_rae.training.records import Record, Report, no_report
 from scale_rae.training.settings import TrainingOptions
-from scale_rae.training.trainer import Batches, Plan, Progress, Trainer
+from scale_rae.training.trainer import Batches, Progress, Trainer, TrainingPlan
 from scale_rae.training.validation import Validation
 
 B = TypeVar("B")
@@ -160,7 +160,7 @@ def make_run(
         learner.flat,
         objective,
         batches,
-        Plan(
+        TrainingPlan(
             steps,
             options.gradient_accumulation_steps,
             options.logging_steps,
@@ -252,7 +252,7 @@ def _fine_tuning(options: TrainingOptions, data: list[Record], model: Model, gro
 def _validation(
     learner: Learner, model: Model, norm_stats: NormStats | None, prepared: Prepared, group: Group
 ) -> Callable[[int], None]:
-    """A function that draws the validation prompts at a step. All processes must call it, since they may share the weights."""
+    """A function that draws the validation prompts at a step; all processes call it, as they may share weights."""
     language = learner.language
     sheet = Validation(learner.options, model, learner.dit, norm_stats, learner.options.out) if group.is_first else None
 

@@ -132,7 +132,7 @@ def _prompts(
 
 
 def _validation(rounds: Rounds, prompts: _Prompts, watcher: Watcher) -> Callable[[int], None]:
-    """A function that validates a step: it writes the contact sheet, if there is one, and the line of the verification.
+    """A function that validates a step: it writes a contact sheet, if prompts are given, and a line of the log.
 
     Raises:
         InputError: when the model does not draw all prompts of the sheet. ConfigError, CheckpointError, HubError: for a reward
@@ -387,7 +387,7 @@ def _seeds(seed: int, numbers: Sequence[int], round_: int, each: int) -> list[in
 
 
 class Verification:
-    """Measures what was learnt, also by a reward and on prompts that training may not use; writes validation/log.jsonl.
+    """Measures what was learnt, also by a reward that training does not see; writes validation/log.jsonl.
 
     Prompts are drawn from the same noise each time. A line has: the share that the model says yes to, its mean log-odds; the mean
     reward; the mean of a reward that training never sees; the share of spoilt drawings that the model says yes to; and the mean

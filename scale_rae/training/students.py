@@ -34,7 +34,7 @@ from scale_rae.toolchain import can_compile, check_compile
 from scale_rae.training.cache import key_of, stored_dtype
 from scale_rae.training.checkpoints import Checkpoints, check_out, write_record
 from scale_rae.training.distill_settings import DistillOptions
-from scale_rae.training.distillation import Conditions, Distiller, Plan, guided_velocity, windows
+from scale_rae.training.distillation import Conditions, DistillationPlan, Distiller, guided_velocity, windows
 from scale_rae.training.exchange import exchanges
 from scale_rae.training.learner import Learner, compile_blocks, make_repeatable
 from scale_rae.training.lora import adapter_changes
@@ -198,7 +198,7 @@ class Distillation:
         dit, _ = load_dit(model.source, model.config, model.place, model.adapters, options.quantize)
         self.learner = Learner(training, None, dit, model.device, model.dtype, options.max_train_steps)
         teacher = self._teacher(dit)
-        plan = Plan(
+        plan = DistillationPlan(
             times=self.student.times,
             small_steps=options.small_steps,
             guidance=options.guidance,

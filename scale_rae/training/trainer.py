@@ -53,8 +53,8 @@ class Batches(Protocol[B]):
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The numbers of a training."""
+class TrainingPlan:
+    """How many steps a training takes, and how often it logs, saves and validates."""
 
     steps: int
     parts: int  # of a step, whose gradients are added up
@@ -76,7 +76,7 @@ class Progress:
 
 
 class Pace:
-    """Seconds per step, and pictures per second or what else is counted, as last measured; NaN before the first measurement."""
+    """Seconds per step, and pictures per second or what else is counted, as last measured; NaN before that."""
 
     def __init__(self) -> None:
         self.seconds_per_step = self.per_second = math.nan
@@ -109,7 +109,7 @@ class Trainer(Generic[B]):
         model: FlatModel,
         objective: Objective[B],
         batches: Batches[B],
-        plan: Plan,
+        plan: TrainingPlan,
         group: Group,
         checkpoints: Checkpoints,
         write_result: Callable[[Path], None],
