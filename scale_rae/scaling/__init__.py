@@ -1,4 +1,4 @@
-"""Test-time scaling: draw many images, let the model score its latents and a reward its pictures, keep the best.
+"""Test-time scaling: draw many images, let model and reward score them, keep the best.
 
 settings       everything that decides an experiment's files    experiment      what its JSON files say
 records        a batch's record, sealed by a checksum           store           reads and writes its folder; in

@@ -1,4 +1,4 @@
-"""A prompt's images, a batch at a time: drawn, decoded, scored; and how many fit into memory. Nothing is written here."""
+"""A prompt's images, a batch at a time: drawn, decoded, scored. Nothing is written here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,10 @@ class BatchMaker:
         return Replied(prompt, request, reply)
 
     def replies(self, prompts: Sequence[PromptRecord]) -> list[Replied]:
-        """Each prompt with the model's reply: all at once, but on a CPU one by one, which gives the bits of one alone."""
+        """Each prompt with the model's reply: all at once, but on a CPU one by one.
+
+        There, one by one gives the bits of one alone.
+        """
         if self.model.device.type == "cpu":
             return [self.reply(prompt) for prompt in prompts]
         requests = [self.settings.request(prompt.prompt) for prompt in prompts]
@@ -144,9 +147,9 @@ class BatchMaker:
         return [score.judgement() for score in scores], rewards
 
     def largest_batch(self, prompts: Sequence[PromptRecord]) -> int:
-        """How many images of one prompt this device has memory to draw and score at once, tried in two steps each.
+        """How many images of one prompt this device has memory to draw and score at once.
 
-        The first of `prompts` whose reply asks for an image is used.
+        Each number is tried with two steps. The first of `prompts` whose reply asks for an image is used.
         """
         from scale_rae import memory
 

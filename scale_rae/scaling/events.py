@@ -1,4 +1,4 @@
-"""What a scaling run reports while it goes on: one frozen dataclass per kind of event, and their form as JSON."""
+"""What a scaling run reports while it goes on: one frozen dataclass per kind of event."""
 
 from __future__ import annotations
 
@@ -38,7 +38,10 @@ class ImagesDrawn:
 
 @dataclass(frozen=True)
 class PromptFinished:
-    """All images of a prompt are there; `drawn` of them are new. `seconds` holds the time per stage and in "total"."""
+    """All images of a prompt are there; `drawn` of them are new.
+
+    `seconds` holds the time per stage and in "total".
+    """
 
     index: int
     prompt: str

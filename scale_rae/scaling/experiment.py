@@ -39,7 +39,7 @@ def experiment_record(settings: Settings, prompts: Sequence[PromptRecord]) -> di
 
 
 def setting_differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between an experiment's recorded settings and those it is resumed with, one text per difference.
+    """What differs between recorded settings and those of now, one text per difference.
 
     A setting that the record lacks has its default there. A setting that is still open (None, AUTO_REWARD, no time of a look)
     is not compared.
@@ -91,9 +91,10 @@ def prompt_record(
     rewards: Sequence[float] | None,
     candidates: Sequence[Candidate] = (),
 ) -> dict[str, Any]:
-    """metadata.jsonl's object, from settings, prompt and results alone: no time, no device, no worker is in it.
+    """metadata.jsonl's object, from settings, prompt and results alone.
 
-    `candidates` are those of an adaptive search; its finished images are numbered as `image_numbers` does.
+    No time, device or worker is in it. `candidates` are those of an adaptive search; its finished images are numbered as
+    `image_numbers` does.
     """
     best = best_rewards = None
     if rewards is not None:
@@ -148,7 +149,7 @@ def search_record(settings: Settings, candidates: Sequence[Candidate]) -> dict[s
 
 
 def image_numbers(candidates: Sequence[Candidate], first: int = 0) -> dict[int, int]:
-    """The image of each candidate that was finished: candidate number -> number in samples/, from `first` on.
+    """The image of each finished candidate: candidate number -> number in samples/, from `first` on.
 
     Images are numbered in the order they were finished: by candidate, those of revived candidates last.
     """
@@ -157,10 +158,10 @@ def image_numbers(candidates: Sequence[Candidate], first: int = 0) -> dict[int, 
 
 
 def candidate_record(candidate: Candidate, image: int | None) -> dict[str, Any]:
-    """What metadata.jsonl says of a candidate; its finished image's scores stand with those of the other images.
+    """What metadata.jsonl says of a candidate.
 
-    A candidate that was dropped and then drawn to the end after all has `dropped_at` and `dropped_for`, besides what became
-    of its image.
+    The scores of its finished image stand with those of the other images. A candidate that was dropped and then drawn to the
+    end after all has `dropped_at` and `dropped_for`, besides what became of its image.
     """
     was_dropped = candidate.fate == acceptance.DROPPED or candidate.is_revived
     return {

@@ -1,4 +1,4 @@
-"""Makes sure that a worker's models are those of the experiment; the first worker writes experiment.json."""
+"""Compares a worker's models with the experiment's; the first worker writes experiment.json."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ def measures_memory(model: ScaleRAE) -> bool:
 
 
 def with_reward(settings: Settings, model: ScaleRAE, say: Say) -> Settings:
-    """The settings with a named reward where it was left open (AUTO_REWARD): the model's own, else the guide's."""
+    """The settings with a named reward where it was left open (AUTO_REWARD).
+
+    It is the model's own, else the guide's.
+    """
     from scale_rae.rewards import DEFAULT_REWARD, default_reward
 
     if settings.reward != AUTO_REWARD:

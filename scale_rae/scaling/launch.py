@@ -1,6 +1,6 @@
-"""`run`: checks, the plan, the outcome. A `Launcher` gets prompts to workers: local, ranks or ray_cluster.
+"""`run`: checks, the plan, the outcome.
 
-Each launcher is a module; cli/scale.py chooses.
+A `Launcher` gets prompts to workers: local, ranks or ray_cluster. Each launcher is a module; cli/scale.py chooses.
 """
 
 from __future__ import annotations
@@ -49,11 +49,14 @@ class Job:
 
 
 class Launcher(Protocol):
-    """A way to have prompts drawn. A new one is a module with such a class, and a line in `cli.scale`'s choice."""
+    """A way to have prompts drawn.
+
+    A new one is a module with such a class, and a line in `cli.scale`'s choice.
+    """
 
     @property
     def index(self) -> int:
-        """This process's number among those that were started together for one run. Process 0 plans and reports."""
+        """This process's number among those started together for one run; process 0 plans and reports."""
 
     @property
     def size(self) -> int:
@@ -75,7 +78,10 @@ class Launcher(Protocol):
 
 @dataclass
 class RunSummary:
-    """How a run ended. `failed` has the errors of prompts that cannot be drawn, `unfinished` the prompts that are left."""
+    """How a run ended.
+
+    `failed` has the errors of prompts that cannot be drawn, `unfinished` the prompts that are left.
+    """
 
     folder: Path
     prompts: int
@@ -91,9 +97,10 @@ class RunSummary:
 def share(
     prompts: Sequence[PromptRecord], todo: Collection[int], together: int, worker: int, workers: int
 ) -> tuple[list[list[PromptRecord]], list[list[PromptRecord]]]:
-    """A worker's own groups of prompts, every `workers`-th from its number on, and the rest, which it takes over in the end.
+    """(a worker's own groups of prompts, the other groups, which it takes over in the end).
 
-    `together` prompts that follow one another are a group. Groups without any of the prompts that are `todo` are left out.
+    Own are every `workers`-th from its number on. `together` prompts that follow one another are a group. Groups without any of
+    the prompts that are `todo` are left out.
     """
     groups = [list(prompts[i : i + together]) for i in range(0, len(prompts), together)]
     own = [group for group in groups[worker::workers] if any(p.index in todo for p in group)]
@@ -168,7 +175,9 @@ def _check_names(settings: Settings, output_dir: Path) -> None:
 
 
 def _recorded(store: Store, description: Mapping[str, Any], leads: bool, listen: Listener) -> dict[str, Any] | None:
-    """What experiment.json says, None for a new experiment; the process that leads mends a damaged one first.
+    """What experiment.json says, None for a new experiment.
+
+    The process that leads restores a damaged one first.
 
     Raises:
         InputError: when the experiment has other settings.
@@ -223,9 +232,10 @@ def _unfinished(store: Store, prompts: Sequence[PromptRecord], leads: bool, list
 
 
 def _note_end(store: Store, recorded: Mapping[str, Any], summary: RunSummary, chosen: set[int], drew: bool) -> None:
-    """Adds to experiment.json how the run ended; where nothing was to do, only if the run before was killed too early for it.
+    """Adds to experiment.json how the run ended.
 
-    What is recorded of prompts that were not `chosen` stays.
+    Where nothing was to do, it does so only if the run before was killed too early for it. What is recorded of prompts that
+    were not `chosen` stays.
     """
     ended: dict[str, Any] = {}
     for name, now in (("failed", summary.failed), ("unfinished", summary.unfinished)):
@@ -262,7 +272,10 @@ def _each(look: Callable[[PromptRecord], T], prompts: Sequence[PromptRecord]) ->
 
 
 class _Counter:
-    """Passes events on, as they may be printed; counts images, and notes when the run and the first worker began."""
+    """Passes events on, as they may be printed; counts images.
+
+    It also notes when the run began and when the first worker had loaded.
+    """
 
     def __init__(self, listen: Listener) -> None:
         self._listen = listen

@@ -66,7 +66,10 @@ def check_here(settings: Settings, output_dir: Path, devices: Sequence[str | Non
 
 @dataclass(frozen=True)
 class Local:
-    """One worker per device of this machine. `bars` shows how loading goes, where this process is the only worker."""
+    """One worker per device of this machine.
+
+    `bars` shows how loading goes, where this process is the only worker.
+    """
 
     devices: Sequence[str | None]
     bars: LoadingBar | None = None
@@ -105,10 +108,11 @@ class Local:
 
 
 def _follow(job: Job, assignments: Sequence[Assignment], listen: Listener) -> dict[str, float]:
-    """Starts a process per assignment and passes their events on until all have ended; returns seconds per stage.
+    """Seconds per stage, once a process per assignment was started and has ended.
 
-    The processes share the run's lock, so that the folder stays locked until the last of them is gone. Where locks cannot be
-    shared (Windows), this process alone has it; the others end when it does, by the end of their stdin.
+    Their events are passed on. The processes share the run's lock, so that the folder stays locked until the last of them is
+    gone. Where locks cannot be shared (Windows), this process alone has it; the others end when it does, by the end of their
+    stdin.
     """
     reports: Reports = queue.Queue()
     workers: list[subprocess.Popen[str]] = []

@@ -1,4 +1,4 @@
-"""Files of an experiment on this machine, or in a folder that machines share: whole or not at all, with locks (locks.py).
+"""Files of an experiment in a folder, which machines may share: whole or not at all, with locks.
 
 A file is written under a temporary name, synced and renamed. No link is followed where something is written: somebody else may
 have put it there.

@@ -1,4 +1,4 @@
-"""Locks that end with their process: flock's, or where there is no flock (Windows) those of the library `filelock`.
+"""Locks that end with their process: flock's, or those of the library `filelock` on Windows.
 
 A lock of `filelock` is exclusive only, and no child process inherits it. Both kinds lock the open file, not its name.
 """
@@ -19,12 +19,14 @@ except ImportError:  # Windows
 
 
 def can_share() -> bool:
-    """Whether several processes can have one lock: those that are started together, and the children of one process."""
+    """Whether several processes can have one lock: children of one process, or started together."""
     return fcntl is not None
 
 
 def try_lock(descriptor: int, shared: bool = False) -> bool:
-    """Locks an open file until it is closed, here and in processes that inherited it; False if another process has the lock.
+    """Whether an open file could be locked: False if another process has the lock.
+
+    It stays locked until it is closed, here and in processes that inherited it.
 
     Raises:
         OSError: when the file system has no locks.
@@ -43,10 +45,10 @@ def try_lock(descriptor: int, shared: bool = False) -> bool:
 
 @contextlib.contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """For a `with`: waits until no other process is in such a block for `folder`. No lock file is left in the folder.
+    """For a `with`: waits until no other process is in such a block for `folder`.
 
-    Where folders cannot be locked (Windows), a file among the user's temporary files is locked instead. On file systems without
-    locks, nothing is waited for.
+    No lock file is left in the folder. Where folders cannot be locked (Windows), a file among the user's temporary files is
+    locked instead. On file systems without locks, nothing is waited for.
     """
     try:
         handle = _open_to_lock(folder)
@@ -67,7 +69,10 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 
 def _open_to_lock(folder: Path) -> int:
-    """A descriptor of the folder, or where no folder can be opened, of a temporary file that stands for it."""
+    """A descriptor of the folder, or of a temporary file that stands for it.
+
+    The latter is used where no folder can be opened.
+    """
     if fcntl is not None:
         return os.open(folder, os.O_RDONLY)
     name = hashlib.sha256(os.path.normcase(folder.resolve()).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Results in an object store (s3://, gs://, whatever fsspec knows), which has neither renaming nor locks.
+"""Results in an object store (s3://, gs://, …), which has neither renaming nor locks.
 
 What a store does have is enough: a put is whole or nothing, and what was put is what is read next. So files need no temporary
 name, and a batch's record, put after its files, says that they are there. What a lock does for a folder, a lease does here.
@@ -99,7 +99,9 @@ def get(path: Any, most: int) -> bytes | None:
 
 
 class ObjectFiles:
-    """What `Store` does with objects. What was put is believed without a checksum: the store answers for it.
+    """What `Store` does with objects.
+
+    What was put is believed without a checksum: the store answers for it.
 
     Args:
         work: the experiment's folder for what is not a result.
@@ -155,12 +157,12 @@ class ObjectFiles:
 
 
 class Lease:
-    """Keeps other starts out of a folder in a store: an object with this run's name that changes every BEAT seconds.
+    """Keeps other starts out of a folder in a store, by an object that changes every BEAT seconds.
 
-    A start that finds one watches it for SILENCE seconds; if it does not change meanwhile, that start puts its own.
-    Of two starts that put theirs at once the later wins; the other reads that and stops. That is less than a lock: a run that
-    is cut off from the store for longer than SILENCE may draw alongside its successor until it reads the lease again. Nothing
-    is damaged by that, since both put the same.
+    The object has this run's name. A start that finds one watches it for SILENCE seconds; if it does not change meanwhile, that
+    start puts its own. Of two starts that put theirs at once the later wins; the other reads that and stops. That is less than
+    a lock: a run that is cut off from the store for longer than SILENCE may draw alongside its successor until it reads the
+    lease again. Nothing is damaged by that, since both put the same.
 
     Raises:
         OutputError: when another run is at work there, or the store refuses.

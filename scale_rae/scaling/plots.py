@@ -1,4 +1,4 @@
-"""The report's plots as inline SVG, coloured by the page's CSS: best of n, reward against confidence, evaluations per prompt."""
+"""The report's plots as inline SVG, coloured by the page's CSS."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 420, 290, 56, 14, 14, 48
 
 
 def expected_best(values: Sequence[float], order: Sequence[int], n: int) -> float:
-    """The mean of `values` at the best of n images, over all ways to take n images; `order` lists the images best first."""
+    """The mean of `values` at the best of n images, over all ways to take n images.
+
+    `order` lists the images best first.
+    """
     total = math.comb(len(order), n)
     return math.fsum(math.comb(len(order) - r - 1, n - 1) * values[i] for r, i in enumerate(order)) / total
 
 
 def best_of_n(selections: Sequence[Selection]) -> tuple[list[float] | None, list[float] | None]:
-    """Share of yes, and mean reward, at the best of n = 1, 2, … images; None where there are no answers or rewards.
+    """Share of yes, and mean reward, at the best of n = 1, 2, … images.
 
-    The mean is over all ways to take n of a prompt's images, and over prompts.
+    They are None where there are no answers or rewards. The mean is over all ways to take n of a prompt's images, and over
+    prompts.
     """
     most = min(len(s.prompt.images) for s in selections)
     yes = [[float(a == "yes") for a in s.answers()] for s in selections]

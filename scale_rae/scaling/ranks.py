@@ -1,4 +1,7 @@
-"""Launcher: processes that torchrun or SLURM started, each of them one worker; they share prompts by the folder's locks."""
+"""Launcher: processes that torchrun or SLURM started, each of them one worker.
+
+They share prompts by the folder's locks.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +68,10 @@ class ProcessGroup:
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process is one worker of a group, on the device of its local index. `bars` shows how loading goes."""
+    """This process is one worker of a group, on the device of its local index.
+
+    `bars` shows how loading goes.
+    """
 
     group: ProcessGroup
     devices: Sequence[str | None]  # of this machine
@@ -90,7 +96,7 @@ class Ranks:
         check_here(settings, output_dir, [self.device])
 
     def draw(self, job: Job, listen: Listener) -> dict[str, float]:
-        """Draws this process's share of the prompts, then what the other processes leave; returns seconds per stage.
+        """Seconds per stage, once this process's share of the prompts and what others leave is drawn.
 
         Process 0 hears of what all processes draw, from the files in the folder.
         """
@@ -111,7 +117,10 @@ class Ranks:
 def watched(
     store: Store, prompts: Sequence[PromptRecord], failed_before: Mapping[int, int], listen: Listener
 ) -> Iterator[None]:
-    """For a `with`: reports what any process draws of the prompts, from the files that appear in the folder they share."""
+    """For a `with`: reports what any process draws of the prompts.
+
+    It looks at the files that appear in the folder they share.
+    """
     states = {p.index: store.prompt_state(p.index) for p in prompts}
     begun = {index: state.record for index, state in states.items()}
     waiting = {p.index: p for p in prompts}

@@ -1,4 +1,4 @@
-"""Launcher: workers on a Ray cluster. One driver hands out groups of prompts, an actor on each GPU draws them.
+"""Launcher: workers on a Ray cluster. An actor on each GPU draws the prompts that one driver sends.
 
 The driver has the experiment's lock, and gives each group to one worker at a time. A group is what a worker draws together:
 one prompt, or several in an adaptive search. Workers write the results themselves, so nothing is lost with a worker, a node
@@ -49,7 +49,7 @@ _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
 
 
 def check_installed() -> None:
-    """Raises MissingExtraError when Ray is not installed, or its clusters would take orders from whoever reaches them."""
+    """Raises MissingExtraError when Ray is not installed, or so old that anyone could command it."""
     need("ray", "--launcher ray", "ray")
     version = importlib.metadata.version("ray")
     if tuple(int(part) for part in re.findall(r"[0-9]+", version)[:2]) < OLDEST_RAY:
@@ -62,7 +62,10 @@ def check_installed() -> None:
 
 @dataclass(frozen=True)
 class RayCluster:
-    """One worker per GPU of a Ray cluster, or per `num_cpus_per_worker` CPUs; `num_workers` of them, or all there can be."""
+    """One worker per GPU of a Ray cluster, or per `num_cpus_per_worker` CPUs.
+
+    There are `num_workers` of them, or all there can be.
+    """
 
     num_cpus_per_worker: int | None = None
     num_workers: int | None = None
@@ -71,7 +74,10 @@ class RayCluster:
     workers = 1  # known from the start; the cluster gives more, or fewer
 
     def check(self, settings: Settings, output_dir: Path) -> None:
-        """Raises InputError for numbers that cannot be, MissingExtraError without Ray. Devices are the workers' matter."""
+        """Raises InputError for numbers that cannot be, MissingExtraError without Ray.
+
+        Workers check their devices.
+        """
         for name in ("num_cpus_per_worker", "num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -106,7 +112,7 @@ def _reach(address: str) -> None:
 
 @contextlib.contextmanager
 def connected(listen: Listener) -> Iterator[None]:
-    """A connection to the cluster of RAY_ADDRESS, else that of `ray start` on this machine, else one started here."""
+    """A connection to the cluster of RAY_ADDRESS, of `ray start` here, or one that is started here."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     import ray
 
@@ -177,7 +183,10 @@ def _set_environment(values: dict[str, str]) -> None:
 
 
 def _read_authentication_again() -> bool:
-    """Has Ray read the RAY_AUTH_… variables, which it does once in a process; whether it asks for a token now."""
+    """Whether Ray asks for a token, once it has read the RAY_AUTH_… variables again.
+
+    By itself it reads them once in a process.
+    """
     raylet: Any = importlib.import_module("ray._raylet")
     raylet.Config.initialize("")
     raylet.AuthenticationTokenLoader.instance().reset_cache()
@@ -186,7 +195,10 @@ def _read_authentication_again() -> bool:
 
 @dataclass
 class Reply:
-    """What a worker returns after loading, or after a group. `busy`: another worker has the group; give it out again."""
+    """What a worker returns after loading, or after a group.
+
+    `busy`: another worker has the group, so it is to be given out again.
+    """
 
     node: str
     events: list[Event]
@@ -244,7 +256,7 @@ class _RayWorker:
 
 
 class _Driver:
-    """Keeps as many workers as the cluster has resources for, and gives each a group of prompts until none is left."""
+    """Keeps as many workers as the cluster has room for, and gives each a group until none is left."""
 
     def __init__(self, cluster: RayCluster, job: Job, listen: Listener) -> None:
         self._cluster, self._job, self._listen, self._store = cluster, job, listen, job.store
@@ -307,7 +319,7 @@ class _Driver:
         return sum(group is not None for _, group in self._underway.values())
 
     def _start_workers(self) -> None:
-        """Starts as many workers as the cluster is large enough for and prompts are left, unless one died just now."""
+        """Starts as many workers as there is room and work for, unless one died while loading just now."""
         import ray
 
         if time.monotonic() < self._not_before:
@@ -358,9 +370,10 @@ class _Driver:
             self._idle.append(worker)
 
     def _lose(self, worker: _RayWorker, group: Group | None, error: Exception) -> None:
-        """A worker is gone: its group is the next to be given out. If workers keep dying of it, each prompt of it is alone.
+        """Removes a worker that is gone; its group is the next to be given out.
 
-        A prompt that workers keep dying of is recorded as failed.
+        If workers keep dying of a group, each of its prompts is given out alone. A prompt that workers keep dying of is
+        recorded as failed.
         """
         import ray
         from ray.exceptions import ActorDiedError, RayTaskError
@@ -414,7 +427,7 @@ def _adapter_anywhere(text: str) -> str:
 
 
 def _anywhere(name: Any) -> Any:
-    """A folder's absolute path, so that it does not matter where a worker is started; other names unchanged."""
+    """A folder's absolute path, which is the same wherever a worker is started; other names unchanged."""
     from scale_rae.hub import BUNDLED
 
     if not name or name in BUNDLED or not Path(name).expanduser().exists():

@@ -1,4 +1,4 @@
-"""An experiment on disk, read with bounds: its complete prompts, and the incomplete ones with the reason.
+"""An experiment on disk, read with bounds: its complete prompts, and why others are incomplete.
 
 An experiment is a folder of prompt folders 00000, 00001, …, each with samples/00000.png … and one JSON object in
 metadata.jsonl. Nothing in it is changed.
@@ -84,7 +84,10 @@ class Prompt:
         return self.verdicts.answer(image)
 
     def rewards_or_none(self) -> Sequence[float | None]:
-        """The reward of each image, to be shown; None for every image when all_ir_scores is damaged or missing."""
+        """The reward of each image, to be shown.
+
+        It is None for every image when all_ir_scores is damaged or missing.
+        """
         try:
             return self.verdicts.rewards() or [None] * len(self.images)
         except InputError:
@@ -117,9 +120,10 @@ class Experiment:
     settings: Mapping[str, Any] = field(default_factory=dict)  # as experiment.json has them
 
     def keep_of(self, prompt: Prompt, keep: int | None = None) -> int:
-        """How many of a prompt's images to keep: `keep`, else the experiment's n_samples; never more than it has.
+        """How many of a prompt's images to keep: `keep`, else the experiment's n_samples.
 
-        Folders of the official code have no n_samples; there, the length of top_ir_indices counts.
+        It is never more than the prompt has. Folders of the official code have no n_samples; there, the length of
+        top_ir_indices counts.
 
         Raises:
             InputError: when nothing says how many.
@@ -152,7 +156,9 @@ def local_folder(folder: Path) -> Path:
 
 
 def prompt_folders(folder: Path, advice: str = "give one that `scale t2i` made") -> list[Path]:
-    """The prompt folders of an experiment, by number; what a killed `select` left half done is mended first.
+    """The prompt folders of an experiment, by number.
+
+    What a killed `select` left half done is mended first.
 
     Raises:
         InputError: when the folder has none, or cannot be read; the message ends by `advice`.
@@ -202,7 +208,7 @@ def _by_number(path: Path) -> tuple[int, str]:
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], int]:
-    """What an experiment's experiment.json says: its settings (empty if missing) and the number of prompts (0 if missing).
+    """(settings, number of prompts) as experiment.json has them; empty and 0 if it is missing.
 
     Raises:
         InputError: when experiment.json is damaged.

@@ -1,4 +1,4 @@
-"""A batch's record: what is known of some samples of a prompt, or of a wave of an adaptive search; sealed by a checksum.
+"""The record of a batch of a prompt's samples, or of an adaptive search's wave; with a checksum.
 
 Nothing is believed because it is in the folder: a record is read only as far as it is what this program writes.
 """
@@ -159,7 +159,9 @@ def dropped_name(candidate: Candidate) -> str:
 
 
 def _searched(batch: Batch) -> list[Candidate]:
-    """The candidates of a wave's record: numbered one by one, or revived ones in the order of their numbers.
+    """The candidates of a wave's record.
+
+    They are numbered one by one; revived ones are in the order of their numbers.
 
     Raises:
         ValueError: when they are not what such a record holds.
@@ -180,7 +182,10 @@ def _searched(batch: Batch) -> list[Candidate]:
 
 
 def consecutive(batches: Sequence[Batch]) -> list[Batch]:
-    """The waves, in order, up to the first that does not follow on those before; a wave of revived candidates is the last."""
+    """The waves, in order, up to the first that does not follow on those before.
+
+    A wave of revived candidates is the last.
+    """
     waves: list[Batch] = []
     begun: dict[int, str] = {}  # fate by candidate
     for batch in sorted(batches, key=lambda b: (b.revives, b.name)):
@@ -223,7 +228,7 @@ def says_the_same(metadata: Mapping[str, Any], batch: Batch) -> bool:
 
 
 def is_record(found: bytes, expected: bytes) -> bool:
-    """Whether a metadata.jsonl is the expected one, or what version 0.1.0 wrote: that without fields that came later."""
+    """Whether a metadata.jsonl is the expected one, also as version 0.1.0 wrote it: with fewer fields."""
     if found == expected:
         return True
     try:

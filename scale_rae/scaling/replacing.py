@@ -1,7 +1,8 @@
-"""Folders and files of select, report and sheet are replaced whole: at any moment the old one or the new one is there.
+"""Folders and files of select, report and sheet are replaced whole.
 
-A new folder is built beside its target and takes its place in one step. On file systems that cannot exchange two names
-the step is two renames; the next command that reads or writes the folder mends what a kill left between them.
+At any moment the old one or the new one is there. A new folder is built beside its target and takes its place in one step. On
+file systems that cannot exchange two names the step is two renames; the next command that reads or writes the folder mends what
+a kill left between them.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from scale_rae.scaling.locks import alone_in
 
 @contextlib.contextmanager
 def replaced(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterator[list[Path]]:
-    """For a `with`: paths at which to build new folders, which replace `targets` when the block ends without an error.
+    """For a `with`: paths at which to build new folders.
 
-    The targets lie in one folder, and no other process replaces folders there meanwhile. `check` is called with each target
-    before anything is built, and raises an error if it must not be replaced.
+    They replace `targets` when the block ends without an error. The targets lie in one folder, and no other process replaces
+    folders there meanwhile. `check` is called with each target before anything is built, and raises an error if it must not be
+    replaced.
 
     Raises:
         OutputError: when a link is in the place of a folder that a killed process could have left.
@@ -43,7 +45,10 @@ def replaced(targets: Sequence[Path], check: Callable[[Path], None]) -> Iterator
 
 
 def restored(folder: Path) -> Path:
-    """The folder itself; if a process was killed while it replaced the folder, the old one is put back first."""
+    """The folder itself.
+
+    If a process was killed while it replaced the folder, the old one is put back first.
+    """
     with contextlib.suppress(OSError):
         if not os.path.lexists(folder) and os.path.lexists(_old(folder)):
             with alone_in(folder.parent):  # a process that is alive puts its new folder there by itself
@@ -52,7 +57,10 @@ def restored(folder: Path) -> Path:
 
 
 def check_outside(path: Path, source: Path, flag: str = "-o") -> None:
-    """Raises OutputError for an output file inside the experiment that it is about, or where a folder is; `flag` chooses it."""
+    """Raises OutputError for an output file inside the experiment, or where a folder is.
+
+    `flag` is the flag that chooses the file.
+    """
     check_name(path, "output file")
     try:
         if source.resolve() in path.resolve().parents:

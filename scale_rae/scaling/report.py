@@ -1,4 +1,4 @@
-"""One HTML page of an experiment: every prompt's images in the order of a metric, and plots of their scores.
+"""One HTML page of an experiment: every prompt's images, best first, and plots of their scores.
 
 The page contains everything it shows. The orders are computed here; the page's few lines of JavaScript only switch between
 them.
@@ -79,7 +79,10 @@ def render(
     thumbnail: int,
     judged: tuple[str, dict[str, Result]] | None = None,
 ) -> str:
-    """The page. `judged`: the name of GenEval's judge, and its verdicts by the images' names, where the experiment was evaluated."""
+    """The page.
+
+    `judged`, where the experiment was evaluated: the name of GenEval's judge, and its verdicts by the images' names.
+    """
     first = chosen[metric]
     judge, verdicts = judged or (None, {})
     short = {name: entry.short for name, entry in TABLE.items()}
@@ -129,7 +132,7 @@ def render(
 def _script_data(
     chosen: dict[str, list[Selection]], metric: str, judged: tuple[str, dict[str, Result]] | None
 ) -> list[dict[str, Any]]:
-    """What the page's JavaScript knows of each prompt: the orders and scores by each metric, and the answers."""
+    """What the page's JavaScript knows of each prompt: orders and scores by metric, and answers."""
     return [
         {
             "keep": len(s.kept),
@@ -144,7 +147,7 @@ def _script_data(
 
 
 def drawn_by(settings: Mapping[str, Any]) -> str:
-    """The model and the sampler's options that an experiment's settings name, in a line; empty if they name none."""
+    """The model and the sampler's options that settings name, in a line; empty if they name none."""
     values = [
         ("model", str(settings.get("model_path", "")).rstrip("/\\").rpartition("/")[2]),
         ("seed", settings.get("seed")),
@@ -242,7 +245,10 @@ class PromptView:
 def _prompt_view(
     prompt: Prompt, by_metric: dict[str, Selection], metric: str, thumbnail: int, verdicts: Mapping[str, Result]
 ) -> PromptView:
-    """A prompt as the page shows it; `by_metric` are its selections, of which that of `metric` is shown first."""
+    """A prompt as the page shows it.
+
+    `by_metric` are its selections, of which that of `metric` is shown first.
+    """
     views = []
     rewards = prompt.rewards_or_none()
     for i, path in enumerate(prompt.images):
@@ -282,7 +288,10 @@ def _candidate_view(candidate: Tried) -> CandidateView:
 
 
 def thumbnail_of(path: Path, size: int, formats: tuple[str, ...] = ("PNG",)) -> tuple[str, int, int]:
-    """A data URL (PNG if the image is small anyway, else JPEG), its width and its height; the file has one of `formats`."""
+    """(data URL, width, height) of an image in a file that has one of `formats`.
+
+    The URL holds a PNG if the image is small anyway, else a JPEG.
+    """
     from PIL import Image
 
     from scale_rae.images import to_rgb

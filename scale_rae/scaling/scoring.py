@@ -1,4 +1,4 @@
-"""Adds a reward's scores to an experiment that was drawn without a reward, as if it had been drawn with it.
+"""Adds a reward's scores to an experiment, as if it had been drawn with that reward.
 
 Scores are collected in .work/scoring first, a file per prompt, so that a run can be killed and started again while the
 experiment stays as it is. Once every prompt is scored, the records get the scores: batch records, metadata.jsonl, and
@@ -47,7 +47,10 @@ _FIELDS = ("reward", "all_ir_scores", "top_ir_scores", "top_ir_indices")
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """How an experiment is scored. What is None is as the experiment was drawn; `device` None is the best there is."""
+    """How an experiment is scored.
+
+    What is None is as the experiment was drawn; `device` None is the best there is.
+    """
 
     reward: str
     reward_path: str | None = None
@@ -60,7 +63,10 @@ class ScoreOptions:
 
 @dataclass
 class ScoringSummary:
-    """How a run ended. `scored` images were scored in this run; `incomplete` has the prompts without scores, and why."""
+    """How a run ended.
+
+    `scored` images were scored in this run; `incomplete` has the prompts without scores, and why.
+    """
 
     folder: Path
     reward: dict[str, Any]  # its identity
@@ -154,7 +160,7 @@ class _Recorded:
         )
 
     def check_reward(self, identity: dict[str, Any]) -> None:
-        """Raises InputError when the reward is the model's own encoder, and not of the model that drew the images."""
+        """Raises InputError when the reward is the encoder of another model than the images'."""
         if identity["name"] == "siglip" and (found := differences(self.recorded, {"encoder": identity["weights"]})):
             raise InputError(
                 f"{self._unscored.folder}: was drawn with another model: {'; '.join(found)}; name that model with --model-path"
@@ -326,7 +332,7 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
 
 
 def _check_begun(target: _Target, begun: dict[str, Any] | None, options: ScoreOptions, folder: Path) -> None:
-    """Raises InputError where there are scores already, or where a stopped run was adding another reward's."""
+    """Raises InputError where there are scores, or a stopped run was adding another reward's."""
     if target.reward is not None and begun is None:
         raise InputError(
             f"{folder}: has the scores of {target.reward} already, which stay as they are; rank by them with "
@@ -340,7 +346,7 @@ def _check_begun(target: _Target, begun: dict[str, Any] | None, options: ScoreOp
 
 
 def _looked(target: _Target, scores: _Scores) -> tuple[list[_Images], list[_Images], dict[str, str]]:
-    """The images of prompts with scores, of those without, and why prompts that are not complete cannot be scored."""
+    """(prompts with scores, prompts without, why other prompts cannot be scored)."""
     done: list[_Images] = []
     todo: list[_Images] = []
     incomplete: dict[str, str] = {}
@@ -402,7 +408,7 @@ class _Scores:
             self._store.write(self._folder / "reward.json", seal(identity))
 
     def read(self, images: _Images) -> list[float] | None:
-        """A prompt's scores by the reward that is being added; None when there are none of exactly these images."""
+        """A prompt's scores by the reward that is being added; None if there are none of these images."""
         value = self._read(f"{images.index:05}.json")
         if value is None or value.get("files") != images.files or not images.files:
             return None

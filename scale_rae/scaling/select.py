@@ -1,4 +1,4 @@
-"""Keeps the best images of each prompt: writes `<dir>_<metric>_verified` and `<dir>_ref` beside an experiment."""
+"""Keeps the best images: writes `<dir>_<metric>_verified` and `<dir>_ref` beside an experiment."""
 
 from __future__ import annotations
 
@@ -67,7 +67,10 @@ def choose(experiment: Experiment, metric: str, keep: int | None, reward_weight:
 
 
 def formula_of(selections: Sequence[Selection], metric: str, reward_weight: float) -> str:
-    """What a metric ordered the images by: `ranking.formula`, and both of its forms when only some prompts have rewards."""
+    """What a metric ordered the images by: `ranking.formula`.
+
+    Where only some prompts have rewards, both of its forms.
+    """
     without = [selection.ranking.without_reward for selection in selections]
     if all(without) or not any(without):
         return formula(metric, reward_weight, with_reward=not all(without))
@@ -84,7 +87,7 @@ def yes_share(selections: Sequence[Selection], images: Callable[[Selection], Seq
 def select(
     folder: Path, metric: str = "combined", keep: int | None = None, reward_weight: float = REWARD_WEIGHT
 ) -> tuple[Experiment, list[Selection], dict[str, Any]]:
-    """The experiment, what was kept of each prompt, and selection.json's content, once the files are written.
+    """(experiment, what was kept of each prompt, selection.json), once the files are written.
 
     The best images go to `<folder>_<metric>_verified`, the first images (as many) to `<folder>_ref`. The folder is named by
     the metric as it was given: `loss` and `prompt_loss` rank alike and have folders of their own.
@@ -140,7 +143,10 @@ def _ratio(count: tuple[int, int]) -> dict[str, Any]:
 
 
 def renumbered(metadata: Mapping[str, Any], images: Sequence[int]) -> dict[str, Any]:
-    """The metadata of a folder that holds only `images`, in that order; fields that are not per image stay as they are."""
+    """The metadata of a folder that holds only `images`, in that order.
+
+    Fields that are not per image stay as they are.
+    """
     result = {name: value for name, value in metadata.items() if name != "original_indices"}
     earlier = metadata.get("original_indices")  # the metadata is a selection's
     for name in ("image_seeds", "all_ir_scores"):

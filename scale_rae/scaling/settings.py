@@ -119,9 +119,10 @@ class Settings:
         return min(self.total, 2 * self.n_samples) if self.is_adaptive else self.total
 
     def prompts_together(self, prompts: int) -> int:
-        """How many of an experiment's prompts a worker draws together: several in an adaptive search, which fills batches.
+        """How many of an experiment's prompts a worker draws together.
 
-        The number depends on the experiment alone, since a GPU's rounding depends on what is drawn together.
+        In an adaptive search these are several, which fills batches. The number depends on the experiment alone, since a GPU's
+        rounding depends on what is drawn together.
         """
         return max(1, min(MOST_TOGETHER, prompts // 4)) if self.is_adaptive else 1
 
@@ -156,14 +157,18 @@ class Settings:
         return dataclasses.replace(self, **values, model_name=choice.model_path)
 
     def model_choice(self, device: str | None) -> ModelChoice:
-        """The experiment's model on a device: the opposite of `with_model`, but what `memory` chose is chosen for good."""
+        """The experiment's model on a device: the opposite of `with_model`.
+
+        What `memory` chose is chosen for good.
+        """
         names = {field.name for field in dataclasses.fields(ModelChoice)} - {"device", "memory"}
         return ModelChoice(**{name: getattr(self, name) for name in names}, device=device)
 
     def resumed(self, recorded: Mapping[str, Any] | None) -> Settings:
-        """The settings to go on with: what is open, and the model's name, are those of the recorded experiment, if any.
+        """The settings to go on with.
 
-        Open are a reward that is AUTO_REWARD, and the times of an adaptive search's looks where none is given.
+        What is open, and the model's name, are those of the recorded experiment, if there is one. Open are a reward that is
+        AUTO_REWARD, and the times of an adaptive search's looks where none is given.
         """
         known = (recorded or {}).get("settings")
         if not isinstance(known, dict):
@@ -178,7 +183,7 @@ class Settings:
         return dataclasses.replace(settings, reward=known.get("reward"))
 
     def folder(self, output_dir: Path) -> Path:
-        """OUT/<model name, dots to dashes>/<rounds or "adaptive">_<template>_scale_<mode>, as the guide has it."""
+        """OUT/<model, dots to dashes>/<rounds or "adaptive">_<template>_scale_<mode>, as the guide has it."""
         model = Path(self.model_path.rstrip("/")).name if self.model_path.strip("/.") else ""
         if not model:
             model = Path(self.model_path).expanduser().resolve().name

@@ -32,7 +32,10 @@ _GAP, _LINE, _MARGIN = 10, 17, 20
 
 
 class Sheet(NamedTuple):
-    """A written contact sheet, how many prompts are on it, and which of their characters no font of FONTS here has."""
+    """A written contact sheet, and how many prompts are on it.
+
+    `missing` are those characters of the prompts that no font of FONTS here has.
+    """
 
     path: Path
     experiment: Experiment
@@ -70,7 +73,10 @@ def write_sheet(
 
 
 def draw_sheet(selections: Sequence[Selection], heading: str, thumbnail: int, columns: int | None) -> Image.Image:
-    """The sheet: prompts in columns, read downwards; kept images first, in a frame, with scores below each image."""
+    """The sheet: prompts in columns, read downwards.
+
+    Kept images are first, in a frame; scores are below each image.
+    """
     from PIL import Image, ImageDraw
 
     most = max(len(s.prompt.images) for s in selections)
@@ -162,7 +168,10 @@ def _font(text: str, size: int) -> Any:
 
 @lru_cache
 def _installed(name: str, size: int) -> Any:
-    """The font in a file of that name, which Pillow looks for where the system keeps its fonts; None if there is none."""
+    """The font in a file of that name, None if there is none.
+
+    Pillow looks for the file where the system keeps its fonts.
+    """
     from PIL import ImageFont
 
     try:

@@ -1,4 +1,4 @@
-"""Reads and writes an experiment's folder: batches, metadata.jsonl, experiment.json, locks; all whole or not at all.
+"""Reads and writes an experiment's folder, every file whole or not at all.
 
     experiment.json                    settings, identities of model and reward, versions; seconds at the end
     00000/samples/00000.png …          every image drawn, and 00000_latent.pt with --save-latents
@@ -65,7 +65,10 @@ _ADDED_AT_THE_END = ("seconds", "failed", "unfinished", "search")  # to experime
 
 @dataclass(frozen=True)
 class PromptState:
-    """A prompt's batches as name -> (time written, ns; images), and when its record was written (ns), if it was."""
+    """How far a prompt is.
+
+    `batches` are name -> (time written, ns; images); `record` is when its record was written (ns), if it was.
+    """
 
     batches: dict[str, tuple[int, int]]
     record: int | None
@@ -84,7 +87,10 @@ class Finding:
 
 
 class Store:
-    """The files of one experiment. `writer` names this process's temporary file: no two processes of a run share one."""
+    """The files of one experiment.
+
+    `writer` names this process's temporary file: no two processes of a run share one.
+    """
 
     def __init__(self, folder: Path, settings: Settings, writer: str = "w0") -> None:
         self.folder, self.settings = folder, settings
@@ -123,9 +129,9 @@ class Store:
         return [folder for folder in (self.folder, *self.folder.parents[:2]) if not folder.exists()]
 
     def remove_unused(self, made: Sequence[Path]) -> None:
-        """Removes an experiment's folder that a run had `made` and left without experiment.json and results, and those above.
+        """Removes an experiment's folder that a run had `made` and left without results.
 
-        What cannot be removed, or holds anything else, stays.
+        Its parents that the run had made go with it. What cannot be removed, or holds anything else, stays.
         """
         if self.folder not in made or (self.folder / "experiment.json").exists() or self._has_results():
             return
@@ -183,7 +189,9 @@ class Store:
     # --- experiment.json -----------------------------------------------------------------------------------------
 
     def read_experiment(self) -> dict[str, Any] | None:
-        """experiment.json, or None when there is none yet. Where it is damaged, its copy has what it said at the start.
+        """experiment.json, or None when there is none yet.
+
+        Where it is damaged, its copy has what it said at the start.
 
         Raises:
             InputError: when it cannot be read and has no copy, or is missing although there are results.
@@ -276,7 +284,10 @@ class Store:
         self._write_experiment({**(self.read_experiment() or {}), **changes})
 
     def replace_experiment(self, value: Mapping[str, Any]) -> None:
-        """Writes all of experiment.json anew. Its copy is made after it, since a copy that differs would count instead."""
+        """Writes all of experiment.json anew, then its copy.
+
+        Before that, the old copy goes, since a copy that differs would count instead.
+        """
         with self._disk_errors(self._copy):
             self._copy.unlink(missing_ok=True)
         self._write_experiment(value)
@@ -313,7 +324,7 @@ class Store:
             return []
 
     def batches(self, index: int) -> tuple[list[Batch], list[str]]:
-        """A prompt's finished batches, in order and disjoint; and what is wrong with the files of its other batches.
+        """(a prompt's finished batches, in order and disjoint; what is wrong with others' files).
 
         Of an adaptive search, these are the waves from the first on until one is missing.
         """
@@ -322,7 +333,7 @@ class Store:
         return consecutive(batches) if self.settings.is_adaptive else batches, problems
 
     def _batches(self, index: int) -> tuple[list[Batch], list[Batch], list[str]]:
-        """A prompt's finished batches, those with a checksum and those of version 0.1.0 without, and what is wrong."""
+        """(finished batches with a checksum, those of version 0.1.0 without, what is wrong)."""
         finished: tuple[list[Batch], list[Batch]] = ([], [])
         problems: list[str] = []
         covered = set[int]()
@@ -447,7 +458,7 @@ class Store:
             return False
 
     def holder(self) -> str:
-        """Who has the run's lock, as written in the folder; empty where that cannot be read, and in an object store."""
+        """Who has the run's lock, as the folder says; empty if it cannot be read, and in a store."""
         return self._files.holder()
 
     def search_counts(self, index: int) -> dict[str, float] | None:
@@ -515,7 +526,7 @@ class Store:
         )
 
     def failure(self, index: int) -> tuple[int, str] | None:
-        """A failed prompt's time of failure (ns) and error, as it may be shown; None for a prompt that has its record."""
+        """(time of failure in ns, printable error) of a failed prompt; None for one that has its record."""
         path = self.prompt_folder(index) / "error.json"
         try:
             time_of_failure = self._files.time_written(path)
@@ -535,7 +546,7 @@ class Store:
     # --- locks ---------------------------------------------------------------------------------------------------
 
     def lock_run(self, process: int = 0, processes: int = 1) -> RunLock:
-        """Keeps other starts out of the folder for as long as the lock returned is open, here or in a child process.
+        """Keeps other starts out of the folder while the lock is open, here or in a child process.
 
         Processes that were started together (`processes` > 1) share the folder, each under its own number.
 

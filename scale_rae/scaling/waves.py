@@ -1,4 +1,4 @@
-"""Adaptive searches of an experiment's prompts: waves that are stored are taken from there, the others are drawn."""
+"""Adaptive searches of an experiment's prompts: stored waves are read, the others drawn."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 
 class Writes:
-    """For a `with`: runs functions that write files one after the other, in a thread; the end of the `with` waits for them.
+    """For a `with`: runs functions that write files, one after the other, in a thread.
 
-    Waves of a prompt are stored in their order, so that after a kill none is there without those before it. `count` is
-    called, in the caller's thread, with the number of images that a function has stored.
+    The end of the `with` waits for them. Waves of a prompt are stored in their order, so that after a kill none is there
+    without those before it. `count` is called, in the caller's thread, with the number of images that a function has stored.
     """
 
     def __init__(self, count: Callable[[int], None]) -> None:
@@ -66,7 +66,7 @@ class Writes:
 
 
 class WaveWriter:
-    """Takes prompts that are drawn together through their rounds, and stores each wave while the next is drawn.
+    """Takes prompts through their rounds together; stores each wave while the next is drawn.
 
     On a GPU, rounding depends on what is drawn together. A round that some prompt lacks is therefore drawn again for all of
     them, so that a run that was killed ends with the bytes of one that was not. On a CPU (`exact`) only what lacks is drawn.
@@ -86,7 +86,9 @@ class WaveWriter:
         self._count = count  # called with the number of images that were finished
 
     def search(self, replies: Sequence[Replied], unfinished: Sequence[PromptRecord]) -> None:
-        """Draws and stores the waves that prompts lack. `replies` are those of all prompts that are drawn together.
+        """Draws and stores the waves that prompts lack.
+
+        `replies` are those of all prompts that are drawn together.
 
         Raises:
             OutputError: when something cannot be written. ScaleRAEError: when something cannot be drawn.
@@ -124,7 +126,10 @@ class WaveWriter:
         return self._encoders.submit(png_bytes, drawn.picture, text)
 
     def _wave(self, replied: Replied, search: Search, wave: Sequence[Drawn]) -> tuple[Callable[[], None], int]:
-        """What stores a prompt's wave, with its finished images and what became of every candidate; and their number."""
+        """(a function that stores a prompt's wave, the number of its finished images).
+
+        The wave has what became of every candidate, too.
+        """
         settings, index = self._store.settings, replied.prompt.index
         new = {d.candidate.number for d in wave}
         start = sum(c.final is not None for c in search.candidates if c.number not in new)

@@ -1,4 +1,4 @@
-"""A worker: one device that draws and scores prompts, and writes what it draws, until no prompt is left."""
+"""A worker: one device that draws, scores and writes prompts until none is left."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def open_worker(
 
 
 def _with_the_models_own(settings: Settings, config: ScaleRAEConfig) -> Settings:
-    """The settings with the student's sampling options, if it is one, and the times of an adaptive search's looks.
+    """The settings with a student's sampling options, and the times of an adaptive search's looks.
 
     Raises:
         OptionError: for options that the model does not take, before the weights are read.
@@ -163,16 +163,19 @@ def _with_the_models_own(settings: Settings, config: ScaleRAEConfig) -> Settings
 
 
 def draws_on_threads(device: torch.device) -> bool:
-    """Whether each thread of the device draws some images by itself (a CPU), or the device draws whole batches."""
+    """Whether each thread of the device draws some images by itself (a CPU).
+
+    Other devices draw whole batches.
+    """
     return device.type == "cpu"
 
 
 class Worker:
-    """Draws, scores and writes one prompt at a time, in batches of `batch_size`. For a `with`, which ends its threads.
+    """Draws, scores and writes one prompt at a time, in batches of `batch_size`.
 
-    On a CPU, torch has one thread of arithmetic until the end of the `with`, and a pool of threads draws images. Each thread
-    draws as many together as come out as if drawn alone: an image and its scores do not depend on workers, cores or the
-    batch size.
+    For a `with`, which ends its threads. On a CPU, torch has one thread of arithmetic until the end of the `with`, and a pool
+    of threads draws images. Each thread draws as many together as come out as if drawn alone: an image and its scores do not
+    depend on workers, cores or the batch size.
     """
 
     def __init__(
@@ -194,7 +197,10 @@ class Worker:
             self._open = stack.pop_all()
 
     def _start_threads(self, stack: contextlib.ExitStack) -> tuple[ThreadPoolExecutor, int]:
-        """A thread for each thread of arithmetic, and how many images each draws together, to the bit as if alone."""
+        """(a pool of drawing threads, how many images each draws together).
+
+        They come out to the bit as if drawn alone.
+        """
         import torch
 
         from scale_rae.cpu import one_thread
@@ -254,7 +260,10 @@ class Worker:
         return True
 
     def _try_alone(self, prompt: PromptRecord) -> None:
-        """Draws what is missing of a prompt; if that fails, once more in smaller batches, and records a second failure."""
+        """Draws what is missing of a prompt.
+
+        If that fails, it is tried once more in smaller batches; a second failure is recorded.
+        """
         size = self._batch_size
         error = self._try([prompt], [prompt], size)
         if error is not None:
@@ -273,7 +282,7 @@ class Worker:
         return failure is None or failure[0] == self._assignment.failed_before.get(prompt.index)
 
     def _try(self, group: Sequence[PromptRecord], todo: Sequence[PromptRecord], size: int) -> str | None:
-        """Why what is missing of a group's prompts cannot be drawn in batches of `size`; None once it is drawn."""
+        """Why what a group's prompts lack cannot be drawn in batches of `size`; None once it is drawn."""
         start, drawn, before = time.perf_counter(), self._drawn, self.seconds()
         failed = None
         try:

@@ -1,6 +1,7 @@
-"""A worker in a process of its own: its assignment is a line of JSON on stdin, its events are lines of JSON on stdout.
+"""A worker in a process of its own.
 
-stdin stays open as long as the launcher lives; when it closes, the process ends.
+Its assignment is a line of JSON on stdin, its events are lines of JSON on stdout. stdin stays open as long as the launcher
+lives; when it closes, the process ends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ from scale_rae.scaling.worker import Assignment, work
 
 
 def encode_assignment(store: Store, settings: Settings, assignment: Assignment) -> str:
-    """An assignment as the line of JSON that `main` reads, in ASCII, since its stdin may have any encoding."""
+    """An assignment as the line of JSON that `main` reads.
+
+    It is ASCII, since stdin may have any encoding.
+    """
     return dump_json(
         {
             "folder": str(store.folder),
@@ -45,7 +49,10 @@ def _decode_assignment(line: str) -> tuple[Store, Settings, Assignment]:
 
 
 def main() -> int:
-    """Carries out the assignment on stdin. Exit code: 0 done, 3 after an event WorkerFailed, 1 for an unexpected error."""
+    """The exit code, once the assignment on stdin is carried out.
+
+    0 done, 3 after an event WorkerFailed, 1 for an unexpected error.
+    """
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints goes to the log
     sys.stderr.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]

@@ -33,7 +33,7 @@ class EightBitMoments:
     def update(
         self, weights: Tensor, gradient: Tensor, step: int, lr: float, clip: float, betas: tuple[float, float]
     ) -> None:
-        """Moves the weights by the gradients, which are multiplied by `clip` first; the first step is 1. No weight decay."""
+        """Moves the weights by the gradients times `clip`; the first step is 1. There is no weight decay."""
         from bitsandbytes.functional import optimizer_update_8bit_blockwise
 
         at = 0

@@ -1,4 +1,4 @@
-"""Batches as tensors: latents, conditions and sequences, read from the cache while the device computes."""
+"""Batches as tensors: latents, conditions and sequences, read while the device computes."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """One record in memory. `drawn` and `shown` are latents [L, C] of its pictures, not normalised, in order.
+    """One record in memory.
 
-    `condition` [pictures, L, Z] is given if the language model is frozen, or if the record is `kept`. A kept record has a picture
-    that the model drew before training, and its target is the velocity before training. `seed` seeds all random numbers of the
-    sample in this step.
+    `drawn` and `shown` are latents [L, C] of its pictures, not normalised, in order. `condition` [pictures, L, Z] is given if
+    the language model is frozen, or if the record is `kept`. A kept record has a picture that the model drew before training,
+    and its target is the velocity before training. `seed` seeds all random numbers of the sample in this step.
     """
 
     where: str
@@ -46,10 +46,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Scored:
-    """A batch of the model's own drawings, with what is random about them in a step. `where` are their prompts' places.
+    """A batch of the model's own drawings, with what is random about them in a step.
 
-    `optimality` [B] in 0..1 is how good each is among the drawings of its prompt. With `folds`, guidance's velocity is learnt from
-    them, whatever their optimality. Those that are `dropped` [B] keep the velocity of the null embedding as it is.
+    `where` are the places of their prompts. `optimality` [B] in 0..1 is how good each is among the drawings of its prompt. With
+    `folds`, guidance's velocity is learnt from them, whatever their optimality. Those that are `dropped` [B] keep the velocity
+    of the null embedding as it is.
     """
 
     where: Sequence[str]
@@ -128,8 +129,9 @@ class Records:
         index: int = 0,
         size: int = 1,
     ) -> None:
-        """`counts` are those of each record; `load(record, seed)` reads a sample. `batch` are the records of one of a step's `parts`
-        in one of `size` processes; this one has the number `index`.
+        """`counts` are those of each record; `load(record, seed)` reads a sample.
+
+        `batch` are the records of one of a step's `parts` in one of `size` processes; this one has the number `index`.
         """
         self._order, self._counts, self._load = order, counts, load
         self._batch, self._parts, self._index, self._size = batch, parts, index, size

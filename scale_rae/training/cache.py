@@ -16,7 +16,10 @@ _NAME = "value"
 
 
 class TensorCache:
-    """A folder with one safetensors file per key. Several processes may write: a file is either complete or missing."""
+    """A folder with one safetensors file per key.
+
+    Several processes may write: a file is either complete or missing.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

@@ -30,7 +30,7 @@ _CONTENTS = {
 
 
 def write_record(folder: Path, identity: Mapping[str, Any], model: str, steps: int) -> None:
-    """Writes training.json: how the result in `folder` was trained, from which model, and in how many steps.
+    """Writes training.json: how the result in `folder` was trained, of which model, in how many steps.
 
     The result is complete then, so what killed runs had begun to write there is removed.
     """
@@ -41,7 +41,10 @@ def write_record(folder: Path, identity: Mapping[str, Any], model: str, steps: i
 
 
 class Checkpoints:
-    """The checkpoints in a folder. A resumed run must have the same `identity`, in which "records" and "model" are hashes."""
+    """The checkpoints in a folder.
+
+    A resumed run must have the same `identity`, in which "records" and "model" are hashes.
+    """
 
     def __init__(self, folder: Path, identity: dict[str, Any], keep: int | None = None) -> None:
         self.folder, self._keep = folder, keep
@@ -80,7 +83,10 @@ class Checkpoints:
         return f"the state of step {step} is kept in {folder}, from which --resume comes to step {step + 1} again"
 
     def _is_adapter(self, step: int) -> bool:
-        """Whether the checkpoint of a step can be given as --lora: a student's, which has a config.json, cannot."""
+        """Whether the checkpoint of a step can be given as --lora.
+
+        A student's, which has a config.json, cannot.
+        """
         folder = self.folder / f"checkpoint-{step}"
         return (folder / ADAPTER_FILES[0]).is_file() and not (folder / "config.json").is_file()
 

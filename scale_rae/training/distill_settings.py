@@ -193,6 +193,9 @@ class DistillOptions:
         return record | {"train_batch_size": self.batch}
 
     def decisive(self) -> dict[str, Any]:
-        """The options that decide the result, those that a resumed run may change included; the steps are recorded apart."""
+        """The options that decide the result, also those that a resumed run may change.
+
+        The number of steps is recorded apart.
+        """
         warmup = self.training().warmup(self.max_train_steps)
         return {**self.identity(), "revision": self.revision, "prompts": self.prompts, "lr_warmup_steps": warmup}

@@ -65,7 +65,10 @@ def follow(velocity: flow.Velocity, x: Tensor, times: flow.Times) -> Tensor:
 
 
 def guided_velocity(dit: DiT, conditions: Tensor, guidance: float) -> flow.Velocity:
-    """The velocity of a network for a batch's conditions [B, L, Z]; both branches of guidance run as one batch."""
+    """The velocity of a network for a batch's conditions [B, L, Z].
+
+    Both branches of guidance run as one batch.
+    """
     null = dit.null_condition
     if guidance == 1.0 or null is None:
         return lambda x, t: dit(x, x.new_full((len(x),), t), conditions)
@@ -79,9 +82,10 @@ def guided_velocity(dit: DiT, conditions: Tensor, guidance: float) -> flow.Veloc
 
 
 def pseudo_huber(squares: Tensor) -> Tensor:
-    """Losses [B] of states with these mean squared errors [B]: quadratic where errors are small, linear where they are large.
+    """Losses [B] of states with these mean squared errors [B].
 
-    So few states with large errors do not dominate. Source: Song and Dhariwal 2023 (arXiv 2310.14189), for consistency models.
+    They are quadratic where errors are small, linear where errors are large. So few states with large errors do not dominate.
+    Source: Song and Dhariwal 2023 (arXiv 2310.14189), for consistency models.
     """
     return (squares + _SMALL_ERROR**2).sqrt() - _SMALL_ERROR
 
@@ -122,7 +126,7 @@ class DistillationPlan(NamedTuple):
 
 
 class Pool:
-    """The states that are learnt from in a round, and the teacher's mean velocity from each, on the device.
+    """A round's states, and the teacher's mean velocity from each, on the device.
 
     `starts` and `targets` are [windows, trajectories, C, S, S], `prompt` [trajectories] are numbers of conditions.
     """
@@ -143,7 +147,10 @@ class Pool:
         student: Callable[[Tensor], flow.Velocity],
         watch: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
-        """Draws the trajectories of round `number`; `teacher` and `student` make velocities from conditions [B, L, Z]."""
+        """Draws the trajectories of round `number`.
+
+        `teacher` and `student` make velocities from conditions [B, L, Z].
+        """
         count, device = plan.trajectories, self.prompt.device
         generator = torch.Generator().manual_seed(image_seed(plan.seed, number, 0))
         lines = torch.randint(len(conditions.numbers), (count,), generator=generator)
@@ -165,10 +172,10 @@ class Pool:
 
 
 class Distiller:
-    """The loop: rounds of trajectories, steps on them, logs, checkpoints. A resumed loop has the same bits.
+    """The loop: rounds of trajectories, steps on them, logs, checkpoints.
 
-    On CUDA a whole step is one CUDA graph. A checkpoint also has the weights that drew its round's trajectories (`drew`), from
-    which they are drawn again.
+    A resumed loop has the same bits. On CUDA a whole step is one CUDA graph. A checkpoint also has the weights that drew its
+    round's trajectories (`drew`), from which they are drawn again.
     """
 
     def __init__(
@@ -287,7 +294,10 @@ class Distiller:
     # --- a step --------------------------------------------------------------------------------------------------------
 
     def _one(self) -> None:
-        """Takes a step: as it is, or where steps are captured, the first few as they are and the others by the graph."""
+        """Takes a step.
+
+        On CUDA, the first few steps run as they are; then one is captured, and the others replay its graph.
+        """
         if self._graph is not None:
             self._graph.replay()
         elif not self._captures:
@@ -323,7 +333,7 @@ class Distiller:
         self._place.add_(1)
 
     def _check(self, values: Sequence[float]) -> None:
-        """Raises TrainingError unless all values, which are of the steps since the log's last line, are finite."""
+        """Raises TrainingError unless all values of the steps since the log's last line are finite."""
         if not all(map(math.isfinite, values)):
             first = min(self._logged + 1, self.done)
             which = f"step {first}" if first == self.done else f"steps {first} to {self.done}"

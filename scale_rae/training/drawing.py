@@ -26,7 +26,10 @@ def draw_latents(
     steps: int,
     solver: str = "euler",
 ) -> Tensor:
-    """Latents [B, L, C] of conditions [B, L, Z], one noise seed each. No guidance without a null embedding."""
+    """Latents [B, L, C] of conditions [B, L, Z], one noise seed each.
+
+    Without a null embedding there is no guidance.
+    """
     device = dit.pos_embed.device
     conditions = conditions.to(device)
     noise = draw_noise(seeds, config.channels, config.dit.side, device)()

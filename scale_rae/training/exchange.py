@@ -1,4 +1,4 @@
-"""Word exchanges: conditions of prompts that nobody wrote, from those of prompts that differ in one word. Imports no torch."""
+"""Conditions of new prompts, from those of prompts that differ in one word. Imports no torch."""
 
 from __future__ import annotations
 
@@ -50,12 +50,13 @@ class _Texts:
 
 
 def exchanges(texts: Sequence[str], seed: int) -> Iterator[tuple[Rectangle, Rectangle]]:
-    """Two rectangles of a random new text, again and again; ends where the texts make no new one, or no two rectangles of it.
+    """Pairs of rectangles, each pair of one random new text.
 
-    Three corners of a rectangle are given. Texts j and k differ in one word, and texts i and k in one other word: "a red cat", "a
-    blue dog" and "a blue cat" make "a red dog". So the exchanged word has the same role in all of them. The fourth corner is none of
-    the given texts. A second rectangle makes the same text from other texts, so one can see whether conditions add up there. Texts
-    may repeat; those that do are exchanged more often.
+    The iterator ends where the texts make no new text, or no second rectangle of one. Three corners of a rectangle are given.
+    Texts j and k differ in one word, and texts i and k in one other word: "a red cat", "a blue dog" and "a blue cat" make "a
+    red dog". So the exchanged word has the same role in all of them. The fourth corner is none of the given texts. A second
+    rectangle makes the same text from other texts, so one can see whether conditions add up there. Texts may repeat; those that
+    do are exchanged more often.
     """
     given = _Texts(texts)
     draw = random.Random(seed)

@@ -55,7 +55,10 @@ class Learner:
         steps: int,
         group: Group | None = None,
     ) -> None:
-        """`language` is None where it does not take part. With --full, the processes of `group` share the state of AdamW."""
+        """`language` is None where it does not take part.
+
+        With --full, the processes of `group` share the state of AdamW.
+        """
         self.options, self.language, self.dit, self.device = options, language, dit, device
         self.alpha = float(options.rank if options.alpha is None else options.alpha)
         if not is_quantized(dit):

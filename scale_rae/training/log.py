@@ -1,4 +1,4 @@
-"""The log of a training: log.jsonl, and a board that shows it: TensorBoard if it is installed, or Weights & Biases."""
+"""The log of a training: log.jsonl, and TensorBoard or Weights & Biases, which show it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ PROJECT = "scale-rae"  # of wandb
 
 
 class Log:
-    """The log of a training in `folder`, after its first `done` steps; later lines, of a run that was ended, are removed.
+    """The log of a training in `folder`, after its first `done` steps.
 
-    `report_to` is "tensorboard", "wandb", or None for TensorBoard if it is installed; `config` are the options that wandb shows.
+    Later lines, of a run that was ended, are removed. `report_to` is "tensorboard", "wandb", or None for TensorBoard if it is
+    installed; `config` are the options that wandb shows.
     """
 
     def __init__(

@@ -136,7 +136,10 @@ def add_lora(
 
 
 def adapter_changes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, B) by the names of modules in a checkpoint, from parameters by name (`….lora_A.weight`), without padding."""
+    """(A, B) by the names of modules in a checkpoint, without padding.
+
+    `tensors` are parameters by name (`….lora_A.weight`).
+    """
     changes: dict[str, tuple[Tensor, Tensor]] = {}
     for name in tensors:
         if not name.endswith(".lora_A.weight"):
@@ -154,7 +157,10 @@ def adapter_changes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Te
 def add_to_networks(
     language: LanguageModel | None, dit: DiT | None, rank: int, alpha: float, seed: int
 ) -> dict[str, LoraLinear]:
-    """Adds LoRA to the networks that are given; returns the layers by the names that checkpoints have for their linears."""
+    """Adds LoRA to the networks that are given, and returns the layers by the names of their linears.
+
+    The names are those that checkpoints have.
+    """
     generator = torch.Generator().manual_seed(seed)
     added: dict[str, LoraLinear] = {}
     if language is not None:

@@ -1,4 +1,4 @@
-"""The flow loss and the text loss of Scale-RAE (arXiv 2601.16208), and the times t at which its flow loss is taken."""
+"""The flow loss and the text loss of Scale-RAE (arXiv 2601.16208), and the times of the former."""
 
 from __future__ import annotations
 
@@ -45,7 +45,10 @@ def flow_errors(
 
 
 def normalised(latents: Tensor, norm_stats: NormStats | None) -> Tensor:
-    """Latents [N, L, C] as the velocity network sees them: x [N, C, S, S] float32, by the norm stats if there are any."""
+    """Latents [N, L, C] as the velocity network sees them: x [N, C, S, S] float32.
+
+    They are normalised by the norm stats, if there are any.
+    """
     latents = latents.float()
     if norm_stats is not None:
         mean, std = norm_stats
@@ -63,7 +66,10 @@ def between(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
 def sample_times(
     count: int, shift: float, generator: torch.Generator | None = None, device: torch.device | None = None
 ) -> Tensor:
-    """Times [count] float32 of training: shift(sigmoid(n)), n ~ N(0, 1), with `training_shift` for `shift`."""
+    """Times [count] float32 of training: shift(sigmoid(n)), n ~ N(0, 1).
+
+    `shift` is `training_shift`.
+    """
     return shifted(torch.randn(count, generator=generator, device=device).sigmoid(), shift)
 
 

@@ -1,6 +1,7 @@
-"""The loss of a batch, of fine-tuning and of self-reward, and numbers to log. A new objective is a class with the same methods.
+"""The loss of a batch, of fine-tuning and of self-reward, and numbers to log.
 
-`FineTune` learns from records, `SelfReward` from the model's own drawings and what it makes of them.
+A new objective is a class with the same methods. `FineTune` learns from records, `SelfReward` from the model's own drawings and
+what it makes of them.
 
 A batch's loss is divided by the totals of the whole step, so the result does not depend on the number of devices or of parts of
 the step. All random numbers come from the samples' own seeds.
@@ -78,9 +79,10 @@ class _Noisy(NamedTuple):
 
 
 class FineTune:
-    """The official loss: 2 · flow loss + cross-entropy of the text; without a language model, the flow loss.
+    """The official loss: 2 · flow loss + cross-entropy of the text.
 
-    The target of kept samples is the base model's velocity for its own condition, instead of noise - x.
+    Without a language model that learns, it is the flow loss. The target of kept samples is the base model's velocity for its
+    own condition, instead of noise - x.
     """
 
     names = ("loss", "flow", "text", "kept", *(f"flow {i}" for i in range(BINS)), *(f"count {i}" for i in range(BINS)))
@@ -97,9 +99,9 @@ class FineTune:
         kept_weight: float = 1.0,
         base: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
-        """`dropout` is how often a condition is the null embedding; `timesteps` the noisy latents of each picture.
+        """`dropout` is how often the null embedding replaces a condition.
 
-        Within `base()`, the networks compute as before training.
+        `timesteps` are the noisy latents of each picture. Within `base()`, the networks compute as before training.
         """
         self.kept_weight, self.base = kept_weight, base
         self.config, self.language, self.dit, self.norm_stats = config, language, dit, norm_stats
@@ -159,7 +161,7 @@ class FineTune:
         return conditions.view(-1, self.config.tokens, conditions.shape[-1]), text
 
     def _flow(self, samples: Sequence[Sample], conditions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(flow losses [N], losses of kept pictures [M], times [N]) of all pictures that are drawn, `timesteps` of each."""
+        """(flow losses [N], losses of kept pictures [M], times [N]), `timesteps` of each picture."""
         none = torch.zeros(0, device=self.device)
         if not any(sample.drawn for sample in samples):
             return none, none, none
@@ -206,7 +208,7 @@ class FineTune:
 
 
 class SelfReward:
-    """DiffusionNFT's loss on the model's own drawings: away from those that are worse than their prompt's others, to the better ones.
+    """DiffusionNFT's loss on the model's own drawings: from the worse of a prompt to the better.
 
     At x_t of a drawing x of the policy before (`old`), with target v = noise - x and the two velocities
     v+ = (1 - β) v_old + β v_θ and v- = (1 + β) v_old - β v_θ, the loss is r |v+ - v|² + (1 - r) |v- - v|², where r is the drawing's
@@ -223,7 +225,10 @@ class SelfReward:
     def __init__(
         self, dit: DiT, model: FlatModel, start: Tensor, old: Tensor, beta: float, kl_weight: float, guidance: float
     ) -> None:
-        """`start` and `old` are weights in the layout of `model`; `old` may change in place. `guidance` is what is folded in."""
+        """`start` and `old` are weights in the order of `model`'s buffer; `old` may change in place.
+
+        `guidance` is what is folded in.
+        """
         self.dit, self.model, self.start, self.old = dit, model, start, old
         self.beta, self.kl_weight, self.guidance = beta, kl_weight, guidance
 

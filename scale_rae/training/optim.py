@@ -1,4 +1,6 @@
-"""FlatModel and its optimizer: weights in one buffer, Muon for hidden matrices, AdamW for the rest, moving average.
+"""FlatModel and its optimizer: weights in one buffer, Muon or AdamW, moving average.
+
+Muon moves hidden matrices, AdamW the rest.
 
 No step waits for the host (except with 8-bit AdamW): every number that changes (step count, learning rate) is a tensor on the
 device, so a whole training step can be one CUDA graph. `FlatModel` lays out all parameters in one float32 buffer:
@@ -276,7 +278,10 @@ class FlatModel:
                 self._group.send(piece, index)
 
     def _whole(self, own: Tensor) -> Tensor:
-        """A buffer of all elements from each process's part of it, in the first process, on the CPU if it is shared."""
+        """A buffer of all elements, in the first process, from each process's part of it.
+
+        It is on the CPU if processes share it.
+        """
         if self._group.size == 1:
             return own
         parts = []
@@ -287,7 +292,10 @@ class FlatModel:
         return torch.cat(parts)[: self._filled] if parts else own.new_empty(0)
 
     def tensors(self, averaged: bool = True) -> dict[str, Tensor]:
-        """Each parameter by name, float32: the moving average, or the master weights. In other processes than the first, none."""
+        """Each parameter by name, float32: the moving average, or the master weights.
+
+        Other processes than the first get none.
+        """
         buffer = self._whole(self.ema if averaged else self.master)
         return {slot.name: slot.view(buffer) for slot in self.slots} if self._group.is_first else {}
 
@@ -299,7 +307,7 @@ class FlatModel:
         self.refresh()
 
     def update(self, gradients: Sequence[Tensor]) -> Tensor:
-        """One optimizer step. Returns the gradient norm (before clipping) of AdamW's parameters, [] on the device."""
+        """Takes a step; the gradient norm of AdamW's parameters before clipping, [] on the device."""
         self.collect(gradients)
         norm = self.gradient_norm()
         self.apply(norm)
@@ -307,7 +315,7 @@ class FlatModel:
 
     @torch.no_grad()
     def collect(self, gradients: Sequence[Tensor], add: bool = False) -> None:
-        """Puts the gradients of `parameters`, in their order, into the buffer, or adds them to those that are there."""
+        """Puts gradients into the buffer, in the order of `parameters`, or adds them to those there."""
         for part in (slice(0, self._float32_slots), slice(self._float32_slots, None)):  # one dtype each: few kernels
             targets, values = self._gradients[part], list(gradients[part])
             if targets and add:
@@ -382,7 +390,10 @@ class FlatModel:
             self.refresh()
 
     def state(self) -> dict[str, Tensor]:
-        """Everything that continues a run exactly, but for the random generator; whole in the first process, whoever shares it."""
+        """Everything that continues a run exactly, but for the random generator.
+
+        Where processes share it, the first gets all of it.
+        """
         return {name: self._whole(t) if name in _SHARED else t for name, t in self._state().items()}
 
     def _state(self) -> dict[str, Tensor]:
@@ -406,9 +417,10 @@ def _aligned(offset: int, to: int = ALIGN) -> int:
 
 
 def orthogonalised(matrices: Tensor, dtype: torch.dtype, iterations: int = 5) -> Tensor:
-    """About the nearest orthogonal matrix to each of [n, r, c], singular values within some 0.7 to 1.2; float32.
+    """About the nearest orthogonal matrix to each of [n, r, c], float32.
 
-    Newton-Schulz iteration with Muon's quintic: X <- a X + (b A + c A²) X, A = X X'.
+    Its singular values are within some 0.7 to 1.2. Newton-Schulz iteration with Muon's quintic:
+    X <- a X + (b A + c A²) X, A = X X'.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x: Tensor = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)

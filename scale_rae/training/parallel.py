@@ -41,7 +41,10 @@ class Group:
             torch.distributed.barrier()
 
     def first_then_others(self, function: Callable[[], T]) -> T:
-        """What a function returns, which the first process calls before the others: they find what it has cached."""
+        """What a function returns, which the first process calls before the others.
+
+        So the others find what the first has cached.
+        """
         if self.is_first:
             result = function()
         self.wait()

@@ -1,6 +1,6 @@
-"""The language model in training: a plain causal pass without cache and masks, which can be compiled and captured.
+"""The language model in training: a plain causal pass without cache and masks.
 
-It calls the same submodules in the same order as inference does (tests compare both).
+It can be compiled and captured. It calls the same submodules in the same order as inference does (tests compare both).
 """
 
 from __future__ import annotations

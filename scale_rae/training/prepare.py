@@ -106,7 +106,7 @@ class Prepared:
 
 
 class Caches(NamedTuple):
-    """Where a training keeps what it prepares: latents of pictures, the model's replies, conditions [pictures, L, Z]."""
+    """Where a training keeps latents of pictures, the model's replies, and conditions [pictures, L, Z]."""
 
     latents: TensorCache
     replies: TensorCache
@@ -193,7 +193,9 @@ def _that_draw(records: list[Record], options: TrainingOptions, notes: list[str]
 def _that_fit(
     of_data: Sequence[T], of_prompts: Sequence[T], problem: Callable[[T], str | None]
 ) -> tuple[list[T], list[str]]:
-    """The records of the data that the model can read, and the problem of each other one, of which `problem` is a function.
+    """(records of the data that the model can read, what is wrong with each other one).
+
+    `problem` says what is wrong with a record, and None for one that the model can read.
 
     Raises:
         InputError: for a prompt that the model cannot read.
@@ -220,7 +222,9 @@ def _prepared(
 def _kept(
     of_classes: Sequence[_Worded], options: TrainingOptions, model: Model, notes: list[str]
 ) -> tuple[list[PreparedRecord], list[int]]:
-    """(records of the --class-prompts that the model draws, noise seeds of their drawings), with a note on others.
+    """(records of the --class-prompts that the model draws, noise seeds of their drawings).
+
+    A note says which prompts it does not draw.
 
     Raises:
         InputError: when the model draws none of them.
@@ -259,9 +263,10 @@ def drawable(
     language: Callable[[], LanguageModel],
     report: Report,
 ) -> tuple[list[Drawable], list[str]]:
-    """(prompts of a file that the model draws by itself, notes for the user), once the conditions are cached.
+    """(prompts of a file that the model draws by itself, notes for the user).
 
-    With --reply, these are all prompts: the model draws after that reply.
+    The conditions of these prompts are in the cache then. With --reply, these are all prompts: the model draws after that
+    reply.
 
     Raises:
         InputError: naming the file, when the model draws none of them.
@@ -495,7 +500,10 @@ def _encode(
     report: Report,
     notes: list[str],
 ) -> dict[PictureFile, str]:
-    """The keys of all pictures' latents, once all latents are there; adds a note on pictures that were stretched."""
+    """The keys of all pictures' latents, once all latents are there.
+
+    A note says how many pictures were stretched.
+    """
     from scale_rae.provenance import file_record
 
     source = find(model.config.encoder_name, "encoder", model.source.folder)

@@ -1,4 +1,4 @@
-"""What a model and rewards make of its drawings in training: log-odds of yes, rewards, and how good a drawing is among others.
+"""What a model and rewards make of its drawings in training: log-odds of yes, rewards, standings.
 
 The model reads a latent and is asked whether it aligns with the prompt, as in `scores`. The log-odds of yes against no as the first
 word of its answer say more than the answer: they tell drawings apart to which it says yes alike (VQAScore, Lin et al. 2024,
@@ -64,7 +64,10 @@ def _question(tokenizer: ChatTokenizer, prompt: str) -> TokenSequence:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of N drawings: log-odds of the model's yes, in nats, and rewards; each [N] float32, None where there is none."""
+    """The scores of N drawings, each [N] float32.
+
+    `reading` are log-odds of the model's yes, in nats; `reward` is None where there is none.
+    """
 
     reading: Tensor
     reward: Tensor | None
@@ -93,7 +96,10 @@ class Scorer:
         return Scores(reading, rewards_of(self.model, self.reward, latents, prompts))
 
     def standings(self, scores: Scores, each: int) -> Tensor:
-        """How far each drawing [N] is above its prompt's `each` drawings, in standard deviations, in the mean of what is weighted."""
+        """How far each drawing [N] is above its prompt's `each` drawings, in standard deviations.
+
+        Where reading and reward both count, it is their weighted mean.
+        """
         options = self.options
         reading = scores.reading.clamp(-READING_LIMIT, READING_LIMIT)
         parts = [(options.reading_weight, reading, READING_SPREAD)]
@@ -105,13 +111,19 @@ class Scorer:
         return total / sum(weight for weight, _, _ in parts)
 
     def accepted(self, scores: Scores, standings: Tensor) -> Tensor:
-        """Whether each drawing [N] is accepted, by the rule of adaptive search: the model says yes, and it is not much below others."""
+        """Whether each drawing [N] is accepted, by the rule of adaptive search.
+
+        The model says yes, and the drawing is not far below its prompt's others.
+        """
         near = standings >= ACCEPT_FROM
         return near & scores.yes if self.options.reading_weight else near
 
 
 def _standardised(values: Tensor, least: float) -> Tensor:
-    """Values [P, K] minus their rows' means, over their rows' standard deviations, which count as at least `least`."""
+    """Values [P, K] minus their rows' means, over their rows' standard deviations.
+
+    A standard deviation counts as at least `least`.
+    """
     spread = values.std(dim=1, keepdim=True, correction=0).clamp(min=max(least, 1e-6))
     return (values - values.mean(dim=1, keepdim=True)) / spread
 
@@ -135,7 +147,7 @@ def rewards_of(model: ScaleRAE, reward: Reward | None, latents: Tensor, prompts:
 
 
 def spoilt(latents: Tensor, prompts: Sequence[str]) -> Tensor | None:
-    """Latents [N, L, C] whose second half of tokens is another prompt's: drawings that no prompt is true of.
+    """Latents [N, L, C] whose second half of tokens is another prompt's: no prompt is true of them.
 
     None if all prompts are the same: halves of two drawings of one prompt may well show it.
     """

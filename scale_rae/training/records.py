@@ -74,9 +74,10 @@ class PictureFile:
 
 @dataclass(frozen=True)
 class Record:
-    """One conversation with its pictures, in the order of the PICTUREs in its messages. `where` names file and line.
+    """One conversation with its pictures, in the order of the PICTUREs in its messages.
 
-    With `own_reply`, the assistant's words before the picture are not given: they are what the model says there.
+    `where` names file and line. With `own_reply`, the assistant's words before the picture are not given: they are what the
+    model says there.
     """
 
     where: str
@@ -115,10 +116,10 @@ def read_data(
     without: Path | None = None,
     report: Report = no_report,
 ) -> Data:
-    """All records of the files and folders, in order. Every picture is decoded once, to see whether it can be.
+    """All records of the files and folders, in order.
 
-    `without` is a folder whose files are no data, where it lies within a folder of data. Progress is reported where there are
-    many records.
+    Every picture is decoded once, to see whether it can be. `without` is a folder whose files are no data, where it lies within
+    a folder of data. Progress is reported where there are many records.
 
     Raises:
         InputError: for a path that holds no training data, or cannot be read.
@@ -179,7 +180,7 @@ class _Reader:
     # --- folders ---------------------------------------------------------------------------------------------------
 
     def _folder(self, folder: Path) -> Iterator[Record | str]:
-        """The records of a folder: of its metadata.jsonl or metadata.csv, else of its tars and of pictures with a .txt beside them."""
+        """The records of a folder with a list (one of LISTS), with tars, or with a .txt beside each picture."""
         if lists := [folder / name for name in LISTS if (folder / name).is_file()]:
             yield from self.read(lists[0])
             return

@@ -211,7 +211,10 @@ def _identity(record: Mapping[str, Any]) -> Any:
 
 
 def _fine_tuning(options: TrainingOptions, data: list[Record], model: Model, group: Group, watcher: Watcher) -> Run:
-    """The run of a training on records. The language model is not loaded if it is frozen: the cache has what it says."""
+    """The run of a training on records.
+
+    The language model is not loaded if it is frozen: the cache has its replies and conditions.
+    """
     prepared = group.first_then_others(lambda: prepare(data, options, model, watcher.report))
     for note in prepared.notes:
         watcher.note(note)
@@ -252,7 +255,10 @@ def _fine_tuning(options: TrainingOptions, data: list[Record], model: Model, gro
 def _validation(
     learner: Learner, model: Model, norm_stats: NormStats | None, prepared: Prepared, group: Group
 ) -> Callable[[int], None]:
-    """A function that draws the validation prompts at a step; all processes call it, as they may share weights."""
+    """A function that draws the validation prompts at a step.
+
+    All processes must call it, since they may share the weights.
+    """
     language = learner.language
     sheet = Validation(learner.options, model, learner.dit, norm_stats, learner.options.out) if group.is_first else None
 

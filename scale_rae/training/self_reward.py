@@ -1,4 +1,4 @@
-"""Training on the model's own drawings: it draws, reads what it drew, and learns to draw what it finds better.
+"""Training on the model's own drawings: it draws, reads, and learns to draw what it finds better.
 
 A round draws several images of each of some prompts with the weights before (`old`), scores them, and takes some steps on them
 (`objective.SelfReward`). Then `old` moves towards the weights that were learnt. Drawings need no guidance, and any solver draws
@@ -86,7 +86,7 @@ def _make(options: TrainingOptions, lines: Sequence[PromptRecord], model: Model,
 
 @dataclass(frozen=True)
 class _Prompts:
-    """The prompts that the model draws, of those that are learnt from, that verify, and that the contact sheet shows."""
+    """The prompts that the model draws: to learn from, to verify, and for the contact sheet."""
 
     learnt: list[Drawable]
     verified: list[Drawable]
@@ -132,7 +132,9 @@ def _prompts(
 
 
 def _validation(rounds: Rounds, prompts: _Prompts, watcher: Watcher) -> Callable[[int], None]:
-    """A function that validates a step: it writes a contact sheet, if prompts are given, and a line of the log.
+    """A function that validates a step.
+
+    It writes a contact sheet, if prompts are given for one, and a line of the validation's log.
 
     Raises:
         InputError: when the model does not draw all prompts of the sheet. ConfigError, CheckpointError, HubError: for a reward
@@ -172,7 +174,10 @@ def _unguarded(own: SelfRewardOptions, verified: Sequence[Drawable]) -> list[str
 
 @dataclass(frozen=True)
 class _Round:
-    """The drawings of a round. `rows` [N] are their prompts' places in `prompts` and `conditions`, `pool` those that are learnt from."""
+    """The drawings of a round.
+
+    `rows` [N] are the places of their prompts in `prompts` and `conditions`; `pool` are the drawings that are learnt from.
+    """
 
     prompts: list[Drawable]
     conditions: Tensor  # [P, L, Z]
@@ -249,7 +254,10 @@ class Rounds:
     # --- rounds --------------------------------------------------------------------------------------------------------
 
     def _move_old(self, round_: int) -> None:
-        """Moves the weights that draw, after a round. They start from the folded-in guidance once it is learnt."""
+        """Moves the weights that draw, after a round.
+
+        They start from the weights with guidance folded in, once these are learnt.
+        """
         flat = self.learner.flat
         if round_ == self._folding:
             self.old.copy_(flat.ema)
@@ -290,7 +298,7 @@ class Rounds:
     def _drawn_together(
         self, prompts: Sequence[Drawable], conditions: Tensor, rows: Tensor, seeds: Sequence[int], folds: bool
     ) -> tuple[Tensor, Scores]:
-        """Latents [N, L, C] of a round and their scores; each process draws its share of the prompts, whole ones."""
+        """Latents [N, L, C] of a round and their scores; each process draws its share of whole prompts."""
         own, group = self.options.self_reward, self._group
         start, stop = (
             index * len(prompts) // group.size * own.images_per_prompt for index in (group.index, group.index + 1)
@@ -321,7 +329,10 @@ class Rounds:
         return self.in_batches(draw, conditions, torch.tensor(seeds))
 
     def in_batches(self, function: Callable[..., Tensor], *values: Tensor) -> Tensor:
-        """What a function makes of values [N, …], in batches of one size: on CUDA, each size would be compiled."""
+        """What a function makes of values [N, …], in batches of one size.
+
+        On CUDA, each size would be compiled.
+        """
         size, count = self.options.self_reward.draw_batch_size or self.options.train_batch_size, len(values[0])
         lacking = -count % size if self.model.device.type == "cuda" else 0
         filled = [torch.cat([v, v[:1].expand(lacking, *v.shape[1:])]) for v in values]
@@ -350,7 +361,10 @@ class Rounds:
         return (values + size * values.std(dim=0).mean() * noise.to(values.device)).to(conditions.dtype)
 
     def _batch(self, drawn: _Round, number: int) -> Scored:
-        """This process's drawings in a part of a step; what is random does not depend on the number of processes."""
+        """This process's drawings in a part of a step.
+
+        What is random does not depend on the number of processes.
+        """
         options, device = self.options, self.model.device
         step, part = number // self._parts + 1, number % self._parts
         first = (part * self._group.size + self._group.index) * options.train_batch_size
@@ -378,7 +392,10 @@ class Rounds:
 
 
 def _seeds(seed: int, numbers: Sequence[int], round_: int, each: int) -> list[int]:
-    """The noise seeds of a round's drawings, `each` of each prompt; a prompt that is there again gets others."""
+    """The noise seeds of a round's drawings, `each` per prompt.
+
+    A prompt that is in the round again gets other seeds.
+    """
     found, seen = [], Counter[int]()
     for number in numbers:
         found += [image_seed(image_seed(seed, number, (round_ + 1) * each + j), seen[number]) for j in range(each)]

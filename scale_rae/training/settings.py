@@ -97,7 +97,7 @@ VERDICTS = "Learning from its own verdicts"
 
 @dataclass(frozen=True, kw_only=True)
 class SelfRewardOptions:
-    """Options of `--objective self-reward`: what is drawn, how it is scored, and how the scores are learnt from."""
+    """Options of `--objective self-reward`: what is drawn, how it is scored and learnt from."""
 
     prompts: Annotated[
         Path | None, Knob("A .txt or .jsonl file of the prompts that are drawn and scored.", VERDICTS, metavar="FILE")
@@ -463,7 +463,10 @@ class TrainingOptions:
         return self.train != "dit"
 
     def steps(self, records: int, processes: int) -> int:
-        """The number of steps, given the records of the data, which are half of a batch beside --class-prompts."""
+        """The number of steps, given the records of the data.
+
+        Beside --class-prompts, these records are half of a batch.
+        """
         if self.num_train_epochs is None:
             return STEPS if self.max_train_steps is None else self.max_train_steps
         batch = self.train_batch_size * self.gradient_accumulation_steps * processes

@@ -54,9 +54,10 @@ _EXCHANGED_AT_ONCE = 256
 
 
 def prompts_of(options: DistillOptions) -> list[str]:
-    """The requests to draw: those of --prompts, or of the bundled model's world without what is held out there.
+    """The requests to draw: those of --prompts, or of the bundled model's world.
 
-    Those that repeat are drawn more often; in the bundled model's world, so each kind of prompt is drawn equally often.
+    What is held out there is left out. Those that repeat are drawn more often; in the bundled model's world, so each kind of
+    prompt is drawn equally often.
 
     Raises:
         InputError: when there are none. PromptFileError: naming file and line, for one that cannot be used.
@@ -112,9 +113,9 @@ def distill(options: DistillOptions, source: Source, requests: Sequence[str], wa
 def conditions_of(
     requests: Sequence[str], options: DistillOptions, model: Model, report: Report
 ) -> tuple[Conditions, list[str]]:
-    """(conditions on the device, notes for the user): those of the requests that the model draws, and exchanged ones.
+    """(conditions on the device, notes for the user).
 
-    The former are cached on disk.
+    The conditions are those of the requests that the model draws, and exchanged ones. The former are cached on disk.
 
     Raises:
         InputError: when the model draws none of them; naming the prompt, for one that is too long.
@@ -159,9 +160,9 @@ def conditions_of(
 
 
 def exchanged_conditions(lines: Sequence[str], values: Tensor, numbers: Tensor, count: int, seed: int) -> Tensor:
-    """At most `count` conditions [X, L, Z] of new texts (`exchanges`), from the conditions `values[numbers]` of given texts.
+    """At most `count` conditions [X, L, Z] of new texts (`exchanges`).
 
-    Each is the mean of two estimates, which must agree.
+    They are made of the conditions `values[numbers]` of given texts. Each is the mean of two estimates, which must agree.
     """
     found: list[Tensor] = [values[:0]]
     pairs = exchanges(lines, seed)

@@ -65,7 +65,10 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is. `left` are seconds; `pace` are pictures per second, or what else `unit` names."""
+    """How far a training is.
+
+    `left` are seconds; `pace` are pictures per second, or what else `unit` names.
+    """
 
     step: int
     steps: int
@@ -76,7 +79,10 @@ class Progress:
 
 
 class Pace:
-    """Seconds per step, and pictures per second or what else is counted, as last measured; NaN before that."""
+    """Seconds per step, and pictures per second or what else is counted, as last measured.
+
+    They are NaN before the first measurement.
+    """
 
     def __init__(self) -> None:
         self.seconds_per_step = self.per_second = math.nan
@@ -178,7 +184,10 @@ class Trainer(Generic[B]):
         return self.done % every == 0 or self.done == self.plan.steps
 
     def save(self, trim: bool = True) -> None:
-        """Writes the checkpoint of the steps that are done. With `trim`, removes old ones of which there are too many."""
+        """Writes the checkpoint of the steps that are done.
+
+        With `trim`, removes old ones of which there are too many.
+        """
         logged = torch.tensor([self._logged, *self._sums], dtype=torch.float64)
         state = {**self.model.state(), **self.batches.state(), _LOGGED: logged}  # in all processes, which may share it
         if self.group.is_first:
@@ -218,7 +227,10 @@ class Trainer(Generic[B]):
         return values, self.model.gradient_norm()
 
     def _stop(self, batch: list[B], numbers: list[float], norm: float) -> NoReturn:
-        """Raises the TrainingError of a step that is not finite, once the weights before it are in a checkpoint."""
+        """Raises the TrainingError of a step that is not finite.
+
+        The weights before it are in a checkpoint then.
+        """
         kept = "nothing was learnt yet"
         if self.done and self._is_finite():
             self.save(trim=False)
