@@ -113,6 +113,40 @@ class Ranks:
             return work(job.store, job.settings, assignment, hear, self.bars)
 
 
+class _Watch:
+    """What was drawn of prompts, by names and times of the files in the folder that processes share."""
+
+    def __init__(
+        self, store: Store, prompts: Sequence[PromptRecord], failed_before: Mapping[int, int], listen: Listener
+    ) -> None:
+        self._store, self._failed_before, self._listen = store, failed_before, listen
+        self._states = {p.index: store.prompt_state(p.index) for p in prompts}
+        self._begun = {index: state.record for index, state in self._states.items()}
+        self._waiting = {p.index: p for p in prompts}
+
+    def look(self) -> None:
+        """Reports what is new since the last look."""
+        for index, prompt in list(self._waiting.items()):
+            before, now = self._states[index], self._store.prompt_state(index)
+            self._states[index] = now
+            count = sum(b[1] for name, b in now.batches.items() if before.batches.get(name) != b)
+            if count:
+                self._listen(ImagesDrawn(count))
+            failure = self._store.failure(index)
+            if now.record is not None and now.record != self._begun[index]:
+                del self._waiting[index]
+                answers = self._store.answers(index)
+                self._listen(PromptFinished(index, prompt.prompt, len(answers), answers.count("yes")))
+            elif failure is not None and failure[0] != self._failed_before.get(index):
+                del self._waiting[index]
+                self._listen(PromptFailed(index, failure[1]))
+
+    def keep_looking(self, done: threading.Event) -> None:
+        """Looks every LOOK seconds until the event is set."""
+        while not done.wait(LOOK):
+            self.look()
+
+
 @contextlib.contextmanager
 def watched(
     store: Store, prompts: Sequence[PromptRecord], failed_before: Mapping[int, int], listen: Listener
@@ -121,36 +155,12 @@ def watched(
 
     It looks at the files that appear in the folder they share.
     """
-    states = {p.index: store.prompt_state(p.index) for p in prompts}
-    begun = {index: state.record for index, state in states.items()}
-    waiting = {p.index: p for p in prompts}
-    done = threading.Event()
-
-    def look() -> None:
-        for index, prompt in list(waiting.items()):
-            before, now = states[index], store.prompt_state(index)
-            states[index] = now
-            count = sum(b[1] for name, b in now.batches.items() if before.batches.get(name) != b)
-            if count:
-                listen(ImagesDrawn(count))
-            failure = store.failure(index)
-            if now.record is not None and now.record != begun[index]:
-                del waiting[index]
-                answers = store.answers(index)
-                listen(PromptFinished(index, prompt.prompt, len(answers), answers.count("yes")))
-            elif failure is not None and failure[0] != failed_before.get(index):
-                del waiting[index]
-                listen(PromptFailed(index, failure[1]))
-
-    def keep_looking() -> None:
-        while not done.wait(LOOK):
-            look()
-
-    thread = threading.Thread(target=keep_looking, daemon=True)
+    watch, done = _Watch(store, prompts, failed_before, listen), threading.Event()
+    thread = threading.Thread(target=watch.keep_looking, args=(done,), daemon=True)
     thread.start()
     try:
         yield
     finally:
         done.set()
         thread.join()
-        look()
+        watch.look()

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
@@ -36,6 +37,8 @@ from scale_rae.scaling.settings import Settings
 from scale_rae.scaling.store import Store
 
 if TYPE_CHECKING:
+    import torch
+
     from scale_rae.encoder import Encoder
     from scale_rae.hub import Source
     from scale_rae.memory import MemoryErrors
@@ -314,9 +317,9 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
         images = sum(len(prompt.files) for prompt in complete)
         summary = ScoringSummary(folder, identity, len(complete), images, incomplete=incomplete)
         listen(Planned(len(todo), len(done), max(len(prompt.files) for prompt in complete), 1))
-        with _scorer(reward, host, options.batch_size) as run:
+        with _threads(host.device) as pool:
             for prompt in todo:
-                scores.write(prompt, run(prompt, listen))
+                scores.write(prompt, _rewards(prompt, reward, pool, options.batch_size, listen))
                 count = len(prompt.files)
                 summary.scored += count
                 listen(PromptFinished(prompt.index, prompt.text, count, prompt.yes, count))
@@ -436,43 +439,49 @@ class _Scores:
 
 
 @contextlib.contextmanager
-def _scorer(
-    reward: Reward, host: EncoderOnly, batch_size: int | None
-) -> Iterator[Callable[[_Images, Listener], list[float]]]:
-    """For a `with`: a function that scores a prompt's images, in the batches that drawing scores them in."""
+def _threads(device: torch.device) -> Iterator[ThreadPoolExecutor | None]:
+    """For a `with`: the threads that score one image each, on a CPU; None on other devices."""
+    if not worker.draws_on_threads(device):
+        yield None
+        return
+    import torch
+
+    from scale_rae.cpu import one_thread
+
+    with (
+        one_thread() as threads,
+        ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
+        yield pool
+
+
+def _rewards(
+    images: _Images, reward: Reward, pool: ThreadPoolExecutor | None, batch_size: int | None, listen: Listener
+) -> list[float]:
+    """The rewards of a prompt's images, in the batches that drawing scores them in.
+
+    Raises:
+        InputError: when a reward is not finite.
+    """
+    parts = []
+    for batch in images.batches:
+        size = batch_size or (len(batch) if pool is None else 1)
+        parts += [batch[i : i + size] for i in range(0, len(batch), size)]
+    rewards: list[float] = []
+    for found in (map if pool is None else pool.map)(partial(_rewards_of, reward, images.text), parts):
+        rewards += found
+        listen(ImagesDrawn(len(found)))
+    return rewards
+
+
+def _rewards_of(reward: Reward, text: str, paths: Sequence[Path]) -> list[float]:
+    """The rewards of some images, scored together."""
     from scale_rae.images import load_image
     from scale_rae.rewards import scores_of
 
-    def some(paths: Sequence[Path], text: str) -> list[float]:
-        rewards = scores_of(reward, [load_image(path) for path in paths], text)
-        check_finite([], rewards)
-        return rewards
-
-    on_threads = worker.draws_on_threads(host.device)
-    with contextlib.ExitStack() as stack:
-        pool = None
-        if on_threads:
-            import torch
-
-            from scale_rae.cpu import one_thread
-
-            threads = stack.enter_context(one_thread())
-            pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-            stack.enter_context(pool)
-
-        def run(images: _Images, listen: Listener) -> list[float]:
-            parts = []
-            for batch in images.batches:
-                size = batch_size or (1 if on_threads else len(batch))
-                parts += [batch[i : i + size] for i in range(0, len(batch), size)]
-            rewards: list[float] = []
-            each = map if pool is None else pool.map
-            for found in each(lambda paths: some(paths, images.text), parts):
-                rewards += found
-                listen(ImagesDrawn(len(found)))
-            return rewards
-
-        yield run
+    rewards = scores_of(reward, [load_image(path) for path in paths], text)
+    check_finite([], rewards)
+    return rewards
 
 
 def _prompt_of(metadata: dict[str, Any], index: int) -> PromptRecord:

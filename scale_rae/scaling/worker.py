@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from scale_rae.clock import StageClock
 from scale_rae.config import ScaleRAEConfig, load_config
 from scale_rae.errors import InputError, OutputError, ScaleRAEError, counted
-from scale_rae.options import memory_bytes
+from scale_rae.options import ModelChoice, memory_bytes
 from scale_rae.outputs import latent_bytes, png_bytes
 from scale_rae.promptfile import PromptRecord
 from scale_rae.scaling.batches import BatchMaker, Replied, Turn
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from scale_rae.opening import LoadingBar
+    from scale_rae.hub import Source
+    from scale_rae.opening import LoadingBar, OpenedModel
 
 MOST_PER_THREAD = 4  # images that a thread of a CPU draws together; more are hardly faster
 WAIT = 0.5  # seconds between looks at prompts that other workers are drawing
@@ -89,7 +90,7 @@ def open_worker(
         ScaleRAEError: when model or reward cannot be loaded, or are not the experiment's.
     """
     from scale_rae.noise import check_noise
-    from scale_rae.opening import OpenedModel, find_model
+    from scale_rae.opening import find_model
 
     store.make_folders()
     store.log(assignment.worker, f"process {os.getpid()}, device {assignment.device or 'default'}")
@@ -110,22 +111,8 @@ def open_worker(
         source = find_model(choice)
         recorded = store.read_experiment()
         settings = _with_the_models_own(settings.resumed(recorded), load_config(source.config_folder))
-        opened = OpenedModel(
-            choice,
-            bars,
-            source=source,
-            decoder=True,
-            encoder=settings.post_qa_mode == "image",
-            debug=assignment.debug,
-            split_batches=False,  # the worker itself knows which images belong together
-        )
+        opened = _open_model(choice, source, settings, assignment, bars)
         model = opened.model
-        model.check_reads()
-        _ = model.encoder  # its files are recorded; its weights are not loaded where no picture is read
-        if model.device.type == "cuda" and model.device.index is not None:
-            import torch
-
-            torch.cuda.set_device(model.device)  # otherwise libraries take memory of cuda:0
         settings = with_reward(settings, model, say)
         reward = None
         if settings.reward is not None:
@@ -145,6 +132,31 @@ def open_worker(
     worker.log(f"loaded in {clock.seconds()['loading']:.1f} s; batches of {batch_size}")
     listen(WorkerLoaded(assignment.worker, str(model.device)))
     return worker
+
+
+def _open_model(
+    choice: ModelChoice, source: Source, settings: Settings, assignment: Assignment, bars: LoadingBar | None
+) -> OpenedModel:
+    """The model, loaded with all that drawing and judging need; its GPU is torch's current one."""
+    from scale_rae.opening import OpenedModel
+
+    opened = OpenedModel(
+        choice,
+        bars,
+        source=source,
+        decoder=True,
+        encoder=settings.post_qa_mode == "image",
+        debug=assignment.debug,
+        split_batches=False,  # the worker itself knows which images belong together
+    )
+    model = opened.model
+    model.check_reads()
+    _ = model.encoder  # its files are recorded; its weights are not loaded where no picture is read
+    if model.device.type == "cuda" and model.device.index is not None:
+        import torch
+
+        torch.cuda.set_device(model.device)  # otherwise libraries take memory of cuda:0
+    return opened
 
 
 def _with_the_models_own(settings: Settings, config: ScaleRAEConfig) -> Settings:

@@ -10,6 +10,7 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
@@ -238,17 +239,7 @@ class Distillation:
             teacher, _ = load_dit(model.source, model.config, model.place, model.adapters)
             compile_blocks(teacher, self.options.training(), model.device)
             return lambda given: guided_velocity(teacher, given, guidance)
-
-        def velocity_of(given: Tensor) -> flow.Velocity:
-            guided = guided_velocity(dit, given, guidance)
-
-            def velocity(x: Tensor, t: float) -> Tensor:
-                with self.learner.without_lora():
-                    return guided(x, t)
-
-            return velocity
-
-        return velocity_of
+        return lambda given: _within(self.learner.without_lora, guided_velocity(dit, given, guidance))
 
     def write(self, folder: Path) -> None:
         """Writes the student so far: config.json and the moving average of its weights."""
@@ -268,3 +259,13 @@ class Distillation:
             with replacing(folder / "config.json") as fresh:
                 fresh.write_text(config, encoding="utf-8")
             write_record(folder, self.options.decisive(), source.address, self.distiller.done)
+
+
+def _within(context: Callable[[], AbstractContextManager[None]], velocity: flow.Velocity) -> flow.Velocity:
+    """The velocity, each evaluation of which is in a context of its own."""
+
+    def evaluated(x: Tensor, t: float) -> Tensor:
+        with context():
+            return velocity(x, t)
+
+    return evaluated
