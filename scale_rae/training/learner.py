@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 
 import torch
@@ -64,11 +65,10 @@ class Learner:
         if not is_quantized(dit):
             pad_swiglu(dit, PAD_TO)
         self.layers: list[LoraLinear] = []
-        learning = self._choose_parameters()
+        networks: dict[str, nn.Module] = {} if language is None else {"": language}
+        networks[DIT_PREFIX] = dit
+        learning = self._choose_parameters(networks)
         self._wrap_blocks()
-        networks: dict[str, nn.Module] = {DIT_PREFIX: dit}
-        if language is not None:
-            networks = {"": language, **networks}
         self.flat = FlatModel(
             networks,
             device,
@@ -86,23 +86,26 @@ class Learner:
         """A context in which the networks compute as before training."""
         return switched_off(self.layers)
 
-    def _choose_parameters(self) -> set[str]:
+    def _choose_parameters(self, networks: Mapping[str, nn.Module]) -> set[str]:
         """The names of the parameters that learn, which are made where there is a LoRA."""
         options = self.options
-        language = self.language if options.trains_language else None
-        dit = self.dit if options.trains_dit else None
         if options.full:
-            names = {DIT_PREFIX + name for name, _ in dit.named_parameters()} if dit is not None else set()
-            names |= {name for name, _ in language.named_parameters()} if language is not None else set()
+            learns = {"": options.trains_language, DIT_PREFIX: options.trains_dit}
+            names = {
+                prefix + name
+                for prefix, network in networks.items()
+                if learns[prefix]
+                for name, _ in network.named_parameters()
+            }
         else:
+            language = self.language if options.trains_language else None
+            dit = self.dit if options.trains_dit else None
             layers = add_to_networks(language, dit, options.rank, self.alpha, options.seed)
             self.layers = list(layers.values())
             names = {f"{name}.{part}.weight" for name in layers for part in ("lora_A", "lora_B")}
-        for network in (self.language, self.dit):
-            if network is not None:
-                pass_gradients(network)
-        for prefix, network in (("", self.language), (DIT_PREFIX, self.dit)):
-            for name, parameter in network.named_parameters() if network is not None else ():
+        for prefix, network in networks.items():
+            pass_gradients(network)
+            for name, parameter in network.named_parameters():
                 parameter.requires_grad_(prefix + name in names)
         return names
 

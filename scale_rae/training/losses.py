@@ -53,8 +53,9 @@ def normalised(latents: Tensor, norm_stats: NormStats | None) -> Tensor:
     if norm_stats is not None:
         mean, std = norm_stats
         latents = (latents - mean) / std
-    side = math.isqrt(latents.shape[1])
-    return latents.transpose(1, 2).reshape(len(latents), -1, side, side)
+    count, tokens, channels = latents.shape
+    side = math.isqrt(tokens)
+    return latents.transpose(1, 2).reshape(count, channels, side, side)
 
 
 def between(x: Tensor, t: Tensor, noise: Tensor) -> Tensor:
