@@ -162,15 +162,9 @@ class FlatModel:
         if self._group.size > 1 and (options.kind != "adamw" or options.weight_decay):
             raise ValueError("only the state of AdamW without weight decay can be shared")
         self._schedule = schedule or trapezoid(options)
-        named: dict[str, nn.Parameter] = {}
-        seen: set[int] = set()
-        for prefix, module in modules.items():
+        for module in modules.values():
             module.to(device)
-            for name, parameter in module.named_parameters():
-                if id(parameter) not in seen and trains(prefix + name):
-                    seen.add(id(parameter))
-                    named[prefix + name] = parameter
-        self._lay_out(named, keep_float32)
+        self._lay_out(_named(modules, trains), keep_float32)
 
         self.gradient = torch.zeros(self.size, device=device)
         self.compute = torch.zeros(self.float32_start, device=device, dtype=dtype) if dtype != torch.float32 else None
@@ -410,6 +404,18 @@ class FlatModel:
             else:
                 tensor.copy_(state[name])
         self.refresh()
+
+
+def _named(modules: Mapping[str, nn.Module], trains: Callable[[str], bool]) -> dict[str, nn.Parameter]:
+    """The parameters that `trains` allows, by name; one that appears twice (tied) has its first name."""
+    named: dict[str, nn.Parameter] = {}
+    seen: set[int] = set()
+    for prefix, module in modules.items():
+        for name, parameter in module.named_parameters():
+            if id(parameter) not in seen and trains(prefix + name):
+                seen.add(id(parameter))
+                named[prefix + name] = parameter
+    return named
 
 
 def _aligned(offset: int, to: int = ALIGN) -> int:
