@@ -46,6 +46,7 @@ from scale_rae.training.validation import FOLDER, Validation
 VERIFIED = 64  # prompts that a validation draws, where no file is chosen
 LEAST_STANDING = 0.1  # of a prompt's best or worst drawing, for its drawings to be learnt from
 TRUSTED = 0.5  # share of spoilt drawings that a reading may say yes to
+CHANCE = 0.1  # by how much the share of yes of a validation may fall by chance
 
 
 def train_on_verdicts(
@@ -488,5 +489,10 @@ def warnings(line: Mapping[str, Any], first: Mapping[str, Any], doubt: float) ->
         found.append(
             f"the model likes its drawings better ({first['reading']:g} to {line['reading']:g}), the verifier less "
             f"({first['verifier']:g} to {line['verifier']:g}): it may learn to please itself; stop, or raise --kl-weight"
+        )
+    if line["yes"] < min(first["yes"] / 2, first["yes"] - CHANCE):
+        found.append(
+            f"the model says yes to {line['yes']:.0%} of its drawings, before training to {first['yes']:.0%}: the training comes "
+            "apart; begin again with fewer steps, a lower --learning-rate or a higher --kl-weight"
         )
     return found

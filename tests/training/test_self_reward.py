@@ -348,12 +348,22 @@ def test_the_kl_weight_counts_the_distance_to_the_start(models: dict[str, ScaleR
 
 
 def test_a_verifier_that_disagrees_warns() -> None:
-    first = {"step": 0, "reading": 1.0, "verifier": 3.0, "yes_to_spoilt": 0.2}
+    first = {"step": 0, "yes": 0.9, "reading": 1.0, "verifier": 3.0, "yes_to_spoilt": 0.2}
     assert warnings(first, first, 0.5) == []
     assert "says yes to 90% of spoilt drawings" in warnings(first | {"yes_to_spoilt": 0.9}, first, 0.5)[0]
     later = first | {"step": 9, "reading": 2.0}
     assert warnings(later | {"verifier": 2.6}, first, 0.5) == []
     assert "may learn to please itself" in warnings(later | {"verifier": 2.4}, first, 0.5)[0]
+
+
+def test_a_training_that_comes_apart_warns() -> None:
+    first = {"step": 0, "yes": 0.9, "reading": 5.0}
+    assert warnings(first | {"step": 9, "yes": 0.5}, first, 0.0) == []
+    assert (
+        "yes to 40% of its drawings, before training to 90%" in warnings(first | {"step": 9, "yes": 0.4}, first, 0.0)[0]
+    )
+    few = first | {"yes": 0.12}
+    assert warnings(few | {"step": 9, "yes": 0.03}, few, 0.0) == []  # may be chance
 
 
 @pytest.mark.parametrize(
