@@ -361,7 +361,7 @@ def test_kept_images_of_a_search_stand_first_and_can_be_drawn_again(
 
 
 def test_a_search_that_accepts_too_few_says_so(shared: SharedModel) -> None:
-    hard = "four green rings above three pink crosses"
+    hard = "a photo of two stars and two hearts"
     _, done = run(shared.search(hard, Sampling(options=SamplingOptions(steps=4)), 2, 3, None))
     accepted = sum(card.fate == ACCEPTED for card in done.cards)
     assert accepted < 2
