@@ -313,8 +313,6 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
         complete = [*done, *todo]
         if not complete:
             scores.clear()
-            if target.reward is not None:  # the run before was killed while it cleared
-                raise _scored_already(folder, target.reward)
             raise InputError(f"{folder}: no prompt is complete; {_first(incomplete)}")
         images = sum(len(prompt.files) for prompt in complete)
         summary = ScoringSummary(folder, identity, len(complete), images, incomplete=incomplete)
@@ -339,20 +337,15 @@ def score_experiment(folder: Path, options: ScoreOptions, listen: Listener = lam
 def _check_begun(target: _Target, begun: dict[str, Any] | None, options: ScoreOptions, folder: Path) -> None:
     """Raises InputError where there are scores, or a stopped run was adding another reward's."""
     if target.reward is not None and begun is None:
-        raise _scored_already(folder, target.reward)
+        raise InputError(
+            f"{folder}: has the scores of {target.reward} already, which stay as they are; rank by them with "
+            "`scale-rae select DIR --metric image_reward`"
+        )
     if begun is not None and begun.get("name") != options.reward:
         raise InputError(
             f"{folder}: a run that was stopped is adding the reward {begun.get('name')}; let it finish with --reward "
             f"{begun.get('name')}"
         )
-
-
-def _scored_already(folder: Path, reward: str) -> InputError:
-    """The error for an experiment that has a reward's scores."""
-    return InputError(
-        f"{folder}: has the scores of {reward} already, which stay as they are; rank by them with "
-        "`scale-rae select DIR --metric image_reward`"
-    )
 
 
 def _looked(target: _Target, scores: _Scores) -> tuple[list[_Images], list[_Images], dict[str, str]]:
@@ -430,9 +423,12 @@ class _Scores:
         self._store.write(path, seal({"reward": self._identity, "rewards": rewards, "files": images.files}))
 
     def clear(self) -> None:
-        """Removes the files, the note on the reward last."""
-        names = sorted(self._folder.glob("*.json"), key=lambda path: path.name == "reward.json")
-        with contextlib.suppress(OSError):  # what is left does no harm
+        """Removes the files, the note on the reward first.
+
+        Without the note, no later start goes on with this run, some of whose scores are gone.
+        """
+        names = sorted(self._folder.glob("*.json"), key=lambda path: path.name != "reward.json")
+        with contextlib.suppress(OSError):  # scores that are left do no harm
             for path in names:
                 path.unlink(missing_ok=True)
             self._folder.rmdir()

@@ -100,6 +100,29 @@ def test_killed_at_every_write(
     assert described(finished.folder) == described(with_reward)
 
 
+def test_what_could_not_be_tidied_up_does_no_harm(
+    finished: Scale, with_reward: Path, score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As after a kill while the files of .work/scoring are removed."""
+    unlink, removed = Path.unlink, list[str]()
+
+    def once(self: Path, missing_ok: bool = False) -> None:
+        if self.parent.name == "scoring":
+            if removed:
+                raise OSError("gone")
+            removed.append(self.name)
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", once)
+        assert score(finished.folder).code == 0
+    assert removed
+    refused = score(finished.folder)
+    assert refused.code == 1
+    assert refused.err.startswith(f"error: {finished.folder}: has the scores of siglip already")
+    assert snapshot(finished.folder) == snapshot(with_reward)
+
+
 def torn(folder: Path, score: Score, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a run end when it has written one prompt's records."""
     finish = Store.finish
