@@ -37,7 +37,7 @@ def command(
         say(f"the first {sheet.prompts} of {len(sheet.experiment.prompts)} prompts")
     if sheet.missing:
         say(
-            f"note: boxes stand for characters of prompts that no known font here has ({shorten(sheet.missing, 20)}); install one "
-            "that has them, such as Noto Sans CJK for Chinese, Japanese and Korean"
+            f"note: boxes stand for characters of prompts ({shorten(sheet.missing, 20)}): no known font here has all characters of "
+            "such a prompt; install one that has, such as Noto Sans CJK for Chinese, Japanese and Korean"
         )
     show(str(sheet.path))

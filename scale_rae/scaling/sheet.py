@@ -34,7 +34,7 @@ _GAP, _LINE, _MARGIN = 10, 17, 20
 class Sheet(NamedTuple):
     """A written contact sheet, and how many prompts are on it.
 
-    `missing` are those characters of the prompts that no font of FONTS here has.
+    `missing` are those characters of the prompts that are not in the font of their prompt.
     """
 
     path: Path
@@ -155,15 +155,19 @@ def _tile(path: Path, size: int) -> Image.Image:
 
 
 def _font(text: str, size: int) -> Any:
-    """The first font of FONTS that is installed and has all characters of the text, else the usual one.
+    """The first font of FONTS that is installed and lacks the fewest characters of the text.
 
-    The usual one is the first of FONTS, or Pillow's own if that is not installed.
+    Where the first of FONTS is not installed, Pillow's own font stands for it.
     """
-    usual = _installed(FONTS[0], size) or _default(size)
-    if not _lacking(usual, text):
-        return usual
-    others = (_installed(name, size) for name in FONTS[1:])
-    return next((font for font in others if font is not None and not _lacking(font, text)), usual)
+    best = _installed(FONTS[0], size) or _default(size)
+    fewest = len(_lacking(best, text))
+    for name in FONTS[1:]:
+        if not fewest:
+            break
+        font = _installed(name, size)
+        if font is not None and (count := len(_lacking(font, text))) < fewest:
+            best, fewest = font, count
+    return best
 
 
 @lru_cache

@@ -64,7 +64,7 @@ def test_captions_have_a_font_that_has_their_characters(
     brought = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
     latin, more = str(brought / "cmr10.ttf"), str(brought / "DejaVuSans.ttf")
     sheets = {}
-    for text in ("a cat", "кошка"):
+    for text in ("a cat", "кошка", "кошка 中"):
         folder = write_experiment(tmp_path / text, 1, texts=(text,))
         for fonts in ((latin,), (latin, "no such font.ttf", more)):
             monkeypatch.setattr("scale_rae.scaling.sheet.FONTS", fonts)
@@ -73,10 +73,10 @@ def test_captions_have_a_font_that_has_their_characters(
             sheets[text, fonts[-1]] = target.read_bytes(), capsys.readouterr().err
     assert sheets["a cat", latin] == sheets["a cat", more]
     assert sheets["кошка", latin][0] != sheets["кошка", more][0]
-    assert (
-        "note: boxes stand for characters of prompts that no known font here has (акош);" in sheets["кошка", latin][1]
-    )
+    assert "note: boxes stand for characters of prompts (акош): no known font here has all" in sheets["кошка", latin][1]
     assert not sheets["кошка", more][1]
+    assert "of prompts (中):" in sheets["кошка 中", more][1]  # the rest has the font that has most of it
+    assert "of prompts (акош中):" in sheets["кошка 中", latin][1]
 
 
 def test_a_sheet_that_is_too_large_is_refused(
