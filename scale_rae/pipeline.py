@@ -150,7 +150,8 @@ class ScaleRAE:
             dtype: "float32", "bfloat16" or "float16", also as torch.dtype; None means float32 on the CPU and bfloat16 elsewhere.
             revision: of the model on the hub.
             progress: `progress(what, done, total)`, in bytes of weights.
-            compile: "auto", "on" or "off", and `quantize`: None, "none" or one of `options.QUANTIZE`, as in `Speed`.
+            compile: "auto", "on" or "off", as in `Speed`.
+            quantize: None, "none" or one of `options.QUANTIZE`, as in `Speed`.
             split_batches: halve a batch and try again when memory runs out.
             offload: where weights wait: "none" (all on the device), "model" or "stream", as in `Residency`.
             memory: the most memory of the device to take, as in "8G", or "auto" for what is free. Chooses `quantize`, `offload`
@@ -596,7 +597,7 @@ class ScaleRAE:
     ) -> list[T]:
         self.check_reads()
         if len(latents) != len(asked):
-            raise InputError(f"{len(latents)} latents but {len(asked)} entries of `asked`: give one each")
+            raise InputError(f"{counted(len(latents), 'latent')}, but {len(asked)} of `asked`: give one each")
         checked = [self.check_latent(latent) for latent in latents]
 
         def run(start: int, stop: int) -> list[T]:

@@ -201,7 +201,7 @@ def ending(end: int, rows: list[int], choose: Callable[..., tuple[Tensor, Tensor
 
 def test_every_latent_needs_its_prompt(shapes: ScaleRAE, latents: list[Tensor], asked: list[Asked]) -> None:
     for score in (shapes.score_each, shapes.score_early):
-        with pytest.raises(InputError, match="3 latents but 2 entries of `asked`: give one each"):
+        with pytest.raises(InputError, match="3 latents, but 2 of `asked`: give one each"):
             score(latents[:3], asked[:2])
         with pytest.raises(InputError, match="the prompt is empty"):
             score(latents[:1], [Asked("", "a cat", Reply([65]))])

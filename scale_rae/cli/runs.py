@@ -19,7 +19,7 @@ from scale_rae.cli.preview import show_picture
 from scale_rae.cli.progress import Bars
 from scale_rae.cli.signature import text_of
 from scale_rae.config import load_config
-from scale_rae.errors import InputError, OutputError, shorten
+from scale_rae.errors import InputError, OutputError, counted, shorten
 from scale_rae.manifest import drawing_manifest, png_text
 from scale_rae.opening import OpenedModel, find_model
 from scale_rae.options import ModelChoice, Sampling
@@ -210,7 +210,7 @@ def note_shortcomings(
     if any(not (outcome.drew or outcome.text or outcome.withheld) for outcome in outcomes):
         bars.note("note: the model answered with nothing that can be printed")
     if any(outcome.cut_off for outcome in outcomes):
-        bars.note(f"note: the answer stops at {limit} tokens; {flag} allows more")
+        bars.note(f"note: the answer stops at {counted(limit, 'token')}; {flag} allows more")
     source = opened.model.source
     if any(is_refusal(source, outcome.text) for outcome in outcomes):
         bars.note(f"note: {what_it_can(source)}")

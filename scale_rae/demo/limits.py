@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scale_rae.errors import InputError
+from scale_rae.errors import InputError, counted
 from scale_rae.options import PROMPT_PREFIX, Sampling, SearchOptions
 
 MOST_IMAGES = 16
@@ -29,7 +29,9 @@ def check_search(keep: int, most: int) -> None:
     if not 1 <= most <= MOST_CANDIDATES:
         raise InputError(f"{most} candidates: the page begins 1 to {MOST_CANDIDATES}.")
     if not 1 <= keep <= min(most, MOST_IMAGES):
-        raise InputError(f"Of at most {most} candidates, {keep} cannot be kept: keep 1 to {min(most, MOST_IMAGES)}.")
+        raise InputError(
+            f"Of at most {counted(most, 'candidate')}, {keep} cannot be kept: keep 1 to {min(most, MOST_IMAGES)}."
+        )
 
 
 def check_length(text: str, what: str) -> None:

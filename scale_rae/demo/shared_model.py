@@ -36,7 +36,7 @@ from scale_rae.demo.limits import (
 )
 from scale_rae.demo.results import DrawResult, Preview, RankingState, SavedImage, SearchState
 from scale_rae.demo.streams import Emitter, Stopped, streamed
-from scale_rae.errors import InputError, ScaleRAEError
+from scale_rae.errors import InputError, ScaleRAEError, counted
 from scale_rae.flow import StepCallback
 from scale_rae.images import load_image
 from scale_rae.manifest import drawing_manifest, input_latents, png_text
@@ -311,7 +311,7 @@ class SharedModel:
         sampling = self._checked(sampling)
         total = sampling.num_images
         if not 1 <= keep <= total:
-            raise InputError(f"Of {total} images, {keep} cannot be kept: keep 1 to {total}.")
+            raise InputError(f"Of {counted(total, 'image')}, {keep} cannot be kept: keep 1 to {total}.")
         if metric == "image_reward" and reward_name is None:
             raise InputError("Ranking by reward needs a reward model: choose one, or rank by something else.")
         self.model.check_reads()

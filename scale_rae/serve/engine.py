@@ -34,7 +34,7 @@ from torch import Tensor
 
 from scale_rae import acceptance, adaptive
 from scale_rae.adaptive import Batching, Drawn, Search, Searcher
-from scale_rae.errors import DeviceError, InputError
+from scale_rae.errors import DeviceError, InputError, counted
 from scale_rae.flow import StepCallback
 from scale_rae.language import Conversation, Reply
 from scale_rae.manifest import text_chunks
@@ -187,8 +187,8 @@ class Engine:
         """The device and the batch size, in words."""
         threads = self.sizes.threads or 1
         if threads == 1:
-            return f"{self.model.device}, up to {self.batch_size} images at once"
-        return f"{self.model.device}, {threads} threads of up to {self.batch_size} images"
+            return f"{self.model.device}, up to {counted(self.batch_size, 'image')} at once"
+        return f"{self.model.device}, {threads} threads of up to {counted(self.batch_size, 'image')}"
 
     def report(self, error: BaseException) -> None:
         """Logs an unexpected error without its text, which may quote what people wrote."""
