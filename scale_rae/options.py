@@ -4,7 +4,8 @@ An option is a field of a dataclass whose annotation has a `Knob`. From these fi
 (`cli/signature.py`), the fields of manifests and experiment.json (`to_record`), the server's request fields and the page's
 sliders. To add an option of the sampler, add a field to `SamplingOptions` and use it where latents are sampled. To add an option
 of loading, add a field to `ModelChoice` and use it in `networks.load`; `ScaleRAE.from_pretrained` and `scale_rae.load` have it
-as an argument, so that editors complete it, and an experiment's `Settings` as a field, since it is part of what resuming compares.
+as an argument and `diffusers.LoadOptions` as a key, so that editors complete it, and an experiment's `Settings` as a field, since it
+is part of what resuming compares.
 """
 
 from __future__ import annotations
