@@ -33,7 +33,10 @@ def pick_device(name: str | None) -> torch.device:
         raise DeviceError(str(e)) from e
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise DeviceError(f"device {name}: torch finds {torch.cuda.device_count() or 'no'} CUDA devices here; use cpu")
+        there = torch.cuda.device_count()
+        raise DeviceError(
+            f"device {name}: torch finds {counted(there, 'CUDA device') if there else 'no CUDA devices'} here; use cpu"
+        )
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DeviceError(f"device {name}: torch finds no MPS here; use cpu")
     return device
