@@ -371,7 +371,7 @@ class Store:
         return metadata is not None and says_the_same(metadata, batch)
 
     def _missing(self, index: int, batch: Batch, stored: set[str]) -> list[str]:
-        """What is missing of a batch's files, in a store that has files of these names."""
+        """What is missing of a batch's files, in an object store that has files of these names."""
         return [f"{self._sample_file(index, name)}: missing" for name in batch.files if name not in stored]
 
     def _damaged(self, index: int, batch: Batch) -> list[str]:
@@ -458,7 +458,7 @@ class Store:
             return False
 
     def holder(self) -> str:
-        """Who has the run's lock, as the folder says; empty if it cannot be read, and in a store."""
+        """Who has the run's lock, as the folder says; empty if it cannot be read, and in an object store."""
         return self._files.holder()
 
     def search_counts(self, index: int) -> dict[str, float] | None:
