@@ -269,7 +269,7 @@ def drawable(
     reply.
 
     Raises:
-        InputError: naming the file, when the model draws none of them.
+        InputError: naming the file, when the model draws none of them; naming the line, for one that is too long with --reply.
     """
     latents, replies, conditions = caches(options)
     places = [f"{file}, line {line.line}" for line in lines]
@@ -294,10 +294,17 @@ def drawable(
 
 
 def _after_reply(where: str, message: str, reply: str, model: Model) -> PreparedRecord:
-    """A record whose condition is that of the picture after a given reply to a message."""
+    """A record whose condition is that of the picture after a given reply to a message.
+
+    Raises:
+        InputError: naming `where`, when both are longer than the model reads.
+    """
     talk = Message("user", clean_message(message)), Message("assistant", reply + PICTURE)
+    sequence = tokenized(model.tokenizer, talk)
+    if problem := too_long(Record(where, talk, ()), model, sequence):
+        raise InputError(problem)
     condition = key_of(model.identity, "after a reply", reply, message)
-    return PreparedRecord(where, tokenized(model.tokenizer, talk), (), (), condition)
+    return PreparedRecord(where, sequence, (), (), condition)
 
 
 def left_out(prompts: Sequence[str], of: int) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scale_rae.cli import app
 from scale_rae.dit import DiT
-from scale_rae.errors import ConfigError, OptionError, TrainingError
+from scale_rae.errors import ConfigError, InputError, OptionError, TrainingError
 from scale_rae.hub import find
 from scale_rae.layout import DIT_PREFIX
 from scale_rae.noise import image_seed
@@ -161,6 +161,8 @@ def test_prompts_that_the_model_answers_in_words_are_drawn_after_a_reply(
     notes.clear()
     go(replace(options, max_train_steps=1, reply="Here it is:", out=tmp_path / "after"), Watcher(note=notes.append))
     assert not any("left out" in note for note in notes)
+    with pytest.raises(InputError, match=r"prompts\.txt, line 1: 1\d+ tokens long; the model reads at most 1024$"):
+        go(replace(options, reply="long " * 300, out=tmp_path / "long"))
 
 
 def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
