@@ -110,7 +110,9 @@ class Checkpoints:
         mine = parse_json(self._identity)
         if changed := sorted(name for name in {*made, *mine} if made.get(name) != mine.get(name)):
             was = ", ".join(_CONTENTS.get(name) or f"{name} was {made.get(name)}" for name in changed)
-            again = f"; by --lora {path.parent}, it begins with these weights" if self._is_adapter(steps[-1]) else ""
+            again = ""
+            if self._is_adapter(steps[-1]):
+                again = f"; a training with --lora {path.parent} begins with these weights"
             raise TrainingError(
                 f"{path}: made otherwise: {was}; use the same options and files, or begin in another --out{again}"
             )

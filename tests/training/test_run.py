@@ -110,7 +110,8 @@ def test_a_run_that_was_ended_goes_on_to_the_bit(
     with pytest.raises(Killed):
         go(other, Watcher(step=kill))
     with pytest.raises(
-        TrainingError, match=rf"made otherwise: seed was 42; use the same .*; by --lora {other.out}/checkpoint-2,"
+        TrainingError,
+        match=rf"made otherwise: seed was 42; use the same .*; a training with --lora {other.out}/checkpoint-2 begins",
     ):
         go(replace(other, resume=True, seed=1))
     notes: list[str] = []
