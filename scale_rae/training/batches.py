@@ -149,7 +149,7 @@ class Records:
         return [sample.where for sample in batch]
 
     def numbers(self) -> dict[str, Any]:
-        """None: there are no further numbers."""
+        """Nothing: records have no numbers of their own."""
         return {}
 
     def state(self) -> Mapping[str, Tensor]:

@@ -29,10 +29,9 @@ from scale_rae.training.checkpoints import Checkpoints
 from scale_rae.training.log import Log
 from scale_rae.training.optim import FlatModel
 from scale_rae.training.records import Report, no_report
-from scale_rae.training.trainer import Pace, Progress
+from scale_rae.training.trainer import LOGGED, Pace, Progress
 
 _SMALL_ERROR = 0.1  # root mean square of a velocity's error, below which the loss is quadratic
-_LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to log since then
 _WARMUP_STEPS = 3  # ordinary steps before one is captured: they compile kernels and make the libraries' workspaces
 
 
@@ -224,7 +223,7 @@ class Distiller:
             self.done, state = found
             self._drew.copy_(state["drew"])
             self.flat.load_state(state)
-            logged, *sums = state[_LOGGED].tolist() if _LOGGED in state else (self.done, *self._sums.tolist())
+            logged, *sums = state[LOGGED].tolist() if LOGGED in state else (self.done, *self._sums.tolist())
             self._logged = int(logged)
             self._sums.copy_(torch.tensor(sums))
             number = self.plan.round_of(self.done - 1)
@@ -263,7 +262,7 @@ class Distiller:
                         sums = self._sums.tolist()
                         self._check([*sums, float(self.flat.master.abs().max())])
                         logged = torch.tensor([self._logged, *sums], dtype=torch.float64)
-                        state = self.flat.state() | {"drew": self._drew, _LOGGED: logged}
+                        state = self.flat.state() | {"drew": self._drew, LOGGED: logged}
                         self._checkpoints.write(self.done, state, self._write_result)
 
     # --- rounds --------------------------------------------------------------------------------------------------------

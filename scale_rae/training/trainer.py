@@ -27,7 +27,7 @@ from scale_rae.training.optim import FlatModel
 from scale_rae.training.parallel import Group
 
 B = TypeVar("B")
-_LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to log since then
+LOGGED = "logged"  # in a checkpoint: the last step in the log, and the sums to log since then
 
 
 class Batches(Protocol[B]):
@@ -141,7 +141,7 @@ class Trainer(Generic[B]):
             self.done, state = found
             self.model.load_state(state)
             self.batches.load_state(state)
-            logged, *self._sums = state[_LOGGED].tolist() if _LOGGED in state else (self.done, *self._sums)
+            logged, *self._sums = state[LOGGED].tolist() if LOGGED in state else (self.done, *self._sums)
             self._logged = int(logged)
         return self.done
 
@@ -189,7 +189,7 @@ class Trainer(Generic[B]):
         With `trim`, removes old ones of which there are too many.
         """
         logged = torch.tensor([self._logged, *self._sums], dtype=torch.float64)
-        state = {**self.model.state(), **self.batches.state(), _LOGGED: logged}  # in all processes, which may share it
+        state = {**self.model.state(), **self.batches.state(), LOGGED: logged}  # in all processes, which may share it
         if self.group.is_first:
             self._checkpoints.write(self.done, state, self._write_result, trim)
         self.group.wait()
