@@ -297,8 +297,9 @@ def _after_reply(where: str, message: str, reply: str, model: Model) -> Prepared
     """A record whose condition is that of the picture after a given reply to a message.
 
     Raises:
-        InputError: naming `where`, when both are longer than the model reads.
+        InputError: naming `where`, when both are longer than the model reads, or the message holds PICTURE.
     """
+    _check_text(message, where)
     talk = Message("user", clean_message(message)), Message("assistant", reply + PICTURE)
     sequence = tokenized(model.tokenizer, talk)
     if problem := too_long(Record(where, talk, ()), model, sequence):
@@ -312,6 +313,12 @@ def left_out(prompts: Sequence[str], of: int) -> str:
     return f"{len(prompts)} of {counted(of, 'prompt')} left out: the model does not draw, for example, {shorten(prompts[0])!r}"
 
 
+def _check_text(text: str, where: str) -> None:
+    """Raises InputError, naming `where`, for a prompt in which a picture would have a place."""
+    if PICTURE in text:
+        raise InputError(f"{where}: holds {PICTURE}, which stands for a picture")
+
+
 def _asked(where: str, text: str, options: TrainingOptions) -> Record:
     """The conversation in which a prompt is drawn, of which there is no picture yet.
 
@@ -322,8 +329,7 @@ def _asked(where: str, text: str, options: TrainingOptions) -> Record:
         text = clean_message(text)
     except InputError as e:
         raise InputError(f"{where}: {e}") from e
-    if PICTURE in text:
-        raise InputError(f"{where}: holds {PICTURE}, which stands for a picture")
+    _check_text(text, where)
     messages = Message("user", as_request(text, options.prompt_prefix)), Message("assistant", PICTURE)
     return Record(where, messages, (), own_reply=True)
 

@@ -163,6 +163,9 @@ def test_prompts_that_the_model_answers_in_words_are_drawn_after_a_reply(
     assert not any("left out" in note for note in notes)
     with pytest.raises(InputError, match=r"prompts\.txt, line 1: 1\d+ tokens long; the model reads at most 1024$"):
         go(replace(options, reply="long " * 300, out=tmp_path / "long"))
+    options.self_reward.prompts.write_text("a cat <image>\n")
+    with pytest.raises(InputError, match=r"prompts\.txt, line 1: holds <image>, which stands for a picture$"):
+        go(replace(options, reply="Here it is:", out=tmp_path / "picture"))
 
 
 def test_two_processes_learn_what_one_learns(options: TrainingOptions, tmp_path: Path) -> None:
