@@ -34,7 +34,7 @@ try:
 
     from scale_rae.cli.signature import given_options
     from scale_rae.config import load_config
-    from scale_rae.opening import OpenedModel, find_model
+    from scale_rae.opening import find_model
     from scale_rae.options import DEFAULT_STEPS, ModelChoice, SamplingOptions, check_count
     from scale_rae.prompt import SYSTEM, Turn
     from scale_rae.shapes import asking, world
@@ -47,6 +47,7 @@ except ModuleNotFoundError as e:
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from scale_rae.hub import Source
     from scale_rae.language import Reply as LanguageReply
 
 app = typer.Typer(
@@ -290,9 +291,12 @@ Show = Annotated[bool, typer.Option("--show", help="also print what was wrong")]
 OtherSystems = Annotated[bool, typer.Option("--other-systems", help="after 16 other system messages, in turn")]
 
 
-def _load(model_path: str, device: str | None) -> scale_rae.ScaleRAE:
-    """The model, after the checks that need no torch."""
-    return OpenedModel(ModelChoice(model_path, device=device)).model
+def _load(choice: ModelChoice, source: Source | None = None) -> scale_rae.ScaleRAE:
+    """The chosen model, after the checks that need no torch. `source` are its files, where they have been found already."""
+    source = source or find_model(choice)
+    from scale_rae.networks import load
+
+    return scale_rae.ScaleRAE(load(choice, source))
 
 
 def _table(title: str, rows: dict[str, Share]) -> None:
@@ -332,7 +336,7 @@ def draw_command(
     given = {"guidance_level" if name == "guidance" else name for name in given_options(ctx)}
     student = load_config(source.config_folder).student
     samplings = [own_options(student, options, given) for options in samplings]
-    model = OpenedModel(choice, source=source).model
+    model = _load(choice, source)
     prompts = world.prompts(per_kind, scenes, seed)
     for level, options in zip(guidance, samplings, strict=True):
         start = time.perf_counter()
@@ -375,7 +379,7 @@ def read_command(
     device: Device = None,
 ) -> None:
     """Yes/no alignment and descriptions of drawn scenes."""
-    model = _load(model_path, device)
+    model = _load(ModelChoice(model_path, device=device))
     _table(f"alignment, scenes {scenes}, seed {seed}", alignment(model, count, seed, scenes))
     described = description(model, count, seed + 1, scenes)
     print(f"Describe this image., fully right, scenes {scenes}: {described}")
@@ -392,7 +396,7 @@ def ask_command(
     other_systems: OtherSystems = False,
 ) -> None:
     """Questions of all kinds in wordings that training did not see, in any case of letters, about drawn scenes."""
-    model = _load(model_path, device)
+    model = _load(ModelChoice(model_path, device=device))
     replies = asked(model, count, seed, scenes, _systems(other_systems))
     rows = shares(replies) | {"overall": Share(sum(one.right for one in replies), len(replies))}
     _table(f"answered truly, scenes {scenes}, seed {seed}", rows)
@@ -409,7 +413,7 @@ def decline_command(
     other_systems: OtherSystems = False,
 ) -> None:
     """Requests outside the world (declined), inside it (drawn), and yes/no questions without a picture (not drawn)."""
-    model = _load(model_path, device)
+    model = _load(ModelChoice(model_path, device=device))
     replies = requested(model, count, seed, _systems(other_systems))
     _table(f"replied rightly, seed {seed}", shares(replies))
     _wrong(replies, show)
@@ -430,7 +434,7 @@ def reconstruct_command(
     model_path: Model = "shapes", count: Count = 500, scenes: Scenes = "any", seed: Seed = 0, device: Device = None
 ) -> None:
     """PSNR of encode → decode of drawn scenes."""
-    model = _load(model_path, device)
+    model = _load(ModelChoice(model_path, device=device))
     print(f"encode -> decode, {count} scenes: {reconstruction(model, count, seed, scenes):.2f} dB PSNR")
 
 
